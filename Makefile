@@ -1,0 +1,99 @@
+# Every target does its own set-up: a virtual environment in .venv, the package in it (editable), the native modules built.
+# Nothing is done twice: stamps in .venv know what is installed and from which sources the native modules were built.
+#   make test ARGS='-k cache'      ARGS goes to pytest, or to the demo
+#   make build PYTHON=python3.13   another interpreter than the first fitting one on the PATH
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+ARGS ?=
+CC ?= cc
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+NATIVE_SOURCES := $(wildcard csrc/*.c csrc/*.h src/tiercache/_native/*.pyx src/tiercache/_native/*.pxd)
+# What has the developer's packages has the demo's too.
+DEMO_STAMP := $(if $(wildcard $(VENV)/stamp-dev),$(VENV)/stamp-dev,$(VENV)/stamp-demo)
+
+.PHONY: build test lint stress fuzz bench integration docs demo dist clean distclean help
+
+help:
+	@echo 'make build | test | lint | stress | fuzz | bench | integration | docs | demo | dist | clean | distclean'
+
+build: $(VENV)/stamp-dev $(VENV)/stamp-native
+
+test: build
+	$(PYTEST) -m 'not stress and not fuzz and not integration' $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Icsrc -fsyntax-only $(wildcard csrc/*.c)
+
+stress: build
+	$(PYTEST) -m stress $(ARGS)
+
+# Every property test with many more examples, and the long random inputs.
+fuzz: build
+	$(PYTEST) -m '(fuzz or hypothesis) and not stress and not integration' --hypothesis-profile=fuzz --timeout=1800 $(ARGS)
+
+bench: build
+	@mkdir -p benchmarks/out
+	set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+
+# pytest ends with 5 when no test carries the mark.
+integration: build
+	$(PYTEST) -m integration $(ARGS) || { code=$$?; [ "$$code" -eq 5 ] && echo 'no test is marked integration'; exit "$$((code == 5 ? 0 : code))"; }
+
+# The docs are plain Markdown: their links must lead somewhere, their examples must run.
+docs: build
+	$(PYTEST) tests/test_docs.py $(ARGS)
+
+demo: $(DEMO_STAMP) $(VENV)/stamp-native
+	$(BIN)/tiercache demo $(ARGS)
+
+# An sdist, the wheel made from it, and that wheel in an empty environment without torch.
+dist: build
+	.ci/check-dist $(BIN)/python
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out src/*.egg-info
+	rm -f src/tiercache/_native/*.so src/tiercache/_native/*.c $(VENV)/stamp-native
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# The first interpreter that is 3.11 or newer, can make a virtual environment and can compile extensions.
+$(BIN)/python:
+	@ok='import sys, ensurepip, sysconfig, pathlib; sys.exit(sys.version_info < (3, 11) or not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'; \
+	for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if command -v "$$python" >/dev/null && "$$python" -c "$$ok" 2>/dev/null; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	    echo 'tiercache needs Python 3.11 or newer with venv and headers (Debian: python3-venv python3-dev); none is on the PATH. Name one: make PYTHON=/path/to/python3' >&2; exit 1; \
+	fi; \
+	if ! command -v $(CC) >/dev/null; then echo 'tiercache needs a C11 compiler ($(CC) was not found); name one: make CC=gcc' >&2; exit 1; fi; \
+	echo "making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25'    # what Python 3.11 brings does not find versions of boto3, s3fs and fsspec that fit together
+
+# The install builds the native modules too, so it counts as a native build.
+$(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
+	@echo 'installing tiercache[$*] into $(VENV) (minutes, the first time)'
+	@$(PIP) install --editable '.[$*]'
+	@touch $@ $(VENV)/stamp-native
+
+# Runs after an install (| order) and only if a source is newer than the last build.
+$(VENV)/stamp-native: $(NATIVE_SOURCES) | $(if $(filter demo,$(MAKECMDGOALS)),$(DEMO_STAMP),$(VENV)/stamp-dev)
+	@if [ -n "$$(find $(NATIVE_SOURCES) -newer $@ 2>/dev/null | head -n 1)" ] || [ ! -e $@ ]; then \
+	    echo 'building the native modules'; \
+	    if $(BIN)/python -c 'import Cython, setuptools' 2>/dev/null; \
+	    then $(BIN)/python setup.py --quiet build_ext --inplace; \
+	    else $(PIP) install --no-deps --editable .; fi; \
+	fi
+	@touch $@

@@ -1,0 +1,556 @@
+#include "ring.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "guard.h"
+
+enum { ALIGN = 64, HUGE_BYTES = 2 << 20 };
+
+typedef struct {
+    const tc_plan *plan;
+    size_t first, n;
+} part;
+
+typedef struct queued {
+    const tc_plan *plan;
+    size_t first, n; /* what is not cut yet */
+    int flush;
+    struct queued *next;
+} queued;
+
+typedef struct {
+    enum { EMPTY, BUSY, READY } state;
+    int status;
+    part *parts;
+    size_t n_parts, parts_capacity, n_rows;
+    uint64_t first_row;
+    tc_slot *slot;
+} cell;
+
+struct tc_ring {
+    pthread_mutex_t lock;
+    pthread_cond_t work, ready, retired;
+    size_t n_work_waiting, n_ready_waiting, n_retired_waiting;
+    pid_t pid;
+
+    size_t n_streams, batch_rows, depth;
+    tc_stream *streams;
+
+    queued *head, *tail; /* parts still to be cut */
+    uint64_t pushed_rows, cut_rows, taken_rows, retired_rows, retired_target;
+    int end_status; /* 0 until tc_ring_finish */
+    cell *cells;
+    uint64_t next_cut, next_take;
+
+    tc_slot *free_slots;
+    uint8_t *arena;
+    size_t arena_bytes, arena_slot_bytes, arena_used;
+    size_t n_free, n_out; /* slots at rest, slots at consumers */
+    int closing, dropped;
+
+    size_t n_threads;
+    pthread_t *threads;
+    tc_figures figures;
+};
+
+static uint64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static size_t aligned(size_t n) { return (n + ALIGN - 1) & ~(size_t)(ALIGN - 1); }
+
+/* ---- memory: an arena for the slots that are expected, a mapping of its own for each that outgrows it ---- */
+
+static uint8_t *map_bytes(size_t n_bytes) {
+    if (n_bytes < HUGE_BYTES) {
+        void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return memory == MAP_FAILED ? NULL : memory;
+    }
+    uint8_t *memory = mmap(NULL, n_bytes + HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+    size_t before = (HUGE_BYTES - ((uintptr_t)memory & (HUGE_BYTES - 1))) & (HUGE_BYTES - 1);
+    if (before) munmap(memory, before);
+    munmap(memory + before + n_bytes, HUGE_BYTES - before);
+    madvise(memory + before, n_bytes, MADV_HUGEPAGE); /* a hint: kernels without it say EINVAL */
+    return memory + before;
+}
+
+static size_t page_rounded(size_t n_bytes) {
+    size_t unit = n_bytes < HUGE_BYTES ? 4096 : HUGE_BYTES;
+    return (n_bytes + unit - 1) / unit * unit;
+}
+
+/* Make room for n_bytes, keeping the first keep_bytes. */
+static int slot_grow(tc_slot *slot, size_t n_bytes, size_t keep_bytes) {
+    if (n_bytes <= slot->capacity) return TC_OK;
+    size_t capacity = page_rounded(n_bytes + n_bytes / 4); /* batches of varied length: do not grow by a page each time */
+    uint8_t *memory = map_bytes(capacity);
+    if (memory == NULL) return TC_NOMEM;
+    if (keep_bytes) memcpy(memory, slot->memory, keep_bytes);
+    if (slot->own) munmap(slot->memory, slot->capacity);
+    slot->memory = memory;
+    slot->capacity = capacity;
+    slot->own = 1;
+    return TC_OK;
+}
+
+/* Called with the lock held, for the arena's sake. */
+static tc_slot *slot_new(tc_ring *ring) {
+    tc_slot *slot = calloc(1, sizeof *slot);
+    size_t *places = calloc(ring->n_streams * 3, sizeof *places);
+    if (slot == NULL || places == NULL) {
+        free(slot);
+        free(places);
+        return NULL;
+    }
+    slot->ring = ring;
+    slot->values_at = places;
+    slot->offsets_at = places + ring->n_streams;
+    slot->n_elements = places + 2 * ring->n_streams;
+    if (ring->arena && ring->arena_used + ring->arena_slot_bytes <= ring->arena_bytes) {
+        slot->memory = ring->arena + ring->arena_used;
+        slot->capacity = ring->arena_slot_bytes;
+        ring->arena_used += ring->arena_slot_bytes;
+    }
+    return slot;
+}
+
+static void slot_free(tc_slot *slot) {
+    if (slot->own) munmap(slot->memory, slot->capacity);
+    free(slot->values_at);
+    free(slot);
+}
+
+/* Keep the slot for a coming batch, unless there are more than are ever ahead: after list(loader) their memory goes back. Lock held. */
+static void slot_keep(tc_ring *ring, tc_slot *slot) {
+    if (slot->own && ring->n_free > ring->depth) {
+        slot_free(slot);
+        return;
+    }
+    slot->next = ring->free_slots;
+    ring->free_slots = slot;
+    ring->n_free++;
+}
+
+/* ---- gathering a batch, without the lock ---- */
+
+static int measure_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
+    if (tc_guard_enter()) return TC_EIO;
+    for (size_t s = 0; s < ring->n_streams; s++) {
+        if (ring->streams[s].kind != TC_VAR) continue;
+        int64_t *offsets = (int64_t *)(slot->memory + slot->offsets_at[s]);
+        offsets[0] = 0;
+        for (size_t p = 0; p < c->n_parts; p++) {
+            const part *here = &c->parts[p];
+            const tc_plan *plan = here->plan;
+            tc_measure(plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, offsets);
+            offsets += here->n;
+        }
+        slot->n_elements[s] = (size_t)*offsets;
+    }
+    tc_guard_leave();
+    return TC_OK;
+}
+
+static size_t out_width(const tc_stream *stream) {
+    switch (stream->kind) {
+        case TC_FIXED: return stream->width;
+        case TC_BITS: return 1;
+        case TC_REF: return sizeof(tc_ref);
+        default: return 0;
+    }
+}
+
+static int copy_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
+    if (tc_guard_enter()) return TC_EIO;
+    for (size_t s = 0; s < ring->n_streams; s++) {
+        const tc_stream *stream = &ring->streams[s];
+        size_t width = out_width(stream), done = 0;
+        for (size_t p = 0; p < c->n_parts; p++) {
+            const part *here = &c->parts[p];
+            const tc_plan *plan = here->plan;
+            tc_sink sink = {slot->memory + slot->values_at[s] + done * width, NULL};
+            if (stream->kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
+            tc_gather(stream, plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, &sink);
+            done += here->n;
+        }
+    }
+    tc_guard_leave();
+    return TC_OK;
+}
+
+static size_t batch_bytes(const tc_ring *ring, const tc_slot *slot) {
+    size_t n_bytes = 0;
+    for (size_t s = 0; s < ring->n_streams; s++) {
+        const tc_stream *stream = &ring->streams[s];
+        if (stream->kind == TC_VAR) {
+            n_bytes += slot->n_elements[s] * stream->width;
+        } else if (stream->kind == TC_REF) {
+            const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[s]);
+            for (size_t i = 0; i < slot->n_rows; i++) n_bytes += refs[i].n_bytes;
+        } else {
+            n_bytes += slot->n_rows * out_width(stream);
+        }
+    }
+    return n_bytes;
+}
+
+/* Lay the streams out in the slot (sizes known first, TC_VAR values after), then copy. */
+static int gather_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
+    size_t end = 0;
+    int has_var = 0;
+    slot->n_rows = c->n_rows;
+    for (size_t s = 0; s < ring->n_streams; s++) {
+        if (ring->streams[s].kind == TC_VAR) {
+            slot->offsets_at[s] = end;
+            end += aligned((c->n_rows + 1) * sizeof(int64_t));
+            has_var = 1;
+        } else {
+            slot->values_at[s] = end;
+            end += aligned(c->n_rows * out_width(&ring->streams[s]));
+        }
+    }
+    int status = slot_grow(slot, end + 1, 0);
+    if (status == TC_OK && has_var) {
+        size_t head = end;
+        status = measure_batch(ring, c, slot);
+        for (size_t s = 0; status == TC_OK && s < ring->n_streams; s++) {
+            if (ring->streams[s].kind != TC_VAR) continue;
+            slot->values_at[s] = end;
+            end += aligned(slot->n_elements[s] * ring->streams[s].width);
+        }
+        if (status == TC_OK) status = slot_grow(slot, end + 1, head);
+    }
+    if (status == TC_OK) status = copy_batch(ring, c, slot);
+    slot->n_bytes = status == TC_OK ? batch_bytes(ring, slot) : 0;
+    return status;
+}
+
+/* ---- cutting the sequence into batches, with the lock ---- */
+
+/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer before a flush or the end. */
+static size_t next_batch_rows(const tc_ring *ring) {
+    size_t rows = 0;
+    for (const queued *q = ring->head; q; q = q->next) {
+        rows += q->n;
+        if (rows >= ring->batch_rows) return ring->batch_rows;
+        if (q->flush) return rows;
+    }
+    return ring->end_status ? rows : 0;
+}
+
+static int can_cut(const tc_ring *ring) {
+    return ring->next_cut < ring->next_take + ring->depth && next_batch_rows(ring) > 0;
+}
+
+static int add_part(cell *c, const tc_plan *plan, size_t first, size_t n) {
+    if (c->n_parts == c->parts_capacity) {
+        size_t capacity = c->parts_capacity ? 2 * c->parts_capacity : 4;
+        part *parts = realloc(c->parts, capacity * sizeof *parts);
+        if (parts == NULL) return TC_NOMEM;
+        c->parts = parts;
+        c->parts_capacity = capacity;
+    }
+    c->parts[c->n_parts++] = (part){plan, first, n};
+    return TC_OK;
+}
+
+static cell *cut(tc_ring *ring) {
+    cell *c = &ring->cells[ring->next_cut++ % ring->depth];
+    size_t want = next_batch_rows(ring);
+    c->state = BUSY;
+    c->status = TC_OK;
+    c->n_parts = 0;
+    c->n_rows = want;
+    c->first_row = ring->cut_rows;
+    ring->cut_rows += want;
+    while (want) {
+        queued *head = ring->head;
+        size_t n = head->n < want ? head->n : want;
+        if (add_part(c, head->plan, head->first, n) != TC_OK) c->status = TC_NOMEM;
+        head->first += n;
+        head->n -= n;
+        want -= n;
+        if (head->n == 0) {
+            ring->head = head->next;
+            if (ring->head == NULL) ring->tail = NULL;
+            free(head);
+        }
+    }
+    c->slot = ring->free_slots;
+    if (c->slot) {
+        ring->free_slots = c->slot->next;
+        ring->n_free--;
+    } else {
+        c->slot = slot_new(ring);
+    }
+    if (c->slot == NULL) c->status = TC_NOMEM;
+    return c;
+}
+
+static void *worker(void *argument) {
+    tc_ring *ring = argument;
+    pthread_mutex_lock(&ring->lock);
+    for (;;) {
+        while (!ring->closing && !can_cut(ring)) {
+            ring->n_work_waiting++;
+            pthread_cond_wait(&ring->work, &ring->lock);
+            ring->n_work_waiting--;
+        }
+        if (ring->closing) break;
+        cell *c = cut(ring);
+        if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
+        pthread_mutex_unlock(&ring->lock);
+
+        uint64_t start_ns = now_ns();
+        if (c->status == TC_OK) c->status = gather_batch(ring, c, c->slot);
+        uint64_t took_ns = now_ns() - start_ns;
+
+        pthread_mutex_lock(&ring->lock);
+        ring->figures.gather_ns += took_ns;
+        ring->figures.ready++;
+        c->state = READY;
+        if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_signal(&ring->ready);
+    }
+    pthread_mutex_unlock(&ring->lock);
+    return NULL;
+}
+
+/* ---- the faces ---- */
+
+static void free_ring(tc_ring *ring) {
+    for (queued *q = ring->head; q;) {
+        queued *next = q->next;
+        free(q);
+        q = next;
+    }
+    for (size_t i = 0; i < ring->depth; i++) {
+        if (ring->cells[i].state != EMPTY && ring->cells[i].slot) slot_free(ring->cells[i].slot);
+        free(ring->cells[i].parts);
+    }
+    for (tc_slot *slot = ring->free_slots; slot;) {
+        tc_slot *next = slot->next;
+        slot_free(slot);
+        slot = next;
+    }
+    if (ring->arena) munmap(ring->arena, ring->arena_bytes);
+    pthread_cond_destroy(&ring->work);
+    pthread_cond_destroy(&ring->ready);
+    pthread_cond_destroy(&ring->retired);
+    pthread_mutex_destroy(&ring->lock);
+    free(ring->cells);
+    free(ring->streams);
+    free(ring->threads);
+    free(ring);
+}
+
+static int start_threads(tc_ring *ring, size_t n_threads) {
+    /* Signals are the interpreter's; only what a thread does itself (SIGBUS and its kin) may be delivered here. */
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGFPE);
+    sigdelset(&all, SIGILL);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (ring->n_threads < n_threads && pthread_create(&ring->threads[ring->n_threads], NULL, worker, ring) == 0) ring->n_threads++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return ring->n_threads > 0 ? TC_OK : TC_NOMEM; /* fewer threads than asked for only make it slower */
+}
+
+tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes) {
+    tc_ring *ring = calloc(1, sizeof *ring);
+    if (ring == NULL) return NULL;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&ring->lock, NULL);
+    pthread_cond_init(&ring->work, NULL);
+    pthread_cond_init(&ring->ready, &monotonic);
+    pthread_cond_init(&ring->retired, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    ring->pid = getpid();
+    ring->n_streams = n_streams;
+    ring->batch_rows = batch_rows;
+    ring->depth = depth;
+    ring->streams = malloc((n_streams + 1) * sizeof *ring->streams);
+    ring->cells = calloc(depth, sizeof *ring->cells);
+    ring->threads = calloc(n_threads, sizeof *ring->threads);
+    if (ring->streams == NULL || ring->cells == NULL || ring->threads == NULL) {
+        ring->depth = ring->cells ? depth : 0;
+        free_ring(ring);
+        return NULL;
+    }
+    if (n_streams) memcpy(ring->streams, streams, n_streams * sizeof *streams);
+    if (slot_bytes) {
+        /* Room for what is ahead and for the one at the consumer. Not fatal when it cannot be had: slots then map their own. */
+        ring->arena_slot_bytes = aligned(slot_bytes + 1);
+        ring->arena_bytes = page_rounded(ring->arena_slot_bytes * (depth + 2));
+        ring->arena = map_bytes(ring->arena_bytes);
+    }
+    if (start_threads(ring, n_threads) != TC_OK) {
+        free_ring(ring);
+        return NULL;
+    }
+    return ring;
+}
+
+int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush) {
+    if (ring->pid != getpid()) return TC_CLOSED;
+    queued *q = malloc(sizeof *q);
+    if (q == NULL) return TC_NOMEM;
+    *q = (queued){plan, 0, plan->n_rows, flush, NULL};
+    pthread_mutex_lock(&ring->lock);
+    int status = ring->closing || ring->end_status ? TC_CLOSED : TC_OK;
+    if (status != TC_OK || plan->n_rows == 0) {
+        free(q);
+    } else {
+        if (ring->tail)
+            ring->tail->next = q;
+        else
+            ring->head = q;
+        ring->tail = q;
+        ring->pushed_rows += plan->n_rows;
+    }
+    if (flush && plan->n_rows == 0 && ring->tail) ring->tail->flush = 1;
+    if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
+    pthread_mutex_unlock(&ring->lock);
+    return status;
+}
+
+void tc_ring_finish(tc_ring *ring, int status) {
+    if (ring->pid != getpid()) return;
+    pthread_mutex_lock(&ring->lock);
+    if (!ring->end_status) ring->end_status = status;
+    pthread_cond_broadcast(&ring->work);
+    pthread_cond_broadcast(&ring->ready);
+    pthread_mutex_unlock(&ring->lock);
+}
+
+static struct timespec after_ns(uint64_t timeout_ns) {
+    uint64_t then = now_ns() + timeout_ns;
+    return (struct timespec){(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
+}
+
+int tc_ring_wait_retired(tc_ring *ring, uint64_t row, uint64_t timeout_ns) {
+    if (ring->pid != getpid()) return TC_CLOSED;
+    struct timespec until = after_ns(timeout_ns);
+    int status = TC_OK;
+    pthread_mutex_lock(&ring->lock);
+    ring->retired_target = row;
+    while (ring->retired_rows < row && !ring->closing && status == TC_OK) {
+        ring->n_retired_waiting++;
+        if (pthread_cond_timedwait(&ring->retired, &ring->lock, &until) == ETIMEDOUT) status = TC_TIMEOUT;
+        ring->n_retired_waiting--;
+    }
+    if (ring->closing)
+        status = TC_CLOSED;
+    else if (ring->retired_rows >= row)
+        status = TC_OK;
+    pthread_mutex_unlock(&ring->lock);
+    return status;
+}
+
+/* The status of the next batch if it can be told now, else TC_TIMEOUT. */
+static int next_status(const tc_ring *ring) {
+    const cell *c = &ring->cells[ring->next_take % ring->depth];
+    if (ring->closing) return TC_CLOSED;
+    if (ring->next_take < ring->next_cut) return c->state == READY ? TC_OK : TC_TIMEOUT;
+    return ring->end_status && ring->pushed_rows == ring->cut_rows ? ring->end_status : TC_TIMEOUT;
+}
+
+static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
+    cell *c = &ring->cells[ring->next_take++ % ring->depth];
+    int status = c->status;
+    c->state = EMPTY;
+    ring->taken_rows += c->n_rows;
+    ring->figures.batches++;
+    ring->figures.ready--;
+    *first_row = c->first_row;
+    if (status == TC_OK) {
+        *slot = c->slot;
+        ring->n_out++;
+        ring->figures.held_bytes += c->slot->capacity;
+    } else if (c->slot) {
+        slot_keep(ring, c->slot);
+    }
+    c->slot = NULL;
+    size_t room = (size_t)(ring->next_take + ring->depth - ring->next_cut), quarter = ring->depth / 4;
+    if (ring->n_work_waiting && room >= (quarter ? quarter : 1)) pthread_cond_signal(&ring->work);
+    return status;
+}
+
+int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row) {
+    if (ring->pid != getpid()) return TC_CLOSED;
+    pthread_mutex_lock(&ring->lock);
+    ring->retired_rows = ring->taken_rows;
+    if (ring->n_retired_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->retired);
+    int status = next_status(ring);
+    if (status == TC_TIMEOUT && timeout_ns) {
+        uint64_t start_ns = now_ns();
+        struct timespec until = after_ns(timeout_ns);
+        ring->n_ready_waiting++;
+        while ((status = next_status(ring)) == TC_TIMEOUT)
+            if (pthread_cond_timedwait(&ring->ready, &ring->lock, &until) == ETIMEDOUT) {
+                status = next_status(ring);
+                break;
+            }
+        ring->n_ready_waiting--;
+        ring->figures.waits++;
+        ring->figures.wait_ns += now_ns() - start_ns;
+    }
+    if (status == TC_OK) status = take_cell(ring, slot, first_row);
+    pthread_mutex_unlock(&ring->lock);
+    return status;
+}
+
+void tc_slot_release(tc_slot *slot) {
+    tc_ring *ring = slot->ring;
+    if (ring->pid != getpid()) return;
+    pthread_mutex_lock(&ring->lock);
+    ring->figures.held_bytes -= slot->capacity;
+    slot_keep(ring, slot);
+    ring->n_out--;
+    int last = ring->dropped && ring->n_out == 0;
+    pthread_mutex_unlock(&ring->lock);
+    if (last) free_ring(ring);
+}
+
+void tc_ring_close(tc_ring *ring) {
+    if (ring->pid != getpid()) return;
+    pthread_mutex_lock(&ring->lock);
+    size_t n_threads = ring->closing ? 0 : ring->n_threads;
+    ring->closing = 1;
+    pthread_cond_broadcast(&ring->work);
+    pthread_cond_broadcast(&ring->ready);
+    pthread_cond_broadcast(&ring->retired);
+    pthread_mutex_unlock(&ring->lock);
+    for (size_t i = 0; i < n_threads; i++) pthread_join(ring->threads[i], NULL);
+}
+
+void tc_ring_drop(tc_ring *ring) {
+    if (ring->pid != getpid()) return;
+    tc_ring_close(ring);
+    pthread_mutex_lock(&ring->lock);
+    ring->dropped = 1;
+    int last = ring->n_out == 0;
+    pthread_mutex_unlock(&ring->lock);
+    if (last) free_ring(ring);
+}
+
+void tc_ring_figures(tc_ring *ring, tc_figures *figures) {
+    memset(figures, 0, sizeof *figures);
+    if (ring->pid != getpid()) return;
+    pthread_mutex_lock(&ring->lock);
+    *figures = ring->figures;
+    pthread_mutex_unlock(&ring->lock);
+}

@@ -1,0 +1,84 @@
+/* Ring: threads that gather batches ahead of one consumer, without Python.
+ *
+ * A planner pushes parts (rows of a window, in served order); the ring cuts their sequence into batches of batch_rows; worker threads gather
+ * each batch into a slot of memory; the consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs
+ * to its taker until tc_slot_release (any thread): the memory is reused only then, and when takers hold all slots new ones are made.
+ *
+ * Locking: one mutex guards everything but the bytes of slots and sources. Each batch takes it once for a worker, once for the consumer and
+ * once at release (some 25 ns each uncontended). Conditions are signalled only where somebody waits, and a worker that waits for room is
+ * woken when a quarter of the depth is free, so that a fast consumer does not pay a wake-up (about 5 us here) for each batch.
+ *
+ * After fork the child has no workers: calls give TC_CLOSED, release and close do nothing (the mutex may be held by a thread that is gone).
+ */
+#ifndef TC_RING_H
+#define TC_RING_H
+#include "gather.h"
+
+enum {
+    TC_OK = 0,
+    TC_END = 1,     /* the planner ended the sequence and every batch was taken */
+    TC_FAILED = 2,  /* the planner failed; every batch before was taken */
+    TC_TIMEOUT = 3,
+    TC_CLOSED = 4,
+    TC_NOMEM = -12
+};
+
+/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_retired) or the ring is closed. */
+typedef struct {
+    const tc_source *sources; /* [n_streams][n_blocks] */
+    size_t n_blocks;
+    const uint32_t *block;
+    const uint32_t *row;
+    size_t n_rows;
+} tc_plan;
+
+typedef struct tc_ring tc_ring;
+
+/* A batch's memory. values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR stream. */
+typedef struct tc_slot {
+    tc_ring *ring;
+    struct tc_slot *next;
+    uint8_t *memory;
+    size_t capacity;
+    int own; /* memory is this slot's own mapping, not a piece of the ring's arena */
+    size_t n_rows;
+    size_t n_bytes; /* of the batch's values, those that references point to included */
+    size_t *values_at, *offsets_at, *n_elements;
+} tc_slot;
+
+typedef struct {
+    uint64_t batches;    /* taken */
+    uint64_t gather_ns;  /* of all workers */
+    uint64_t wait_ns;    /* the consumer's */
+    uint64_t waits;      /* how often the consumer had to wait */
+    uint64_t ready;      /* batches ready now */
+    uint64_t held_bytes; /* memory of slots that consumers hold */
+} tc_figures;
+
+/* slot_bytes: expected size of a batch (0: unknown); a slot grows when a batch is larger. NULL without memory or threads. */
+tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes);
+
+/* Append the plan's rows to the sequence. flush: a batch ends with the last of them, however short. TC_OK, TC_CLOSED or TC_NOMEM. */
+int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush);
+
+/* End the sequence (status TC_END or TC_FAILED): what is left makes a last, short batch. */
+void tc_ring_finish(tc_ring *ring, int status);
+
+/* Wait until rows of the sequence before `row` will never be read again. TC_OK, TC_TIMEOUT or TC_CLOSED. */
+int tc_ring_wait_retired(tc_ring *ring, uint64_t row, uint64_t timeout_ns);
+
+/* The next batch. TC_OK (*slot is the caller's), TC_END, TC_FAILED, TC_TIMEOUT, TC_CLOSED, TC_EIO (its source could not be read), TC_NOMEM.
+ * *first_row: the sequence's row that the batch begins with. Taking retires the rows of the batch that was taken before. */
+int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row);
+
+void tc_slot_release(tc_slot *slot);
+
+/* Wake everyone, join the workers. Slots that are out stay valid. Repeatable. */
+void tc_ring_close(tc_ring *ring);
+
+/* Close, and free once the last slot that is out is released. */
+void tc_ring_drop(tc_ring *ring);
+
+void tc_ring_figures(tc_ring *ring, tc_figures *figures);
+
+#endif

@@ -1,0 +1,35 @@
+"""Builds the C kernels and their Cython faces; everything else is in pyproject.toml."""
+
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+NATIVE = Path("src/tiercache/_native")
+C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+
+# extension -> the C files that it is made of; SIMD variants choose themselves by target attributes, so the flags stay portable
+SOURCES = {
+    "checksum": ["csrc/crc32c.c", "csrc/guard.c"],
+    "gather": ["csrc/gather.c", "csrc/guard.c"],
+    "permute": ["csrc/permute.c"],
+    "ring": ["csrc/ring.c", "csrc/gather.c", "csrc/guard.c"],
+}
+
+extensions = [
+    Extension(
+        f"tiercache._native.{name}",
+        [str(NATIVE / f"{name}.pyx"), *c_files],
+        include_dirs=["csrc"],
+        depends=[str(p) for p in Path("csrc").glob("*.h")],
+        extra_compile_args=C_FLAGS,
+        extra_link_args=["-pthread"],
+    )
+    for name, c_files in SOURCES.items()
+]
+setup(
+    ext_modules=cythonize(
+        extensions,
+        compiler_directives={"language_level": "3", "boundscheck": False, "wraparound": False, "cdivision": True, "embedsignature": True},
+    )
+)

@@ -1,0 +1,121 @@
+# cython: freethreading_compatible = True
+"""CRC-32C of buffers, of many addresses, and of the pages of one; every call runs under the SIGBUS guard.
+
+This module reads one environment variable itself, once, when it is imported: TIERCACHE_KERNEL (checksum.pyi says what it does).
+config.py cannot do it: it stands beside this layer, and a kernel is chosen before anything is configured.
+"""
+
+import os
+from errno import EIO
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+
+cdef extern from "guard.h" nogil:
+    void tc_guard_install()
+
+cdef extern from "crc32c.h" nogil:
+    int TC_CRC_KERNELS
+    void tc_crc32c_init()
+    int tc_crc32c_usable(int kernel)
+    int tc_crc32c(int kernel, uint32_t seed, const uint8_t *data, size_t n, uint32_t *out)
+    int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *lengths, size_t count, uint32_t *out)
+    int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole)
+    uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b)
+
+# Below it the hand-over of the GIL costs more than the sum.
+cdef size_t GIL_DROP_BYTES = 32 << 10
+_NAMES = ("portable", "sse42", "armv8")  # by the numbers of crc32c.h
+
+
+cdef int _check(int status) except -1:
+    if status < 0:
+        raise OSError(EIO, "the memory could not be read: its file was truncated, or the disk failed")
+    return 0
+
+
+def kernels() -> tuple[str, ...]:
+    return tuple(_NAMES[k] for k in range(TC_CRC_KERNELS) if tc_crc32c_usable(k))
+
+
+cdef int _number(object name) except -1:
+    if name not in _NAMES:
+        raise ValueError(f"no checksum kernel is called {name!r}; there are {', '.join(_NAMES)}")
+    cdef int number = _NAMES.index(name)
+    if not tc_crc32c_usable(number):
+        raise ValueError(f"checksum kernel {name!r} does not run on this machine; usable here: {', '.join(kernels())}")
+    return number
+
+
+cdef int _choose() except -1:
+    forced = os.environ.get("TIERCACHE_KERNEL", "")
+    if not forced:
+        return max(_number(name) for name in kernels())
+    try:
+        return _number(forced)
+    except ValueError as error:
+        raise ImportError(f"TIERCACHE_KERNEL={forced}: {error}") from None
+
+
+tc_crc32c_init()
+cdef int _kernel = _choose()
+KERNEL = _NAMES[_kernel]
+
+
+def crc32c(data, uint32_t seed=0, *, kernel=None) -> int:
+    cdef int number = _kernel if kernel is None else _number(kernel)
+    cdef uint32_t crc = 0
+    cdef int status
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        tc_guard_install()
+        if <size_t>view.len < GIL_DROP_BYTES:
+            status = tc_crc32c(number, seed, <const uint8_t *>view.buf, view.len, &crc)
+        else:
+            with nogil:
+                status = tc_crc32c(number, seed, <const uint8_t *>view.buf, view.len, &crc)
+    finally:
+        PyBuffer_Release(&view)
+    _check(status)
+    return crc
+
+
+def crc32c_many(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths not None, uint32_t[::1] out not None, *,
+                kernel=None) -> None:
+    cdef int number = _kernel if kernel is None else _number(kernel)
+    cdef size_t n = addresses.shape[0]
+    cdef int status
+    if <size_t>lengths.shape[0] != n or <size_t>out.shape[0] != n:
+        raise ValueError(f"{n} addresses need as many lengths and sums, got {lengths.shape[0]} and {out.shape[0]}")
+    if n == 0:
+        return
+    tc_guard_install()
+    with nogil:
+        status = tc_crc32c_many(number, &addresses[0], &lengths[0], n, &out[0])
+    _check(status)
+
+
+def crc32c_pages(uintptr_t address, size_t n_bytes, size_t page_bytes, uint32_t[::1] out not None, *, kernel=None) -> int:
+    cdef int number = _kernel if kernel is None else _number(kernel)
+    cdef uint32_t whole = 0
+    cdef int status
+    if page_bytes == 0:
+        raise ValueError("a page has at least one byte")
+    cdef size_t n_pages = n_bytes // page_bytes + (n_bytes % page_bytes != 0)
+    if <size_t>out.shape[0] != n_pages:
+        raise ValueError(f"{n_bytes} bytes are {n_pages} pages of {page_bytes} bytes, got room for {out.shape[0]} sums")
+    if n_pages == 0:
+        return 0
+    tc_guard_install()
+    if n_bytes < GIL_DROP_BYTES:
+        status = tc_crc32c_pages(number, <const uint8_t *>address, n_bytes, page_bytes, &out[0], &whole)
+    else:
+        with nogil:
+            status = tc_crc32c_pages(number, <const uint8_t *>address, n_bytes, page_bytes, &out[0], &whole)
+    _check(status)
+    return whole
+
+
+def combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b) -> int:
+    return tc_crc32c_combine(crc_a, crc_b, n_bytes_b)

@@ -1,0 +1,86 @@
+"""Threads that gather batches ahead of one consumer, without Python (csrc/ring.h)."""
+
+from typing import Final, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+END: Final[int]
+FAILED: Final[int]
+CLOSED: Final[int]
+
+class Figures(TypedDict):
+    """What a ring has done: batches taken, nanoseconds of gathering (all threads) and of waiting (the consumer), bytes that consumers hold."""
+
+    batches: int
+    gather_ns: int
+    wait_ns: int
+    waits: int
+    ready: int
+    held_bytes: int
+
+class Plan:
+    """A window's rows in served order, and what keeps their memory alive.
+
+    addresses: uint64[n_streams, n_blocks, 2]; block, row: uint32[n_rows]; held: any object that owns the memory behind the addresses.
+    """
+
+    def __init__(self, addresses: NDArray[np.uint64], block: NDArray[np.uint32], row: NDArray[np.uint32], held: object) -> None: ...
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def held(self) -> object: ...
+
+class Slot:
+    """A batch's memory, a writable buffer of bytes (give it to torch.frombuffer); reused when nothing refers to it any more."""
+
+    first_row: int
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the batch's values, those that references point to included."""
+
+    def places(self, stream: int) -> tuple[int, int, int]:
+        """Where stream's values begin (bytes), where its int64 offsets begin (VAR, bytes), how many elements it has (VAR)."""
+
+    def bytes_list(self, stream: int) -> list[bytes]:
+        """New bytes objects of a REF stream, filled from the source. Only before the next take()."""
+
+    def str_list(self, stream: int) -> list[str]:
+        """New str objects of a REF stream. Only before the next take(). Raises UnicodeDecodeError."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Ring:
+    """Batches in order. push, finish and wait_retired are one planner thread's; take is one consumer thread's; close and figures anyone's.
+
+    streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or 3: references) and width in bytes; depth: batches gathered ahead;
+    slot_bytes: expected size of a batch.
+    """
+
+    def __init__(
+        self, streams: NDArray[np.uint32], *, batch_rows: int, depth: int, n_threads: int, slot_bytes: int = 0
+    ) -> None: ...
+    def push(self, plan: Plan, flush: bool = False) -> bool:
+        """Append a plan's rows; flush: a batch ends with the last of them. False: the ring is closed."""
+
+    def finish(self, failed: bool = False) -> None:
+        """End the sequence; the rows left make a last, short batch. Then take() gives END, or FAILED."""
+
+    def wait_retired(self, n_plans: int) -> bool:
+        """Wait until at most n_plans pushed plans are still needed, and drop the others. False: the ring is closed."""
+
+    def take(self, timeout_s: float = -1.0) -> Slot | int:
+        """The next batch, or END, FAILED, CLOSED, or another int when timeout_s passed (negative: no limit).
+
+        Raises:
+            OSError: EIO, a mapped source of this batch could not be read.
+            KeyboardInterrupt: and whatever else a signal handler raises while it waits.
+        """
+
+    def close(self) -> None:
+        """Wake everyone and end the threads; slots that are out stay valid."""
+
+    def figures(self) -> Figures:
+        """What it has done so far."""

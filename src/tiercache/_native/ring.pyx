@@ -1,0 +1,232 @@
+"""Python face of csrc/ring.h: owns the ring, its plans and its slots; every wait is without the GIL and sees signals."""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EIO
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from collections import deque
+
+from tiercache._native.gather cimport bytes_of_refs, str_of_refs, tc_ref, tc_source, tc_stream
+
+cdef extern from "ring.h" nogil:
+    enum:
+        TC_OK
+        TC_END
+        TC_FAILED
+        TC_TIMEOUT
+        TC_CLOSED
+        TC_NOMEM
+
+    ctypedef struct tc_plan:
+        const tc_source *sources
+        size_t n_blocks
+        const uint32_t *block
+        const uint32_t *row
+        size_t n_rows
+
+    ctypedef struct tc_ring:
+        pass
+
+    ctypedef struct tc_slot:
+        uint8_t *memory
+        size_t capacity
+        size_t n_rows
+        size_t n_bytes
+        size_t *values_at
+        size_t *offsets_at
+        size_t *n_elements
+
+    ctypedef struct tc_figures:
+        uint64_t batches
+        uint64_t gather_ns
+        uint64_t wait_ns
+        uint64_t waits
+        uint64_t ready
+        uint64_t held_bytes
+
+    tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
+    int tc_ring_push(tc_ring *, const tc_plan *, int)
+    void tc_ring_finish(tc_ring *, int)
+    int tc_ring_wait_retired(tc_ring *, uint64_t, uint64_t)
+    int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
+    void tc_slot_release(tc_slot *)
+    void tc_ring_close(tc_ring *)
+    void tc_ring_drop(tc_ring *)
+    void tc_ring_figures(tc_ring *, tc_figures *)
+
+cdef extern from "guard.h" nogil:
+    enum:
+        TC_EIO
+    void tc_guard_install()
+
+tc_guard_install()
+
+END = TC_END
+FAILED = TC_FAILED
+CLOSED = TC_CLOSED
+
+# A wait is cut into slices, so that Ctrl-C is seen: PyErr_CheckSignals costs nothing beside one.
+cdef uint64_t SLICE_NS = 50_000_000
+
+
+cdef class Plan:
+    """A window's rows in served order, and what keeps their memory alive."""
+
+    cdef tc_plan plan
+    cdef object held
+    cdef const uint64_t[:, :, ::1] addresses
+    cdef const uint32_t[::1] block
+    cdef const uint32_t[::1] row
+
+    def __init__(
+        self, const uint64_t[:, :, ::1] addresses not None, const uint32_t[::1] block not None, const uint32_t[::1] row not None, held
+    ):
+        if addresses.shape[2] != 2:
+            raise ValueError(f"addresses need the shape [n_streams, n_blocks, 2], got {tuple(addresses.shape)}")
+        if block.shape[0] != row.shape[0]:
+            raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
+        self.addresses = addresses
+        self.block = block
+        self.row = row
+        self.held = held
+        self.plan.n_blocks = addresses.shape[1]
+        self.plan.n_rows = row.shape[0]
+        self.plan.sources = <const tc_source *>&addresses[0, 0, 0] if addresses.shape[0] and addresses.shape[1] else NULL
+        self.plan.block = &block[0] if row.shape[0] else NULL
+        self.plan.row = &row[0] if row.shape[0] else NULL
+
+    @property
+    def n_rows(self):
+        return self.plan.n_rows
+
+    @property
+    def held(self):
+        return self.held
+
+
+cdef class Slot:
+    """A batch's memory, as a writable buffer of bytes; goes back to the ring when the last tensor over it is dropped."""
+
+    cdef tc_slot *slot
+    cdef readonly uint64_t first_row
+
+    def __cinit__(self):
+        self.slot = NULL
+
+    def __dealloc__(self):
+        if self.slot != NULL:
+            tc_slot_release(self.slot)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.slot.memory, <Py_ssize_t>self.slot.capacity, 0, flags)
+
+    @property
+    def n_rows(self):
+        return self.slot.n_rows
+
+    @property
+    def n_bytes(self):
+        return self.slot.n_bytes
+
+    def places(self, size_t stream):
+        return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
+
+    def bytes_list(self, size_t stream):
+        return bytes_of_refs(<const tc_ref *>(self.slot.memory + self.slot.values_at[stream]), self.slot.n_rows)
+
+    def str_list(self, size_t stream):
+        return str_of_refs(<const tc_ref *>(self.slot.memory + self.slot.values_at[stream]), self.slot.n_rows)
+
+
+cdef class Ring:
+    """Gathers batches ahead of one consumer, in threads without Python. push, finish and wait_retired are the planner's; take the
+    consumer's; close and figures anyone's.
+    """
+
+    cdef tc_ring *ring
+    cdef object plans     # deque of (row after its last, Plan): pushed by the planner, retired by it
+    cdef uint64_t pushed
+
+    def __cinit__(self):
+        self.ring = NULL
+
+    def __init__(
+        self, const uint32_t[:, ::1] streams not None, *, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes=0
+    ):
+        if streams.shape[1] != 2:
+            raise ValueError(f"streams need the shape [n_streams, 2] (kind, width), got {tuple(streams.shape)}")
+        if batch_rows < 1 or depth < 1 or n_threads < 1:
+            raise ValueError(f"batch_rows, depth and n_threads must be 1 or more, got {batch_rows}, {depth}, {n_threads}")
+        self.plans = deque()
+        cdef const tc_stream *first = <const tc_stream *>&streams[0, 0] if streams.shape[0] else NULL
+        self.ring = tc_ring_new(first, streams.shape[0], batch_rows, depth, n_threads, slot_bytes)
+        if self.ring == NULL:
+            raise MemoryError(f"no memory or threads for a ring of {depth} batches of {slot_bytes} bytes")
+
+    def __dealloc__(self):
+        cdef tc_ring *ring = self.ring
+        if ring != NULL:
+            self.ring = NULL
+            with nogil:
+                tc_ring_drop(ring)
+
+    def push(self, Plan plan not None, bint flush=False):
+        cdef int status
+        self.pushed += plan.plan.n_rows
+        self.plans.append((self.pushed, plan))
+        status = tc_ring_push(self.ring, &plan.plan, flush)
+        if status == TC_NOMEM:
+            raise MemoryError("no memory to queue a window")
+        return status == TC_OK
+
+    def finish(self, bint failed=False):
+        tc_ring_finish(self.ring, TC_FAILED if failed else TC_END)
+
+    def wait_retired(self, size_t n_plans):
+        cdef int status = TC_OK
+        cdef uint64_t row
+        while len(self.plans) > n_plans:
+            row = self.plans[0][0]
+            with nogil:
+                status = tc_ring_wait_retired(self.ring, row, 3600 * <uint64_t>1_000_000_000)
+            if status == TC_CLOSED:
+                return False
+            if status == TC_OK:
+                self.plans.popleft()
+        return True
+
+    def take(self, double timeout_s=-1.0):
+        cdef tc_slot *slot = NULL
+        cdef uint64_t first_row = 0, left_ns, slice_ns
+        cdef int status = tc_ring_take(self.ring, 0, &slot, &first_row)
+        cdef bint for_ever = timeout_s < 0
+        left_ns = 0 if for_ever else <uint64_t>(timeout_s * 1e9)
+        while status == TC_TIMEOUT and (for_ever or left_ns > 0):
+            slice_ns = SLICE_NS if for_ever or left_ns > SLICE_NS else left_ns
+            with nogil:
+                status = tc_ring_take(self.ring, slice_ns, &slot, &first_row)
+            if status == TC_TIMEOUT:  # with a batch in hand the interpreter will see signals soon enough, and the batch is not lost
+                PyErr_CheckSignals()
+            left_ns -= slice_ns if not for_ever else 0
+        cdef Slot out
+        if status == TC_OK:
+            out = Slot.__new__(Slot)
+            out.slot = slot
+            out.first_row = first_row
+            return out
+        if status == TC_EIO:
+            raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
+        if status == TC_NOMEM:
+            raise MemoryError("no memory for a batch")
+        return status
+
+    def close(self):
+        with nogil:
+            tc_ring_close(self.ring)
+        self.plans.clear()
+
+    def figures(self):
+        cdef tc_figures figures
+        tc_ring_figures(self.ring, &figures)
+        return figures

@@ -1,0 +1,132 @@
+"""Frozen values that cross the borders between layers, and the text forms of sizes and durations."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgtp", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024), ("i", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
+    """Bytes of a size: an integer, or "8KB", "256MiB", or "80%" where whole_bytes is given.
+
+    Raises:
+        ValueError: the text is not a size, or is negative.
+        TypeError: neither int nor str.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"a size is an int (bytes) or a str such as '256MiB', got {size!r}")
+    if isinstance(size, int):
+        if size < 0:
+            raise ValueError(f"a size cannot be negative, got {size}")
+        return size
+    if (match := _PERCENT.fullmatch(size)) and whole_bytes is not None:
+        return int(whole_bytes * float(match[1]) / 100)
+    match = _SIZE.fullmatch(size)
+    if match is None or match[2].lower() not in _UNITS:
+        percent = ", '80%'" if whole_bytes is not None else ""
+        raise ValueError(f"not a size: {size!r}; write bytes as an int, or '8KB', '256MiB', '2TB'{percent}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_duration(text: int | float | str) -> float:
+    """Seconds of a duration: a number (seconds), or "30s", "5m", "24h", "7d".
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        return float(text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|w)\s*", str(text))
+    if match is None:
+        raise ValueError(f"not a duration: {text!r}; write seconds as a number, or '30s', '5m', '24h', '7d'")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def format_bytes(n_bytes: float) -> str:
+    """A size for people: "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n_bytes) < 1024 or unit == "TiB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return ""  # not reached: the loop ends at TiB
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ByteRange:
+    """Half-open range of bytes [start, end)."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"a byte range needs 0 <= start <= end, got [{self.start}, {self.end})")
+
+    @property
+    def n_bytes(self) -> int:
+        """Its length."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says of an object; None where it does not say. modified_s: seconds since the epoch, by the store's clock."""
+
+    key: str
+    n_bytes: int
+    etag: str | None = None
+    version: str | None = None
+    crc32c: int | None = None
+    modified_s: float | None = None
+    storage_class: str | None = None
+    restore: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIdentity:
+    """What a shard *is*, wherever it lies: the key of every copy. Ids are lower-case hex."""
+
+    dataset_id: str
+    shard_id: str
+    n_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A row of a data set's segment: one shard. name: relative to the data set's URL; crc32c: of the whole file.
+
+    stats_json: per-column statistics as JSON text: {column: {"min":, "max":, "nulls":, "bytes":}}.
+    """
+
+    name: str
+    shard_id: str
+    n_records: int
+    n_bytes: int
+    crc32c: int
+    footer_offset: int
+    footer_bytes: int
+    stats_json: str = "{}"
+
+    def identity(self, dataset_id: str) -> ShardIdentity:
+        """The identity that the cache and the tiers key copies by."""
+        return ShardIdentity(dataset_id, self.shard_id, self.n_bytes, self.crc32c)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What a loader will read next: shards in reading order, with identities; epoch and position are for people."""
+
+    owner: str
+    shards: tuple[tuple[str, ShardIdentity], ...] = field(default=())
+    epoch: int = 0
+    position: int = 0

@@ -1,0 +1,65 @@
+"""Counters and wait-time histograms that many threads add to and anyone may read."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+
+# Upper edges of the histogram's bins in seconds: 1 us to 1000 s, ten to a decade, so a percentile is right within 26 %.
+_EDGES_S = tuple(10 ** (exponent / 10) for exponent in range(-60, 31))
+
+
+class Counters:
+    """Named sums. All methods are safe from any thread; each holds the lock for one addition or one copy."""
+
+    def __init__(self, *names: str) -> None:
+        self._lock = threading.Lock()
+        self._sums: dict[str, float] = dict.fromkeys(names, 0)
+
+    def add(self, name: str, n: float = 1) -> None:
+        """Add n to the sum called name."""
+        with self._lock:
+            self._sums[name] = self._sums.get(name, 0) + n
+
+    def __getitem__(self, name: str) -> float:
+        with self._lock:
+            return self._sums.get(name, 0)
+
+    def snapshot(self) -> dict[str, float]:
+        """All sums, of one instant."""
+        with self._lock:
+            return dict(self._sums)
+
+
+class Waits:
+    """A histogram of waiting times. One thread adds; any thread reads (figures may then be one addition apart)."""
+
+    def __init__(self) -> None:
+        self._bins = [0] * (len(_EDGES_S) + 1)
+        self.n_waits = 0
+        self.total_s = 0.0
+
+    def add(self, wait_s: float) -> None:
+        """Count one wait."""
+        self._bins[bisect_left(_EDGES_S, wait_s)] += 1
+        self.n_waits += 1
+        self.total_s += wait_s
+
+    def quantile(self, share: float) -> float:
+        """Upper edge in seconds of the bin that the share (0 to 1) of waits ends in; 0.0 when nothing was counted."""
+        seen, want = 0, share * self.n_waits
+        for edge_s, count in zip(_EDGES_S, self._bins, strict=False):
+            seen += count
+            if count and seen >= want:
+                return edge_s
+        return 0.0 if not self.n_waits else _EDGES_S[-1]
+
+    def snapshot(self) -> dict[str, float]:
+        """p50, p95, p99, total in seconds and the number of waits."""
+        return {
+            "p50": self.quantile(0.50),
+            "p95": self.quantile(0.95),
+            "p99": self.quantile(0.99),
+            "total": self.total_s,
+            "n": self.n_waits,
+        }

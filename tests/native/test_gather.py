@@ -1,0 +1,150 @@
+"""The gather kernels against plain numpy, over every kind of stream."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache._native import gather
+
+
+def addresses(*blocks: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
+    return np.array([[v.ctypes.data, 0 if o is None else o.ctypes.data] for v, o in blocks], np.uint64).reshape(-1, 2)
+
+
+@st.composite
+def places(draw, n_rows_of_blocks):
+    n = draw(st.integers(0, 40))
+    block = [draw(st.integers(0, len(n_rows_of_blocks) - 1)) for _ in range(n)]
+    row = [draw(st.integers(0, n_rows_of_blocks[b] - 1)) for b in block]
+    return np.array(block, np.uint32), np.array(row, np.uint32)
+
+
+@given(st.data(), st.integers(0, 200), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_fixed_rows_are_those_of_numpy_indexing(data, width, n_rows):
+    rng = np.random.default_rng(width)
+    blocks = [rng.integers(0, 256, (n, width), dtype=np.uint8) for n in n_rows]
+    block, row = data.draw(places(n_rows))
+    out = np.full(len(row) * width + 3, 7, np.uint8)
+    gather.gather(gather.FIXED, width, addresses(*[(b, None) for b in blocks]), block, row, out)
+    expected = [blocks[b][r] for b, r in zip(block, row, strict=True)]
+    assert out[: len(row) * width].tobytes() == b"".join(e.tobytes() for e in expected)
+    assert (out[len(row) * width :] == 7).all()
+
+
+@given(st.data(), st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_bits_become_bytes_and_a_missing_buffer_means_all_valid(data, n_rows):
+    rng = np.random.default_rng(len(n_rows))
+    flags = [rng.integers(0, 2, n, dtype=np.uint8) for n in n_rows]
+    packed = [np.packbits(f, bitorder="little") for f in flags]
+    missing = data.draw(st.integers(0, len(n_rows) - 1))
+    sources = addresses(*[(p, None) for p in packed])
+    sources[missing] = 0
+    flags[missing][:] = 1
+    block, row = data.draw(places(n_rows))
+    out = np.zeros(len(row), np.uint8)
+    gather.gather(gather.BITS, 0, sources, block, row, out)
+    assert out.tolist() == [flags[b][r] for b, r in zip(block, row, strict=True)]
+
+
+@given(st.data(), st.lists(st.lists(st.binary(max_size=9), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_varied_rows_come_back_as_buffer_as_bytes_and_as_str(data, texts):
+    texts = [[t.hex().encode() for t in block] for block in texts]
+    values = [np.frombuffer(b"".join(block) or b"\0", np.uint8) for block in texts]
+    offsets = [np.cumsum([0, *map(len, block)], dtype=np.int64) for block in texts]
+    sources = addresses(*zip(values, offsets, strict=True))
+    block, row = data.draw(places([len(t) for t in texts]))
+    expected = [texts[b][r] for b, r in zip(block, row, strict=True)]
+    found = gather.measure(sources, block, row)
+    assert found.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+    out = np.zeros(int(found[-1]), np.uint8)
+    gather.gather(gather.VAR, 1, sources, block, row, out, found)
+    assert out.tobytes() == b"".join(expected)
+    assert gather.gather_bytes(sources, block, row) == expected
+    assert gather.gather_str(sources, block, row) == [e.decode() for e in expected]
+
+
+def test_elements_wider_than_a_byte_are_counted_in_elements():
+    values = np.arange(10, dtype=np.float32)
+    offsets = np.array([0, 3, 3, 10], np.int64)
+    sources = addresses((values, offsets))
+    block, row = np.zeros(3, np.uint32), np.array([2, 1, 0], np.uint32)
+    found = gather.measure(sources, block, row)
+    out = np.zeros(10, np.float32)
+    gather.gather(gather.VAR, 4, sources, block, row, out.view(np.uint8), found)
+    assert found.tolist() == [0, 7, 7, 10]
+    assert out.tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "limit", "fine"),
+    [([0], 0, True), ([0, 1, 1, 5], 5, True), ([0, 1, 1, 5], 4, False), ([0, 2, 1, 5], 5, False), ([-1, 1], 5, False)],
+)
+def test_offsets_are_fine_only_if_they_never_fall_and_stay_inside(offsets, limit, fine):
+    array = np.array(offsets, np.int64)
+    assert gather.offsets_ok(array.ctypes.data, len(offsets) - 1, limit) is fine
+
+
+def test_an_output_that_is_too_short_is_refused_and_nothing_is_written():
+    rows = np.arange(8, dtype=np.uint16)
+    out = np.full(3, 9, np.uint8)
+    zeros = np.zeros(2, np.uint32)
+    with pytest.raises(ValueError, match="expected at least 4 bytes, got 3"):
+        gather.gather(gather.FIXED, 2, addresses((rows, None)), zeros, zeros, out)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize("bad", ["lengths", "kind", "offsets"])
+def test_arguments_that_do_not_fit_are_refused(bad):
+    sources = addresses((np.arange(8, dtype=np.uint8), None))
+    two, three, out = np.zeros(2, np.uint32), np.zeros(3, np.uint32), np.zeros(8, np.uint8)
+    with pytest.raises(ValueError, match={"lengths": "one length", "kind": "FIXED", "offsets": "measure"}[bad]):
+        if bad == "lengths":
+            gather.gather(gather.FIXED, 1, sources, two, three, out)
+        elif bad == "kind":
+            gather.gather(9, 1, sources, two, two, out)
+        else:
+            gather.gather(gather.VAR, 1, sources, two, two, out)
+
+
+def test_text_that_is_not_utf8_is_an_error():
+    values, offsets = np.frombuffer(b"\xff\xfe", np.uint8), np.array([0, 2], np.int64)
+    zero = np.zeros(1, np.uint32)
+    with pytest.raises(UnicodeDecodeError):
+        gather.gather_str(addresses((values, offsets)), zero, zero)
+
+
+def test_a_file_truncated_while_it_is_mapped_is_an_error_again_and_again(tmp_path):
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 65536)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 65536, access=mmap.ACCESS_READ) as mapping:
+        view = np.frombuffer(mapping, np.uint8)
+        sources = np.array([[view.ctypes.data, 0]], np.uint64)
+        zero, out = np.zeros(1, np.uint32), np.zeros(4096, np.uint8)
+        gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
+        file.truncate(0)
+        for _ in range(3):
+            with pytest.raises(OSError, match="truncated"):
+                gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
+            with pytest.raises(OSError, match="truncated"):
+                gather.copy_guarded(view.ctypes.data, out)
+        del view
+
+
+def test_a_fault_that_is_not_ours_still_ends_the_process_with_its_signal():
+    code = """
+import mmap, os, tempfile
+from tiercache._native import checksum, gather
+f = tempfile.TemporaryFile(); f.truncate(4096)
+m = mmap.mmap(f.fileno(), 4096); f.truncate(0)
+m[0]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env={**os.environ})
+    assert done.returncode == -7

@@ -1,0 +1,186 @@
+"""The keyed permutation: a bijection for every n, the same for ever, and as random as a shuffle."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tiercache._native.permute import MAX_N, RowFinder, invert_one, permute, permute_one
+
+WORDS = st.integers(0, 2**64 - 1)
+KEYS = st.one_of(st.binary(min_size=16, max_size=16), st.tuples(WORDS, WORDS))
+
+# Written once: runs in progress resume by these values, so a change here breaks users.
+GOLDEN = [
+    (b"\0" * 16, 10, 0, [8, 5, 1, 3, 4, 7, 0, 9, 2, 6]),
+    ((1, 2), 1000, 0, [571, 73, 249, 555, 340, 85, 909, 165, 0, 543]),
+    ((1, 2), 1000, 990, [106, 405, 809, 448, 483, 973, 663, 869, 764, 738]),
+    ((2**64 - 1, 2**63), 2**63, 0, [2524054120276314227, 4410559446340574125, 1239285910318666810]),
+    ((2**64 - 1, 2**63), 2**63, 2**63 - 3, [7544619841469163714, 459705393954161000, 8249038996470584617]),
+]
+
+
+def shuffled(key: tuple[int, int] | bytes, n: int, start: int = 0, m: int | None = None) -> np.ndarray:
+    out = np.empty(n if m is None else m, np.uint64)
+    permute(key, n, start, out)
+    return out
+
+
+def z_score(counts: np.ndarray, degrees: int) -> float:
+    """Standard deviations by which a chi-square of equally likely counts is off."""
+    expected = counts.mean()
+    return (float(((counts - expected) ** 2).sum() / expected) - degrees) / math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize(("key", "n", "start", "expected"), GOLDEN)
+def test_values_stay_the_same_for_ever(key: tuple[int, int] | bytes, n: int, start: int, expected: list[int]) -> None:
+    assert shuffled(key, n, start, len(expected)).tolist() == expected
+
+
+def test_every_small_n_is_permuted_bijectively() -> None:
+    for n in [*range(1, 600), *range(1000, 1050), 4095, 4096, 4097]:
+        assert np.array_equal(np.sort(shuffled((n, 1), n)), np.arange(n))
+
+
+@given(KEYS, st.integers(1, 60_000))
+def test_any_n_is_permuted_bijectively(key: tuple[int, int] | bytes, n: int) -> None:
+    assert np.array_equal(np.sort(shuffled(key, n)), np.arange(n))
+
+
+@given(KEYS, st.integers(1, MAX_N), st.data())
+@example((0, 0), MAX_N, None)
+@example((0, 0), MAX_N - 1, None)
+def test_records_are_inside_and_lead_back_to_their_positions(
+    key: tuple[int, int] | bytes, n: int, data: st.DataObject | None
+) -> None:
+    position = n - 1 if data is None else data.draw(st.integers(0, n - 1))
+    record = permute_one(key, n, position)
+    assert 0 <= record < n
+    assert invert_one(key, n, record) == position
+
+
+@given(KEYS, st.integers(1, MAX_N), st.data())
+def test_a_run_is_what_its_positions_give_one_by_one(key: tuple[int, int] | bytes, n: int, data: st.DataObject) -> None:
+    m = data.draw(st.integers(0, min(n, 40)))
+    start = data.draw(st.integers(0, n - m))
+    assert shuffled(key, n, start, m).tolist() == [permute_one(key, n, start + i) for i in range(m)]
+
+
+def test_a_key_of_bytes_is_its_two_little_endian_words() -> None:
+    key = bytes(range(16))
+    words = (int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"))
+    assert np.array_equal(shuffled(key, 5000), shuffled(words, 5000))
+
+
+@pytest.mark.parametrize(
+    ("key", "n", "start", "m"),
+    [((0, 0), 0, 0, 0), ((0, 0), MAX_N + 1, 0, 1), ((0, 0), 10, 5, 6), ((0, 0), 10, -1, 2), (b"short", 10, 0, 1)],
+)
+def test_values_out_of_range_are_refused(key: tuple[int, int] | bytes, n: int, start: int, m: int) -> None:
+    with pytest.raises(ValueError, match=r"needs|not inside|16 bytes"):
+        permute(key, n, start, np.empty(m, np.uint64))
+
+
+def test_an_array_of_another_type_or_read_only_is_refused() -> None:
+    frozen = np.empty(4, np.uint64)
+    frozen.flags.writeable = False
+    for out in (np.empty(4, np.int32), np.empty(8, np.uint64)[::2], frozen):
+        with pytest.raises(ValueError, match=r"Buffer dtype|not C.?contiguous|contiguous|read-only"):
+            permute((0, 0), 4, 0, out)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_all_orders_of_a_few_records_come_equally_often(n: int) -> None:
+    orders = {order: i for i, order in enumerate(itertools.permutations(range(n)))}
+    counts = np.zeros(len(orders))
+    for key in range(len(orders) * 40):
+        counts[orders[tuple(shuffled((key, 0), n).tolist())]] += 1
+    assert abs(z_score(counts, len(orders) - 1)) < 4.5
+
+
+@pytest.mark.parametrize("n", [7, 16, 31, 100])
+def test_every_record_comes_at_every_position_equally_often(n: int) -> None:
+    counts = np.zeros((n, n))
+    for key in range(4000):
+        counts[np.arange(n), shuffled((0, key), n).astype(np.int64)] += 1
+    # A permutation fills each row and each column once: n (n - 1) is the mean of its chi-square.
+    assert abs(z_score(counts.ravel(), n * (n - 1))) < 4.5
+
+
+@pytest.mark.parametrize("n", [101, 1023, 1024, 10_007])
+def test_steps_between_neighbours_are_uniform(n: int) -> None:
+    counts = np.zeros(n)
+    for key in range(400_000 // n):
+        order = shuffled((key, key), n).astype(np.int64)
+        counts += np.bincount(np.diff(order) % n, minlength=n)
+    assert abs(z_score(counts[1:], n - 2)) < 4.5
+
+
+@pytest.mark.parametrize("n", [2**20, 10**6, 10**9 + 7, MAX_N])
+def test_pairs_of_neighbours_are_independent(n: int) -> None:
+    order = shuffled((3, 4), n, 0, 400_000)
+    cells = (order.astype(np.float64) * (32 / n)).astype(np.int64)
+    counts = np.bincount(cells[:-1:2] * 32 + cells[1::2], minlength=1024).astype(np.float64)
+    assert abs(z_score(counts, 1023)) < 4.5
+    for lag in (1, 2, 3, 1000, 1024):
+        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 4.5 / math.sqrt(len(order))
+
+
+def test_order_is_as_far_from_stored_order_as_a_shuffle_of_numpy_is() -> None:
+    n = 200_000
+    rng = np.random.default_rng(1)
+    for order in (shuffled((9, 9), n), rng.permutation(n)):
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 4.5 / math.sqrt(n)
+        moved = np.abs(order.astype(np.float64) - np.arange(n)).mean() / n
+        assert abs(moved - 1 / 3) < 0.005
+        assert np.count_nonzero(order == np.arange(n)) < 10
+
+
+def test_one_bit_of_the_key_changes_everything() -> None:
+    n = 100_000
+    base = shuffled((0, 0), n)
+    for bit in range(0, 128, 5):
+        key = (1 << bit & (2**64 - 1), 1 << bit >> 64)
+        other = shuffled(key, n)
+        assert np.count_nonzero(other == base) < 12
+        assert abs(np.corrcoef(base, other)[0, 1]) < 4.5 / math.sqrt(n)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.one_of(st.none(), KEYS), st.data())
+def test_rows_are_found_in_the_blocks_that_hold_them(
+    records: list[int], key: tuple[int, int] | bytes | None, data: st.DataObject
+) -> None:
+    first = np.concatenate([[0], np.cumsum(records)]).astype(np.int64)
+    n = int(first[-1])
+    lo = data.draw(st.integers(0, n))
+    hi = data.draw(st.integers(lo, n))
+    block, row = np.empty(hi - lo, np.uint32), np.empty(hi - lo, np.uint32)
+    RowFinder(first, key).find(lo, block, row)
+    expected = np.arange(lo, hi) if key is None else shuffled(key, n, lo, hi - lo).astype(np.int64)
+    assert np.array_equal(block, np.searchsorted(first, expected, side="right") - 1)
+    assert np.array_equal(row, expected - first[block])
+
+
+def test_rows_are_found_in_very_uneven_blocks() -> None:
+    records = np.array([1] * 5000 + [1_000_000] + [0] * 5000 + [3] * 10, np.int64)
+    first = np.concatenate([[0], np.cumsum(records)])
+    block, row = np.empty(first[-1], np.uint32), np.empty(first[-1], np.uint32)
+    RowFinder(first, None).find(0, block, row)
+    assert np.array_equal(first[block] + row, np.arange(first[-1]))
+    assert np.all(row < records[block])
+
+
+def test_cumulative_rows_that_cannot_be_are_refused() -> None:
+    for first in ([0], [0, 0], [1, 2], [0, 5, 3], [0, -1, 4], [0, 2**32, 2**32 + 1]):
+        with pytest.raises(ValueError, match=r"first must be|rows; a block"):
+            RowFinder(np.array(first, np.int64), None)
+
+
+def test_places_outside_the_blocks_are_refused() -> None:
+    finder = RowFinder(np.array([0, 4], np.int64), None)
+    for start, m_block, m_row in ((0, 5, 5), (4, 1, 1), (-1, 1, 1), (0, 2, 3)):
+        with pytest.raises(ValueError, match=r"not inside|one length"):
+            finder.find(start, np.empty(m_block, np.uint32), np.empty(m_row, np.uint32))

@@ -1,0 +1,264 @@
+"""The ring: batches in order, memory that is never reused while somebody looks at it, and an end in every case."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiercache._native import gather
+from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring
+
+REF = 3
+WIDTH = 24
+
+
+def fixed_streams(width: int = WIDTH) -> np.ndarray:
+    return np.array([[gather.FIXED, width]], np.uint32)
+
+
+def plan_of(rows: np.ndarray, order: np.ndarray) -> Plan:
+    """A plan over one block of fixed rows."""
+    addresses = np.array([[[rows.ctypes.data, 0]]], np.uint64)
+    return Plan(addresses, np.zeros(len(order), np.uint32), order.astype(np.uint32), rows)
+
+
+def take_all(ring: Ring, width: int = WIDTH) -> list[np.ndarray]:
+    batches = []
+    while not isinstance(slot := ring.take(10), int):
+        batches.append(np.frombuffer(memoryview(slot), np.uint8, slot.n_rows * width).reshape(-1, width).copy())
+    assert slot == END
+    return batches
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 50), max_size=6),
+    st.integers(1, 17),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([0, 64, 1 << 12]),
+)
+def test_rows_come_in_the_order_pushed_cut_into_batches(sizes, batch_rows, depth, n_threads, slot_bytes):
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 256, (max(n, 1), WIDTH), dtype=np.uint8) for n in sizes]
+    orders = [rng.permutation(n) for n in sizes]
+    ring = Ring(fixed_streams(), batch_rows=batch_rows, depth=depth, n_threads=n_threads, slot_bytes=slot_bytes)
+    for rows, order in zip(parts, orders, strict=True):
+        assert ring.push(plan_of(rows, order))
+    ring.finish()
+    found = take_all(ring)
+    ring.close()
+    expected = np.concatenate([p[o] for p, o in zip(parts, orders, strict=True)]) if sizes else np.zeros((0, WIDTH))
+    assert [len(b) for b in found[:-1]] == [batch_rows] * (len(found) - 1)
+    assert np.array_equal(np.concatenate(found) if found else np.zeros((0, WIDTH)), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=8), st.integers(1, 7))
+def test_a_flush_ends_the_batch_early(parts, batch_rows):
+    rows = np.arange(20 * WIDTH, dtype=np.uint8).reshape(20, WIDTH)
+    expected, current = [], 0
+    for n, flush in parts:
+        current += n
+        while current >= batch_rows:
+            expected.append(batch_rows)
+            current -= batch_rows
+        if flush and current:
+            expected.append(current)
+            current = 0
+    expected += [current] * (current > 0)
+    ring = Ring(fixed_streams(), batch_rows=batch_rows, depth=3, n_threads=2)
+    for n, flush in parts:
+        ring.push(plan_of(rows, np.arange(n)), flush)
+    ring.finish()
+    assert [len(b) for b in take_all(ring)] == expected
+    ring.close()
+
+
+def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
+    rng = np.random.default_rng(3)
+    texts = [[bytes(rng.integers(97, 123, rng.integers(0, 9), dtype=np.uint8)) for _ in range(30)] for _ in range(3)]
+    labels = [rng.integers(-9, 9, 30) for _ in texts]
+    flags = [rng.integers(0, 2, 30, dtype=np.uint8) for _ in texts]
+    plans, held = [], []
+    for block, label, flag in zip(texts, labels, flags, strict=True):
+        values = np.frombuffer(b"".join(block), np.uint8)
+        offsets = np.cumsum([0, *map(len, block)], dtype=np.int64)
+        bits = np.packbits(flag, bitorder="little")
+        held.append((values, offsets, bits))
+        var = [[values.ctypes.data, offsets.ctypes.data]]
+        addresses = np.array([var, var, [[label.ctypes.data, 0]], [[bits.ctypes.data, 0]]], np.uint64)
+        plans.append(Plan(addresses, np.zeros(30, np.uint32), np.arange(30, dtype=np.uint32), None))
+    streams = np.array([[REF, 1], [gather.VAR, 1], [gather.FIXED, 8], [gather.BITS, 0]], np.uint32)
+    ring = Ring(streams, batch_rows=13, depth=4, n_threads=2, slot_bytes=64)
+    for plan in plans:
+        ring.push(plan)
+    ring.finish()
+    found = {"ref": [], "var": [], "label": [], "flag": []}
+    n_bytes = 0
+    while not isinstance(slot := ring.take(10), int):
+        n, view = slot.n_rows, memoryview(slot)
+        found["ref"] += slot.bytes_list(0)
+        assert slot.str_list(0) == [b.decode() for b in slot.bytes_list(0)]
+        values_at, offsets_at, n_elements = slot.places(1)
+        ends = np.frombuffer(view, np.int64, n + 1, offsets_at)
+        assert ends[-1] == n_elements
+        found["var"] += [bytes(view[values_at + a : values_at + b]) for a, b in zip(ends, ends[1:], strict=False)]
+        found["label"] += np.frombuffer(view, np.int64, n, slot.places(2)[0]).tolist()
+        found["flag"] += np.frombuffer(view, np.uint8, n, slot.places(3)[0]).tolist()
+        n_bytes += slot.n_bytes
+        del view, ends
+    ring.close()
+    flat = [t for block in texts for t in block]
+    assert found["ref"] == found["var"] == flat
+    assert found["label"] == np.concatenate(labels).tolist()
+    assert found["flag"] == np.concatenate(flags).tolist()
+    assert n_bytes == 2 * sum(map(len, flat)) + 90 * 9
+
+
+def test_slots_that_are_held_are_never_written_again_and_come_back_when_dropped():
+    rows = np.arange(4000 * 8, dtype=np.uint8).reshape(4000, 8)
+    ring = Ring(fixed_streams(8), batch_rows=10, depth=4, n_threads=2, slot_bytes=80)
+    ring.push(plan_of(rows, np.arange(4000)))
+    ring.finish()
+    held = []
+    while not isinstance(slot := ring.take(10), int):
+        held.append(slot)
+    assert np.array_equal(
+        np.concatenate([np.frombuffer(memoryview(s), np.uint8, 80).reshape(10, 8) for s in held]), rows
+    )
+    assert ring.figures()["held_bytes"] >= 4000 * 8
+    del held, slot
+    gc.collect()
+    assert ring.figures()["held_bytes"] == 0
+    ring.close()
+
+
+def test_a_slot_outlives_its_ring():
+    rows = np.arange(80, dtype=np.uint8).reshape(10, 8)
+    ring = Ring(fixed_streams(8), batch_rows=10, depth=2, n_threads=1)
+    ring.push(plan_of(rows, np.arange(10)))
+    ring.finish()
+    slot = ring.take(10)
+    ring.close()
+    del ring
+    gc.collect()
+    assert bytes(memoryview(slot)[:80]) == rows.tobytes()
+
+
+def test_close_wakes_a_waiting_consumer_and_a_waiting_planner():
+    ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
+    rows = np.zeros((8, WIDTH), np.uint8)
+    ring.push(plan_of(rows, np.arange(3)))
+    seen: dict[str, object] = {}
+    threads = [
+        threading.Thread(target=lambda: seen.update(take=ring.take())),
+        threading.Thread(target=lambda: seen.update(retired=ring.wait_retired(0))),
+    ]
+    for thread in threads:
+        thread.start()
+    ring.close()
+    for thread in threads:
+        thread.join(10)
+    assert seen == {"take": CLOSED, "retired": False}
+    assert ring.push(plan_of(rows, np.arange(3))) is False
+
+
+def test_a_failed_planner_is_heard_of_after_every_whole_batch_before():
+    rows = np.zeros((8, WIDTH), np.uint8)
+    ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
+    ring.push(plan_of(rows, np.arange(8)))
+    ring.finish(failed=True)
+    assert ring.take(10).n_rows == 4
+    assert ring.take(10).n_rows == 4
+    assert ring.take(10) == FAILED
+    assert ring.take(10) == FAILED
+    ring.close()
+
+
+def test_a_wait_ends_with_its_deadline():
+    ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
+    assert ring.take(0.01) not in (END, FAILED, CLOSED)
+    ring.close()
+
+
+def test_plans_are_held_until_their_rows_are_retired_and_no_longer():
+    class Held:
+        pass
+
+    alive = []
+    ring = Ring(fixed_streams(8), batch_rows=4, depth=2, n_threads=1)
+    for _ in range(3):
+        rows = np.zeros((4, 8), np.uint8)
+        held = Held()
+        held.rows = rows
+        alive.append(held)
+        addresses = np.array([[[rows.ctypes.data, 0]]], np.uint64)
+        ring.push(Plan(addresses, np.zeros(4, np.uint32), np.arange(4, dtype=np.uint32), held))
+    ring.finish()
+    import weakref
+
+    references = [weakref.ref(h) for h in alive]
+    alive.clear()
+    del held, rows
+    for _ in range(3):
+        ring.take(10)
+    assert ring.take(10) == END
+    assert ring.wait_retired(1)
+    gc.collect()
+    assert [r() is not None for r in references] == [False, False, True]
+    ring.close()
+    gc.collect()
+    assert references[2]() is None
+
+
+def test_a_file_truncated_under_a_running_ring_is_an_error_of_its_batch(tmp_path):
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * (64 << 10))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 64 << 10, access=mmap.ACCESS_READ) as mapping:
+        view = np.frombuffer(mapping, np.uint8).reshape(16, 4096)
+        ring = Ring(fixed_streams(4096), batch_rows=4, depth=1, n_threads=1)
+        ring.push(plan_of(view, np.arange(16)))
+        ring.finish()
+        first = ring.take(10)
+        assert first.n_rows == 4
+        file.truncate(4096)
+        with pytest.raises(OSError, match="truncated"):
+            for _ in range(3):
+                ring.take(10)
+        ring.close()
+        del view, ring, first
+        gc.collect()
+
+
+def test_a_forked_child_finds_the_ring_closed_and_may_drop_everything():
+    rows = np.zeros((400, WIDTH), np.uint8)
+    ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=2)
+    ring.push(plan_of(rows, np.arange(400)))
+    slot = ring.take(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": that is what is tested
+        child = os.fork()
+    if child == 0:
+        ok = ring.take(10) == CLOSED and not ring.push(plan_of(rows, np.arange(4)))
+        del slot
+        ring.close()
+        del ring
+        os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ring.take(10).n_rows == 4
+    ring.close()
+
+
+@pytest.mark.parametrize("bad", [{"batch_rows": 0}, {"depth": 0}, {"n_threads": 0}])
+def test_a_ring_without_rows_depth_or_threads_is_refused(bad):
+    with pytest.raises(ValueError, match="1 or more"):
+        Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
