@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -36,8 +37,8 @@ typedef struct {
 
 struct tc_ring {
     pthread_mutex_t lock;
-    pthread_cond_t work, ready, retired;
-    size_t n_work_waiting, n_ready_waiting, n_retired_waiting;
+    pthread_cond_t work, ready, room;
+    size_t n_work_waiting, n_ready_waiting, n_room_waiting;
     pid_t pid;
 
     size_t n_streams, batch_rows, depth;
@@ -59,6 +60,10 @@ struct tc_ring {
     pthread_t *threads;
     tc_figures figures;
 };
+
+static _Atomic size_t held_bytes;
+
+size_t tc_held_bytes(void) { return atomic_load_explicit(&held_bytes, memory_order_relaxed); }
 
 static uint64_t now_ns(void) {
     struct timespec now;
@@ -309,6 +314,7 @@ static void *worker(void *argument) {
         if (ring->closing) break;
         cell *c = cut(ring);
         if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
+        if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
         pthread_mutex_unlock(&ring->lock);
 
         uint64_t start_ns = now_ns();
@@ -345,7 +351,7 @@ static void free_ring(tc_ring *ring) {
     if (ring->arena) munmap(ring->arena, ring->arena_bytes);
     pthread_cond_destroy(&ring->work);
     pthread_cond_destroy(&ring->ready);
-    pthread_cond_destroy(&ring->retired);
+    pthread_cond_destroy(&ring->room);
     pthread_mutex_destroy(&ring->lock);
     free(ring->cells);
     free(ring->streams);
@@ -376,7 +382,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_mutex_init(&ring->lock, NULL);
     pthread_cond_init(&ring->work, NULL);
     pthread_cond_init(&ring->ready, &monotonic);
-    pthread_cond_init(&ring->retired, &monotonic);
+    pthread_cond_init(&ring->room, NULL);
     pthread_condattr_destroy(&monotonic);
     ring->pid = getpid();
     ring->n_streams = n_streams;
@@ -441,21 +447,17 @@ static struct timespec after_ns(uint64_t timeout_ns) {
     return (struct timespec){(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
 }
 
-int tc_ring_wait_retired(tc_ring *ring, uint64_t row, uint64_t timeout_ns) {
+int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired) {
     if (ring->pid != getpid()) return TC_CLOSED;
-    struct timespec until = after_ns(timeout_ns);
-    int status = TC_OK;
     pthread_mutex_lock(&ring->lock);
     ring->retired_target = row;
-    while (ring->retired_rows < row && !ring->closing && status == TC_OK) {
-        ring->n_retired_waiting++;
-        if (pthread_cond_timedwait(&ring->retired, &ring->lock, &until) == ETIMEDOUT) status = TC_TIMEOUT;
-        ring->n_retired_waiting--;
+    while (!ring->closing && ring->retired_rows < row && next_batch_rows(ring) > 0) {
+        ring->n_room_waiting++;
+        pthread_cond_wait(&ring->room, &ring->lock);
+        ring->n_room_waiting--;
     }
-    if (ring->closing)
-        status = TC_CLOSED;
-    else if (ring->retired_rows >= row)
-        status = TC_OK;
+    int status = ring->closing ? TC_CLOSED : TC_OK;
+    *retired = ring->retired_rows;
     pthread_mutex_unlock(&ring->lock);
     return status;
 }
@@ -479,7 +481,7 @@ static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     if (status == TC_OK) {
         *slot = c->slot;
         ring->n_out++;
-        ring->figures.held_bytes += c->slot->capacity;
+        atomic_fetch_add_explicit(&held_bytes, c->slot->capacity, memory_order_relaxed);
     } else if (c->slot) {
         slot_keep(ring, c->slot);
     }
@@ -493,7 +495,7 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
     ring->retired_rows = ring->taken_rows;
-    if (ring->n_retired_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->retired);
+    if (ring->n_room_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->room);
     int status = next_status(ring);
     if (status == TC_TIMEOUT && timeout_ns) {
         uint64_t start_ns = now_ns();
@@ -517,7 +519,7 @@ void tc_slot_release(tc_slot *slot) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    ring->figures.held_bytes -= slot->capacity;
+    atomic_fetch_sub_explicit(&held_bytes, slot->capacity, memory_order_relaxed);
     slot_keep(ring, slot);
     ring->n_out--;
     int last = ring->dropped && ring->n_out == 0;
@@ -532,7 +534,7 @@ void tc_ring_close(tc_ring *ring) {
     ring->closing = 1;
     pthread_cond_broadcast(&ring->work);
     pthread_cond_broadcast(&ring->ready);
-    pthread_cond_broadcast(&ring->retired);
+    pthread_cond_broadcast(&ring->room);
     pthread_mutex_unlock(&ring->lock);
     for (size_t i = 0; i < n_threads; i++) pthread_join(ring->threads[i], NULL);
 }

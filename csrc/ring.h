@@ -23,7 +23,7 @@ enum {
     TC_NOMEM = -12
 };
 
-/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_retired) or the ring is closed. */
+/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_room) or the ring is closed. */
 typedef struct {
     const tc_source *sources; /* [n_streams][n_blocks] */
     size_t n_blocks;
@@ -52,7 +52,6 @@ typedef struct {
     uint64_t wait_ns;    /* the consumer's */
     uint64_t waits;      /* how often the consumer had to wait */
     uint64_t ready;      /* batches ready now */
-    uint64_t held_bytes; /* memory of slots that consumers hold */
 } tc_figures;
 
 /* slot_bytes: expected size of a batch (0: unknown); a slot grows when a batch is larger. NULL without memory or threads. */
@@ -64,8 +63,9 @@ int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush);
 /* End the sequence (status TC_END or TC_FAILED): what is left makes a last, short batch. */
 void tc_ring_finish(tc_ring *ring, int status);
 
-/* Wait until rows of the sequence before `row` will never be read again. TC_OK, TC_TIMEOUT or TC_CLOSED. */
-int tc_ring_wait_retired(tc_ring *ring, uint64_t row, uint64_t timeout_ns);
+/* Wait until rows of the sequence before `row` will never be read again, or until the next batch needs rows that were not pushed yet.
+ * *retired: rows before it will not be read again. TC_OK or TC_CLOSED. */
+int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired);
 
 /* The next batch. TC_OK (*slot is the caller's), TC_END, TC_FAILED, TC_TIMEOUT, TC_CLOSED, TC_EIO (its source could not be read), TC_NOMEM.
  * *first_row: the sequence's row that the batch begins with. Taking retires the rows of the batch that was taken before. */
@@ -80,5 +80,8 @@ void tc_ring_close(tc_ring *ring);
 void tc_ring_drop(tc_ring *ring);
 
 void tc_ring_figures(tc_ring *ring, tc_figures *figures);
+
+/* Memory of all slots that are out, of all rings of the process, those that are dropped included. */
+size_t tc_held_bytes(void);
 
 #endif

@@ -56,9 +56,14 @@ def _rebuild(cls: type[TierCacheError], message: str, facts: dict[str, Any]) -> 
 
 
 class StoreError(TierCacheError):
-    """A store failed. url: redacted; retryable: whether the same call may succeed later; status: HTTP status or None."""
+    """A store failed.
 
-    def __init__(self, message: str, *, url: str, retryable: bool = False, status: int | None = None, **facts: Any) -> None:
+    Url: redacted; retryable: whether the same call may succeed later; status: HTTP status or None.
+    """
+
+    def __init__(
+        self, message: str, *, url: str, retryable: bool = False, status: int | None = None, **facts: Any
+    ) -> None:
         super().__init__(f"{url}: {message}", url=url, retryable=retryable, status=status, **facts)
 
 
@@ -72,9 +77,13 @@ class NotFound(StoreError, FileNotFoundError):
 class ObjectChanged(StoreError):
     """The object (or data set) is not the one that was opened. expected, found: ETag, size or fingerprint."""
 
-    def __init__(self, message: str = "", *, url: str, expected: object = None, found: object = None, **facts: Any) -> None:
+    def __init__(
+        self, message: str = "", *, url: str, expected: object = None, found: object = None, **facts: Any
+    ) -> None:
         text = message or "the object changed while it was being read"
-        super().__init__(f"{text} (expected {expected}, found {found})", url=url, expected=expected, found=found, **facts)
+        super().__init__(
+            f"{text} (expected {expected}, found {found})", url=url, expected=expected, found=found, **facts
+        )
 
 
 class CorruptShard(TierCacheError):
@@ -83,11 +92,20 @@ class CorruptShard(TierCacheError):
     exit_code = 4
 
     def __init__(
-        self, message: str, *, url: str, part: str = "", block: int | None = None, column: str | None = None, **facts: Any
+        self,
+        message: str,
+        *,
+        url: str,
+        part: str = "",
+        block: int | None = None,
+        column: str | None = None,
+        **facts: Any,
     ) -> None:
         places = [part, "" if block is None else f"block {block}", "" if column is None else f"column {column!r}"]
         where = ", ".join(p for p in places if p)
-        super().__init__(f"{url}: {where + ': ' if where else ''}{message}", url=url, part=part, block=block, column=column, **facts)
+        super().__init__(
+            f"{url}: {where + ': ' if where else ''}{message}", url=url, part=part, block=block, column=column, **facts
+        )
 
 
 class SchemaError(TierCacheError, ValueError):
@@ -112,7 +130,9 @@ class CacheFull(TierCacheError):
     exit_code = 6
 
     def __init__(self, message: str, *, need_bytes: int, freeable_bytes: int, limit_bytes: int, **facts: Any) -> None:
-        super().__init__(message, need_bytes=need_bytes, freeable_bytes=freeable_bytes, limit_bytes=limit_bytes, **facts)
+        super().__init__(
+            message, need_bytes=need_bytes, freeable_bytes=freeable_bytes, limit_bytes=limit_bytes, **facts
+        )
 
 
 class ArchivedShards(TierCacheError):

@@ -79,7 +79,10 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a store says of an object; None where it does not say. modified_s: seconds since the epoch, by the store's clock."""
+    """What a store says of an object; None where it does not say.
+
+    Modified_s: seconds since the epoch, by the store's clock.
+    """
 
     key: str
     n_bytes: int

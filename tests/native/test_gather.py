@@ -105,13 +105,13 @@ def test_an_output_that_is_too_short_is_refused_and_nothing_is_written():
 def test_arguments_that_do_not_fit_are_refused(bad):
     sources = addresses((np.arange(8, dtype=np.uint8), None))
     two, three, out = np.zeros(2, np.uint32), np.zeros(3, np.uint32), np.zeros(8, np.uint8)
-    with pytest.raises(ValueError, match={"lengths": "one length", "kind": "FIXED", "offsets": "measure"}[bad]):
-        if bad == "lengths":
-            gather.gather(gather.FIXED, 1, sources, two, three, out)
-        elif bad == "kind":
-            gather.gather(9, 1, sources, two, two, out)
-        else:
-            gather.gather(gather.VAR, 1, sources, two, two, out)
+    arguments, match = {
+        "lengths": ((gather.FIXED, 1, sources, two, three, out), "one length"),
+        "kind": ((9, 1, sources, two, two, out), "FIXED"),
+        "offsets": ((gather.VAR, 1, sources, two, two, out), "measure"),
+    }[bad]
+    with pytest.raises(ValueError, match=match):
+        gather.gather(*arguments)
 
 
 def test_text_that_is_not_utf8_is_an_error():

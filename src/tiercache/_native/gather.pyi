@@ -1,6 +1,9 @@
-"""Gather rows of many blocks into one buffer (csrc/gather.h). All functions are thread-safe and raise OSError(EIO) where a mapping fails.
+"""Gather rows of many blocks into one buffer (csrc/gather.h).
 
-addresses: uint64[n_blocks, 2], the addresses of each block's values and offsets (0 for none), kept alive by the caller for the call.
+All functions are thread-safe and raise OSError(EIO) where a mapping fails.
+
+addresses: uint64[n_blocks, 2], the addresses of each block's values and offsets (0 for none), kept alive by the caller
+    for the call.
 block, row: uint32[n]; block < n_blocks and row < rows of that block are the caller's to check.
 """
 
@@ -12,7 +15,8 @@ from numpy.typing import NDArray
 FIXED: Final[int]
 """width_bytes a row."""
 BITS: Final[int]
-"""One bit a row, least significant first; gathered as one byte a row, 0 or 1; a block without the buffer (address 0) gives 1."""
+"""One bit a row, least significant first; gathered as one byte a row, 0 or 1; a block without the buffer (address 0)
+gives 1."""
 VAR: Final[int]
 """int64 offsets in elements of width_bytes, and the elements."""
 

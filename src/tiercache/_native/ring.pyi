@@ -10,29 +10,34 @@ FAILED: Final[int]
 CLOSED: Final[int]
 
 class Figures(TypedDict):
-    """What a ring has done: batches taken, nanoseconds of gathering (all threads) and of waiting (the consumer), bytes that consumers hold."""
+    """Batches taken, ns of gathering (all threads) and of waiting (the consumer), waits, batches ready now."""
 
     batches: int
     gather_ns: int
     wait_ns: int
     waits: int
     ready: int
-    held_bytes: int
 
 class Plan:
     """A window's rows in served order, and what keeps their memory alive.
 
-    addresses: uint64[n_streams, n_blocks, 2]; block, row: uint32[n_rows]; held: any object that owns the memory behind the addresses.
+    addresses: uint64[n_streams, n_blocks, 2]; block, row: uint32[n_rows]; held: any object that owns the memory behind
+        the addresses.
     """
 
-    def __init__(self, addresses: NDArray[np.uint64], block: NDArray[np.uint32], row: NDArray[np.uint32], held: object) -> None: ...
+    def __init__(
+        self, addresses: NDArray[np.uint64], block: NDArray[np.uint32], row: NDArray[np.uint32], held: object
+    ) -> None: ...
     @property
     def n_rows(self) -> int: ...
     @property
     def held(self) -> object: ...
 
 class Slot:
-    """A batch's memory, a writable buffer of bytes (give it to torch.frombuffer); reused when nothing refers to it any more."""
+    """A batch's memory, a writable buffer of bytes (give it to torch.frombuffer).
+
+    Reused when nothing refers to it any more.
+    """
 
     first_row: int
     @property
@@ -42,7 +47,7 @@ class Slot:
         """Bytes of the batch's values, those that references point to included."""
 
     def places(self, stream: int) -> tuple[int, int, int]:
-        """Where stream's values begin (bytes), where its int64 offsets begin (VAR, bytes), how many elements it has (VAR)."""
+        """Where a stream lies: its values and (VAR) its int64 offsets, in bytes, and (VAR) how many elements it has."""
 
     def bytes_list(self, stream: int) -> list[bytes]:
         """New bytes objects of a REF stream, filled from the source. Only before the next take()."""
@@ -53,9 +58,13 @@ class Slot:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Ring:
-    """Batches in order. push, finish and wait_retired are one planner thread's; take is one consumer thread's; close and figures anyone's.
+    """Batches in order.
 
-    streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or 3: references) and width in bytes; depth: batches gathered ahead;
+    push, finish and wait_room are one planner thread's; take is one consumer thread's; close and figures
+    anyone's.
+
+    streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or 3: references) and width in bytes; depth: batches
+        gathered ahead;
     slot_bytes: expected size of a batch.
     """
 
@@ -68,8 +77,11 @@ class Ring:
     def finish(self, failed: bool = False) -> None:
         """End the sequence; the rows left make a last, short batch. Then take() gives END, or FAILED."""
 
-    def wait_retired(self, n_plans: int) -> bool:
-        """Wait until at most n_plans pushed plans are still needed, and drop the others. False: the ring is closed."""
+    def wait_room(self, n_plans: int) -> bool:
+        """Wait until at most n_plans pushed plans are still needed, or the next batch needs rows that are not pushed.
+
+        Drops the plans that are no longer needed. False: the ring is closed.
+        """
 
     def take(self, timeout_s: float = -1.0) -> Slot | int:
         """The next batch, or END, FAILED, CLOSED, or another int when timeout_s passed (negative: no limit).
@@ -84,3 +96,6 @@ class Ring:
 
     def figures(self) -> Figures:
         """What it has done so far."""
+
+def held_bytes() -> int:
+    """Memory of all batches that somebody still refers to, of all rings of the process, gone ones included."""

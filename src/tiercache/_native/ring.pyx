@@ -43,17 +43,17 @@ cdef extern from "ring.h" nogil:
         uint64_t wait_ns
         uint64_t waits
         uint64_t ready
-        uint64_t held_bytes
 
     tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
     int tc_ring_push(tc_ring *, const tc_plan *, int)
     void tc_ring_finish(tc_ring *, int)
-    int tc_ring_wait_retired(tc_ring *, uint64_t, uint64_t)
+    int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
     void tc_slot_release(tc_slot *)
     void tc_ring_close(tc_ring *)
     void tc_ring_drop(tc_ring *)
     void tc_ring_figures(tc_ring *, tc_figures *)
+    size_t tc_held_bytes()
 
 cdef extern from "guard.h" nogil:
     enum:
@@ -140,7 +140,7 @@ cdef class Slot:
 
 
 cdef class Ring:
-    """Gathers batches ahead of one consumer, in threads without Python. push, finish and wait_retired are the planner's; take the
+    """Gathers batches ahead of one consumer, in threads without Python. push, finish and wait_room are the planner's; take the
     consumer's; close and figures anyone's.
     """
 
@@ -183,18 +183,15 @@ cdef class Ring:
     def finish(self, bint failed=False):
         tc_ring_finish(self.ring, TC_FAILED if failed else TC_END)
 
-    def wait_retired(self, size_t n_plans):
-        cdef int status = TC_OK
-        cdef uint64_t row
-        while len(self.plans) > n_plans:
-            row = self.plans[0][0]
-            with nogil:
-                status = tc_ring_wait_retired(self.ring, row, 3600 * <uint64_t>1_000_000_000)
-            if status == TC_CLOSED:
-                return False
-            if status == TC_OK:
-                self.plans.popleft()
-        return True
+    def wait_room(self, size_t n_plans):
+        cdef uint64_t row = self.plans[len(self.plans) - n_plans - 1][0] if len(self.plans) > n_plans else 0
+        cdef uint64_t retired = 0
+        cdef int status
+        with nogil:
+            status = tc_ring_wait_room(self.ring, row, &retired)
+        while self.plans and self.plans[0][0] <= retired:
+            self.plans.popleft()
+        return status == TC_OK
 
     def take(self, double timeout_s=-1.0):
         cdef tc_slot *slot = NULL
@@ -230,3 +227,7 @@ cdef class Ring:
         cdef tc_figures figures
         tc_ring_figures(self.ring, &figures)
         return figures
+
+
+def held_bytes():
+    return tc_held_bytes()

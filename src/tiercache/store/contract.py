@@ -1,9 +1,12 @@
 """The Store contract: what every back end gives, and what nobody may assume beyond it.
 
-Keys are relative paths of plain segments joined by "/" ("" is never a key); check_key() is the one rule. A store never keeps a buffer
-that it was given after the call has returned, and never writes to one after it has returned. All methods may be called from any thread
-of any process that holds the store: clients are made lazily, one a process. Errors are StoreError (NotFound, ObjectChanged): they
-name the redacted URL and say in `.retryable` whether the same call may succeed later; a back end has done its retrying by then.
+Keys are relative paths of plain segments joined by "/" ("" is never a key); check_key() is the one rule. A store never
+keeps a buffer that it was given after the call has returned, and never writes to one after it has returned. All
+methods may be called from any thread
+of any process that holds the store: clients are made lazily, one a process. Errors are StoreError (NotFound,
+    ObjectChanged): they
+name the redacted URL and say in `.retryable` whether the same call may succeed later; a back end has done its retrying
+by then.
 """
 
 from __future__ import annotations
@@ -36,20 +39,27 @@ def check_key(key: str) -> str:
 
 
 class Upload(ABC):
-    """An object in the making. Nothing is visible under its key before complete() returns. Use as a context manager: leaving it
-    without complete() aborts.
+    """An object in the making.
+
+    Nothing is visible under its key before complete() returns. Use as a context manager: leaving it without
+    complete() aborts.
     """
 
     @abstractmethod
     def put_part(self, number: int, data: Buffer) -> None:
-        """Add part `number` (0, 1, 2, ... without gaps at the end; any order, any thread). data is held for the call only.
+        """Add part `number` (0, 1, 2, .
+
+        Without gaps at the end; any order, any thread). data is held for the call only.
 
         Every part but the last has at least min_part_bytes.
         """
 
     @abstractmethod
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join the parts in the order of their numbers and publish them, atomically; None if if_absent and the key exists."""
+        """Join the parts in the order of their numbers and publish them, atomically.
+
+        None if if_absent and the key exists.
+        """
 
     @abstractmethod
     def abort(self) -> None:
@@ -63,7 +73,10 @@ class Upload(ABC):
 
 
 class Store(ABC):
-    """Objects under a root URL. url: for people, without credentials; counters: requests, bytes_read, bytes_written of this process."""
+    """Objects under a root URL.
+
+    Url: for people, without credentials; counters: requests, bytes_read, bytes_written of this process.
+    """
 
     url: str
     counters: Counters
@@ -79,7 +92,10 @@ class Store(ABC):
 
     @abstractmethod
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The last n_bytes of an object (all of it if it is shorter) and its size and ETag, in one request. Raises NotFound."""
+        """The last n_bytes of an object (all of it if it is shorter) and its size and ETag, in one request.
+
+        Raises NotFound.
+        """
 
     @abstractmethod
     def read_into(
@@ -93,13 +109,15 @@ class Store(ABC):
     ) -> None:
         """Fill each span's buffer with its range, in as few and as parallel requests as pays.
 
-        if_match: an ETag from head() or read_tail(); deadline_s: seconds from now for the whole call; cancel: when set, ends the call
+        if_match: an ETag from head() or read_tail(); deadline_s: seconds from now for the whole call; cancel: when
+            set, ends the call
         soon with StoreError. Buffers are undefined after an error.
 
         Raises:
             NotFound: no such object.
             ObjectChanged: if_match does not match.
-            StoreError: a range ends beyond the object (not retryable), the deadline passed (retryable), or the store failed.
+            StoreError: a range ends beyond the object (not retryable), the deadline passed (retryable), or the store
+            failed.
         """
 
     @abstractmethod
@@ -108,7 +126,9 @@ class Store(ABC):
 
     @abstractmethod
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Write a whole object if the key is free, atomically, in one request: exactly one of many racing calls returns True.
+        """Write a whole object if the key is free, atomically, in one request.
+
+        Exactly one of many racing calls returns True.
 
         Raises:
             StoreError: with .maybe_done True where the answer was lost and the object may have been written.
@@ -133,7 +153,7 @@ class Store(ABC):
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy within the store, by the server where it can. Raises NotFound."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
         """Drop connections and descriptors. The store may be used again after it."""
 
 
@@ -155,7 +175,9 @@ class Lease(Protocol):
         """Start fetching what is missing, or join who is; returns at once."""
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until the bytes are here. False: they will not come by this way (no room, disk fault): read by ranges instead.
+        """Wait until the bytes are here.
+
+        False: they will not come by this way (no room, disk fault): read by ranges instead.
 
         Raises:
             StoreError: the source failed, or deadline_s (seconds from now) passed; the message says who was waited for.
@@ -170,7 +192,9 @@ class LocalStore(Protocol):
     """A store whose objects can be had as local files: local folders, and the cache round any other store."""
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """A lease on key's local copy (perhaps still to be fetched: see Lease.want); None: not here and not to be, read by ranges.
+        """A lease on key's local copy (perhaps still to be fetched: see Lease.want).
+
+        None: not here and not to be, read by ranges.
 
         identity: what the manifest says the object is; a copy that does not match is a miss. Raises NotFound.
         """

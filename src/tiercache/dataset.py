@@ -1,0 +1,260 @@
+"""The data set as users see it: records by index, batches by indices, versions, columns."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.load.records import Record, Records, join, none_of
+from tiercache.opened import OpenedVersion, Place, Verify
+from tiercache.shard.manifest import list_versions
+from tiercache.shard.values import ColumnValues, as_batch, as_records
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from tiercache.cache import Cache, WarmProgress
+    from tiercache.shard.types import Schema
+
+Recipe = tuple[Place, int, tuple[str, ...], Callable[[Record], Any] | None]
+"""Everything that a data set is: where and how, version, columns, transform."""
+
+
+class Dataset:
+    """Records of a packed data set.
+
+    A map-style data set for any loader, and the native path for `tiercache.DataLoader`.
+
+    `dataset[7]` is a dict of numpy arrays and scalars of the columns' dtypes, bytes, str and Python objects (None for
+    a null); `dataset[[3, 1, 4]]` and `dataset[2:9]` are batches: a dict of numpy arrays [n, ...] and lists, with
+    `<column>.valid` beside nullable columns (with a
+    transform: a list of what it gives). All of it is the caller's own and writable. Negative indices count from the
+        end. Safe from any thread and after a fork; pickles to a few hundred bytes.
+
+    Args:
+        url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.
+        cache: None: local folders are read in place, everything else through `Cache.default()`; False: never cached; a
+            `Cache`: that one.
+        columns: which columns, in which order; None: all.
+        version: number of a version; None: the newest when the data set is opened, and that one from then on.
+        transform: a function of a record that gives what `dataset[i]` is; picklable where processes are used.
+        verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part, "always", or
+            "never".
+        storage_options: for the store, as docs/guide/storage.md lists them.
+
+    Raises:
+        NotFound: no data set there, or no such version.
+        CorruptShard: a damaged version or segment.
+        SchemaError: a column that does not exist.
+    """
+
+    _opened: OpenedVersion | None
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        cache: Cache | Literal[False] | None = None,
+        columns: Sequence[str] | None = None,
+        version: int | None = None,
+        transform: Callable[[Record], Any] | None = None,
+        verify: Verify = "first",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if verify not in ("first", "always", "never"):
+            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        if isinstance(columns, str):
+            raise TypeError(f"columns is a list of names, got the str {columns!r}")
+        place = Place(os.fspath(url), cache, verify, dict(storage_options or {}))
+        opened = OpenedVersion(place, version, columns)
+        self.__setstate__((place, opened.version, opened.schema.names, transform))
+        self._opened = opened
+
+    @property
+    def source(self) -> OpenedVersion:
+        """The opened version: what the native path reads by."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    @property
+    def transform(self) -> Callable[[Record], Any] | None:
+        """The function that was given, or None."""
+        return self._recipe[3]
+
+    @property
+    def schema(self) -> Schema:
+        """The chosen columns with their types."""
+        return self.source.schema
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the chosen columns, in order."""
+        return list(self._recipe[2])
+
+    @property
+    def version(self) -> int:
+        """Number of the version that is read."""
+        return self._recipe[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the version's contents, for comparing runs."""
+        return self.source.fingerprint
+
+    def versions(self) -> list[int]:
+        """Numbers of all versions there are, oldest first."""
+        return list_versions(self.source.inner)
+
+    def select_columns(self, columns: Sequence[str]) -> Dataset:
+        """The same version with only these columns, in this order. Raises SchemaError for one that is not there."""
+        self.schema.select(columns)
+        place, version, _, transform = self._recipe
+        chosen = Dataset.__new__(Dataset)
+        chosen.__setstate__((place, version, tuple(columns), transform))
+        return chosen
+
+    def __len__(self) -> int:
+        return int(self.source.table.first_record[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
+        if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
+            return self._batch(self._indices(index))
+        record = as_records(self._columns(self._indices([operator.index(index)])))[0]
+        return record if self.transform is None else self.transform(record)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Records of many indices, gathered in one go: what torch's fetcher asks for."""
+        rows = self._indices(indices)
+        if self.transform is not None:
+            return [self.transform(record) for record in as_records(self._columns(rows))]
+        return Records(self._columns(rows), len(rows))
+
+    def __iter__(self) -> Iterator[Any]:
+        for start, stop in self._block_spans():
+            yield from self.__getitems__(range(start, stop))
+
+    def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
+        """The data set as Arrow record batches of batch_size records (the last may be shorter), in order.
+
+        Arrays are read-only and over the shards' own memory where a batch lies within one block, else copied together.
+        They are good for as long as something refers to them.
+
+        Raises:
+            ValueError: batch_size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        table = None
+        for block in self._arrow_blocks():
+            part = pa.Table.from_batches([block])
+            table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
+            while table.num_rows >= batch_size:
+                yield _one_batch(table.slice(0, batch_size))
+                table = table.slice(batch_size)
+        if table is not None and table.num_rows:
+            yield _one_batch(table)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The whole data set as a pandas frame, in memory. Raises ImportError without pandas."""
+        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self.schema.arrow).to_pandas()
+        return frame
+
+    def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
+        """Bring every shard into the cache. Nothing to do for a local folder.
+
+        Args:
+            jobs: shards fetched side by side.
+            on_progress: called after each shard.
+
+        Raises:
+            CacheFull: it does not fit.
+        """
+        source = self.source
+        if source.cache is not None:
+            wanted = [(info.name, info.identity(source.dataset_id)) for info in source.table.infos()]
+            source.cache.warm(source.store, wanted, jobs=jobs, on_progress=on_progress)
+
+    def close(self) -> None:
+        """Give shards and connections back; the data set may be used again after it."""
+        if self._opened is not None:
+            self._opened.close()
+
+    def __repr__(self) -> str:
+        source = self.source
+        return f"Dataset({source.url!r}, version {source.version}, {len(self):,} records: {self.schema!r})"
+
+    def __getstate__(self) -> Recipe:
+        return self._recipe
+
+    def __setstate__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._lock = threading.Lock()
+        self._opened = None  # opened when first used, in whichever process that is
+
+    def _open(self) -> OpenedVersion:
+        with self._lock:  # of two threads that come first, the second takes what the first has opened
+            return self._opened or OpenedVersion(*self._recipe[:3])
+
+    def _indices(self, indices: Any) -> NDArray[np.int64]:
+        """Record numbers, 0 <= number < len. Raises IndexError, TypeError."""
+        rows = np.asarray(indices)
+        if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
+            raise TypeError(f"records are chosen by integers, got {rows.dtype}")
+        rows = rows.astype(np.int64).reshape(-1)
+        n = len(self)
+        bad = (rows < -n) | (rows >= n)
+        if bad.any():
+            raise IndexError(f"record {rows[bad][0]} of a data set of {n}")
+        return np.where(rows < 0, rows + n, rows)
+
+    def _batch(self, rows: NDArray[np.int64]) -> Any:
+        if self.transform is not None:
+            return self.__getitems__(rows.tolist())
+        return as_batch(self._columns(rows))
+
+    def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        """Values of the records, read shard by shard."""
+        source = self.source
+        first_record = source.table.first_record
+        shards = np.searchsorted(first_record, rows, side="right") - 1
+        if not len(rows):
+            return none_of(source.schema)
+        parts, places = [], []
+        for shard in np.unique(shards):
+            where = np.flatnonzero(shards == shard)
+            within = rows[where] - first_record[shard]
+            parts.append(source.open_shard(int(shard)).take(within, source.stored_columns))
+            places.append(where)
+        return join(parts, places)
+
+    def _block_spans(self) -> Iterator[tuple[int, int]]:
+        """Record numbers [start, stop) of each block, in order."""
+        source = self.source
+        for shard in range(len(source.table)):
+            first = int(source.table.first_record[shard])
+            ends = np.cumsum(source.block_table(shard).records).tolist() if source.shard_records[shard] else []
+            for start, stop in zip([0, *ends], ends, strict=False):
+                yield first + start, first + stop
+
+    def _arrow_blocks(self) -> Iterator[pa.RecordBatch]:
+        source = self.source
+        for shard in range(len(source.table)):
+            reader = source.open_shard(shard)
+            for block in range(reader.footer.n_blocks):
+                loaded = reader.load([block], source.stored_columns)
+                arrays = [loaded.array(0, column) for column in source.stored_columns]
+                yield pa.RecordBatch.from_arrays(arrays, schema=source.schema.arrow)
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    return table.combine_chunks().to_batches()[0] if table.column(0).num_chunks > 1 else table.to_batches()[0]

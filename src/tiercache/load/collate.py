@@ -1,0 +1,55 @@
+"""`tiercache.collate`: records of our data set to one batch, as the native path would give it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiercache.load.records import Records
+from tiercache.shard.values import as_batch
+
+
+def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of records: a dict of tensors [n, ...] and lists; for torch's own DataLoader over a `tiercache.Dataset`.
+
+    Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, so that this costs no copy;
+    others are stacked.
+
+    Args:
+        records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects.
+
+    Returns:
+        By column: a tensor of the column's dtype where shapes agree, else a list.
+
+    Raises:
+        ValueError: no records.
+    """
+    if isinstance(records, Records):
+        return {name: _tensor(values) for name, values in as_batch(records.columns).items()}
+    if not records:
+        raise ValueError("cannot make a batch of no records")
+    return {name: _stack([record[name] for record in records]) for name in records[0]}
+
+
+def _tensor(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(values)
+    if isinstance(values, list) and values and all(isinstance(v, np.ndarray) for v in values):
+        return [torch.from_numpy(v) for v in values]
+    return values
+
+
+def _stack(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, torch.Tensor) and all(isinstance(v, torch.Tensor) and v.shape == first.shape for v in values):
+        return torch.stack(values)
+    if isinstance(first, np.ndarray | np.generic) and all(isinstance(v, type(first)) for v in values):
+        if all(v.shape == first.shape for v in values):
+            return torch.from_numpy(np.stack(values))
+        return [torch.from_numpy(v) for v in values]
+    if isinstance(first, bool | int | float) and all(isinstance(v, bool | int | float) for v in values):
+        return torch.tensor(values)
+    return values

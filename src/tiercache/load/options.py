@@ -1,0 +1,66 @@
+"""What can be set about loading beyond torch's own arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiercache.model import parse_bytes
+
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """Options of `DataLoader(options=...)`. Every default needs no thought.
+
+    Attributes:
+        seed: of the order, any integer; None: drawn at the first iter() from the loader's generator or torch's, as
+            torch's samplers do.
+        rank, world_size: this process among those that share the epoch; None: torch.distributed, else its environment,
+            else one rank.
+        split_ranks: False: every rank is served everything.
+        shuffle_group_bytes: stored bytes of the shards that are read at a time (int, "4GiB" or "all").
+        shuffle_window_bytes: raw bytes of the blocks that rows are mixed over (int, "256MiB" or "all"): what is in
+            memory at a time.
+        memory_bytes: of batches gathered ahead; None: a thirty-second of the memory limit, shared by the machine's
+            ranks, 256 MiB at most.
+        threads: that gather; None: the machine's cores, shared by its ranks.
+    """
+
+    seed: int | None = None
+    rank: int | None = None
+    world_size: int | None = None
+    split_ranks: bool = True
+    shuffle_group_bytes: int | str = "4GiB"
+    shuffle_window_bytes: int | str = "256MiB"
+    memory_bytes: int | str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the option, what it takes and what was given.
+        """
+        if (self.rank is None) != (self.world_size is None):
+            raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
+        if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {self.threads}")
+        for name in ("shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):
+            size = getattr(self, name)
+            if size is not None and size != ALL and parse_bytes(size) < 1:
+                raise ValueError(f"{name} must be 1 byte or more, got {size!r}")
+        if self.memory_bytes == ALL:
+            raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")
+
+    @property
+    def group_bytes(self) -> int | None:
+        """shuffle_group_bytes in bytes, None for all."""
+        return None if self.shuffle_group_bytes == ALL else parse_bytes(self.shuffle_group_bytes)
+
+    @property
+    def window_bytes(self) -> int | None:
+        """shuffle_window_bytes in bytes, None for all."""
+        return None if self.shuffle_window_bytes == ALL else parse_bytes(self.shuffle_window_bytes)

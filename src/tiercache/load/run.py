@@ -1,0 +1,294 @@
+"""The native path's way through the epochs: what names the order, where it stands, one iterator an epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tiercache import config
+from tiercache.load.assemble import Batch
+from tiercache.load.figures import summarise
+from tiercache.load.options import LoaderOptions
+from tiercache.load.pipeline import Pipeline, Resources, Work
+from tiercache.load.ranks import Rank, agree, draw_seed, find_rank
+from tiercache.load.source import Source
+from tiercache.load.state import RunState, reopen
+from tiercache.model import parse_bytes
+from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.stats import Counters, Waits
+
+logger = logging.getLogger("tiercache")
+
+# Of the memory limit, for batches ahead: enough for 32 batches of 8 MiB, little beside a model.
+_MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the loader's own arguments say of the native path."""
+
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    timeout_s: float
+    pin_memory: bool
+    generator: torch.Generator | None
+    options: LoaderOptions
+
+
+class NativeRun:
+    """A loader's way through its epochs: what names the order, where it stands, and the figures.
+
+    One consumer thread.
+    """
+
+    def __init__(self, source: Source, asked: Asked) -> None:
+        self._dataset = source
+        self._asked = asked
+        self._options = asked.options
+        self._source = source
+        self._state: RunState | None = None  # of the next iter(); None: the run has not begun
+        self._epoch = 0  # asked for before the run began
+        self._position: Position | None = None  # of the newest iter(); None: there was none since the last load()
+        self._iterator: weakref.ref[NativeIterator] | None = None
+        self._rank: Rank | None = None
+        self._counters = Counters("padded")
+        self._waits = Waits()
+        self._figures_before = dict(self._source.figures())
+
+    def rank(self) -> Rank:
+        """This process's rank; asked anew until the run has begun, as torch.distributed may be initialised late."""
+        return self._rank or find_rank(self._options)
+
+    def state(self) -> RunState:
+        """Where the run stands; begins it (draws a seed) where it has not begun."""
+        return self._begin() if self._position is None else self._position.state()
+
+    def load(self, state: RunState) -> None:
+        """Go on from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
+        options, asked = self._options, self._asked
+        defaults = LoaderOptions()
+        checks = [
+            ("shuffle", asked.shuffle, state.shuffle, True),
+            ("drop_last", asked.drop_last, state.drop_last, True),
+            ("seed", options.seed, state.seed, options.seed is not None),
+            (
+                "shuffle_group_bytes",
+                options.group_bytes,
+                state.group_bytes,
+                options.group_bytes != defaults.group_bytes,
+            ),
+            (
+                "shuffle_window_bytes",
+                options.window_bytes,
+                state.window_bytes,
+                options.window_bytes != defaults.window_bytes,
+            ),
+        ]
+        for name, mine, theirs, explicit in checks:
+            if explicit and mine != theirs:
+                raise ValueError(
+                    f"{name}={mine!r} differs from the state's {theirs!r}: the order would not be the one to resume"
+                )
+        self._source = reopen(self._dataset, state)
+        if not 0 <= state.offset <= self._n_records():
+            raise ValueError(f"the state's offset {state.offset} is outside an epoch of {self._n_records()} records")
+        self._state = state
+        self._position = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the next one."""
+        if epoch < 0:
+            raise ValueError(f"an epoch is 0 or more, got {epoch}")
+        self._epoch = epoch
+        if self._position is not None:
+            self._position.redirect(epoch)
+        elif self._state is not None and self._state.epoch != epoch:
+            self._state = replace(self._state, epoch=epoch, offset=0)
+
+    def n_batches(self) -> int:
+        """Batches of a whole epoch at this rank."""
+        rank = self.rank()
+        return RankPlan(
+            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, self._n_records()
+        ).n_batches
+
+    def iterate(self) -> NativeIterator:
+        """The next epoch's batches."""
+        state = self._begin() if self._position is None else self._position.next_state()
+        rank = self.rank()
+        order = EpochOrder(self._layout(), _order_options(state), state.epoch)
+        plan = RankPlan(
+            state.offset, rank.world_size, rank.rank, self._asked.batch_size, state.drop_last, order.n_records
+        )
+        work = Work(self._source, order, plan, self._counters, self._waits)
+        self._position = Position(state, plan)
+        iterator = NativeIterator(self._asked, self._position, work, self._resources(rank))
+        self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
+        return iterator
+
+    def stats(self) -> dict[str, Any]:
+        """See DataLoader.stats."""
+        counters = self._counters.snapshot()
+        iterator = self._iterator() if self._iterator is not None else None
+        if iterator is not None:
+            for name, figure in iterator.figures().items():
+                counters[name] = counters.get(name, 0) + figure
+        now = self._source.figures()
+        fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
+        return summarise(counters, self._waits, fetched, threads=self._resources(self.rank()).n_threads)
+
+    def _begin(self) -> RunState:
+        if self._state is None:
+            self._rank = find_rank(self._options)
+            if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
+                logger.info("this loader serves %s", self._rank)
+            seed = self._options.seed
+            if seed is None:
+                seed = draw_seed(self._rank, self._asked.generator) if self._asked.shuffle else 0
+            agreed = agree(self._rank, {"version": self._source.version, "seed": seed, "epoch": self._epoch})
+            if agreed["version"] != self._source.version:
+                self._source = self._source.at_version(agreed["version"])
+            self._state = RunState(
+                dataset_id=self._source.dataset_id,
+                version=self._source.version,
+                fingerprint=self._source.fingerprint,
+                seed=agreed["seed"],
+                epoch=agreed["epoch"],
+                offset=0,
+                shuffle=self._asked.shuffle,
+                drop_last=self._asked.drop_last,
+                group_bytes=self._options.group_bytes,
+                window_bytes=self._options.window_bytes,
+            )
+        elif self._rank is None:
+            self._rank = find_rank(self._options)
+        return self._state
+
+    def _layout(self) -> Layout:
+        return Layout(self._source.shard_records, self._source.shard_bytes, self._source.block_table)
+
+    def _n_records(self) -> int:
+        return int(self._source.shard_records.sum())
+
+    def _resources(self, rank: Rank) -> Resources:
+        options = self._options
+        n_threads = options.threads or max(1, config.available_cpus() // rank.local_ranks)
+        share_bytes = min(_MEMORY_MAX_BYTES, config.memory_limit_bytes() // _MEMORY_SHARE) // rank.local_ranks
+        memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
+        return Resources(n_threads, memory_bytes)
+
+
+def _order_options(state: RunState) -> OrderOptions:
+    return OrderOptions(
+        seed=state.seed, shuffle=state.shuffle, group_bytes=state.group_bytes, window_bytes=state.window_bytes
+    )
+
+
+class Position:
+    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before."""
+
+    def __init__(self, begun: RunState, ranks: RankPlan) -> None:
+        self._begun = begun
+        self._ranks = ranks
+        self._redirected: RunState | None = None
+        self.n_yielded = 0
+        self.finished = False
+
+    def state(self) -> RunState:
+        """Where the run stands after the batches handed out; after the end, at the start of the next epoch."""
+        if self._redirected is not None:
+            return self._redirected
+        if self.finished:
+            return self.next_state()
+        return replace(self._begun, offset=self._ranks.offset_after(self.n_yielded))
+
+    def next_state(self) -> RunState:
+        """Where the loader's next iter() begins: the next epoch, however far this one got."""
+        return self._redirected or replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+
+    def redirect(self, epoch: int) -> None:
+        """Let the loader go on with another epoch."""
+        if self.next_state().epoch != epoch:
+            self._redirected = replace(self._begun, epoch=epoch, offset=0)
+
+
+class NativeIterator(Iterator[Batch]):
+    """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
+
+    def __init__(self, asked: Asked, position: Position, work: Work, resources: Resources) -> None:
+        self._position = position
+        self._work = work
+        self._timeout_s = asked.timeout_s if asked.timeout_s > 0 else -1.0
+        self._pin = _pinning(asked)
+        self._start_s = time.perf_counter()
+        self._counted = False
+        self._pipeline = Pipeline(work, resources)
+
+    def __next__(self) -> Batch:
+        # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
+        if torch.autograd.profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
+            with torch.autograd.profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
+                return self._take()
+        return self._take()
+
+    def __iter__(self) -> NativeIterator:
+        return self
+
+    def __len__(self) -> int:
+        return self._work.ranks.n_batches
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pipeline"):
+            self.close()
+
+    def figures(self) -> Mapping[str, float]:
+        """The pipeline's, and wall_s of this epoch; nothing once they are in the loader's counters."""
+        if self._counted:
+            return {}
+        return {**self._pipeline.figures(), "wall_s": time.perf_counter() - self._start_s}
+
+    def close(self) -> None:
+        """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
+        self._pipeline.close()
+        if not self._counted:
+            for name, figure in self.figures().items():
+                self._work.counters.add(name, figure)
+            self._counted = True
+
+    def _take(self) -> Batch:
+        if self._position.finished:
+            raise StopIteration
+        try:
+            batch = self._pipeline.take(self._timeout_s)
+        except TimeoutError as error:
+            raise RuntimeError(f"DataLoader timed out after {self._timeout_s:g} seconds") from error
+        if batch is None:
+            self._position.finished = True
+            self._work.counters.add("padded", self._work.ranks.padded)
+            self.close()
+            raise StopIteration
+        self._position.n_yielded += 1
+        return self._pin(batch) if self._pin is not None else batch
+
+
+def _pinning(asked: Asked) -> Any:
+    """What pins a batch, None where nothing is to be pinned; warns as torch does where it cannot."""
+    if not asked.pin_memory:
+        return None
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch before 2.6 knows only cuda here
+    if not accelerator.is_available():
+        warnings.warn(
+            "'pin_memory' argument is set as true but no accelerator is found, "
+            "then device pinned memory won't be used.",
+            stacklevel=4,
+        )
+        return None
+    return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does

@@ -1,0 +1,232 @@
+"""One version of a data set, open for reading: store, cache, segments and shards joined.
+
+What the loader knows a data set by.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tiercache.cache import Cache
+from tiercache.model import ByteRange, ReadPlan, ShardIdentity
+from tiercache.order import BlockTable
+from tiercache.shard.manifest import latest, read_shards, read_version
+from tiercache.shard.reader import ShardReader
+from tiercache.store import LocalStore, MemoryStore, Store, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.shard.segments import ShardTable
+    from tiercache.shard.types import Schema
+    from tiercache.shard.versions import Version
+
+# Open shards: each costs two descriptors and a mapping. Of the usual 1,024 descriptors this leaves half to the user.
+MAX_READERS = 256
+# Block tables are some KiB each; a group has a few dozen shards.
+MAX_TABLES = 4096
+
+Verify = Literal["first", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a data set is read from and how: everything but which version and columns. Picklable.
+
+    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one.
+    """
+
+    url: str
+    cache: Cache | Literal[False] | None = None
+    verify: Verify = "first"
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self) -> tuple[Store, Store, Cache | None]:
+        """The data set's own store, the store to read through (the same, or the cache round it), and the cache."""
+        inner = open_store(self.url, **self.storage_options)
+        if isinstance(self.cache, Cache):
+            return inner, self.cache.store(inner), self.cache
+        if self.cache is False or isinstance(inner, LocalStore | MemoryStore):
+            return inner, inner, None
+        cache = Cache.default()
+        return inner, cache.store(inner), cache
+
+
+class OpenedVersion:
+    """One version of a data set with a choice of columns; implements load.source.Source.
+
+    Safe from any thread; after a fork the child opens its own shards. Nothing of a shard is read before it is asked
+    for.
+    """
+
+    def __init__(self, place: Place, version: int | None, columns: Sequence[str] | None) -> None:
+        self.place = place
+        self.inner, self.store, self.cache = place.open()
+        self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
+        self.stored_schema: Schema = self.manifest.schema
+        self._schema = self.stored_schema if columns is None else self.stored_schema.select(columns)
+        self.table: ShardTable = read_shards(self.store, self.manifest)
+        self._readers = _Readers(self._open)
+        self._tables: dict[int, BlockTable] = {}
+
+    @property
+    def url(self) -> str:
+        """The data set's, without credentials."""
+        return self.inner.url
+
+    @property
+    def dataset_id(self) -> str:
+        """Of the data set, the same for all its versions."""
+        return self.manifest.dataset_id
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self.manifest.number
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the version's contents; what resume checks against."""
+        return self.manifest.fingerprint
+
+    @property
+    def schema(self) -> Schema:
+        """The columns that are served, in order."""
+        return self._schema
+
+    @cached_property
+    def stored_columns(self) -> tuple[int, ...]:
+        """Their indices in the shards' schema."""
+        return tuple(self.stored_schema.index(name) for name in self._schema.names)
+
+    @property
+    def shard_records(self) -> NDArray[np.int64]:
+        """Records of each shard, int64[n_shards]."""
+        return self.table.n_records
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """Stored bytes of each shard, int64[n_shards]."""
+        return self.table.n_bytes
+
+    def identity(self, shard: int) -> ShardIdentity:
+        """What the cache keeps the shard's copy by."""
+        return self.table.info(shard).identity(self.dataset_id)
+
+    def block_table(self, shard: int) -> BlockTable:
+        """A shard's blocks, from its footer. Raises as `open_shard`."""
+        table = self._tables.get(shard)
+        if table is None:
+            footer = self.open_shard(shard).footer
+            table = BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            self._tables[shard] = table
+        return table
+
+    def open_shard(self, shard: int) -> ShardReader:
+        """The shard's reader, kept open for some time.
+
+        Raises:
+            NotFound, StoreError: the store.
+            CorruptShard: the footer.
+        """
+        return self._readers.get(shard)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Tell the cache what comes, and start fetching what is not open yet."""
+        if self.cache is None or not isinstance(self.store, LocalStore):
+            return
+        wanted = [(self.table.info(shard).name, self.identity(shard)) for shard in shards if shard not in self._readers]
+        self.store.announce(ReadPlan(f"{os.getpid()}", tuple(wanted)))
+        for key, identity in wanted:
+            lease = self.store.open_local(key, identity)
+            if lease is not None:
+                lease.want([ByteRange(0, identity.n_bytes)])
+                lease.close()
+
+    def at_version(self, number: int) -> OpenedVersion:
+        """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
+        return OpenedVersion(self.place, number, self._schema.names)
+
+    def figures(self) -> dict[str, float]:
+        """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
+        counters = self.inner.counters.snapshot()
+        stats = self.cache.stats() if self.cache is not None else {}
+        return {
+            "requests": counters.get("requests", 0),
+            "bytes_fetched": counters.get("bytes_read", 0),
+            "cache_hits": stats.get("hits", 0),
+            "cache_misses": stats.get("misses", 0),
+        }
+
+    def close(self) -> None:
+        """Give shards back; those in use stay good until they are dropped."""
+        self._readers.clear()
+
+    def _open(self, shard: int) -> ShardReader:
+        info = self.table.info(shard)
+        return ShardReader(
+            self.store, info.name, info=info, identity=info.identity(self.dataset_id), verify=self.place.verify
+        )
+
+
+class _Readers:
+    """Open shards, the least recently used dropped first.
+
+    The lock is never held while a shard is opened: threads open shards side by side, and two that want the same one
+    wait for the first at its gate.
+    """
+
+    def __init__(self, opener: Callable[[int], ShardReader]) -> None:
+        self._opener = opener
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._gates: dict[int, threading.Lock] = {}
+
+    def __contains__(self, shard: int) -> bool:
+        return self._pid == os.getpid() and shard in self._open
+
+    def get(self, shard: int) -> ShardReader:
+        if (
+            self._pid != os.getpid()
+        ):  # a forked child: the parent's leases are not ours, and its lock may be held for ever
+            self._begin()
+        with self._lock:
+            reader = self._open.get(shard)
+            if reader is not None:
+                self._open.move_to_end(shard)
+                return reader
+            gate = self._gates.setdefault(shard, threading.Lock())
+        with gate:
+            with self._lock:
+                reader = self._open.get(shard)
+            if reader is None:
+                reader = self._opener(shard)
+                self._keep(shard, reader)
+        return reader
+
+    def clear(self) -> None:
+        if self._pid == os.getpid():
+            with self._lock:
+                self._open.clear()
+
+    def _keep(self, shard: int, reader: ShardReader) -> None:
+        with self._lock:
+            self._gates.pop(shard, None)
+            self._open[shard] = reader
+            while len(self._open) > MAX_READERS:
+                self._open.popitem(last=False)  # dropped, not closed: another thread may be reading from it
