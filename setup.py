@@ -13,7 +13,7 @@ SOURCES = {
     "checksum": ["csrc/crc32c.c", "csrc/guard.c"],
     "gather": ["csrc/gather.c", "csrc/guard.c"],
     "permute": ["csrc/permute.c"],
-    "ring": ["csrc/ring.c", "csrc/gather.c", "csrc/guard.c"],
+    "ring": ["csrc/ring.c", "csrc/slot.c", "csrc/gather.c", "csrc/guard.c"],
 }
 
 extensions = [

@@ -10,15 +10,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "guard.h"
-
-enum { ALIGN = 64, HUGE_BYTES = 2 << 20 };
-
-typedef struct {
-    const tc_plan *plan;
-    size_t first, n;
-} part;
-
 typedef struct queued {
     const tc_plan *plan;
     size_t first, n; /* what is not cut yet */
@@ -29,7 +20,7 @@ typedef struct queued {
 typedef struct {
     enum { EMPTY, BUSY, READY } state;
     int status;
-    part *parts;
+    tc_part *parts;
     size_t n_parts, parts_capacity, n_rows;
     uint64_t first_row;
     tc_slot *slot;
@@ -71,173 +62,27 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static size_t aligned(size_t n) { return (n + ALIGN - 1) & ~(size_t)(ALIGN - 1); }
+/* ---- slots: pieces of the arena while there are some, their own mappings after; lock held ---- */
 
-/* ---- memory: an arena for the slots that are expected, a mapping of its own for each that outgrows it ---- */
-
-static uint8_t *map_bytes(size_t n_bytes) {
-    if (n_bytes < HUGE_BYTES) {
-        void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        return memory == MAP_FAILED ? NULL : memory;
-    }
-    uint8_t *memory = mmap(NULL, n_bytes + HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) return NULL;
-    size_t before = (HUGE_BYTES - ((uintptr_t)memory & (HUGE_BYTES - 1))) & (HUGE_BYTES - 1);
-    if (before) munmap(memory, before);
-    munmap(memory + before + n_bytes, HUGE_BYTES - before);
-    madvise(memory + before, n_bytes, MADV_HUGEPAGE); /* a hint: kernels without it say EINVAL */
-    return memory + before;
-}
-
-static size_t page_rounded(size_t n_bytes) {
-    size_t unit = n_bytes < HUGE_BYTES ? 4096 : HUGE_BYTES;
-    return (n_bytes + unit - 1) / unit * unit;
-}
-
-/* Make room for n_bytes, keeping the first keep_bytes. */
-static int slot_grow(tc_slot *slot, size_t n_bytes, size_t keep_bytes) {
-    if (n_bytes <= slot->capacity) return TC_OK;
-    size_t capacity = page_rounded(n_bytes + n_bytes / 4); /* batches of varied length: do not grow by a page each time */
-    uint8_t *memory = map_bytes(capacity);
-    if (memory == NULL) return TC_NOMEM;
-    if (keep_bytes) memcpy(memory, slot->memory, keep_bytes);
-    if (slot->own) munmap(slot->memory, slot->capacity);
-    slot->memory = memory;
-    slot->capacity = capacity;
-    slot->own = 1;
-    return TC_OK;
-}
-
-/* Called with the lock held, for the arena's sake. */
-static tc_slot *slot_new(tc_ring *ring) {
-    tc_slot *slot = calloc(1, sizeof *slot);
-    size_t *places = calloc(ring->n_streams * 3, sizeof *places);
-    if (slot == NULL || places == NULL) {
-        free(slot);
-        free(places);
-        return NULL;
-    }
+static tc_slot *new_slot(tc_ring *ring) {
+    int room = ring->arena && ring->arena_used + ring->arena_slot_bytes <= ring->arena_bytes;
+    uint8_t *memory = room ? ring->arena + ring->arena_used : NULL;
+    tc_slot *slot = tc_slot_new(ring->n_streams, memory, room ? ring->arena_slot_bytes : 0);
+    if (slot == NULL) return NULL;
     slot->ring = ring;
-    slot->values_at = places;
-    slot->offsets_at = places + ring->n_streams;
-    slot->n_elements = places + 2 * ring->n_streams;
-    if (ring->arena && ring->arena_used + ring->arena_slot_bytes <= ring->arena_bytes) {
-        slot->memory = ring->arena + ring->arena_used;
-        slot->capacity = ring->arena_slot_bytes;
-        ring->arena_used += ring->arena_slot_bytes;
-    }
+    if (room) ring->arena_used += ring->arena_slot_bytes;
     return slot;
 }
 
-static void slot_free(tc_slot *slot) {
-    if (slot->own) munmap(slot->memory, slot->capacity);
-    free(slot->values_at);
-    free(slot);
-}
-
-/* Keep the slot for a coming batch, unless there are more than are ever ahead: after list(loader) their memory goes back. Lock held. */
+/* Keep the slot for a coming batch, unless there are more than are ever ahead: after list(loader) their memory goes back. */
 static void slot_keep(tc_ring *ring, tc_slot *slot) {
     if (slot->own && ring->n_free > ring->depth) {
-        slot_free(slot);
+        tc_slot_free(slot);
         return;
     }
     slot->next = ring->free_slots;
     ring->free_slots = slot;
     ring->n_free++;
-}
-
-/* ---- gathering a batch, without the lock ---- */
-
-static int measure_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
-    if (tc_guard_enter()) return TC_EIO;
-    for (size_t s = 0; s < ring->n_streams; s++) {
-        if (ring->streams[s].kind != TC_VAR) continue;
-        int64_t *offsets = (int64_t *)(slot->memory + slot->offsets_at[s]);
-        offsets[0] = 0;
-        for (size_t p = 0; p < c->n_parts; p++) {
-            const part *here = &c->parts[p];
-            const tc_plan *plan = here->plan;
-            tc_measure(plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, offsets);
-            offsets += here->n;
-        }
-        slot->n_elements[s] = (size_t)*offsets;
-    }
-    tc_guard_leave();
-    return TC_OK;
-}
-
-static size_t out_width(const tc_stream *stream) {
-    switch (stream->kind) {
-        case TC_FIXED: return stream->width;
-        case TC_BITS: return 1;
-        case TC_REF: return sizeof(tc_ref);
-        default: return 0;
-    }
-}
-
-static int copy_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
-    if (tc_guard_enter()) return TC_EIO;
-    for (size_t s = 0; s < ring->n_streams; s++) {
-        const tc_stream *stream = &ring->streams[s];
-        size_t width = out_width(stream), done = 0;
-        for (size_t p = 0; p < c->n_parts; p++) {
-            const part *here = &c->parts[p];
-            const tc_plan *plan = here->plan;
-            tc_sink sink = {slot->memory + slot->values_at[s] + done * width, NULL};
-            if (stream->kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
-            tc_gather(stream, plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, &sink);
-            done += here->n;
-        }
-    }
-    tc_guard_leave();
-    return TC_OK;
-}
-
-static size_t batch_bytes(const tc_ring *ring, const tc_slot *slot) {
-    size_t n_bytes = 0;
-    for (size_t s = 0; s < ring->n_streams; s++) {
-        const tc_stream *stream = &ring->streams[s];
-        if (stream->kind == TC_VAR) {
-            n_bytes += slot->n_elements[s] * stream->width;
-        } else if (stream->kind == TC_REF) {
-            const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[s]);
-            for (size_t i = 0; i < slot->n_rows; i++) n_bytes += refs[i].n_bytes;
-        } else {
-            n_bytes += slot->n_rows * out_width(stream);
-        }
-    }
-    return n_bytes;
-}
-
-/* Lay the streams out in the slot (sizes known first, TC_VAR values after), then copy. */
-static int gather_batch(tc_ring *ring, const cell *c, tc_slot *slot) {
-    size_t end = 0;
-    int has_var = 0;
-    slot->n_rows = c->n_rows;
-    for (size_t s = 0; s < ring->n_streams; s++) {
-        if (ring->streams[s].kind == TC_VAR) {
-            slot->offsets_at[s] = end;
-            end += aligned((c->n_rows + 1) * sizeof(int64_t));
-            has_var = 1;
-        } else {
-            slot->values_at[s] = end;
-            end += aligned(c->n_rows * out_width(&ring->streams[s]));
-        }
-    }
-    int status = slot_grow(slot, end + 1, 0);
-    if (status == TC_OK && has_var) {
-        size_t head = end;
-        status = measure_batch(ring, c, slot);
-        for (size_t s = 0; status == TC_OK && s < ring->n_streams; s++) {
-            if (ring->streams[s].kind != TC_VAR) continue;
-            slot->values_at[s] = end;
-            end += aligned(slot->n_elements[s] * ring->streams[s].width);
-        }
-        if (status == TC_OK) status = slot_grow(slot, end + 1, head);
-    }
-    if (status == TC_OK) status = copy_batch(ring, c, slot);
-    slot->n_bytes = status == TC_OK ? batch_bytes(ring, slot) : 0;
-    return status;
 }
 
 /* ---- cutting the sequence into batches, with the lock ---- */
@@ -260,12 +105,12 @@ static int can_cut(const tc_ring *ring) {
 static int add_part(cell *c, const tc_plan *plan, size_t first, size_t n) {
     if (c->n_parts == c->parts_capacity) {
         size_t capacity = c->parts_capacity ? 2 * c->parts_capacity : 4;
-        part *parts = realloc(c->parts, capacity * sizeof *parts);
+        tc_part *parts = realloc(c->parts, capacity * sizeof *parts);
         if (parts == NULL) return TC_NOMEM;
         c->parts = parts;
         c->parts_capacity = capacity;
     }
-    c->parts[c->n_parts++] = (part){plan, first, n};
+    c->parts[c->n_parts++] = (tc_part){plan, first, n};
     return TC_OK;
 }
 
@@ -296,7 +141,7 @@ static cell *cut(tc_ring *ring) {
         ring->free_slots = c->slot->next;
         ring->n_free--;
     } else {
-        c->slot = slot_new(ring);
+        c->slot = new_slot(ring);
     }
     if (c->slot == NULL) c->status = TC_NOMEM;
     return c;
@@ -318,7 +163,7 @@ static void *worker(void *argument) {
         pthread_mutex_unlock(&ring->lock);
 
         uint64_t start_ns = now_ns();
-        if (c->status == TC_OK) c->status = gather_batch(ring, c, c->slot);
+        if (c->status == TC_OK) c->status = tc_slot_fill(c->slot, ring->streams, ring->n_streams, c->parts, c->n_parts);
         uint64_t took_ns = now_ns() - start_ns;
 
         pthread_mutex_lock(&ring->lock);
@@ -340,12 +185,12 @@ static void free_ring(tc_ring *ring) {
         q = next;
     }
     for (size_t i = 0; i < ring->depth; i++) {
-        if (ring->cells[i].state != EMPTY && ring->cells[i].slot) slot_free(ring->cells[i].slot);
+        if (ring->cells[i].state != EMPTY && ring->cells[i].slot) tc_slot_free(ring->cells[i].slot);
         free(ring->cells[i].parts);
     }
     for (tc_slot *slot = ring->free_slots; slot;) {
         tc_slot *next = slot->next;
-        slot_free(slot);
+        tc_slot_free(slot);
         slot = next;
     }
     if (ring->arena) munmap(ring->arena, ring->arena_bytes);
@@ -399,9 +244,9 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     if (n_streams) memcpy(ring->streams, streams, n_streams * sizeof *streams);
     if (slot_bytes) {
         /* Room for what is ahead and for the one at the consumer. Not fatal when it cannot be had: slots then map their own. */
-        ring->arena_slot_bytes = aligned(slot_bytes + 1);
-        ring->arena_bytes = page_rounded(ring->arena_slot_bytes * (depth + 2));
-        ring->arena = map_bytes(ring->arena_bytes);
+        ring->arena_slot_bytes = (slot_bytes + 1 + 63) & ~(size_t)63;
+        ring->arena_bytes = tc_page_rounded(ring->arena_slot_bytes * (depth + 2));
+        ring->arena = tc_map_bytes(ring->arena_bytes);
     }
     if (start_threads(ring, n_threads) != TC_OK) {
         free_ring(ring);

@@ -12,39 +12,17 @@
  */
 #ifndef TC_RING_H
 #define TC_RING_H
-#include "gather.h"
+#include "slot.h"
 
 enum {
     TC_OK = 0,
     TC_END = 1,     /* the planner ended the sequence and every batch was taken */
     TC_FAILED = 2,  /* the planner failed; every batch before was taken */
     TC_TIMEOUT = 3,
-    TC_CLOSED = 4,
-    TC_NOMEM = -12
+    TC_CLOSED = 4
 };
 
-/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_room) or the ring is closed. */
-typedef struct {
-    const tc_source *sources; /* [n_streams][n_blocks] */
-    size_t n_blocks;
-    const uint32_t *block;
-    const uint32_t *row;
-    size_t n_rows;
-} tc_plan;
-
 typedef struct tc_ring tc_ring;
-
-/* A batch's memory. values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR stream. */
-typedef struct tc_slot {
-    tc_ring *ring;
-    struct tc_slot *next;
-    uint8_t *memory;
-    size_t capacity;
-    int own; /* memory is this slot's own mapping, not a piece of the ring's arena */
-    size_t n_rows;
-    size_t n_bytes; /* of the batch's values, those that references point to included */
-    size_t *values_at, *offsets_at, *n_elements;
-} tc_slot;
 
 typedef struct {
     uint64_t batches;    /* taken */

@@ -61,7 +61,11 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
     ) -> None:
         source = getattr(dataset, "source", None)
         ours = isinstance(source, Source)
-        why_not = _why_not_native(ours, dataset, batch_size, sampler, batch_sampler, collate_fn)
+        why_not = f"the data set is a {type(dataset).__name__}, not a tiercache.Dataset"
+        if ours:
+            why_not = _why_not_native(
+                dataset, batch_size=batch_size, collate_fn=collate_fn, sampler=sampler, batch_sampler=batch_sampler
+            )
         if options is not None and why_not:
             raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}")
         if ours and collate_fn is None and batch_size is not None:
@@ -140,20 +144,13 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
 
 
-def _why_not_native(
-    ours: bool, dataset: Any, batch_size: int | None, sampler: Any, batch_sampler: Any, collate_fn: Any
-) -> str:
-    """Why a loader does not take the native path; "" if it does."""
-    if not ours:
-        return f"the data set is a {type(dataset).__name__}, not a tiercache.Dataset"
-    given = {"sampler": sampler, "batch_sampler": batch_sampler}
-    for name, value in given.items():
-        if value is not None:
-            return f"{name}= was given"
+def _why_not_native(dataset: Any, *, batch_size: int | None, collate_fn: Any, **chosen: Any) -> str:
+    """Why a loader of this data set of ours does not take the native path; "" if it does."""
+    given = [name for name, value in chosen.items() if value is not None]
+    if given:
+        return f"{given[0]}= was given"
     if batch_size is None:
         return "batch_size=None asks for single records"
     if dataset.transform is not None:
         return "the data set has a transform"
-    if collate_fn not in (None, collate):
-        return "collate_fn= was given"
-    return ""
+    return "" if collate_fn in (None, collate) else "collate_fn= was given"

@@ -1,0 +1,48 @@
+/* Slot: a batch's memory, and how it is filled from the rows of windows. No locks here: a slot has one owner at a time (see ring.h). */
+#ifndef TC_SLOT_H
+#define TC_SLOT_H
+#include "gather.h"
+
+#define TC_NOMEM (-12)
+
+/* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_room) or the ring is closed. */
+typedef struct {
+    const tc_source *sources; /* [n_streams][n_blocks] */
+    size_t n_blocks;
+    const uint32_t *block;
+    const uint32_t *row;
+    size_t n_rows;
+} tc_plan;
+
+/* Rows [first, first + n) of a plan. */
+typedef struct {
+    const tc_plan *plan;
+    size_t first, n;
+} tc_part;
+
+/* values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR stream. */
+typedef struct tc_slot {
+    struct tc_ring *ring;
+    struct tc_slot *next;
+    uint8_t *memory;
+    size_t capacity;
+    int own; /* memory is this slot's own mapping, not a piece of the ring's arena */
+    size_t n_rows;
+    size_t n_bytes; /* of the batch's values, those that references point to included */
+    size_t *values_at, *offsets_at, *n_elements;
+} tc_slot;
+
+/* Private memory of n_bytes, a multiple of the page; from 2 MiB up aligned to 2 MiB with huge pages asked for. NULL without memory. */
+uint8_t *tc_map_bytes(size_t n_bytes);
+
+/* n_bytes rounded up to whole pages, from 2 MiB up to whole huge pages. */
+size_t tc_page_rounded(size_t n_bytes);
+
+/* A slot for n_streams streams over memory of capacity bytes (or NULL and 0: it maps its own when filled). NULL without memory. */
+tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity);
+void tc_slot_free(tc_slot *slot);
+
+/* Gather parts, in order, into the slot; it grows as needed. 0, TC_EIO (a source could not be read) or TC_NOMEM. */
+int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts);
+
+#endif

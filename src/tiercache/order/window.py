@@ -1,0 +1,100 @@
+"""Windows: runs of blocks whose rows are mixed together, and how runs are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache._native.permute import RowFinder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+# A stream of so many windows starts with small ones, 1/64 of a whole one and doubling: its first batch needs few
+# blocks, and what is mixed less is one window's worth.
+RAMP_MIN_WINDOWS = 8
+RAMP_SHIFTS = (6, 5, 4, 3, 2, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """One window of the order: positions [start, stop) of the stream. Immutable, shared freely between threads.
+
+    Attributes:
+        group: number of the group of shards it lies in.
+        index: its number inside the group.
+        start, stop: positions in the stream.
+        raw_bytes: of its blocks, all columns, decoded.
+        shards: int32[k], shard of each block, by data-set index.
+        blocks: int32[k], the block inside its shard.
+        first: int64[k + 1], cumulative rows of the blocks; first[k] == stop - start.
+        key: of the permutation of its rows; None when they are not shuffled.
+    """
+
+    group: int
+    index: int
+    start: int
+    stop: int
+    raw_bytes: int
+    shards: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    first: NDArray[np.int64]
+    key: bytes | None
+    _finder: RowFinder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_finder", RowFinder(self.first, self.key))
+
+    def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Places of positions [lo, hi), counted from the window's start.
+
+        Returns:
+            block: uint32[hi - lo], indices into shards and blocks; row: uint32[hi - lo], the row inside its block.
+
+        Raises:
+            ValueError: positions outside the window.
+        """
+        if hi < lo:
+            raise ValueError(f"positions [{lo}, {hi}) are no range")
+        block = np.empty(hi - lo, np.uint32)
+        row = np.empty(hi - lo, np.uint32)
+        self._finder.find(lo, block, row)
+        return block, row
+
+
+def ramp(window_bytes: int) -> tuple[int, ...]:
+    """Sizes of the first windows of a long stream, in bytes: 1/64, 1/32, ... 1/2 of a whole one."""
+    return tuple(window_bytes >> shift for shift in RAMP_SHIFTS)
+
+
+def cut(sizes: NDArray[np.int64], limit_bytes: int | None, first_limits: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Cut items into consecutive runs: as many whole items as fit limit_bytes together, at least one.
+
+    Args:
+        sizes: int64[n], bytes of each item.
+        limit_bytes: of a run; None: all items are one run.
+        first_limits: limits of the first runs, one each, before limit_bytes holds.
+
+    Returns:
+        int64[m + 1]: run i is items [cuts[i], cuts[i + 1]); [0] when there are no items.
+    """
+    n = len(sizes)
+    if limit_bytes is None or n == 0:
+        return np.array([0, n] if n else [0], np.int64)
+    sums = np.zeros(n + 1, np.int64)
+    np.cumsum(sizes, out=sums[1:])
+    cuts = [0]
+    for limit in first_limits:
+        if cuts[-1] < n:
+            end = int(np.searchsorted(sums, sums[cuts[-1]] + limit, side="right")) - 1
+            cuts.append(max(end, cuts[-1] + 1))
+    # Where a run from each item would end, all at once: the loop over runs (10^5 of them and more) then has no search.
+    ends = np.searchsorted(sums, sums[:-1] + min(limit_bytes, int(sums[-1])), side="right") - 1
+    following = np.maximum(ends, np.arange(1, n + 1)).tolist()
+    while cuts[-1] < n:
+        cuts.append(following[cuts[-1]])
+    return np.array(cuts, np.int64)
