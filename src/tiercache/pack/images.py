@@ -1,0 +1,157 @@
+"""A folder of images with one sub-folder a class: columns image (undecoded bytes), label, path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from tiercache.errors import SchemaError
+from tiercache.pack.files import Files, SourceFile
+from tiercache.pack.source import Batch, Part
+from tiercache.shard.types import CLASSES_KEY, Image, Schema
+
+SUFFIXES = {
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".jpe": "jpeg",
+    ".png": "png",
+    ".gif": "gif",
+    ".webp": "webp",
+    ".bmp": "bmp",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+}
+_PART_FILES = 64
+_BATCH_FILES = 256
+
+
+def sniff(data: bytes) -> str | None:
+    """The encoding that the first bytes of an image say; None where they say none that is known."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp"}
+    starts |= {b"II*\0": "tiff", b"MM\0*": "tiff"}
+    return next((encoding for start, encoding in starts.items() if data.startswith(start)), None)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images by class. classes: names in sorted order; a record's label is its class's index in them."""
+
+    files: Files
+    images: tuple[SourceFile, ...]
+    classes: tuple[str, ...]
+    encoding: str
+
+    @property
+    def schema(self) -> Schema:
+        """Columns image, label, path."""
+        names = json.dumps(self.classes, ensure_ascii=False).encode()
+        label = pa.field("label", pa.int64(), nullable=False, metadata={CLASSES_KEY: names})
+        return Schema.of({"image": Image(self.encoding), "label": label, "path": "str"})
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Runs of files."""
+        starts = range(0, len(self.images), _PART_FILES)
+        runs = [(start, min(start + _PART_FILES, len(self.images))) for start in starts]
+        return tuple(Part("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
+
+    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+        """The files of a run, as they are.
+
+        Raises:
+            SchemaError: a file that is not an image of the column's encoding.
+        """
+        labels = {name: label for label, name in enumerate(self.classes)}
+        for run in _runs(self.images[part.start : part.end], batch_bytes):
+            paths = [f.path for f in run]
+            images = self.files.read_many(paths)
+            for path, image in zip(paths, images, strict=True):
+                self._check(path, image)
+            columns: dict[str, Sequence[Any]] = {
+                "image": images,
+                "label": [labels[path.split("/")[0]] for path in paths],
+                "path": paths,
+            }
+            yield Batch(columns, len(run), sum(f.n_bytes for f in run), partial(self._place, paths))
+
+    def _place(self, paths: Sequence[str], record: int) -> str:
+        return self.files.place(paths[record])
+
+    def _check(self, path: str, image: bytes) -> None:
+        encoding = sniff(image)
+        if encoding is None:
+            what = f"starts with {image[:8]!r}" if image else "is empty"
+            raise SchemaError(
+                f"{self.files.place(path)}: not an image that is known here: it {what}; {_leave_out(path)}"
+            )
+        if encoding != self.encoding:
+            raise SchemaError(
+                f"{self.files.place(path)}: this is a {encoding}, the others are {self.encoding}; "
+                f"a column holds one encoding: convert it, or {_leave_out(path)}"
+            )
+
+
+def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
+    """Look at a folder's files by their names, and at the first one's bytes.
+
+    Args:
+        files: where they lie.
+        found: which they are.
+        classes: class names whose order is fixed already (appending to a data set); None: those found, sorted.
+
+    Raises:
+        SchemaError: a file outside a class's folder, one that is no image by its name, more than one encoding, or a
+            class that classes does not have.
+    """
+    for file in found:
+        suffix = _suffix(file.path)
+        if suffix and suffix not in SUFFIXES:
+            raise SchemaError(f"{files.place(file.path)}: not an image by its name; {_leave_out(file.path)}")
+        if "/" not in file.path:
+            raise SchemaError(f"{files.place(file.path)}: an image must lie in a sub-folder with its class's name")
+    first = {SUFFIXES[_suffix(f.path)]: f.path for f in reversed(found) if _suffix(f.path)}
+    if len(first) > 1:
+        examples = ", ".join(f"{encoding} ({path})" for encoding, path in sorted(first.items()))
+        raise SchemaError(
+            f"several image encodings: {examples}; a column holds one: choose with include, as in '*.png'"
+        )
+    names = sorted({f.path.split("/")[0] for f in found})
+    if classes is not None and (new := sorted(set(names) - set(classes))):
+        raise SchemaError(
+            f"class {new[0]!r} is not among the data set's {len(classes)} classes; a label must keep its meaning"
+        )
+    encoding = next(iter(first), None) or sniff(files.read_many([found[0].path])[0])
+    if encoding is None:
+        raise SchemaError(f"{files.place(found[0].path)}: not an image that is known here")
+    return ImageFolder(files, tuple(found), tuple(names if classes is None else classes), encoding)
+
+
+def _suffix(path: str) -> str:
+    name = path.rsplit("/", 1)[-1]
+    return "." + name.rsplit(".", 1)[1].lower() if "." in name else ""
+
+
+def _leave_out(path: str) -> str:
+    suffix = _suffix(path)
+    glob = f"*{suffix}" if suffix and suffix not in SUFFIXES else path
+    return f"leave it out with exclude, as in {glob!r}"
+
+
+def _runs(files: Sequence[SourceFile], batch_bytes: int) -> Iterator[list[SourceFile]]:
+    run: list[SourceFile] = []
+    run_bytes = 0
+    for file in files:
+        run.append(file)
+        run_bytes += file.n_bytes
+        if run_bytes >= batch_bytes or len(run) == _BATCH_FILES:
+            yield run
+            run, run_bytes = [], 0
+    if run:
+        yield run

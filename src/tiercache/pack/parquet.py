@@ -1,0 +1,135 @@
+"""Parquet files: their Arrow schema, row group by row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from tiercache.errors import SchemaError
+from tiercache.pack.files import Files, SourceFile
+from tiercache.pack.source import Batch, Part
+from tiercache.shard.types import Schema, UserType
+
+SUFFIXES = (".parquet", ".pq", ".parq")
+_PARALLEL_FOOTERS = 16
+_BATCH_ROWS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What planning needs of a file. with_nulls: columns in which its statistics do not rule nulls out."""
+
+    path: str
+    schema: pa.Schema
+    with_nulls: frozenset[str]
+    row_group_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files of one schema. parts: one a row group."""
+
+    files: Files
+    schema: Schema
+    parts: tuple[Part, ...]
+
+    def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
+        """The rows of a row group, dictionaries replaced by their values. Raises SchemaError for a damaged file."""
+        place, names, first_row = self.files.place(part.path), list(self.schema.names), 0
+        with _opened(self.files, part.path) as parquet:
+            n_rows = max(1, parquet.metadata.row_group(part.start).num_rows)
+            rows = max(1, min(_BATCH_ROWS, batch_bytes * n_rows // max(part.n_bytes, 1)))
+            batches = parquet.iter_batches(rows, row_groups=[part.start], columns=names)
+            while (batch := _next(batches, place)) is not None:
+                where = partial(_row_place, place, part.start, first_row)
+                first_row += len(batch)
+                yield Batch(_plain(batch.select(names)), len(batch), part.n_bytes * len(batch) // n_rows, where)
+
+
+def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ParquetFiles:
+    """Look at the footers of Parquet files. A column is nullable where the statistics do not rule nulls out.
+
+    given: the types of some columns; the others are as the files have them.
+
+    Raises:
+        SchemaError: a file that is not Parquet, or whose columns differ from the first one's; given names no column.
+    """
+    with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
+        footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
+    for footer in footers[1:]:
+        _check_same(files.place(footer.path), footer.schema, files.place(footers[0].path), footers[0].schema)
+    with_nulls = frozenset().union(*(footer.with_nulls for footer in footers))
+    types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
+    if new := [name for name in given if name not in types]:
+        raise SchemaError(f"{files.place(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0])
+    parts = [Part(f.path, i, i + 1, n_bytes) for f in footers for i, n_bytes in enumerate(f.row_group_bytes)]
+    return ParquetFiles(files, Schema.of(types | dict(given)), tuple(parts))
+
+
+def _read_footer(files: Files, path: str) -> Footer:
+    with _opened(files, path) as parquet:
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        with_nulls: set[str] = set()
+        for group in groups:
+            for chunk in (group.column(i) for i in range(group.num_columns)):
+                known = chunk.statistics is not None and chunk.statistics.has_null_count
+                if not known or chunk.statistics.null_count:
+                    with_nulls.add(_top_name(chunk.path_in_schema, schema))
+        nullable = frozenset(name for name in with_nulls if schema.field(name).nullable)
+        return Footer(path, schema.remove_metadata(), nullable, tuple(group.total_byte_size for group in groups))
+
+
+def _top_name(path: str, schema: pa.Schema) -> str:
+    """The top column of a leaf's dotted path; column names may have dots themselves."""
+    parts = path.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next(name for name in names if name in schema.names)
+
+
+@contextmanager
+def _opened(files: Files, path: str) -> Iterator[pq.ParquetFile]:
+    with files.open(path) as file:
+        try:
+            parquet = pq.ParquetFile(file, pre_buffer=True)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(files.place(path), error) from error
+        with parquet:
+            yield parquet
+
+
+def _next(batches: Iterator[pa.RecordBatch], place: str) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: str, error: Exception) -> SchemaError:
+    return SchemaError(f"{place}: not Parquet that can be read: {str(error).strip().splitlines()[0]}")
+
+
+def _row_place(place: str, row_group: int, first_row: int, row: int) -> str:
+    return f"{place}, row group {row_group}, row {first_row + row}"
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [c.dictionary_decode() if pt.is_dictionary(c.type) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _check_same(place: str, schema: pa.Schema, first_place: str, first: pa.Schema) -> None:
+    if sorted(schema.names) != sorted(first.names):
+        differ = sorted(set(schema.names) ^ set(first.names)) or schema.names
+        raise SchemaError(f"{place}: its columns are not those of {first_place}: {', '.join(differ)}")
+    for field in schema:
+        expected = first.field(field.name).type
+        if field.type != expected:
+            raise SchemaError(f"{place}: expected {expected} as in {first_place}, got {field.type}", column=field.name)

@@ -1,0 +1,259 @@
+"""Arrow arrays into Parts, sharing their memory where the layout is ours already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from tiercache.shard.extension import BFloat16Type
+from tiercache.shard.fit import MisfitError, fit
+from tiercache.shard.parts import Part, shapes_of
+from tiercache.shard.spec import Kind
+from tiercache.shard.types import Column
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An Arrow array of which it is known that it has a column's stored form.
+
+    Its uint16 may be the bits of bfloat16s, its uint8 bools. A plain array of the same Arrow type holds numbers.
+    """
+
+    array: pa.Array | pa.ChunkedArray
+
+
+def part_of_stored(column: Column, data: Stored) -> Part:
+    """The records of an array in stored form.
+
+    Raises:
+        MisfitError: it is not in stored form, or has nulls that the column does not allow.
+    """
+    if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
+        return part_of_arrow(column, data.array)
+    part = part_of_arrow(replace(column, dtype=column.stored.name), data.array)
+    if column.dtype == "bool" and part.values is not None and (part.values > 1).any():
+        raise MisfitError(str(column), "bytes that are neither 0 nor 1")
+    return part
+
+
+def part_of_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> Part:
+    """The records of an Arrow array of a column's type, or of one that casts to it without loss.
+
+    Raises:
+        MisfitError: another type, or a value that does not fit.
+    """
+    if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
+        column = replace(column, dtype="uint16")
+    array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
+    if isinstance(array, pa.ChunkedArray):  # older Arrow gives one for no chunks at all
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array.type, pa.BaseExtensionType):
+        array = _storage(array)
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    valid = _valid(column, array)
+    part = _HOW[column.kind](column, array)
+    return (
+        part if valid is None or part.array is not None else Part(part.n, part.values, part.offsets, part.shapes, valid)
+    )
+
+
+def _storage(array: pa.Array) -> pa.Array:
+    storage = array.storage
+    return pc.not_equal(storage, 0) if array.type.extension_name == "arrow.bool8" else storage
+
+
+def _valid(column: Column, array: pa.Array) -> Array | None:
+    if not array.null_count:
+        return None
+    valid: Array = array.is_valid().to_numpy(zero_copy_only=False)
+    if not column.nullable:
+        raise MisfitError(str(column), "null", int(np.argmin(valid)))
+    return valid
+
+
+def _no(column: Column, array: pa.Array) -> MisfitError:
+    return MisfitError(str(column), f"an Arrow array of {array.type}")
+
+
+def _numbers(column: Column, array: pa.Array) -> Array:
+    """Elements of a primitive array in stored form; those that are null are zero."""
+    if array.null_count:
+        array = array.fill_null(False if pt.is_boolean(array.type) else 0)
+    if not (pt.is_integer(array.type) or pt.is_floating(array.type) or pt.is_boolean(array.type)):
+        raise _no(column, array)
+    elements = array.to_numpy(zero_copy_only=False)
+    return fit(elements, elements.dtype.name, column.dtype or "")
+
+
+def _scalars(column: Column, array: pa.Array) -> Part:
+    return Part(len(array), _numbers(column, array).reshape(-1, 1))
+
+
+def _bools(column: Column, array: pa.Array) -> Part:
+    return Part(len(array), _numbers(column, array))
+
+
+def _tensors(column: Column, array: pa.Array) -> Part:
+    n, array_type = len(array), array.type
+    shape: list[int] = []
+    if pt.is_list(array.type) or pt.is_large_list(array.type):
+        array = _equal_lists(column, array)
+    inner = array
+    while pt.is_fixed_size_list(inner.type):
+        size = inner.type.list_size
+        shape.append(size)
+        if inner is not array and inner.null_count:
+            raise MisfitError(str(column), "a tensor with nulls inside")
+        start = inner.offset * size
+        inner = inner.values.slice(start, len(inner) * size)
+    flat = len(shape) == 1 and shape[0] == column.n_elements
+    if not flat and tuple(shape) != column.shape:
+        raise MisfitError(str(column), f"an Arrow array of {array_type}")
+    elements = _elements(column, inner, array.is_valid() if array.null_count else None, max(column.n_elements, 1))
+    return Part(n, elements.reshape(n, column.n_elements))
+
+
+def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
+    """Lists that all have a tensor's number of elements, as fixed-size lists."""
+    lengths = pc.fill_null(pc.list_value_length(array), column.n_elements).to_numpy(zero_copy_only=False)
+    wrong = lengths != column.n_elements
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise MisfitError(str(column), f"a list of {lengths[index]} elements", index)
+    return array.cast(pa.list_(array.type.value_type, column.n_elements))
+
+
+def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_record: int) -> Array:
+    """Flat elements, which may be null only where their whole record is."""
+    if inner.null_count:
+        allowed = np.zeros(len(inner), bool)
+        if valid is not None:
+            allowed = np.repeat(~valid.to_numpy(zero_copy_only=False), per_record)[: len(inner)]
+        wrong = inner.is_null().to_numpy(zero_copy_only=False) & ~allowed
+        if wrong.any():
+            raise MisfitError(str(column), "a tensor with nulls inside", int(np.argmax(wrong)) // per_record)
+    try:
+        return _numbers(column, inner)
+    except MisfitError as error:
+        error.index //= per_record
+        raise
+
+
+def _runs(column: Column, array: pa.Array) -> Part:
+    """Bytes, text and images: values and 64-bit offsets."""
+    text = column.kind is Kind.STR
+    kind_fits = pt.is_string(array.type) or pt.is_large_string(array.type) or pt.is_string_view(array.type)
+    if not text:
+        kind_fits = pt.is_binary(array.type) or pt.is_large_binary(array.type) or pt.is_binary_view(array.type)
+        kind_fits = kind_fits or pt.is_fixed_size_binary(array.type)
+    if not kind_fits:
+        raise _no(column, array)
+    array = array.cast(pa.large_string() if text else pa.large_binary())
+    if array.null_count:
+        array = array.fill_null("" if text else b"")
+    if text:
+        try:
+            array.validate(full=True)
+        except pa.ArrowException as error:
+            raise MisfitError("valid UTF-8", str(error)) from error
+    _, offsets, values = array.buffers()
+    run = np.zeros(0, np.uint8) if values is None else np.frombuffer(values, np.uint8)
+    return Part(len(array), run, _offsets64(offsets, array))
+
+
+def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
+    if buffer is None or not buffer.size:
+        return np.zeros(1, np.int64)
+    return np.frombuffer(buffer, np.int64)[array.offset : array.offset + len(array) + 1]
+
+
+def _ragged(column: Column, array: pa.Array) -> Part:
+    """Our own struct of data and shape, or lists for one varying dimension."""
+    if pt.is_struct(array.type) and {array.type.field(i).name for i in range(array.type.num_fields)} == {
+        "data",
+        "shape",
+    }:
+        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        data, shape = array.field("data"), array.field("shape")
+        if pt.is_list(data.type):
+            data = data.cast(pa.large_list(data.type.value_type))
+        return _ragged_of(column, data, _shapes(column, shape, valid), valid)
+    if (pt.is_list(array.type) or pt.is_large_list(array.type)) and len(column.shape) == 1:
+        data = array.cast(pa.large_list(array.type.value_type))
+        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        return _ragged_of(column, data, None, valid)
+    raise _no(column, array)
+
+
+def _shapes(column: Column, shape: pa.Array, valid: Array) -> Array:
+    size = shape.type.list_size if pt.is_fixed_size_list(shape.type) else -1
+    if size != len(column.shape) or not pt.is_int32(shape.type.value_type):
+        raise MisfitError(str(column), f"shapes of {shape.type}")
+    flat = shape.values.slice(shape.offset * size, len(shape) * size).fill_null(0)
+    return np.where(valid[:, None], flat.to_numpy(zero_copy_only=False).reshape(len(shape), size), 0)
+
+
+def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Array) -> Part:
+    n = len(data)
+    if data.null_count and (data.is_null().to_numpy(zero_copy_only=False) & valid).any():
+        raise MisfitError(str(column), "a record without data")
+    if not valid.all():
+        # What lies below a null is undefined: leave it out.
+        data = pc.if_else(pa.array(valid), data, pa.scalar([], data.type))
+    offsets = _offsets64(data.buffers()[1], data)
+    first, last = int(offsets[0]), int(offsets[-1])
+    try:
+        values = _elements(column, data.values.slice(first, last - first), None, 1)
+    except MisfitError as error:
+        error.index = int(np.searchsorted(offsets, error.index + first, side="right")) - 1
+        raise
+    offsets = offsets - first if first else offsets
+    lengths = np.diff(offsets)
+    if shapes is None:
+        shapes = lengths.reshape(n, 1)
+    shapes = np.where(valid[:, None], shapes, shapes_of(column, n, [d or 0 for d in column.shape]))
+    _check_shapes(column, shapes, lengths)
+    return Part(n, values, offsets, np.ascontiguousarray(shapes, np.dtype("<i4")))
+
+
+def _check_shapes(column: Column, shapes: Array, lengths: Array) -> None:
+    # The product of int64 may wrap to the right number; that of float64 cannot, and is exact where it is right.
+    wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
+    wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
+    for number, dimension in enumerate(column.shape):
+        if dimension is not None:
+            wrong |= shapes[:, number] != dimension
+    if len(wrong) and wrong.any():
+        index = int(np.argmax(wrong))
+        raise MisfitError(str(column), f"{lengths[index]} elements of the shape {tuple(shapes[index].tolist())}", index)
+
+
+def _any_arrow(column: Column, array: pa.Array) -> Part:
+    try:
+        found = array if array.type == column.arrow.type else array.cast(column.arrow.type)
+        found.validate(full=True)
+    except pa.ArrowException as error:
+        raise MisfitError(str(column), f"an Arrow array of {array.type}: {error}") from error
+    return Part(len(found), array=found)
+
+
+# JSON is not here: its values are parsed, and come as a list.
+_HOW = {
+    Kind.SCALAR: _scalars,
+    Kind.BOOL: _bools,
+    Kind.TENSOR: _tensors,
+    Kind.RAGGED: _ragged,
+    Kind.BYTES: _runs,
+    Kind.IMAGE: _runs,
+    Kind.STR: _runs,
+    Kind.ARROW: _any_arrow,
+}

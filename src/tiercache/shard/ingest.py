@@ -1,0 +1,317 @@
+"""What users give for a column (arrays, lists, Arrow, tensors, values) into Parts, or an error for what misfits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tiercache.shard.arrow_ingest import Stored, part_of_arrow, part_of_stored
+from tiercache.shard.fit import MisfitError, as_numpy, fit
+from tiercache.shard.parts import Part, shapes_of
+from tiercache.shard.spec import FLOATS, INTEGERS, STORED, Kind
+from tiercache.shard.types import Column
+
+Array: TypeAlias = npt.NDArray[Any]
+_BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
+
+
+def part_of_column(column: Column, data: Any) -> Part:
+    """A whole column of a batch in stored form; numpy and Arrow memory is shared where nothing needs converting.
+
+    Raises:
+        MisfitError: a value does not fit; nothing was kept.
+    """
+    if isinstance(data, Stored):
+        return part_of_column(column, data.array) if column.kind is Kind.JSON else part_of_stored(column, data)
+    if isinstance(data, pa.Array | pa.ChunkedArray):
+        return _part_of_list(column, _parsed(data)) if column.kind is Kind.JSON else part_of_arrow(column, data)
+    if isinstance(data, list | tuple):
+        return _part_of_list(column, data)
+    found = as_numpy(data)
+    if found is not None:
+        return _part_of_numpy(column, *found)
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray | memoryview):
+        return _part_of_list(column, list(data))
+    raise MisfitError(f"an array or a list of {column}", _type_name(data))
+
+
+def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The objects of a JSON column that comes through Arrow: text is JSON text, everything else what it is."""
+    values: list[Any] = data.to_pylist()
+    for index, value in enumerate(values):
+        if isinstance(value, str):
+            try:
+                values[index] = json.loads(value)
+            except ValueError as error:
+                raise MisfitError("JSON text", str(error), index) from error
+    return values
+
+
+def _part_of_numpy(column: Column, array: Array, dtype: str) -> Part:
+    if array.ndim == 0:
+        raise MisfitError(f"an array or a list of {column}", "a single value")
+    if array.dtype.kind in "OU" or column.kind in _BYTES_LIKE:
+        return _part_of_list(column, array.tolist())
+    if column.kind is Kind.ARROW:
+        try:
+            return part_of_arrow(column, pa.array(array))
+        except (pa.ArrowException, TypeError) as error:
+            raise MisfitError(str(column), f"elements of dtype {array.dtype}") from error
+    n, shape = len(array), array.shape[1:]
+    _check_shape(column, shape)
+    stored = np.ascontiguousarray(fit(array, dtype, column.dtype or ""))
+    if column.kind is Kind.RAGGED:
+        offsets = np.arange(n + 1, dtype=np.int64) * math.prod(shape)
+        return Part(n, stored.reshape(-1), offsets, shapes_of(column, n, shape))
+    return Part(n, stored if column.kind is Kind.BOOL else stored.reshape(n, column.n_elements))
+
+
+def _check_shape(column: Column, shape: tuple[int, ...]) -> None:
+    fits = len(shape) == len(column.shape)
+    if fits and all(want in (None, have) for want, have in zip(column.shape, shape, strict=True)):
+        return
+    raise MisfitError(str(column), f"the shape {shape}" if shape else "a single number")
+
+
+def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
+    fast = _scalars(column, values) if column.kind is Kind.SCALAR else None
+    if fast is not None:
+        return Part(len(values), fast.reshape(-1, 1))
+    if column.kind is Kind.ARROW:
+        return _arrow_part_of_list(column, values)
+    convert = converter(column)
+    converted: list[Any] = []
+    for index, value in enumerate(values):
+        try:
+            converted.append(convert(value))
+        except MisfitError as error:
+            error.index = index
+            raise
+    return build_part(column, converted)
+
+
+def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
+    """The fast way for lists of plain Python numbers of the column's own sort; None where one must look closer."""
+    types = set(map(type, values))
+    try:
+        if types == {int} and column.dtype in INTEGERS:
+            return fit(np.array(values, np.int64), "int64", column.dtype)
+        if types == {float} and column.dtype in FLOATS:
+            return fit(np.array(values, np.float64), "float64", column.dtype)
+    except OverflowError:
+        return None
+    return None
+
+
+def converter(column: Column) -> Callable[[Any], Any]:
+    """A function from one value to what build_part() takes: bytes, an array, a Python value, or None for a null.
+
+    It raises MisfitError where the value does not fit. Arrays may share the value's memory.
+    """
+    plain = _CONVERTERS[column.kind]
+
+    def convert(value: Any) -> Any:
+        if value is None and (column.nullable or column.kind is not Kind.JSON):
+            if column.nullable:
+                return None
+            raise MisfitError(str(column), "None")
+        return plain(column, value)
+
+    return convert
+
+
+def _convert_number(column: Column, value: Any) -> Any:
+    dtype = column.dtype or ""
+    if type(value) is int and dtype in INTEGERS:
+        # np.iinfo is slow to make; the width says it all
+        bits = 8 * column.stored.itemsize
+        low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+        if low <= value < high:
+            return value
+        raise MisfitError(f"{dtype} ({low} to {high - 1})", str(value))
+    if type(value) is float and dtype == "float64":
+        return value
+    return _fit_value(column, value).reshape(-1)[0]
+
+
+def _fit_value(column: Column, value: Any) -> Array:
+    """One value as a stored array of its own shape, which has been checked."""
+    # The usual case first: looking closer costs ten times as much. Stored bool and bfloat16 only look like integers.
+    usual = type(value) is np.ndarray and value.shape == column.shape and value.dtype == column.stored
+    if usual and column.dtype not in ("bool", "bfloat16"):
+        plain: Array = value
+        return plain
+    found = as_numpy(value)
+    if found is None:
+        found = _numpy_of_python(column, value)
+    array, dtype = found
+    _check_shape(column, array.shape)
+    return np.ascontiguousarray(fit(np.atleast_1d(array), dtype, column.dtype or "")).reshape(array.shape)
+
+
+def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
+    if type(value) not in (bool, int, float, list, tuple):
+        raise MisfitError(str(column), _type_name(value))
+    if isinstance(value, list | tuple) and not column.shape:
+        raise MisfitError(str(column), _type_name(value))
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise MisfitError(str(column), "a list of lists of different lengths") from error
+    if array.size == 0:  # numpy guesses float64 for what has no elements
+        return np.zeros(array.shape, column.stored), column.dtype or ""
+    if array.dtype.kind not in "biuf":
+        raise MisfitError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
+    if (array.dtype.kind == "f" and column.dtype in INTEGERS) or _lost(array, value):
+        raise MisfitError(str(column), f"a {type(value).__name__} with elements of other types")
+    return array, array.dtype.name
+
+
+def _lost(array: Array, value: Any) -> bool:
+    """Whether numpy made numbers of bools, or rounded integers, in a list of several types."""
+    if array.dtype.kind == "b":
+        return False
+    rounds = array.dtype.kind == "f"
+    return any(
+        type(item) is bool or (rounds and type(item) is int and int(float(item)) != item) for item in _leaves(value)
+    )
+
+
+def _leaves(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return (value,)
+    if value and isinstance(value[0], list | tuple):
+        return (leaf for item in value for leaf in _leaves(item))
+    return value
+
+
+def _convert_bool(_: Column, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    found = as_numpy(value)
+    if found is None or found[1] != "bool" or found[0].ndim:
+        raise MisfitError("bool", _type_name(value))
+    return bool(found[0])
+
+
+def _convert_bytes(column: Column, value: Any) -> bytes:
+    if type(value) is bytes:
+        return value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise MisfitError(str(column), _type_name(value))
+
+
+def _convert_str(_: Column, value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise MisfitError("str", _type_name(value))
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise MisfitError("a str that UTF-8 can hold", f"a lone surrogate at {error.start}") from error
+
+
+def _convert_json(_: Column, value: Any) -> bytes:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+        _check_keys(value)
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MisfitError("an object that JSON can hold", f"{_type_name(value)}: {error}") from error
+
+
+def _check_keys(value: Any) -> None:
+    """Raise TypeError for a key that json.dumps would turn into a str without a word."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be str, not {type(key).__name__}")
+        value = value.values()
+    if isinstance(value, Mapping | list | tuple) or type(value) is type({}.values()):
+        for item in value:
+            _check_keys(item)
+
+
+def _convert_arrow(column: Column, value: Any) -> pa.Array:
+    try:
+        return pa.array([value], column.arrow.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise MisfitError(str(column), f"{_type_name(value)}: {error}") from error
+
+
+_CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
+    Kind.SCALAR: _convert_number,
+    Kind.BOOL: _convert_bool,
+    Kind.TENSOR: _fit_value,
+    Kind.RAGGED: _fit_value,
+    Kind.BYTES: _convert_bytes,
+    Kind.IMAGE: _convert_bytes,
+    Kind.STR: _convert_str,
+    Kind.JSON: _convert_json,
+    Kind.ARROW: _convert_arrow,
+}
+
+
+def build_part(column: Column, converted: Sequence[Any]) -> Part:
+    """Join values of a converter() into a part, in memory of its own. Nulls are stored as zeros, or as nothing."""
+    n = len(converted)
+    valid = None
+    if column.nullable and None in map(_none_or_not, converted):
+        valid = np.fromiter((value is not None for value in converted), bool, n)
+    if column.kind is Kind.ARROW:
+        null = pa.nulls(1, column.arrow.type)
+        arrays = [null if value is None else value for value in converted]
+        return Part(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
+    if column.kind in _BYTES_LIKE:
+        pieces = [value or b"" for value in converted]
+        values = np.frombuffer(b"".join(pieces), np.uint8)
+        return Part(n, values, _offsets(np.fromiter(map(len, pieces), np.int64, n)), valid=valid)
+    if column.kind is Kind.RAGGED:
+        return _build_ragged(column, converted, valid)
+    zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
+    values = np.array([zero if value is None else value for value in converted], column.stored)
+    return Part(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
+
+
+def _none_or_not(value: Any) -> bool | None:
+    return None if value is None else True
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None) -> Part:
+    empty = np.zeros([d or 0 for d in column.shape], column.stored)
+    arrays = [empty if value is None else value for value in converted]
+    runs = [array.reshape(-1) for array in arrays] or [empty.reshape(-1)]
+    lengths = np.array([array.size for array in arrays], np.int64)
+    shapes = np.array([array.shape for array in arrays], STORED["int32"]).reshape(len(arrays), len(column.shape))
+    return Part(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
+
+
+def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> Part:
+    try:
+        return part_of_arrow(column, pa.array(values, column.arrow.type))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        # Arrow does not say which value it was.
+        convert = converter(column)
+        for index, value in enumerate(values):
+            try:
+                convert(value)
+            except MisfitError as misfit:
+                misfit.index = index
+                raise
+        raise
+
+
+def _type_name(value: Any) -> str:
+    return f"a {type(value).__qualname__}"

@@ -1,0 +1,319 @@
+"""The shard's fixed parts as bytes and as frozen values: head, tail, and the footer's sections.
+
+No I/O; docs/format.md is the table.
+
+Every number that is read is checked here, before anybody adds, multiplies or indexes with it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
+from tiercache.shard import codec
+from tiercache.shard.bounds import (
+    ALIGN_BYTES,
+    HEAD_BYTES,
+    PAGE_BYTES,
+    TAIL_BYTES,
+    check_buffers,
+    check_chunks,
+    check_nodes,
+)
+from tiercache.shard.types import Schema
+
+__all__ = [
+    "ALIGN_BYTES",
+    "CHUNK_ROW",
+    "FORMAT_VERSION",
+    "HEAD_BYTES",
+    "PAGE_BYTES",
+    "TAIL_BYTES",
+    "Footer",
+    "Tail",
+    "align",
+    "pack_head",
+    "parse_head",
+]
+
+FORMAT_VERSION = 0
+HEAD_MAGIC = b"\x89TCSHRD\n"
+TAIL_MAGIC = b"TCSEND\r\n"
+# A footer is read into memory whole. At 1 MiB a block this is a shard of some 10 TiB of one column; the writer rolls
+# over long before.
+FOOTER_LIMIT_BYTES = 1 << 30
+
+_HEAD = struct.Struct("<8sII16s28xI")
+_TAIL = struct.Struct("<QQQIIQ12xI8s")
+_PREFIX = struct.Struct("<16sQQII")
+_SECTION = struct.Struct("<QQ")
+_SECTIONS = ("json", "schema", "blocks", "chunks", "nodes", "buffers", "pages")
+
+CHUNK_ROW = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("stored", "<u8"),
+        ("raw", "<u8"),
+        ("codec", "<u4"),
+        ("crc", "<u4"),
+        ("first_node", "<u8"),
+        ("first_buffer", "<u8"),
+        ("first_page", "<u8"),
+    ]
+)
+U64: TypeAlias = npt.NDArray[np.uint64]
+
+
+def align(n_bytes: int) -> int:
+    """n_bytes rounded up to the alignment of chunks and buffers."""
+    return (n_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
+
+
+def pack_head(shard_id: bytes) -> bytes:
+    """The first 64 bytes of a shard."""
+    body = _HEAD.pack(HEAD_MAGIC, FORMAT_VERSION, 0, shard_id, 0)[:-4]
+    return body + struct.pack("<I", crc32c(body))
+
+
+def parse_head(data: bytes, url: str) -> bytes:
+    """The shard id that a head names.
+
+    Raises:
+        CorruptShard, UnsupportedFormat: it is not a head that this release reads.
+    """
+    if len(data) != HEAD_BYTES or data[:8] != HEAD_MAGIC:
+        raise CorruptShard(
+            f"does not begin with {HEAD_MAGIC!r}: not a shard, or its first bytes are damaged", url=url, part="head"
+        )
+    _, version, flags, shard_id, crc = _HEAD.unpack(data)
+    if crc != crc32c(data[:-4]):
+        raise CorruptShard("CRC-32C does not match", url=url, part="head")
+    _check_version(version, url)
+    if flags:
+        raise CorruptShard(f"flags {flags:#x} mean nothing in version {version}", url=url, part="head")
+    return bytes(shard_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Where the footer is. file_bytes: of the whole shard, this tail included."""
+
+    footer_offset: int
+    footer_bytes: int
+    footer_raw_bytes: int
+    footer_crc: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the shard."""
+        return self.footer_offset + self.footer_bytes + TAIL_BYTES
+
+    def pack(self) -> bytes:
+        """The last 64 bytes of a shard."""
+        fields = (
+            self.footer_offset,
+            self.footer_bytes,
+            self.footer_raw_bytes,
+            self.footer_crc,
+            FORMAT_VERSION,
+            self.file_bytes,
+        )
+        body = _TAIL.pack(*fields, 0, TAIL_MAGIC)[:-12]
+        return body + struct.pack("<I", crc32c(body)) + TAIL_MAGIC
+
+    @staticmethod
+    def parse(data: bytes, file_bytes: int, url: str) -> Tail:
+        """Read a tail. data: the last 64 bytes of the file_bytes of an object.
+
+        Raises:
+            CorruptShard, UnsupportedFormat: it is not a tail that this release reads.
+        """
+        if len(data) != TAIL_BYTES or data[-8:] != TAIL_MAGIC:
+            raise CorruptShard("does not end as a shard: not one, cut short, or appended to", url=url, part="tail")
+        offset, stored, raw, footer_crc, version, n_bytes, crc, _ = _TAIL.unpack(data)
+        if crc != crc32c(data[:-12]):
+            raise CorruptShard("CRC-32C does not match", url=url, part="tail")
+        _check_version(version, url)
+        tail = Tail(offset, stored, raw, footer_crc)
+        if n_bytes != file_bytes or tail.file_bytes != file_bytes:
+            raise CorruptShard(
+                f"says that the shard has {n_bytes} bytes, but it has {file_bytes}", url=url, part="tail"
+            )
+        if offset < HEAD_BYTES or raw > FOOTER_LIMIT_BYTES or stored > FOOTER_LIMIT_BYTES:
+            raise CorruptShard(
+                f"a footer of {stored} bytes at {offset} ({raw} decoded) cannot be", url=url, part="tail"
+            )
+        return tail
+
+
+def _check_version(version: int, url: str) -> None:
+    if version > FORMAT_VERSION:
+        message = (
+            f"written in shard format {version}; this release reads up to {FORMAT_VERSION}: install a newer tiercache"
+        )
+        raise UnsupportedFormat(message, url=url, found=version, supported=FORMAT_VERSION)
+
+
+@dataclass(frozen=True)
+class Footer:
+    """All that is known of a shard without reading its blocks. Immutable; its arrays are read-only views of one buffer.
+
+    block_first: uint64[n_blocks + 1], the first record of each block and n_records; chunks: CHUNK_ROW[n_blocks,
+    n_columns]; nodes: uint64[., 2] (length, nulls) and buffers: uint64[., 2] (offset in the raw chunk, length), both
+    depth first, block by block; pages: uint32[.], CRC-32C of each 64 KiB of each raw chunk.
+    """
+
+    schema: Schema
+    shard_id: bytes
+    n_records: int
+    n_blocks: int
+    block_first: U64
+    chunks: npt.NDArray[np.void]
+    nodes: U64
+    buffers: U64
+    pages: npt.NDArray[np.uint32]
+    statistics: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+    @cached_property
+    def block_records(self) -> U64:
+        """Records of each block: uint64[n_blocks]."""
+        return np.diff(self.block_first)
+
+    @cached_property
+    def block_raw_bytes(self) -> U64:
+        """Decoded bytes of each block, all columns together: uint64[n_blocks]."""
+        total: U64 = self.chunks["raw"].sum(axis=1, dtype=np.uint64)
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return sum(a.nbytes for a in (self.block_first, self.chunks, self.nodes, self.buffers, self.pages))
+
+    def pack(self) -> tuple[bytes, int]:
+        """(stored bytes, length before compression)."""
+        facts = {"statistics": self.statistics, "metadata": self.metadata}
+        sections = [
+            json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(),
+            self.schema.to_bytes(),
+            *(
+                np.ascontiguousarray(a).tobytes()
+                for a in (self.block_first, self.chunks, self.nodes, self.buffers, self.pages)
+            ),
+        ]
+        prefix = [_PREFIX.pack(self.shard_id, self.n_records, self.n_blocks, len(self.schema), len(sections))]
+        offset = align(_PREFIX.size + _SECTION.size * len(sections))
+        for section in sections:
+            prefix.append(_SECTION.pack(offset, len(section)))
+            offset = align(offset + len(section))
+        parts = [b"".join(prefix), *sections]
+        raw = b"".join(part.ljust(align(len(part)), b"\0") for part in parts)
+        return codec.compress(raw, codec.FOOTER_LEVEL), len(raw)
+
+    @staticmethod
+    def parse(stored: bytes | memoryview, tail: Tail, url: str) -> Footer:
+        """Read a footer; every number in it is bounds-checked against the others and the shard's size.
+
+        Raises:
+            CorruptShard: anything does not match.
+        """
+        if len(stored) != tail.footer_bytes or crc32c(stored) != tail.footer_crc:
+            raise CorruptShard("CRC-32C does not match", url=url, part="footer")
+        try:
+            raw = codec.decompress(stored, tail.footer_raw_bytes)
+            return _Sections(raw, tail.footer_offset).footer()
+        except (codec.CodecError, SchemaError, _BadFooter) as error:
+            raise CorruptShard(str(error), url=url, part="footer") from error
+
+
+class _BadFooter(ValueError):
+    """A number of the footer cannot be."""
+
+
+class _Sections:
+    """A decoded footer on its way to a Footer."""
+
+    def __init__(self, raw: bytes, footer_offset: int) -> None:
+        if len(raw) < _PREFIX.size:
+            self.fail("it is too short")
+        self.raw = raw
+        self.footer_offset = footer_offset
+        self.shard_id, self.n_records, self.n_blocks, self.n_columns, n_sections = _PREFIX.unpack_from(raw)
+        table_end = _PREFIX.size + _SECTION.size * n_sections
+        if n_sections != len(_SECTIONS) or table_end > len(raw):
+            self.fail(f"it has {n_sections} sections, not {len(_SECTIONS)}")
+        self.sections = {name: self._section(i, table_end) for i, name in enumerate(_SECTIONS)}
+
+    @staticmethod
+    def fail(message: str) -> NoReturn:
+        raise _BadFooter(message)
+
+    def _section(self, number: int, table_end: int) -> memoryview:
+        offset, length = _SECTION.unpack_from(self.raw, _PREFIX.size + _SECTION.size * number)
+        if offset < table_end or offset % ALIGN_BYTES or offset > len(self.raw) or length > len(self.raw) - offset:
+            self.fail(f"section {_SECTIONS[number]!r} [{offset}, +{length}) is not inside its {len(self.raw)} bytes")
+        return memoryview(self.raw)[offset : offset + length]
+
+    def _array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """A section as an array; -1 in shape is what the section's length makes it."""
+        section, item = self.sections[name], np.dtype(dtype).itemsize
+        row = item * int(np.prod([d for d in shape if d >= 0], dtype=object))
+        fits = len(section) == row if -1 not in shape else len(section) % row == 0
+        if not fits:
+            self.fail(f"section {name!r} has {len(section)} bytes, which is not {shape} rows of {item}")
+        return np.frombuffer(section, dtype=dtype).reshape(shape)
+
+    def footer(self) -> Footer:
+        facts = self._facts()
+        schema = Schema.from_bytes(bytes(self.sections["schema"]))
+        if len(schema) != self.n_columns or not len(schema):
+            self.fail(f"its schema has {len(schema)} columns, not {self.n_columns}")
+        footer = Footer(
+            schema=schema,
+            shard_id=self.shard_id,
+            n_records=self.n_records,
+            n_blocks=self.n_blocks,
+            block_first=self._array("blocks", "<u8", (self.n_blocks + 1,)),
+            chunks=self._array("chunks", CHUNK_ROW, (self.n_blocks, self.n_columns)),
+            nodes=self._array("nodes", "<u8", (-1, 2)),
+            buffers=self._array("buffers", "<u8", (-1, 2)),
+            pages=self._array("pages", "<u4", (-1,)),
+            **facts,
+        )
+        self._check(footer)
+        return footer
+
+    def _facts(self) -> dict[str, Mapping[str, Any]]:
+        try:
+            facts = json.loads(bytes(self.sections["json"]))
+            found = {name: facts[name] for name in ("statistics", "metadata")}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _BadFooter(f"its JSON section cannot be read: {error}") from error
+        if not all(isinstance(value, dict) for value in found.values()):
+            self.fail("its JSON section does not hold objects")
+        return found
+
+    def _check(self, footer: Footer) -> None:
+        first = footer.block_first
+        rising = bool((first[1:] > first[:-1]).all())
+        if first[0] != 0 or not rising or int(first[-1]) != footer.n_records or footer.n_records >= 2**62:
+            self.fail("its block table does not cover the records one after another")
+        if footer.n_blocks and int(footer.block_records.max()) >= 2**32:
+            self.fail("a block has 2**32 records or more")
+        problem = (
+            check_chunks(footer.chunks, footer.pages, self.footer_offset)
+            or check_nodes(footer.schema, footer.chunks, footer.nodes, footer.block_records)
+            or check_buffers(footer.schema, footer.chunks, footer.nodes, footer.buffers)
+        )
+        if problem:
+            self.fail(problem)

@@ -1,0 +1,60 @@
+"""Finds a shard's footer in as few requests as can be, and sees that it is the right shard's."""
+
+from __future__ import annotations
+
+from tiercache.errors import CorruptShard
+from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
+from tiercache.shard.source import Source
+
+# Without a manifest the footer's length is not known: this much of the end holds nearly every footer, for one request.
+TAIL_GUESS_BYTES = 64 << 10
+
+
+def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
+    """A shard's footer and its size in bytes: one ranged read when info is given, two at most otherwise.
+
+    Raises:
+        CorruptShard, UnsupportedFormat: it is not a shard that this release reads.
+    """
+    if info is None:
+        data, n_bytes = source.tail(TAIL_GUESS_BYTES)
+    else:
+        _check_row(source, info)
+        data, n_bytes = source.range(info.footer_offset, info.n_bytes), info.n_bytes
+    tail = Tail.parse(data[-TAIL_BYTES:], n_bytes, source.url)
+    if info is not None and tail.footer_offset != info.footer_offset:
+        message = "its tail and its data set disagree on where the footer is"
+        raise CorruptShard(message, url=source.url, part="tail")
+    have = n_bytes - len(data)
+    if tail.footer_offset < have:
+        data = source.range(tail.footer_offset, have) + data
+        have = tail.footer_offset
+    start = tail.footer_offset - have
+    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), n_bytes
+
+
+def _check_row(source: Source, info: ShardInfo) -> None:
+    copy = source.copy
+    if copy is not None and copy.n_bytes != info.n_bytes:
+        message = f"has {copy.n_bytes} bytes, its data set says {info.n_bytes}"
+        raise CorruptShard(message, url=source.url, part="file")
+    end = info.footer_offset + info.footer_bytes + TAIL_BYTES
+    if info.footer_offset < 0 or info.footer_bytes < 0 or end != info.n_bytes:
+        raise CorruptShard("its data set's row for it contradicts itself", url=source.url, part="segment")
+
+
+def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdentity | None, url: str) -> None:
+    """See that a footer is the one of the shard that the data set means.
+
+    Raises:
+        CorruptShard: it is another shard, or has another number of records.
+    """
+    shard_id = footer.shard_id.hex()
+    for named in (info, identity):
+        if named is not None and named.shard_id != shard_id:
+            message = f"is shard {shard_id}, not {named.shard_id} as its data set says"
+            raise CorruptShard(message, url=url, part="footer")
+    if info is not None and info.n_records != footer.n_records:
+        message = f"has {footer.n_records} records, its data set says {info.n_records}"
+        raise CorruptShard(message, url=url, part="footer")

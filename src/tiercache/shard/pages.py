@@ -1,0 +1,139 @@
+"""Parts of chunks: reads and checks only the 64 KiB pages that hold them; each becomes an address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native.checksum import crc32c_many
+from tiercache.errors import CorruptShard
+from tiercache.model import ByteRange
+from tiercache.shard.chunks import Addresses, Chunks, Ids, Verify
+from tiercache.shard.layout import PAGE_BYTES, Footer
+from tiercache.shard.source import Source, address_of, aligned_empty
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Byte ranges [start, end) of raw chunks, n of them. chunk: their numbers."""
+
+    chunk: Ids
+    start: Numbers
+    end: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPieces:
+    """Addresses of pieces, uint64[n]; valid while `owners` are kept."""
+
+    addresses: Addresses
+    owners: list[Any] = field(default_factory=list)
+
+
+class Pages:
+    """The pages of an open shard's raw chunks.
+
+    Safe from any thread; remembers which pages of the local copy were whole.
+    """
+
+    def __init__(self, source: Source, footer: Footer, verify: Verify, chunks: Chunks) -> None:
+        self._source = source
+        self._footer = footer
+        self._verify = verify
+        self._chunks = chunks
+        self._rows = footer.chunks.ravel()
+        self._checked = np.zeros(len(footer.pages), bool)
+
+    def load(self, pieces: Pieces, deadline_s: float | None) -> LoadedPieces:
+        """Have these pieces in memory, checked. They lie inside raw chunks, which the caller has seen to.
+
+        Raises:
+            CorruptShard: a page's checksum does not match.
+            StoreError: the store failed.
+        """
+        pages, chunk_of_page = self._pages_of(pieces)
+        starts = self._starts(pages, chunk_of_page)
+        ends = np.minimum(starts + PAGE_BYTES, self._ends(chunk_of_page))
+        runs = _runs(starts, ends)
+        copy = self._source.local(runs, deadline_s)
+        if copy is not None:
+            memory = copy.mapped()
+            self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, local=True)
+            in_file = self._rows["offset"][pieces.chunk].astype(np.int64) + pieces.start
+            return LoadedPieces((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
+        memory = self._read(runs, starts, pages, deadline_s)
+        slots = address_of(memory) + PAGE_BYTES * np.arange(len(pages), dtype=np.int64)
+        self._check(pages, chunk_of_page, slots, ends - starts, local=False)
+        first = self._rows["first_page"][pieces.chunk].astype(np.int64) + pieces.start // PAGE_BYTES
+        slot = np.searchsorted(pages, first)
+        addresses = address_of(memory) + PAGE_BYTES * slot + pieces.start % PAGE_BYTES
+        return LoadedPieces(addresses.astype(np.uint64), [memory])
+
+    def _pages_of(self, pieces: Pieces) -> tuple[Numbers, Ids]:
+        """The pages that the pieces touch, once each and in order, and the chunk of each."""
+        first, last = pieces.start // PAGE_BYTES, (pieces.end - 1) // PAGE_BYTES
+        counts = np.where(pieces.end > pieces.start, last - first + 1, 0)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        base = self._rows["first_page"][pieces.chunk].astype(np.int64) + first
+        pages, where = np.unique(np.repeat(base, counts) + within, return_index=True)
+        return pages, np.repeat(pieces.chunk, counts)[where]
+
+    def _starts(self, pages: Numbers, chunk: Ids) -> Numbers:
+        """Offsets in the file of pages."""
+        rows = self._rows[chunk]
+        starts: Numbers = rows["offset"].astype(np.int64) + (pages - rows["first_page"].astype(np.int64)) * PAGE_BYTES
+        return starts
+
+    def _ends(self, chunk: Ids) -> Numbers:
+        rows = self._rows[chunk]
+        ends: Numbers = (rows["offset"] + rows["stored"]).astype(np.int64)
+        return ends
+
+    def _read(
+        self, runs: list[ByteRange], starts: Numbers, pages: Numbers, deadline_s: float | None
+    ) -> npt.NDArray[np.uint8]:
+        """Fetch runs of pages to memory with a slot of PAGE_BYTES for each page, so that neighbours stay neighbours."""
+        memory = aligned_empty(len(pages) * PAGE_BYTES)
+        spans = []
+        for run in runs:
+            slot = int(np.searchsorted(starts, run.start)) * PAGE_BYTES
+            spans.append((run, memory[slot : slot + run.n_bytes].data))
+        if spans:
+            self._source.read(spans, deadline_s)
+        return memory
+
+    def _check(self, pages: Numbers, chunk: Ids, addresses: Numbers, lengths: Numbers, *, local: bool) -> None:
+        if self._verify == "never":
+            return
+        todo = np.ones(len(pages), bool)
+        if local and self._verify == "first":
+            todo = ~(self._checked[pages] | self._chunks.checked[chunk])
+        if not todo.any():
+            return
+        sums = np.empty(int(todo.sum()), np.uint32)
+        try:
+            crc32c_many(addresses[todo].astype(np.uint64), lengths[todo].astype(np.uint64), sums)
+        except OSError as error:
+            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._source.url) from error
+        wrong = sums != self._footer.pages[pages[todo]]
+        if wrong.any():
+            place = int(np.flatnonzero(todo)[np.argmax(wrong)])
+            page = int(pages[place]) - int(self._rows["first_page"][chunk[place]])
+            self._chunks.fail(int(chunk[place]), f"CRC-32C of page {page} does not match")
+        if local:
+            self._checked[pages[todo]] = True
+
+
+def _runs(starts: Numbers, ends: Numbers) -> list[ByteRange]:
+    """Pages that touch, as one range.
+
+    Full pages only can be followed by one that does, so slots stay in step with the file.
+    """
+    breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (ends[:-1] - starts[:-1] != PAGE_BYTES)) + 1
+    edges = zip([0, *breaks.tolist()], [*breaks.tolist(), len(starts)], strict=True)
+    return [ByteRange(int(starts[first]), int(ends[last - 1])) for first, last in edges if first < last]

@@ -1,0 +1,167 @@
+"""Records of one column in memory, in stored form: sliced without a copy, joined with one, encoded as Arrow buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.types as pt
+
+from tiercache.shard.spec import Kind
+from tiercache.shard.types import Column
+
+Array: TypeAlias = npt.NDArray[Any]
+_SHAPE = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """n records of a column.
+
+    values: stored elements; [n, elements] for SCALAR and TENSOR, uint8[n] for BOOL, else one run of elements that
+    offsets point into. offsets: int64[n + 1], from anywhere; shapes: int32[n, dimensions] (RAGGED); valid: bool[n],
+    None for no nulls; array: ARROW only.
+    """
+
+    n: int
+    values: Array | None = None
+    offsets: Array | None = None
+    shapes: Array | None = None
+    valid: Array | None = None
+    array: pa.Array | None = None
+
+    def slice(self, start: int, end: int) -> Part:
+        """Records [start, end), sharing memory."""
+        if start == 0 and end == self.n:
+            return self
+        return Part(
+            end - start,
+            self.values if self.offsets is not None or self.values is None else self.values[start:end],
+            None if self.offsets is None else self.offsets[start : end + 1],
+            None if self.shapes is None else self.shapes[start:end],
+            None if self.valid is None else self.valid[start:end],
+            None if self.array is None else self.array.slice(start, end - start),
+        )
+
+    def own(self) -> Part:
+        """The same records in memory of their own, as little as they need."""
+        return join([self], copy_one=True)
+
+
+def join(parts: Sequence[Part], *, copy_one: bool = False) -> Part:
+    """The records of all parts, in order, in new memory; a single part is returned as it is unless copy_one."""
+    if len(parts) == 1 and not copy_one:
+        return parts[0]
+    n = sum(part.n for part in parts)
+    valid = None
+    if any(part.valid is not None for part in parts):
+        valid = np.concatenate([np.ones(part.n, bool) if part.valid is None else part.valid for part in parts])
+    if parts[0].array is not None:
+        arrays = [part.array for part in parts]
+        return Part(n, array=pa.concat_arrays(arrays) if len(arrays) > 1 else _plain(arrays[0]))
+    if parts[0].offsets is None:
+        return Part(n, np.concatenate([part.values for part in parts if part.values is not None]), valid=valid)
+    return replace(_join_runs(parts), valid=valid)
+
+
+def _join_runs(parts: Sequence[Part]) -> Part:
+    runs, offsets, total = [], [np.zeros(1, np.int64)], 0
+    for part in parts:
+        if part.offsets is None or part.values is None:
+            continue
+        first, last = int(part.offsets[0]), int(part.offsets[-1])
+        runs.append(part.values[first:last])
+        offsets.append(part.offsets[1:] + (total - first))
+        total += last - first
+    shapes = (
+        None if parts[0].shapes is None else np.concatenate([part.shapes for part in parts if part.shapes is not None])
+    )
+    return Part(sum(part.n for part in parts), np.concatenate(runs), np.concatenate(offsets), shapes)
+
+
+def record_bytes(column: Column, part: Part) -> int | npt.NDArray[np.int64]:
+    """Raw bytes of each record, by which blocks are cut: one number for all, or int64[n]."""
+    if column.kind is Kind.ARROW and part.array is not None:
+        return max(1, -(-int(part.array.nbytes) // max(part.n, 1)))
+    if part.offsets is None:
+        return max(1, column.row_bytes)
+    sizes: npt.NDArray[np.int64] = np.diff(part.offsets) * column.stored.itemsize + (8 + 4 * len(column.shape))
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A chunk before it is laid out. nodes: (length, nulls); buffers: contiguous arrays or None; both depth first."""
+
+    nodes: tuple[tuple[int, int], ...]
+    buffers: tuple[Any, ...]
+
+
+def encode(column: Column, part: Part) -> Encoded:
+    """The Arrow nodes and buffers of a part, from offset 0; validity only where there are nulls."""
+    if part.array is not None:
+        return _encode_arrow(part.array)
+    n = part.n
+    nulls = 0 if part.valid is None else n - int(np.count_nonzero(part.valid))
+    validity = _bits(part.valid) if nulls else None
+    top = (n, nulls)
+    if column.kind is Kind.SCALAR:
+        return Encoded((top,), (validity, part.values))
+    if column.kind is Kind.BOOL:
+        return Encoded((top,), (validity, _bits(part.values)))
+    if column.kind is Kind.TENSOR:
+        return Encoded((top, (n * column.n_elements, 0)), (validity, None, part.values))
+    values, offsets = _from_zero(part)
+    if column.kind is not Kind.RAGGED:
+        return Encoded((top,), (validity, offsets, values))
+    inner = ((n, 0), (len(values), 0), (n, 0), (n * len(column.shape), 0))
+    return Encoded((top, *inner), (validity, None, offsets, None, values, None, None, part.shapes))
+
+
+def _bits(flags: Any) -> Array:
+    """Arrow's bitmap of flags."""
+    return np.packbits(flags, bitorder="little")
+
+
+def _from_zero(part: Part) -> tuple[Array, Array]:
+    values, offsets = part.values, part.offsets
+    if values is None or offsets is None:
+        raise TypeError("a part without offsets has no runs")
+    first = int(offsets[0])
+    return values[first : int(offsets[-1])], offsets - first if first else offsets
+
+
+def _encode_arrow(array: pa.Array) -> Encoded:
+    plain = _plain(array)
+    buffers = tuple(None if buffer is None else np.frombuffer(buffer, np.uint8) for buffer in plain.buffers())
+    return Encoded(tuple(_nodes(plain)), buffers)
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """A copy by way of an IPC batch.
+
+    That drops offsets of slices, unused children and validity without nulls, at any depth.
+    """
+    batch = pa.RecordBatch.from_arrays([array], ["x"])
+    return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
+
+
+def _nodes(array: pa.Array) -> Iterator[tuple[int, int]]:
+    yield len(array), array.null_count
+    if pt.is_struct(array.type):
+        children = [array.field(i) for i in range(array.type.num_fields)]
+    elif pt.is_nested(array.type):
+        children = [array.values]
+    else:
+        children = []
+    for child in children:
+        yield from _nodes(child)
+
+
+def shapes_of(column: Column, n: int, shape: Sequence[int]) -> Array:
+    """int32[n, dimensions] of n ragged records that have one shape."""
+    return np.tile(np.array(shape, _SHAPE), (n, 1)).reshape(n, len(column.shape))

@@ -1,0 +1,161 @@
+"""ShardReader: one open shard, read by blocks or by records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.shard.blocks import Blocks, check_offsets
+from tiercache.shard.chunks import Chunks, Ids, Verify, chunk_ids
+from tiercache.shard.opening import check_identity, read_footer
+from tiercache.shard.pages import Pages
+from tiercache.shard.records import RecordReader
+from tiercache.shard.source import Source
+from tiercache.shard.types import VAR, Schema
+from tiercache.shard.values import ColumnValues
+from tiercache.store.contract import Store
+
+
+class ShardReader:
+    """One open shard. Thread-safe, without locks; usable in a forked child as far as its store is.
+
+    close() gives the lease back as soon as the last Blocks are dropped too.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        *,
+        info: ShardInfo | None = None,
+        identity: ShardIdentity | None = None,
+        verify: Verify = "first",
+    ) -> None:
+        """Open a shard: one ranged request when info is given, two at most otherwise.
+
+        Raises:
+            NotFound: no such object.
+            CorruptShard: it is not a shard, is damaged, or not the one that info or identity names.
+            UnsupportedFormat: a newer release wrote it.
+        """
+        if verify not in ("first", "always", "never"):
+            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        self._source = Source(store, key, identity)
+        self.url = self._source.url
+        try:
+            self.footer, _ = read_footer(self._source, info)
+            check_identity(self.footer, info, identity, self.url)
+        except BaseException:
+            self._source.close()
+            raise
+        self._chunks = Chunks(self._source, self.footer, verify)
+        self._pages = Pages(self._source, self.footer, verify, self._chunks)
+        self._records = RecordReader(self.footer, self.url, self._chunks, self._pages)
+        self._offsets_checked = np.zeros(self.footer.chunks.size, bool)
+        self._closed = False
+
+    @property
+    def schema(self) -> Schema:
+        """Its columns."""
+        return self.footer.schema
+
+    @property
+    def n_records(self) -> int:
+        """Records in it."""
+        return self.footer.n_records
+
+    @property
+    def local(self) -> bool:
+        """Whether its bytes come from a local copy (as long as that has room for them)."""
+        return self._source.copy is not None
+
+    def want(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+        """Start fetching these blocks to the local copy and return; nothing for stores without one."""
+        self._check_open()
+        self._source.want(self._chunks.ranges(self._ids(blocks, columns)))
+
+    def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
+        """Have blocks in memory, checked and decoded. Local raw chunks stay in the mapping.
+
+        Args:
+            blocks: their numbers, below footer.n_blocks.
+            columns: indices in the schema, each once.
+            deadline_s: seconds from now for waiting on the store.
+
+        Raises:
+            CorruptShard: damaged bytes; names block and column.
+            StoreError: the store failed, or the deadline passed.
+        """
+        self._check_open()
+        ids = self._ids(blocks, columns)
+        loaded = self._chunks.load(ids, deadline_s)
+        found = Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
+        self._check_offsets(found)
+        return found
+
+    def take(
+        self, rows: npt.ArrayLike, columns: Sequence[int], *, deadline_s: float | None = None
+    ) -> list[ColumnValues]:
+        """Values of single records, in the order of rows: of raw columns only the pages that hold them are read.
+
+        Args:
+            rows: int64[n], of this shard; may repeat.
+            columns: indices in the schema.
+            deadline_s: seconds from now for waiting on the store.
+
+        Raises:
+            IndexError: a row or column that is not there.
+            CorruptShard: damaged bytes.
+            StoreError: the store failed, or the deadline passed.
+        """
+        self._check_open()
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= self.n_records):
+            raise IndexError(f"rows must be 0 to {self.n_records - 1}, got {int(wanted.min())} to {int(wanted.max())}")
+        self._ids([], columns)
+        return self._records.take(wanted, [int(c) for c in columns], deadline_s)
+
+    def _ids(self, blocks: Sequence[int], columns: Sequence[int]) -> Ids:
+        _check_numbers("blocks", blocks, self.footer.n_blocks)
+        _check_numbers("columns", columns, len(self.schema))
+        return chunk_ids(blocks, columns, len(self.schema))
+
+    def _check_offsets(self, blocks: Blocks) -> None:
+        """See that VAR streams' offsets rise and stay inside, before anybody follows them."""
+        for number, stream in enumerate(blocks.streams):
+            if stream.kind != VAR:
+                continue
+            for position, block in enumerate(blocks.blocks):
+                chunk = block * len(self.schema) + stream.column
+                # Only a mapping stays the same between loads; what was checked there needs no second look.
+                if not (self._offsets_checked[chunk] and self._chunks.checked[chunk]):
+                    check_offsets(blocks, number, position)
+                    self._offsets_checked[chunk] = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self.url}: the reader is closed")
+
+    def close(self) -> None:
+        """Let go of the shard; loaded Blocks stay valid. Harmless when repeated."""
+        self._closed = True
+        self._source.close()
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an open shard cannot be pickled: open it again in the other process")
+
+
+def _check_numbers(what: str, numbers: Iterable[int], n: int) -> None:
+    for number in numbers:
+        if not 0 <= number < n:
+            raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")

@@ -1,0 +1,197 @@
+"""Single records anywhere in a shard: finds where each value lies and reads the pages or compressed chunk there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native import gather
+from tiercache.shard import codec
+from tiercache.shard.blocks import Blocks
+from tiercache.shard.chunks import Addresses, Chunks, Ids, LoadedChunks
+from tiercache.shard.layout import Footer
+from tiercache.shard.pages import Pages, Pieces
+from tiercache.shard.source import address_of
+from tiercache.shard.types import BITS, VAR, Kind, Stream
+from tiercache.shard.values import ColumnValues, arrow_values, corrupt_as, gather_values
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one stream has its rows: the chunk of each, and [start, end) in the raw chunk.
+
+    stored: False where there is no buffer.
+    """
+
+    stream: Stream
+    chunk: Ids
+    start: Numbers
+    end: Numbers
+    stored: npt.NDArray[np.bool_]
+
+
+class RecordReader:
+    """Reads rows of an open shard one by one. Safe from any thread."""
+
+    def __init__(self, footer: Footer, url: str, chunks: Chunks, pages: Pages) -> None:
+        self._footer = footer
+        self._url = url
+        self._chunks = chunks
+        self._pages = pages
+        self._rows = footer.chunks.ravel()
+        self._n_columns = len(footer.schema)
+
+    def take(self, rows: Numbers, columns: Sequence[int], deadline_s: float | None) -> list[ColumnValues]:
+        """Values of rows (within the shard, checked by the caller), in their order, of each column."""
+        block = np.searchsorted(self._footer.block_first, rows.astype(np.uint64), side="right").astype(np.int64) - 1
+        row = rows - self._footer.block_first[block].astype(np.int64)
+        plain = [c for c in columns if self._footer.schema.columns[c].kind is not Kind.ARROW]
+        found = self._take_plain(plain, block, row, deadline_s)
+        return [found[c] if c in found else self._take_arrow(c, block, row, deadline_s) for c in columns]
+
+    def _take_arrow(self, number: int, block: Ids, row: Numbers, deadline_s: float | None) -> ColumnValues:
+        numbers, position = np.unique(block, return_inverse=True)
+        loaded = self._chunks.load(numbers * self._n_columns + number, deadline_s)
+        blocks = Blocks(self._footer, self._url, tuple(numbers.tolist()), (number,), loaded)
+        arrays = [blocks.array(i, number) for i in range(len(numbers))]
+        column = self._footer.schema.columns[number]
+        return arrow_values(column, arrays, position.astype(np.uint32).ravel(), row.astype(np.uint32))
+
+    def _take_plain(
+        self, columns: Sequence[int], block: Ids, row: Numbers, deadline_s: float | None
+    ) -> dict[int, ColumnValues]:
+        streams = [s for c in dict.fromkeys(columns) for s in self._footer.schema.columns[c].streams(c)]
+        whole = self._load_whole(columns, block, deadline_s)
+        places = [self._place(stream, block, row) for stream in streams]
+        memory = _Memory(self._pages, self._rows, whole, deadline_s)
+        addresses = memory.addresses(places)
+        sources = np.zeros((len(streams), len(row), 2), np.uint64)
+        runs: list[tuple[int, _Place]] = []
+        for number, place in enumerate(places):
+            column = self._footer.schema.columns[place.stream.column]
+            with corrupt_as(column, self._url):
+                if place.stream.kind == VAR:
+                    run, lengths = self._run(place, addresses[number])
+                    runs.append((number, run))
+                    sources[number, :, 1] = memory.keep(lengths)
+                elif place.stream.kind == BITS:
+                    bits = _bits(addresses[number], row)
+                    sources[number, :, 0] = np.where(place.stored, memory.keep(bits), np.uint64(0))
+                else:
+                    sources[number, :, 0] = addresses[number]
+        for (number, _), found in zip(runs, memory.addresses([run for _, run in runs]), strict=True):
+            sources[number, :, 0] = found
+        return self._gather(streams, sources)
+
+    def _gather(self, streams: Sequence[Stream], sources: Addresses) -> dict[int, ColumnValues]:
+        """Each row is a block of its own now: row 0 of it."""
+        n = sources.shape[1]
+        block, row = np.arange(n, dtype=np.uint32), np.zeros(n, np.uint32)
+        found = {}
+        for number in dict.fromkeys(stream.column for stream in streams):
+            mine = np.ascontiguousarray(sources[[i for i, s in enumerate(streams) if s.column == number]])
+            found[number] = gather_values(self._footer.schema.columns[number], mine, block, row, url=self._url)
+        return found
+
+    def _load_whole(self, columns: Sequence[int], block: Ids, deadline_s: float | None) -> tuple[Ids, LoadedChunks]:
+        """Compressed chunks that rows are in: numbers, in order, and where they are decoded."""
+        ids = np.unique((block[:, None] * self._n_columns + np.array(columns, np.int64)[None, :]).ravel())
+        ids = ids[self._rows["codec"][ids] != codec.RAW]
+        return ids, self._chunks.load(ids, deadline_s)
+
+    def _buffer(self, chunk: Ids, buffer: int) -> tuple[Numbers, Numbers]:
+        """(offset, length) of a buffer in each chunk."""
+        rows = self._footer.buffers[self._rows["first_buffer"][chunk] + np.uint64(buffer)].astype(np.int64)
+        return rows[:, 0], rows[:, 1]
+
+    def _place(self, stream: Stream, block: Ids, row: Numbers) -> _Place:
+        """The bytes that must be had first: of a VAR stream, two offsets; of BITS, a byte."""
+        chunk = block * self._n_columns + stream.column
+        which = stream.values_buffer if stream.offsets_buffer is None else stream.offsets_buffer
+        offset, length = self._buffer(chunk, which)
+        if stream.kind == VAR:
+            start, n_bytes = offset + 8 * row, 16
+        elif stream.kind == BITS:
+            start, n_bytes = offset + row // 8, 1
+        else:
+            start, n_bytes = offset + stream.width_bytes * row, stream.width_bytes
+        stored = length > 0
+        start = np.where(stored, start, 0)
+        return _Place(stream, chunk, start, np.where(stored, start + n_bytes, 0), stored)
+
+    def _run(self, place: _Place, addresses: Addresses) -> tuple[_Place, Numbers]:
+        """Where a VAR stream's elements are, by its offsets, which are checked.
+
+        Returns also each row's own offsets: int64[n, 2], from 0.
+        """
+        bounds = _read(addresses, 16).view(np.int64).reshape(-1, 2)
+        offset, length = self._buffer(place.chunk, place.stream.values_buffer)
+        width = place.stream.width_bytes
+        wrong = (bounds[:, 0] < 0) | (bounds[:, 1] < bounds[:, 0]) | (bounds[:, 1] > length // width)
+        if wrong.any():
+            self._chunks.fail(int(place.chunk[np.argmax(wrong)]), "offsets fall, or point outside the chunk")
+        start = offset + bounds[:, 0] * width
+        end = offset + bounds[:, 1] * width
+        lengths = np.zeros_like(bounds)
+        lengths[:, 1] = bounds[:, 1] - bounds[:, 0]
+        return _Place(place.stream, place.chunk, start, end, end > start), lengths
+
+
+class _Memory:
+    """Addresses of places, in decoded chunks or in pages, and all that must be kept while they are used."""
+
+    def __init__(
+        self, pages: Pages, rows: npt.NDArray[np.void], whole: tuple[Ids, LoadedChunks], deadline_s: float | None
+    ) -> None:
+        self._pages = pages
+        self._rows = rows
+        self._ids, loaded = whole
+        self._bases = loaded.addresses
+        self._deadline_s = deadline_s
+        self._owners: list[Any] = [loaded.owners]
+
+    def keep(self, rows: npt.NDArray[Any]) -> Addresses:
+        """Hold an array, and give the address of each of its rows."""
+        self._owners.append(rows)
+        return (address_of(rows) + np.arange(len(rows)) * rows.strides[0]).astype(np.uint64)
+
+    def addresses(self, places: Sequence[_Place]) -> list[Addresses]:
+        """Of each place, uint64[n]; 0 where nothing is stored. All pages are read in one go."""
+        if not places:
+            return []
+        chunk, start, end = (np.concatenate([getattr(p, name) for p in places]) for name in ("chunk", "start", "end"))
+        addresses = np.zeros(len(chunk), np.uint64)
+        stored = end > start
+        raw = stored & (self._rows["codec"][chunk] == codec.RAW)
+        if raw.any():
+            loaded = self._pages.load(Pieces(chunk[raw], start[raw], end[raw]), self._deadline_s)
+            addresses[raw] = loaded.addresses
+            self._owners.append(loaded.owners)
+        decoded = stored & ~raw
+        base = self._bases[np.searchsorted(self._ids, chunk[decoded])]
+        addresses[decoded] = base + start[decoded].astype(np.uint64)
+        return np.split(addresses, np.cumsum([len(p.chunk) for p in places])[:-1])
+
+
+def _read(addresses: Addresses, width_bytes: int) -> npt.NDArray[np.uint8]:
+    """width_bytes from each address, under the SIGBUS guard."""
+    n = len(addresses)
+    sources = np.zeros((n, 2), np.uint64)
+    sources[:, 0] = addresses
+    out = np.empty(n * width_bytes, np.uint8)
+    gather.gather(gather.FIXED, width_bytes, sources, np.arange(n, dtype=np.uint32), np.zeros(n, np.uint32), out)
+    return out
+
+
+def _bits(addresses: Addresses, row: Numbers) -> npt.NDArray[np.uint8]:
+    """The bit of each row as a byte of which only the lowest may be set; 1 where the address is 0."""
+    found = np.ones(len(row), np.uint8)
+    some = addresses != 0
+    found[some] = (_read(addresses[some], 1) >> (row[some] % 8).astype(np.uint8)) & 1
+    return found

@@ -1,0 +1,165 @@
+"""Where an open shard's bytes come from: a lease on a local copy, mapped once, or ranges of a store."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.store.contract import Lease, LocalStore, Span, Store
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+_ALIGN_BYTES = 64
+
+
+def aligned_empty(n_bytes: int) -> Bytes:
+    """Uninitialised memory that begins at a multiple of 64."""
+    memory = np.empty(n_bytes + _ALIGN_BYTES, np.uint8)
+    start = -address_of(memory) % _ALIGN_BYTES
+    return memory[start : start + n_bytes]
+
+
+def address_of(memory: npt.NDArray[Any]) -> int:
+    """Where an array's memory begins."""
+    address: int = memory.__array_interface__["data"][0]
+    return address
+
+
+class LocalCopy:
+    """A lease and, once it was asked for, its mapping.
+
+    Whoever uses the bytes keeps this object; the last to go gives the lease back.
+    """
+
+    def __init__(self, lease: Lease, url: str) -> None:
+        self.lease = lease
+        self.n_bytes = lease.n_bytes
+        self._url = url
+        self._mapped: dict[str, Bytes] = {}
+        weakref.finalize(self, lease.close).atexit = False
+
+    def mapped(self) -> Bytes:
+        """The whole copy, read-only. Bytes that are not present yet must not be touched.
+
+        Two threads may both map it the first time; one mapping stays. There is no lock, for a fork could leave it
+        locked.
+
+        Raises:
+            CorruptShard: the file is shorter than its lease says.
+        """
+        found = self._mapped.get("it")
+        if found is None:
+            try:
+                mapping = mmap.mmap(self.lease.fd, self.n_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            except ValueError as error:
+                raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url) from error
+            except OSError as error:
+                raise StoreError(f"cannot map the local copy: {error}", url=self._url) from error
+            found = self._mapped.setdefault("it", np.frombuffer(mapping, np.uint8))
+        return found
+
+    def read(self, spans: Sequence[Span]) -> None:
+        """Fill each span from the file, which a truncation under us makes an error and not a signal.
+
+        Raises:
+            CorruptShard: the file ends before a span does.
+            StoreError: the disk failed.
+        """
+        for span, buffer in spans:
+            filled = 0
+            while filled < span.n_bytes:
+                try:
+                    n_read = os.preadv(self.lease.fd, [buffer[filled:]], span.start + filled)
+                except OSError as error:
+                    raise StoreError(f"reading the local copy failed: {error}", url=self._url) from error
+                if not n_read:
+                    raise CorruptShard(f"the local copy ends at {span.start + filled}: cut short", url=self._url)
+                filled += n_read
+
+
+class Source:
+    """The bytes of one object of a store. Safe from any thread; holds no lock."""
+
+    def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:
+        self.url = f"{store.url.rstrip('/')}/{key}"
+        self.etag: str | None = None
+        self._store = store
+        self._key = key
+        self._copy: LocalCopy | None = None
+        if isinstance(store, LocalStore):
+            lease = store.open_local(key, identity)
+            self._copy = None if lease is None else LocalCopy(lease, self.url)
+
+    @property
+    def copy(self) -> LocalCopy | None:
+        """The local copy, if there is one."""
+        return self._copy
+
+    def want(self, ranges: Sequence[ByteRange]) -> None:
+        """Start fetching ranges to the local copy, if there is one to be."""
+        if self._copy is not None:
+            self._copy.lease.want(ranges)
+
+    def local(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
+        """The local copy with these ranges present, or None: read() them."""
+        copy = self._copy
+        if copy is None:
+            return None
+        copy.lease.want(ranges)
+        return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+
+    def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
+        """Fill each span from the store, as it was when it was opened.
+
+        Raises:
+            CorruptShard: the object is shorter than the spans.
+            StoreError: as of Store.read_into.
+        """
+        try:
+            self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
+        except (NotFound, ObjectChanged):
+            raise
+        except StoreError as error:
+            end = max(span.end for span, _ in spans)
+            # A store only says that it failed for good; whether the object is too short it says when asked.
+            if not error.retryable and self._store.head(self._key).n_bytes < end:
+                raise CorruptShard(f"cut short: {end} bytes expected", url=self.url, part="file") from error
+            raise
+
+    def tail(self, n_bytes: int) -> tuple[bytes, int]:
+        """The last n_bytes of the object (all of it if shorter), and its size; one request.
+
+        Keeps the ETag for later reads.
+        """
+        copy = self._copy
+        if copy is not None:
+            span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
+            if self.local([span], None) is not None:
+                data = bytearray(span.n_bytes)
+                copy.read([(span, memoryview(data))])
+                return bytes(data), copy.n_bytes
+        data_read, info = self._store.read_tail(self._key, n_bytes)
+        self.etag = info.etag
+        return data_read, info.n_bytes
+
+    def range(self, start: int, end: int) -> bytes:
+        """Bytes [start, end)."""
+        span = ByteRange(start, end)
+        data = bytearray(span.n_bytes)
+        copy = self.local([span], None)
+        if copy is not None:
+            copy.read([(span, memoryview(data))])
+        else:
+            self.read([(span, memoryview(data))], None)
+        return bytes(data)
+
+    def close(self) -> None:
+        """Let go of the local copy; it stays open for those who still hold it."""
+        self._copy = None

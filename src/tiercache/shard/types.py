@@ -1,0 +1,395 @@
+"""Columns and schemas: what is stored for each, in which Arrow buffers, and which streams the gather reads them by."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.errors import SchemaError
+from tiercache.shard import infer
+from tiercache.shard.extension import BFloat16Type, ImageType, RaggedType, register_extension_types
+from tiercache.shard.nested import count_layout, storable_type
+from tiercache.shard.spec import STORED, TYPES_THERE_ARE, Image, Kind, Ragged, Tensor, UserType, check_name
+
+__all__ = ["BITS", "FIXED", "VAR", "Column", "Image", "Kind", "Ragged", "Schema", "Stream", "Tensor", "UserType"]
+
+# As in csrc/gather.h; a test compares them.
+FIXED, BITS, VAR = 0, 1, 2
+TYPE_KEY = b"tiercache.type"
+# Metadata of a field that is kept: a JSON list of the names of labels 0, 1, 2, ...
+CLASSES_KEY = b"tiercache.classes"
+_BYTE_KINDS = {
+    Kind.BYTES: pa.large_binary(),
+    Kind.STR: pa.large_string(),
+    Kind.JSON: pa.large_string(),
+    Kind.IMAGE: pa.large_binary(),
+}
+
+register_extension_types()
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One run of Arrow buffers that the gather kernel understands.
+
+    column: index in the schema; kind: FIXED, BITS or VAR; width_bytes: of a row (FIXED) or an element (VAR);
+    values_buffer and offsets_buffer: which of the chunk's buffers.
+    """
+
+    column: int
+    role: Literal["values", "valid", "shape"]
+    kind: int
+    width_bytes: int
+    values_buffer: int
+    offsets_buffer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One typed column.
+
+    dtype: of the elements, None where there are none; shape: () for scalars; arrow: its field, with metadata.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str | None
+    shape: tuple[int | None, ...]
+    nullable: bool
+    encoding: str | None
+    arrow: pa.Field
+
+    @staticmethod
+    def of(name: str, user: UserType) -> Column:
+        """The column that a user means.
+
+        Raises:
+            SchemaError: no such type, or not a name.
+        """
+        check_name(name)
+        try:
+            return _column_of(name, user)
+        except SchemaError as error:
+            if error.column is None:
+                raise SchemaError(error.message, column=name, **_rest(error)) from error
+            raise
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels 0, 1, 2, ... where the field's metadata says them; else ()."""
+        return tuple(json.loads((self.arrow.metadata or {}).get(CLASSES_KEY, b"[]")))
+
+    @property
+    def stored(self) -> np.dtype[np.generic]:
+        """The numpy dtype of one stored element (uint8 for bytes-like kinds)."""
+        return STORED[self.dtype] if self.dtype is not None else np.dtype("u1")
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of a record of a SCALAR or TENSOR column."""
+        return math.prod(d or 0 for d in self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of a record of a SCALAR or TENSOR column."""
+        return self.n_elements * self.stored.itemsize
+
+    @property
+    def storage_type(self) -> pa.DataType:
+        """The Arrow type below the extension type."""
+        return self.arrow.type.storage_type if isinstance(self.arrow.type, pa.BaseExtensionType) else self.arrow.type
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether records differ in length: RAGGED and the bytes-like kinds."""
+        return self.kind is Kind.RAGGED or self.kind in _BYTE_KINDS
+
+    def layout(self) -> tuple[int, int]:
+        """(nodes, buffers) of a chunk, depth first."""
+        return count_layout(self.storage_type)
+
+    def streams(self, index: int) -> tuple[Stream, ...]:
+        """How the gather reads this column, which is number `index` of its schema: values, then shape, then valid.
+
+        ARROW: none.
+        """
+        if self.kind is Kind.ARROW:
+            return ()
+        found: list[Stream] = []
+        if self.kind is Kind.SCALAR:
+            found.append(Stream(index, "values", FIXED, self.row_bytes, 1))
+        elif self.kind is Kind.BOOL:
+            found.append(Stream(index, "values", BITS, 0, 1))
+        elif self.kind is Kind.TENSOR:
+            found.append(Stream(index, "values", FIXED, self.row_bytes, 2))
+        elif self.kind is Kind.RAGGED:
+            found.append(Stream(index, "values", VAR, self.stored.itemsize, 4, 2))
+            found.append(Stream(index, "shape", FIXED, 4 * len(self.shape), 7))
+        else:
+            found.append(Stream(index, "values", VAR, 1, 2, 1))
+        if self.nullable:
+            found.append(Stream(index, "valid", BITS, 0, 0))
+        return tuple(found)
+
+    def __str__(self) -> str:
+        dimensions = ", ".join("*" if d is None else str(d) for d in self.shape)
+        text = {
+            Kind.TENSOR: f"{self.dtype}[{dimensions}]",
+            Kind.RAGGED: f"{self.dtype}[{dimensions}]",
+            Kind.IMAGE: f"image<{self.encoding}>",
+            Kind.ARROW: str(self.arrow.type),
+        }.get(self.kind, self.dtype or self.kind.value)
+        return f"{text}?" if self.nullable else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An Arrow field with an extension type does not pickle everywhere; the field's metadata says what the column
+        # is.
+        return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
+
+
+class Schema:
+    """Named, typed columns in order. Immutable and hashable by content."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = tuple(columns)
+        self._index = {column.name: i for i, column in enumerate(self.columns)}
+        if len(self._index) != len(self.columns):
+            raise SchemaError(f"column names must differ, got {[c.name for c in self.columns]}")
+        for column in self.columns:
+            if column.nullable and f"{column.name}.valid" in self._index:
+                raise SchemaError(
+                    "the name is taken: batches have the nulls of a nullable column there",
+                    column=f"{column.name}.valid",
+                )
+
+    @staticmethod
+    def of(user: Mapping[str, UserType] | pa.Schema | Schema) -> Schema:
+        """The schema that a user means: names to types, or an Arrow schema.
+
+        Raises:
+            SchemaError: a type or a name that cannot be.
+        """
+        if isinstance(user, Schema):
+            return user
+        if isinstance(user, pa.Schema):
+            return Schema([Column.of(field.name, field) for field in user])
+        if not isinstance(user, Mapping):
+            raise SchemaError(f"a schema is a mapping of names to types or an Arrow schema, got {type(user).__name__}")
+        return Schema([Column.of(name, kind) for name, kind in user.items()])
+
+    @staticmethod
+    def infer_record(record: Mapping[str, object]) -> Schema:
+        """The schema of one record's values.
+
+        Raises:
+            SchemaError: a value whose type cannot be guessed.
+        """
+        return Schema.of({name: infer.type_of_value(name, value) for name, value in record.items()})
+
+    @staticmethod
+    def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
+        """The schema of a batch: arrays or lists by column, or an Arrow batch or table.
+
+        Raises:
+            SchemaError: values whose type cannot be guessed, or that differ.
+        """
+        if isinstance(columns, pa.RecordBatch | pa.Table):
+            return Schema.of(columns.schema)
+        return Schema.of({name: infer.type_of_column(name, values) for name, values in columns.items()})
+
+    @cached_property
+    def arrow(self) -> pa.Schema:
+        """As an Arrow schema, with extension types and metadata."""
+        return pa.schema([column.arrow for column in self.columns])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Column names in order."""
+        return tuple(column.name for column in self.columns)
+
+    def index(self, name: str) -> int:
+        """Where a column is.
+
+        Raises:
+            SchemaError: no such column; the message lists those there are.
+        """
+        if name not in self._index:
+            raise SchemaError(f"no such column; there are {', '.join(map(repr, self.names)) or 'none'}", column=name)
+        return self._index[name]
+
+    def select(self, names: Sequence[str]) -> Schema:
+        """Only these columns, in the order of names. Raises SchemaError for one that is not there."""
+        return Schema([self.columns[self.index(name)] for name in names])
+
+    def to_bytes(self) -> bytes:
+        """As an Arrow IPC schema message."""
+        return _schema_bytes(self.arrow)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Schema:
+        """Read to_bytes() back.
+
+        Raises:
+            SchemaError: not a schema that this release can read.
+        """
+        return _schema_from_bytes(data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and self.arrow.equals(other.arrow, check_metadata=True)
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __repr__(self) -> str:
+        return f"Schema({', '.join(f'{column.name}: {column}' for column in self.columns)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Schema.from_bytes, (self.to_bytes(),)
+
+
+def _schema_bytes(schema: pa.Schema) -> bytes:
+    return bytes(schema.serialize())
+
+
+@lru_cache(maxsize=64)
+def _schema_from_bytes(data: bytes) -> Schema:
+    """A schema, kept: all shards of a data set have one, and reading it costs more than the rest of a footer."""
+    try:
+        arrow = pa.ipc.read_schema(pa.py_buffer(data))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise SchemaError(f"not an Arrow schema message: {error}") from error
+    return Schema.of(arrow)
+
+
+def _column_from_bytes(data: bytes) -> Column:
+    return Schema.from_bytes(data).columns[0]
+
+
+def _rest(error: SchemaError) -> dict[str, Any]:
+    return {name: fact for name, fact in error.facts.items() if name != "column"}
+
+
+def _column_of(name: str, user: UserType) -> Column:
+    if isinstance(user, pa.Field):
+        return _column_of_field(name, user)
+    if isinstance(user, pa.DataType):
+        return _column_of_field(name, pa.field(name, user, nullable=pa.types.is_null(user)))
+    if isinstance(user, str):
+        text, nullable = user.removesuffix("?"), user.endswith("?")
+        if text in ("bytes", "str", "json"):
+            return _build(name, Kind(text), nullable)
+        if text == "bool":
+            return _build(name, Kind.BOOL, nullable, dtype=text)
+        if text in STORED:
+            return _build(name, Kind.SCALAR, nullable, dtype=text)
+    elif isinstance(user, Image):
+        return _build(name, Kind.IMAGE, user.nullable, encoding=user.encoding)
+    elif isinstance(user, Tensor):
+        return _build(name, Kind.TENSOR, user.nullable, dtype=user.dtype, shape=user.shape)
+    elif isinstance(user, Ragged):
+        return _build(name, Kind.RAGGED, user.nullable, dtype=user.dtype, shape=user.shape)
+    raise SchemaError(f"no such type: {user!r}", expected=TYPES_THERE_ARE, got=repr(user))
+
+
+def _build(
+    name: str,
+    kind: Kind,
+    nullable: bool,
+    *,
+    dtype: str | None = None,
+    shape: tuple[int | None, ...] = (),
+    encoding: str | None = None,
+    kept: Mapping[bytes, bytes] | None = None,
+) -> Column:
+    said = {"kind": kind.value, "dtype": dtype, "shape": list(shape), "encoding": encoding}
+    metadata = {TYPE_KEY: json.dumps({key: value for key, value in said.items() if value}, sort_keys=True).encode()}
+    metadata |= kept or {}
+    field = pa.field(name, _arrow_type(kind, dtype, shape, encoding), nullable=nullable, metadata=metadata)
+    return Column(name, kind, dtype, shape, nullable, encoding, field)
+
+
+def _arrow_type(kind: Kind, dtype: str | None, shape: tuple[int | None, ...], encoding: str | None) -> pa.DataType:
+    if kind is Kind.IMAGE:
+        return ImageType(encoding or "")
+    if kind in _BYTE_KINDS:
+        return _BYTE_KINDS[kind]
+    if kind is Kind.BOOL:
+        return pa.bool_()
+    if kind is Kind.SCALAR and dtype == "bfloat16":
+        return BFloat16Type()
+    element = pa.from_numpy_dtype(STORED[dtype or ""])
+    if kind is Kind.SCALAR:
+        return element
+    if kind is Kind.TENSOR:
+        return pa.fixed_shape_tensor(element, list(shape))
+    return RaggedType(element, shape)
+
+
+def _column_of_field(name: str, field: pa.Field) -> Column:
+    said = (field.metadata or {}).get(TYPE_KEY)
+    if said is not None:
+        return _column_as_said(name, field, said)
+    user = infer.type_of_arrow(field.type)
+    if isinstance(user, pa.DataType):
+        storable = storable_type(user)
+        return Column(
+            name, Kind.ARROW, None, (), field.nullable, None, pa.field(name, storable, nullable=field.nullable)
+        )
+    column = _column_of(name, user)
+    return _build(
+        name,
+        column.kind,
+        field.nullable,
+        dtype=column.dtype,
+        shape=column.shape,
+        encoding=column.encoding,
+        kept=_kept(field),
+    )
+
+
+def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
+    """The column that our own metadata names, if the field's storage agrees with it."""
+    try:
+        facts = json.loads(said)
+        kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
+        dtype, encoding = facts.get("dtype"), facts.get("encoding")
+        users: dict[Kind, UserType] = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}
+        if kind is Kind.TENSOR:
+            users[kind] = Tensor(dtype, shape)
+        elif kind is Kind.RAGGED:
+            users[kind] = Ragged(dtype, shape)
+        elif kind is Kind.IMAGE:
+            users[kind] = Image(encoding)
+        plain = _column_of(name, users.get(kind, kind.value))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"cannot read the type {said!r}: {error}", column=name) from error
+    storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+    if plain.kind is not kind or plain.storage_type != storage:
+        raise SchemaError(f"the type {said!r} is not stored as {storage}", column=name)
+    return _build(
+        name, kind, field.nullable, dtype=plain.dtype, shape=plain.shape, encoding=plain.encoding, kept=_kept(field)
+    )
+
+
+def _kept(field: pa.Field) -> dict[bytes, bytes]:
+    """The metadata of a field that stays: only what is known here, so that equal data sets have equal schemas."""
+    said = (field.metadata or {}).get(CLASSES_KEY)
+    if said is None:
+        return {}
+    try:
+        names = json.loads(said)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SchemaError(f"{CLASSES_KEY.decode()} is a JSON list of names, got {said[:80]!r}", column=field.name)
+    return {CLASSES_KEY: said}

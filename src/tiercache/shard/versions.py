@@ -1,0 +1,201 @@
+"""Versions of a data set: what they say, and their JSON form.
+
+A version is small, immutable, and the only thing that makes shards a data set. Its text is canonical and carries its
+own CRC-32C, so that any change of any byte is seen. All here is pure.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, cast
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, UnsupportedFormat
+from tiercache.shard.segments import SegmentRef
+from tiercache.shard.types import Schema
+
+VERSION_FORMAT = 0
+VERSIONS_FOLDER = "_tiercache/versions/"
+VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
+_KINDS = ("create", "append", "overwrite")
+MAX_NUMBER = 2**63 - 1
+_HEX32, _HEX64 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+_TEXT = re.compile(r"[^\0]{1,200}")
+_SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
+_FACTS = {"format", "dataset_id", "number", "parent", "kind", "schema", "writer", "nonce", "created"}
+_FIELDS = _FACTS | {"fingerprint", "records", "bytes", "segments"}
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version.
+
+    schema_bytes: an Arrow IPC schema message; created: UTC, ISO 8601; nonce: random, of the commit that made it.
+    """
+
+    dataset_id: str
+    number: int
+    parent: int | None
+    kind: VersionKind
+    schema_bytes: bytes
+    writer: str
+    nonce: str
+    created: str
+    fingerprint: str
+    n_records: int
+    n_bytes: int
+    segments: tuple[SegmentRef, ...]
+    format: int = VERSION_FORMAT
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The columns. Raises SchemaError where this release cannot read them."""
+        return Schema.from_bytes(self.schema_bytes)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards in all segments."""
+        return sum(segment.n_shards for segment in self.segments)
+
+
+def version_key(number: int) -> str:
+    """Where version `number` lies."""
+    return f"{VERSIONS_FOLDER}{number:020d}.json"
+
+
+def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records: int, digests: Iterable[str]) -> str:
+    """What a resumed run compares: 32 hex digits of data set, version, schema, and shard ids and records in order."""
+    facts = [dataset_id, number, hashlib.sha256(schema_bytes).hexdigest(), n_records, list(digests)]
+    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+
+
+def encode_version(version: Version) -> bytes:
+    """Its canonical text: sorted keys, no spaces, ASCII, the CRC-32C of the text without it, a newline."""
+    body: dict[str, object] = {
+        "format": version.format,
+        "dataset_id": version.dataset_id,
+        "number": version.number,
+        "parent": version.parent,
+        "kind": version.kind,
+        "schema": base64.b64encode(version.schema_bytes).decode("ascii"),
+        "writer": version.writer,
+        "nonce": version.nonce,
+        "created": version.created,
+        "fingerprint": version.fingerprint,
+        "records": version.n_records,
+        "bytes": version.n_bytes,
+        "segments": [
+            {"name": s.name, "bytes": s.n_bytes, "crc32c": s.crc32c, "rows": s.n_shards, "digest": s.digest}
+            for s in version.segments
+        ],
+    }
+    return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
+
+
+def parse_version(data: bytes, *, number: int, url: str) -> Version:
+    """The version of a text that was read from version_key(number). url: of the text, for errors.
+
+    Raises:
+        CorruptShard: any byte is not what was written, or a value cannot be.
+        UnsupportedFormat: written by a newer release.
+    """
+    body = _checked_body(data, url)
+    if isinstance(body.get("format"), int) and body["format"] > VERSION_FORMAT:
+        raise UnsupportedFormat(
+            f"the data set has format {body['format']}, this release reads up to {VERSION_FORMAT}: use a newer one",
+            url=url,
+            found=body["format"],
+            supported=VERSION_FORMAT,
+        )
+    try:
+        version = _version_of(body)
+        problem = _problem(version, number)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        raise CorruptShard(problem, url=url, part="version")
+    return version
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _checked_body(data: bytes, url: str) -> dict[str, Any]:
+    """The JSON object without its CRC, if the CRC is right and the text is the one way to write it."""
+    try:
+        body = json.loads(data)
+        if not isinstance(body, dict):
+            raise TypeError(f"a version is a JSON object, got {type(body).__name__}")
+        canonical = _canonical(body) + b"\n"
+        stated = body.pop("crc32c", None)
+        whole = canonical == data and type(stated) is int and crc32c(_canonical(body)) == stated
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptShard(f"cannot be read: {error}", url=url, part="version") from error
+    if not whole:
+        raise CorruptShard("the text is not what its CRC-32C was made of", url=url, part="version")
+    return body
+
+
+def _version_of(body: Mapping[str, Any]) -> Version:
+    if body.keys() != _FIELDS:
+        raise ValueError(f"missing or unknown fields: {', '.join(sorted(body.keys() ^ _FIELDS))}")
+    if body["kind"] not in _KINDS:
+        raise ValueError(f"kind is one of {', '.join(_KINDS)}, got {body['kind']!r}")
+    return Version(
+        dataset_id=_text(body, "dataset_id", _HEX32),
+        number=_int(body, "number"),
+        parent=None if body["parent"] is None else _int(body, "parent"),
+        kind=cast("VersionKind", body["kind"]),
+        schema_bytes=base64.b64decode(_text(body, "schema", re.compile(r"[A-Za-z0-9+/]+=*")), validate=True),
+        writer=_text(body, "writer", _TEXT),
+        nonce=_text(body, "nonce", _HEX32),
+        created=_text(body, "created", _TEXT),
+        fingerprint=_text(body, "fingerprint", _HEX32),
+        n_records=_int(body, "records"),
+        n_bytes=_int(body, "bytes"),
+        segments=tuple(map(_segment_of, body["segments"])),
+        format=_int(body, "format"),
+    )
+
+
+def _segment_of(line: Mapping[str, Any]) -> SegmentRef:
+    return SegmentRef(
+        name=_text(line, "name", _SEGMENT_NAME),
+        n_bytes=_int(line, "bytes"),
+        crc32c=_int(line, "crc32c"),
+        n_shards=_int(line, "rows"),
+        digest=_text(line, "digest", _HEX64),
+    )
+
+
+def _int(body: Mapping[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{name} is an integer from 0 to 2^63 - 1, got {value!r}")
+    return value
+
+
+def _text(body: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    value = body[name]
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{name} cannot be {value!r}")
+    return value
+
+
+def _problem(version: Version, number: int) -> str:
+    if version.number != number:
+        return f"this is version {version.number}, where {number} should be"
+    if version.parent is not None and not 0 < version.parent < number:
+        return f"version {number} cannot come from version {version.parent}"
+    digests = [segment.digest for segment in version.segments]
+    facts = version.dataset_id, number, version.schema_bytes, version.n_records
+    if fingerprint_of(*facts, digests) != version.fingerprint:
+        return "the fingerprint is not that of its contents"
+    return ""

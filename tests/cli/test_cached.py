@@ -1,0 +1,117 @@
+"""warm, evict, pin, unpin, status."""
+
+import pytest
+
+from tiercache.store import open_store
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Flags of a cache that is large enough."""
+    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
+
+
+def used(tiercache, cache):
+    return tiercache("status", *cache, "--json").events[-1]["bytes_used"]
+
+
+def test_warming_fetches_what_is_missing_and_only_that(tiercache, data_set, cache):
+    would = tiercache("warm", data_set, *cache, "--dry-run", "--json").events[-1]
+    assert would["fetched"] == would["objects"] > 3
+    first = tiercache("warm", data_set, *cache, "--json").events[-1]
+    assert (first["fetched"], first["bytes_fetched"]) == (would["objects"], would["bytes"])
+    second = tiercache("warm", data_set, *cache, "--json").events[-1]
+    assert (second["fetched"], second["bytes_fetched"]) == (0, 0)
+    assert tiercache("warm", data_set, *cache, "--dry-run").out == "would fetch 0 objects, 0 B\n"
+    assert "are in the cache, 0 B of them fetched now" in tiercache("warm", data_set, *cache).out
+
+
+def test_a_share_is_the_first_shards(tiercache, data_set, cache):
+    done = tiercache("warm", data_set, *cache, "--share", "1%", "--json").events[-1]
+    assert done["objects"] == 2  # one segment and one shard
+    assert tiercache("warm", data_set, *cache, "--share", "0%", "--json").events[-1]["objects"] == 1
+    assert tiercache("warm", data_set, *cache, "--include", "*-000001.tcs", "--json").events[-1]["fetched"] == 1
+
+
+def test_what_does_not_fit_ends_with_6(tiercache, data_set, tmp_path):
+    cache = "--cache", str(tmp_path / "small"), "--cache-size", "10KB"
+    done = tiercache("warm", data_set, *cache, code=6)
+    assert done.err.startswith("tiercache: error: ")
+    tiercache("pin", data_set, *cache, code=6)
+
+
+def test_status_says_what_is_there_by_data_set(tiercache, data_set, cache, tmp_path):
+    assert f"{tmp_path}/cache: 0 B of 95.4 MiB" in tiercache("status", *cache).out
+    tiercache("warm", data_set, *cache)
+    row, summary = tiercache("status", *cache, "--json").events
+    assert (row["url"], row["copies"]) == (str(data_set), summary["n_copies"])
+    assert 0 < row["bytes"] <= summary["bytes_used"]
+    lines = tiercache("status", *cache).out.splitlines()
+    assert lines[0].split() == ["data", "set", "copies", "size", "pinned"]
+    assert lines[1].startswith(str(data_set))
+
+
+def test_evicting_needs_a_scope_and_an_answer(tiercache, data_set, cache):
+    tiercache("warm", data_set, *cache)
+    assert "evict takes a URL or --all" in tiercache("evict", *cache, code=2).err
+    assert "evict takes a URL or --all" in tiercache("evict", data_set, "--all", *cache, code=2).err
+    assert (
+        "nobody to ask: standard input is not a terminal; say --yes" in tiercache("evict", data_set, *cache, code=2).err
+    )
+    before = used(tiercache, cache)
+    would = tiercache("evict", data_set, *cache, "--dry-run", "--json").events
+    assert would[-1]["copies"] == len(would) - 1 > 3
+    assert used(tiercache, cache) == before > 0
+    done = tiercache("evict", data_set, *cache, "--yes", "--json").events[-1]
+    assert (done["copies"], done["bytes"], done["left"]) == (would[-1]["copies"], before, 0)
+    assert used(tiercache, cache) == 0
+
+
+def test_only_the_named_data_set_goes(tiercache, data_set, photos, cache, tmp_path):
+    tiercache("pack", photos, tmp_path / "other")
+    for url in (data_set, tmp_path / "other"):
+        tiercache("warm", url, *cache)
+    tiercache("evict", data_set, *cache, "-y")
+    assert [e["url"] for e in tiercache("status", *cache, "--json").events[:-1]] == [str(tmp_path / "other")]
+    tiercache("evict", tmp_path / "other", *cache, "-y", "--include", "*.tcs")
+    assert tiercache("status", *cache, "--json").events[0]["copies"] == 1  # the segment
+    tiercache("evict", "--all", *cache, "-y")
+    assert used(tiercache, cache) == 0
+
+
+def test_a_data_set_that_is_gone_can_still_be_evicted(tiercache, photos, cache):
+    url = "memory://test-cli-gone/set"
+    tiercache("pack", photos, url)
+    tiercache("warm", url, *cache)
+    store = open_store(url)
+    store.delete([info.key for info in store.list()])
+    tiercache("evict", url, *cache, "-y")
+    assert used(tiercache, cache) == 0
+
+
+def test_pinned_copies_stay_until_unpinned(tiercache, data_set, cache):
+    tiercache("pin", data_set, *cache, "--dry-run")
+    assert used(tiercache, cache) == 0
+    pinned = tiercache("pin", data_set, *cache, "--json").events[-1]
+    assert tiercache("status", *cache, "--json").events[-1]["pinned_bytes"] == used(tiercache, cache) > 0
+    assert tiercache("evict", "--all", *cache, "-y", "--json").events[-1]["copies"] == 0
+    assert used(tiercache, cache) > 0
+    assert f"would unpin {pinned['objects']} copies" in tiercache("unpin", data_set, *cache, "--dry-run").out
+    assert tiercache("unpin", data_set, *cache, "--include", "*-000000.tcs").out == "unpinned 1 copy\n"
+    assert tiercache("unpin", "--all", *cache, "--json").events[-1]["copies"] == pinned["objects"] - 1
+    assert tiercache("evict", "--all", *cache, "-y", "--json").events[-1]["copies"] == pinned["objects"]
+    assert "unpin takes a URL or --all" in tiercache("unpin", *cache, code=2).err
+
+
+def test_a_local_folder_is_cached_only_when_a_cache_is_named(tiercache, data_set):
+    assert "a local folder is read in place; say --cache DIR" in tiercache("warm", data_set, code=2).err
+
+
+def test_the_configured_cache_is_used(tiercache, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
+    tiercache("pack", photos, "memory://test-cli-configured")
+    tiercache("warm", "memory://test-cli-configured")
+    assert tiercache("status", "--json").events[-1]["path"] == str(tmp_path / "configured")
+    assert "--cache-size: not a size" in tiercache("status", "--cache-size", "x", code=2).err
+    monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "x")
+    assert "TIERCACHE_CACHE_SIZE: cache_size: not a size" in tiercache("status", code=2).err

@@ -1,0 +1,68 @@
+"""Texts of flags."""
+
+import pytest
+
+from tiercache.cli.options import check_size, parse_columns, parse_share, parse_storage_options, parse_type, parse_types
+from tiercache.errors import SchemaError
+from tiercache.shard.types import Column, Image, Ragged, Tensor
+
+
+def test_storage_options_are_texts_but_for_true_false_and_objects():
+    assert parse_storage_options(["key=123", "anon=true", "sse=false", 'client_kwargs={"a": 1}', "token=a=b="]) == {
+        "key": "123",
+        "anon": True,
+        "sse": False,
+        "client_kwargs": {"a": 1},
+        "token": "a=b=",
+    }
+    assert parse_storage_options(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("region", "takes KEY=VALUE"), ("=x", "takes KEY=VALUE"), ("a={x", "a: not")]
+)
+def test_a_storage_option_that_cannot_be_read_is_an_error_without_its_value(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_storage_options([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("int64", "int64"),
+        ("str?", "str?"),
+        ("image<jpeg>", Image("jpeg")),
+        ("image<png>?", Image("png", nullable=True)),
+        ("float32[3, 64, 64]", Tensor("float32", (3, 64, 64))),
+        ("uint16[1024]?", Tensor("uint16", (1024,), nullable=True)),
+        ("float32[*, 4]", Ragged("float32", (None, 4))),
+    ],
+)
+def test_a_type_is_read_as_info_prints_it(text, expected):
+    assert parse_type(text) == expected
+    assert str(Column.of("x", parse_type(text))) == text
+
+
+@pytest.mark.parametrize("text", ["", "int64[a]", "int64[]", "list<int>x", "a b"])
+def test_what_is_no_type_is_an_error(text):
+    with pytest.raises((ValueError, SchemaError)):
+        Column.of("x", parse_type(text))
+
+
+def test_column_types_may_have_an_equals_sign_in_the_name():
+    assert parse_types(["a=b=int8"]) == {"a=b": "int8"}
+    with pytest.raises(ValueError, match="--column takes NAME=TYPE"):
+        parse_types(["int8"])
+
+
+def test_shares_columns_and_sizes():
+    assert [parse_share(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
+    for text in ("101%", "-1", "half", "nan"):
+        with pytest.raises(ValueError, match="a share is from 0% to 100%"):
+            parse_share(text)
+    assert parse_columns("a, b") == ["a", "b"]
+    with pytest.raises(ValueError, match="--columns takes names"):
+        parse_columns("a,,b")
+    assert check_size("--cache-size", "80%") == "80%"
+    with pytest.raises(ValueError, match="--cache-size: not a size"):
+        check_size("--cache-size", "big")

@@ -1,0 +1,71 @@
+"""Tables, lines and values."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tiercache.cli.output import Output, aligned, count
+from tiercache.cli.values import plain, shown
+from tiercache.shard.types import Column, Image, Ragged, Tensor
+
+
+def test_columns_stand_under_each_other_and_numbers_to_the_right():
+    rows = [["name", "size"], ["a", "1.0 KiB"], ["longer", "12 B"]]
+    assert aligned(rows) == ["name       size", "a       1.0 KiB", "longer     12 B"]
+    assert aligned([["only", "head"]]) == ["only  head"]
+
+
+def test_counting():
+    assert [count(0, "shard"), count(1, "shard"), count(1200, "copy", "copies")] == [
+        "0 shards",
+        "1 shard",
+        "1,200 copies",
+    ]
+
+
+def test_json_is_one_object_a_line_and_quiet_hides_only_the_summary_for_people(capsys):
+    Output(as_json=True, quiet=True).table("x", [{"a": 1}, {"a": 2}], [{"A": "1"}, {"A": "2"}])
+    Output(as_json=True, quiet=True).summary({"n": 2}, "two")
+    lines = capsys.readouterr().out.splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"event": "x", "a": 1},
+        {"event": "x", "a": 2},
+        {"event": "summary", "n": 2},
+    ]
+    Output(quiet=True).table("x", [{"a": 1}], [{"A": "1"}])
+    Output(quiet=True).summary({"n": 2}, "two")
+    assert capsys.readouterr().out == "A\n1\n"
+
+
+def test_there_is_no_progress_bar_where_there_is_no_terminal(capsys):
+    with Output().progress("working") as advance:
+        advance(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "line", "as_json"),
+    [
+        (Image("jpeg"), b"x" * 2048, "<jpeg 2.0 KiB>", "<jpeg 2.0 KiB>"),
+        ("bytes", b"abc", "<bytes 3 B>", "<bytes 3 B>"),
+        ("str", 'a "b"\n', r'"a \"b\"\n"', 'a "b"\n'),
+        ("str", "x" * 100, '"' + "x" * 66 + "...", "x" * 100),
+        ("int64?", None, "null", None),
+        ("int64", np.int64(5), "5", 5),
+        ("bool", np.bool_(True), "True", True),
+        ("json", {"a": [1]}, '{"a": [1]}', {"a": [1]}),
+        (
+            Tensor("uint8", (2, 4)),
+            np.arange(8).reshape(2, 4),
+            "uint8[2, 4] [0, 1, 2, 3, 4, 5, ...]",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),
+        (Ragged("float32", (None,)), np.array([0.5], "f4"), "float32[1] [0.5]", [0.5]),
+    ],
+)
+def test_values_are_shown_in_one_line_and_kept_whole_in_json(kind, value, line, as_json):
+    column = Column.of("x", kind)
+    assert shown(column, value) == line
+    assert plain(column, value) == as_json
+    json.dumps(plain(column, value))

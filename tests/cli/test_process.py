@@ -1,0 +1,79 @@
+"""The command as a process: streams, signals, exit codes."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "tiercache.cli"]
+
+
+def run(*arguments, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_results_go_to_standard_output_and_errors_to_standard_error(data_set, tmp_path):
+    done = run("ls", data_set, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout.splitlines()[-1])["records"] == 20
+    done = run("ls", tmp_path / "gone")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"tiercache: error: {tmp_path}/gone: no data set here: it has no version\n"
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, jobs):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"x": {i}}}\n' for i in range(400_000)))
+    command = [*COMMAND, "pack", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "-j", jobs, "--shard-size", "10KB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out").glob("shards/*.tcs")):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == (
+        "tiercache: interrupted: nothing was committed and nothing needs to be cleaned up; run the same command again\n"
+    )
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(data_set):
+    process = subprocess.Popen([*COMMAND, "ls", data_set, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) in (0, 1)
+    assert errors == b""
+
+
+def test_a_terminal_gets_a_progress_bar_and_is_asked_before_evicting(tiercache, data_set, tmp_path):
+    cache = ["--cache", str(tmp_path / "cache"), "--cache-size", "100MB"]
+    shown = on_terminal(["warm", str(data_set), *cache])
+    assert "warming" in shown
+    assert tiercache("status", *cache).out.count(str(data_set)) == 1
+    shown = on_terminal(["evict", "--all", *cache], answer=b"n\n")
+    assert "Evict 4 copies" in shown
+    assert "nothing was evicted" in shown
+    assert "evicted 4 copies" in on_terminal(["evict", "--all", *cache], answer=b"y\n")
+    assert str(data_set) not in tiercache("status", *cache).out
+
+
+def on_terminal(arguments, answer=b""):
+    """What the command shows on a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.write(ours, answer)
+        shown = b""
+        try:
+            while data := os.read(ours, 65536):
+                shown += data
+        except OSError:  # Linux says EIO when the last writer is gone
+            pass
+        process.wait(60)
+    os.close(ours)
+    return shown.decode()

@@ -1,0 +1,180 @@
+"""pack, ls, info, head, export."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tiercache.version import __version__
+
+
+def test_the_version_is_printed(tiercache):
+    assert tiercache("--version").out == f"tiercache {__version__}\n"
+
+
+def test_without_a_verb_the_help_lists_them_all(tiercache):
+    text = tiercache("--help").out
+    for verb in ["pack", "ls", "info", "head", "verify", "warm", "evict", "pin", "unpin", "status", "export", "demo"]:
+        assert f"\n  {verb} " in text
+
+
+class TestPack:
+    def test_it_packs_and_says_what_there_is_now(self, tiercache, photos, tmp_path):
+        done = tiercache("pack", photos, tmp_path / "out")
+        assert done.out.startswith(f"{tmp_path}/out: version 1 has 20 records in 1 shard, ")
+        assert done.err == ""
+        summary = tiercache("pack", photos, tmp_path / "out", "--mode", "append", "--include", "cat", "--json").events[
+            -1
+        ]
+        assert (summary["event"], summary["version"], summary["records"], summary["shards"]) == ("summary", 2, 30, 2)
+
+    def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
+        done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-j2")
+        assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
+        assert f"would create {tmp_path}/out from 19.7 KiB of source, in 1 process" in done.out
+        assert not (tmp_path / "out").exists()
+
+    def test_column_types_can_be_said(self, tiercache, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"x": 1, "v": [1, 2]}\n')
+        flags = ["--column", "x=int8?", "--column", "v=float32[2]"]
+        tiercache("pack", tmp_path / "a.jsonl", tmp_path / "out", *flags)
+        columns = tiercache("info", tmp_path / "out", "--json").events[0]["columns"]
+        assert columns == [{"name": "x", "type": "int8?"}, {"name": "v", "type": "float32[2]"}]
+
+    def test_errors_are_one_line_with_a_code_of_their_own(self, tiercache, photos, data_set, tmp_path):
+        done = tiercache("pack", photos, data_set, code=1)
+        assert done.err.count("\n") == 1
+        assert done.err.startswith(f"tiercache: error: {data_set}: a data set is here already")
+        assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
+        assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
+        assert "mode is 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
+        assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
+
+    def test_verbose_adds_the_traceback(self, tiercache, tmp_path):
+        done = tiercache("pack", tmp_path / "gone", tmp_path / "out", "-v", code=1)
+        assert done.err.startswith("Traceback")
+        assert done.err.splitlines()[-1].startswith("tiercache: error: ")
+
+
+class TestListing:
+    def test_ls_lists_shards_and_sums_them_up(self, tiercache, data_set):
+        lines = tiercache("ls", data_set).out.splitlines()
+        assert lines[0].split() == ["shard", "records", "size", "id"]
+        assert lines[-1].startswith(f"version 1: {len(lines) - 2} shards, 20 records, ")
+        *shards, summary = tiercache("ls", data_set, "--json").events
+        assert sum(shard["records"] for shard in shards) == summary["records"] == 20
+        assert {shard["event"] for shard in shards} == {"shard"}
+        assert sum(shard["bytes"] for shard in shards) == summary["bytes"]
+
+    def test_globs_choose_shards(self, tiercache, data_set):
+        assert tiercache("ls", data_set, "--include", "*-000000.tcs", "--json").events[-1]["shards"] == 1
+
+    def test_ls_lists_versions(self, tiercache, photos, data_set):
+        tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
+        *versions, summary = tiercache("ls", data_set, "--versions", "--json").events
+        assert [(v["version"], v["kind"], v["records"]) for v in versions] == [(1, "create", 20), (2, "overwrite", 10)]
+        assert summary == {"event": "summary", "versions": 2}
+        assert tiercache("ls", data_set, "--at", "1", "--json").events[-1]["records"] == 20
+        assert "no version 9" in tiercache("ls", data_set, "--at", "9", code=1).err
+
+    def test_info_says_what_it_is(self, tiercache, data_set):
+        text = tiercache("info", data_set).out
+        assert "records      20\n" in text
+        assert "  label: int64, 2 classes\n" in text
+        facts = tiercache("info", data_set, "--json").events[0]
+        assert facts["columns"][1] == {"name": "label", "type": "int64", "classes": ["cat", "dog"]}
+        assert facts["url"] == str(data_set)
+
+    def test_no_data_set_is_an_error(self, tiercache, tmp_path):
+        assert "no data set here" in tiercache("info", tmp_path, code=1).err
+
+
+class TestHead:
+    def test_records_are_shown_over_the_borders_of_shards(self, tiercache, data_set):
+        lines = tiercache("head", data_set, "-n", "15", "--start", "3").out.splitlines()
+        assert lines[:4] == ["record 3", "  image  <png 1008 B>", "  label  0 (cat)", '  path   "cat/3.png"']
+        assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in range(3, 18)]
+        assert lines[-1] == "15 of 20 records"
+
+    def test_json_has_the_values(self, tiercache, data_set):
+        *records, summary = tiercache("head", data_set, "--start", "18", "--columns", "path,label", "--json").events
+        assert [r["record"] for r in records] == [{"path": f"dog/{i}.png", "label": 1} for i in (8, 9)]
+        assert summary["shown"] == 2
+
+    def test_beyond_the_end_there_is_nothing(self, tiercache, data_set):
+        assert tiercache("head", data_set, "--start", "20").out == "0 of 20 records\n"
+
+    def test_an_unknown_column_is_an_error(self, tiercache, data_set):
+        assert "no such column; there are" in tiercache("head", data_set, "--columns", "x", code=1).err
+
+
+class TestExport:
+    @pytest.fixture
+    def mixed(self, tmp_path, tiercache):
+        """A column of each kind that Parquet must learn about."""
+        rows = [
+            {"t": list(range(i % 3)), "f": [i, 1.5], "s": f"s{i}", "n": None if i % 2 else i, "j": {"k": i}}
+            for i in range(30)
+        ]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = ["--column", "f=float32[2]", "--shard-size", "400", "--block-size", "200"]
+        tiercache("pack", tmp_path / "a.jsonl", tmp_path / "mixed", *flags)
+        return tmp_path / "mixed", rows
+
+    def test_one_file_holds_plain_types_that_pack_reads_back(self, tiercache, mixed, tmp_path):
+        url, rows = mixed
+        done = tiercache("export", url, tmp_path / "out.parquet")
+        assert done.out.startswith(f"exported 30 records to {tmp_path}/out.parquet, 1 file, ")
+        table = pq.read_table(tmp_path / "out.parquet")
+        assert table["s"].to_pylist() == [row["s"] for row in rows]
+        assert table["n"].to_pylist() == [row["n"] for row in rows]
+        assert [v.tolist() for v in table["f"].combine_chunks().to_numpy_ndarray()] == [
+            [float(x) for x in r["f"]] for r in rows
+        ]
+        tiercache("pack", tmp_path / "out.parquet", tmp_path / "again")
+        before, after = (tiercache("head", u, "-n", "30", "--json").events[:-1] for u in (url, tmp_path / "again"))
+        assert before == after
+        columns = [tiercache("info", u, "--json").events[0]["columns"] for u in (url, tmp_path / "again")]
+        assert columns[0] == columns[1]
+
+    def test_pictures_and_class_names_survive(self, tiercache, data_set, photos, tmp_path):
+        tiercache("export", data_set, tmp_path / "out.parquet")
+        table = pq.read_table(tmp_path / "out.parquet", columns=["image"])
+        storage = table["image"].combine_chunks()
+        storage = storage.storage if isinstance(storage, pa.ExtensionArray) else storage
+        assert storage[0].as_py() == (photos / "cat" / "0.png").read_bytes()
+        tiercache("pack", tmp_path / "out.parquet", tmp_path / "again")
+        assert tiercache("info", tmp_path / "again", "--json").events[0]["columns"][:2] == [
+            {"name": "image", "type": "image<png>"},
+            {"name": "label", "type": "int64", "classes": ["cat", "dog"]},
+        ]
+
+    def test_a_folder_gets_a_file_a_shard(self, tiercache, mixed, tmp_path):
+        url, rows = mixed
+        n_shards = tiercache("ls", url, "--json").events[-1]["shards"]
+        assert n_shards > 2
+        done = tiercache("export", url, tmp_path / "parts", "--columns", "s", "-j", "2", "--json")
+        assert done.events[-1]["files"] == n_shards
+        files = sorted((tmp_path / "parts").iterdir())
+        assert [f.name for f in files] == [f"part-{i:05d}.parquet" for i in range(n_shards)]
+        assert [s for f in files for s in pq.read_table(f)["s"].to_pylist()] == [row["s"] for row in rows]
+
+    def test_what_is_there_is_not_replaced_by_accident(self, tiercache, data_set, tmp_path):
+        tiercache("export", data_set, tmp_path / "out.parquet")
+        tiercache("export", data_set, tmp_path / "parts")
+        for target in ("out.parquet", "parts"):
+            assert "there is a file already" in tiercache("export", data_set, tmp_path / target, code=1).err
+            tiercache("export", data_set, tmp_path / target, "--overwrite")
+
+    def test_a_dry_run_writes_nothing(self, tiercache, data_set, tmp_path):
+        done = tiercache("export", data_set, tmp_path / "out.parquet", "--dry-run", "--columns", "label")
+        assert done.out.splitlines()[0] == "label: int64"
+        assert "would export 20 records" in done.out
+        assert not (tmp_path / "out.parquet").exists()
+
+    def test_an_empty_data_set_makes_an_empty_file(self, tiercache, tmp_path):
+        pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "a.parquet")
+        tiercache("pack", tmp_path / "a.parquet", tmp_path / "set")
+        tiercache("export", tmp_path / "set", tmp_path / "out.parquet")
+        assert pq.read_table(tmp_path / "out.parquet").num_rows == 0

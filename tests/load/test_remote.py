@@ -1,0 +1,218 @@
+"""Data sets that lie elsewhere: what is fetched is counted at the server, in and out of this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.s3_fixtures import s3_server  # noqa: F401
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+
+N = 600
+
+READ_AN_EPOCH = """
+import json, sys
+import tiercache as tc
+url, cache, options = json.loads(sys.argv[1])
+dataset = tc.Dataset(url, cache=tc.Cache(cache, size="64MiB"), storage_options=options)
+loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+loader.set_epoch(1)
+ids = [i for batch in loader for i in batch["id"].tolist()]
+print(json.dumps({"ids": ids, **loader.stats()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """A packed data set as a dict of objects for the HTTP server."""
+    path = tmp_path_factory.mktemp("remote") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {f"data/{file.relative_to(path).as_posix()}": file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def server(objects):
+    with HttpFaultServer(dict(objects)) as server:
+        yield server
+
+
+def shard_requests(server: HttpFaultServer) -> list[str]:
+    return [seen.path for seen in server.log if "/shards/" in seen.path or "/segments/" in seen.path]
+
+
+def ids_of(loader) -> list[int]:
+    return list(itertools.chain(*map(check_batch, loader)))
+
+
+def read_in_a_new_process(url: str, cache, options: dict[str, object]) -> dict[str, object]:
+    argument = json.dumps([url, str(cache), options])
+    done = subprocess.run([sys.executable, "-c", READ_AN_EPOCH, argument], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_segment(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+        assert sorted(ids_of(loader)) == list(range(N))
+        cold = loader.stats()
+        second = ids_of(loader)
+        dataset.close()
+    n_shards = len(dataset.source.table)
+    assert cold["bytes_fetched"] >= sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    assert {path for path in shard_requests(server) if "/shards/" in path} == {
+        f"/{key}" for key in server.objects if "/shards/" in key
+    }
+    server.log.clear()
+    warm = read_in_a_new_process(f"{server.url}/data", tmp_path / "cache", {})
+    assert warm["ids"] == second
+    assert shard_requests(server) == []
+    assert warm["hit_ratio"] == 1
+    assert warm["cache_hits"] >= n_shards
+
+
+def test_each_shard_is_fetched_once_in_a_cold_epoch(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))
+        sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+        dataset.close()
+    assert sent == sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+
+
+@pytest.mark.parametrize("size", ["20KB", "1KB"])
+def test_a_cache_that_is_too_small_makes_it_slower_and_never_wrong(server, tmp_path, size):
+    with tc.Cache(tmp_path / "cache", size=size, free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
+        for _ in range(2):
+            assert sorted(ids_of(loader)) == list(range(N))
+        assert dataset[17]["text"] == "text 17"
+        stats = cache.stats()
+        assert stats["bytes_used"] <= stats["limit_bytes"]
+        dataset.close()
+
+
+def test_without_a_cache_blocks_are_read_by_ranges(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id"])
+    loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
+    assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
+    assert loader.stats()["hit_ratio"] is None
+    sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+    assert sent < sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    dataset.close()
+
+
+def test_one_record_of_a_remote_shard_costs_a_part_of_it(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id", "tokens"])
+    server.log.clear()
+    assert dataset[333]["id"] == 333
+    assert sum(seen.n_bytes for seen in server.log) < 8 << 10
+    dataset.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Misbehave("status", 503),
+        Misbehave("status", 500),
+        Misbehave("reset"),
+        Misbehave("short"),
+    ],
+    ids=["503", "500", "reset", "short"],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_server_that_stumbles_now_and_then_is_only_slower(server, tmp_path, fault, cached):
+    turns = itertools.count()
+    server.when(lambda method, path: fault if "/shards/" in path and next(turns) % 5 == 0 else None)
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache if cached else False)
+        assert sorted(ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))) == list(range(N))
+        dataset.close()
+
+
+def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before_it(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    name = dataset.source.table.info(3).name
+    del server.objects[f"data/{name}"]
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_group_bytes="1KiB")
+    served: list[int] = []
+    with pytest.raises(tc.NotFound, match=name.split("/")[1]):
+        served.extend(i for batch in tc.DataLoader(dataset, batch_size=4, options=options) for i in check_batch(batch))
+    assert served == list(range(len(served)))
+    assert len(served) >= int(dataset.source.table.first_record[3]) - 4
+    dataset.close()
+
+
+@pytest.mark.s3
+def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_path):  # noqa: F811
+    url, options = f"{s3_server.url}/load/native", s3_server.storage_options
+    with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
+        writer.write_batch(make_columns(N))
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(url, cache=cache, storage_options=options)
+
+        def make():
+            return tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+
+        loader = make()
+        iterator = iter(loader)
+        begun = [check_batch(next(iterator)) for _ in range(5)]
+        state = loader.state_dict()
+        rest = list(map(check_batch, iterator))
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert list(map(check_batch, resumed)) == rest
+        assert sorted(itertools.chain(*begun, *rest)) == list(range(N))
+        second = ids_of(loader)
+        dataset.close()
+    warm = read_in_a_new_process(url, tmp_path / "cache", options)
+    assert warm["ids"] == second
+    assert warm["hit_ratio"] == 1
+
+
+@pytest.mark.s3
+def test_workers_forked_after_the_parent_has_read_from_s3_work(s3_server):  # noqa: F811
+    url, options = f"{s3_server.url}/load/forked", s3_server.storage_options
+    with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
+        writer.write_batch(make_columns(100))
+    dataset = tc.Dataset(url, cache=False, storage_options=options)
+    assert dataset[3]["id"] == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "use forkserver" (ours) and torch's word on forking: this is the case itself
+        loader = TorchLoader(
+            dataset, batch_size=20, num_workers=2, collate_fn=tc.collate, multiprocessing_context="fork", timeout=60
+        )
+        assert ids_of(loader) == list(range(100))
+    assert dataset[4]["id"] == 4
+    dataset.close()
+
+
+def test_a_child_forked_in_mid_epoch_starts_its_own(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        dataset.warm()
+        loader = tc.DataLoader(dataset, batch_size=32)
+        iterator = iter(loader)
+        first = check_batch(next(iterator))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            fine = check_batch(next(iter(tc.DataLoader(dataset, batch_size=32)))) == first
+            os._exit(0 if fine else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert first + list(itertools.chain(*map(check_batch, iterator))) == list(range(N))
+        dataset.close()

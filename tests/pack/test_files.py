@@ -1,0 +1,124 @@
+"""Which files a source has."""
+
+import gzip
+import pickle
+
+import pytest
+
+from tiercache.errors import NotFound
+from tiercache.pack.files import LocalFiles, StoreFiles, find_files, selected
+from tiercache.store import open_store
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for path in ("a/1.txt", "a-b/1.txt", "a/.hidden", ".git/x", "b/deep/2.txt", "top.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    return tmp_path
+
+
+def paths(source, **options):
+    return [f.path for f in find_files(source, options)[1]]
+
+
+def test_a_folders_visible_files_come_folder_by_folder(folder):
+    assert paths(folder) == ["a/1.txt", "a-b/1.txt", "b/deep/2.txt", "top.txt"]
+    assert paths(f"file://{folder}") == paths(folder)
+
+
+def test_links_are_followed_and_a_loop_of_links_ends(folder):
+    (folder / "link.txt").symlink_to(folder / "top.txt")
+    (folder / "b" / "loop").symlink_to(folder)
+    (folder / "c").symlink_to(folder / "a")
+    assert [p for p in paths(folder) if not p.startswith("b/loop")] == [
+        "a/1.txt",
+        "a-b/1.txt",
+        "b/deep/2.txt",
+        "c/1.txt",
+        "link.txt",
+        "top.txt",
+    ]
+    assert len(paths(folder)) < 20
+
+
+def test_one_file_is_a_source(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    files, found = find_files("a/1.txt", {})
+    assert [(f.path, f.n_bytes) for f in found] == [("1.txt", 7)]
+    assert files.place("1.txt") == str(folder / "a" / "1.txt")
+
+
+@pytest.mark.parametrize(
+    ("glob", "expected"),
+    [
+        ("*.txt", ["top.txt"]),
+        ("*/*.txt", ["a/1.txt", "a-b/1.txt"]),
+        ("**/*.txt", ["a/1.txt", "a-b/1.txt", "b/deep/2.txt", "top.txt"]),
+        ("[ab]/**", ["a/1.txt", "b/deep/2.txt"]),
+        ("?/1.txt", ["a/1.txt"]),
+    ],
+)
+def test_a_glob_matches_part_by_part(folder, glob, expected, monkeypatch):
+    assert paths(f"{folder}/{glob}") == expected
+    monkeypatch.chdir(folder)
+    assert paths(glob) == expected
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(folder):
+    (folder / "x[1].txt").write_text("")
+    assert paths(folder / "x[1].txt") == ["x[1].txt"]
+
+
+@pytest.mark.parametrize("source", ["gone", "gone/*.txt", "*.parquet"])
+def test_what_is_not_there_is_not_found(folder, source):
+    with pytest.raises(NotFound, match=r"no such file or folder|no file matches"):
+        find_files(folder / source, {})
+
+
+def test_an_empty_folder_is_not_found(tmp_path):
+    with pytest.raises(NotFound, match="no files in this folder"):
+        find_files(tmp_path, {})
+
+
+def test_a_stores_objects_are_read_like_files():
+    store = open_store("memory://test-pack-files/in")
+    store.put("x/2.bin", b"0123456789" * 1000)
+    store.put("x/1.bin", gzip.compress(b"unpacked"))
+    store.put(".hidden/3", b"")
+    assert paths("memory://test-pack-files/in") == ["x/1.bin", "x/2.bin"]
+    assert paths("memory://test-pack-files/in/*/2.*") == ["x/2.bin"]
+    files, found = find_files("memory://test-pack-files/in/x/2.bin", {})
+    assert isinstance(files, StoreFiles)
+    assert [f.path for f in found] == ["2.bin"]
+    files = pickle.loads(pickle.dumps(files))
+    with files.open("2.bin") as file:
+        file.seek(-5, 2)
+        assert (file.read(), file.read(), file.tell()) == (b"56789", b"", 10000)
+        file.seek(3)
+        assert file.read(4) == b"3456"
+    files = StoreFiles("memory://test-pack-files/in", {})
+    assert list(files.read_many(["x/2.bin", "x/1.bin"])) == [store.get("x/2.bin"), store.get("x/1.bin")]
+    assert files.place("x/1.bin") == "memory://test-pack-files/in/x/1.bin"
+
+
+def test_local_files_are_read_in_the_order_asked_for(folder):
+    assert LocalFiles(str(folder)).read_many(["top.txt", "a/1.txt"]) == [b"top.txt", b"a/1.txt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "include", "exclude", "expected"),
+    [
+        ("a/b.jpg", [], [], True),
+        ("a/b.jpg", ["*.jpg"], [], True),
+        ("a/b.jpg", ["*.png"], [], False),
+        ("a/b.jpg", ["*.png", "a/*"], [], True),
+        ("a/b.jpg", ["a"], [], True),
+        ("a/b.jpg", [], ["a"], False),
+        ("a/c/b.jpg", ["a/*.jpg"], [], True),
+        ("a/b.jpg", ["*"], ["*.jpg"], False),
+        ("a/b.jpg", ["b"], [], False),
+    ],
+)
+def test_include_and_exclude(path, include, exclude, expected):
+    assert selected(path, include, exclude) is expected

@@ -1,0 +1,394 @@
+"""From a source to a committed data set."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+from multiprocessing import active_children
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
+from tiercache.pack import PackOptions, jsonl, pack, packing, plan_pack, run_pack
+from tiercache.shard.manifest import latest, list_versions, read_shards
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Image, Kind, Ragged, Schema
+from tiercache.store import open_store
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff\xe0"
+
+
+def read(url, **options):
+    """All records, in order, shard by shard; reads by another way than pack writes."""
+    store = open_store(url, **options)
+    version = latest(store)
+    records = []
+    for info in read_shards(store, version).infos():
+        with ShardReader(store, info.name, info=info) as reader:
+            columns = range(len(reader.schema))
+            values = reader.take(np.arange(reader.n_records), list(columns))
+            records += [{v.column.name: v.record(i) for v in values} for i in range(reader.n_records)]
+    return records
+
+
+def is_empty(url):
+    return list(open_store(url).list()) == []
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three classes, 30 pictures; class order is not folder order of creation."""
+    for name in ("dog", "cat", "ant-eater"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(PNG + name.encode() * i)
+    (tmp_path / "photos" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "photos" / "dog" / ".hidden.txt").write_bytes(b"x")
+    return tmp_path / "photos"
+
+
+def photo_records(names=("ant-eater", "cat", "dog")):
+    return [
+        {"image": PNG + name.encode() * i, "label": label, "path": f"{name}/{i}.png"}
+        for label, name in enumerate(names)
+        for i in range(10)
+    ]
+
+
+class TestImages:
+    def test_a_folder_becomes_images_labels_and_paths_in_order(self, photos, tmp_path):
+        progress = []
+        version = pack(photos, tmp_path / "out", on_progress=progress.append)
+        assert version.n_records == 30
+        assert version.schema.columns[0].encoding == "png"
+        assert version.schema.columns[1].classes == ("ant-eater", "cat", "dog")
+        assert read(tmp_path / "out") == photo_records()
+        assert progress[-1].n_records == 30
+        assert progress[-1].n_bytes == progress[-1].total_bytes > 0
+
+    def test_only_the_chosen_files_are_packed(self, photos, tmp_path):
+        pack(
+            photos, tmp_path / "out", include=["cat", "dog"], exclude=["?.png", "dog/*"], mode="create"
+        ) if False else None
+        pack(photos, tmp_path / "out", include=["cat/*", "dog/*"], exclude=["[5-9].png"])
+        assert [r["path"] for r in read(tmp_path / "out")] == [f"{n}/{i}.png" for n in ("cat", "dog") for i in range(5)]
+        assert {r["label"] for r in read(tmp_path / "out")} == {0, 1}
+
+    def test_appending_keeps_the_meaning_of_labels(self, photos, tmp_path):
+        pack(photos, tmp_path / "out")
+        version = pack(photos, tmp_path / "out", mode="append", include=["dog"])
+        assert (version.number, version.n_records) == (2, 40)
+        assert {r["label"] for r in read(tmp_path / "out")[30:]} == {2}
+        (photos / "emu").mkdir()
+        (photos / "emu" / "1.png").write_bytes(PNG)
+        with pytest.raises(SchemaError, match="class 'emu' is not among the data set's 3 classes"):
+            pack(photos, tmp_path / "out", mode="append")
+
+    @pytest.mark.parametrize(
+        ("path", "data", "message"),
+        [
+            (
+                "cat/notes.txt",
+                b"x",
+                r"cat/notes\.txt: not an image by its name; leave it out with exclude, as in '\*\.txt'",
+            ),
+            ("top.png", PNG, r"top\.png: an image must lie in a sub-folder"),
+            ("cat/a.jpg", JPEG, r"several image encodings: jpeg \(cat/a\.jpg\), png \(ant-eater/0\.png\)"),
+            ("cat/a.png", JPEG, r"cat/a\.png: this is a jpeg, the others are png; .*exclude, as in 'cat/a\.png'"),
+            ("cat/a.png", b"GARBAGE", r"cat/a\.png: not an image that is known here: it starts with b'GARBAGE'"),
+            ("cat/a.png", b"", r"cat/a\.png: not an image that is known here: it is empty"),
+        ],
+    )
+    def test_what_is_no_such_image_is_named_and_nothing_is_left(self, photos, tmp_path, path, data, message):
+        (photos / path).write_bytes(data)
+        with pytest.raises(SchemaError, match=message):
+            pack(photos, tmp_path / "out")
+        assert is_empty(tmp_path / "out")
+
+    def test_a_name_without_suffix_counts_as_what_its_bytes_say(self, photos, tmp_path):
+        (photos / "cat" / "plain").write_bytes(PNG + b"plain")
+        pack(photos, tmp_path / "out", kind="images")
+        assert PNG + b"plain" in [r["image"] for r in read(tmp_path / "out")]
+
+
+class TestParquet:
+    def table(self, n=100, seed=0):
+        rng = np.random.default_rng(seed)
+        return pa.table(
+            {
+                "id": pa.array(range(n), pa.int32()),
+                "text": pa.array([f"t{i}" for i in range(n)]),
+                "maybe": pa.array([None if i == 7 else float(i) for i in range(n)]),
+                "word": pa.array(["a", "b"] * (n // 2)).dictionary_encode(),
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(rng.random(n * 3, np.float32)), 3),
+                "tags": pa.array([["x"] * (i % 3) for i in range(n)]),
+            }
+        )
+
+    def test_values_and_types_come_over_and_only_nulls_make_nullable(self, tmp_path):
+        table = self.table()
+        pq.write_table(table, tmp_path / "in.parquet", row_group_size=30)
+        version = pack(tmp_path / "in.parquet", tmp_path / "out")
+        assert {c.name: str(c) for c in version.schema.columns if c.kind is not Kind.ARROW} == {
+            "id": "int32",
+            "text": "str",
+            "maybe": "float64?",
+            "word": "str",
+            "vector": "float32[3]",
+        }
+        records = read(tmp_path / "out")
+        expected = table.to_pylist()
+        assert [{**r, "vector": r["vector"].tolist()} for r in records] == expected
+
+    def test_without_statistics_nothing_is_ruled_out(self, tmp_path):
+        pq.write_table(self.table(), tmp_path / "in.parquet", write_statistics=False)
+        version = pack(tmp_path / "in.parquet", tmp_path / "out")
+        assert all(c.nullable for c in version.schema.columns)
+
+    def test_a_folder_is_read_file_by_file_and_what_is_not_parquet_passed_over(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        for i in range(3):
+            pq.write_table(pa.table({"x": range(i * 10, i * 10 + 10)}), tmp_path / "in" / f"part-{i}.parquet")
+        (tmp_path / "in" / "_SUCCESS").write_text("")
+        pack(tmp_path / "in", tmp_path / "out")
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(30))
+        pack(tmp_path / "in" / "part-[02].parquet", tmp_path / "out2")
+        assert [r["x"] for r in read(tmp_path / "out2")] == [*range(10), *range(20, 30)]
+
+    def test_a_given_type_replaces_the_files_own(self, tmp_path):
+        pq.write_table(pa.table({"image": [JPEG, JPEG], "x": [1, 2]}), tmp_path / "in.parquet")
+        version = pack(tmp_path / "in.parquet", tmp_path / "out", schema={"image": Image("jpeg")})
+        assert [str(c) for c in version.schema.columns] == ["image<jpeg>", "int64"]
+        version = pack(tmp_path / "in.parquet", tmp_path / "only", schema=Schema.of({"x": "int8"}))
+        assert [str(c) for c in version.schema.columns] == ["int8"]
+        with pytest.raises(SchemaError, match="column 'z': no such column"):
+            pack(tmp_path / "in.parquet", tmp_path / "no", schema=Schema.of({"z": "int8"}))
+        with pytest.raises(SchemaError, match=r"column 'y': .*no such column; there are image, x"):
+            pack(tmp_path / "in.parquet", tmp_path / "no", schema={"y": "int8"})
+
+    def test_a_value_that_does_not_fit_names_file_and_row(self, tmp_path):
+        pq.write_table(pa.table({"x": [*range(200)]}), tmp_path / "in.parquet", row_group_size=150)
+        with pytest.raises(SchemaError, match=r"column 'x': .*in\.parquet, row group 0, row 128: expected int8"):
+            pack(tmp_path / "in.parquet", tmp_path / "out", schema={"x": "int8"})
+        assert is_empty(tmp_path / "out")
+
+    def test_files_that_differ_are_named(self, tmp_path):
+        pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
+        pq.write_table(pa.table({"x": ["1"]}), tmp_path / "b.parquet")
+        with pytest.raises(
+            SchemaError, match=r"column 'x': .*b\.parquet: expected int64 as in .*a\.parquet, got string"
+        ):
+            pack(tmp_path / "*.parquet", tmp_path / "out")
+        pq.write_table(pa.table({"y": ["1"]}), tmp_path / "b.parquet")
+        with pytest.raises(SchemaError, match=r"b\.parquet: its columns are not those of .*a\.parquet: x, y"):
+            pack(tmp_path / "*.parquet", tmp_path / "out")
+
+    def test_a_damaged_file_is_named(self, tmp_path):
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the sort PAR1")
+        with pytest.raises(SchemaError, match=r"a\.parquet: not Parquet that can be read"):
+            pack(tmp_path / "a.parquet", tmp_path / "out")
+
+    def test_no_rows_make_an_empty_data_set(self, tmp_path):
+        pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "a.parquet")
+        assert pack(tmp_path / "a.parquet", tmp_path / "out").n_records == 0
+
+    def test_a_store_is_a_source_too(self, tmp_path):
+        pq.write_table(self.table(), tmp_path / "in.parquet", row_group_size=30)
+        open_store("memory://test-pack-parquet").put("in/a.parquet", (tmp_path / "in.parquet").read_bytes())
+        pack("memory://test-pack-parquet/in/a.parquet", "memory://test-pack-parquet/out")
+        assert [r["id"] for r in read("memory://test-pack-parquet/out")] == list(range(100))
+
+
+class TestJsonLines:
+    records: ClassVar = [
+        {"id": i, "tokens": list(range(i % 4)), "text": f"é{i}", "extra": {"k": [i, None]}} for i in range(50)
+    ]
+
+    def write(self, path, records=None):
+        lines = [json.dumps(r) for r in (self.records if records is None else records)]
+        data = ("\n".join(lines) + "\n").encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        return path
+
+    def check(self, url):
+        found = [{**r, "tokens": r["tokens"].tolist()} for r in read(url)]
+        assert found == self.records
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson"])
+    def test_lines_become_records(self, tmp_path, name):
+        version = pack(self.write(tmp_path / name), tmp_path / "out")
+        assert [str(c) for c in version.schema.columns] == ["int64", "int64[*]", "str", "json"]
+        self.check(tmp_path / "out")
+
+    def test_any_cut_into_byte_ranges_gives_each_line_once(self, tmp_path, monkeypatch):
+        self.write(tmp_path / "a.jsonl")
+        whole = (tmp_path / "a.jsonl").read_bytes()
+        for part_bytes in (1, 7, 60, len(whole) - 1, len(whole)):
+            monkeypatch.setattr(jsonl, "_PART_BYTES", part_bytes)
+            pack(tmp_path / "a.jsonl", tmp_path / "out", mode="overwrite")
+            self.check(tmp_path / "out")
+
+    def test_blank_lines_and_a_missing_last_newline_do_no_harm(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('\n{"x": 1}\n\n  \n{"x": 2}')
+        pack(tmp_path / "a.jsonl", tmp_path / "out")
+        assert [r["x"] for r in read(tmp_path / "out")] == [1, 2]
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            ('{"x": "one"}', r"column 'x': .*line 1003: expected int64, got a str"),
+            ('{"x": null}', r"column 'x': .*line 1003: expected int64, got None"),
+            ('{"x": 1, "y": 2}', r"column 'y': .*line 1003: a column that earlier records do not have; say its type"),
+            ("{}", r"column 'x': .*line 1003: expected int64, got None"),
+            ("[1]", "line 1003: expected a JSON object, got list"),
+            ('{"x": 1', "line 1003: not JSON"),
+            ('{"x": 9223372036854775808}', "line 1003: expected int64"),
+        ],
+    )
+    def test_a_line_that_does_not_fit_is_named(self, tmp_path, name, bad, message):
+        data = "".join(f'{{"x": {i}}}\n' for i in range(1001)) + "\n" + bad + "\n"
+        (tmp_path / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
+        with pytest.raises(SchemaError, match=message):
+            pack(tmp_path / name, tmp_path / "out", block_size=1000)
+        assert is_empty(tmp_path / "out")
+
+    def test_a_given_type_makes_a_late_column_fit(self, tmp_path):
+        path = self.write(tmp_path / "a.jsonl", [{"x": i} for i in range(1000)] + [{"x": 1000, "late": "here"}])
+        pack(path, tmp_path / "out", schema={"late": "str?", "x": "int32"})
+        records = read(tmp_path / "out")
+        assert records[0] == {"x": 0, "late": None}
+        assert records[1000] == {"x": 1000, "late": "here"}
+
+    def test_a_whole_schema_needs_no_look_at_the_records(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text("")
+        schema = Schema.of({"x": "int8", "t": Ragged("uint16", (None,))})
+        assert pack(tmp_path / "a.jsonl", tmp_path / "empty", schema=schema).n_records == 0
+        path = self.write(tmp_path / "b.jsonl", [{"x": 1, "t": [1, 2]}])
+        assert pack(path, tmp_path / "out", schema=schema).schema == schema
+
+    def test_nothing_to_infer_from_is_an_error(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text("\n\n")
+        with pytest.raises(SchemaError, match=r"a\.jsonl: no record"):
+            pack(tmp_path / "a.jsonl", tmp_path / "out")
+
+    def test_a_damaged_gzip_file_is_named(self, tmp_path):
+        data = gzip.compress(b'{"x": 1}\n' * 10000)
+        (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
+        with pytest.raises(SchemaError, match=r"a\.jsonl\.gz: damaged gzip file"):
+            pack(tmp_path / "a.jsonl.gz", tmp_path / "out")
+
+
+class TestModes:
+    def test_a_data_set_that_is_there_is_not_overwritten_by_accident(self, photos, tmp_path):
+        pack(photos, tmp_path / "out")
+        with pytest.raises(CommitConflict, match="a data set is here already"):
+            pack(photos, tmp_path / "out")
+        assert pack(photos, tmp_path / "out", mode="overwrite", include=["cat"]).n_records == 10
+        assert list_versions(open_store(tmp_path / "out")) == [1, 2]
+
+    def test_appending_needs_a_data_set_of_the_same_schema(self, photos, tmp_path):
+        with pytest.raises(NotFound, match="no data set to append to"):
+            pack(photos, tmp_path / "out", mode="append")
+        (tmp_path / "a.jsonl").write_text('{"x": 1}')
+        pack(tmp_path / "a.jsonl", tmp_path / "out")
+        with pytest.raises(SchemaError, match="column 'x'"):
+            plan_pack(photos, tmp_path / "out", PackOptions(mode="append"))
+
+    def test_appended_values_need_only_fit_the_columns_that_are_there(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null, "f": 0.5}\n{"x": 2, "y": 3, "f": 1.5}\n')
+        pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"x": "int8"})
+        (tmp_path / "b.jsonl").write_text('{"x": 3, "f": 2}\n')
+        pack(tmp_path / "b.jsonl", tmp_path / "out", mode="append")
+        pq.write_table(pa.table({"f": [2.5], "y": [4], "x": [5]}), tmp_path / "c.parquet")
+        pack(tmp_path / "c.parquet", tmp_path / "out", mode="append")
+        assert read(tmp_path / "out") == [
+            {"x": 1, "y": None, "f": 0.5},
+            {"x": 2, "y": 3, "f": 1.5},
+            {"x": 3, "y": None, "f": 2.0},
+            {"x": 5, "y": 4, "f": 2.5},
+        ]
+        (tmp_path / "d.jsonl").write_text('{"x": 1000, "f": 2}\n')
+        with pytest.raises(SchemaError, match=r"column 'x': .*d\.jsonl, line 1: expected int8"):
+            pack(tmp_path / "d.jsonl", tmp_path / "out", mode="append")
+        pq.write_table(pa.table({"f": [2.5], "x": [5]}), tmp_path / "e.parquet")
+        with pytest.raises(SchemaError, match="column 'y': the data set has this column"):
+            pack(tmp_path / "e.parquet", tmp_path / "out", mode="append")
+
+    def test_unknown_options_are_errors(self, photos, tmp_path):
+        with pytest.raises(TypeError, match="shards_size"):
+            pack(photos, tmp_path / "out", shards_size=1)
+
+    def test_planning_writes_nothing(self, photos, tmp_path):
+        plan = plan_pack(photos, tmp_path / "out", PackOptions())
+        assert plan.total_bytes > 0
+        assert not (tmp_path / "out").exists()
+
+
+class TestProcesses:
+    def lines(self, path, n=4000):
+        path.write_text("".join(f'{{"x": {i}, "text": "{"y" * (i % 50)}"}}\n' for i in range(n)))
+        return path
+
+    def test_the_order_is_the_sources_whatever_the_number_of_processes(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(jsonl, "_PART_BYTES", 5000)
+        self.lines(tmp_path / "a.jsonl")
+        progress = []
+        version = pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=2000, on_progress=progress.append)
+        assert version.n_shards > 4
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(4000))
+        assert progress[-1].n_records == 4000
+
+    def test_an_error_in_a_process_comes_out_and_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(jsonl, "_PART_BYTES", 5000)
+        with self.lines(tmp_path / "a.jsonl").open("a") as file:
+            file.write('{"x": "bad", "text": ""}\n')
+        with pytest.raises(SchemaError, match=r"column 'x': .*a\.jsonl, line 4001: expected int64, got a str"):
+            pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=20_000)
+        assert is_empty(tmp_path / "out")
+
+    def test_a_killed_process_is_an_error_and_leaves_nothing_visible(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(jsonl, "_PART_BYTES", 5000)
+        self.lines(tmp_path / "a.jsonl")
+        plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(jobs=2, shard_size=20_000))
+
+        def kill_the_children(_progress):
+            for child in active_children():
+                child.kill()
+
+        with pytest.raises(TierCacheError, match=r"a process died \(exit code -9\); it may have been killed"):
+            run_pack(plan, kill_the_children)
+        assert is_empty(tmp_path / "out")
+        assert run_pack(plan).n_records == 4000
+
+    def test_memory_is_of_one_process(self, photos):
+        with pytest.raises(ValueError, match="lives in the memory of one process"):
+            pack(photos, "memory://test-pack-jobs", jobs=2)
+
+    def test_a_killed_pack_leaves_no_data_set_and_needs_no_clean_up(self, tmp_path):
+        self.lines(tmp_path / "a.jsonl", 50_000)
+        code = "import sys, os, signal; from tiercache.pack import pack\n"
+        code += "pack(sys.argv[1], sys.argv[2], shard_size=20_000, block_size=2000, "
+        code += "on_progress=lambda p: p.n_records > 20_000 and os.kill(os.getpid(), signal.SIGKILL))"
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "out"])
+        assert done.returncode == -signal.SIGKILL
+        with pytest.raises(NotFound):
+            latest(open_store(tmp_path / "out"))
+        pack(tmp_path / "a.jsonl", tmp_path / "out")
+        assert [r["x"] for r in read(tmp_path / "out")] == list(range(50_000))
+
+
+def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monkeypatch):
+    def lost(*_args, **_kwargs):
+        raise StoreError("the answer was lost", url="x", maybe_done=True)
+
+    monkeypatch.setattr(packing, "commit", lost)
+    with pytest.raises(StoreError, match="the answer was lost"):
+        pack(photos, tmp_path / "out")
+    assert [i.key for i in open_store(tmp_path / "out").list("shards/")]

@@ -1,0 +1,92 @@
+"""Kinds of sources, and how the work is shared out."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.errors import NotFound, SchemaError
+from tiercache.pack.options import PackOptions
+from tiercache.pack.plan import find_source, kind_of, share_out
+from tiercache.pack.source import Part
+
+
+@pytest.mark.parametrize(
+    ("paths", "kind"),
+    [
+        (["a/1.JPG", "a/2.png"], "images"),
+        (["x.parquet", "_SUCCESS"], "parquet"),
+        (["x.jsonl", "y.jsonl.gz", "README.md"], "jsonl"),
+    ],
+)
+def test_the_kind_is_told_by_the_names(paths, kind):
+    assert kind_of(paths) == kind
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [(["a.csv"], "no file of a kind"), (["a.jpg", "b.parquet"], r"several kinds \(images, parquet\)")],
+)
+def test_a_kind_that_cannot_be_told_is_asked_for(paths, message):
+    with pytest.raises(ValueError, match=message):
+        kind_of(paths)
+
+
+def test_nothing_left_to_pack_is_not_found(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(NotFound, match="none of 1 files passes include and exclude"):
+        find_source(tmp_path, PackOptions(exclude=["*.jsonl"]))
+
+
+def test_images_take_no_schema(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SchemaError, match="has a schema of its own"):
+        find_source(tmp_path, PackOptions(schema={"label": "int8"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "csv"}, "kind is one of images, parquet, jsonl"),
+        ({"mode": "replace"}, "mode is 'create'"),
+        ({"jobs": -1}, "jobs is a number"),
+        ({"jobs": True}, "jobs is a number"),
+        ({"include": "*.jpg"}, "include is a sequence of globs"),
+        ({"block_size": 0}, "cannot be 0"),
+        ({"shard_size": "big"}, "not a size"),
+    ],
+)
+def test_options_are_checked(fields, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        PackOptions(**fields)
+
+
+def test_options_do_not_show_credentials():
+    assert "secret" not in repr(PackOptions(storage_options={"key": "secret"}, source_options={"key": "secret"}))
+
+
+sizes = st.lists(st.integers(0, 1000), max_size=40)
+
+
+@given(sizes, st.integers(1, 9), st.integers(1, 500))
+def test_shares_are_the_parts_in_order(n_bytes, jobs, shard_bytes):
+    parts = [Part("x", i, i + 1, n) for i, n in enumerate(n_bytes)]
+    shares = share_out(parts, jobs, shard_bytes)
+    assert [part for share in shares for part in share] == parts
+    assert all(shares)
+    if jobs == 1:
+        assert len(shares) <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_equal_parts_are_shared_out_evenly(n_parts, jobs):
+    shares = share_out([Part("x", i, i + 1, 100) for i in range(n_parts)], jobs, 1 << 30)
+    assert len(shares) == min(jobs, n_parts)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_much_work_is_cut_finer_than_the_processes_but_not_below_four_shards():
+    parts = [Part("x", i, i + 1, 10) for i in range(100)]
+    assert len(share_out(parts, 2, 10)) == 8
+    assert len(share_out(parts, 2, 50)) == 5 - 0
+    assert len(share_out(parts, 2, 1000)) == 2

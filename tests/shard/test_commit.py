@@ -1,0 +1,424 @@
+"""Commits: who wins a race, what a lost answer becomes, and what the version holds afterwards."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
+from tiercache.model import ShardInfo
+from tiercache.shard import commit as commits
+from tiercache.shard import manifest
+from tiercache.shard.commit import MAX_SEGMENTS, Commit, CommitRequest, commit, plan_merge
+from tiercache.shard.types import Schema
+from tiercache.shard.versions import Version, version_key
+from tiercache.store import LocalFolder, MemoryStore, Store
+from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
+
+SCHEMA = Schema.of({"tokens": "int64", "caption": "str"})
+VERSIONS = "_tiercache/versions/*"
+
+
+def shard(n_records: int = 10) -> ShardInfo:
+    shard_id = secrets.token_hex(16)
+    return ShardInfo(f"shards/{shard_id}.tcs", shard_id, n_records, 4096, 7, 3000, 1000)
+
+
+def names(store: Store) -> list[str]:
+    return manifest.read_shards(store, manifest.latest(store)).names.to_pylist()
+
+
+def append(store: Store, *infos: ShardInfo) -> Version:
+    return commit(store, infos, schema=SCHEMA, mode="append")
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(secrets.token_hex(8))
+
+
+@pytest.fixture
+def first(store: MemoryStore) -> Version:
+    return commit(store, [shard(3)], schema=SCHEMA, mode="create")
+
+
+class TestModes:
+    def test_create_append_and_overwrite_make_a_chain(self, store: MemoryStore) -> None:
+        a, b, c, d = shard(1), shard(2), shard(3), shard(4)
+        made = commit(store, [a], schema=SCHEMA, mode="create")
+        grown = commit(store, [b, c], schema=SCHEMA, mode="append", parent=made, writer_id="w9")
+        assert names(store) == [a.name, b.name, c.name]
+        replaced = commit(store, [d], schema=Schema.of({"x": "bool"}), mode="overwrite", parent=grown)
+        assert names(store) == [d.name]
+        chain = [made, grown, replaced]
+        assert [(v.number, v.parent, v.kind, v.n_records) for v in chain] == [
+            (1, None, "create", 1),
+            (2, 1, "append", 6),
+            (3, 2, "overwrite", 4),
+        ]
+        assert len({v.dataset_id for v in chain}) == 1
+        assert len({v.fingerprint for v in chain}) == len({v.nonce for v in chain}) == 3
+        assert grown.writer == "w9"
+        assert [manifest.read_version(store, n) for n in (1, 2, 3)] == chain
+        assert grown.segments[0] == made.segments[0]
+
+    def test_every_commit_leaves_a_hint(self, store: MemoryStore, first: Version) -> None:
+        append(store, shard())
+        assert manifest.parse_hint(store.get(manifest.HINT_KEY)) == 2
+
+    def test_a_hint_that_cannot_be_written_does_not_matter(self, store: MemoryStore, first: Version) -> None:
+        faulty = FaultStore(store, [Fault("put", keys=manifest.HINT_KEY)])
+        assert append(faulty, shard()).number == 2
+        assert faulty.struck
+        assert manifest.latest(store).number == 2
+
+    def test_creating_on_a_data_set_names_the_other_modes(self, store: MemoryStore, first: Version) -> None:
+        with pytest.raises(CommitConflict, match=r'mode="append".*mode="overwrite"'):
+            commit(store, [shard()], schema=SCHEMA, mode="create")
+        assert manifest.list_versions(store) == [1]
+
+    def test_appending_to_nothing_names_create(self, store: MemoryStore) -> None:
+        with pytest.raises(NotFound, match='mode="create"'):
+            append(store, shard())
+
+    def test_overwriting_nothing_creates(self, store: MemoryStore) -> None:
+        assert commit(store, [shard()], schema=SCHEMA, mode="overwrite").kind == "create"
+
+    def test_appending_no_shards_commits_nothing(self, store: MemoryStore, first: Version) -> None:
+        assert append(store) == first
+        assert manifest.list_versions(store) == [1]
+
+    def test_a_data_set_may_be_empty(self, store: MemoryStore) -> None:
+        version = commit(store, [], schema=SCHEMA, mode="create")
+        assert (version.segments, names(store)) == ((), [])
+        append(store, shard(2))
+        assert manifest.latest(store).n_records == 2
+
+    def test_another_mode_is_refused(self, store: MemoryStore) -> None:
+        with pytest.raises(ValueError, match="'create', 'append' or 'overwrite'"):
+            commit(store, [], schema=SCHEMA, mode="add")  # type: ignore[arg-type]
+
+    def test_a_large_segment_is_uploaded_in_parts(self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(MemoryStore, "min_part_bytes", 1000)
+        counting = CountingStore(store)
+        commit(counting, [shard() for _ in range(30)], schema=SCHEMA, mode="create")
+        assert counting.n_calls("complete", "_tiercache/segments/*") == 1
+        assert counting.n_calls("put_if_absent", VERSIONS) == 1
+        assert len(names(store)) == 30
+
+
+class TestSchemas:
+    @pytest.mark.parametrize(
+        ("given_schema", "column", "message"),
+        [
+            ({"tokens": "int64"}, "caption", "the data set has this column, what is appended has not"),
+            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set has not"),
+            ({"tokens": "int32", "caption": "str"}, "tokens", "the data set has int64, what is appended int32"),
+            ({"tokens": "int64?", "caption": "str"}, "tokens", r"the data set has int64, what is appended int64\?"),
+            ({"caption": "str", "tokens": "int64"}, None, "another order: the data set has tokens, caption"),
+        ],
+    )
+    def test_an_append_of_another_schema_names_the_difference(
+        self, store: MemoryStore, first: Version, given_schema: dict[str, str], column: str | None, message: str
+    ) -> None:
+        with pytest.raises(SchemaError, match=message) as failure:
+            commit(store, [shard()], schema=Schema.of(given_schema), mode="append")
+        assert failure.value.column == column
+        assert manifest.list_versions(store) == [1]
+
+    def test_a_schema_that_changed_during_an_append_is_an_error(self, store: MemoryStore, first: Version) -> None:
+        gates = GateStore(store)
+        with gates.stop_at("before_put_if_absent") as gate, in_thread(lambda: append(gates, shard())) as racing:
+            gate.wait_reached()
+            commit(store, [shard()], schema=Schema.of({"other": "bool"}), mode="overwrite")
+            gate.open()
+            racing.join()
+        assert isinstance(racing.error, SchemaError)
+        assert manifest.latest(store).number == 2
+
+
+class in_thread:
+    """Runs a call in a thread; error or result is kept."""
+
+    def __init__(self, call: object) -> None:
+        self.call, self.error, self.result = call, None, None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.result = self.call()
+        except BaseException as error:  # noqa: BLE001 - the top of a thread
+            self.error = error
+
+    def join(self) -> None:
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+    def __enter__(self) -> in_thread:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.join()
+
+
+class TestRaces:
+    def test_sixteen_racing_appenders_all_land(self, store: MemoryStore, first: Version) -> None:
+        ours = [[shard() for _ in range(1 + i % 3)] for i in range(16)]
+        start = threading.Barrier(16)
+
+        def race(infos: list[ShardInfo]) -> Version:
+            start.wait()
+            return append(store, *infos)
+
+        racers = [in_thread(lambda infos=infos: race(infos)) for infos in ours]
+        for racer in racers:
+            racer.__enter__()
+        for racer in racers:
+            racer.join()
+        assert [racer.error for racer in racers] == [None] * 16
+        assert sorted(racer.result.number for racer in racers) == list(range(2, 18))
+        found = names(store)
+        assert sorted(found[1:]) == sorted(info.name for infos in ours for info in infos)
+        assert manifest.latest(store).n_records == 3 + 10 * sum(map(len, ours))
+        for infos in ours:  # what was appended at once stays together and in order
+            start_at = found.index(infos[0].name)
+            assert found[start_at : start_at + len(infos)] == [info.name for info in infos]
+
+    def test_processes_race_on_a_local_folder(self, tmp_path: Path) -> None:
+        store = LocalFolder(tmp_path)
+        commit(store, [shard()], schema=SCHEMA, mode="create")
+        script = Path(__file__).with_name("append_in_a_process.py")
+        racers = [subprocess.Popen([sys.executable, script, tmp_path, str(i), "4"]) for i in range(3)]
+        assert [racer.wait(120) for racer in racers] == [0, 0, 0]
+        found = names(store)
+        assert sorted(found[1:]) == sorted(f"shards/{i}-{n}.tcs" for i in range(3) for n in range(4))
+        assert manifest.list_versions(store) == list(range(1, 14))
+
+    @pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
+    def test_who_loses_an_overwrite_or_a_create_gets_a_conflict(self, store: MemoryStore, mode: str) -> None:
+        creating = mode == "create"
+        parent = None if creating else commit(store, [shard()], schema=SCHEMA, mode="create")
+        gates, late = GateStore(store), shard()
+        losing = "create" if creating else "overwrite"
+        with gates.stop_at("before_put_if_absent") as gate:
+            call = in_thread(lambda: commit(gates, [late], schema=SCHEMA, mode=losing, parent=parent))
+            with call:
+                gate.wait_reached()
+                winner = commit(store, [shard()], schema=SCHEMA, mode=mode, writer_id="winner")
+                gate.open()
+        assert isinstance(call.error, CommitConflict)
+        assert call.error.number == winner.number
+        assert late.name not in names(store)
+        assert manifest.latest(store) == winner
+
+    def test_an_overwrite_of_an_old_parent_is_a_conflict(self, store: MemoryStore, first: Version) -> None:
+        append(store, shard())
+        with pytest.raises(CommitConflict, match="version 2 was committed by writer"):
+            commit(store, [shard()], schema=SCHEMA, mode="overwrite", parent=first)
+
+    def test_an_append_rebases_past_an_overwrite(self, store: MemoryStore, first: Version) -> None:
+        replacement, added = shard(), shard()
+        commit(store, [replacement], schema=SCHEMA, mode="overwrite")
+        commit(store, [added], schema=SCHEMA, mode="append", parent=first)
+        assert names(store) == [replacement.name, added.name]
+
+    def test_an_append_that_was_overtaken_by_many_catches_up_at_once(self, store: MemoryStore, first: Version) -> None:
+        gates = GateStore(counting := CountingStore(store))
+        with gates.stop_at("before_put_if_absent") as gate, in_thread(lambda: append(gates, shard())) as late:
+            gate.wait_reached()
+            for _ in range(5):
+                append(store, shard())
+            gate.open()
+            late.join()
+        assert late.result.number == 7
+        assert counting.n_calls("put_if_absent") == 2
+
+    def test_an_append_never_lands_in_another_data_set(self, store: MemoryStore, first: Version) -> None:
+        store.delete([version_key(1), manifest.HINT_KEY])
+        commit(store, [shard()], schema=SCHEMA, mode="create")
+        with pytest.raises(CommitConflict, match="another data set"):
+            commit(store, [shard()], schema=SCHEMA, mode="append", parent=first)
+
+    def test_losing_for_ever_ends_in_a_conflict(
+        self, store: MemoryStore, first: Version, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(commits, "MAX_REBASES", 5)
+
+        class Crowd(CountingStore):
+            """Somebody else always commits just before."""
+
+            def put_if_absent(self, key: str, data: bytes) -> bool:
+                append(store, shard())
+                return super().put_if_absent(key, data)
+
+        crowd = Crowd(store)
+        with pytest.raises(CommitConflict, match="lost 5 races"):
+            append(crowd, shard())
+        assert crowd.n_calls("put_if_absent") == 5
+        assert crowd.n_calls("put", "_tiercache/segments/*") == 1
+
+
+def lost(verb: str, **facts: object) -> Fault:
+    return Fault(verb, kind=FaultKind.LOST_ANSWER, keys=VERSIONS, **facts)
+
+
+class TestLostAnswers:
+    @pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
+    def test_a_commit_whose_answer_was_lost_is_found_to_be_ours(self, store: MemoryStore, mode: str) -> None:
+        if mode != "create":
+            commit(store, [shard()], schema=SCHEMA, mode="create")
+        faulty, ours = FaultStore(store, [lost("put_if_absent")]), shard()
+        version = commit(faulty, [ours], schema=SCHEMA, mode=mode)
+        assert faulty.struck
+        assert manifest.latest(store) == version
+        assert names(store).count(ours.name) == 1
+
+    def test_a_no_that_a_back_ends_second_try_got_is_found_to_be_ours(self, store: MemoryStore, first: Version) -> None:
+        class TriesAgain(CountingStore):
+            def put_if_absent(self, key: str, data: bytes) -> bool:
+                super().put_if_absent(key, data)
+                return super().put_if_absent(key, data)
+
+        assert append(TriesAgain(store), shard()).number == 2
+        assert manifest.list_versions(store) == [1, 2]
+
+    def test_a_put_that_was_lost_on_the_way_is_put_again(self, store: MemoryStore, first: Version) -> None:
+        class Swallows(CountingStore):
+            def put_if_absent(self, key: str, data: bytes) -> bool:
+                if self.n_calls("put_if_absent"):
+                    return super().put_if_absent(key, data)
+                self.calls.append(("put_if_absent", key))
+                raise StoreError("timed out", url=self.url, retryable=True, maybe_done=True)
+
+        swallows = Swallows(store)
+        assert append(swallows, shard()).number == 2
+        assert swallows.n_calls("put_if_absent") == 2
+
+    def test_a_lost_answer_and_a_winner_there_means_lost(self, store: MemoryStore, first: Version) -> None:
+        class Beaten(CountingStore):
+            def put_if_absent(self, key: str, data: bytes) -> bool:
+                if self.n_calls("put_if_absent"):
+                    return super().put_if_absent(key, data)
+                self.calls.append(("put_if_absent", key))
+                append(store, shard())
+                raise StoreError("timed out", url=self.url, retryable=True, maybe_done=True)
+
+        ours = shard()
+        assert append(Beaten(store), ours).number == 3
+        assert names(store)[2] == ours.name
+
+    @pytest.mark.parametrize("n_closes", [1, 3])
+    def test_what_cannot_be_settled_says_so_and_is_settled_later(
+        self, store: MemoryStore, first: Version, n_closes: int
+    ) -> None:
+        faulty = FaultStore(store, [lost("put_if_absent"), Fault("get", keys=version_key(2), nth=2, times=n_closes)])
+        ours = shard()
+        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        for _ in range(n_closes):
+            with pytest.raises(StoreError, match=r"may have happened.*close\(\) again") as failure:
+                landing.land()
+            assert (failure.value.maybe_done, failure.value.number, failure.value.retryable) == (True, 2, True)
+            assert failure.value.nonce == manifest.read_version(store, 2).nonce
+        version = landing.land()
+        assert version == landing.land() == manifest.latest(store)
+        assert names(store)[1:] == [ours.name]
+        assert manifest.list_versions(store) == [1, 2]
+
+    def test_what_could_not_be_settled_and_was_lost_rebases_later(self, store: MemoryStore, first: Version) -> None:
+        class TimesOutOnce(CountingStore):
+            def put_if_absent(self, key: str, data: bytes) -> bool:
+                self.calls.append(("put_if_absent", key))
+                if self.n_calls("put_if_absent") > 1:
+                    return self.inner.put_if_absent(key, data)
+                raise StoreError("timed out", url=self.url, retryable=True, maybe_done=True)
+
+        faulty, ours = TimesOutOnce(FaultStore(store, [Fault("get", keys=version_key(2), nth=2)])), shard()
+        landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append", first))
+        with pytest.raises(StoreError, match="may have happened"):
+            landing.land()
+        append(store, shard())
+        assert landing.land().number == 3
+        assert names(store)[2] == ours.name
+
+    def test_a_refused_put_is_the_stores_error_and_may_be_tried_again(self, store: MemoryStore, first: Version) -> None:
+        faulty = FaultStore(store, [Fault("put_if_absent", retryable=False, status=403)])
+        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        with pytest.raises(StoreError) as failure:
+            landing.land()
+        assert failure.value.status == 403
+        assert not getattr(failure.value, "maybe_done", False)
+        assert manifest.list_versions(store) == [1]
+        assert landing.land().number == 2
+
+    def test_a_segment_that_cannot_be_written_commits_nothing(self, store: MemoryStore, first: Version) -> None:
+        faulty = FaultStore(store, [Fault("put", keys="_tiercache/segments/*")])
+        landing = Commit(faulty, CommitRequest((shard(),), SCHEMA, "append"))
+        with pytest.raises(StoreError):
+            landing.land()
+        assert manifest.list_versions(store) == [1]
+        assert landing.land().number == 2
+
+    @settings(max_examples=60, deadline=None)
+    @given(data=st.data())
+    def test_whatever_fails_each_append_lands_once_or_not_at_all(self, data: st.DataObject) -> None:
+        store = MemoryStore(secrets.token_hex(8))
+        commit(store, [], schema=SCHEMA, mode="create")
+        verbs = st.sampled_from(["get", "put", "put_if_absent", "read_into"])
+        kinds = st.sampled_from([FaultKind.ERROR, FaultKind.LOST_ANSWER])
+        fault = st.builds(
+            Fault, verb=verbs, nth=st.integers(1, 6), times=st.integers(1, 3), kind=kinds, retryable=st.booleans()
+        )
+        faulty = FaultStore(store, data.draw(st.lists(fault, max_size=5)))
+        landed, unsure = [], []
+        for _ in range(4):
+            ours = shard()
+            landing = Commit(faulty, CommitRequest((ours,), SCHEMA, "append"))
+            for _ in range(data.draw(st.integers(1, 4))):
+                try:
+                    landing.land()
+                except StoreError as error:
+                    maybe_done = getattr(error, "maybe_done", False)
+                else:
+                    landed.append(ours.name)
+                    break
+            else:
+                unsure += [ours.name] if maybe_done else []
+        found = names(store)
+        assert len(set(found)) == len(found)
+        assert set(landed) <= set(found) <= set(landed) | set(unsure)
+
+
+class TestMerging:
+    @settings(max_examples=30)
+    @given(appends=st.lists(st.integers(1, 50) | st.just(3000), min_size=MAX_SEGMENTS, max_size=300))
+    def test_segments_stay_few_in_order_and_rows_are_copied_seldom(self, appends: list[int]) -> None:
+        rows: list[list[int]] = []
+        n_copied = n_merges = 0
+        for i, n_rows in enumerate(appends):
+            rows.append([i] * n_rows)
+            start = plan_merge([len(segment) for segment in rows])
+            if start < len(rows):
+                assert start <= len(rows) // 2
+                merged = [row for segment in rows[start:] for row in segment]
+                rows[start:] = [merged]
+                n_copied, n_merges = n_copied + len(merged), n_merges + 1
+            assert len(rows) <= MAX_SEGMENTS
+        assert [row for segment in rows for row in segment] == [i for i, n in enumerate(appends) for _ in range(n)]
+        assert n_merges <= len(appends) // (MAX_SEGMENTS // 2)
+        assert n_copied <= n_merges * sum(appends)
+
+    def test_a_data_set_of_many_appends_reads_back_in_order(self, store: MemoryStore, first: Version) -> None:
+        added = [shard() for _ in range(MAX_SEGMENTS + 36)]
+        for info in added:
+            version = append(store, info)
+        assert names(store)[1:] == [info.name for info in added]
+        assert len(version.segments) <= MAX_SEGMENTS
+        assert version.n_shards == len(added) + 1

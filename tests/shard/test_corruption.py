@@ -1,0 +1,190 @@
+"""Every byte of a small shard with every column type flipped, cut off, appended to: an error of ours, or equal data."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch  # noqa: F401 - bfloat16 values are its tensors
+
+from tiercache.errors import CorruptShard, UnsupportedFormat
+from tiercache.model import ObjectInfo
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.values import as_batch, block_values
+from tiercache.shard.verify import verify_shard
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+
+spec = importlib.util.spec_from_file_location("make_golden", Path(__file__).parent / "make_golden.py")
+golden = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(golden)
+ERRORS = (CorruptShard, UnsupportedFormat)
+
+
+class OneObject(MemoryStore):
+    """One object, whose bytes a test changes under its readers."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__("corruption")
+        self.data = bytearray(data)
+
+    def _object(self, key):
+        return self.data, ObjectInfo(key, len(self.data))
+
+
+@dataclass
+class Sample:
+    data: bytes
+    footer_offset: int
+    infos: tuple
+    rows: dict[str, object]
+
+
+def read_all(reader: ShardReader) -> list[str]:
+    """Text of everything in a shard, by the way of blocks."""
+    columns = range(len(reader.schema))
+    n_blocks = reader.footer.n_blocks
+    blocks = reader.load(range(n_blocks), columns)
+    block = np.repeat(np.arange(n_blocks, dtype=np.uint32), blocks.n_rows)
+    row = np.concatenate([np.arange(n, dtype=np.uint32) for n in blocks.n_rows])
+    return [repr(as_batch([values])) for values in block_values(blocks, columns, block, row)]
+
+
+def take_all(reader: ShardReader) -> list[str]:
+    """The same, by the way of records."""
+    return [repr(as_batch([v])) for v in reader.take(range(reader.n_records), range(len(reader.schema)))]
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    store = MemoryStore("corruption-source")
+    names = golden.SCHEMA.names
+    compression = {name: "zstd" if number % 3 == 0 else "none" for number, name in enumerate(names)}
+    with ShardWriter(store, golden.SCHEMA, ShardOptions(compression=compression), writer_id="s") as writer:
+        for record in golden.RECORDS[:3]:
+            writer.write(record)
+    (info,) = writer.finish()
+    data = store.get(info.name)
+    assert len(data) < 8192
+    rows = read_all(ShardReader(store, info.name))
+    assert take_all(ShardReader(store, info.name)) == rows
+    return Sample(data, info.footer_offset, (info,), rows)
+
+
+def flips(position: int) -> tuple[int, int]:
+    """Two patterns for a byte: one bit, another in each of eight neighbours, and all bits."""
+    return 1 << position % 8, 0xFF
+
+
+def outcome(read: Callable[[], object]) -> object:
+    try:
+        return read()
+    except ERRORS:
+        return None
+
+
+@pytest.mark.parametrize(("read", "n_patterns"), [(read_all, 2), (take_all, 1)])
+def test_a_flipped_byte_of_a_chunk_is_reported_or_harmless(sample, read, n_patterns):
+    store = OneObject(sample.data)
+    reader = ShardReader(store, "shard", verify="always")
+    reported = 0
+    for position in range(64, sample.footer_offset):
+        for pattern in flips(position)[:n_patterns]:
+            store.data[position] ^= pattern
+            got = outcome(lambda: read(reader))
+            store.data[position] ^= pattern
+            assert got is None or got == sample.rows, position
+            reported += got is None
+    # most flips are seen; the rest are in gaps between chunks
+    assert reported > 0.7 * n_patterns * (sample.footer_offset - 64)
+    assert read(reader) == sample.rows
+
+
+@pytest.mark.parametrize("read", [read_all, take_all])
+def test_a_flipped_byte_of_a_mapped_chunk_is_reported_or_harmless(sample, read, tmp_path):
+    (tmp_path / "shard").write_bytes(sample.data)
+    with ShardReader(LocalFolder(tmp_path), "shard", verify="always") as reader:
+        fd = os.open(tmp_path / "shard", os.O_RDWR)
+        for position in range(64, sample.footer_offset, 7):
+            os.pwrite(fd, bytes([sample.data[position] ^ 0x10]), position)
+            got = outcome(lambda: read(reader))
+            os.pwrite(fd, sample.data[position : position + 1], position)
+            assert got is None or got == sample.rows, position
+        os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["alone", "with its row of the data set"])
+def test_a_flipped_byte_of_head_footer_or_tail_is_reported_or_harmless(sample, how):
+    store = OneObject(sample.data)
+    info = None if how == "alone" else sample.infos[0]
+    n_bytes = len(sample.data)
+    for position in [*range(64), *range(sample.footer_offset, n_bytes)]:
+        for pattern in (0x01, 0x10, 0x80, 0xFF):
+            store.data[position] ^= pattern
+            got = outcome(lambda: read_all(ShardReader(store, "shard", info=info)))
+            store.data[position] ^= pattern
+            assert got is None or (position < 64 and got == sample.rows), position
+
+
+def test_a_shard_cut_at_any_length_is_reported(sample):
+    store = OneObject(sample.data)
+    for n_bytes in range(len(sample.data)):
+        store.data = bytearray(sample.data[:n_bytes])
+        for info in (None, sample.infos[0]):
+            with pytest.raises(ERRORS):
+                ShardReader(store, "shard", info=info)
+
+
+@pytest.mark.parametrize("more", [b"\0", b"\n", b"TCSEND\r\n", bytes(64), "itself"])
+def test_a_shard_that_was_appended_to_is_reported(sample, more):
+    store = OneObject(sample.data + (sample.data if more == "itself" else more))
+    with pytest.raises(ERRORS):
+        ShardReader(store, "shard")
+    assert [f.part for f in verify_shard(store, "shard")] != []
+
+
+def test_a_local_shard_of_another_size_than_its_row_says_is_reported(sample, tmp_path):
+    (tmp_path / "shard").write_bytes(sample.data + b"\0")
+    with pytest.raises(CorruptShard, match="bytes, its data set says"):
+        ShardReader(LocalFolder(tmp_path), "shard", info=sample.infos[0])
+
+
+def test_another_shard_under_the_same_name_is_reported(sample):
+    store = MemoryStore("corruption-other")
+    with ShardWriter(store, golden.SCHEMA, ShardOptions(), writer_id="s") as writer:
+        writer.write(golden.RECORDS[0])
+    name = writer.finish()[0].name
+    identity = sample.infos[0].identity("any")
+    with pytest.raises(CorruptShard, match=r"not .* as its data set says"):
+        ShardReader(store, name, identity=identity)
+
+
+@pytest.mark.parametrize("junk", [b"", b"x", bytes(64), bytes(500), b"\x89PNG\r\n" * 50])
+def test_what_is_no_shard_is_reported(junk):
+    with pytest.raises(CorruptShard, match=r"memory://corruption/shard"):
+        ShardReader(OneObject(junk), "shard")
+
+
+def test_an_error_names_shard_block_and_column(sample):
+    store = OneObject(sample.data)
+    reader = ShardReader(store, "shard")
+    tokens = reader.schema.index("tokens")
+    store.data[int(reader.footer.chunks[0, tokens]["offset"])] ^= 1
+    with pytest.raises(CorruptShard, match=r"memory://corruption/shard: block 0, column 'tokens': CRC-32C") as caught:
+        reader.load([0], [tokens])
+    assert (caught.value.block, caught.value.column) == (0, "tokens")
+
+
+def test_verification_finds_every_damaged_byte_that_is_not_in_a_gap(sample):
+    store = OneObject(sample.data)
+    (info,) = sample.infos
+    for position in range(0, len(sample.data), 11):
+        store.data[position] ^= 0x20
+        found = list(verify_shard(store, "shard", info))
+        store.data[position] ^= 0x20
+        assert found, position
+    assert list(verify_shard(store, "shard", info)) == []

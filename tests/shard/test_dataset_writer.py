@@ -1,0 +1,329 @@
+"""Writer: what is committed, what an error leaves, and what a kill leaves."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
+from tiercache.shard import dataset_writer, manifest
+from tiercache.shard.dataset_writer import Writer
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Schema
+from tiercache.shard.versions import version_key
+from tiercache.store import LocalFolder, MemoryStore, Store
+from tiercache.testing import Fault, FaultKind, FaultStore
+
+SCHEMA = {"x": "int64", "text": "str"}
+
+
+def batch(start: int, n: int) -> dict[str, object]:
+    return {"x": np.arange(start, start + n), "text": [f"record {i}" for i in range(start, start + n)]}
+
+
+@pytest.fixture
+def url() -> str:
+    return f"memory://{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def store(url: str) -> MemoryStore:
+    return MemoryStore(url.removeprefix("memory://"))
+
+
+def shard_keys(store: Store) -> set[str]:
+    return {info.key for info in store.list("shards/")}
+
+
+def records(store: Store) -> list[tuple[int, str]]:
+    """Every record of the newest version, in order."""
+    found: list[tuple[int, str]] = []
+    for info in manifest.read_shards(store, manifest.latest(store)).infos():
+        with ShardReader(store, info.name, info=info) as reader:
+            x, text = reader.take(np.arange(info.n_records), [0, 1])
+            found += zip(x.values.tolist(), text.values, strict=True)
+    return found
+
+
+def written(start: int, n: int) -> list[tuple[int, str]]:
+    return [(i, f"record {i}") for i in range(start, start + n)]
+
+
+def write_and_fail(writer: Writer, store: Store) -> None:
+    with writer:
+        writer.write_batch(batch(0, 1000))
+        assert shard_keys(store)
+        raise KeyError
+
+
+@pytest.fixture
+def faulty(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> FaultStore:
+    """The store that Writer opens, with an empty script."""
+    faulty = FaultStore(store)
+    monkeypatch.setattr(dataset_writer, "open_store", lambda url: faulty)
+    return faulty
+
+
+class TestWriting:
+    def test_what_is_committed_names_whole_shards_in_order(self, url: str, store: MemoryStore) -> None:
+        with Writer(url, schema=SCHEMA, shard_size="4KiB", block_size="1KiB", compression="none") as writer:
+            for start in range(0, 1000, 100):
+                writer.write_batch(batch(start, 100))
+            assert manifest.list_versions(store) == []
+        version = manifest.latest(store)
+        assert writer.version == version
+        assert (version.kind, version.n_records, writer.n_records, version.schema) == (
+            "create",
+            1000,
+            1000,
+            Schema.of(SCHEMA),
+        )
+        infos = list(manifest.read_shards(store, version).infos())
+        assert len(infos) > 3
+        assert {info.name for info in infos} == shard_keys(store)
+        assert [info.name for info in infos] == sorted(info.name for info in infos)
+        assert all(info.name.startswith(f"shards/{version.writer}-") for info in infos)
+        for info in infos:
+            data = store.get(info.name)
+            assert (len(data), crc32c(data)) == (info.n_bytes, info.crc32c)
+        assert records(store) == written(0, 1000)
+
+    def test_appends_add_and_overwrites_replace(self, url: str, store: MemoryStore) -> None:
+        expected = []
+        for mode, start, n in (("create", 0, 3), ("append", 3, 4), ("append", 7, 1), ("overwrite", 90, 2)):
+            with Writer(url, schema=SCHEMA, mode=mode) as writer:
+                writer.write_batch(batch(start, n))
+            expected = written(start, n) if mode == "overwrite" else expected + written(start, n)
+            assert records(store) == expected
+        assert [manifest.read_version(store, n).n_records for n in (1, 2, 3, 4)] == [3, 7, 8, 2]
+
+    def test_writers_that_race_lose_no_record_and_double_none(self, url: str, store: MemoryStore) -> None:
+        Writer(url, schema=SCHEMA).close()
+        start = threading.Barrier(6)
+
+        def race(number: int) -> None:
+            with Writer(url, mode="append", shard_size=4000, block_size=1000) as writer:
+                writer.write_batch(batch(number * 300, 300))
+                start.wait()
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(race, range(6)))
+        found = records(store)
+        assert sorted(found) == written(0, 1800)
+        firsts = [x for x, _ in found[::300]]
+        assert found == [record for first in firsts for record in written(first, 300)]
+
+    def test_a_path_is_a_url(self, tmp_path: Path) -> None:
+        with Writer(tmp_path / "train", schema=SCHEMA) as writer:
+            writer.write({"x": 1, "text": "a"})
+        assert manifest.latest(LocalFolder(tmp_path / "train")).n_records == 1
+        assert writer.url == str(tmp_path / "train")
+
+    def test_closing_twice_is_harmless_and_writing_after_it_is_not_possible(self, url: str, store: MemoryStore) -> None:
+        writer = Writer(url, schema=SCHEMA)
+        writer.write_batch(batch(0, 3))
+        writer.close()
+        writer.close()
+        writer.abort()
+        assert manifest.list_versions(store) == [1]
+        assert len(shard_keys(store)) == 1
+        with pytest.raises(ValueError, match="the writer is"):
+            writer.write({"x": 1, "text": "a"})
+
+
+class TestSchemas:
+    def test_the_first_record_makes_the_schema(self, url: str) -> None:
+        with Writer(url) as writer:
+            assert writer.schema is None
+            writer.write({"x": 1, "tokens": np.zeros(4, np.uint16)})
+        assert str(writer.schema) == "Schema(x: int64, tokens: uint16[4])"
+
+    @pytest.mark.parametrize("arrow", [pa.table({"x": [1, 2]}), pa.record_batch({"x": [1, 2]})])
+    def test_the_first_batch_makes_the_schema(self, url: str, arrow: pa.Table | pa.RecordBatch) -> None:
+        with Writer(url) as writer:
+            writer.write_batch(arrow)
+        assert writer.version is not None
+        assert (writer.version.schema.names, writer.version.n_records) == (("x",), 2)
+
+    def test_a_first_record_that_cannot_be_written_fixes_nothing(self, url: str) -> None:
+        with Writer(url) as writer:
+            for bad in ({"x": object()}, {}):
+                with pytest.raises(SchemaError):
+                    writer.write(bad)
+            with pytest.raises(SchemaError):
+                writer.write_batch({"x": [1, 2], "y": [1]})
+            writer.write({"z": True})
+        assert writer.version is not None
+        assert writer.version.schema.names == ("z",)
+
+    def test_an_append_takes_the_schema_that_is_there(self, url: str, store: MemoryStore) -> None:
+        Writer(url, schema={"x": "int32", "text": "str"}).close()
+        with Writer(url, mode="append") as writer:
+            writer.write({"x": 1, "text": "a"})  # would be int64 if it were inferred
+        assert manifest.latest(store).schema.columns[0].dtype == "int32"
+
+    def test_an_append_of_another_schema_is_refused_before_anything_is_written(
+        self, url: str, store: MemoryStore
+    ) -> None:
+        Writer(url, schema=SCHEMA).close()
+        with pytest.raises(SchemaError, match="column 'x': the data set has int64, what is appended float32"):
+            Writer(url, schema={"x": "float32", "text": "str"}, mode="append")
+
+    def test_a_value_that_does_not_fit_leaves_the_writer_usable(self, url: str, store: MemoryStore) -> None:
+        with Writer(url, schema=SCHEMA) as writer:
+            writer.write({"x": 1, "text": "a"})
+            with pytest.raises(SchemaError, match="column 'x', record 1"):
+                writer.write({"x": "one", "text": "a"})
+            with pytest.raises(SchemaError, match="column 'text', record 2"):
+                writer.write_batch({"x": [1, 2], "text": ["a", 7]})
+            writer.write({"x": 2, "text": "b"})
+        assert manifest.latest(store).n_records == 2
+
+    def test_nothing_written_with_a_schema_is_an_empty_data_set(self, url: str, store: MemoryStore) -> None:
+        with Writer(url, schema=SCHEMA):
+            pass
+        assert (manifest.latest(store).n_records, shard_keys(store)) == (0, set())
+
+    def test_nothing_written_without_a_schema_is_an_error(self, url: str, store: MemoryStore) -> None:
+        with pytest.raises(SchemaError, match="no schema given"), Writer(url):
+            pass
+        assert manifest.list_versions(store) == []
+
+
+class TestRefusals:
+    def test_creating_on_a_data_set_names_the_other_modes(self, url: str) -> None:
+        Writer(url, schema=SCHEMA).close()
+        with pytest.raises(CommitConflict, match=r'mode="append".*mode="overwrite"'):
+            Writer(url, schema=SCHEMA)
+
+    def test_appending_to_nothing_names_create(self, url: str) -> None:
+        with pytest.raises(NotFound, match='mode="create"'):
+            Writer(url, schema=SCHEMA, mode="append")
+
+    @pytest.mark.parametrize(
+        "arguments", [{"mode": "add"}, {"shard_size": "huge"}, {"block_size": 0}, {"compression": "lz77"}], ids=str
+    )
+    def test_arguments_that_cannot_be_are_refused_at_once(self, url: str, arguments: dict[str, object]) -> None:
+        with pytest.raises(ValueError):  # noqa: PT011 - four different messages
+            Writer(url, schema=SCHEMA, **arguments)
+
+    def test_two_creators_race_and_one_gets_a_conflict(self, url: str, store: MemoryStore) -> None:
+        late = Writer(url, schema=SCHEMA)
+        late.write_batch(batch(0, 5))
+        with Writer(url, schema=SCHEMA) as early:
+            early.write_batch(batch(0, 3))
+        with pytest.raises(CommitConflict):
+            late.close()
+        assert manifest.latest(store) == early.version
+
+    def test_an_overwrite_loses_to_what_was_committed_since_it_began(self, url: str, store: MemoryStore) -> None:
+        Writer(url, schema=SCHEMA).close()
+        late = Writer(url, schema=SCHEMA, mode="overwrite")
+        with Writer(url, mode="append") as early:
+            early.write_batch(batch(0, 3))
+        with pytest.raises(CommitConflict):
+            late.close()
+        assert manifest.latest(store) == early.version
+
+
+class TestFailures:
+    def test_leaving_by_an_exception_commits_nothing_and_leaves_no_shard(self, url: str, store: MemoryStore) -> None:
+        writer = Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000)
+        with pytest.raises(KeyError):
+            write_and_fail(writer, store)
+        assert [info.key for info in store.list()] == []
+        assert writer.version is None
+        with pytest.raises(ValueError, match="the writer is aborted"):
+            writer.close()
+
+    def test_aborting_inside_the_block_is_a_way_to_leave_it(self, url: str, store: MemoryStore) -> None:
+        with Writer(url, schema=SCHEMA) as writer:
+            writer.write_batch(batch(0, 10))
+            writer.abort()
+        assert [info.key for info in store.list()] == []
+
+    @pytest.mark.parametrize("verb", ["create", "put_part", "complete"])
+    @pytest.mark.parametrize("nth", [1, 3])
+    def test_a_store_that_fails_while_shards_are_written_leaves_nothing(
+        self, url: str, store: MemoryStore, faulty: FaultStore, verb: str, nth: int
+    ) -> None:
+        faulty.add(Fault(verb, nth=nth, keys="shards/*"))
+        with pytest.raises(StoreError), Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000) as writer:
+            writer.write_batch(batch(0, 1000))
+        assert faulty.struck
+        assert [info.key for info in store.list()] == []
+
+    def test_a_shard_that_cannot_be_finished_by_close_aborts(
+        self, url: str, store: MemoryStore, faulty: FaultStore
+    ) -> None:
+        faulty.add(Fault("complete", keys="shards/*"))
+        writer = Writer(url, schema=SCHEMA)
+        writer.write_batch(batch(0, 10))
+        with pytest.raises(StoreError):
+            writer.close()
+        with pytest.raises(ValueError, match="the writer is aborted"):
+            writer.close()
+        assert [info.key for info in store.list()] == []
+
+    def test_an_abort_that_cannot_delete_hides_no_error(self, url: str, store: MemoryStore, faulty: FaultStore) -> None:
+        faulty.add(Fault("delete"))
+        with pytest.raises(KeyError):
+            write_and_fail(Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000), store)
+        assert manifest.list_versions(store) == []
+
+    def test_a_commit_that_may_have_happened_is_settled_by_closing_again(
+        self, url: str, store: MemoryStore, faulty: FaultStore
+    ) -> None:
+        faulty.add(
+            Fault("put_if_absent", kind=FaultKind.LOST_ANSWER),
+            Fault(
+                "get",
+                keys=version_key(1),
+            ),
+        )
+        writer = Writer(url, schema=SCHEMA)
+        writer.write_batch(batch(0, 10))
+        with pytest.raises(StoreError, match="may have happened") as failure:
+            writer.close()
+        assert (failure.value.maybe_done, failure.value.number) == (True, 1)
+        writer.close()
+        assert writer.version == manifest.latest(store)
+        assert manifest.list_versions(store) == [1]
+
+    def test_aborting_what_may_have_been_committed_deletes_nothing(
+        self, url: str, store: MemoryStore, faulty: FaultStore
+    ) -> None:
+        faulty.add(Fault("put_if_absent", kind=FaultKind.LOST_ANSWER), Fault("get", keys=version_key(1)))
+        writer = Writer(url, schema=SCHEMA)
+        writer.write_batch(batch(0, 10))
+        with pytest.raises(StoreError):
+            writer.close()
+        writer.abort()
+        assert {info.name for info in manifest.read_shards(store, manifest.latest(store)).infos()} == shard_keys(store)
+
+
+@pytest.mark.parametrize("n_batches", [0, 1, 7])
+def test_a_killed_writer_needs_no_clean_up(tmp_path: Path, n_batches: int) -> None:
+    store = LocalFolder(tmp_path)
+    Writer(tmp_path, schema=SCHEMA).close()
+    script = Path(__file__).with_name("write_in_a_process.py")
+    with subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for _ in range(n_batches + 1):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        assert child.wait(60) == -signal.SIGKILL
+    assert manifest.list_versions(store) == [1]
+    with Writer(tmp_path, mode="append") as writer:
+        writer.write_batch(batch(0, 5))
+    assert records(store) == written(0, 5)

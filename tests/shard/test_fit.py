@@ -1,0 +1,94 @@
+"""Numbers into columns: exact or refused."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tiercache.shard.fit import MisfitError, as_numpy, fit, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.spec import INTEGERS, STORED
+
+INTEGER_DTYPES = st.sampled_from(sorted(INTEGERS))
+
+
+@given(data=st.data(), source=INTEGER_DTYPES, target=INTEGER_DTYPES)
+def test_integers_fit_exactly_or_the_first_that_does_not_is_named(data, source, target):
+    values = data.draw(hnp.arrays(source, st.integers(0, 5)))
+    limits = np.iinfo(target)
+    wrong = [i for i, value in enumerate(values.tolist()) if not limits.min <= value <= limits.max]
+    if wrong:
+        with pytest.raises(MisfitError) as caught:
+            fit(values, source, target)
+        assert (caught.value.index, caught.value.got) == (wrong[0], str(values[wrong[0]]))
+    else:
+        got = fit(values, source, target)
+        assert got.dtype == STORED[target]
+        assert got.tolist() == values.tolist()
+
+
+@given(value=st.integers(-(2**63), 2**64 - 1), target=st.sampled_from(["float16", "float32", "float64", "bfloat16"]))
+def test_an_integer_goes_into_a_float_that_holds_it_exactly_and_no_other(value, target):
+    source = "uint64" if value > 0 else "int64"
+    wanted = torch.tensor(float(value), dtype=getattr(torch, target)).item()
+    exact = np.isfinite(wanted) and int(wanted) == value
+    if exact:
+        got = fit(np.array([value], source), source, target)
+        assert (widen_bfloat16(got) if target == "bfloat16" else got)[0] == value
+    else:
+        with pytest.raises(MisfitError):
+            fit(np.array([value], source), source, target)
+
+
+@given(values=hnp.arrays(np.float32, 20, elements=st.floats(width=32)))
+def test_float32_is_rounded_to_bfloat16_as_torch_does(values):
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(widen_bfloat16(round_to_bfloat16(values)), expected, equal_nan=True)
+
+
+@given(st.integers(0, 2**16 - 2), st.sampled_from([0, 1, -1]), st.integers(0, 24))
+def test_float64_is_rounded_once(bits, side, shrink):
+    """Next to the middle of two neighbours, rounding to float32 first would land on it and then go the wrong way."""
+    low, high = (widen_bfloat16(np.array([b], np.uint16)).astype(np.float64)[0] for b in (bits, bits + 1))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return
+    middle = (low + high) / 2
+    value = middle + side * abs(high - low) * 2.0 ** -(10 + shrink)
+    even = low if bits % 2 == 0 else high
+    expected = even if value == middle else (low if abs(value - low) < abs(value - high) else high)
+    assert widen_bfloat16(round_to_bfloat16(np.array([value])))[0] == expected
+
+
+def test_floats_become_narrower_but_not_infinite():
+    assert fit(np.array([0.1, np.inf, np.nan]), "float64", "float32").tolist()[1] == np.inf
+    for target, value in (("float32", 1e39), ("float16", 65520.0), ("bfloat16", 3.4e38)):
+        with pytest.raises(MisfitError, match=f"within the range of {target}"):
+            fit(np.array([1.0, value]), "float64", target)
+
+
+@pytest.mark.parametrize("target", sorted(STORED))
+def test_an_array_of_the_columns_dtype_is_not_copied(target):
+    array = np.zeros(3, np.bool_ if target == "bool" else STORED[target])
+    assert np.shares_memory(fit(array, target, target), array)
+
+
+def test_bfloat16_tensors_come_as_their_bits():
+    tensor = torch.tensor([1.0, -2.0], dtype=torch.bfloat16, requires_grad=True)
+    array, name = as_numpy(tensor)
+    assert (name, array.dtype) == ("bfloat16", np.uint16)
+    assert widen_bfloat16(array).tolist() == [1.0, -2.0]
+    assert fit(array, "bfloat16", "float32").tolist() == [1.0, -2.0]
+
+
+def test_a_tensor_that_numpy_cannot_hold_is_refused():
+    with pytest.raises(MisfitError, match="a dense tensor"):
+        as_numpy(torch.zeros(2, 2).to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("given_dtype", "target"), [("bool", "int8"), ("uint8", "bool"), ("float32", "int64"), ("bool", "float32")]
+)
+def test_other_sorts_of_numbers_are_refused(given_dtype, target):
+    with pytest.raises(MisfitError):
+        fit(np.zeros(1, given_dtype), given_dtype, target)

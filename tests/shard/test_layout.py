@@ -1,0 +1,216 @@
+"""Head, tail and footer as bytes: what is written is read, newer versions are told apart, and no number is believed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, UnsupportedFormat
+from tiercache.shard import codec
+from tiercache.shard.layout import FORMAT_VERSION, HEAD_BYTES, TAIL_BYTES, Footer, Tail, pack_head, parse_head
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Ragged, Schema, Tensor
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.memory import MemoryStore
+
+SCHEMA = Schema.of(
+    {"i": "int32?", "f": "bool", "t": Tensor("int16", (3,)), "s": "str", "r": Ragged("int8", (None, 2), nullable=True)}
+)
+
+
+@pytest.fixture(scope="module")
+def shard() -> tuple[bytes, Footer, list[str]]:
+    store = MemoryStore("layout")
+    with ShardWriter(store, SCHEMA, ShardOptions(block_bytes=40, compression={"s": "zstd", "t": "none"})) as writer:
+        for i in range(6):
+            writer.write(
+                {
+                    "i": i or None,
+                    "f": i > 2,
+                    "t": [i] * 3,
+                    "s": "x" * 99,
+                    "r": np.ones((i, 2), np.int8) if i % 2 else None,
+                }
+            )
+    (info,) = writer.finish()
+    reader = ShardReader(store, info.name)
+    return store.get(info.name)[: info.footer_offset], reader.footer, [repr(v) for v in take(reader)]
+
+
+def take(reader: ShardReader) -> list[dict]:
+    return [as_batch([v]) for v in reader.take(range(reader.n_records), range(len(SCHEMA)))]
+
+
+def sealed(chunks: bytes, footer: Footer) -> MemoryStore:
+    """A shard with these chunks and this footer, whose checksums are all right."""
+    stored, raw_bytes = footer.pack()
+    tail = Tail(len(chunks), len(stored), raw_bytes, crc32c(stored))
+    store = MemoryStore("layout-sealed")
+    store.put("shard", chunks + stored + tail.pack())
+    return store
+
+
+def test_a_head_is_read_as_it_was_written():
+    head = pack_head(bytes(range(16)))
+    assert len(head) == HEAD_BYTES
+    assert parse_head(head, "u") == bytes(range(16))
+
+
+def test_a_tail_is_read_as_it_was_written():
+    tail = Tail(64 * 10**9, 1234, 5678, 9)
+    assert len(tail.pack()) == TAIL_BYTES
+    assert Tail.parse(tail.pack(), tail.file_bytes, "u") == tail
+
+
+def test_flags_that_mean_nothing_are_refused():
+    head = bytearray(pack_head(bytes(16)))
+    head[12] = 1
+    head[60:] = crc32c(head[:60]).to_bytes(4, "little")
+    with pytest.raises(CorruptShard, match="flags 0x1"):
+        parse_head(bytes(head), "u")
+
+
+def test_a_newer_head_or_tail_is_told_apart_from_a_damaged_one():
+    head, tail = bytearray(pack_head(bytes(16))), Tail(64, 10, 10, 0)
+    head[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
+    with pytest.raises(CorruptShard, match="CRC-32C"):
+        parse_head(bytes(head), "u")
+    head[60:] = crc32c(head[:60]).to_bytes(4, "little")
+    with pytest.raises(UnsupportedFormat, match="shard format 1; this release reads up to 0") as caught:
+        parse_head(bytes(head), "u")
+    assert (caught.value.found, caught.value.supported) == (FORMAT_VERSION + 1, FORMAT_VERSION)
+    data = bytearray(tail.pack())
+    data[28:32] = (7).to_bytes(4, "little")
+    with pytest.raises(CorruptShard, match="CRC-32C"):
+        Tail.parse(bytes(data), tail.file_bytes, "u")
+    data[52:56] = crc32c(data[:52]).to_bytes(4, "little")
+    with pytest.raises(UnsupportedFormat, match="shard format 7"):
+        Tail.parse(bytes(data), tail.file_bytes, "u")
+
+
+def test_a_footer_too_large_to_be_one_is_refused_before_it_is_decoded():
+    tail = Tail(64, 100, 2**40, 0)
+    with pytest.raises(CorruptShard, match="cannot be"):
+        Tail.parse(tail.pack(), tail.file_bytes, "u")
+
+
+def test_a_footer_is_read_as_it_was_written(shard):
+    _, footer, _ = shard
+    stored, raw_bytes = footer.pack()
+    again = Footer.parse(
+        stored, Tail(int(footer.chunks["offset"].max()) + 10**6, len(stored), raw_bytes, crc32c(stored)), "u"
+    )
+    assert (again.schema, again.shard_id, again.n_records) == (footer.schema, footer.shard_id, footer.n_records)
+    for name in ("block_first", "chunks", "nodes", "buffers", "pages"):
+        assert np.array_equal(getattr(again, name), getattr(footer, name))
+        assert not getattr(again, name).flags.writeable
+    assert again.block_records.sum() == footer.n_records
+    assert again.block_raw_bytes.tolist() == footer.chunks["raw"].sum(axis=1).tolist()
+
+
+EXTREME = st.sampled_from(
+    [0, 1, 2, 63, 64, 65, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1]
+)
+TABLES = [
+    *(
+        ("chunks", name)
+        for name in ("offset", "stored", "raw", "codec", "crc", "first_node", "first_buffer", "first_page")
+    )
+]
+TABLES += [(name, None) for name in ("block_first", "nodes", "buffers", "pages")]
+
+
+@given(data=st.data())
+def test_a_wrong_number_in_a_sealed_footer_is_found_or_harmless(shard, data):
+    chunks, footer, rows = shard
+    table, field = data.draw(st.sampled_from(TABLES))
+    changed = getattr(footer, table).copy()
+    numbers = (changed if field is None else changed[field]).reshape(-1)  # a view: writing to it changes the table
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    limit = int(np.iinfo(numbers.dtype).max)
+    value = data.draw(EXTREME | st.integers(-130, 130).map(lambda by: int(numbers[place]) + by)) % (limit + 1)
+    numbers[place] = value
+    assert np.shares_memory(numbers, changed)
+    store = sealed(chunks, replace(footer, **{table: changed}))
+    for verify in ("first", "never"):
+        try:
+            reader = ShardReader(store, "shard", verify=verify)
+            reader.load(range(reader.footer.n_blocks), range(len(SCHEMA)))
+            got = [repr(v) for v in take(reader)]
+        except CorruptShard:
+            continue
+        assert verify == "never" or got == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_records": 7}, "block table"),
+        ({"n_records": 2**63}, "block table"),
+        ({"schema": Schema.of({"i": "int32?"})}, "section 'chunks'"),
+        (
+            {
+                "schema": Schema.of(
+                    {
+                        "i": "int32?",
+                        "f": "bool",
+                        "t": Tensor("int64", (3,)),
+                        "s": "str",
+                        "r": Ragged("int8", (None, 2), nullable=True),
+                    }
+                )
+            },
+            "do not fit its type",
+        ),
+        (
+            {
+                "schema": Schema.of(
+                    {
+                        "i": "int32",
+                        "f": "bool",
+                        "t": Tensor("int16", (3,)),
+                        "s": "str",
+                        "r": Ragged("int8", (None, 2), nullable=True),
+                    }
+                )
+            },
+            "has nulls",
+        ),
+        ({"nodes": np.zeros((0, 2), np.uint64)}, "node rows"),
+        ({"buffers": np.zeros((1, 2), np.uint64)}, "buffer rows"),
+        ({"pages": np.zeros(500, np.uint32)}, "page rows"),
+        ({"block_first": np.zeros(1, np.uint64)}, "section 'blocks'"),
+        ({"shard_id": b"short"}, None),
+    ],
+)
+def test_tables_that_contradict_each_other_are_refused(shard, change, message):
+    chunks, footer, _ = shard
+    store = sealed(chunks, replace(footer, **change))
+    if message is None:
+        ShardReader(store, "shard")
+        return
+    with pytest.raises(CorruptShard, match=f"footer: .*{message}"):
+        ShardReader(store, "shard")
+
+
+def test_a_frame_that_promises_another_length_is_refused(shard):
+    chunks, footer, _ = shard
+    stored, raw_bytes = footer.pack()
+    for lie in (0, raw_bytes - 1, raw_bytes + 1, 2**30):
+        tail = Tail(len(chunks), len(stored), lie, crc32c(stored))
+        store = MemoryStore("layout-lie")
+        store.put("shard", chunks + stored + tail.pack())
+        with pytest.raises(CorruptShard, match="zstd frame holds"):
+            ShardReader(store, "shard")
+
+
+@given(junk=st.binary(max_size=300))
+def test_a_footer_of_any_bytes_is_refused(shard, junk):
+    stored = codec.compress(junk, 1)
+    tail = Tail(64, len(stored), len(junk), crc32c(stored))
+    with pytest.raises(CorruptShard, match="footer"):
+        Footer.parse(stored, tail, "u")

@@ -1,0 +1,329 @@
+"""Versions and segments: their forms, how the newest is found, and what damage does to them."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.model import ShardInfo
+from tiercache.shard import manifest, segments, versions
+from tiercache.shard.segments import SegmentRef, new_segment, pack_segment
+from tiercache.shard.types import Schema, Tensor
+from tiercache.shard.versions import Version, encode_version, fingerprint_of, parse_version, version_key
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing import CountingStore, Fault, FaultStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tiercache.store import Store
+
+SCHEMA = Schema.of({"tokens": Tensor("uint16", (8,)), "label": "int64"})
+DATASET_ID = "d" * 32
+
+
+def shard(i: int, n_records: int = 10, **changes: object) -> ShardInfo:
+    info = ShardInfo(
+        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i, "{}"
+    )
+    return replace(info, **changes)
+
+
+def store_version(store: Store, number: int, parts: Sequence[Sequence[ShardInfo]] = ()) -> Version:
+    """Write version `number` with a segment for each part, without the code under test in commit.py."""
+    refs = []
+    for part in parts:
+        ref, data = new_segment(part)
+        store.put(ref.key, data)
+        refs.append(ref)
+    infos = [info for part in parts for info in part]
+    n_records = sum(info.n_records for info in infos)
+    schema_bytes = SCHEMA.to_bytes()
+    version = Version(
+        dataset_id=DATASET_ID,
+        number=number,
+        parent=number - 1 or None,
+        kind="append" if number > 1 else "create",
+        schema_bytes=schema_bytes,
+        writer="w",
+        nonce=f"{number:032x}",
+        created="2026-01-01T00:00:00+00:00",
+        fingerprint=fingerprint_of(DATASET_ID, number, schema_bytes, n_records, [ref.digest for ref in refs]),
+        n_records=n_records,
+        n_bytes=sum(info.n_bytes for info in infos),
+        segments=tuple(refs),
+    )
+    store.put(version_key(number), encode_version(version))
+    return version
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(secrets.token_hex(8))
+
+
+class TestVersionText:
+    @pytest.fixture
+    def version(self, store: MemoryStore) -> Version:
+        return store_version(store, 3, [[shard(1), shard(2)], [shard(3)]])
+
+    def test_a_version_reads_back_equal(self, version: Version) -> None:
+        again = parse_version(encode_version(version), number=3, url="u")
+        assert again == version
+        assert again.schema == SCHEMA
+        assert again.n_shards == 3
+
+    def test_the_text_is_canonical_json_with_its_own_sum(self, version: Version) -> None:
+        text = encode_version(version)
+        body = json.loads(text)
+        assert text == json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        assert body["segments"][0].keys() == {"name", "bytes", "crc32c", "rows", "digest"}
+
+    def test_every_flipped_byte_is_corruption(self, version: Version) -> None:
+        text = encode_version(version)
+        for at in range(len(text)):
+            for flip in (0x01, 0x20, 0x80):
+                damaged = bytearray(text)
+                damaged[at] ^= flip
+                with pytest.raises(CorruptShard, match="version"):
+                    parse_version(bytes(damaged), number=3, url="u")
+
+    def test_every_cut_and_every_appended_byte_is_corruption(self, version: Version) -> None:
+        text = encode_version(version)
+        for damaged in [text[:end] for end in range(len(text))] + [text + bytes([b]) for b in range(256)]:
+            with pytest.raises(CorruptShard, match="version"):
+                parse_version(damaged, number=3, url="u")
+
+    @given(
+        data=st.binary(max_size=200)
+        | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+    )
+    def test_anything_else_is_corruption(self, data: bytes) -> None:
+        with pytest.raises(CorruptShard):
+            parse_version(data, number=1, url="u")
+
+    def test_deep_nesting_is_corruption(self) -> None:
+        with pytest.raises(CorruptShard):
+            parse_version(b"[" * 200_000, number=1, url="u")
+
+    def test_a_version_under_another_number_is_corruption(self, version: Version) -> None:
+        with pytest.raises(CorruptShard, match="this is version 3, where 4 should be"):
+            parse_version(encode_version(version), number=4, url="u")
+
+    def test_a_newer_format_is_named(self, version: Version) -> None:
+        with pytest.raises(UnsupportedFormat, match="format 9") as failure:
+            parse_version(encode_version(replace(version, format=9)), number=3, url="u")
+        assert (failure.value.found, failure.value.supported) == (9, versions.VERSION_FORMAT)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"dataset_id": "../../etc"},
+            {"parent": 3},
+            {"parent": 0},
+            {"kind": "destroy"},
+            {"nonce": ""},
+            {"writer": "a\0b"},
+            {"n_records": -1},
+            {"n_records": 2**63},
+            {"n_records": 31},
+            {"schema_bytes": b"another"},
+            {"segments": ()},
+            {"segments": (SegmentRef("../up.arrow", 1, 1, 1, "0" * 64),)},
+            {"segments": (SegmentRef("a" * 32 + ".arrow\n", 1, 1, 1, "0" * 64),)},
+        ],
+        ids=lambda changes: str(*changes),
+    )
+    def test_values_that_cannot_be_are_refused_though_the_sum_is_right(
+        self, version: Version, changes: dict[str, object]
+    ) -> None:
+        with pytest.raises(CorruptShard):
+            parse_version(encode_version(replace(version, **changes)), number=3, url="u")
+
+    def test_the_fingerprint_changes_with_every_fact_it_names(self) -> None:
+        base = (DATASET_ID, 1, b"schema", 10, ["a", "b"])
+        others = [
+            ("e" * 32, *base[1:]),
+            (DATASET_ID, 2, *base[2:]),
+            (*base[:2], b"other", *base[3:]),
+            (*base[:3], 11, base[4]),
+        ]
+        others += [(*base[:4], ["b", "a"]), (*base[:4], ["ab"])]
+        assert len({fingerprint_of(*facts) for facts in [base, *others]}) == 7
+
+    def test_a_schema_that_this_release_cannot_read_is_corruption(self, store: MemoryStore, version: Version) -> None:
+        schema_bytes = b"not a schema"
+        facts = (DATASET_ID, 3, schema_bytes, version.n_records, [ref.digest for ref in version.segments])
+        store.put(
+            version_key(3),
+            encode_version(replace(version, schema_bytes=schema_bytes, fingerprint=fingerprint_of(*facts))),
+        )
+        with pytest.raises(CorruptShard, match="schema"):
+            manifest.read_version(store, 3)
+
+
+class TestShardTable:
+    def test_infos_read_back_equal_and_in_order(self, store: MemoryStore) -> None:
+        parts = [[shard(5, stats_json='{"label":{"min":1}}'), shard(4)], [shard(9)], []]
+        version = store_version(store, 1, parts)
+        table = manifest.read_shards(store, version)
+        assert list(table.infos()) == [info for part in parts for info in part]
+        assert table.first_record.tolist() == [0, 10, 20, 30]
+        assert (len(table), table.n_records.dtype, table.crc32c.dtype) == (3, np.int64, np.uint32)
+
+    def test_the_tables_numbers_cannot_be_changed(self, store: MemoryStore) -> None:
+        table = manifest.read_shards(store, store_version(store, 1, [[shard(1)], [shard(2)]]))
+        for array in (table.n_records, table.n_bytes, table.crc32c, table.first_record):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 7
+
+    def test_a_segment_that_does_not_add_up_to_its_version_is_corruption(self, store: MemoryStore) -> None:
+        version = store_version(store, 1, [[shard(1)]])
+        with pytest.raises(CorruptShard, match="10 records, the version says 11"):
+            manifest.read_shards(store, replace(version, n_records=11))
+
+    def test_a_lost_segment_is_not_found(self, store: MemoryStore) -> None:
+        version = store_version(store, 1, [[shard(1)]])
+        store.delete([version.segments[0].key])
+        with pytest.raises(NotFound, match=re.escape(version.segments[0].name)):
+            manifest.read_shards(store, version)
+
+
+class TestLatest:
+    def test_no_data_set_is_not_found(self, store: MemoryStore) -> None:
+        with pytest.raises(NotFound, match="no data set here"):
+            manifest.latest(store)
+
+    @pytest.mark.parametrize(
+        "hint", [None, b"1\n", b"3\n", b"5\n", b"9\n", b"", b"\xff\x00", b"-1", b"0", b"9" * 40, b"../x", b"4.5"]
+    )
+    def test_any_hint_leads_to_the_newest(self, store: MemoryStore, hint: bytes | None) -> None:
+        for number in range(1, 6):
+            store_version(store, number)
+        if hint is not None:
+            store.put(manifest.HINT_KEY, hint)
+        assert manifest.latest(store).number == 5
+
+    def test_a_good_hint_costs_three_requests_and_no_listing(self, store: MemoryStore) -> None:
+        for number in range(1, 4):
+            store_version(store, number)
+        store.put(manifest.HINT_KEY, manifest.encode_hint(3))
+        counting = CountingStore(store)
+        manifest.latest(counting)
+        assert counting.calls == [("get", manifest.HINT_KEY), ("get", version_key(3)), ("get", version_key(4))]
+
+    @pytest.mark.parametrize("hint", [None, b"2", b"77"])
+    def test_a_store_that_cannot_list_is_read_all_the_same(self, store: MemoryStore, hint: bytes | None) -> None:
+        for number in range(1, 4):
+            store_version(store, number)
+        if hint is not None:
+            store.put(manifest.HINT_KEY, hint)
+        blind = FaultStore(store, [Fault("list", times=100, retryable=False, status=405)])
+        assert manifest.latest(blind).number == 3
+
+    def test_a_listing_that_fails_for_now_is_the_stores_error(self, store: MemoryStore) -> None:
+        store_version(store, 1)
+        with pytest.raises(StoreError):
+            manifest.latest(FaultStore(store, [Fault("list", retryable=True)]))
+
+    def test_collected_old_versions_do_not_hide_the_newest(self, store: MemoryStore) -> None:
+        for number in (7, 8):
+            store_version(store, number)
+        assert manifest.latest(store).number == 8
+
+    def test_a_damaged_older_version_does_not_matter(self, store: MemoryStore) -> None:
+        for number in (1, 2, 3):
+            store_version(store, number)
+        store.put(version_key(2), b"rotten")
+        store.put(manifest.HINT_KEY, b"1")
+        assert manifest.latest(store).number == 3
+        with pytest.raises(CorruptShard):
+            manifest.read_version(store, 2)
+
+    def test_a_damaged_newest_version_is_corruption_and_never_the_one_before(self, store: MemoryStore) -> None:
+        for number in (1, 2):
+            store_version(store, number)
+        store.put(version_key(2), b"rotten")
+        with pytest.raises(CorruptShard, match=re.escape(version_key(2))):
+            manifest.latest(store)
+
+    def test_old_versions_stay_readable_by_number(self, store: MemoryStore) -> None:
+        first = store_version(store, 1, [[shard(1)]])
+        store_version(store, 2, [[shard(2)]])
+        assert manifest.read_version(store, 1) == first
+        assert manifest.list_versions(store) == [1, 2]
+        for number in (0, -1, 3, 2**70):
+            with pytest.raises(NotFound, match="no version"):
+                manifest.read_version(store, number)
+
+    def test_other_files_among_the_versions_are_passed_by(self, store: MemoryStore) -> None:
+        store_version(store, 1)
+        for name in ("00000000000000000002.json.tmp", "notes.txt", "00000000000000000000.json", "2.json"):
+            store.put(versions.VERSIONS_FOLDER + name, b"x")
+        assert manifest.list_versions(store) == [1]
+
+
+class TestMillionShards:
+    """Opening must not work row by row. Times differ between machines, so what is counted is the work."""
+
+    N_SHARDS = 1_000_000
+
+    @pytest.fixture
+    def opened(self, tmp_path: Path) -> tuple[CountingStore, Version, LocalFolder]:
+        n = self.N_SHARDS
+        numbers = np.arange(n)
+        columns = {
+            "name": pa.array(np.char.add("shards/w-", np.char.zfill(numbers.astype("U7"), 7)), pa.large_string()),
+            "shard_id": pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), n, [None, pa.py_buffer(bytes(16 * n))]),
+            "records": np.full(n, 1000),
+            "bytes": np.full(n, 128 << 20),
+            "crc32c": numbers.astype(np.uint32),
+            "footer_offset": np.full(n, 100 << 20),
+            "footer_bytes": np.full(n, 5000),
+            "statistics": pa.array(["{}"], pa.large_string()).take(pa.array(np.zeros(n, np.int64))),
+        }
+        ref, data = pack_segment(pa.table(columns, schema=segments._SCHEMA))
+        local = LocalFolder(tmp_path)
+        with local.create(ref.key) as upload:
+            upload.put_part(0, data)
+            upload.complete()
+        facts = (DATASET_ID, 1, SCHEMA.to_bytes(), n * 1000)
+        version = replace(
+            store_version(local, 1),
+            fingerprint=fingerprint_of(*facts, [ref.digest]),
+            n_records=n * 1000,
+            n_bytes=n * (128 << 20),
+            segments=(ref,),
+        )
+        local.put(version_key(1), encode_version(version))
+        return CountingStore(local), version, local
+
+    def test_it_is_mapped_once_and_no_row_is_touched_in_python(
+        self, opened: tuple[CountingStore, Version, LocalFolder], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counting, version, local = opened
+        monkeypatch.setattr(segments, "ShardInfo", None)  # a row made into an object would fail here
+        table = manifest.read_shards(local, manifest.latest(local))
+        assert len(table) == self.N_SHARDS
+        assert table.first_record[-1] == version.n_records
+        # The columns lie in one mapping: zero-copy, and shared by all processes through the page cache.
+        buffer = table.arrow["records"].chunk(0).buffers()[1]
+        assert table.arrow["records"].num_chunks == 1
+        assert buffer.address == table.n_records.__array_interface__["data"][0]
+        assert pa.total_allocated_bytes() < version.segments[0].n_bytes
+        monkeypatch.undo()
+        assert table.info(self.N_SHARDS - 1).crc32c == self.N_SHARDS - 1
+        # By ranges: the hint, a listing, the version, the one after it, and the segment in one call.
+        manifest.read_shards(counting, manifest.latest(counting))
+        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "read_into"]

@@ -1,0 +1,393 @@
+"""ShardReader: requests, pages, verification, leases, forks, and files that change under it."""
+
+import gc
+import os
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tiercache._native import gather
+from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
+from tiercache.shard import types
+from tiercache.shard.layout import PAGE_BYTES
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Image, Ragged, Schema, Tensor
+from tiercache.shard.values import as_batch, block_values
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+
+N = 3000
+SCHEMA = Schema.of(
+    {
+        "i": "int64",
+        "t": Tensor("uint16", (100,)),
+        "b": Image("jpeg"),
+        "s": "str",
+        "r": Ragged("float32", (None, 2)),
+        "n": "bool?",
+    }
+)
+
+
+class Watching(MemoryStore):
+    """Counts requests and the ranges that were asked for."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.requests = []
+
+    def read_into(self, key, spans, **options):
+        self.requests.append([(span.start, span.end) for span, _ in spans])
+        super().read_into(key, spans, **options)
+
+    def read_tail(self, key, n_bytes):
+        self.requests.append("tail")
+        return super().read_tail(key, n_bytes)
+
+    def head(self, key):
+        self.requests.append("head")
+        return super().head(key)
+
+    @property
+    def n_bytes(self):
+        return sum(end - start for spans in self.requests for start, end in spans)
+
+
+def batch(n=N):
+    rng = np.random.default_rng(5)
+    return {
+        "i": np.arange(n),
+        "t": rng.integers(0, 2**16, (n, 100), np.uint16),
+        "b": [rng.bytes(k % 1000) for k in range(n)],
+        "s": [f"record {k}" for k in range(n)],
+        "r": [np.full((k % 4, 2), k, np.float32) for k in range(n)],
+        "n": [None if k % 5 == 0 else k % 2 == 0 for k in range(n)],
+    }
+
+
+def fill(store, **options):
+    with ShardWriter(
+        store,
+        SCHEMA,
+        ShardOptions(**({"compression": {"i": "none", "t": "none", "r": "none", "n": "none", "s": "zstd"}} | options)),
+        writer_id="w",
+    ) as writer:
+        writer.write_batch(batch())
+    return writer.finish()[0]
+
+
+@pytest.fixture(scope="module")
+def remote():
+    store = Watching("reader")
+    return store, fill(store)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return LocalFolder(tmp_path), fill(LocalFolder(tmp_path))
+
+
+def expect(values, rows):
+    found, whole = as_batch(values), batch()
+    for name in SCHEMA.names:
+        if name in found:
+            for got, row in zip(found[name], rows, strict=True):
+                want = whole[name][row]
+                assert np.array_equal(got, want) or (want is None and not got), (name, row)
+
+
+ROWS = [0, N - 1, 17, 1234, 1234, 2000]
+
+
+def test_the_kernel_and_the_streams_mean_the_same():
+    assert (types.FIXED, types.BITS, types.VAR) == (gather.FIXED, gather.BITS, gather.VAR)
+
+
+def test_opening_costs_one_request_with_its_row_and_two_at_most_without(remote):
+    store, info = remote
+    store.requests.clear()
+    ShardReader(store, info.name, info=info)
+    assert store.requests == [[(info.footer_offset, info.n_bytes)]]
+    store.requests.clear()
+    ShardReader(store, info.name)
+    assert len(store.requests) <= 2
+
+
+def test_a_footer_longer_than_the_guess_costs_two_requests():
+    store = Watching("reader-long")
+    rng = np.random.default_rng(6)
+    with ShardWriter(store, Schema.of({"x": "int64"}), ShardOptions(block_bytes=8, compression="none")) as writer:
+        writer.write_batch({"x": rng.integers(0, 2**62, 6000)})
+    (info,) = writer.finish()
+    assert info.footer_bytes > 1 << 16
+    reader = ShardReader(store, info.name)
+    assert len(store.requests) == 2
+    assert reader.footer.n_blocks == 6000
+
+
+def test_records_are_read_in_any_order_from_anywhere(remote):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+    assert not reader.local
+
+
+def test_a_record_of_raw_columns_costs_the_pages_it_touches(remote):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    store.requests.clear()
+    reader.take([1234], [SCHEMA.index("t")])
+    assert (len(store.requests), store.n_bytes <= 2 * PAGE_BYTES) == (1, True)
+    store.requests.clear()
+    reader.take([1234], [SCHEMA.index("b")])
+    assert len(store.requests) == 2  # the offsets say where the bytes are
+    assert store.n_bytes <= 3 * PAGE_BYTES
+
+
+def test_a_record_of_a_compressed_column_costs_its_chunk(remote):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    store.requests.clear()
+    reader.take([1234], [SCHEMA.index("s")])
+    block = int(np.searchsorted(reader.footer.block_first, 1234, side="right")) - 1
+    assert store.n_bytes == reader.footer.chunks[block, SCHEMA.index("s")]["stored"]
+
+
+def test_only_the_columns_that_were_asked_for_are_read(remote):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    store.requests.clear()
+    columns = [SCHEMA.index("i")]
+    blocks = reader.load(range(reader.footer.n_blocks), columns)
+    assert store.n_bytes == reader.footer.chunks["stored"][:, columns].sum()
+    assert blocks.private_bytes >= store.n_bytes
+    store.requests.clear()
+    reader.load([0], range(len(SCHEMA)))
+    assert [len(spans) for spans in store.requests] == [1]  # neighbours are one range
+
+
+def test_a_local_shard_is_mapped_and_not_copied(folder):
+    store, info = folder
+    with ShardReader(store, info.name, info=info) as reader:
+        assert reader.local
+        blocks = reader.load([0, 1], [SCHEMA.index("t"), SCHEMA.index("b")])
+        assert blocks.private_bytes == 0
+        expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+
+
+def test_blocks_and_arrays_outlive_their_reader(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        blocks = reader.load([0], range(len(SCHEMA)))
+    array = blocks.array(0, SCHEMA.index("b"))
+    places = np.arange(5, dtype=np.uint32)
+    expect(block_values(blocks, range(len(SCHEMA)), np.zeros(5, np.uint32), places), range(5))
+    del blocks, reader
+    gc.collect()
+    assert array[3].as_py() == batch()["b"][3]
+
+
+def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
+    store, info = folder
+    closed = []
+
+    class Leasing(LocalFolder):
+        def open_local(self, key, identity=None):
+            lease = super().open_local(key, identity)
+            close = lease.close
+            lease.close = lambda: (closed.append(key), close())
+            return lease
+
+    reader = ShardReader(Leasing(store.root), info.name)
+    blocks = reader.load([0], [0])
+    reader.close()
+    reader.close()
+    assert closed == []
+    del blocks
+    assert closed == [info.name]
+    with pytest.raises(ValueError, match="closed"):
+        reader.load([0], [0])
+
+
+def test_a_store_that_cannot_keep_a_copy_is_read_by_ranges(folder):
+    store, info = folder
+
+    class Full(LocalFolder):
+        def open_local(self, key, identity=None):
+            lease = super().open_local(key, identity)
+            lease.wait = lambda ranges, deadline_s=None: False
+            return lease
+
+    class Elsewhere(LocalFolder):
+        def open_local(self, key, identity=None):
+            return None
+
+    for kind in (Full, Elsewhere):
+        with ShardReader(kind(store.root), info.name, info=info) as reader:
+            expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+            assert reader.load([0], [0]).private_bytes > 0
+
+
+def damage(store, info, column, block=0):
+    reader = ShardReader(store, info.name)
+    offset = int(reader.footer.chunks[block, SCHEMA.index(column)]["offset"])
+    reader.close()
+    with (store.root / info.name).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_local_shard_is_checked_on_first_touch_only(folder):
+    store, info = folder
+    column = SCHEMA.index("t")
+    with ShardReader(store, info.name) as first, ShardReader(store, info.name, verify="always") as always:
+        first.load([0], [column])
+        always.load([0], [column])
+        damage(store, info, "t")
+        first.load([0], [column])
+        first.take([0], [column])
+        for read in (lambda: always.load([0], [column]), lambda: always.take([0], [column])):
+            with pytest.raises(CorruptShard, match="column 't': CRC-32C"):
+                read()
+    with ShardReader(store, info.name) as again:  # a new open starts unchecked
+        again.take([N - 1], [column])
+        with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0"):
+            again.take([0], [column])
+
+
+def test_verify_never_reads_what_is_there(folder):
+    store, info = folder
+    damage(store, info, "t")
+    with ShardReader(store, info.name, verify="never") as reader:
+        assert reader.take([0], [SCHEMA.index("t")])[0].values[0, 0] == batch()["t"][0, 0] ^ 1
+
+
+def test_offsets_that_point_outside_are_found_without_checksums(folder):
+    store, info = folder
+    reader = ShardReader(store, info.name, verify="never")
+    row = reader.footer.chunks[0, SCHEMA.index("b")]
+    offsets = int(row["offset"] + reader.footer.buffers[int(row["first_buffer"]) + 1, 0])
+    for value in (2**40, -5):
+        with (store.root / info.name).open("r+b") as file:
+            file.seek(offsets + 8 * 10)
+            file.write(value.to_bytes(8, "little", signed=True))
+        with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
+            reader.load([0], [SCHEMA.index("b")])
+        for record in (9, 10):
+            with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
+                reader.take([record], [SCHEMA.index("b")])
+    reader.close()
+
+
+def test_a_file_that_is_truncated_under_its_reader_is_an_error(folder):
+    store, info = folder
+    reader = ShardReader(store, info.name, info=info)
+    held = reader.load([0], [SCHEMA.index("t")])
+    os.truncate(store.root / info.name, 4096)
+    last = reader.footer.n_blocks - 1
+    for read in (
+        lambda: reader.load([last], [SCHEMA.index("t")]),
+        lambda: reader.load([last], [SCHEMA.index("s")]),
+        lambda: reader.take([N - 1], [SCHEMA.index("t")]),
+        lambda: reader.take([N - 1], [SCHEMA.index("b")]),
+        lambda: block_values(held, [SCHEMA.index("t")], np.zeros(1, np.uint32), np.full(1, 1000, np.uint32)),
+    ):
+        with pytest.raises(CorruptShard, match="local copy"):
+            read()
+    reader.close()
+
+
+def test_a_deadline_and_the_opened_version_reach_the_store():
+    options = []
+
+    class Asked(MemoryStore):
+        def read_into(self, key, spans, **given):
+            options.append(given)
+            super().read_into(key, spans, **given)
+
+    store = Asked("reader-asked")
+    info = fill(store)
+    reader = ShardReader(store, info.name)
+    reader.load([0], [0], deadline_s=3.5)
+    assert options[-1]["deadline_s"] == 3.5
+    assert options[-1]["if_match"] == store.head(info.name).etag
+    store.put(info.name, store.get(info.name))
+    with pytest.raises(StoreError, match="changed"):
+        reader.load([0], [0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r: r.load([99], [0]),
+        lambda r: r.load([0], [9]),
+        lambda r: r.load([-1], [0]),
+        lambda r: r.take([N], [0]),
+        lambda r: r.take([-1], [0]),
+        lambda r: r.take([0], [-1]),
+    ],
+)
+def test_what_is_not_there_is_an_index_error(remote, call):
+    store, info = remote
+    with pytest.raises(IndexError):
+        call(ShardReader(store, info.name))
+
+
+def test_a_missing_shard_is_not_found(tmp_path):
+    for store in (MemoryStore("reader-missing"), LocalFolder(tmp_path)):
+        with pytest.raises(NotFound):
+            ShardReader(store, "shards/none.tcs")
+
+
+def test_many_threads_read_one_reader(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader, ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(reader.take, [k * 7 % N for k in range(start, start + 20)], range(len(SCHEMA)))
+            for start in range(12)
+        ]
+        for start, job in enumerate(jobs):
+            expect(job.result(), [k * 7 % N for k in range(start, start + 20)])
+
+
+def test_a_forked_child_reads_what_its_parent_opened(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        reader.load([0], range(len(SCHEMA)))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_an_open_reader_is_not_pickled(remote):
+    store, info = remote
+    with pytest.raises(TypeError, match="open it again"):
+        pickle.dumps(ShardReader(store, info.name))
+
+
+def test_an_unknown_way_to_verify_is_refused(remote):
+    with pytest.raises(ValueError, match="verify must be"):
+        ShardReader(remote[0], remote[1].name, verify="sometimes")
+
+
+def test_bfloat16_without_torch_is_a_clear_error(monkeypatch):
+    store = MemoryStore("reader-bf16")
+    with ShardWriter(store, Schema.of({"x": "bfloat16", "y": "int8"}), ShardOptions()) as writer:
+        writer.write_batch({"x": [1.5], "y": [1]})
+    (info,) = writer.finish()
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    reader = ShardReader(store, info.name)
+    assert reader.take([0], [1])[0].values.tolist() == [1]
+    with pytest.raises(SchemaError, match="column 'x': values of dtype bfloat16 are torch tensors: import torch first"):
+        reader.take([0], [0])

@@ -1,0 +1,221 @@
+"""Segments: their rows, the rules for what may stand in them, what damage does to them, and local copies of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.errors import CorruptShard
+from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.shard import segments
+from tiercache.shard.segments import ShardTable, new_segment, pack_segment, parse_segment, read_segments
+from tiercache.store import LocalFolder, MemoryStore, check_key
+from tiercache.testing import CountingStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tiercache.model import ByteRange, ReadPlan
+    from tiercache.store import Store
+
+DATASET_ID = "d" * 32
+
+
+def shard(i: int, n_records: int = 10, **changes: object) -> ShardInfo:
+    info = ShardInfo(
+        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i, "{}"
+    )
+    return replace(info, **changes)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(secrets.token_hex(8))
+
+
+class TestSegment:
+    def test_a_shard_that_is_not_there_is_an_index_error(self) -> None:
+        for i in (-1, 0):
+            with pytest.raises(IndexError):
+                ShardTable([]).info(i)
+
+    def test_every_flipped_byte_is_corruption(self, store: MemoryStore) -> None:
+        ref, data = new_segment([shard(1), shard(2)])
+        for at in range(len(data)):
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << (at % 8)
+            store.put(ref.key, damaged)
+            with pytest.raises(CorruptShard, match="segment"):
+                read_segments(store, DATASET_ID, [ref])
+
+    @pytest.mark.parametrize("kind", ["memory", "local", "ranges"])
+    def test_cuts_are_corruption_and_appended_bytes_are_harmless(self, kind: str, tmp_path: Path) -> None:
+        store: Store = MemoryStore(secrets.token_hex(8)) if kind == "memory" else LocalFolder(tmp_path)
+        store = CountingStore(store) if kind == "ranges" else store
+        ref, data = new_segment([shard(1)])
+        for end in range(0, len(data), 1 if kind == "memory" else 97):
+            store.put(ref.key, data[:end])
+            with pytest.raises(CorruptShard, match="segment"):
+                read_segments(store, DATASET_ID, [ref])
+        store.put(ref.key, data + b"x")
+        assert list(ShardTable(read_segments(store, DATASET_ID, [ref])).infos()) == [shard(1)]
+
+    def test_damage_under_a_right_sum_never_crashes(self) -> None:
+        # What a hostile writer can do: the sum is right, the contents are not.
+        ref, data = new_segment([shard(1), shard(2)])
+        for at, flip in [(at, flip) for at in range(len(data)) for flip in (0xFF, 0x01, 0x80)]:
+            damaged = bytearray(data)
+            damaged[at] ^= flip
+            try:
+                table = parse_segment(pa.py_buffer(bytes(damaged)), ref, url="u")
+            except CorruptShard:
+                continue
+            assert table.num_rows == 2
+
+    @given(name=st.text(st.sampled_from("a./\\:\0\n-"), max_size=8) | st.text(max_size=20))
+    def test_names_are_refused_exactly_where_keys_are(self, name: str) -> None:
+        try:
+            check_key(name)
+        except ValueError:
+            with pytest.raises(ValueError, match="relative path inside"):
+                new_segment([shard(1, name=name)])
+        else:
+            ref, data = new_segment([shard(1, name=name)])
+            assert ShardTable([parse_segment(pa.py_buffer(data), ref, url="u")]).info(0).name == name
+
+    @pytest.mark.parametrize(
+        "name", ["../outside.tcs", "/etc/passwd", "s3://other/x.tcs", "a/../../b", "a\\b", "a\0b", "", "a//b"]
+    )
+    def test_a_stored_name_outside_the_data_set_is_corruption(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(segments, "_BAD_NAME", "^\x01$")  # a writer without the rule
+            ref, data = new_segment([shard(1, name=name)])
+        with pytest.raises(CorruptShard, match="relative path inside the data set"):
+            parse_segment(pa.py_buffer(data), ref, url="u")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"n_records": -1},
+            {"n_bytes": -1},
+            {"footer_offset": -1},
+            {"footer_bytes": -1},
+            {"footer_offset": 2**61},
+            {"n_records": 2**62},
+        ],
+        ids=str,
+    )
+    def test_numbers_that_cannot_be_are_refused(self, changes: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match=r"that cannot be|beyond the end"):
+            new_segment([shard(1, **changes)])
+
+    def test_sums_that_would_wrap_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="records that cannot be"):
+            new_segment([shard(i, n_records=2**61) for i in range(16)])
+
+    def test_another_segment_under_the_same_name_is_corruption(self, store: MemoryStore) -> None:
+        ref, _ = new_segment([shard(1)])
+        store.put(ref.key, new_segment([shard(2)])[1])
+        with pytest.raises(CorruptShard, match="CRC-32C"):
+            read_segments(store, DATASET_ID, [ref])
+
+    def test_the_digest_is_of_ids_and_records_row_by_row(self) -> None:
+        rows = [shard(3), shard(1, n_records=7)]
+        ref, _ = new_segment(rows)
+        text = b"".join(bytes.fromhex(i.shard_id) + i.n_records.to_bytes(8, "little") for i in rows)
+        assert ref.digest == hashlib.sha256(text).hexdigest()
+
+    def test_other_shards_than_the_fingerprints_are_corruption(self) -> None:
+        ref, data = new_segment([shard(1)])
+        with pytest.raises(CorruptShard, match="fingerprint"):
+            parse_segment(pa.py_buffer(data), replace(ref, digest="0" * 64), url="u")
+        with pytest.raises(CorruptShard, match="1 rows, where the version says 2"):
+            parse_segment(pa.py_buffer(data), replace(ref, n_shards=2), url="u")
+
+    def test_segments_joined_keep_rows_and_order(self) -> None:
+        tables = [
+            parse_segment(pa.py_buffer(data), ref, url="u")
+            for ref, data in (new_segment([shard(2)]), new_segment([shard(1)]))
+        ]
+        ref, data = pack_segment(pa.concat_tables(tables))
+        assert list(ShardTable([parse_segment(pa.py_buffer(data), ref, url="u")]).infos()) == [shard(2), shard(1)]
+
+
+class CopyLease:
+    """A lease on a local file that may be rotten, short, or never come."""
+
+    def __init__(self, path: Path, comes: bool) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+        self.n_bytes = path.stat().st_size
+        self.comes = comes
+        self.log: list[str] = []
+
+    def present(self, ranges: Sequence[ByteRange]) -> bool:
+        return False
+
+    def want(self, ranges: Sequence[ByteRange]) -> None:
+        self.log.append("want")
+
+    def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
+        self.log.append("wait")
+        return self.comes
+
+    def close(self) -> None:
+        self.log.append("close")
+        os.close(self.fd)
+
+
+class CopyStore(CountingStore):
+    """As a cache: every object has one local copy, the file at path."""
+
+    def __init__(self, inner: Store, path: Path, *, comes: bool = True) -> None:
+        super().__init__(inner)
+        self.path, self.comes = path, comes
+        self.leases: list[CopyLease] = []
+        self.asked: list[ShardIdentity | None] = []
+
+    def open_local(self, key: str, identity: ShardIdentity | None = None) -> CopyLease:
+        self.asked.append(identity)
+        self.leases.append(CopyLease(self.path, self.comes))
+        return self.leases[-1]
+
+    def announce(self, plan: ReadPlan) -> None:
+        pass
+
+
+class TestLocalCopies:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return tmp_path / "copy"
+
+    @pytest.mark.parametrize("map_bytes", [1, 1 << 20], ids=["mapped", "copied"])
+    def test_a_good_copy_is_all_that_is_read(
+        self, store: MemoryStore, path: Path, map_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(segments, "_MAP_BYTES", map_bytes)
+        ref, data = new_segment([shard(1)])
+        path.write_bytes(data)
+        copies = CopyStore(store, path)
+        assert list(ShardTable(read_segments(copies, DATASET_ID, [ref])).infos()) == [shard(1)]
+        assert copies.calls == []
+        assert copies.asked == [ShardIdentity(DATASET_ID, ref.name[:32], len(data), ref.crc32c)]
+        assert copies.leases[0].log == ["want", "wait", "close"]
+
+    @pytest.mark.parametrize("copy", ["rotten", "short", "never comes"])
+    def test_a_bad_copy_is_passed_by_for_the_source(self, store: MemoryStore, path: Path, copy: str) -> None:
+        ref, data = new_segment([shard(1)])
+        store.put(ref.key, data)
+        path.write_bytes({"rotten": bytes([data[0] ^ 1]) + data[1:], "short": data[:-1]}.get(copy, data))
+        copies = CopyStore(store, path, comes=copy != "never comes")
+        assert list(ShardTable(read_segments(copies, DATASET_ID, [ref])).infos()) == [shard(1)]
+        assert copies.calls == [("read_into", ref.key)]
+        assert copies.leases[0].log[-1] == "close"
