@@ -135,8 +135,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def create(self, key: str) -> Upload:
-        """Start an upload of any size."""
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+        """Start an upload of any size. if_absent: say here already that complete(if_absent=True) will be asked for.
+
+        Without it, a large upload may refuse that with ValueError: not every store can decide it at the end.
+        """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:

@@ -1,0 +1,84 @@
+"""Where bytes live: one contract (contract.py), several back ends, opened by URL."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from tiercache.config import aws_profile
+from tiercache.store.cloud import CloudStore
+from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, Upload, check_key
+from tiercache.store.fsspec import FsspecStore, check_scheme
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+from tiercache.store.obstore import Place
+from tiercache.store.options import CloudOptions
+from tiercache.store.urls import Location, redact, split_url
+
+__all__ = [
+    "Buffer",
+    "CloudStore",
+    "FsspecStore",
+    "Lease",
+    "LocalFolder",
+    "LocalStore",
+    "MemoryStore",
+    "Span",
+    "Store",
+    "Upload",
+    "check_key",
+    "open_store",
+    "redact",
+    "split_url",
+]
+
+
+_CLOUDS = {
+    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az", "http": "http", "https": "http",
+}  # fmt: skip
+
+
+def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
+    """The store of a URL or local path. Nothing is asked of the store yet: a wrong bucket shows at the first call.
+
+    Args:
+        url: a local path, `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http(s)://`, or any fsspec URL.
+        **storage_options: the back end's own options and credentials, by name.
+
+    Raises:
+        ValueError: a URL that cannot be, or an option that the back end does not know.
+    """
+    place = Location.parse(url)
+    if place.scheme in ("", "memory") and storage_options:
+        raise ValueError(f"{place.shown}: takes no storage options, got {', '.join(sorted(storage_options))}")
+    if not place.scheme:
+        return LocalFolder(place.path)
+    if place.scheme == "memory":
+        return MemoryStore(place.host, place.path)
+    cloud = _CLOUDS.get(place.scheme)
+    if cloud is None:
+        check_scheme(place.scheme)
+        return FsspecStore(place.full, place.shown, storage_options)
+    return CloudStore(_place(cloud, place), _options(cloud, storage_options))
+
+
+def _place(cloud: str, place: Location) -> Place:
+    if cloud == "http":
+        if place.has_query:
+            raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
+        return Place(cloud, place.full, "", place.shown)
+    if not place.host or place.has_userinfo:
+        raise ValueError(
+            f"{place.shown}: {place.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"
+        )
+    prefix = place.path.strip("/")
+    return Place(cloud, place.host, check_key(prefix) if prefix else "", place.shown)
+
+
+def _options(cloud: str, given: dict[str, Any]) -> CloudOptions:
+    options = CloudOptions.parse(cloud, given)
+    has_keys = any(options.config.get(name) for name in ("access_key_id", "skip_signature", "web_identity_token_file"))
+    if cloud != "s3" or options.profile is not None or has_keys:
+        return options
+    return replace(options, profile=aws_profile())

@@ -1,0 +1,309 @@
+"""S3, Google Cloud Storage, Azure and HTTP as a store: obstore's requests, planned, run in parallel and retried."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any, TypeVar
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ObjectInfo
+from tiercache.stats import Counters
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
+from tiercache.store.landing import Landing, read_requests, worker_pool
+from tiercache.store.obstore import Client, Place, Taken
+from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
+from tiercache.store.obstore_upload import StreamedUpload
+from tiercache.store.options import CloudOptions
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
+from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+T = TypeVar("T")
+
+_N_THREADS = 16
+_DELETE_KEYS = 1000
+# Bodies up to this come as one piece; longer ones in pieces of this length, so that a call that is over stops early.
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a store reads: retries, request sizes, threads of its pool, and whose time it is."""
+
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    sizes: RequestSizes = field(default_factory=RequestSizes)
+    n_threads: int = _N_THREADS
+    clock: Clock = SYSTEM_CLOCK
+
+
+class ObstoreStore(Store):
+    """Objects in a bucket. Safe from any thread; clients and threads are made by each process when it first needs them.
+
+    Must not be used where is_usable_here() is false; CloudStore sees to that.
+    """
+
+    def __init__(
+        self, place: Place, options: CloudOptions, tuning: Tuning, *, counters: Counters | None = None
+    ) -> None:
+        self._place, self._options, self._tuning = place, options, tuning
+        self.url = place.url
+        self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
+        self._client = Client(place, options, self.counters)
+        self._pool = worker_pool(tuning.n_threads)
+
+    def __repr__(self) -> str:
+        return f"ObstoreStore({self.url!r})"
+
+    def __reduce__(self) -> tuple[type[ObstoreStore], tuple[Place, CloudOptions, Tuning]]:
+        return ObstoreStore, (self._place, self._options, self._tuning)
+
+    def close(self) -> None:
+        """End the threads of this process and drop its connections."""
+        self._pool.drop()
+        self._client.close()
+
+    def _retried(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        patience = Patience(self._client.at(key), doing, clock=self._tuning.clock)
+        return with_retries(attempt, self._tuning.policy, patience)
+
+    def head(self, key: str) -> ObjectInfo:
+        """One HEAD."""
+        check_key(key)
+        return self._retried(key, "head", lambda: self._client.head(key))
+
+    def get(self, key: str) -> bytes:
+        """One GET."""
+        check_key(key)
+        data = self._retried(key, "get", lambda: self._client.get(key))
+        self.counters.add("bytes_read", len(data))
+        return data
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """One GET of a suffix range; HEAD and GET where the store knows no such range, or the object is empty."""
+        check_key(key)
+        if n_bytes <= 0:
+            return b"", self.head(key)
+
+        def attempt() -> tuple[bytes, ObjectInfo]:
+            try:
+                tail, info = self._client.tail(key, n_bytes)
+            except StoreError as error:
+                # Azure knows no suffix ranges; an empty object has none, and some servers then send the whole of it.
+                if not is_beyond_end(error) and not knows_no_range(error):
+                    raise
+                return self._tail_by_head(key, n_bytes)
+            self.counters.add("bytes_read", len(tail))
+            return tail, info
+
+        return self._retried(key, "read_tail", attempt)
+
+    def _tail_by_head(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        info = self.head(key)
+        tail = bytearray(min(n_bytes, info.n_bytes))
+        wanted = ByteRange(info.n_bytes - len(tail), info.n_bytes)
+        self.read_into(key, [(wanted, memoryview(tail))], if_match=info.etag)
+        return bytes(tail), info
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Ranges in parallel, one memcpy from the client's buffer, all of the object that the first answer names."""
+        check_key(key)
+        check_spans(spans)
+        patience = Patience(self._client.at(key), "read_into", deadline_s, cancel, clock=self._tuning.clock)
+        reading = _Reading(self._client, key, if_match)
+
+        def read_one(request: Request, landing: Landing) -> None:
+            with_retries(lambda: reading.attempt(request, landing), self._tuning.policy, patience, stop=landing.closed)
+
+        read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, patience)
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """One PUT."""
+        check_key(key)
+        body = bytes(data)  # a connection may hold it a little longer than the call; no copy when it is bytes already
+        info = self._retried(key, "put", lambda: self._client.put(key, body))
+        self.counters.add("bytes_written", len(body))
+        return info
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """One PUT with If-None-Match: *."""
+        return self._put_new(check_key(key), bytes(data)) is not None
+
+    def _put_new(self, key: str, body: bytes) -> ObjectInfo | None:
+        try:
+            info = self._retried(key, "put_if_absent", lambda: self._client.put_new(key, body))
+        except Taken:
+            return None
+        self.counters.add("bytes_written", len(body))
+        return info
+
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+        """Parts stream to the store in their order, some at a time; up to 16 MiB are one request.
+
+        if_absent: needed for complete(if_absent=True) of more than 16 MiB, which goes through a temporary object.
+        """
+        return StreamedUpload(_Target(self, check_key(key), exclusive=if_absent))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """By a thousand a request where the store has one for many."""
+        wanted = [check_key(key) for key in keys]
+        for start in range(0, len(wanted), _DELETE_KEYS):
+            some = wanted[start : start + _DELETE_KEYS]
+            try:
+                self._delete(some)
+            except NotFound:
+                for key in some:  # this store minds the missing, and stopped at the first
+                    with suppress(NotFound):
+                        self._delete([key])
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        self._retried(keys[0], "delete", lambda: self._client.delete(keys))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """By pages of a thousand."""
+        folder = check_key(prefix.removesuffix("/")) if prefix else ""
+        for info in self._client.list(folder):
+            if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
+                yield info
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """By the server."""
+        check_key(src)
+        check_key(dst)
+        self._retried(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
+        return self.head(dst)
+
+    def publish_new(self, src: str, dst: str) -> ObjectInfo | None:
+        """Rename an object to a free key; None, and src is gone, where the key is taken."""
+        try:
+            self._retried(src, "complete", lambda: self._client.copy_new(src, dst))
+        except Taken:
+            return None
+        finally:
+            with suppress(StoreError):  # a temporary object left behind harms nobody; the first error tells more
+                self._delete([src])
+        return self.head(dst)
+
+    def put_whole(self, key: str, data: bytes, *, if_absent: bool) -> ObjectInfo | None:
+        """put, or put_if_absent with what was written."""
+        return self._put_new(key, data) if if_absent else self.put(key, data)
+
+    @property
+    def client(self) -> Client:
+        """The single requests."""
+        return self._client
+
+
+class _Reading:
+    """One read_into: all its ranges are of one object, the one that if_match names or the first answer shows.
+
+    Shared by the threads of the call; the dict's setdefault is atomic.
+    """
+
+    def __init__(self, client: Client, key: str, if_match: str | None) -> None:
+        self._client, self._key = client, key
+        self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
+
+    def attempt(self, request: Request, landing: Landing) -> None:
+        """One request, into the buffers."""
+        client, wanted = self._client, request.range
+        etag = self._seen.get("etag")
+        asked = None if etag is None or etag.startswith("W/") else etag  # a weak one never matches, by the standard
+        try:
+            with client.errors(self._key, "read_into"):
+                info, body = client.range(self._key, wanted, asked, _PIECE_BYTES)
+                self._check(info, wanted)
+                n_read = _land(body, request, landing)
+        except ObjectChanged as error:
+            raise ObjectChanged(url=client.at(self._key), expected=etag, found=error.found) from None
+        except StoreError as error:
+            if is_beyond_end(error):
+                raise self._too_far(wanted, "before it") from None
+            raise
+        if n_read != wanted.n_bytes and not landing.closed.is_set():
+            message = f"read_into: {n_read} bytes came of [{wanted.start}, {wanted.end})"
+            raise StoreError(message, url=client.at(self._key), retryable=True)
+        client.counters.add("bytes_read", n_read)
+
+    def _check(self, info: ObjectInfo, wanted: ByteRange) -> None:
+        # Without an ETag, the date is what a replaced object changes.
+        name, found = ("etag", info.etag) if info.etag is not None else ("date", str(info.modified_s))
+        expected = self._seen.setdefault(name, found)
+        if found != expected:
+            raise ObjectChanged(url=self._client.at(self._key), expected=expected, found=found)
+        if info.n_bytes < wanted.end:
+            raise self._too_far(wanted, f"at {info.n_bytes}")
+
+    def _too_far(self, wanted: ByteRange, end: str) -> StoreError:
+        return StoreError(f"a range ends at {wanted.end}, the object {end}", url=self._client.at(self._key))
+
+
+def _land(body: Iterable[memoryview], request: Request, landing: Landing) -> int:
+    """Copy the body to the request's pieces as it comes; returns bytes that came."""
+    n_read = 0
+    for data in body:
+        if landing.closed.is_set():
+            break
+        for offset, buffer in request.pieces:
+            start, end = max(offset, n_read), min(offset + buffer.nbytes, n_read + data.nbytes)
+            if start < end:
+                landing.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
+        n_read += data.nbytes
+    return n_read
+
+
+class _Target:
+    """Where an upload's bytes go: for StreamedUpload, which knows nothing of obstore."""
+
+    def __init__(self, store: ObstoreStore, key: str, *, exclusive: bool) -> None:
+        self.key, self.exclusive = key, exclusive
+        self._store = store
+        self._streamed_key = f"{TEMP_PREFIX}{os.urandom(8).hex()}" if exclusive else key
+
+    def put(self, data: bytes, *, if_absent: bool) -> ObjectInfo | None:
+        """Write a small object in one request."""
+        return self._store.put_whole(self.key, data, if_absent=if_absent)
+
+    def begin(self) -> Any:
+        """A writer of a multipart upload."""
+        return self._store.client.open_writer(self._streamed_key)
+
+    def write(self, writer: Any, data: bytes) -> None:
+        """Hand bytes to the writer, which waits while too many parts are under way."""
+        with self._store.client.errors(self.key, "put_part"):
+            writer.write(data)
+        self._store.counters.add("bytes_written", len(data))
+
+    def close(self, writer: Any, n_bytes: int, *, if_absent: bool) -> ObjectInfo | None:
+        """Publish what the writer was given; None if if_absent and the key is taken."""
+        store = self._store
+        with store.client.errors(self.key, "complete"):
+            writer.close()
+        if not self.exclusive:
+            info: ObjectInfo | None = store.head(self.key)
+        elif if_absent:
+            info = store.publish_new(self._streamed_key, self.key)
+        else:
+            info = store.copy(self._streamed_key, self.key)
+            store.delete([self._streamed_key])
+        if info is not None and info.n_bytes != n_bytes:
+            message = f"complete: sent {n_bytes} bytes, stored {info.n_bytes}"
+            raise StoreError(message, url=store.client.at(self.key))
+        return info
+
+    def abort(self, writer: Any) -> None:
+        """Drop the multipart upload."""
+        with self._store.client.errors(self.key, "abort"):
+            writer.__exit__(StoreError, None, None)

@@ -1,0 +1,123 @@
+"""Objects in the cloud by the best way a process has: obstore, or s3fs in a forked child of one that used obstore."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from threading import Event
+
+from tiercache.errors import StoreError
+from tiercache.model import ObjectInfo
+from tiercache.stats import Counters
+from tiercache.store.bucket import ObstoreStore, Tuning
+from tiercache.store.contract import Buffer, Span, Store, Upload
+from tiercache.store.fsspec import FsspecStore
+from tiercache.store.landing import PerProcess
+from tiercache.store.obstore import Place, is_usable_here
+from tiercache.store.options import CloudOptions
+
+
+class CloudStore(Store):
+    """A bucket, a container or an HTTP server. Each process that holds it decides for itself how it is reached."""
+
+    def __init__(self, place: Place, options: CloudOptions, tuning: Tuning | None = None) -> None:
+        self._place, self._options, self._tuning = place, options, tuning or Tuning()
+        self.url = place.url
+        self.counters = Counters("requests", "bytes_read", "bytes_written")
+        self._here: PerProcess[Store] = PerProcess(self._open, lambda store: store.close())
+
+    def __repr__(self) -> str:
+        return f"CloudStore({self.url!r})"
+
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[Place, CloudOptions, Tuning]]:
+        return CloudStore, (self._place, self._options, self._tuning)
+
+    def _open(self) -> Store:
+        if is_usable_here():
+            return ObstoreStore(self._place, self._options, self._tuning, counters=self.counters)
+        _warn_of_fork()
+        store = _stand_in(self._place, self._options, self._tuning)
+        store.counters = self.counters
+        return store
+
+    @property
+    def back_end(self) -> Store:
+        """The store that does the work in this process."""
+        return self._here.get()
+
+    def head(self, key: str) -> ObjectInfo:
+        """Pass on."""
+        return self.back_end.head(key)
+
+    def get(self, key: str) -> bytes:
+        """Pass on."""
+        return self.back_end.get(key)
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """Pass on."""
+        return self.back_end.read_tail(key, n_bytes)
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Pass on."""
+        self.back_end.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """Pass on."""
+        return self.back_end.put(key, data)
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """Pass on."""
+        return self.back_end.put_if_absent(key, data)
+
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+        """Pass on."""
+        return self.back_end.create(key, if_absent=if_absent)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Pass on."""
+        self.back_end.delete(keys)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Pass on."""
+        return self.back_end.list(prefix)
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """Pass on."""
+        return self.back_end.copy(src, dst)
+
+    def close(self) -> None:
+        """Close this process's back end."""
+        self._here.drop()
+
+
+def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
+    if place.cloud == "http":
+        return FsspecStore(place.bucket, place.url, {}, policy=tuning.policy)
+    if place.cloud != "s3":
+        message = "this forked process cannot use obstore; start its workers by forkserver or spawn"
+        raise StoreError(message, url=place.url)
+    full_url = f"s3://{place.bucket}/{place.prefix}".rstrip("/")
+    return FsspecStore(full_url, place.url, options.for_s3fs(), policy=tuning.policy)
+
+
+_warned = False
+
+
+def _warn_of_fork() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "this process was forked from one that had used obstore, whose threads did not survive: S3 is read through "
+            "s3fs here, which is slower; start workers by forkserver or spawn",
+            RuntimeWarning,
+            stacklevel=4,
+        )

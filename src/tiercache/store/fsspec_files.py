@@ -1,0 +1,355 @@
+"""The verbs of a store in the words of fsspec's file systems, and in S3's own by way of s3fs. Errors pass through."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from tiercache.model import ObjectInfo
+from tiercache.store.parts import in_order
+
+_MARKS = (
+    "ETag",
+    "etag",
+    "md5",
+    "md5Hash",
+    "checksum",
+    "ino",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "modified",
+    "created",
+)
+_TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
+
+
+class Taken(Exception):
+    """The key is taken."""
+
+
+class Files(ABC):
+    """A folder of a file system. Keys as the store's; every method raises what the file system raises."""
+
+    is_conditional = False
+    """Whether read() honours if_match by itself."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs, self.root = fs, root.rstrip("/")
+
+    def path(self, key: str) -> str:
+        """The file system's name of a key."""
+        return f"{self.root}/{key}" if self.root else key
+
+    @abstractmethod
+    def info(self, key: str) -> ObjectInfo:
+        """What an object is."""
+
+    @abstractmethod
+    def read(
+        self, key: str, start: int | None, end: int | None, if_match: str | None = None
+    ) -> tuple[bytes, str | None]:
+        """Bytes of an object, perhaps fewer than asked for, and its ETag if the answer has one."""
+
+    @abstractmethod
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """The end of an object."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        """Write an object."""
+
+    @abstractmethod
+    def write_new(self, key: str, data: bytes) -> None:
+        """Write an object; FileExistsError (or S3's 412) where there is one."""
+
+    @abstractmethod
+    def begin(self, key: str) -> Any:
+        """An upload: put(number, bytes), check(), complete(if_absent=), abort()."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; missing ones do not matter."""
+        for key in keys:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(self.path(key))
+
+    def find(self, folder: str) -> list[ObjectInfo]:
+        """Objects below a folder of this one."""
+        top = self.path(folder) if folder else self.root
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(top, detail=True, withdirs=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        start = f"{self.root}/" if self.root else ""
+        inside = f"{top}/" if top else ""
+        return [
+            described(name.removeprefix(start), about)
+            for name, about in found.items()
+            if name.startswith(inside) and not name.endswith("/")
+        ]
+
+    def copy(self, src: str, dst: str) -> None:
+        """Copy an object."""
+        self.fs.cp_file(self.path(src), self.path(dst))
+
+    def close(self) -> None:  # noqa: B027 - most file systems have nothing to close
+        """Close connections."""
+
+
+class PlainFiles(Files):
+    """Any file system. The lock makes write_new() of one process a test and a write that nobody comes between."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        super().__init__(fs, root)
+        self._lock = Lock()
+
+    def info(self, key: str) -> ObjectInfo:
+        """From the file system; a folder is no object."""
+        self.fs.invalidate_cache()
+        about = self.fs.info(self.path(key))
+        if about.get("type") == "directory":
+            raise FileNotFoundError(key)
+        return described(key, about)
+
+    def read(
+        self, key: str, start: int | None, end: int | None, if_match: str | None = None
+    ) -> tuple[bytes, str | None]:
+        """By cat_file(); the caller compares ETags."""
+        del if_match
+        if start is None:
+            self.info(key)  # some file systems give a folder as b""
+        return bytes(self.fs.cat_file(self.path(key), start=start, end=end)), None
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """By info() and cat_file()."""
+        info = self.info(key)
+        if not info.n_bytes:
+            return b"", info
+        data, _ = self.read(key, max(info.n_bytes - n_bytes, 0), info.n_bytes)
+        return data, info
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        """By pipe_file()."""
+        self._with_folder(key, lambda: self.fs.pipe_file(self.path(key), data))
+        return self.info(key)
+
+    def write_new(self, key: str, data: bytes) -> None:
+        """By pipe_file(mode="create"), and a look before, for file systems that do not know the mode."""
+        with self._lock:
+            self._refuse_taken(key)
+            self._with_folder(key, lambda: self.fs.pipe_file(self.path(key), data, mode="create"))
+
+    def _refuse_taken(self, key: str) -> None:
+        self.fs.invalidate_cache()
+        if self.fs.exists(self.path(key)):
+            raise FileExistsError(key)
+
+    def send_file(self, source: Path, key: str, *, if_absent: bool) -> None:
+        """Copy a local file here."""
+        with self._lock:
+            if if_absent:
+                self._refuse_taken(key)
+            self._with_folder(key, lambda: self.fs.put_file(str(source), self.path(key)))
+
+    def _with_folder(self, key: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except FileNotFoundError:
+            self.fs.makedirs(self.path(key).rpartition("/")[0], exist_ok=True)
+            write()
+
+    def begin(self, key: str) -> Any:
+        """Parts as local files."""
+        return _SpooledParts(self, key)
+
+
+class _SpooledParts:
+    """Parts in a temporary folder; the lock guards the table."""
+
+    def __init__(self, files: PlainFiles, key: str) -> None:
+        self._files, self._key = files, key
+        self._folder = tempfile.TemporaryDirectory(prefix="tiercache-upload-", ignore_cleanup_errors=True)
+        self._lock = Lock()
+        self._parts: dict[int, Path] = {}
+
+    def put(self, number: int, data: bytes) -> None:
+        part = Path(self._folder.name) / str(number)
+        part.write_bytes(data)
+        with self._lock:
+            self._parts[number] = part
+
+    def check(self) -> None:
+        in_order(self._parts, self._key)
+
+    def complete(self, *, if_absent: bool) -> None:
+        whole = Path(self._folder.name) / "whole"
+        with whole.open("wb") as out:
+            for part in in_order(self._parts, self._key):
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 20)
+                part.unlink()
+        self._files.send_file(whole, self._key, if_absent=if_absent)
+        self.abort()
+
+    def abort(self) -> None:
+        self._folder.cleanup()
+
+
+class S3Files(Files):
+    """S3 in its own words. run: waits for a coroutine function of s3fs's event loop. s3fs must not retry by itself."""
+
+    is_conditional = True
+
+    def __init__(self, fs: Any, root: str, run: Callable[..., Any]) -> None:
+        super().__init__(fs, root)
+        self._run = run
+        fs.retries = 1  # else s3fs repeats a conditional put whose answer was lost
+        self.bucket, _, self._prefix = self.root.partition("/")
+
+    def place(self, key: str) -> dict[str, str]:
+        """Bucket and Key of a key."""
+        return {"Bucket": self.bucket, "Key": f"{self._prefix}/{key}" if self._prefix else key}
+
+    def call(self, method: str, **arguments: Any) -> Mapping[str, Any]:
+        """One request."""
+        answer: Mapping[str, Any] = self.fs.call_s3(method, **arguments)
+        return answer
+
+    def info(self, key: str) -> ObjectInfo:
+        """One HEAD."""
+        said = self.call("head_object", **self.place(key))
+        return _answered(key, said, said["ContentLength"])
+
+    def _get(self, key: str, **arguments: str) -> tuple[bytes, Mapping[str, Any]]:
+        async def whole() -> tuple[bytes, Mapping[str, Any]]:
+            # s3fs has no face for a GET that also tells the ETag.
+            said = await self.fs._call_s3("get_object", **self.place(key), **arguments)  # noqa: SLF001
+            async with said["Body"] as body:
+                return await body.read(), said
+
+        got: tuple[bytes, Mapping[str, Any]] = self._run(whole)
+        return got
+
+    def read(
+        self, key: str, start: int | None, end: int | None, if_match: str | None = None
+    ) -> tuple[bytes, str | None]:
+        """One GET."""
+        arguments = {} if start is None or end is None else {"Range": f"bytes={start}-{end - 1}"}
+        if if_match is not None:
+            arguments["IfMatch"] = if_match
+        data, said = self._get(key, **arguments)
+        return data, said.get("ETag")
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """One GET of a suffix range; a HEAD more for an empty object."""
+        try:
+            data, said = self._get(key, Range=f"bytes=-{n_bytes}")
+        except OSError as error:
+            if getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode") != 416:
+                raise
+            return b"", self.info(key)
+        size = said.get("ContentRange", "").rpartition("/")[2] or said["ContentLength"]
+        return data, _answered(key, said, int(size))
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        """One PUT."""
+        return _answered(key, self.call("put_object", Body=data, **self.place(key)), len(data))
+
+    def write_new(self, key: str, data: bytes) -> None:
+        """One PUT with If-None-Match."""
+        self.call("put_object", Body=data, IfNoneMatch="*", **self.place(key))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """One DELETE each."""
+        for key in keys:
+            self.call("delete_object", **self.place(key))
+
+    def begin(self, key: str) -> Any:
+        """A multipart upload."""
+        return _Multipart(self, key)
+
+    def close(self) -> None:
+        """Close the session of s3fs."""
+        client = self.fs._s3  # noqa: SLF001 - s3fs closes only when it is collected, too late for a clean exit
+        if client is not None:
+            self._run(client.__aexit__, None, None, None)
+            self.fs._s3 = None  # noqa: SLF001
+
+
+class _Multipart:
+    """Parts go to S3 as they come; the lock guards the table and the id."""
+
+    def __init__(self, files: S3Files, key: str) -> None:
+        self._files, self._key = files, key
+        self._lock = Lock()
+        self._id: str | None = None
+        self._tags: dict[int, str] = {}
+
+    def put(self, number: int, data: bytes) -> None:
+        place = self._files.place(self._key)
+        with self._lock:
+            if self._id is None:
+                self._id = str(self._files.call("create_multipart_upload", **place)["UploadId"])
+        said = self._files.call("upload_part", UploadId=self._id, PartNumber=number + 1, Body=data, **place)
+        with self._lock:
+            self._tags[number] = said["ETag"]
+
+    def check(self) -> None:
+        in_order(self._tags, self._key)
+
+    def complete(self, *, if_absent: bool) -> None:
+        if self._id is None:
+            if if_absent:
+                self._files.write_new(self._key, b"")
+            else:
+                self._files.write(self._key, b"")
+            return
+        parts = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(in_order(self._tags, self._key))]
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        place = self._files.place(self._key)
+        self._files.call(
+            "complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}, **place, **condition
+        )
+
+    def abort(self) -> None:
+        if self._id is not None:
+            self._files.call("abort_multipart_upload", UploadId=self._id, **self._files.place(self._key))
+
+
+def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
+    when = said.get("LastModified")
+    return ObjectInfo(
+        key,
+        n_bytes,
+        etag=said.get("ETag"),
+        version=said.get("VersionId"),
+        modified_s=when.timestamp() if when is not None else None,
+        storage_class=said.get("StorageClass"),
+        restore=said.get("Restore"),
+    )
+
+
+def described(key: str, about: Mapping[str, Any]) -> ObjectInfo:
+    """An info() of fsspec in our words. The ETag is the file system's, or made of all that changes with a file."""
+    marks = [about[name] for name in _MARKS if about.get(name) is not None]
+    given = next((about[name] for name in ("ETag", "etag") if isinstance(about.get(name), str)), None)
+    made = '"' + "-".join(str(mark).replace('"', "") for mark in [*marks, about["size"]]) + '"'
+    return ObjectInfo(key, int(about["size"]), etag=given or made, modified_s=_time(about))
+
+
+def _time(about: Mapping[str, Any]) -> float | None:
+    for name in _TIMES:
+        value = about.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

@@ -1,0 +1,140 @@
+"""Reading many requests at once into a caller's buffers, which nobody touches once the call has returned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from threading import Condition, Event
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from tiercache.errors import StoreError
+from tiercache.store.contract import Buffer
+from tiercache.store.retry import Patience
+from tiercache.store.spans import Request
+
+T = TypeVar("T")
+
+# numpy drops the GIL while it copies; below this the hand-over costs more than the copy.
+_GIL_DROP_BYTES = 32 << 10
+# How late a cancelled call may notice: Events cannot be waited for together with futures.
+_CANCEL_POLL_S = 0.05
+
+
+class Landing:
+    """The door to the caller's buffers: open while its call runs. closed: set when it is over, so that workers stop.
+
+    The lock guards the door and the count of copies under way; bytes are copied outside it.
+    """
+
+    def __init__(self) -> None:
+        self.closed = Event()
+        self._changed = Condition()
+        self._n_copies = 0
+
+    def copy(self, target: memoryview, data: Buffer) -> bool:
+        """Copy data (of the same length) into target; False, and nothing is written, when the call is over."""
+        with self._changed:
+            if self.closed.is_set():
+                return False
+            self._n_copies += 1
+        try:
+            if target.nbytes < _GIL_DROP_BYTES:
+                target[:] = data
+            else:
+                np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
+        finally:
+            with self._changed:
+                self._n_copies -= 1
+                self._changed.notify_all()
+        return True
+
+    def close(self) -> None:
+        """Shut the door and wait for copies under way."""
+        with self._changed:
+            self.closed.set()
+            self._changed.wait_for(lambda: not self._n_copies)
+
+
+class PerProcess(Generic[T]):
+    """A value that every process makes for itself when it needs it. Without a lock, which a fork could leave held.
+
+    What a parent made is kept in the child but never used or dropped: dropping clients of a runtime whose threads are
+    gone may hang.
+    """
+
+    def __init__(self, make: Callable[[], T], dispose: Callable[[T], object]) -> None:
+        self._make, self._dispose = make, dispose
+        self._values: dict[int, T] = {}
+
+    def get(self) -> T:
+        """This process's value."""
+        pid = os.getpid()
+        value = self._values.get(pid)
+        if value is None:
+            made = self._make()
+            value = self._values.setdefault(pid, made)  # atomic: of two threads that made one, the first wins
+            if value is not made:
+                self._dispose(made)
+        return value
+
+    def drop(self) -> None:
+        """Dispose of this process's value; the next get() makes another."""
+        value = self._values.pop(os.getpid(), None)
+        if value is not None:
+            self._dispose(value)
+
+
+def worker_pool(n_threads: int) -> PerProcess[ThreadPoolExecutor]:
+    """Threads for requests, made when first used; close with drop()."""
+    return PerProcess(
+        lambda: ThreadPoolExecutor(n_threads, thread_name_prefix="tiercache-store"),
+        lambda pool: pool.shutdown(wait=False, cancel_futures=True),
+    )
+
+
+def read_requests(
+    requests: Sequence[Request],
+    read_one: Callable[[Request, Landing], None],
+    pool: PerProcess[ThreadPoolExecutor],
+    patience: Patience,
+) -> None:
+    """Carry out all requests, many at a time; after it has returned or raised, no buffer is written.
+
+    A single request of a call that only the store can end runs in the calling thread.
+
+    Raises:
+        StoreError: the first that a request raised, or that patience ended.
+    """
+    patience.check()
+    landing = Landing()
+    if len(requests) <= 1 and patience.is_endless:
+        for request in requests:
+            read_one(request, landing)
+        return
+    futures = [pool.get().submit(read_one, request, landing) for request in requests]
+    try:
+        _wait_all(futures, patience)
+    finally:
+        landing.close()
+        for future in futures:
+            future.cancel()
+
+
+def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:
+    pending = set(futures)
+    while pending:
+        timeout_s = patience.left_s
+        if patience.cancel is not None:
+            timeout_s = _CANCEL_POLL_S if timeout_s is None else min(timeout_s, _CANCEL_POLL_S)
+        done, pending = wait(pending, None if timeout_s is None else max(timeout_s, 0.0), FIRST_EXCEPTION)
+        for future in done:
+            try:
+                future.result()
+            except CancelledError as error:
+                message = f"{patience.doing}: the store was closed meanwhile"
+                raise StoreError(message, url=patience.url, retryable=True) from error
+        if pending:
+            patience.check()

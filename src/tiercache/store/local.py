@@ -1,0 +1,236 @@
+"""Local folders as a store: the keys are the files below a root folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event
+from typing import TypeAlias
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+from tiercache.stats import Counters
+from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
+from tiercache.store.local_upload import FileLease, FileUpload
+from tiercache.store.posix import TEMP_PREFIX, NewFile, copy_bytes, file_info, open_folder, os_errors, write_all
+from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
+from tiercache.waiting import SYSTEM_CLOCK
+
+# One preadv takes at most IOV_MAX (1024) buffers; 32 MiB a call keeps deadlines and cancelling prompt on a slow disk.
+_MAX_PIECES = 1024
+_SIZES = RequestSizes(gap_bytes=0, part_bytes=32 << 20)
+
+
+_Scan: TypeAlias = tuple[list[ObjectInfo], list[str]]
+
+
+class LocalFolder(Store):
+    """The files below a folder. No state but the root: safe from any thread, after fork and through pickle.
+
+    Files appear whole and durable (file and folder are synced). Links below the root are never followed. Folders are
+    made as keys need them; a root that does not exist is an empty store.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow the user's links
+        self.url = str(self.root)
+        self.counters = Counters("requests", "bytes_read", "bytes_written")
+
+    def __repr__(self) -> str:
+        return f"LocalFolder({self.url!r})"
+
+    def __reduce__(self) -> tuple[type[LocalFolder], tuple[str]]:
+        return LocalFolder, (self.url,)
+
+    def head(self, key: str) -> ObjectInfo:
+        """Size, date and an ETag made of inode, time of change and size."""
+        with self._opened(key, "head") as fd:
+            return file_info(key, os.fstat(fd))
+
+    def get(self, key: str) -> bytes:
+        """A whole small file."""
+        with self._opened(key, "get") as fd:
+            return self._read(key, fd, 0, os.fstat(fd).st_size)
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """The last n_bytes, and what the file is."""
+        with self._opened(key, "read_tail") as fd:
+            info = file_info(key, os.fstat(fd))
+            n_read = min(n_bytes, info.n_bytes)
+            return self._read(key, fd, info.n_bytes - n_read, n_read), info
+
+    def _read(self, key: str, fd: int, offset: int, n_bytes: int) -> bytes:
+        data = bytearray(n_bytes)
+        self._fill(key, fd, Request(ByteRange(offset, offset + n_bytes), ((0, memoryview(data)),)))
+        return bytes(data)
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Read 32 MiB a call, straight into the buffers, without the GIL; deadline and cancel hold between."""
+        check_spans(spans)
+        end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
+        with self._opened(key, "read_into") as fd:
+            info = file_info(key, os.fstat(fd))
+            if if_match is not None and info.etag != if_match:
+                raise ObjectChanged(url=self._at(key), expected=if_match, found=info.etag)
+            last = max((span.end for span, _ in spans), default=0)
+            if last > info.n_bytes:
+                raise StoreError(f"a range ends at {last}, the object at {info.n_bytes}", url=self._at(key))
+            for request in plan_requests(spans, _SIZES):
+                if cancel is not None and cancel.is_set():
+                    raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
+                if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
+                    raise StoreError(f"read_into: not done within {deadline_s:g} s", url=self._at(key), retryable=True)
+                self._fill(key, fd, request)
+
+    def _fill(self, key: str, fd: int, request: Request) -> None:
+        buffers = [buffer for _, buffer in request.pieces if buffer.nbytes]
+        offset = request.range.start
+        while buffers:
+            n_read = os.preadv(fd, buffers[:_MAX_PIECES], offset)
+            if n_read == 0:
+                raise ObjectChanged("the file was cut short while it was being read", url=self._at(key), found=offset)
+            self.counters.add("bytes_read", n_read)
+            offset += n_read
+            while buffers and n_read >= buffers[0].nbytes:
+                n_read -= buffers.pop(0).nbytes
+            if n_read:
+                buffers[0] = buffers[0][n_read:]
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """Write beside, sync, rename."""
+        with self._new_file(key, "put") as (file, name):
+            self._write(file.fd, data)
+            file.publish(name)
+            return file_info(key, os.fstat(file.fd))
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """Write beside, sync, link: link(2) has exactly one winner."""
+        with self._new_file(key, "put_if_absent") as (file, name):
+            self._write(file.fd, data)
+            return file.publish_absent(name)
+
+    def _write(self, fd: int, data: Buffer) -> None:
+        flat = memoryview(data).cast("B")
+        write_all(fd, flat, 0)
+        self.counters.add("bytes_written", flat.nbytes)
+
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
+        """An upload whose parts go to the disk as they come."""
+        folders, name = _split(key)
+        with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:
+            return FileUpload(NewFile(folder_fd), name, key, self._at(key), self.counters)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Unlink each; the folders stay."""
+        for key in keys:
+            folders, name = _split(key)
+            try:
+                with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
+                    _unlink_file(name, folder_fd)
+            except NotFound:
+                continue
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Regular files below the folder; each folder is read whole: no descriptor stays open between two objects."""
+        pending = [check_key(prefix.removesuffix("/"))] if prefix else [""]
+        while pending:
+            folder = pending.pop()
+            with self._errors(folder, "list"):
+                try:
+                    files, folders = self._scan(folder)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+            pending.extend(folders)
+            yield from files
+
+    def _scan(self, folder: str) -> _Scan:
+        files, folders = [], []
+        steps = folder.split("/") if folder else []
+        with open_folder(self.root, steps) as folder_fd, os.scandir(folder_fd) as entries:
+            for entry in entries:
+                key = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith(TEMP_PREFIX) or "\\" in entry.name:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(key)
+                elif entry.is_file(follow_symlinks=False):
+                    try:
+                        files.append(file_info(key, entry.stat(follow_symlinks=False)))
+                    except FileNotFoundError:
+                        continue  # deleted since the folder was read
+        return files, folders
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """Copy inside the kernel; shares blocks where the file system can."""
+        with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
+            n_bytes = os.fstat(src_fd).st_size
+            copy_bytes(src_fd, file.fd, n_bytes, 0, 0)
+            file.publish(name)
+            self.counters.add("bytes_written", n_bytes)
+            return file_info(dst, os.fstat(file.fd))
+
+    def open_local(self, key: str, identity: ShardIdentity | None = None) -> FileLease | None:
+        """A lease that is a descriptor of the file; None where its size is not the identity's."""
+        with self._opened(key, "open_local") as fd:
+            n_bytes = os.fstat(fd).st_size
+            if identity is not None and identity.n_bytes != n_bytes:
+                return None
+            return FileLease(os.dup(fd), n_bytes)
+
+    def announce(self, plan: ReadPlan) -> None:
+        """Ignored: a local folder has nothing to fetch."""
+
+    def _at(self, key: str) -> str:
+        return f"{self.url}/{key}" if key else self.url
+
+    @contextmanager
+    def _errors(self, key: str, doing: str) -> Iterator[None]:
+        self.counters.add("requests")
+        with os_errors(doing, self._at(key)):
+            yield
+
+    @contextmanager
+    def _opened(self, key: str, doing: str) -> Iterator[int]:
+        folders, name = _split(key)
+        with self._errors(key, doing), open_folder(self.root, folders) as folder_fd:
+            # O_NONBLOCK: opening a pipe that somebody put here must not hang.
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise NotFound(f"not a regular file ({doing})", url=self._at(key))
+                yield fd
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def _new_file(self, key: str, doing: str) -> Iterator[tuple[NewFile, str]]:
+        folders, name = _split(key)
+        with self._errors(key, doing), open_folder(self.root, folders, make=True) as folder_fd:
+            file = NewFile(folder_fd)
+            try:
+                yield file, name
+            finally:
+                file.close()
+
+
+def _unlink_file(name: str, folder_fd: int) -> None:
+    with suppress(IsADirectoryError):  # a folder is no object
+        os.unlink(name, dir_fd=folder_fd)
+
+
+def _split(key: str) -> tuple[list[str], str]:
+    *folders, name = check_key(key).split("/")
+    if name.startswith(TEMP_PREFIX):
+        raise ValueError(f"not a valid key: {key!r}; names that start with {TEMP_PREFIX!r} are of unfinished writes")
+    return folders, name

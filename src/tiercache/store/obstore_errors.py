@@ -1,0 +1,99 @@
+"""What obstore's exceptions mean, read from their text: the status and the kind of failure stand nowhere else. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+
+_STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
+_KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
+_CAUSES = re.compile(r'(?:message|error): "?([^"\n]+?)"?,?\n')
+# Where clients look for credentials when nobody gave any.
+_METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity/")
+_XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
+_SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
+_DEBUG = "\n\nDebug source"
+_BODY_CHARS = 200
+_TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+# Statuses that say that the request was not carried out; after any other failure of a write one cannot know.
+_NOT_DONE = (429, 503)
+_TOO_FAR = 416
+_CHANGED = 412
+CONFLICT = 409
+
+
+def failure(error: BaseException, doing: str, url: str) -> StoreError:
+    """Our error for one of obstore's, with .status and .retryable, and .sent False where the request never left."""
+    text = str(error)
+    shown, status = _shown(text), _status(text)
+    name = type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        what = "bucket" if "NoSuchBucket" in text else "object"
+        return NotFound(f"no such {what} ({doing})", url=url, status=status)
+    if name in ("PreconditionError", "NotModifiedError") or status == _CHANGED:
+        return ObjectChanged(f"the object is not the one that was asked for ({doing})", url=url, status=status)
+    if "RangeNotSupported" in text or "non-partial" in text:
+        message = f"{doing}: the server answered a range with the whole object; does it serve ranges?"
+        return StoreError(message, url=url, retryable=True, no_range=True)
+    if name in ("NotSupportedError", "NotImplementedError"):
+        return StoreError(f"{doing}: this kind of store cannot do that ({shown})", url=url, no_range=True)
+    if _METADATA.search(text) and status not in _TRY_AGAIN:
+        message = (
+            f"{doing}: no credentials: none in storage_options, the environment or a profile, and the metadata service "
+            f"of a cloud machine gave none ({shown}); for a public bucket say anon=True or skip_signature=True"
+        )
+        return StoreError(message, url=url)
+    kind = _KIND.search(text)
+    retryable = status in _TRY_AGAIN or "ConditionalRequestConflict" in text if status else kind is not None
+    sent = not (kind is not None and kind[1] == "Connect")
+    return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent)
+
+
+def knows_no_range(error: StoreError) -> bool:
+    """Whether a ranged request failed because the store does not know that kind of range."""
+    return bool(error.facts.get("no_range", False))
+
+
+def exists_already(error: BaseException) -> bool:
+    """Whether a conditional put was refused because the key is taken (and not because another one is under way)."""
+    return type(error).__name__ == "AlreadyExistsError" and "ConditionalRequestConflict" not in str(error)
+
+
+def may_have_happened(error: StoreError) -> bool:
+    """Whether a write that failed so may still have taken effect: it left, and no answer says that it was refused."""
+    status = error.facts.get("status")
+    if status is not None:
+        return status >= 500 and status not in _NOT_DONE
+    return bool(error.facts.get("sent", False)) and error.retryable
+
+
+def is_beyond_end(error: StoreError) -> bool:
+    """Whether the store said that the range starts behind the object's end."""
+    return error.facts.get("status") == _TOO_FAR
+
+
+def _status(text: str) -> int | None:
+    match = _STATUS.search(text.partition(_DEBUG)[0])
+    return int(match[1]) if match else None
+
+
+def _shown(text: str) -> str:
+    """What people need of the text: the status with S3's code and message, or the innermost cause; no secrets."""
+    first, _, debug = text.partition(_DEBUG)
+    match = _STATUS.search(first)
+    if match:
+        said = dict(_XML.findall(match[3]))
+        body = ": ".join(said[name] for name in ("Code", "Message") if name in said) or match[3].strip()
+        if body.startswith("<"):
+            body = ""  # a page for browsers
+        return _hide(f"HTTP {match[1]} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
+    kind, causes = _KIND.search(debug), _CAUSES.findall(debug)
+    if kind:
+        what = {"Timeout": "timed out", "Connect": "cannot connect"}.get(kind[1], "the connection broke")
+        return _hide(f"{what}{': ' + causes[-1] if causes else ''}")
+    return _hide(first.strip().splitlines()[0] if first.strip() else "unknown error")
+
+
+def _hide(text: str) -> str:
+    return _SECRET.sub("", text)

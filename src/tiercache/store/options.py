@@ -1,0 +1,237 @@
+"""Storage options: the names that users may give, and what each back end calls them. Pure; values are never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any
+
+_CLIENT = frozenset(
+    [
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_content_type",
+        "default_headers",
+        "http1_only",
+        "http2_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_url",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "root_certificate",
+        "randomize_addresses",
+        "read_timeout",
+        "timeout",
+        "user_agent",
+    ]
+)
+_DURATIONS = frozenset(
+    [
+        "connect_timeout",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "pool_idle_timeout",
+        "read_timeout",
+        "timeout",
+    ]
+)
+_CONFIG = {
+    "s3": frozenset(
+        [
+            "access_key_id",
+            "aws_endpoint_url_s3",
+            "checksum_algorithm",
+            "conditional_put",
+            "container_credentials_relative_uri",
+            "container_credentials_full_uri",
+            "container_authorization_token_file",
+            "copy_if_not_exists",
+            "default_region",
+            "disable_tagging",
+            "disable_bulk_delete",
+            "endpoint",
+            "imdsv1_fallback",
+            "metadata_endpoint",
+            "region",
+            "request_payer",
+            "role_arn",
+            "role_session_name",
+            "s3_express",
+            "secret_access_key",
+            "server_side_encryption",
+            "session_token",
+            "skip_signature",
+            "sse_bucket_key_enabled",
+            "sse_customer_key_base64",
+            "sse_kms_key_id",
+            "sts_endpoint",
+            "unsigned_payload",
+            "virtual_hosted_style_request",
+            "web_identity_token_file",
+        ]
+    ),
+    "gs": frozenset(
+        [
+            "service_account",
+            "service_account_key",
+            "base_url",
+            "bearer_token",
+            "application_credentials",
+            "skip_signature",
+        ]
+    ),
+    "az": frozenset(
+        [
+            "account_name",
+            "account_key",
+            "client_id",
+            "client_secret",
+            "credential_type",
+            "tenant_id",
+            "authority_host",
+            "sas_key",
+            "token",
+            "use_emulator",
+            "use_fabric_endpoint",
+            "encryption_key",
+            "endpoint",
+            "msi_endpoint",
+            "object_id",
+            "msi_resource_id",
+            "federated_token_file",
+            "use_azure_cli",
+            "skip_signature",
+            "disable_tagging",
+            "fabric_token_service_url",
+            "fabric_workload_host",
+            "fabric_session_token",
+            "fabric_cluster_identifier",
+        ]
+    ),
+    "http": frozenset[str](),
+}
+# The environment's names without case: aws_region is region.
+_PREFIX = {"s3": "aws_", "gs": "google_", "az": "azure_", "http": "http_"}
+_S3FS = {
+    "key": "access_key_id",
+    "secret": "secret_access_key",
+    "token": "session_token",
+    "anon": "skip_signature",
+    "endpoint_url": "endpoint",
+}
+_CLIENT_KWARGS = {
+    "endpoint_url": "endpoint",
+    "region_name": "region",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+}
+# A stalled connection must not hang a job, and a slow one must not fail while it moves: a request may take long,
+# but 20 s without a byte is a failure.
+_CLIENT_DEFAULTS = {"timeout": timedelta(minutes=5), "read_timeout": timedelta(seconds=20)}
+
+
+@dataclass(frozen=True, slots=True)
+class CloudOptions:
+    """Options in obstore's names. config: the store's; client: its HTTP client's; profile: in the user's AWS files."""
+
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    client: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    profile: str | None = None
+
+    @classmethod
+    def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
+        """Check and translate what the user gave. cloud: "s3", "gs", "az" or "http".
+
+        Raises:
+            ValueError: an option that is not known, with those that are meant perhaps; or one given by two names.
+        """
+        config: dict[str, Any] = {}
+        client: dict[str, Any] = {}
+        profile = None
+        for name, value in _flat(cloud, given):
+            if name == "profile" and cloud == "s3":
+                profile = value
+            elif name in _CLIENT:
+                client[name] = timedelta(seconds=value) if name in _DURATIONS and _is_number(value) else value
+            elif name in config and config[name] != value:
+                raise ValueError(f"storage option {name!r} is given twice, by two names and with two values")
+            else:
+                config[name] = value
+        endpoint = str(config.get("endpoint", config.get("base_url", "")))
+        if "allow_http" not in client:
+            # The endpoint may also come from the environment, so only an https one given here forbids plain http.
+            client["allow_http"] = not endpoint.startswith("https:")
+        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile)
+
+    def for_s3fs(self) -> dict[str, Any]:
+        """The same for s3fs, as far as it knows them: credentials, endpoint, region, timeouts, addressing style."""
+        named = {theirs: self.config[ours] for theirs, ours in _S3FS.items() if ours in self.config}
+        client_kwargs = {}
+        region = self.config.get("region", self.config.get("default_region"))
+        if region is not None:
+            client_kwargs["region_name"] = region
+        if self.client.get("allow_invalid_certificates"):
+            client_kwargs["verify"] = False
+        s3 = {}
+        if "virtual_hosted_style_request" in self.config:
+            s3["addressing_style"] = "virtual" if _is_true(self.config["virtual_hosted_style_request"]) else "path"
+        # Repeating is retry.py's business; a conditional put repeated by botocore would take itself for a rival.
+        config_kwargs: dict[str, Any] = {"retries": {"total_max_attempts": 1}} | ({"s3": s3} if s3 else {})
+        for theirs, ours in (("read_timeout", "read_timeout"), ("connect_timeout", "connect_timeout")):
+            if isinstance(self.client.get(ours), timedelta):
+                config_kwargs[theirs] = self.client[ours].total_seconds()
+        named["anon"] = _is_true(named.get("anon", False))
+        if self.profile is not None:
+            named["profile"] = self.profile
+        return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
+
+
+def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    known = _CONFIG[cloud] | _CLIENT
+    for name, value in given.items():
+        if value is None:
+            continue
+        lower = name.lower()
+        short = lower.removeprefix(_PREFIX[cloud])
+        if cloud == "s3" and lower == "client_kwargs":
+            yield from _client_kwargs(value)
+        elif cloud == "s3" and lower in _S3FS:
+            yield _S3FS[lower], value
+        elif lower in known or (cloud == "s3" and lower == "profile"):
+            yield lower, value
+        elif short in known:
+            yield short, value
+        else:
+            names = known | (frozenset(_S3FS) | {"client_kwargs", "profile"} if cloud == "s3" else frozenset())
+            raise ValueError(f"unknown storage option {name!r} for {cloud}://{_near(lower, names)}")
+
+
+def _client_kwargs(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in given.items():
+        if name in _CLIENT_KWARGS:
+            yield _CLIENT_KWARGS[name], value
+        elif name == "verify" and isinstance(value, bool):
+            yield "allow_invalid_certificates", not value
+        else:
+            raise ValueError(f"unknown name {name!r} in client_kwargs{_near(name, {*_CLIENT_KWARGS, 'verify'})}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, near))}?" if near else f"; known are {', '.join(sorted(known))}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_true(value: object) -> bool:
+    return value is True or str(value).lower() in ("true", "1", "yes", "on")

@@ -1,0 +1,260 @@
+"""The conformance suite of the Store contract.
+
+A back end's test file is a subclass of a few lines::
+
+    class TestMyStore(StoreSuite):
+        @pytest.fixture
+        def store(self, tmp_path): return MyStore(tmp_path)
+        def raw_put(self, store, key, data): (store.root / key).write_bytes(data)
+        def raw_get(self, store, key): return (store.root / key).read_bytes()
+
+raw_put and raw_get are the back door: they must not use the class under test. Needs pytest.
+"""
+# ruff: noqa: D102 - the names of tests are sentences
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from threading import Barrier
+
+import pytest
+
+from tiercache.errors import NotFound
+from tiercache.model import ByteRange, ReadPlan, ShardIdentity
+from tiercache.store.contract import Lease, LocalStore, Store
+from tiercache.testing.reading import BAD_KEYS, ReadSuite, pattern
+
+ODD_KEYS = ("a b", "a%20b", "ü/日本", "a+b=c&d", "x/#?!*'()", "~t/@:;,$", '{a}[b]^`|<>"')
+
+
+class StoreSuite(ReadSuite):
+    """The whole contract."""
+
+    def raw_get(self, store: Store, key: str) -> bytes:
+        """Read an object without the class under test."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_put_writes_the_whole_object_of_any_buffer(self, store: Store, kind: type) -> None:
+        data = pattern(10_000)
+        info = store.put("x/y/z", kind(data))
+        assert self.raw_get(store, "x/y/z") == data
+        assert (info.key, info.n_bytes) == ("x/y/z", 10_000)
+        assert info.etag == store.head("x/y/z").etag
+
+    def test_put_replaces(self, store: Store) -> None:
+        first = store.put("x", b"first")
+        second = store.put("x", b"second!")
+        assert self.raw_get(store, "x") == b"second!"
+        assert first.etag != second.etag
+
+    def test_put_of_nothing_is_an_empty_object(self, store: Store) -> None:
+        assert store.put("e", b"").n_bytes == 0
+        assert self.raw_get(store, "e") == b""
+
+    def test_put_if_absent_writes_only_a_free_key(self, store: Store) -> None:
+        assert store.put_if_absent("once", b"first") is True
+        assert store.put_if_absent("once", b"second") is False
+        assert self.raw_get(store, "once") == b"first"
+        store.delete(["once"])
+        assert store.put_if_absent("once", b"third") is True
+
+    def test_put_if_absent_has_one_winner_of_many(self, store: Store) -> None:
+        n_racers = 8
+        barrier = Barrier(n_racers)
+
+        def race(number: int) -> bool:
+            barrier.wait()
+            return store.put_if_absent("prize", b"%d" % number * 1000)
+
+        with ThreadPoolExecutor(n_racers) as pool:
+            won = list(pool.map(race, range(n_racers)))
+        assert won.count(True) == 1
+        assert self.raw_get(store, "prize") == b"%d" % won.index(True) * 1000
+
+    def test_odd_characters_in_keys_come_back_as_they_went(self, store: Store) -> None:
+        for key in ODD_KEYS:
+            store.put(key, key.encode())
+            assert store.get(key) == key.encode()
+            assert store.head(key).key == key
+        assert sorted(info.key for info in store.list()) == sorted(ODD_KEYS)
+        store.delete(ODD_KEYS)
+        assert list(store.list()) == []
+
+    def test_an_upload_joins_parts_by_number(self, store: Store) -> None:
+        parts = [pattern(store.min_part_bytes, seed) for seed in range(2)] + [b"the end"]
+        with store.create("up/loaded") as upload:
+            for number in (2, 0, 1):
+                upload.put_part(number, parts[number])
+            assert [info.key for info in store.list()] == []
+            info = upload.complete()
+        assert info is not None
+        assert (info.key, info.n_bytes) == ("up/loaded", sum(map(len, parts)))
+        assert info.etag == store.head("up/loaded").etag
+        assert self.raw_get(store, "up/loaded") == b"".join(parts)
+
+    def test_parts_come_from_any_thread_and_their_buffers_are_not_kept(self, store: Store) -> None:
+        parts = [pattern(store.min_part_bytes, seed) for seed in range(4)]
+
+        def send(number: int) -> None:
+            buffer = bytearray(parts[number])
+            upload.put_part(number, buffer)
+            buffer[:] = bytes(len(buffer))
+
+        with store.create("threads") as upload, ThreadPoolExecutor(4) as pool:
+            list(pool.map(send, range(4)))
+            upload.complete()
+        assert self.raw_get(store, "threads") == b"".join(parts)
+
+    @pytest.mark.parametrize("parts", [[], [b""], [b"small"]])
+    def test_an_upload_may_be_small(self, store: Store, parts: list[bytes]) -> None:
+        with store.create("small") as upload:
+            for number, part in enumerate(parts):
+                upload.put_part(number, part)
+            upload.complete()
+        assert self.raw_get(store, "small") == b"".join(parts)
+
+    @pytest.mark.parametrize("n_parts", [0, 1, 3])
+    def test_an_upload_that_is_left_leaves_nothing(self, store: Store, n_parts: int) -> None:
+        with store.create("left") as upload:
+            for number in range(n_parts):
+                upload.put_part(number, pattern(store.min_part_bytes))
+        upload.abort()
+        assert list(store.list()) == []
+        with pytest.raises(NotFound):
+            store.head("left")
+
+    def test_a_completed_or_aborted_upload_takes_no_more(self, store: Store) -> None:
+        with store.create("done") as upload:
+            upload.put_part(0, b"x")
+            upload.complete()
+            with pytest.raises(ValueError, match="done"):
+                upload.put_part(1, b"y")
+            with pytest.raises(ValueError, match="done"):
+                upload.complete()
+        assert self.raw_get(store, "done") == b"x"
+
+    def test_a_missing_part_is_an_error_and_publishes_nothing(self, store: Store) -> None:
+        with store.create("gap") as upload:
+            upload.put_part(0, pattern(store.min_part_bytes))
+            upload.put_part(2, b"end")
+            with pytest.raises(ValueError, match="part 1 is missing"):
+                upload.complete()
+        assert list(store.list()) == []
+
+    @pytest.mark.parametrize("n_parts", [1, 4])
+    def test_an_upload_completes_if_absent_only_on_a_free_key(self, store: Store, n_parts: int) -> None:
+        def send() -> object:
+            with store.create("free", if_absent=True) as upload:
+                for number in range(n_parts):
+                    upload.put_part(number, pattern(store.min_part_bytes, seed=number))
+                return upload.complete(if_absent=True)
+
+        assert send() is not None
+        store.put("free", b"taken")
+        assert send() is None
+        assert self.raw_get(store, "free") == b"taken"
+        assert [info.key for info in store.list()] == ["free"]
+
+    def test_delete_takes_many_and_does_not_mind_the_missing(self, store: Store) -> None:
+        keys = [f"d/{number}" for number in range(12)]
+        for key in keys:
+            self.raw_put(store, key, b"x")
+        self.raw_put(store, "kept", b"x")
+        store.delete([*keys, "d/missing", "no/such/folder"])
+        assert [info.key for info in store.list()] == ["kept"]
+        store.delete([])
+
+    def test_list_gives_the_objects_below_a_folder(self, store: Store) -> None:
+        for number, key in enumerate(("a/1", "a/b/2", "ab/3", "a.b", "z")):
+            self.raw_put(store, key, b"x" * number)
+        assert {(info.key, info.n_bytes) for info in store.list()} == {
+            ("a/1", 0), ("a/b/2", 1), ("ab/3", 2), ("a.b", 3), ("z", 4),
+        }  # fmt: skip
+        assert sorted(info.key for info in store.list("a/")) == ["a/1", "a/b/2"]
+        assert [info.key for info in store.list("a/b/")] == ["a/b/2"]
+        assert list(store.list("nothing/here/")) == []
+
+    def test_copy_copies(self, store: Store) -> None:
+        self.raw_put(store, "src/a", data := pattern(5000))
+        info = store.copy("src/a", "dst/b/c")
+        assert (info.key, info.n_bytes) == ("dst/b/c", 5000)
+        assert self.raw_get(store, "dst/b/c") == data
+        assert self.raw_get(store, "src/a") == data
+        with pytest.raises(NotFound):
+            store.copy("no/such", "x")
+
+    def test_a_key_that_cannot_be_is_refused_when_writing(self, store: Store) -> None:
+        calls: tuple[Callable[[str], object], ...] = (
+            lambda key: store.put(key, b""),
+            lambda key: store.put_if_absent(key, b""),
+            store.create,
+            lambda key: store.delete([key]),
+            lambda key: store.copy("a", key),
+            lambda key: store.copy(key, "a"),
+        )
+        self.raw_put(store, "a", b"")
+        for key, call in product(BAD_KEYS, calls):
+            with pytest.raises(ValueError, match="key"):
+                call(key)
+
+    def test_writing_is_counted(self, store: Store) -> None:
+        before = store.counters.snapshot()
+        store.put("n", pattern(1000))
+        after = store.counters.snapshot()
+        assert after["requests"] > before["requests"]
+        assert after["bytes_written"] - before["bytes_written"] == 1000
+
+
+class LocalStoreSuite:
+    """What a LocalStore adds. Mixed into a StoreSuite."""
+
+    def raw_put(self, store: Store, key: str, data: bytes) -> None:
+        """Write an object without the class under test."""
+        raise NotImplementedError
+
+    def leased(self, store: Store, key: str, identity: ShardIdentity | None = None) -> Lease | None:
+        """The lease of a store that must be a LocalStore."""
+        assert isinstance(store, LocalStore)
+        return store.open_local(key, identity)
+
+    def test_a_lease_gives_a_descriptor_of_the_bytes(self, store: Store) -> None:
+        self.raw_put(store, "l", data := pattern(10_000))
+        lease = self.leased(store, "l")
+        assert lease is not None
+        try:
+            ranges = [ByteRange(10, 20), ByteRange(0, 10_000)]
+            lease.want(ranges)
+            assert lease.wait(ranges, deadline_s=30.0)
+            assert lease.present(ranges)
+            assert lease.n_bytes == 10_000
+            assert os.pread(lease.fd, 10_000, 0) == data
+            assert not os.get_inheritable(lease.fd)
+        finally:
+            lease.close()
+            lease.close()
+
+    def test_a_copy_of_another_size_than_the_identity_is_a_miss(self, store: Store) -> None:
+        self.raw_put(store, "l", pattern(100))
+        identity = ShardIdentity("d" * 32, "5" * 32, n_bytes=99, crc32c=0)
+        assert self.leased(store, "l", identity) is None
+
+    def test_a_lease_of_nothing_is_not_found(self, store: Store) -> None:
+        with pytest.raises(NotFound):
+            self.leased(store, "no/such")
+
+    def test_a_lease_outlives_the_object(self, store: Store) -> None:
+        self.raw_put(store, "l", data := pattern(1000))
+        lease = self.leased(store, "l")
+        assert lease is not None
+        assert lease.wait([ByteRange(0, 1000)], deadline_s=30.0)
+        store.delete(["l"])
+        assert os.pread(lease.fd, 1000, 0) == data
+        lease.close()
+
+    def test_a_plan_may_be_announced(self, store: Store) -> None:
+        assert isinstance(store, LocalStore)
+        store.announce(ReadPlan("test"))

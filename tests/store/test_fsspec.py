@@ -1,0 +1,80 @@
+"""Any other URL through fsspec, and S3 through s3fs."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+
+from tiercache.store import FsspecStore, open_store
+from tiercache.store.options import CloudOptions
+from tiercache.testing.reading import ReadSuite
+from tiercache.testing.suite import StoreSuite
+
+
+class TestFsspecMemory(StoreSuite):
+    @pytest.fixture
+    def store(self):
+        memory = fsspec.filesystem("memory")
+        memory.store.clear()
+        memory.pseudo_dirs[:] = [""]
+        store = FsspecStore("memory://bucket/folder", "memory://bucket/folder", {})
+        yield store
+        store.close()
+        memory.store.clear()
+
+    def raw_put(self, store, key, data):
+        fsspec.filesystem("memory").pipe_file(f"/bucket/folder/{key}", data)
+
+    def raw_get(self, store, key):
+        return fsspec.filesystem("memory").store[f"/bucket/folder/{key}"].getvalue()
+
+
+class TestFsspecLocal(StoreSuite):
+    @pytest.fixture
+    def store(self, tmp_path):
+        self.root = tmp_path / "root"
+        store = open_store(f"local://{self.root}")
+        assert isinstance(store, FsspecStore)
+        yield store
+        store.close()
+
+    def raw_put(self, store, key, data):
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+
+    def raw_get(self, store, key):
+        return (self.root / key).read_bytes()
+
+
+class TestFsspecHttp(ReadSuite):
+    """What a forked child reads HTTP by."""
+
+    @pytest.fixture
+    def store(self, http_server):
+        self.server = http_server
+        store = FsspecStore(http_server.url, http_server.url, {})
+        yield store
+        store.close()
+
+    def raw_put(self, store, key, data):
+        self.server.objects[key] = data
+
+
+@pytest.mark.s3
+class TestS3fsOnSeaweedFS(StoreSuite):
+    @pytest.fixture
+    def store(self, s3):
+        self.door = s3
+        options = CloudOptions.parse("s3", s3.server.storage_options).for_s3fs()
+        url = f"{s3.server.url}/{s3.prefix}"
+        store = FsspecStore(url, url, options)
+        yield store
+        store.close()
+
+    def raw_put(self, store, key, data):
+        self.door.put(key, data)
+
+    def raw_get(self, store, key):
+        return self.door.get(key)

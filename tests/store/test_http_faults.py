@@ -1,0 +1,276 @@
+"""What goes wrong on the wire, scripted: HTTP and S3 through obstore against a server that misbehaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import CloudStore, open_store
+from tiercache.store.bucket import Tuning
+from tiercache.store.obstore import Place
+from tiercache.store.options import CloudOptions
+from tiercache.store.retry import RetryPolicy
+from tiercache.store.spans import RequestSizes
+from tiercache.testing import FakeClock
+from tiercache.testing.http_server import Misbehave
+from tiercache.testing.reading import ReadSuite, pattern, read_ranges
+
+MIB = 1 << 20
+DATA = pattern(3 * MIB)
+WHOLE = [ByteRange(0, len(DATA))]
+
+
+class TestHttpReadOnly(ReadSuite):
+    @pytest.fixture
+    def store(self, http_server):
+        self.server = http_server
+        store = open_store(f"{http_server.url}/folder")
+        assert isinstance(store, CloudStore)
+        yield store
+        store.close()
+
+    def raw_put(self, store, key, data):
+        self.server.objects[f"folder/{key}"] = data
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def make(http_server, clock):
+    """A store of the fault server whose retries take no time: http, or S3 in all but the signature."""
+    made = []
+
+    def build(cloud="http", **tuning):
+        tuning = {"policy": RetryPolicy(), "clock": clock, **tuning}
+        if cloud == "http":
+            options = CloudOptions.parse("http", {"read_timeout": 5})
+            place = Place("http", http_server.url, "", http_server.url)
+        else:
+            given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1", "disable_bulk_delete": True}
+            options = CloudOptions.parse("s3", given)
+            place = Place("s3", "bucket", "", "s3://bucket")
+        made.append(CloudStore(place, options, Tuning(**tuning)))
+        return made[-1]
+
+    yield build
+    for store in made:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [Misbehave("status", 503)],
+        [Misbehave("status", 500), Misbehave("status", 429), Misbehave("status", 502)],
+        [Misbehave("reset")],
+        [Misbehave("reset", n_bytes=0)],
+        [Misbehave("short", n_bytes=1000)],
+        [Misbehave("whole")],
+        [Misbehave("drop")],
+        [Misbehave("reset"), Misbehave("short"), Misbehave("status", 504), Misbehave("drop")],
+    ],
+    ids=lambda script: "+".join(fault.kind for fault in script),
+)
+@pytest.mark.parametrize("cloud", ["http", "s3"])
+def test_a_fault_that_passes_is_retried_and_the_bytes_are_right(http_server, make, clock, cloud, script):
+    http_server.objects = {"a": DATA, "bucket/a": DATA}
+    http_server.next(*script)
+    assert read_ranges(make(cloud), "a", WHOLE) == [DATA]
+    assert len(clock.slept) == len(script)
+    assert len(http_server.log) + sum(fault.kind == "drop" for fault in script) == len(script) + 1
+
+
+def test_head_get_and_read_tail_are_retried_too(http_server, make):
+    http_server.objects = {"a": b"12345"}
+    store = make()
+    for call in (lambda: store.head("a").n_bytes, lambda: store.get("a"), lambda: store.read_tail("a", 2)[0]):
+        http_server.next(Misbehave("status", 503))
+        assert call() in (5, b"12345", b"45")
+
+
+def test_retrying_ends_and_says_what_was_asked_and_answered(http_server, make, clock):
+    http_server.objects = {"a": DATA}
+    body = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+    http_server.when(lambda method, path: Misbehave("status", 503, body=body))
+    with pytest.raises(StoreError, match=r"/a: read_into: HTTP 503 .*SlowDown: Please reduce") as caught:
+        read_ranges(make(policy=RetryPolicy(n_attempts=4)), "a", WHOLE)
+    assert caught.value.retryable
+    assert caught.value.status == 503
+    assert len(http_server.log) == 4
+    assert len(clock.slept) == 3
+    assert all(0 <= slept_s <= 0.4 for slept_s in clock.slept)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 405])
+def test_an_answer_that_trying_again_does_not_mend_is_not_retried(http_server, make, status):
+    http_server.when(lambda method, path: Misbehave("status", status))
+    with pytest.raises(StoreError) as caught:
+        make().get("a")
+    assert (caught.value.retryable, caught.value.status) == (False, status)
+    assert len(http_server.log) == 1
+
+
+def test_a_server_that_is_not_there_is_retryable(make, http_server):
+    store = make(policy=RetryPolicy(n_attempts=2))
+    http_server.__exit__()
+    with pytest.raises(StoreError, match="cannot connect") as caught:
+        store.get("a")
+    assert caught.value.retryable
+
+
+def test_what_is_not_there_is_asked_once(http_server, make):
+    with pytest.raises(NotFound):
+        make().get("a")
+    assert len(http_server.log) == 1
+
+
+def test_an_object_replaced_between_two_ranges_is_noticed_without_if_match(http_server, make):
+    http_server.objects = {"a": DATA}
+    store = make(sizes=RequestSizes(gap_bytes=0, part_bytes=MIB))
+    http_server.next(None, Misbehave("replace"))
+    with pytest.raises(ObjectChanged) as caught:
+        read_ranges(store, "a", WHOLE)
+    assert not caught.value.retryable
+
+
+def test_an_object_replaced_between_a_failure_and_its_retry_is_noticed(http_server, make):
+    http_server.objects = {"a": DATA}
+    http_server.next(Misbehave("reset"), Misbehave("replace"))
+    with pytest.raises(ObjectChanged):
+        read_ranges(make(), "a", WHOLE)
+    assert http_server.log[-1].if_match is not None
+
+
+def test_neighbouring_spans_are_one_request_and_far_ones_are_several(http_server, make):
+    http_server.objects = {"a": DATA}
+    store = make(sizes=RequestSizes(gap_bytes=1000, part_bytes=MIB))
+    ranges = [ByteRange(0, 100), ByteRange(100, 200), ByteRange(1000, 1100), ByteRange(500_000, 500_100)]
+    assert read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges]
+    assert sorted(seen.range for seen in http_server.log) == ["bytes=0-1099", "bytes=500000-500099"]
+    assert http_server.n_bytes_sent == 1200
+
+
+def test_read_tail_is_one_request(http_server, make):
+    http_server.objects = {"a": DATA}
+    make().read_tail("a", 64)
+    assert [(seen.method, seen.range) for seen in http_server.log] == [("GET", "bytes=-64")]
+
+
+def _wait_for_workers():
+    for thread in threading.enumerate():
+        if thread.name.startswith("tiercache-store"):
+            thread.join(10)
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel"])
+def test_a_stalled_read_ends_in_time_and_nothing_is_written_after_it(http_server, make, how):
+    http_server.objects = {"a": DATA}
+    http_server.when(lambda method, path: Misbehave("stall", n_bytes=2 * MIB + 5))
+    store = open_store(http_server.url)
+    buffer = bytearray(len(DATA))
+    cancel = threading.Event()
+    timer = threading.Timer(0.3, cancel.set)
+    timer.start()
+    started_s = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        store.read_into(
+            "a",
+            [(WHOLE[0], memoryview(buffer))],
+            deadline_s=0.3 if how == "deadline" else None,
+            cancel=cancel if how == "cancel" else None,
+        )
+    assert time.monotonic() - started_s < 3
+    assert caught.value.retryable
+    seen = bytes(buffer)
+    assert seen != DATA
+    timer.join()
+    http_server.release()
+    store.close()
+    _wait_for_workers()
+    assert bytes(buffer) == seen
+
+
+def test_a_deadline_ends_retrying(http_server, make, clock):
+    http_server.when(lambda method, path: Misbehave("status", 503))
+    store = make(policy=RetryPolicy(n_attempts=1000, first_s=1.0, longest_s=1.0, total_s=1e6))
+    with pytest.raises(StoreError):
+        read_ranges(store, "a", WHOLE, deadline_s=5.0)
+    assert sum(clock.slept) <= 5.0
+    assert len(http_server.log) < 100
+
+
+def test_put_if_absent_whose_answer_is_lost_says_so_and_is_not_repeated(http_server, make):
+    store = make("s3")
+    http_server.next(Misbehave("lost_answer"))
+    with pytest.raises(StoreError) as caught:
+        store.put_if_absent("a", b"mine")
+    assert caught.value.maybe_done
+    assert http_server.objects == {"bucket/a": b"mine"}
+    assert [seen.method for seen in http_server.log] == ["PUT"]
+
+
+def test_put_if_absent_is_repeated_where_the_answer_says_that_nothing_was_done(http_server, make):
+    store = make("s3")
+    conflict = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
+    http_server.next(Misbehave("status", 503), Misbehave("status", 409, body=conflict))
+    assert store.put_if_absent("a", b"mine") is True
+    http_server.next(Misbehave("status", 409, body=conflict))
+    assert store.put_if_absent("a", b"mine") is False
+    assert http_server.objects == {"bucket/a": b"mine"}
+
+
+def test_put_and_delete_are_repeated(http_server, make):
+    store = make("s3")
+    http_server.next(Misbehave("lost_answer"), None)
+    assert store.put("a", b"x").n_bytes == 1
+    http_server.next(Misbehave("lost_answer"), Misbehave("status", 500), None)
+    store.delete(["a"])
+    assert http_server.objects == {}
+
+
+def test_a_listing_over_plain_http_is_refused_at_once(http_server, make):
+    with pytest.raises(StoreError, match="list: HTTP 501") as caught:
+        list(make().list())
+    assert not caught.value.retryable
+
+
+def test_missing_credentials_are_said_at_once(http_server):
+    store = open_store("s3://bucket", endpoint=http_server.url, metadata_endpoint=http_server.url)
+    with pytest.raises(StoreError, match=r"no credentials: .*anon=True") as caught:
+        store.get("a")
+    assert not caught.value.retryable
+    store.close()
+
+
+def test_a_missing_bucket_is_named(http_server, make):
+    http_server.next(Misbehave("status", 404, body=b"<Error><Code>NoSuchBucket</Code></Error>"))
+    with pytest.raises(NotFound, match="no such bucket"):
+        make("s3").get("a")
+
+
+def test_what_http_cannot_do_is_said(make):
+    with pytest.raises(StoreError, match="cannot do that") as caught:
+        make().put_if_absent("a", b"x")
+    assert not caught.value.retryable
+
+
+def test_secrets_of_the_url_stand_in_no_error(http_server):
+    url = http_server.url.replace("http://", "http://user:s3cret@")
+    store = open_store(url)
+    http_server.when(lambda method, path: Misbehave("status", 403))
+    with pytest.raises(StoreError) as caught:
+        store.get("a")
+    http_server.__exit__()
+    with pytest.raises(StoreError) as gone:
+        store.read_into("a", [(ByteRange(0, 1), memoryview(bytearray(1)))], deadline_s=0.2)
+    shown = "".join(map(repr, (store, store.url, store.back_end))) + str(caught.value) + str(gone.value)
+    assert "s3cret" not in shown
+    assert "user" not in shown
+    store.close()

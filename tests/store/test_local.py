@@ -1,0 +1,202 @@
+"""Local folders."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import LocalFolder, open_store, posix
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.testing.reading import read_ranges
+from tiercache.testing.suite import LocalStoreSuite, StoreSuite
+
+
+class TestLocalFolder(LocalStoreSuite, StoreSuite):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return LocalFolder(tmp_path / "root")
+
+    def raw_put(self, store, key, data):
+        path = store.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+
+    def raw_get(self, store, key):
+        return (store.root / key).read_bytes()
+
+
+class TestLocalFolderWithoutNamelessFiles(TestLocalFolder):
+    """File systems without O_TMPFILE (network file systems, most FUSE) use a temporary name."""
+
+    @pytest.fixture(autouse=True)
+    def no_tmpfile(self, monkeypatch):
+        real_open = os.open
+
+        def refusing(path, flags, *args, **kwargs):
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
+            return real_open(path, flags, *args, **kwargs)
+
+        monkeypatch.setattr(posix.os, "open", refusing)
+
+    def test_no_temporary_name_is_left(self, store):
+        store.put("a", b"1")
+        store.put("a", b"2")
+        store.put_if_absent("a", b"3")
+        with store.create("b") as upload:
+            upload.put_part(0, b"x")
+            assert list(store.root.glob(f"{TEMP_PREFIX}*"))
+        assert list(store.root.iterdir()) == [store.root / "a"]
+
+    def test_what_a_killed_writer_left_is_swept_a_day_later(self, store):
+        store.root.mkdir()
+        for name, age_s in (("old", 90_000), ("young", 3600)):
+            left = store.root / f"{TEMP_PREFIX}{name}"
+            left.write_bytes(b"torn")
+            os.utime(left, (time.time() - age_s,) * 2)
+        store.put("a", b"x")
+        assert sorted(path.name for path in store.root.iterdir()) == [f"{TEMP_PREFIX}young", "a"]
+
+
+class TestLocalFolderWithoutHardLinks(TestLocalFolderWithoutNamelessFiles):
+    """FAT and some FUSE file systems have no link(2)."""
+
+    @pytest.fixture(autouse=True)
+    def no_links(self, monkeypatch):
+        def refusing(*args, **kwargs):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(posix.os, "link", refusing)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalFolder(tmp_path / "root")
+
+
+def test_links_below_the_root_are_never_followed(tmp_path, store):
+    secret = tmp_path / "outside" / "secret"
+    secret.parent.mkdir()
+    secret.write_bytes(b"secret")
+    store.put("a/here", b"x")
+    (store.root / "file").symlink_to(secret)
+    (store.root / "folder").symlink_to(secret.parent)
+    for key in ("file", "folder/secret"):
+        for call in (store.head, store.get, store.open_local):
+            with pytest.raises(StoreError):
+                call(key)
+    with pytest.raises(StoreError):
+        store.put("folder/new", b"x")
+    store.put("file", b"replaces the link, not what it points to")
+    assert secret.read_bytes() == b"secret"
+    assert not (secret.parent / "new").exists()
+    assert sorted(info.key for info in store.list()) == ["a/here", "file"]
+
+
+def test_a_root_that_is_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    LocalFolder(tmp_path / "root").put("a", b"x")
+    assert (tmp_path / "real" / "a").read_bytes() == b"x"
+
+
+def test_temporary_names_are_neither_keys_nor_listed(store):
+    store.put("a/b", b"x")
+    (store.root / "a" / f"{TEMP_PREFIX}1234").write_bytes(b"torn")
+    assert [info.key for info in store.list()] == ["a/b"]
+    with pytest.raises(ValueError, match="unfinished"):
+        store.get(f"a/{TEMP_PREFIX}1234")
+
+
+def test_a_folder_or_a_pipe_is_no_object(store):
+    store.put("a/b", b"x")
+    os.mkfifo(store.root / "pipe")
+    for key in ("a", "pipe", "a/b/c"):
+        with pytest.raises(NotFound):
+            store.get(key)
+    assert [info.key for info in store.list()] == ["a/b"]
+    store.delete(["a"])
+    assert store.get("a/b") == b"x"
+
+
+def test_writing_below_a_file_or_over_a_folder_is_an_error_that_says_so(store):
+    store.put("a/b", b"x")
+    for key in ("a/b/c", "a"):
+        with pytest.raises(StoreError) as caught:
+            store.put(key, b"y")
+        assert not isinstance(caught.value, NotFound)
+        assert not caught.value.retryable
+
+
+def test_a_full_disk_is_not_retryable_and_leaves_nothing(store, monkeypatch):
+    store.put("a", b"old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(posix.os, "pwrite", full)
+    with pytest.raises(StoreError, match="No space left") as caught:
+        store.put("a", b"new")
+    assert not caught.value.retryable
+    assert store.get("a") == b"old"
+    assert list(store.root.iterdir()) == [store.root / "a"]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(store, monkeypatch):
+    store.put("a", bytes(1000))
+    real_preadv = os.preadv
+
+    def cutting(fd, buffers, offset):
+        os.truncate(store.root / "a", 100)
+        return real_preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cutting)
+    with pytest.raises(StoreError, match="cut short"):
+        read_ranges(store, "a", [ByteRange(0, 1000)])
+
+
+def test_reading_continues_after_short_reads_of_the_system(store, monkeypatch):
+    store.put("a", bytes(range(250)))
+    real_preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real_preadv(fd, [buffers[0][:7]], offset))
+    ranges = [ByteRange(0, 100), ByteRange(100, 103), ByteRange(103, 250)]
+    assert b"".join(read_ranges(store, "a", ranges)) == bytes(range(250))
+
+
+def test_more_spans_than_one_system_call_takes_are_read(store):
+    store.put("a", bytes(range(256)) * 20)
+    ranges = [ByteRange(start, start + 1) for start in range(5000)]
+    assert b"".join(read_ranges(store, "a", ranges)) == (bytes(range(256)) * 20)[:5000]
+
+
+@pytest.mark.parametrize("make", [lambda p: p, str, lambda p: p.as_uri(), lambda p: f"file://localhost{p}"])
+def test_paths_and_file_urls_open_the_same_folder(tmp_path, make):
+    root = tmp_path / "with space%"
+    LocalFolder(root).put("a", b"x")
+    store = open_store(make(root) if "localhost" not in str(make(root)) else make(Path(root.as_uri()[7:])))
+    assert store.get("a") == b"x"
+    assert store.url == str(root)
+
+
+def _put_in_child(store, winners):
+    winners.put(store.put_if_absent("prize", b"%d" % os.getpid()))
+
+
+def test_put_if_absent_has_one_winner_among_processes(store):
+    context = multiprocessing.get_context("fork")
+    winners = context.SimpleQueue()
+    children = [context.Process(target=_put_in_child, args=(store, winners)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert sorted(winners.get() for _ in children) == [False, False, False, True]
+    winners.close()

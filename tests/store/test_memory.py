@@ -1,0 +1,34 @@
+"""Stores in memory."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from tiercache.store import MemoryStore, memory, open_store
+from tiercache.testing.suite import StoreSuite
+
+
+class TestMemoryStore(StoreSuite):
+    @pytest.fixture
+    def store(self):
+        store = open_store(f"memory://{uuid.uuid4().hex}/some/folder")
+        yield store
+        memory._buckets.pop(store.name, None)
+
+    def raw_put(self, store, key, data):
+        info = MemoryStore(store.name).put(f"some/folder/{key}", data)
+        _, kept = memory._buckets[store.name].objects[f"some/folder/{key}"]
+        assert kept.n_bytes == info.n_bytes
+
+    def raw_get(self, store, key):
+        return memory._buckets[store.name].objects[f"some/folder/{key}"][0]
+
+
+def test_stores_of_one_name_share_their_objects_and_others_do_not():
+    MemoryStore("shared").put("a/b", b"x")
+    assert MemoryStore("shared", "a").get("b") == b"x"
+    assert list(MemoryStore("other").list()) == []
+    memory._buckets.pop("shared")
+    memory._buckets.pop("other")

@@ -1,0 +1,43 @@
+"""Buckets through obstore."""
+
+from __future__ import annotations
+
+import pytest
+
+from tiercache.store import CloudStore
+from tiercache.store.bucket import ObstoreStore
+from tiercache.testing.suite import StoreSuite
+
+
+class S3Suite(StoreSuite):
+    @pytest.fixture
+    def store(self, door):
+        store = door.server.store(door.prefix)
+        assert isinstance(store, CloudStore)
+        yield store
+        assert isinstance(store.back_end, ObstoreStore)
+        store.close()
+
+    def raw_put(self, store, key, data):
+        self.door.put(key, data)
+
+    def raw_get(self, store, key):
+        return self.door.get(key)
+
+    @pytest.fixture(autouse=True)
+    def _keep_door(self, door):
+        self.door = door
+
+
+@pytest.mark.s3
+class TestS3OnSeaweedFS(S3Suite):
+    @pytest.fixture
+    def door(self, s3):
+        return s3
+
+
+@pytest.mark.s3
+class TestS3OnMoto(S3Suite):
+    @pytest.fixture
+    def door(self, moto):
+        return moto

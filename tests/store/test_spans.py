@@ -1,0 +1,53 @@
+"""Planning of ranged reads."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.model import ByteRange
+from tiercache.store.spans import RequestSizes, check_spans, plan_requests
+
+ranges = st.tuples(st.integers(0, 300), st.integers(0, 120)).map(lambda r: ByteRange(r[0], r[0] + r[1]))
+sizes = st.builds(RequestSizes, st.integers(0, 40), st.integers(1, 100))
+
+
+@given(st.lists(ranges, max_size=12), sizes)
+def test_every_byte_of_every_span_is_read_once_into_its_place(wanted, sizes):
+    data = bytes(i * 7 % 251 for i in range(500))
+    buffers = [bytearray(r.n_bytes) for r in wanted]
+    writes = 0
+    for request in plan_requests([(r, memoryview(b)) for r, b in zip(wanted, buffers, strict=True)], sizes):
+        answer = data[request.range.start : request.range.end]
+        for offset, buffer in request.pieces:
+            buffer[:] = answer[offset : offset + buffer.nbytes]
+            writes += buffer.nbytes
+    assert [bytes(b) for b in buffers] == [data[r.start : r.end] for r in wanted]
+    assert writes == sum(r.n_bytes for r in wanted)
+
+
+@given(st.lists(ranges, max_size=12), sizes)
+def test_requests_are_bounded_and_waste_no_more_than_the_gaps_allow(wanted, sizes):
+    requests = plan_requests([(r, memoryview(bytearray(r.n_bytes))) for r in wanted], sizes)
+    for request in requests:
+        used = sum(buffer.nbytes for _, buffer in request.pieces)
+        assert 0 < request.range.n_bytes <= sizes.part_bytes
+        assert request.range.n_bytes - used <= sizes.gap_bytes * (len(request.pieces) - 1)
+        ends = [offset + buffer.nbytes for offset, buffer in request.pieces]
+        assert request.pieces[0][0] == 0
+        assert ends[-1] == request.range.n_bytes
+        assert all(end <= offset for end, (offset, _) in zip(ends, request.pieces[1:], strict=False))
+    assert [r.range.start for r in requests] == sorted(r.range.start for r in requests)
+
+
+def test_a_long_span_is_cut_into_near_equal_parts():
+    requests = plan_requests([(ByteRange(0, 17), memoryview(bytearray(17)))], RequestSizes(0, 8))
+    assert [r.range.n_bytes for r in requests] == [6, 6, 5]
+
+
+def test_sizes_and_buffers_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="part_bytes"):
+        RequestSizes(0, 0)
+    with pytest.raises(ValueError, match="flat bytes"):
+        check_spans([(ByteRange(0, 4), memoryview(bytearray(4)).cast("i"))])

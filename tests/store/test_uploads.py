@@ -1,0 +1,152 @@
+"""Uploads to real S3, larger than one request."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tiercache.store import FsspecStore, obstore_upload, open_store
+from tiercache.store.options import CloudOptions
+from tiercache.testing.reading import pattern
+
+pytestmark = pytest.mark.s3
+MIB = 1 << 20
+PARTS = [pattern(6 * MIB, seed) for seed in range(3)] + [b"end"]
+
+
+@pytest.fixture
+def store(s3):
+    store = s3.server.store(s3.prefix)
+    yield store
+    store.close()
+
+
+def _send(upload, order=(0, 1, 2, 3)):
+    for number in order:
+        upload.put_part(number, PARTS[number])
+
+
+def test_a_large_upload_streams_and_is_whole(s3, store):
+    with store.create("big") as upload:
+        _send(upload, (1, 0, 3, 2))
+        assert upload._writer is not None
+        assert list(store.list()) == []
+        info = upload.complete()
+    assert info.n_bytes == sum(map(len, PARTS))
+    assert s3.get("big") == b"".join(PARTS)
+
+
+def test_a_large_upload_that_is_aborted_leaves_nothing(s3, store):
+    with store.create("big") as upload:
+        _send(upload)
+    assert list(store.list()) == []
+    assert s3.uploads() == []
+
+
+def test_a_large_upload_if_absent_needs_to_be_said_first_and_has_one_winner(s3, store):
+    with store.create("big") as upload:
+        _send(upload)
+        with pytest.raises(ValueError, match="if_absent"):
+            upload.complete(if_absent=True)
+    for wins in (True, False):
+        with store.create("big", if_absent=True) as upload:
+            _send(upload)
+            assert (upload.complete(if_absent=True) is not None) == wins
+    assert s3.get("big") == b"".join(PARTS)
+    assert [info.key for info in store.list()] == ["big"]
+    listed = s3.client.list_objects_v2(Bucket=s3.server.bucket, Prefix=s3.prefix)["Contents"]
+    assert [found["Key"] for found in listed] == [f"{s3.prefix}/big"], "no temporary object is left"
+
+
+def test_parts_that_come_much_too_early_wait(monkeypatch, store):
+    monkeypatch.setattr(obstore_upload, "_AHEAD_BYTES", 7 * MIB)
+    monkeypatch.setattr(obstore_upload, "_AHEAD_WAIT_S", 0.2)
+    with store.create("big") as upload:
+        upload.put_part(1, PARTS[1])
+        with pytest.raises(obstore_upload.StoreError, match="part 0 did not come"):
+            upload.put_part(2, PARTS[2])
+
+
+def test_s3fs_uploads_in_parts_and_aborts(s3):
+    url = f"{s3.server.url}/{s3.prefix}"
+    store = FsspecStore(url, url, CloudOptions.parse("s3", s3.server.storage_options).for_s3fs())
+    with store.create("big") as upload:
+        _send(upload, (3, 1, 0, 2))
+        assert upload.complete(if_absent=True) is not None
+    assert s3.get("big") == b"".join(PARTS)
+    with store.create("big") as upload:
+        _send(upload, (0,))
+        assert upload.complete(if_absent=True) is None
+    with store.create("other") as upload:
+        _send(upload, (0,))
+    assert s3.uploads() == []
+    store.close()
+
+
+def test_the_usual_environment_opens_a_bucket(s3, monkeypatch):
+    for name, value in s3.server.environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"{s3.server.url}/{s3.prefix}")
+    store.put("a", b"x")
+    assert s3.get("a") == b"x"
+    store.close()
+
+
+def test_s3fs_names_open_a_bucket(s3):
+    server = s3.server
+    names = {"key": server.access_key_id, "secret": server.secret_access_key, "anon": False, "token": None}
+    store = open_store(
+        f"{server.url}/{s3.prefix}",
+        endpoint_url=server.endpoint,
+        client_kwargs={"region_name": "us-east-1"},
+        **names,
+    )
+    store.put("a", b"x")
+    assert s3.get("a") == b"x"
+    store.close()
+
+
+def test_a_profile_opens_a_bucket(s3, monkeypatch, tmp_path):
+    file = tmp_path / "credentials"
+    keys = f"aws_access_key_id={s3.server.access_key_id}\naws_secret_access_key={s3.server.secret_access_key}\n"
+    file.write_text(f"[work]\n{keys}")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
+    for options in ({"profile": "work"}, {}):
+        store = open_store(f"{s3.server.url}/{s3.prefix}", **options)
+        store.put("a", b"x")
+        assert s3.get("a") == b"x"
+        store.close()
+        monkeypatch.setenv("AWS_PROFILE", "work")
+
+
+def test_wrong_keys_are_refused_and_that_is_not_retryable(s3):
+    store = open_store(s3.server.url, **{**s3.server.storage_options, "secret_access_key": "wrong-s3cret"})
+    with pytest.raises(obstore_upload.StoreError, match="403") as caught:
+        store.get("a")
+    assert not caught.value.retryable
+    assert "wrong-s3cret" not in str(caught.value)
+    store.close()
+
+
+def test_parts_from_many_threads_are_sent_in_their_order(s3, store):
+    parts = [pattern(300_000 + number, number) for number in range(80)]
+    with store.create("threads") as upload, ThreadPoolExecutor(8) as pool:
+        list(pool.map(upload.put_part, range(80), parts))
+        upload.complete()
+    assert s3.get("threads") == b"".join(parts)
+
+
+def test_a_part_that_fails_fails_the_upload_and_leaves_nothing(s3, store, monkeypatch):
+    def fail(writer, data):
+        raise obstore_upload.StoreError("broken", url="u", retryable=False)
+
+    with store.create("broken") as upload:
+        upload.put_part(0, bytes(17 * MIB))
+        monkeypatch.setattr(upload._target, "write", fail)
+        for call in (lambda: upload.put_part(1, b"x"), lambda: upload.put_part(2, b"x"), upload.complete):
+            with pytest.raises(obstore_upload.StoreError, match="broken"):
+                call()
+    assert list(store.list()) == []
+    assert s3.uploads() == []

@@ -1,0 +1,191 @@
+"""URLs and storage options."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from datetime import timedelta
+
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
+from tiercache.store.options import CloudOptions
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("https://user:secret@host:8080/a?X-Amz-Signature=secret#secret", "https://host:8080/a"),
+        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+        ("abfss://user:secret@account.dfs.core.windows.net/a", "abfss://account.dfs.core.windows.net/a"),
+        ("/data/what?is@this", "/data/what?is@this"),
+        ("relative/path", "relative/path"),
+        ("file:///data/x", "file:///data/x"),
+    ],
+)
+def test_redact_leaves_what_may_be_shown(url, shown):
+    assert redact(url) == shown
+    assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("s3://bucket/a/b.tcs", ("s3://bucket/a", "b.tcs")),
+        ("s3://bucket/b.tcs", ("s3://bucket", "b.tcs")),
+        ("/data/b.tcs", ("/data", "b.tcs")),
+        ("/b.tcs", ("/", "b.tcs")),
+        ("file:///data/with%20space/b", ("/data/with space", "b")),
+        ("memory://name/b", ("memory://name", "b")),
+    ],
+)
+def test_split_url_gives_root_and_key(url, parts):
+    assert split_url(url) == parts
+
+
+def test_split_url_of_a_relative_path_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_url("b.tcs") == (str(tmp_path), "b.tcs")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "/data/", "https://host/a?sig=x", ""])
+def test_split_url_refuses_what_names_no_object(url):
+    with pytest.raises(ValueError, match=r"."):
+        split_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "shown"),
+    [
+        ("s3://bucket/a/", CloudStore, "s3://bucket/a"),
+        ("gs://bucket/a", CloudStore, "gs://bucket/a"),
+        ("az://container/a", CloudStore, "az://container/a"),
+        ("https://user:secret@host/a", CloudStore, "https://host/a"),
+        ("memory://name/a", MemoryStore, "memory://name/a"),
+        ("zip::x", LocalFolder, None),
+        ("sftp://user:secret@host/a", FsspecStore, "sftp://host/a"),
+    ],
+)
+def test_open_store_chooses_the_back_end_and_asks_nothing_yet(url, kind, shown):
+    store = open_store(url)
+    assert type(store) is kind
+    assert shown is None or store.url == shown
+    assert "secret" not in repr(store)
+    assert type(pickle.loads(pickle.dumps(store))) is kind
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("s3://key:secret@bucket/a", {}, "storage_options"),
+        ("s3:///a", {}, "BUCKET"),
+        ("https://host/a?sig=secret", {}, "query"),
+        ("file://other-machine/a", {}, "three slashes"),
+        ("/data", {"region": "x"}, "no storage options, got region"),
+        ("s3://bucket/a/../b", {}, "key"),
+        ("", {}, "not a URL"),
+    ],
+)
+def test_open_store_refuses_what_cannot_be(url, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_store(url, **options)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "name", "near"),
+    [
+        ("s3", "regoin", "'region'"),
+        ("s3", "acess_key_id", "'access_key_id'"),
+        ("s3", "endpoint_ulr", "'endpoint_url'"),
+        ("gs", "servce_account", "'service_account'"),
+        ("az", "acount_name", "'account_name'"),
+        ("http", "time_out", "'timeout'"),
+        ("gs", "zzzzzz", "known are"),
+    ],
+)
+def test_an_unknown_option_is_an_error_that_lists_the_near_ones(cloud, name, near):
+    with pytest.raises(ValueError, match=f"unknown storage option '{name}'.*{near}"):
+        CloudOptions.parse(cloud, {name: "s3cret-value"})
+
+
+def test_names_of_s3fs_and_of_the_environment_mean_the_same():
+    given = {
+        "key": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "aws_session_token": "t",
+        "client_kwargs": {"endpoint_url": "http://e", "region_name": "r", "verify": False},
+        "timeout": 5,
+        "connect_timeout": "2s",
+    }
+    options = CloudOptions.parse("s3", given)
+    assert options.config == {
+        "access_key_id": "k", "secret_access_key": "s", "session_token": "t", "endpoint": "http://e", "region": "r",
+    }  # fmt: skip
+    assert options.client["timeout"] == timedelta(seconds=5)
+    assert options.client["connect_timeout"] == "2s"
+    assert options.client["allow_invalid_certificates"] is True
+    assert options.client["allow_http"] is True
+
+
+def test_an_option_given_by_two_names_must_be_one_value():
+    assert CloudOptions.parse("s3", {"key": "k", "access_key_id": "k"}).config == {"access_key_id": "k"}
+    with pytest.raises(ValueError, match="twice"):
+        CloudOptions.parse("s3", {"key": "k", "access_key_id": "other"})
+    with pytest.raises(ValueError, match=r"client_kwargs.*'region_name'"):
+        CloudOptions.parse("s3", {"client_kwargs": {"region_nam": "r"}})
+
+
+def test_http_is_allowed_unless_an_https_endpoint_is_given():
+    assert CloudOptions.parse("s3", {}).client["allow_http"] is True
+    assert CloudOptions.parse("s3", {"endpoint": "https://e"}).client["allow_http"] is False
+    assert CloudOptions.parse("s3", {"endpoint": "https://e", "allow_http": True}).client["allow_http"] is True
+
+
+def test_options_reach_s3fs_by_its_names():
+    given = {"access_key_id": "k", "secret_access_key": "s", "endpoint": "http://e", "region": "r", "read_timeout": 9}
+    for_s3fs = CloudOptions.parse("s3", {**given, "virtual_hosted_style_request": "true"}).for_s3fs()
+    assert for_s3fs == {
+        "key": "k",
+        "secret": "s",
+        "endpoint_url": "http://e",
+        "anon": False,
+        "client_kwargs": {"region_name": "r"},
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "s3": {"addressing_style": "virtual"},
+            "read_timeout": 9.0,
+        },
+    }
+    assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
+
+
+def test_the_values_of_options_are_not_shown():
+    assert "s3cret" not in repr(CloudOptions.parse("s3", {"secret": "s3cret", "default_headers": {"x": "s3cret"}}))
+
+
+def test_a_profile_without_boto3_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    store = open_store("s3://bucket", profile="work")
+    with pytest.raises(ValueError, match=r"'work'.*tiercache\[archive\]"):
+        store.get("a")
+
+
+def test_a_profile_that_is_not_there_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="no-such-profile"):
+        open_store("s3://bucket", profile="no-such-profile").get("a")
+
+
+def test_an_unknown_scheme_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"no store for sftpp://; did you mean .*sftp"):
+        open_store("sftpp://a/b")
+
+
+def test_a_missing_package_is_an_error_that_names_it():
+    with pytest.raises(StoreError, match=r"sftp://host/a.*paramiko") as caught:
+        open_store("sftp://host/a").get("a")
+    assert not caught.value.retryable

@@ -1,0 +1,192 @@
+"""Stores that fail, wait and stop as scripted."""
+
+from __future__ import annotations
+
+import uuid
+from threading import Thread
+
+import pytest
+
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import LocalStore, MemoryStore, memory
+from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultStore, GateStore, LatencyStore
+from tiercache.testing.suite import StoreSuite
+
+
+@pytest.fixture
+def inner():
+    store = MemoryStore(uuid.uuid4().hex)
+    store.put("a", b"0123456789")
+    yield store
+    memory._buckets.pop(store.name, None)
+
+
+class TestAWrapperWithoutFaultsIsTheStoreItself(StoreSuite):
+    @pytest.fixture
+    def store(self):
+        store = MemoryStore(uuid.uuid4().hex)
+        yield FaultStore(LatencyStore(CountingStore(GateStore(store)), seed=1, longest_s=0.0))
+        memory._buckets.pop(store.name, None)
+
+    def raw_put(self, store, key, data):
+        memory._buckets.setdefault(self.name_of(store), memory._Bucket())
+        MemoryStore(self.name_of(store)).put(key, data)
+
+    def raw_get(self, store, key):
+        return memory._buckets[self.name_of(store)].objects[key][0]
+
+    @staticmethod
+    def name_of(store):
+        return store.url.removeprefix("memory://")
+
+    def test_a_pickled_store_works(self):
+        """Scripts, gates and clocks stay in their process."""
+
+
+def test_the_nth_calls_of_a_verb_fail_and_no_other(inner):
+    store = FaultStore(inner, [Fault("get", nth=2, times=2, status=500)])
+    assert store.get("a")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="scripted fault in get") as caught:
+            store.get("a")
+        assert (caught.value.retryable, caught.value.status) == (True, 500)
+    assert store.get("a")
+    assert store.head("a").n_bytes == 10
+    assert store.struck == [("get", "a"), ("get", "a")]
+
+
+def test_a_script_may_speak_of_some_keys_only(inner):
+    inner.put("shards/x", b"x")
+    store = FaultStore(inner, [Fault("get", keys="shards/*", error=NotFound)])
+    assert store.get("a")
+    with pytest.raises(NotFound):
+        store.get("shards/x")
+    assert store.get("shards/x") == b"x"
+
+
+def test_equal_lines_of_a_script_count_by_themselves_and_lines_may_be_added(inner):
+    store = FaultStore(inner)
+    store.get("a")
+    store.add(Fault("get"), Fault("get", nth=3))
+    outcomes = []
+    for _ in range(4):
+        try:
+            store.get("a")
+            outcomes.append(True)
+        except StoreError:
+            outcomes.append(False)
+    assert outcomes == [False, True, False, True]
+
+
+@pytest.mark.parametrize("verb", ["put", "put_if_absent"])
+def test_a_lost_answer_comes_after_the_effect(inner, verb):
+    store = FaultStore(inner, [Fault(verb, kind=FaultKind.LOST_ANSWER)])
+    with pytest.raises(StoreError) as caught:
+        getattr(store, verb)("new", b"written")
+    assert caught.value.maybe_done
+    assert inner.get("new") == b"written"
+
+
+def test_an_error_comes_before_the_effect(inner):
+    store = FaultStore(inner, [Fault("put"), Fault("complete"), Fault("delete")])
+    with pytest.raises(StoreError):
+        store.put("new", b"x")
+    with store.create("new") as upload:
+        upload.put_part(0, b"x")
+        with pytest.raises(StoreError):
+            upload.complete()
+    with pytest.raises(StoreError):
+        store.delete(["a"])
+    assert [info.key for info in inner.list()] == ["a"]
+
+
+def test_a_short_read_fills_half_and_fails(inner):
+    store = FaultStore(inner, [Fault("read_into", kind=FaultKind.SHORT_READ)])
+    buffer = bytearray(10)
+    with pytest.raises(StoreError):
+        store.read_into("a", [(ByteRange(0, 10), memoryview(buffer))])
+    assert bytes(buffer) == b"01234" + bytes(5)
+
+
+def test_a_bit_flip_is_silent(inner):
+    store = FaultStore(inner, [Fault(verb, kind=FaultKind.BIT_FLIP) for verb in ("get", "read_tail", "read_into")])
+    buffer = bytearray(10)
+    store.read_into("a", [(ByteRange(0, 10), memoryview(buffer))])
+    for data in (store.get("a"), store.read_tail("a", 10)[0], bytes(buffer)):
+        assert sum(bin(x ^ y).count("1") for x, y in zip(data, b"0123456789", strict=True)) == 1
+    assert store.get("a") == b"0123456789"
+
+
+@pytest.mark.parametrize("with_etag", [True, False])
+def test_an_object_replaced_between_two_ranges_is_noticed(inner, with_etag):
+    store = FaultStore(inner, [Fault("read_into", kind=FaultKind.REPLACED)])
+    spans = [(ByteRange(0, 5), memoryview(bytearray(5))), (ByteRange(5, 10), memoryview(bytearray(5)))]
+    with pytest.raises(ObjectChanged):
+        store.read_into("a", spans, if_match=store.head("a").etag if with_etag else None)
+    assert inner.get("a") == b"9876543210"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"verb": "fetch"}, {"verb": "get", "nth": 0}, {"verb": "put", "kind": FaultKind.SHORT_READ}]
+)
+def test_a_script_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"verb|befall"):
+        Fault(**wrong)
+
+
+def test_latency_is_drawn_from_its_seed(inner):
+    slept = []
+    for seed in (1, 1, 2):
+        clock = FakeClock()
+        store = LatencyStore(inner, seed=seed, shortest_s=0.1, longest_s=0.5, clock=clock)
+        for _ in range(5):
+            store.get("a")
+        slept.append(clock.slept)
+    assert slept[0] == slept[1] != slept[2]
+    assert all(0.1 <= s <= 0.5 for s in slept[0])
+
+
+@pytest.mark.parametrize("point", ["before_put", "after_put"])
+def test_a_gate_stops_one_call_at_its_point(inner, point):
+    store = GateStore(inner)
+    gate = store.stop_at(point, keys="gated")
+    store.put("other", b"x")
+    thread = Thread(target=store.put, args=("gated", b"x"))
+    thread.start()
+    gate.wait_reached()
+    assert ("gated" in [info.key for info in inner.list()]) == (point == "after_put")
+    store.put("gated-too", b"x")
+    gate.open()
+    thread.join()
+    assert inner.get("gated") == b"x"
+
+
+def test_a_gate_that_nobody_reaches_or_opens_fails_the_test(inner):
+    store = GateStore(inner)
+    gate = store.stop_at("before_get")
+    gate.timeout_s = 0.01
+    with pytest.raises(AssertionError, match="nobody reached before_get"):
+        gate.wait_reached()
+    with pytest.raises(AssertionError, match="nobody opened"):
+        store.get("a")
+    assert gate.is_reached
+    with pytest.raises(ValueError, match="point"):
+        store.stop_at("during_get")
+
+
+def test_counting_writes_down_every_call(inner):
+    store = CountingStore(inner)
+    store.get("a")
+    list(store.list("x/"))
+    with store.create("b") as upload:
+        upload.put_part(0, b"x")
+        upload.complete()
+    assert store.calls == [
+        ("get", "a"), ("list", "x/"), ("create", "b"), ("put_part", "b"), ("complete", "b"), ("abort", "b"),
+    ]  # fmt: skip
+    assert (store.n_calls(), store.n_calls("get"), store.n_calls(keys="b")) == (6, 1, 4)
+
+
+def test_a_wrapper_is_never_a_local_store(tmp_path, inner):
+    assert not isinstance(FaultStore(inner), LocalStore)

@@ -1,0 +1,168 @@
+"""The servers that tests and the demo use."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import urllib.error
+import urllib.request
+
+import pytest
+from tests.s3_fixtures import s3_server
+
+from tiercache.testing import s3_server as s3_module
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.s3_server import S3Server, free_ports, weed_binary
+from tiercache.waiting import wait_for
+
+__all__ = ["s3_server"]
+
+
+@pytest.fixture
+def server():
+    with HttpFaultServer({"a b": b"0123456789"}) as server:
+        yield server
+
+
+def ask(server, path="/a%20b", method="GET", body=None, **header):
+    request = urllib.request.Request(
+        server.url + path, body, {name.replace("_", "-"): value for name, value in header.items()}, method=method
+    )
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as answer:
+            return answer.status, answer.read(), dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(), dict(error.headers)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "body"),
+    [
+        ("bytes=2-4", 206, b"234"),
+        ("bytes=7-", 206, b"789"),
+        ("bytes=-3", 206, b"789"),
+        ("bytes=8-20", 206, b"89"),
+        ("bytes=10-11", 416, b""),
+        ("bytes=-0", 416, b""),
+        ("lines=1-2", 200, b"0123456789"),
+    ],
+)
+def test_it_serves_ranges(server, asked, status, body):
+    assert ask(server, Range=asked)[:2] == (status, body)
+
+
+def test_it_serves_whole_objects_heads_and_conditions(server):
+    status, body, header = ask(server)
+    assert (status, body, header["ETag"]) == (200, b"0123456789", server.etag("a b"))
+    assert ask(server, method="HEAD")[:2] == (200, b"")
+    assert ask(server, "/none")[0] == 404
+    assert ask(server, If_Match=header["ETag"])[0] == 200
+    assert ask(server, If_Match='"other"')[0] == 412
+    assert ask(server, "/new", "PUT", b"x", If_None_Match="*")[0] == 200
+    assert ask(server, "/new", "PUT", b"y", If_None_Match="*")[0] == 412
+    assert server.objects["new"] == b"x"
+    assert ask(server, "/new", "DELETE")[0] == 204
+    assert "new" not in server.objects
+    assert [seen.status for seen in server.log] == [200, 200, 404, 200, 412, 200, 412, 204]
+    assert server.n_bytes_sent == 20 + len(b"no such object") + len(b"changed")
+
+
+def test_scripts_go_by_order_then_by_rule(server):
+    server.when(lambda method, path: Misbehave("status", 404) if path == "/gone" else None)
+    server.next(Misbehave("status", 418, body=b"teapot", header=(("Retry-After", "1"),)), None)
+    status, body, header = ask(server)
+    assert (status, body, header["Retry-After"]) == (418, b"teapot", "1")
+    assert ask(server)[0] == 200
+    assert ask(server, "/gone")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (Misbehave("reset"), ConnectionResetError),
+        (Misbehave("short", n_bytes=3), http.client.IncompleteRead),
+        (Misbehave("drop"), (ConnectionResetError, urllib.error.URLError)),
+    ],
+)
+def test_it_breaks_off(server, fault, error):
+    server.next(fault)
+    with pytest.raises(error):
+        ask(server)
+    assert ask(server)[0] == 200
+
+
+def test_it_answers_a_range_with_the_whole_and_replaces(server):
+    server.next(Misbehave("whole"), Misbehave("replace"), Misbehave("replace", body=b"new"))
+    assert ask(server, Range="bytes=0-1")[:2] == (200, b"0123456789")
+    assert ask(server, Range="bytes=0-1")[:2] == (206, b"98")
+    assert ask(server)[1] == b"new"
+
+
+def test_a_stall_lasts_until_it_is_released(server):
+    server.next(Misbehave("stall", n_bytes=4))
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
+    connection.request("GET", "/a%20b")
+    answer = connection.getresponse()
+    assert answer.read(4) == b"0123"
+    server.release()
+    assert answer.read() == b"456789"
+    connection.close()
+
+
+def test_a_server_has_a_url_only_while_it_runs():
+    with pytest.raises(ValueError, match="with"):
+        HttpFaultServer().url  # noqa: B018
+
+
+@pytest.mark.s3
+def test_the_s3_server_runs_alone_in_its_group_and_says_what_it_is(s3_server):
+    assert s3_server.kind == "seaweedfs" if weed_binary() else "moto"
+    assert s3_server.is_running
+    assert os.getpgid(s3_server._process.pid) == s3_server._process.pid != os.getpgid(0)
+    assert s3_server.secret_access_key not in repr(s3_server)
+    store = s3_server.store("server-test")
+    store.put("a", b"x")
+    assert store.get("a") == b"x"
+    store.close()
+
+
+@pytest.mark.s3
+def test_a_server_that_is_killed_is_gone_and_may_be_started_again(tmp_path):
+    with S3Server(tmp_path, kind="moto") as server:
+        server.kill()
+        assert not server.is_running
+        server.start()
+        assert server.is_running
+        pid = server._process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):
+    server = S3Server(tmp_path, kind="moto")
+    monkeypatch.setattr(server, "_moto_command", lambda: ["sh", "-c", "echo it broke; exit 3"])
+    with pytest.raises(RuntimeError, match="it broke"):
+        server.start()
+
+
+def test_a_missing_wheel_is_an_error_where_there_is_one(monkeypatch):
+    def missing(name):
+        raise s3_module.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(s3_module.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(s3_module.sys, "platform", "linux")
+    monkeypatch.setattr(s3_module.platform, "machine", lambda: "x86_64")
+    with pytest.raises(RuntimeError, match=r"tiercache\[demo\]"):
+        weed_binary()
+    monkeypatch.setattr(s3_module.platform, "machine", lambda: "riscv64")
+    assert weed_binary() is None
+    with pytest.raises(ValueError, match="kind"):
+        S3Server(kind="ceph")
+
+
+def test_free_ports_are_free():
+    first = free_ports(4)
+    assert 0 < first < 55_536
+    assert wait_for(lambda: free_ports(1), 1)
