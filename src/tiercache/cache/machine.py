@@ -1,0 +1,125 @@
+"""What the cache asks of the machine: who is alive, what file system a folder lies on, how much room it has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import socket
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# statfs(2): file systems whose locks, links or mappings other machines share. FUSE is often one of them and never says.
+_NETWORK = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB2",
+    0x65735546: "FUSE",
+    0x0BD00BD0: "Lustre",
+    0x47504653: "GPFS",
+    0x19830326: "BeeGFS",
+    0x00C36400: "Ceph",
+    0x5346414F: "AFS",
+    0x01021997: "9P",
+    0x01161970: "GFS2",
+    0x7461636F: "OCFS2",
+}
+_STATFS_BYTES = 512  # more than struct statfs has anywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Room on a disk. n_free_files: None where the file system has no fixed number of inodes."""
+
+    free_bytes: int
+    total_bytes: int
+    n_free_files: int | None
+
+
+def room(path: Path) -> Room:
+    """Room for files of this user on the disk that path lies on."""
+    status = os.statvfs(path)
+    n_free_files = status.f_favail if status.f_files else None
+    return Room(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
+
+
+def network_file_system(path: Path) -> str | None:
+    """Name of the network file system that path lies on; None: a local one."""
+    library = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if not hasattr(library, "statfs") or library.statfs(os.fsencode(path), buffer) != 0:
+        return None
+    # f_type is the first member, a long, on Linux; elsewhere the numbers below do not occur there.
+    return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)
+
+
+def host_name() -> str:
+    """This machine's name, fit for a file name."""
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:100] or "host"
+
+
+@cache
+def boot_id() -> str:
+    """What tells this boot of this machine from every other; "0" where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
+    except OSError:
+        return "0"
+
+
+def pid_namespace() -> int:
+    """Which numbering of processes this one lives in: containers on one machine have their own."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in ticks since boot: with the pid it names a process for ever. None: no such process.
+
+    A zombie is dead: it holds nothing any more.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who a temporary file or a reservation belongs to: one open cache in one process, never named twice."""
+
+    boot: str
+    namespace: int
+    pid: int
+    started: int
+    nonce: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """A new one."""
+        pid = os.getpid()
+        return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        """The owner that str() wrote; None: it is none."""
+        match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
+        return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+
+    def __str__(self) -> str:
+        return f"{self.boot}-{self.namespace}-{self.pid}-{self.started}-{self.nonce}"
+
+    def runs(self) -> bool | None:
+        """Whether its process runs; None: it cannot be seen from here (another container)."""
+        if self.boot != boot_id():
+            return False
+        if self.namespace != pid_namespace():
+            return None
+        return start_time(self.pid) == self.started

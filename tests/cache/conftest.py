@@ -1,0 +1,92 @@
+"""A small world for the cache's tests: objects with identities, an inner store that counts, caches that are closed."""
+
+import fcntl
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.cache import Cache
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.store import LocalFolder
+from tiercache.testing import CountingStore
+
+
+@pytest.fixture(params=["locks hold", "locks lie"])
+def locks(request, monkeypatch):
+    """Every test with a world runs twice: with flock, and with a flock that does nothing and says it did."""
+    if request.param == "locks lie":
+        monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
+    return request.param
+
+
+class World:
+    """Objects in a local folder behind a counting store, and caches in folders beside it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = LocalFolder(root / "source")
+        self.inner = CountingStore(self.folder)
+        self.data: dict[str, bytes] = {}
+        self.caches: list[Cache] = []
+
+    def put(self, key: str, n_bytes: int = 10_000) -> ShardIdentity:
+        """Make an object of random bytes."""
+        data = random.Random(key).randbytes(n_bytes)
+        path = self.root / "source" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.data[key] = data
+        return self.identity(key)
+
+    def identity(self, key: str) -> ShardIdentity:
+        data = self.data[key]
+        return ShardIdentity("d" * 32, key.encode().hex(), len(data), crc32c(data))
+
+    def cache(self, size="10MB", name="cache", **options) -> Cache:
+        cache = Cache(self.root / name, size=size, **{"free_floor": "0%"} | options)
+        self.caches.append(cache)
+        return cache
+
+    def store(self, cache: Cache | None = None):
+        return (cache or self.cache()).store(self.inner)
+
+    def read(self, store, key: str, identity=None) -> bytes | None:
+        """The bytes of the cached copy, waited for; None: not by this way."""
+        with_identity = identity if identity is not None else self.identity(key)
+        lease = store.open_local(key, with_identity)
+        if lease is None:
+            return None
+        try:
+            if not lease.wait([ByteRange(0, lease.n_bytes)], deadline_s=60):
+                return None
+            return os.pread(lease.fd, lease.n_bytes, 0)
+        finally:
+            lease.close()
+
+    def fetch(self, store, key: str) -> None:
+        assert self.read(store, key) == self.data[key]
+
+    def copies(self, name="cache") -> list[Path]:
+        return [p for p in sorted((self.root / name / "copies").iterdir()) if "." not in p.name]
+
+    def copy(self, key: str) -> Path:
+        """Where the copy of the only object lies."""
+        (path,) = self.copies()
+        return path
+
+    def temps(self, name="cache") -> list[Path]:
+        return sorted((self.root / name / "copies").glob("*.tmp"))
+
+    def n_reads(self, keys="*") -> int:
+        return self.inner.n_calls("read_into", keys)
+
+
+@pytest.fixture
+def world(tmp_path, locks):
+    world = World(tmp_path)
+    yield world
+    for cache in world.caches:
+        cache.close()

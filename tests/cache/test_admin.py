@@ -1,0 +1,209 @@
+"""Warming, pinning, looking, and the default cache."""
+
+import gc
+import threading
+
+import pytest
+
+from tiercache.cache import Cache
+from tiercache.cache.machine import Room
+from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
+from tiercache.testing import Fault, FaultKind, FaultStore, GateStore
+
+
+def pairs_of(world, n=5, n_bytes=10_000):
+    return [(f"s{i}", world.put(f"s{i}", n_bytes)) for i in range(n)]
+
+
+@pytest.mark.parametrize("jobs", [1, 3, 20])
+def test_warming_fetches_what_is_missing_and_says_how_far_it_is(world, jobs):
+    pairs = pairs_of(world)
+    cache = world.cache()
+    world.fetch(world.store(cache), "s2")
+    seen = []
+    report = cache.warm(world.inner, [*pairs, pairs[0]], jobs=jobs, on_progress=seen.append)
+    assert (report.n_wanted, report.n_fetched, report.bytes_fetched) == (5, 4, 40_000)
+    assert [p.n_done for p in seen] == [1, 2, 3, 4, 5]
+    assert [p.bytes_done for p in seen] == [10_000, 20_000, 30_000, 40_000, 50_000]
+    assert {p.last for p in seen} == {"", "s0", "s1", "s3", "s4"}
+    assert cache.warm(world.inner, pairs).n_fetched == 0
+    assert world.n_reads() == 5
+
+
+def test_warming_without_identities_asks_the_store(world):
+    world.put("a")
+    report = world.cache().warm(world.inner, [("a", None)])
+    assert report.n_fetched == 1
+
+
+def test_warming_ends_at_the_first_error_and_goes_on_where_it_stopped(world):
+    pairs = pairs_of(world)
+    source = FaultStore(world.inner, [Fault("read_into", nth=3)])
+    cache = world.cache()
+    with pytest.raises(StoreError, match="scripted"):
+        cache.warm(source, pairs, jobs=1)
+    assert len(world.copies()) == 2
+    assert cache.warm(source, pairs, jobs=1).n_fetched == 3
+
+
+def test_warming_reports_missing_and_corrupt_objects(world):
+    pairs = pairs_of(world)
+    with pytest.raises(CorruptShard):
+        world.cache().warm(FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)]), pairs)
+    (world.root / "source" / "s3").unlink()
+    with pytest.raises(NotFound):
+        world.cache().warm(world.inner, pairs)
+
+
+def test_an_interrupted_warming_cancels_its_fetches_and_leaves_no_thread(world):
+    pairs = pairs_of(world)
+    gated = GateStore(world.inner)
+
+    def interrupt(progress):
+        if progress.n_done:
+            gate.open()
+            raise KeyboardInterrupt
+
+    with gated.stop_at("before_read_into", "s4") as gate, pytest.raises(KeyboardInterrupt):
+        world.cache().warm(gated, pairs, jobs=2, on_progress=interrupt)
+    assert not [t for t in threading.enumerate() if t.name.startswith("tiercache")]
+    assert world.temps() == []
+    assert world.cache().warm(world.inner, pairs).n_wanted == 5
+
+
+def test_warming_ends_with_a_look_at_every_copy(world):
+    pairs = pairs_of(world)
+
+    def delete_one(progress):
+        if progress.n_done == 5:
+            world.copies()[0].unlink()
+
+    with pytest.raises(StoreError, match="1 of 5 copies are gone again"):
+        world.cache().warm(world.inner, pairs, on_progress=delete_one)
+
+
+def test_a_full_resident_cache_cannot_be_warmed_further(world):
+    pairs = pairs_of(world, 4, 100_000)
+    cache = world.cache("250KB")
+    cache.warm(world.inner, pairs[:2])
+    with pytest.raises(CacheFull, match="evict some or enlarge"):
+        cache.warm(world.inner, pairs[2:3])
+
+
+def test_pinning_fetches_and_holds(world):
+    pairs = pairs_of(world, 2)
+    cache = world.cache()
+    assert cache.pin(world.inner, pairs[:1]).n_fetched == 1
+    assert cache.pin(world.inner, pairs[:1]).n_fetched == 0
+    assert [entry.pinned for entry in cache.entries()] == [True]
+    cache.close()
+    assert [entry.pinned for entry in cache.entries()] == [True]
+    assert cache.unpin(lambda entry: False) == 0
+    assert cache.unpin() == 1
+
+
+def test_more_pins_than_fit_are_refused(world):
+    pairs = pairs_of(world, 3, 100_000)
+    with pytest.raises(CacheFull):
+        world.cache("250KB", policy="lru").pin(world.inner, pairs)
+    assert [entry for entry in world.caches[0].entries() if entry.pinned] == []
+
+
+def test_entries_name_what_they_are_copies_of(world):
+    identity = world.put("train/a")
+    cache = world.cache()
+    world.fetch(world.store(cache), "train/a")
+    (entry,) = cache.entries()
+    assert entry.source == f"{world.inner.url}/train/a"
+    assert (entry.dataset_id, entry.shard_id) == (identity.dataset_id, identity.shard_id)
+    assert (entry.n_bytes, entry.pinned, entry.uses) == (12_288, False, 0)
+
+
+def test_stats_have_the_names_of_the_interface(world):
+    world.put("a")
+    cache = world.cache()
+    world.fetch(world.store(cache), "a")
+    stats = cache.stats()
+    assert stats == {
+        "bytes_used": 12_288,
+        "limit_bytes": 10_000_000,
+        "pinned_bytes": 0,
+        "hits": 0,
+        "misses": 1,
+        "evicted": 0,
+        "bytes_fetched": 10_000,
+    }
+    status = cache.status()
+    assert (status["path"], status["policy"], status["n_copies"]) == (str(world.root / "cache"), "plan", 1)
+
+
+def test_a_closed_cache_opens_itself_again_and_leases_outlive_it(world):
+    import os
+
+    from tiercache.model import ByteRange
+
+    identity = world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+    with store.open_local("a", identity) as lease:
+        assert lease.wait([ByteRange(0, 1)])
+        cache.close()
+        cache.close()
+        assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
+    assert list((world.root / "cache" / "owners").iterdir()) == []
+    world.fetch(store, "a")
+    assert world.n_reads() == 1
+
+
+def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
+    from tiercache.model import ByteRange
+
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    cache = world.cache()
+    with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
+        lease.want([ByteRange(0, 1)])
+        gate.wait_reached()
+        closing = threading.Thread(target=cache.close)
+        closing.start()
+        fetch = lease._fetch
+        assert fetch.cancel.wait(10)
+        gate.open()
+        closing.join()
+        with pytest.raises(StoreError, match="cancel"):
+            lease.wait([ByteRange(0, 1)])
+    assert world.temps() == []
+
+
+def test_a_cache_that_is_forgotten_closes_itself(world):
+    cache = Cache(world.root / "cache", size="1MB", free_floor=0)
+    owners = world.root / "cache" / "owners"
+    assert len(list(owners.iterdir())) == 1
+    del cache
+    gc.collect()
+    assert list(owners.iterdir()) == []
+
+
+def test_the_default_cache_is_what_the_configuration_says(world, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
+    monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "123KB")
+    cache = Cache.default()
+    assert (cache.path, cache.stats()["limit_bytes"]) == (world.root / "mine", 123_000)
+    assert Cache.default() is cache
+    other = Cache.default(path=world.root / "other", size="5KB")
+    assert (other.path, other.stats()["limit_bytes"]) == (world.root / "other", 5_000)
+
+
+def test_the_default_size_is_half_of_the_free_disk_when_the_cache_was_made(world, monkeypatch):
+    from tiercache.cache import cache as cache_module
+
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
+    monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
+    monkeypatch.setattr(cache_module, "room", lambda path: Room(1_000_000, 2_000_000, None))
+    cache = Cache.default()
+    assert cache.stats()["limit_bytes"] == 500_000
+    cache.close()
+    del cache
+    gc.collect()
+    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    assert Cache.default().stats()["limit_bytes"] == 500_000

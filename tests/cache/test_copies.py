@@ -1,0 +1,239 @@
+"""Hits, misses, what is written beside a copy, and what a copy is called."""
+
+import json
+import os
+import sqlite3
+
+import pytest
+
+from tiercache.cache.record import Record, name_of_identity, name_of_object
+from tiercache.errors import NotFound
+from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+from tiercache.store import LocalStore, Store
+from tiercache.testing import Gate, GateStore
+
+
+def test_the_cached_store_is_a_store_and_a_local_store(world):
+    store = world.store()
+    assert isinstance(store, Store)
+    assert isinstance(store, LocalStore)
+    assert store.url == world.inner.url
+
+
+def test_a_first_read_fetches_and_a_second_does_not(world):
+    world.put("shards/a")
+    store = world.store()
+    world.fetch(store, "shards/a")
+    world.fetch(store, "shards/a")
+    assert world.n_reads() == 1
+    counters = store.counters.snapshot()
+    assert (counters["cache_hits"], counters["cache_misses"]) == (1, 1)
+
+
+def test_a_new_process_of_the_folder_finds_the_copy_without_the_catalog(world):
+    world.put("a")
+    world.fetch(world.store(world.cache()), "a")
+    world.caches[0].close()
+    for file in world.root.glob("cache/catalog.*"):
+        file.unlink()
+    world.fetch(world.store(world.cache()), "a")
+    assert world.n_reads() == 1
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, (8 << 20) + 1, 40 << 20])
+def test_objects_of_any_size_arrive_whole(world, n_bytes):
+    world.put("a", n_bytes)
+    world.fetch(world.store(world.cache("50MiB")), "a")
+    assert world.n_reads() == -(-n_bytes // (8 << 20))
+
+
+def test_a_lease_is_pending_until_it_is_waited_for(world):
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    store = world.cache().store(gated)
+    whole = [ByteRange(0, 10_000)]
+    with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
+        assert (lease.present(whole), lease.n_bytes, lease.fd) == (False, 10_000, -1)
+        lease.want(whole)
+        gate.wait_reached()
+        assert not lease.present(whole)
+        gate.open()
+        assert lease.wait(whole)
+        assert lease.present(whole)
+        assert not lease.present([ByteRange(0, 10_001)])
+
+
+def test_nothing_is_fetched_before_it_is_wanted(world):
+    identity = world.put("a")
+    world.store().open_local("a", identity).close()
+    assert world.n_reads() == 0
+
+
+def test_a_lease_that_is_closed_early_leaves_the_fetch_going_and_no_descriptor(world):
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    cache = world.cache()
+    store = cache.store(gated)
+    with gated.stop_at("before_read_into") as gate:
+        lease = store.open_local("a", identity)
+        lease.want([ByteRange(0, 1)])
+        gate.wait_reached()
+        lease.close()
+        lease.close()
+    with store.open_local("a", identity) as other:
+        assert other.wait([ByteRange(0, 10_000)])
+    assert world.n_reads() == 1
+
+
+def test_a_wait_ends_at_its_deadline_and_names_who_is_waited_for(world):
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    store = world.cache().store(gated)
+    gate: Gate
+    with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
+        lease.want([ByteRange(0, 1)])
+        gate.wait_reached()
+        with pytest.raises(Exception, match=f"not in the cache after 0.01 s: being fetched by process {os.getpid()}"):
+            lease.wait([ByteRange(0, 1)], deadline_s=0.01)
+        gate.open()
+        assert lease.wait([ByteRange(0, 1)])
+
+
+def test_the_same_shard_of_two_mirrors_is_one_copy(world):
+    identity = world.put("one/a")
+    (world.root / "source" / "two").mkdir()
+    (world.root / "source" / "two" / "b").write_bytes(world.data["one/a"])
+    store = world.store()
+    world.fetch(store, "one/a")
+    assert world.read(store, "two/b", identity) == world.data["one/a"]
+    assert world.n_reads() == 1
+    assert len(world.copies()) == 1
+
+
+def test_an_object_without_identity_is_asked_for_and_cached_under_its_etag(world):
+    world.put("a")
+    store = world.store()
+    for n_reads, n_bytes in ((1, 10_000), (1, 10_000), (2, 12_000)):
+        if n_bytes != len(world.data["a"]):
+            world.put("a", n_bytes)
+        with store.open_local("a") as lease:
+            assert lease.wait([ByteRange(0, lease.n_bytes)])
+            assert os.pread(lease.fd, 20_000, 0) == world.data["a"]
+        assert world.n_reads() == n_reads
+
+
+def test_an_object_that_is_not_there_is_not_found(world):
+    store = world.store()
+    with pytest.raises(NotFound):
+        store.open_local("nothing")
+    world.put("a")
+    identity = world.identity("a")
+    (world.root / "source" / "a").unlink()
+    with store.open_local("a", identity) as lease, pytest.raises(NotFound):
+        lease.wait([ByteRange(0, 1)])
+    assert world.temps() == []
+
+
+def test_an_object_that_nothing_tells_from_a_later_one_is_not_cached():
+    assert name_of_object("s3://b/k", ObjectInfo("k", 5)) is None
+    assert name_of_object("s3://b/k", ObjectInfo("k", 5, etag='"1"')) is not None
+
+
+def test_names_are_hashes_whatever_the_key_or_the_ids_say(world):
+    names = {
+        name_of_identity(ShardIdentity(*parts, 5, 7))
+        for parts in (("../../etc", "passwd"), ("a\0b", "c"), ("a", "b\0c"), ("", ""), ("a", "bc"), ("ab", "c"))
+    }
+    assert len(names) == 6
+    assert all(len(name) == 40 and set(name) <= set("0123456789abcdef") for name in names)
+
+
+def test_beside_a_copy_stand_source_size_and_checksum(world):
+    identity = world.put("shards/a")
+    world.fetch(world.store(), "shards/a")
+    copy = world.copy("shards/a")
+    record = json.loads(copy.with_name(copy.name + ".json").read_text())
+    assert record["source"] == f"{world.inner.url}/shards/a"
+    assert (record["n_bytes"], record["crc32c"]) == (identity.n_bytes, identity.crc32c)
+    assert (record["dataset_id"], record["shard_id"]) == (identity.dataset_id, identity.shard_id)
+
+
+def test_no_credential_of_a_url_is_written_down(world, monkeypatch):
+    world.put("a")
+    world.inner.url = "http://user:secret@host/data?token=secret"
+    world.fetch(world.store(), "a")
+    world.caches[0].close()
+    written = b"".join(p.read_bytes() for p in world.root.glob("cache/**/*") if p.is_file() and "." in p.name)
+    assert b"host/data" in written
+    assert b"secret" not in written
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": 0}', '{"format": 1, "source": "x"}', "\0" * 300, '{"format']
+)
+def test_what_is_no_record_is_none(text):
+    assert Record.from_json(text) is None
+
+
+def test_copies_are_read_only_and_leave_no_temporary_file(world):
+    world.put("a")
+    world.fetch(world.store(), "a")
+    assert world.copy("a").stat().st_mode & 0o777 == 0o444
+    assert world.temps() == []
+    assert list((world.root / "cache" / "locks").iterdir()) == []
+
+
+def test_a_hit_writes_nothing_to_sqlite_and_its_uses_are_booked_in_batches(world, monkeypatch):
+    world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+    world.fetch(store, "a")
+    statements = []
+    database = cache._open().writing.accounts._database
+    database.run(lambda db: db.set_trace_callback(statements.append))
+    statements.clear()
+    for _ in range(10):
+        world.fetch(store, "a")
+    assert statements == []
+    (entry,) = cache.entries()
+    assert entry.uses == 10
+    database.run(lambda db: db.set_trace_callback(None))
+
+
+def test_uses_survive_the_process(world):
+    world.put("a")
+    store = world.store(world.cache())
+    for _ in range(4):
+        world.fetch(store, "a")
+    world.caches[0].close()
+    (entry,) = world.cache().entries()
+    assert entry.uses == 3
+
+
+def test_an_announced_plan_is_a_hint(world):
+    store = world.store()
+    store.announce(ReadPlan("me"))
+    assert store.plan == ReadPlan("me")
+
+
+def test_a_copy_that_was_found_wrong_is_removed_and_fetched_again(world):
+    identity = world.put("a")
+    store = world.store()
+    world.fetch(store, "a")
+    assert store.distrust("a", identity) is False
+    copy = world.copy("a")
+    copy.chmod(0o644)
+    copy.write_bytes(b"x" + world.data["a"][1:])
+    assert store.distrust("a", identity) is True
+    assert world.copies() == []
+    assert store.distrust("a", identity) is True
+    world.fetch(store, "a")
+    assert world.caches[0].stats()["bytes_used"] == 12288
+
+
+def test_the_catalog_that_sqlite_opens_is_a_wal_database_on_a_local_disk(world):
+    world.cache()
+    world.caches[0].close()
+    with sqlite3.connect(world.root / "cache" / "catalog.sqlite") as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    db.close()

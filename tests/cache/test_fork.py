@@ -1,0 +1,165 @@
+"""A forked child drops what is its parent's and builds its own; pickled caches are caches."""
+
+import fcntl
+import multiprocessing
+import os
+import pickle
+import traceback
+
+import pytest
+
+from tiercache.model import ByteRange
+from tiercache.testing import GateStore
+
+# From Python 3.12 on: what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+WHOLE = [ByteRange(0, 10_000)]
+
+
+def in_child(work):
+    """Run work in a forked child and return whether it was right; a traceback goes to standard error."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - the parent is told by the exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_child_hits_misses_and_evicts_on_its_own_account(world):
+    for key in "abc":
+        world.put(key)
+    cache = world.cache(policy="lru")
+    store = world.store(cache)
+    world.fetch(store, "a")
+
+    def work():
+        world.fetch(store, "a")
+        world.fetch(store, "b")
+        assert cache.stats()["bytes_used"] == 2 * 12_288
+        assert cache._open().pid == os.getpid()
+        assert cache.evict(lambda entry: entry.source.endswith("b")) == 12_288
+
+    assert in_child(work)
+    world.fetch(store, "c")
+    assert cache.stats()["bytes_used"] == 2 * 12_288
+    assert {entry.source[-1] for entry in cache.entries()} == {"a", "c"}
+
+
+def test_a_childs_end_leaves_the_parents_lease_locked(world, locks):
+    identity = world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+    with store.open_local("a", identity) as lease:
+        assert lease.wait(WHOLE)
+        assert in_child(lease.close)
+        freed = cache.evict()
+        assert freed == (0 if locks == "locks hold" else 12_288)
+        assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
+
+
+def test_a_child_has_a_lock_of_its_own_on_the_lease_it_inherits(world, locks):
+    if locks == "locks lie":
+        pytest.skip("about locks that hold")
+    identity = world.put("a")
+    store = world.store()
+    ready, go_on = os.pipe(), os.pipe()
+    lease = store.open_local("a", identity)
+    assert lease.wait(WHOLE)
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b"x")
+        os.read(go_on[0], 1)
+        os._exit(0 if os.pread(lease.fd, 10_000, 0) == world.data["a"] else 1)
+    lease.close()
+    os.read(ready[0], 1)
+    copy = os.open(world.copy("a"), os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(go_on[1], b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for fd in (copy, *ready, *go_on):
+        os.close(fd)
+
+
+def test_a_fork_in_mid_fetch_leaves_the_fetch_to_the_parent(world):
+    identity = world.put("a")
+    world.put("b")
+    gated = GateStore(world.inner)
+    cache = world.cache()
+    store = cache.store(gated)
+    with gated.stop_at("before_read_into") as gate, store.open_local("a", identity) as lease:
+        lease.want(WHOLE)
+        gate.wait_reached()
+
+        def work():
+            assert lease.wait(WHOLE) is False
+            assert lease.present(WHOLE) is False
+            lease.close()
+            world.fetch(cache.store(world.inner), "b")
+
+        assert in_child(work)
+        gate.open()
+        assert lease.wait(WHOLE)
+        assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
+
+
+def test_a_child_that_dies_in_mid_fetch_leaves_nothing_that_needs_a_hand(world):
+    world.put("a")
+    cache = world.cache()
+
+    def die():
+        gated = GateStore(world.inner)
+        with gated.stop_at("after_read_into") as gate, cache.store(gated).open_local("a", world.identity("a")) as lease:
+            lease.want(WHOLE)
+            gate.wait_reached()
+            os._exit(0)
+
+    assert in_child(die)
+    assert len(world.temps()) == 1
+    assert cache.status()["reserved_bytes"] == 12_288
+    world.fetch(world.store(cache), "a")
+    assert world.temps() == []
+    assert cache.status()["reserved_bytes"] == 0
+
+
+def read_pickled(store, key, answers):
+    with store.open_local(key) as lease:
+        lease.wait([ByteRange(0, lease.n_bytes)])
+        answers.put(os.pread(lease.fd, lease.n_bytes, 0))
+
+
+def test_a_pickled_store_is_the_same_cache(world):
+    world.put("a")
+    cache = world.cache()
+    plain = cache.store(world.folder)
+    with plain.open_local("a") as lease:
+        assert lease.wait(WHOLE)
+    copy = pickle.loads(pickle.dumps(plain))
+    (world.root / "source" / "a").touch()
+    assert (copy.cache.path, repr(copy.cache)) == (cache.path, repr(cache))
+    with copy.open_local("a", world.identity("a")) as lease:
+        assert lease.wait(WHOLE)
+    copy.cache.close()
+
+
+def test_a_spawned_process_reads_through_a_pickled_store(world, locks):
+    if locks == "locks lie":
+        pytest.skip("a spawned process has its own flock")
+    world.put("a")
+    store = world.cache().store(world.folder)
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    child = context.Process(target=read_pickled, args=(store, "a", answers))
+    child.start()
+    assert answers.get() == world.data["a"]
+    child.join()
+    child.close()
+    answers.close()

@@ -1,0 +1,110 @@
+"""Who lives, what a disk is, and when to trust it again."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tiercache.cache import machine
+from tiercache.cache.breaker import Breaker
+from tiercache.cache.folder import Folder
+from tiercache.cache.machine import Owner, network_file_system, room, start_time
+from tiercache.cache.owners import Owners
+from tiercache.testing import FakeClock
+
+# From Python 3.12 on: what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+def dead_child():
+    """A process number that was used and is free (or a zombie's) now."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    return pid
+
+
+def test_an_owner_is_written_and_read_back():
+    owner = Owner.of_this_process()
+    assert Owner.parse(str(owner)) == owner
+    assert re.fullmatch(r"[0-9a-f-]+", str(owner))
+    assert Owner.parse("../../etc") is None
+    assert Owner.of_this_process() != owner
+
+
+def test_this_process_runs_and_one_that_has_ended_does_not():
+    me = Owner.of_this_process()
+    assert me.runs() is True
+    pid = dead_child()
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert start_time(pid) is None, "a zombie holds nothing"
+    os.waitpid(pid, 0)
+    assert start_time(pid) is None
+
+
+def test_a_process_that_got_the_number_of_a_dead_one_is_not_it():
+    me = Owner.of_this_process()
+    assert Owner(me.boot, me.namespace, me.pid, me.started - 1, me.nonce).runs() is False
+
+
+def test_no_process_outlives_a_boot():
+    me = Owner.of_this_process()
+    assert Owner("0" * 16, me.namespace, me.pid, me.started, me.nonce).runs() is False
+
+
+def test_processes_of_another_container_are_known_by_their_lock(tmp_path, monkeypatch):
+    here = Owners(Folder(tmp_path / "c"), 1000)
+    there = Owners(Folder(tmp_path / "c"), 2000)
+    stranger = Owner(there.me.boot, there.me.namespace + 1, there.me.pid, there.me.started, there.me.nonce)
+    file = tmp_path / "c" / "owners" / str(there.me)
+    file.rename(file.with_name(str(stranger)))
+    assert stranger.runs() is None
+    assert here.alive(str(stranger))
+    assert here.limits() == {str(here.me): 1000, str(stranger): 2000}
+    there.close()
+    assert not here.alive(str(stranger))
+    here.bury(str(stranger))
+    assert [path.name for path in file.parent.iterdir()] == [str(here.me)]
+    here.close()
+
+
+def test_without_proc_a_machine_still_has_an_identity(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise FileNotFoundError
+
+    machine.boot_id.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        patch.setattr(Path, "stat", refuse)
+        assert (machine.boot_id(), machine.pid_namespace(), start_time(1)) == ("0", 0, None)
+    machine.boot_id.cache_clear()
+
+
+def test_a_local_folder_is_no_network_file_system(tmp_path):
+    assert network_file_system(tmp_path) is None
+    assert network_file_system(tmp_path / "nothing") is None
+
+
+def test_room_is_what_the_disk_says(tmp_path):
+    disk = room(tmp_path)
+    assert 0 <= disk.free_bytes <= disk.total_bytes
+
+
+def test_host_names_are_fit_for_files(monkeypatch):
+    monkeypatch.setattr(machine.socket, "gethostname", lambda: "../evil/node 7")
+    assert machine.host_name() == "---evil-node-7"
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_the_breaker_lets_one_probe_through_at_a_time(mended):
+    clock = FakeClock()
+    breaker = Breaker(clock, probe_after_s=10)
+    assert breaker.allows()
+    breaker.trip()
+    assert (breaker.allows(), breaker.is_open) == (False, True)
+    clock.advance(10)
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    if mended:
+        breaker.mend()
+    assert (breaker.allows(), breaker.is_open) == (mended, not mended)

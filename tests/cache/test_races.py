@@ -1,0 +1,181 @@
+"""Many at once: one download where locks hold, right bytes where they lie."""
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tiercache.cache import Cache
+from tiercache.cache.locks import NameLock
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.store import LocalFolder
+from tiercache.testing import Fault, FaultStore, GateStore, WrapperStore
+
+N = 8
+
+
+def test_threads_that_race_for_one_shard_share_one_download(world):
+    world.put("a", 1 << 20)
+    store = world.store()
+    barrier = threading.Barrier(N)
+
+    def read(_):
+        barrier.wait()
+        return world.read(store, "a")
+
+    with ThreadPoolExecutor(N) as pool:
+        assert set(pool.map(read, range(N))) == {world.data["a"]}
+    assert world.n_reads() == 1
+
+
+def test_threads_that_wait_for_a_failing_download_all_hear_of_it(world):
+    identity = world.put("a")
+    gated = GateStore(FaultStore(world.inner, [Fault("read_into")]))
+    store = world.cache().store(gated)
+    whole = [ByteRange(0, 10_000)]
+    leases = [store.open_local("a", identity) for _ in range(N)]
+
+    def wait(lease):
+        with lease, pytest.raises(StoreError, match="scripted") as caught:
+            lease.wait(whole)
+        return caught.value
+
+    with ThreadPoolExecutor(N) as pool, gated.stop_at("before_read_into") as gate:
+        errors = [pool.submit(wait, lease) for lease in leases]
+        gate.wait_reached()
+        gate.open()
+        assert len({id(error.result()) for error in errors}) == N
+
+
+def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
+    """As two processes would: flock is between open files, not processes."""
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    stores = [world.cache().store(gated), world.cache().store(gated)]
+    whole = [ByteRange(0, 10_000)]
+    with gated.stop_at("before_read_into") as gate:
+        first, second = (store.open_local("a", identity) for store in stores)
+        first.want(whole)
+        gate.wait_reached()
+        second.want(whole)
+        if locks == "locks hold":
+            with pytest.raises(StoreError, match=f"waiting for process {os.getpid()}"):
+                second.wait(whole, deadline_s=0.2)
+        gate.open()
+    for lease in (first, second):
+        with lease:
+            assert lease.wait(whole)
+            assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
+    assert world.n_reads() == 1 or locks == "locks lie"
+    assert len(world.copies()) == 1
+    assert world.caches[0].stats()["bytes_used"] == 12_288
+
+
+class SlowLog(WrapperStore):
+    """Writes a line into a file, which all processes share, for every read."""
+
+    def __init__(self, inner, log):
+        super().__init__(inner)
+        self.log = log
+
+    def around(self, verb, key, call):
+        if verb == "read_into":
+            fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(fd, f"{key}\n".encode())
+            os.close(fd)
+        return call()
+
+
+def read_all(path, source, log, identities, barrier, answers):
+    """In a child: read every shard and say which were right."""
+    with Cache(path, size="100MB", free_floor=0) as cache:
+        store = cache.store(SlowLog(LocalFolder(source), log))
+        barrier.wait()
+        right = 0
+        for key, identity in identities.items():
+            with store.open_local(key, identity) as lease:
+                lease.wait([ByteRange(0, lease.n_bytes)], deadline_s=60)
+                right += os.pread(lease.fd, lease.n_bytes, 0) == (source / key).read_bytes()
+        answers.put(right)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_processes_that_race_download_once_where_locks_hold(world, locks):
+    keys = [f"s{i}" for i in range(4)]
+    identities = {key: world.put(key, 200_000) for key in keys}
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.SimpleQueue()
+    arguments = (world.root / "cache", world.root / "source", world.root / "log", identities, barrier, answers)
+    children = [context.Process(target=read_all, args=arguments) for _ in range(4)]
+    for child in children:
+        child.start()
+    assert [answers.get() for _ in children] == [4] * 4
+    for child in children:
+        child.join()
+        child.close()
+    answers.close()
+    reads = (world.root / "log").read_text().split()
+    assert set(reads) == set(keys)
+    if locks == "locks hold":
+        assert len(reads) == 4
+    cache = world.cache("100MB")
+    assert len(cache.entries()) == 4
+    assert world.temps() == []
+
+
+def test_readers_that_race_with_evictions_always_read_the_right_bytes(world):
+    keys = [f"s{i}" for i in range(6)]
+    for key in keys:
+        world.put(key, 50_000)
+    cache = world.cache("170KB", policy="lru")
+    store = world.store(cache)
+
+    def read(number):
+        key = keys[number * 7 % len(keys)]
+        found = world.read(store, key)
+        return found is None or found == world.data[key]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(120)))
+    cache.close()
+    assert sum(path.stat().st_size for path in world.copies()) <= 170_000
+
+
+def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    first = NameLock(path)
+    assert first.try_take()
+    second = NameLock(path)
+    assert not second.try_take()
+    assert "process" in second.holder()
+    first.give_back()
+    assert not path.exists()
+    assert second.try_take()
+    second.give_back()
+    second.give_back()
+
+
+def test_fetching_goes_on_without_the_lock_when_its_holder_never_ends(world, monkeypatch):
+    from tiercache.cache import publisher
+    from tiercache.cache.record import name_of_identity
+
+    monkeypatch.setattr(publisher, "LOCK_WAIT_S", 0.05)
+    identity = world.put("a")
+    cache = world.cache()
+    stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))
+    assert stuck.try_take()
+    world.fetch(world.store(cache), "a")
+    stuck.give_back()
+
+
+def test_identities_are_what_is_locked_not_keys(world):
+    """Two objects with one key but different identities are two copies."""
+    identity = world.put("a")
+    store = world.store()
+    world.fetch(store, "a")
+    other = ShardIdentity("e" * 32, identity.shard_id, identity.n_bytes, identity.crc32c)
+    assert world.read(store, "a", other) == world.data["a"]
+    assert len(world.copies()) == 2

@@ -1,0 +1,184 @@
+"""The budget: reserved before bytes, never exceeded, given back."""
+
+import warnings
+
+import pytest
+
+from tiercache.cache import Cache
+from tiercache.cache import evictor as evictor_module
+from tiercache.cache.machine import Room
+from tiercache.errors import CacheFull
+from tiercache.model import ByteRange
+from tiercache.testing import GateStore
+
+
+def test_a_resident_cache_admits_until_full_and_then_never_replaces(world):
+    keys = [f"s{i}" for i in range(4)]
+    for key in keys:
+        world.put(key, 100_000)
+    cache = world.cache("250KB")
+    store = world.store(cache)
+    assert [world.read(store, key) is not None for key in keys] == [True, True, False, False]
+    assert [world.read(store, key) is not None for key in keys] == [True, True, False, False]
+    assert cache.stats()["evicted"] == 0
+    assert cache.stats()["bytes_used"] <= 250_000
+
+
+def test_lru_replaces_what_was_used_longest_ago(world):
+    for key in "abc":
+        world.put(key, 100_000)
+    cache = world.cache("250KB", policy="lru")
+    store = world.store(cache)
+    for key in "abac":
+        world.fetch(store, key)
+    assert {entry.source[-1] for entry in cache.entries()} == {"a", "c"}
+    assert cache.stats()["bytes_used"] <= 250_000
+
+
+def test_a_shard_larger_than_the_cache_is_read_past_it_and_evicts_nothing(world):
+    world.put("small", 1000)
+    world.put("large", 100_000)
+    for policy in ("resident", "lru"):
+        store = world.store(world.cache("50KB", name=policy, policy=policy))
+        world.fetch(store, "small")
+        assert world.read(store, "large") is None
+        world.fetch(store, "small")
+    assert world.n_reads("small") == 2
+    assert world.n_reads("large") == 0
+
+
+def test_room_is_reserved_before_the_first_byte(world):
+    first, second = world.put("a", 100_000), world.put("b", 100_000)
+    gated = GateStore(world.inner)
+    cache = world.cache("150KB")
+    store = cache.store(gated)
+    with gated.stop_at("before_read_into", "a") as gate, store.open_local("a", first) as lease:
+        lease.want([ByteRange(0, 1)])
+        gate.wait_reached()
+        assert cache.status()["reserved_bytes"] == 102_400
+        assert store.open_local("b", second) is None
+        gate.open()
+        assert lease.wait([ByteRange(0, 1)])
+    assert cache.status()["reserved_bytes"] == 0
+
+
+def test_a_failed_fetch_gives_its_reservation_back(world):
+    identity = world.put("a")
+    (world.root / "source" / "a").unlink()
+    cache = world.cache()
+    with world.store(cache).open_local("a", identity) as lease, pytest.raises(FileNotFoundError):
+        lease.wait([ByteRange(0, 1)])
+    assert cache.status()["reserved_bytes"] == 0
+
+
+def test_the_disk_keeps_its_free_floor(world, monkeypatch):
+    world.put("a", 100_000)
+    store = world.store(world.cache(free_floor="10%"))
+    monkeypatch.setattr(evictor_module, "room", lambda path: Room(190_000, 1_000_000, 1000))
+    assert world.read(store, "a") is None
+    monkeypatch.setattr(evictor_module, "room", lambda path: Room(210_000, 1_000_000, 1000))
+    world.fetch(store, "a")
+
+
+def test_a_disk_without_inodes_takes_no_copy(world, monkeypatch):
+    world.put("a")
+    store = world.store()
+    monkeypatch.setattr(evictor_module, "room", lambda path: Room(1 << 40, 1 << 41, 0))
+    assert world.read(store, "a") is None
+
+
+def test_the_smaller_limit_of_two_holders_holds_and_is_told_once(world):
+    for key in "abc":
+        world.put(key, 100_000)
+    large = world.cache("1MB")
+    small = world.cache("250KB")
+    store = world.store(large)
+    assert [world.read(store, key) is not None for key in "abc"] == [True, True, False]
+    with pytest.warns(RuntimeWarning, match="the smaller limit holds"):
+        world.cache("2MB")
+    assert large.stats()["limit_bytes"] == 250_000
+    small.close()
+    assert large.stats()["limit_bytes"] == 1_000_000
+    world.fetch(store, "c")
+
+
+def test_a_cache_that_is_opened_smaller_gives_up_what_it_has_no_room_for(world):
+    store = world.store(world.cache("1MB"))
+    for key in "abcd":
+        world.put(key, 100_000)
+        world.fetch(store, key)
+    world.caches[0].close()
+    cache = world.cache("250KB")
+    assert cache.stats()["bytes_used"] == 2 * 102_400
+    assert {entry.source[-1] for entry in cache.entries()} == {"c", "d"}
+
+
+def test_warming_more_than_fits_is_refused_before_a_byte_is_fetched(world):
+    pairs = [(key, world.put(key, 100_000)) for key in "abc"]
+    cache = world.cache("250KB", policy="lru")
+    with pytest.raises(CacheFull, match=r"300\.0 KiB more are asked for") as caught:
+        cache.warm(world.inner, pairs)
+    assert (caught.value.need_bytes, caught.value.limit_bytes) == (3 * 102_400, 250_000)
+    assert world.n_reads() == 0
+
+
+def test_warming_evicts_what_lru_gives_up_but_nothing_that_was_asked_for(world):
+    cache = world.cache("250KB", policy="lru")
+    pairs = {key: (key, world.put(key, 100_000)) for key in "abcd"}
+    store = world.store(cache)
+    world.fetch(store, "a")
+    world.fetch(store, "b")
+    cache.warm(store, [pairs["a"], pairs["c"]])
+    assert {entry.source[-1] for entry in cache.entries()} == {"a", "c"}
+    assert world.n_reads("a") == 1
+
+
+def test_many_who_make_room_at_once_are_not_refused_for_each_others_sake(world):
+    cache = world.cache("450KB", policy="lru")
+    store = world.store(cache)
+    keys = [f"s{i}" for i in range(12)]
+    for key in keys:
+        world.put(key, 100_000)
+    for first in (0, 4, 8, 0, 4, 8):
+        wanted = [(key, world.identity(key)) for key in keys[first : first + 4]]
+        assert cache.warm(store, wanted, jobs=4).n_fetched == 4
+
+
+def test_pinned_copies_are_never_evicted(world):
+    cache = world.cache("250KB", policy="lru")
+    store = world.store(cache)
+    cache.pin(store, [("a", world.put("a", 100_000))])
+    for key in "bcd":
+        world.put(key, 100_000)
+        world.fetch(store, key)
+    assert cache.evict() == 102_400
+    (entry,) = cache.entries()
+    assert (entry.source[-1], entry.pinned) == ("a", True)
+    assert cache.stats()["pinned_bytes"] == 102_400
+    assert cache.unpin() == 1
+    assert cache.evict() == 102_400
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"size": "huge"}, {"size": -1}, {"size": 1, "policy": "best"}, {"size": 1, "free_floor": "x"}]
+)
+def test_arguments_that_cannot_be_are_errors(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"size|policy|negative"):
+        Cache(tmp_path / "cache", **arguments)
+
+
+def test_a_size_may_be_a_share_of_the_disk(world, monkeypatch):
+    with warnings.catch_warnings():
+        limit = world.cache("50%").stats()["limit_bytes"]
+    assert 0 < limit < 1 << 50
+
+
+def test_copies_deleted_by_hand_make_room_again(world, monkeypatch):
+    monkeypatch.setattr(evictor_module, "LOOK_AGAIN_S", 0.0)
+    store = world.store(world.cache("150KB"))
+    for key in "ab":
+        world.put(key, 100_000)
+    world.fetch(store, "a")
+    assert world.read(store, "b") is None
+    world.copy("a").unlink()
+    world.fetch(store, "b")

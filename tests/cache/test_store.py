@@ -1,0 +1,96 @@
+"""The cached store is a store like any other: the conformance suites, and what it adds."""
+
+import pytest
+
+from tiercache.cache import Cache
+from tiercache.errors import CorruptShard, ObjectChanged
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.store import LocalFolder
+from tiercache.testing.suite import LocalStoreSuite, StoreSuite
+
+
+class TestCachedStore(StoreSuite, LocalStoreSuite):
+    @pytest.fixture
+    def store(self, tmp_path):
+        with Cache(tmp_path / "cache", size="1GB", free_floor=0) as cache:
+            yield cache.store(LocalFolder(tmp_path / "source"))
+
+    def raw_put(self, store, key, data):
+        path = store.inner.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def raw_get(self, store, key):
+        return (store.inner.root / key).read_bytes()
+
+    def test_a_copy_of_another_size_than_the_identity_is_a_miss(self, store):
+        """What the identity names may still come, so the lease is given; what comes is checked."""
+        self.raw_put(store, "l", b"x" * 100)
+        lease = store.open_local("l", ShardIdentity("d" * 32, "5" * 32, n_bytes=99, crc32c=0))
+        with lease, pytest.raises(CorruptShard):
+            lease.wait([ByteRange(0, 99)])
+
+
+def read(store, key, start, end, **options):
+    data = bytearray(end - start)
+    store.read_into(key, [(ByteRange(start, end), memoryview(data))], **options)
+    return bytes(data)
+
+
+def test_ranges_come_from_the_copy_once_it_is_there(world):
+    world.put("a")
+    store = world.store()
+    assert read(store, "a", 5, 10) == world.data["a"][5:10]
+    world.fetch(store, "a")
+    n_reads = world.n_reads()
+    assert read(store, "a", 5, 10) == world.data["a"][5:10]
+    assert world.n_reads() == n_reads
+
+
+def test_ranges_beyond_the_copy_are_the_inner_stores_error(world):
+    world.put("a")
+    store = world.store()
+    world.fetch(store, "a")
+    with pytest.raises(Exception, match="10001"):
+        read(store, "a", 0, 10_001)
+
+
+def test_an_etag_is_held_against_the_object_that_was_cached(world):
+    world.put("a")
+    store = world.store()
+    with store.open_local("a") as lease:
+        assert lease.wait([ByteRange(0, 1)])
+    etag = store.head("a").etag
+    n_reads = world.n_reads()
+    assert read(store, "a", 0, 3, if_match=etag) == world.data["a"][:3]
+    assert world.n_reads() == n_reads
+    with pytest.raises(ObjectChanged):
+        read(store, "a", 0, 3, if_match='"other"')
+
+
+@pytest.mark.parametrize("write", ["put", "delete", "copy", "create"])
+def test_writing_an_object_drops_its_copy(world, write):
+    world.put("a")
+    world.put("b", 7000)
+    store = world.store()
+    with store.open_local("a") as lease:
+        assert lease.wait([ByteRange(0, 1)])
+    if write == "put":
+        store.put("a", b"new")
+    elif write == "delete":
+        store.delete(["a"])
+    elif write == "copy":
+        store.copy("b", "a")
+    else:
+        with store.create("a") as upload:
+            upload.put_part(0, b"new")
+            upload.complete()
+    assert world.copies() == []
+
+
+def test_copies_of_shards_stay_when_their_key_is_written(world):
+    world.put("a")
+    store = world.store()
+    world.fetch(store, "a")
+    store.delete(["a"])
+    world.fetch(store, "a")
