@@ -16,9 +16,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
 NATIVE_SOURCES := $(wildcard csrc/*.c csrc/*.h src/tiercache/_native/*.pyx src/tiercache/_native/*.pxd)
+PYX := $(wildcard src/tiercache/_native/*.pyx)
+UNBUILT := $(foreach pyx,$(PYX),$(if $(wildcard $(pyx:.pyx=.*.so)),,$(pyx)))
 # What has the developer's packages has the demo's too.
 DEMO_STAMP := $(if $(wildcard $(VENV)/stamp-dev),$(VENV)/stamp-dev,$(VENV)/stamp-demo)
 
+.PHONY: FORCE
 .PHONY: build test lint stress fuzz bench integration docs demo dist clean distclean help
 
 help:
@@ -88,9 +91,11 @@ $(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
 	@$(PIP) install --editable '.[$*]'
 	@touch $@ $(VENV)/stamp-native
 
-# Runs after an install (| order) and only if a source is newer than the last build.
-$(VENV)/stamp-native: $(NATIVE_SOURCES) | $(if $(filter demo,$(MAKECMDGOALS)),$(DEMO_STAMP),$(VENV)/stamp-dev)
-	@if [ -n "$$(find $(NATIVE_SOURCES) -newer $@ 2>/dev/null | head -n 1)" ] || [ ! -e $@ ]; then \
+# Runs after an install (| order), which has built everything; so it looks again whether a source is newer or a module missing.
+$(VENV)/stamp-native: $(NATIVE_SOURCES) $(if $(UNBUILT),FORCE) | $(if $(filter demo,$(MAKECMDGOALS)),$(DEMO_STAMP),$(VENV)/stamp-dev)
+	@stale="$$(find $(NATIVE_SOURCES) -newer $@ 2>/dev/null || echo all)"; \
+	for pyx in $(PYX); do compgen -G "$${pyx%.pyx}.*.so" >/dev/null || stale="$$stale $$pyx"; done; \
+	if [ -n "$$stale" ]; then \
 	    echo 'building the native modules'; \
 	    if $(BIN)/python -c 'import Cython, setuptools' 2>/dev/null; \
 	    then $(BIN)/python setup.py --quiet build_ext --inplace; \

@@ -1,1 +1,1 @@
-"""Shards and versions: the record format, its writers and readers. Knows stores, but neither the cache nor the loader."""
+"""Shards and versions: the record format, its writers and readers. Knows stores, not the cache or the loader."""

@@ -1,0 +1,99 @@
+"""Shards, a local NVMe cache and a drop-in DataLoader for training data that lives in object stores.
+
+``import tiercache`` loads the error tree and nothing else. Every other name is loaded when it is first asked for, so
+that a program pays for torch, pyarrow and the native modules only if it uses them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tiercache.errors import (
+    CacheFull,
+    CommitConflict,
+    CorruptShard,
+    NotFound,
+    ObjectChanged,
+    SchemaError,
+    StoreError,
+    TierCacheError,
+)
+from tiercache.version import __version__
+
+if TYPE_CHECKING:
+    from tiercache.cache import Cache
+    from tiercache.dataset import Dataset
+    from tiercache.load.collate import collate
+    from tiercache.load.loader import DataLoader
+    from tiercache.load.options import LoaderOptions
+    from tiercache.pack import pack
+    from tiercache.shard.dataset_writer import Writer
+    from tiercache.shard.types import Image, Ragged, Tensor
+
+__all__ = [
+    "Cache",
+    "CacheFull",
+    "CommitConflict",
+    "CorruptShard",
+    "DataLoader",
+    "Dataset",
+    "Image",
+    "LoaderOptions",
+    "NotFound",
+    "ObjectChanged",
+    "Ragged",
+    "SchemaError",
+    "StoreError",
+    "Tensor",
+    "TierCacheError",
+    "Writer",
+    "__version__",
+    "collate",
+    "pack",
+]
+
+_HOMES = {
+    "Cache": "tiercache.cache",
+    "DataLoader": "tiercache.load.loader",
+    "Dataset": "tiercache.dataset",
+    "Image": "tiercache.shard.types",
+    "LoaderOptions": "tiercache.load.options",
+    "Ragged": "tiercache.shard.types",
+    "Tensor": "tiercache.shard.types",
+    "Writer": "tiercache.shard.dataset_writer",
+    "collate": "tiercache.load.collate",
+    "pack": "tiercache.pack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, loaded from its module on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    if name != "pack":  # lives in the property below
+        globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _TopModule(ModuleType):
+    """Keeps ``tiercache.pack`` the function: importing the package of that name would bind it to the package."""
+
+    @property
+    def pack(self) -> Any:
+        return __getattr__("pack")
+
+    @pack.setter
+    def pack(self, value: Any) -> None:
+        if not isinstance(value, ModuleType):
+            raise AttributeError("tiercache.pack cannot be replaced")
+
+
+sys.modules[__name__].__class__ = _TopModule

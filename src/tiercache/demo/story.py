@@ -1,0 +1,179 @@
+"""The story: pack, look, train cold, train warm in a new process, stop, resume, evict; and what must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiercache.cache import Cache
+from tiercache.dataset import Dataset
+from tiercache.demo import claims
+from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
+from tiercache.demo.events import Claim, Epoch, Event, Note, Packed, Step
+from tiercache.demo.jobs import Job, Phase
+from tiercache.demo.process import run_job
+from tiercache.errors import TierCacheError
+from tiercache.model import format_bytes
+from tiercache.pack import pack
+from tiercache.shard.dataset_check import verify_dataset
+from tiercache.shard.dataset_writer import Writer
+from tiercache.shard.types import Tensor
+from tiercache.store import open_store
+from tiercache.testing.s3_server import S3Server
+
+PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
+NAMES = ("digits/train", "digits/test", "python")
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where it plays. folder: everything that is written lies in it."""
+
+    folder: Path
+    server: S3Server
+
+    @property
+    def cache(self) -> Path:
+        """The cache that all training processes share."""
+        return self.folder / "cache"
+
+    def url(self, name: str) -> str:
+        """The data set of a name."""
+        return f"{self.server.url}/{name}"
+
+
+def tell(folder: Path) -> Generator[Event, None, None]:
+    """The whole story in a folder, event by event; a Claim that does not hold is said and does not end it.
+
+    The server lives as long as the iterator: close it, or use it up.
+
+    Raises:
+        TierCacheError: a package of the extra `demo` is missing, the server does not start, or a part
+            of the story failed.
+    """
+    check_packages(PACKAGES)
+    yield Step("An object store")
+    with _started(folder / "server") as server:
+        stage = Stage(folder, server)
+        yield _about(server)
+        yield from _pack(stage)
+        yield from _look(stage)
+        yield from _train(stage)
+        yield from _evict(stage)
+
+
+@contextmanager
+def _started(folder: Path) -> Iterator[S3Server]:
+    """A running server, which is stopped even if its start is interrupted."""
+    with ExitStack() as stack:
+        try:
+            server = S3Server(folder)
+            stack.callback(server.stop)
+            server.start()
+        except RuntimeError as error:
+            raise TierCacheError(str(error)) from error
+        yield server
+
+
+def _about(server: S3Server) -> Note:
+    if server.kind == "moto":
+        return Note(f"no SeaweedFS for this platform: moto's server stands in for it, at {server.endpoint}")
+    return Note(f"SeaweedFS, a real S3 server, one process on this machine, at {server.endpoint}")
+
+
+def _pack(stage: Stage) -> Iterator[Event]:
+    yield Step("Two data sets from files that are here already, packed to s3://")
+    images = stage.folder / "digits"
+    n_train, n_test = write_digits(images)
+    yield Note(f"scikit-learn's digits: {n_train + n_test} PNG images in a folder for each digit, {n_test} held out")
+    options = stage.server.storage_options
+    for part in ("train", "test"):
+        pack(
+            images / part, stage.url(f"digits/{part}"), shard_size="64KiB", block_size="16KiB", storage_options=options
+        )
+        raw_bytes = sum(path.stat().st_size for path in (images / part).rglob("*.png"))
+        yield _packed(stage, f"digits/{part}", raw_bytes)
+    windows = python_windows()
+    yield Note(
+        f"Python source of the packages beside us: {len(windows)} windows of {WINDOW_BYTES} bytes and the next one"
+    )
+    schema = {"tokens": Tensor("uint8", (WINDOW_BYTES + 1,))}
+    with Writer(
+        stage.url("python"), schema=schema, shard_size="64KiB", block_size="32KiB", storage_options=options
+    ) as writer:
+        writer.write_batch({"tokens": windows})
+    yield _packed(stage, "python", windows.nbytes)
+
+
+def _packed(stage: Stage, name: str, raw_bytes: int) -> Packed:
+    dataset = Dataset(stage.url(name), cache=False, storage_options=stage.server.storage_options)
+    shards_bytes = dataset.source.shard_bytes
+    columns = ", ".join(dataset.column_names)
+    return Packed(name, stage.url(name), columns, len(dataset), len(shards_bytes), raw_bytes, int(shards_bytes.sum()))
+
+
+def _look(stage: Stage) -> Iterator[Event]:
+    yield Step("Listed, and every byte checked")
+    for name in NAMES:
+        with closing(open_store(stage.url(name), **stage.server.storage_options)) as store:
+            names = [info.key for info in store.list("")]
+            findings = list(verify_dataset(store))
+        shards = sum(1 for key in names if key.endswith(".tcs"))
+        yield Note(f"{stage.url(name)}: {len(names)} objects, {shards} of them shards, the others name its versions")
+        yield Claim(f"{name} holds what was written", not findings, "; ".join(map(str, findings)) or "no damage found")
+
+
+def _train(stage: Stage) -> Iterator[Event]:
+    yield Step("Epoch 1, cold: shards come from S3 while the models train on them")
+    yield from _phase(stage, "cold")
+    yield Step("Epoch 2, warm: a new process, the same cache")
+    sent_before = stage.server.bytes_sent()
+    warm = yield from _phase(stage, "warm")
+    sent_after = stage.server.bytes_sent()
+    yield claims.warm_fetched_nothing(warm)
+    if sent_before is not None and sent_after is not None:
+        yield claims.store_sent_versions_only(sent_after - sent_before, _version_bytes(stage))
+    yield Step("Epoch 3, a third process: once as a whole, then again up to the middle, where it stops")
+    before = yield from _phase(stage, "stop")
+    yield Step("The rest of epoch 3, in a fourth process")
+    after = yield from _phase(stage, "resume")
+    yield from claims.resumed_exactly(before, after)
+
+
+def _phase(stage: Stage, phase: Phase) -> Generator[Event, None, list[Epoch]]:
+    """Run a training process; passes its events on and returns its epochs."""
+    job = Job(
+        phase=phase,
+        urls={name: stage.url(name) for name in NAMES},
+        storage_options=stage.server.storage_options,
+        cache=str(stage.cache),
+        cache_bytes=CACHE_BYTES,
+        folder=str(stage.folder),
+    )
+    epochs = []
+    with closing(run_job(job)) as events:
+        for event in events:
+            if isinstance(event, Epoch):
+                epochs.append(event)
+            yield event
+    return epochs
+
+
+def _version_bytes(stage: Stage) -> int:
+    """Bytes of the version files and hints of all data sets: what opening one asks for, whatever is cached."""
+    with closing(stage.server.store()) as store:
+        small = [info for info in store.list("") if "/_tiercache/" in info.key and "/segments/" not in info.key]
+    return sum(info.n_bytes for info in small)
+
+
+def _evict(stage: Stage) -> Iterator[Event]:
+    yield Step("Evicted: the cache gives its disk back; the store still has everything")
+    with Cache(stage.cache, size=CACHE_BYTES) as cache:
+        used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())
+        freed_bytes = cache.evict()
+        left_bytes = cache.stats()["bytes_used"]
+    yield Note(f"{n_copies} cached files, {format_bytes(used_bytes)}; {format_bytes(freed_bytes)} freed")
+    yield Claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left")

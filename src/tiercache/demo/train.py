@@ -1,0 +1,207 @@
+"""A training process of the demo: `python -m tiercache.demo.train`, a Job on standard input, events on standard output.
+
+This is what a user's training script looks like: a Dataset, a DataLoader, torch, and the loader's state beside the
+model's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiercache.cache import Cache
+from tiercache.dataset import Dataset
+from tiercache.demo.events import Epoch, Event
+from tiercache.demo.jobs import BATCH_SIZE, SEED, Job, event_to_line
+from tiercache.demo.models import Digits, Python, Task, digest_batch, digest_weights
+from tiercache.load.loader import DataLoader
+from tiercache.load.options import LoaderOptions
+
+LEARNING_RATE = 3e-3
+READ_S = 1.0
+
+
+class Trainer:
+    """Trains one task. Not shared between threads."""
+
+    def __init__(self, job: Job, task: Task) -> None:
+        torch.manual_seed(SEED)  # the same weights at the start of every run
+        self.task = task
+        self._folder = Path(job.folder)
+        self._optimizer = torch.optim.AdamW(task.model.parameters(), LEARNING_RATE)
+        self._cache = Cache(job.cache, size=job.cache_bytes)
+        self.loader = self._open(job, task.train, shuffle=True)
+        self._held_out = self._open(job, task.held_out, shuffle=False) if task.held_out else None
+        # Loaders count from their making; segments were fetched before, and belong to the first epoch too.
+        self._opening_bytes = self._cache.stats()["bytes_fetched"]
+        self._seen = (0, 0, 0, 0)
+
+    def _open(self, job: Job, name: str, *, shuffle: bool) -> DataLoader:
+        dataset = Dataset(job.urls[name], cache=self._cache, storage_options=dict(job.storage_options))
+        return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=LoaderOptions(seed=SEED))
+
+    def start(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch, from its beginning. epoch counts from 1."""
+        self.loader.set_epoch(epoch - 1)
+        return iter(self.loader)
+
+    def run(self, batches: Iterator[dict[str, Any]], *, epoch: int, how: str, n_batches: int | None = None) -> Epoch:
+        """Train on batches, n_batches of them or all, and say how it went."""
+        started_s = time.perf_counter()
+        digests: list[str] = []
+        losses, n_samples, waited_s = 0.0, 0, 0.0
+        while n_batches is None or len(digests) < n_batches:
+            asked_s = time.perf_counter()
+            batch = next(batches, None)
+            waited_s += time.perf_counter() - asked_s
+            if batch is None:
+                break
+            digests.append(digest_batch(batch))
+            n = len(next(iter(batch.values())))
+            losses += self._learn(batch) * n
+            n_samples += n
+        elapsed_s = time.perf_counter() - started_s
+        accuracy = self._accuracy()
+        served, fetched, hits, misses = self._counted()
+        return Epoch(
+            task=self.task.name,
+            epoch=epoch,
+            how=how,
+            n_samples=n_samples,
+            elapsed_s=elapsed_s,
+            wait_share=waited_s / elapsed_s,
+            served_bytes=served,
+            fetched_bytes=fetched,
+            hits=hits,
+            misses=misses,
+            loss=losses / max(n_samples, 1),
+            accuracy=accuracy,
+            digests=tuple(digests),
+            weights=digest_weights(self.task.model),
+        )
+
+    def read(self, *, epoch: int) -> Epoch:
+        """Take an epoch's batches without training, again and again for READ_S: what the loader alone does."""
+        started_s, n_samples = time.perf_counter(), 0
+        while time.perf_counter() - started_s < READ_S:
+            n_samples += sum(len(next(iter(batch.values()))) for batch in self.start(epoch))
+        elapsed_s = time.perf_counter() - started_s
+        served, fetched, hits, misses = self._counted()
+        return Epoch(
+            task=self.task.name,
+            epoch=epoch,
+            how="loader only",
+            n_samples=n_samples,
+            elapsed_s=elapsed_s,
+            wait_share=1.0,
+            served_bytes=served,
+            fetched_bytes=fetched,
+            hits=hits,
+            misses=misses,
+            loss=None,
+            accuracy=None,
+        )
+
+    def _learn(self, batch: dict[str, Any]) -> float:
+        loss = self.task.loss(batch)
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def _accuracy(self) -> float | None:
+        if self._held_out is None:
+            return None
+        hits = n_samples = 0
+        with torch.no_grad():
+            for batch in self._held_out:
+                hits += self.task.hits(batch)
+                n_samples += len(batch["label"])
+        return hits / n_samples
+
+    def _counted(self) -> list[int]:
+        """Bytes served (in training), bytes fetched, cache hits and misses since the last call."""
+        loaders = [self.loader] if self._held_out is None else [self.loader, self._held_out]
+        fetched_bytes = self._opening_bytes + sum(loader.stats()["bytes_fetched"] for loader in loaders)
+        cache = self._cache.stats()
+        now = (self.loader.stats()["bytes_served"], fetched_bytes, cache["hits"], cache["misses"])
+        new = [after - before for after, before in zip(now, self._seen, strict=True)]
+        self._seen = now
+        return new
+
+    def save(self, name: str) -> None:
+        """Keep weights, optimizer and the loader's position under a name."""
+        state = {"model": self.task.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, self._path(name, "pt"))
+        self._path(name, "json").write_text(json.dumps(self.loader.state_dict()))
+
+    def load(self, name: str) -> None:
+        """Weights and optimizer as they were saved under a name."""
+        state = torch.load(self._path(name, "pt"))
+        self.task.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def resume(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rest of the epoch in which a name was saved."""
+        self.loader.load_state_dict(json.loads(self._path(name, "json").read_text()))
+        return iter(self.loader)
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self._folder / f"{self.task.name}-{name}.{suffix}"
+
+
+def run_cold(trainer: Trainer) -> Iterator[Event]:
+    """Epoch 1: nothing is cached."""
+    yield trainer.run(trainer.start(1), epoch=1, how="cold")
+    trainer.save("epoch1")
+
+
+def run_warm(trainer: Trainer) -> Iterator[Event]:
+    """Epoch 2, from the cache; then the same batches without a model, to see what the loader alone does."""
+    trainer.load("epoch1")
+    yield trainer.run(trainer.start(2), epoch=2, how="warm")
+    trainer.save("epoch2")
+    yield trainer.read(epoch=2)
+
+
+def run_stop(trainer: Trainer) -> Iterator[Event]:
+    """Epoch 3 as a whole, for comparison; then once more, up to its middle."""
+    trainer.load("epoch2")
+    yield trainer.run(trainer.start(3), epoch=3, how="whole")
+    trainer.load("epoch2")
+    yield trainer.run(trainer.start(3), epoch=3, how="stopped", n_batches=len(trainer.loader) // 2)
+    trainer.save("middle")
+
+
+def run_resume(trainer: Trainer) -> Iterator[Event]:
+    """The second half of epoch 3, from what the stopped run left."""
+    trainer.load("middle")
+    yield trainer.run(trainer.resume("middle"), epoch=3, how="resumed")
+
+
+PHASES = {"cold": run_cold, "warm": run_warm, "stop": run_stop, "resume": run_resume}
+
+
+def main() -> int:
+    """Do the job on standard input."""
+    job = Job.from_json(sys.stdin.read())
+    # Models this small gain nothing from more, and two threads that wait for each other on a busy machine lose a lot.
+    torch.set_num_threads(1)
+    try:
+        for task in (Digits(), Python()):
+            for event in PHASES[job.phase](Trainer(job, task)):
+                sys.stdout.write(event_to_line(event) + "\n")
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

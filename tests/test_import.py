@@ -1,0 +1,59 @@
+"""What `import tiercache` costs and what it leaves alone."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+OWN_MODULES_MS = 50.0
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def own_milliseconds() -> float:
+    report = run_python("-X", "importtime", "-c", "import tiercache").stderr
+    rows = re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(tiercache[\w.]*)$", report, re.M)
+    assert rows, report
+    return sum(int(us) for us, _ in rows) / 1000
+
+
+def test_our_own_modules_take_few_milliseconds():
+    own_milliseconds()  # writes the byte code
+    assert min(own_milliseconds() for _ in range(3)) < OWN_MODULES_MS
+
+
+def test_importing_loads_no_heavy_library():
+    heavy = ["torch", "numpy", "pyarrow", "obstore", "fsspec", "pydantic", "typer", "rich", "sqlite3", "asyncio"]
+    code = f"import sys, tiercache; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python("-W", "error", "-c", code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["Dataset", "Writer", "Cache", "Tensor", "pack"])
+def test_what_needs_no_tensor_loads_no_torch(name):
+    code = f"import sys, tiercache; tiercache.{name}; print('torch' in sys.modules)"
+    assert run_python("-c", code).stdout.strip() == "False"
+
+
+def test_importing_starts_no_thread_and_opens_no_file_but_modules():
+    code = """
+import os, sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+before = set(os.listdir("/proc/self/fd"))
+import tiercache
+seen = list(opened)
+after = set(os.listdir("/proc/self/fd"))
+others = [p for p in seen if not p.endswith((".py", ".pyc")) and ".pyc." not in p]
+print(len(os.listdir("/proc/self/task")), len(after - before), others)
+"""
+    assert run_python("-c", code).stdout.strip() == "1 0 []"
+
+
+def test_the_command_starts_without_torch():
+    code = "import sys, tiercache.cli; print('torch' in sys.modules)"
+    assert run_python("-c", code).stdout.strip() == "False"

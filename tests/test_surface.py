@@ -1,0 +1,68 @@
+"""The names that users see."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiercache
+
+MAX_NAMES = 25
+
+
+def in_new_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_public_names_are_few_and_sorted():
+    assert tiercache.__all__ == sorted(tiercache.__all__)
+    assert len(tiercache.__all__) <= MAX_NAMES
+
+
+def test_dir_lists_the_public_names():
+    assert dir(tiercache) == sorted(tiercache.__all__)
+
+
+@pytest.mark.parametrize("name", tiercache.__all__)
+def test_every_public_name_exists_and_is_documented(name):
+    value = getattr(tiercache, name)
+    assert name == "__version__" or inspect.getdoc(value)
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse(Path(tiercache.__file__).read_text())
+    named = {alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    assert set(tiercache.__all__) <= named
+
+
+def test_star_import_gives_the_public_names():
+    assert in_new_process("from tiercache import *; print(DataLoader.__name__, Writer.__name__)") == "DataLoader Writer"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Lodaer'"):
+        _ = tiercache.Lodaer
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tiercache as tc",
+        "import tiercache.pack, tiercache as tc",
+        "import tiercache as tc; tc.pack; import tiercache.pack",
+        "import tiercache as tc; from tiercache.pack import pack; import tiercache.cli",
+        "import tiercache.cli, tiercache as tc",
+    ],
+)
+def test_pack_is_the_function_whatever_was_imported_before(imports):
+    assert in_new_process(f"{imports}; import inspect; print(inspect.isfunction(tc.pack))") == "True"
+
+
+@pytest.mark.parametrize("name", [n for n in tiercache.__all__ if n[0].isupper()])
+def test_a_public_class_does_not_show_private_modules_as_its_own(name):
+    assert getattr(tiercache, name).__module__.startswith("tiercache")
