@@ -87,7 +87,7 @@ class ObjectChanged(StoreError):
 
 
 class CorruptShard(TierCacheError):
-    """Bytes are not what was written. url; part: what is damaged; shard, block, column, record where known."""
+    """Bytes are not what was written. url; part: what is damaged; block, column where known; reason: all else."""
 
     exit_code = 4
 
@@ -103,9 +103,8 @@ class CorruptShard(TierCacheError):
     ) -> None:
         places = [part, "" if block is None else f"block {block}", "" if column is None else f"column {column!r}"]
         where = ", ".join(p for p in places if p)
-        super().__init__(
-            f"{url}: {where + ': ' if where else ''}{message}", url=url, part=part, block=block, column=column, **facts
-        )
+        text = f"{url}: {where + ': ' if where else ''}{message}"
+        super().__init__(text, url=url, part=part, block=block, column=column, reason=message, **facts)
 
 
 class SchemaError(TierCacheError, ValueError):
@@ -148,4 +147,4 @@ class UnsupportedFormat(TierCacheError):
     """Written in a format that this release does not read. found, supported: versions."""
 
     def __init__(self, message: str, *, url: str, found: int, supported: int, **facts: Any) -> None:
-        super().__init__(f"{url}: {message}", url=url, found=found, supported=supported, **facts)
+        super().__init__(f"{url}: {message}", url=url, found=found, supported=supported, reason=message, **facts)

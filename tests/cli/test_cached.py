@@ -96,6 +96,9 @@ def test_pinned_copies_stay_until_unpinned(tiercache, data_set, cache):
     assert tiercache("status", *cache, "--json").events[-1]["pinned_bytes"] == used(tiercache, cache) > 0
     assert tiercache("evict", "--all", *cache, "-y", "--json").events[-1]["copies"] == 0
     assert used(tiercache, cache) > 0
+    evicted = tiercache("evict", data_set, *cache, "-y", "--json").events[-1]
+    assert (evicted["copies"], evicted["pinned"]) == (0, pinned["objects"])
+    assert f"; {pinned['objects']} pinned copies stayed" in tiercache("evict", data_set, *cache, "-y").out
     assert f"would unpin {pinned['objects']} copies" in tiercache("unpin", data_set, *cache, "--dry-run").out
     assert tiercache("unpin", data_set, *cache, "--include", "*-000000.tcs").out == "unpinned 1 copy\n"
     assert tiercache("unpin", "--all", *cache, "--json").events[-1]["copies"] == pinned["objects"] - 1

@@ -167,6 +167,21 @@ class TestExport:
             assert "there is a file already" in tiercache("export", data_set, tmp_path / target, code=1).err
             tiercache("export", data_set, tmp_path / target, "--overwrite")
 
+    def test_parts_of_a_longer_export_are_not_left_among_those_of_this_one(self, tiercache, data_set, tmp_path):
+        tiercache("export", data_set, tmp_path / "parts")
+        n_before = len(list((tmp_path / "parts").iterdir()))
+        tiercache("pack", tmp_path / "parts" / "part-00000.parquet", tmp_path / "one")
+        done = tiercache("export", tmp_path / "one", tmp_path / "parts", code=1)
+        assert "another export" in done.err
+        assert len(list((tmp_path / "parts").iterdir())) == n_before > 1
+        tiercache("export", tmp_path / "one", tmp_path / "parts", "--overwrite")
+        assert [p.name for p in (tmp_path / "parts").iterdir()] == ["part-00000.parquet"]
+
+    def test_an_unknown_compression_is_wrong_usage(self, tiercache, data_set, tmp_path):
+        done = tiercache("export", data_set, tmp_path / "x.parquet", "--compression", "wat", code=2)
+        assert "'wat'" in done.err
+        assert not (tmp_path / "x.parquet").exists()
+
     def test_a_dry_run_writes_nothing(self, tiercache, data_set, tmp_path):
         done = tiercache("export", data_set, tmp_path / "out.parquet", "--dry-run", "--columns", "label")
         assert done.out.splitlines()[0] == "label: int64"
@@ -178,3 +193,5 @@ class TestExport:
         tiercache("pack", tmp_path / "a.parquet", tmp_path / "set")
         tiercache("export", tmp_path / "set", tmp_path / "out.parquet")
         assert pq.read_table(tmp_path / "out.parquet").num_rows == 0
+        tiercache("export", tmp_path / "set", tmp_path / "parts")
+        assert pq.read_table(tmp_path / "parts").schema.names == ["x"]

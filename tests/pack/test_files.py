@@ -27,6 +27,17 @@ def test_a_folders_visible_files_come_folder_by_folder(folder):
     assert paths(f"file://{folder}") == paths(folder)
 
 
+def test_a_file_url_is_decoded_as_stores_do_it(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "x").write_text("x")
+    assert paths(f"file://{tmp_path}/a%20b") == ["x"]
+
+
+def test_nothing_is_no_source():
+    with pytest.raises(ValueError, match="not a URL or path"):
+        find_files("", {})
+
+
 def test_links_are_followed_and_a_loop_of_links_ends(folder):
     (folder / "link.txt").symlink_to(folder / "top.txt")
     (folder / "b" / "loop").symlink_to(folder)

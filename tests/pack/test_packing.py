@@ -194,6 +194,12 @@ class TestParquet:
         with pytest.raises(SchemaError, match=r"a\.parquet: not Parquet that can be read"):
             pack(tmp_path / "a.parquet", tmp_path / "out")
 
+    def test_two_columns_of_one_name_are_an_error(self, tmp_path):
+        pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "a.parquet")
+        with pytest.raises(SchemaError, match=r"a\.parquet: two columns") as caught:
+            pack(tmp_path / "a.parquet", tmp_path / "out")
+        assert caught.value.column == "a"
+
     def test_no_rows_make_an_empty_data_set(self, tmp_path):
         pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "a.parquet")
         assert pack(tmp_path / "a.parquet", tmp_path / "out").n_records == 0
@@ -277,6 +283,20 @@ class TestJsonLines:
         (tmp_path / "a.jsonl").write_text("\n\n")
         with pytest.raises(SchemaError, match=r"a\.jsonl: no record"):
             pack(tmp_path / "a.jsonl", tmp_path / "out")
+
+    def test_a_gzip_file_is_known_by_its_name_in_any_case(self, tmp_path):
+        (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"a": 1}\n'))
+        assert pack(tmp_path / "A.JSONL.GZ", tmp_path / "out").n_records == 1
+
+    def test_a_number_of_another_sort_is_shown(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"a": 1.5}\n')
+        with pytest.raises(SchemaError, match=r"expected int64, got a float, 1\.5"):
+            pack(tmp_path / "a.jsonl", tmp_path / "out", schema={"a": "int64"})
+
+    def test_a_data_set_inside_its_source_is_no_source(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"a": 1}\n')
+        pack(tmp_path, tmp_path / "out")
+        assert pack(tmp_path, tmp_path / "out", mode="append").n_records == 2
 
     def test_a_damaged_gzip_file_is_named(self, tmp_path):
         data = gzip.compress(b'{"x": 1}\n' * 10000)

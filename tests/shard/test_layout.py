@@ -1,5 +1,6 @@
 """Head, tail and footer as bytes: what is written is read, newer versions are told apart, and no number is believed."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -214,3 +215,17 @@ def test_a_footer_of_any_bytes_is_refused(shard, junk):
     tail = Tail(64, len(stored), len(junk), crc32c(stored))
     with pytest.raises(CorruptShard, match="footer"):
         Footer.parse(stored, tail, "u")
+
+
+def test_a_frame_is_decoded_once_and_not_copied_so_that_a_bomb_costs_no_more_than_it_promises():
+    n_bytes = 8 << 20
+    frame = codec.compress(bytes(n_bytes), 3)
+    tracemalloc.start()
+    try:
+        content = codec.decompress(frame, n_bytes)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert content.nbytes == n_bytes
+    assert content.readonly
+    assert peak_bytes < 1.5 * n_bytes

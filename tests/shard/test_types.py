@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -264,3 +265,8 @@ def test_arrow_alone_reads_a_schema_without_our_types():
 def test_every_kind_of_column_is_described():
     kinds = {column.kind for column in Schema.of(EVERYTHING).columns}
     assert kinds == set(Kind)
+
+
+def test_a_series_of_pandas_is_inferred_like_the_array_that_it_is():
+    columns = {"n": pd.Series([1, 2], dtype="int16"), "s": pd.Series(["a", None], dtype=object)}
+    assert [str(c) for c in Schema.infer_columns(columns).columns] == ["int16", "str?"]

@@ -251,6 +251,54 @@ def test_a_record_of_other_columns_is_refused(store, record, message):
     assert [info.n_records for info in writer.finish()] == [1]
 
 
+@pytest.mark.parametrize("given", [[1], "a", pa.table({"a": [1]}).to_reader()])
+def test_what_names_no_columns_is_refused(store, given):
+    writer = ShardWriter(store, Schema.of({"a": "int64"}))
+    for call in (writer.write, writer.write_batch, Schema.infer_record, Schema.infer_columns):
+        with pytest.raises(TypeError, match="mapping"):
+            call(given)
+
+
+class Unreadable:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("not now")
+
+
+@pytest.mark.parametrize("value", [Unreadable(), torch.zeros(1, device="meta"), torch.zeros(1).to_sparse()])
+def test_an_array_that_cannot_be_read_is_a_value_that_does_not_fit(store, value):
+    writer = ShardWriter(store, Schema.of({"n": "int8", "x": Tensor("float32", (1,))}))
+    for call in (writer.write, lambda record: writer.write_batch({name: [v] for name, v in record.items()})):
+        with pytest.raises(SchemaError) as caught:
+            call({"n": 1, "x": value})
+        assert (caught.value.column, caught.value.record) == ("x", 0)
+    assert writer.finish() == []
+
+
+def test_an_error_shows_the_beginning_of_a_long_value(store):
+    writer = ShardWriter(store, Schema.of({"n": "int8"}))
+    with pytest.raises(SchemaError) as caught:
+        writer.write({"n": 10**4000})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("nulls", [(), (0,), (3, 39)])
+def test_tensors_written_one_by_one_are_read_back_equal_whatever_their_callers_do_next(store, nulls):
+    values = [None if i in nulls else np.full((2, 3), i, np.int16) for i in range(40)]
+    mine = np.zeros((2, 3), np.int16)
+    with ShardWriter(
+        store, Schema.of({"t": Tensor("int16", (2, 3), nullable=True)}), ShardOptions(block_bytes=300)
+    ) as writer:
+        for value in values:
+            mine[:] = 0 if value is None else value
+            writer.write({"t": None if value is None else mine})
+    (info,) = writer.finish()
+    with ShardReader(store, info.name, info=info) as reader:
+        assert reader.footer.n_blocks > 1
+        batch = as_batch(reader.take(range(40), [0]))
+    np.testing.assert_array_equal(batch["t"], np.stack([mine * 0 if v is None else v for v in values]))
+    assert np.flatnonzero(~batch["t.valid"]).tolist() == list(nulls)
+
+
 def test_a_nullable_column_may_be_left_out(store):
     with ShardWriter(store, Schema.of({"x": "int8", "z": "str?"}), ShardOptions()) as writer:
         writer.write({"x": 1})

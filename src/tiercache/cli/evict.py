@@ -32,8 +32,6 @@ from tiercache.pack.files import selected
 from tiercache.shard.manifest import latest
 from tiercache.store import Store, redact
 
-Share = Annotated[str, typer.Option("--share", metavar="SHARE", help="Only so much of it, from the start: 25%.")]
-
 
 def evict(
     url: Annotated[str | None, typer.Argument(metavar="[URL]", help="The data set whose copies go.")] = None,
@@ -55,22 +53,25 @@ def evict(
         raise ValueError("evict takes a URL or --all")
     with opened_cache(cache_dir, cache_size) as cache:
         of_scope = _scope(url, storage_option)
-        chosen = [e for e in cache.entries() if of_scope(e) and not e.pinned and _passes(e, include, exclude)]
+        found = [e for e in cache.entries() if of_scope(e) and _passes(e, include, exclude)]
+        chosen = [entry for entry in found if not entry.pinned]
+        n_pinned = len(found) - len(chosen)
         n_bytes = sum(entry.n_bytes for entry in chosen)
         what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
-        facts: dict[str, Any] = {"copies": len(chosen), "bytes": n_bytes}
         if dry_run:
+            facts: dict[str, Any] = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
             for entry in chosen:
                 output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
-            output.summary(facts | {"dry_run": True}, f"would evict {what}")
+            output.summary(facts, f"would evict {what}")
             return
         if chosen and not yes:
             _ask(f"Evict {what} from {cache.path}?")
         freed_bytes = cache.evict([entry.name for entry in chosen])
         names = {entry.name for entry in chosen}
         left = sum(entry.name in names for entry in cache.entries())
-        facts = {"copies": len(chosen) - left, "bytes": freed_bytes, "left": left}
+        facts = {"copies": len(chosen) - left, "bytes": freed_bytes, "left": left, "pinned": n_pinned}
         kept = f"; {count(left, 'copy', 'copies')} in use stayed" if left else ""
+        kept += f"; {count(n_pinned, 'pinned copy', 'pinned copies')} stayed" if n_pinned else ""
         gone = f"{count(len(chosen) - left, 'copy', 'copies')}, {format_bytes(freed_bytes)}"
         output.summary(facts, f"evicted {gone}{kept}")
     if left:

@@ -65,7 +65,7 @@ def export(
     ):
         data_set = open_data_set(source, at)
         task = Export(source, data_set.version, sink, options)
-        n_files = 1 if key else len(data_set.shards)
+        n_files = 1 if key else max(1, len(data_set.shards))
         if key and not overwrite:
             _refuse_existing(sink, key)
         facts = {"target": redact(target), "files": n_files, "records": data_set.version.n_records}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from tiercache.cache import Entry
 from tiercache.cli.options import (
@@ -18,8 +16,6 @@ from tiercache.cli.options import (
 from tiercache.cli.output import Output
 from tiercache.cli.warm import opened_cache
 from tiercache.model import format_bytes
-
-Share = Annotated[str, typer.Option("--share", metavar="SHARE", help="Only so much of it, from the start: 25%.")]
 
 
 def status(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tiercache import config
 from tiercache.cli.failures import CORRUPT, PARTLY
-from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
+from tiercache.cli.opening import OpenDataSet, opened_store
 from tiercache.cli.options import (
     Exclude,
     Include,
@@ -27,8 +27,8 @@ from tiercache.cli.options import (
 from tiercache.cli.output import Output, count
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo, format_bytes
-from tiercache.shard.dataset_check import ShardCheck, check_shards, finding_of
-from tiercache.shard.verify import Finding
+from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
+from tiercache.shard.verify import Finding, finding_of
 
 
 def verify(
@@ -49,10 +49,12 @@ def verify(
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         try:
-            data_set = open_data_set(store, at)
+            data_set = OpenDataSet(store, *open_whole(store, at))
         except CorruptShard as error:
             _print_finding(output, finding_of(error))
-            output.summary({"shards": 0, "damaged": 0, "findings": 1}, "the data set cannot be opened: 1 finding")
+            nothing = dict.fromkeys(("shards", "of", "bytes", "damaged", "unread"), 0)
+            facts = {"version": at, **nothing, "findings": 1}
+            output.summary(facts, "the data set cannot be opened: 1 finding")
             raise typer.Exit(CORRUPT) from None
         chosen = data_set.select(include, exclude)
         infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_share(sample))]
@@ -84,9 +86,7 @@ def _print_finding(output: Output, finding: Finding) -> None:
     places = [finding.part]
     places += [] if finding.block is None else [f"block {finding.block}"]
     places += [] if finding.column is None else [f"column {finding.column!r}"]
-    message = finding.message.removeprefix(f"{finding.url}: ")
-    facts: dict[str, Any] = asdict(finding) | {"message": message}
-    output.event("finding", facts, f"{finding.url}: {', '.join(places)}: {message}")
+    output.event("finding", asdict(finding), f"{finding.url}: {', '.join(places)}: {finding.message}")
 
 
 def _finish(output: Output, data_set: OpenDataSet, checks: Sequence[ShardCheck]) -> None:

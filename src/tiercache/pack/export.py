@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from tiercache.store import Store, Upload
 _PART_BYTES = 16 << 20
 _ROW_GROUP_BYTES = 64 << 20
 _ROW_GROUP_ROWS = 1 << 20
+_CODECS = ("none", "snappy", "gzip", "brotli", "lz4", "zstd")
+_PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +35,19 @@ class ExportOptions:
         columns: which, in which order; None: all.
         jobs: files written side by side (a folder).
         overwrite: replace files that are there.
-        compression: of Parquet: "zstd", "snappy", "none", ...
+        compression: of Parquet: "none", "snappy", "gzip", "brotli", "lz4" or "zstd".
     """
 
     columns: Sequence[str] | None = None
     jobs: int = 1
     overwrite: bool = False
     compression: str = "zstd"
+
+    def __post_init__(self) -> None:
+        if self.compression not in _CODECS:
+            raise ValueError(f"Parquet's compression is one of {', '.join(_CODECS)}, got {self.compression!r}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs is 1 or more, got {self.jobs}")
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,26 @@ class Export:
         return self._write(key, shards, range(len(shards)), on_progress)
 
     def to_folder(self, on_progress: Callable[[int], None] | None = None) -> int:
-        """Write `part-00000.parquet`, ...: one file a shard, options.jobs side by side. As to_file()."""
-        shards = read_shards(self.source, self.version)
+        """Write `part-00000.parquet`, ...: one file a shard (one in any case), options.jobs side by side. As to_file().
 
-        def write(shard: int) -> int:
-            return self._write(f"part-{shard:05d}.parquet", shards, [shard], on_progress)
+        Parts of a longer export that is overwritten are deleted at the end, for they would be read as part of this one.
+        """
+        shards = read_shards(self.source, self.version)
+        n_files = max(1, len(shards))
+        parts = filter(None, (_PART_NAME.fullmatch(info.key) for info in self.target.list()))
+        stale = sorted(part[0] for part in parts if int(part[1]) >= n_files)
+        if stale and not self.options.overwrite:
+            raise StoreError("there is another export's file; say overwrite", url=f"{self.target.url}/{stale[0]}")
+
+        def write(part: int) -> int:
+            chosen = range(part, min(part + 1, len(shards)))
+            return self._write(f"part-{part:05d}.parquet", shards, chosen, on_progress)
 
         with ThreadPoolExecutor(self.options.jobs, "tiercache-export") as pool:
-            return sum(pool.map(write, range(len(shards))))
+            n_records = sum(pool.map(write, range(n_files)))
+        if stale:
+            self.target.delete(stale)
+        return n_records
 
     @property
     def schema(self) -> Schema:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from tiercache.errors import NotFound
 from tiercache.model import ByteRange
 from tiercache.store import Store, open_store, split_url
+from tiercache.store.urls import Location
 
 _BUFFER_BYTES = 1 << 20
 _PARALLEL_READS = 16
@@ -33,7 +34,7 @@ class Files(Protocol):
     """Where the files lie. Picklable, so that each process of a parallel pack opens its own."""
 
     def list(self) -> Iterator[SourceFile]:
-        """All files in no promised order, but hidden ones (".x") and those in hidden folders."""
+        """All files in no promised order, but hidden ones and those in hidden folders."""
 
     def open(self, path: str) -> BinaryIO:
         """A file for reading, seekable; the caller closes it."""
@@ -61,7 +62,7 @@ class LocalFiles:
                 continue
             with os.scandir(real) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_hidden(entry.name):
                         continue
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir():
@@ -100,7 +101,7 @@ class StoreFiles:
     def list(self) -> Iterator[SourceFile]:
         """What the store lists."""
         for info in self.store.list():
-            if not any(part.startswith(".") for part in info.key.split("/")):
+            if not any(map(is_hidden, info.key.split("/"))):
                 yield SourceFile(info.key, info.n_bytes)
 
     def open(self, path: str) -> BinaryIO:
@@ -149,6 +150,11 @@ class _StoreFile(io.RawIOBase):
         return n_bytes
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is never packed: ".x", and what belongs to a data set that lies in the source."""
+    return name.startswith(".") or name == "_tiercache"
+
+
 def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether a path passes the globs: one of include (if there are any) and none of exclude.
 
@@ -167,9 +173,11 @@ def find_files(source: str | os.PathLike[str], storage_options: Mapping[str, Any
 
     Raises:
         NotFound: nothing is there.
+        ValueError: not a path or URL.
     """
-    text = os.fspath(source).removeprefix("file://")
-    remote = "://" in text
+    place = Location.parse(source)
+    remote = bool(place.scheme)
+    text = os.fspath(source) if remote else place.path
     root, globs = (text, []) if not remote and Path(text).exists() else _split_glob(text)
     if not globs and (single := _single_file(text, remote, storage_options)) is not None:
         return single

@@ -105,8 +105,12 @@ def split_files(found: Sequence[SourceFile]) -> tuple[Part, ...]:
     return tuple(part for file in found for part in _split(file))
 
 
+def _is_gzipped(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
 def _split(file: SourceFile) -> Iterator[Part]:
-    if file.path.endswith(".gz"):
+    if _is_gzipped(file.path):
         yield Part(file.path, 0, file.n_bytes, file.n_bytes)
         return
     for start in range(0, file.n_bytes, _PART_BYTES):
@@ -121,7 +125,7 @@ def read_lines(files: Files, part: Part) -> Iterator[Line]:
         SchemaError: a line that is not a JSON object, or a damaged gzip file.
     """
     with _opened(files, part.path) as file:
-        whole = part.path.endswith(".gz")
+        whole = _is_gzipped(part.path)
         at = 0
         if part.start:  # the line that reaches into this part belongs to the one before
             file.seek(part.start - 1)
@@ -138,7 +142,7 @@ def read_lines(files: Files, part: Part) -> Iterator[Line]:
 @contextmanager
 def _opened(files: Files, path: str) -> Iterator[IO[bytes]]:
     with files.open(path) as raw:
-        if not path.endswith(".gz"):
+        if not _is_gzipped(path):
             yield raw
             return
         with gzip.GzipFile(fileobj=raw) as unpacked:

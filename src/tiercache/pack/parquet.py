@@ -76,6 +76,9 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
 def _read_footer(files: Files, path: str) -> Footer:
     with _opened(files, path) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
+        if len(set(schema.names)) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise SchemaError(f"{files.place(path)}: two columns have this name", column=twice)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         with_nulls: set[str] = set()
         for group in groups:

@@ -38,8 +38,8 @@ def compress(data: Any, level: int) -> bytes:
     return frame
 
 
-def decompress(frame: bytes | memoryview, raw_bytes: int) -> bytes:
-    """The content of a frame.
+def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
+    """The content of a frame, read-only.
 
     Raises:
         CodecError: not one frame of raw_bytes bytes.
@@ -47,7 +47,7 @@ def decompress(frame: bytes | memoryview, raw_bytes: int) -> bytes:
     _check_promise(frame, raw_bytes)  # before the memory is taken
     out = bytearray(raw_bytes)
     decompress_into(frame, memoryview(out))
-    return bytes(out)
+    return memoryview(out).toreadonly()
 
 
 def decompress_into(frame: bytes | memoryview, out: memoryview) -> None:

@@ -1,6 +1,7 @@
 """Cuts a stream of batches into blocks of about one size.
 
-Only the sizes of records count: how they were batched makes no difference.
+Only the sizes of records count, and not how they were batched; but of a column of Kind.ARROW each record counts as the
+mean of its batch.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.manifest import latest, read_shards, read_version
-from tiercache.shard.verify import Finding, verify_shard
+from tiercache.shard.segments import ShardTable
+from tiercache.shard.verify import Finding, finding_of, verify_shard
 from tiercache.shard.versions import Version
 from tiercache.store.contract import Store
 
@@ -31,15 +32,29 @@ def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) ->
         StoreError: the store failed.
     """
     try:
-        version = latest(store) if number is None else read_version(store, number)
-        infos = list(read_shards(store, version).infos())
+        version, shards = open_whole(store, number)
     except CorruptShard as error:
         yield finding_of(error)
         return
-    for check in check_shards(store, version, infos, jobs=jobs):
+    for check in check_shards(store, version, list(shards.infos()), jobs=jobs):
         if check.error is not None:
             raise check.error
         yield from check.findings
+
+
+def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
+    """A version (the newest) and its shards, for checking: here a segment that is missing is damage too.
+
+    Raises:
+        CorruptShard: the version or a segment is damaged, or a segment is missing.
+        NotFound: no data set, or no such version.
+        StoreError: the store failed.
+    """
+    version = latest(store) if number is None else read_version(store, number)
+    try:
+        return version, read_shards(store, version)
+    except NotFound as error:
+        raise CorruptShard("it is missing", url=error.url, part="segment") from error
 
 
 def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
@@ -50,11 +65,6 @@ def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, 
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def finding_of(error: CorruptShard) -> Finding:
-    """What an error says, as a finding."""
-    return Finding(error.url, error.part, error.message.removeprefix(f"{error.url}: "), error.block, error.column)
 
 
 def _check(store: Store, version: Version, info: ShardInfo) -> ShardCheck:

@@ -14,11 +14,15 @@ import numpy.typing as npt
 
 from tiercache.shard.spec import FLOATS, INTEGERS, STORED
 
+# Enough to know a value by; some have a million digits.
+_GOT_CHARACTERS = 200
+
 
 class MisfitError(ValueError):
     """A value that does not fit its column. index: of the record in the batch."""
 
     def __init__(self, expected: str, got: str, index: int = 0) -> None:
+        got = got if len(got) <= _GOT_CHARACTERS else f"{got[:_GOT_CHARACTERS]}..."
         super().__init__(f"expected {expected}, got {got}")
         self.expected = expected
         self.got = got
@@ -32,17 +36,21 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
-        tensor = data.detach().cpu()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"
         try:
+            tensor = data.detach().cpu()
+            if tensor.dtype == torch.bfloat16:
+                return tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"
             data = tensor.numpy()
         except (TypeError, RuntimeError) as error:
-            raise MisfitError("a dense tensor of a dtype that numpy has", f"a tensor of {tensor.dtype}") from error
+            got = f"a tensor of {data.dtype}, {data.layout}, on {data.device}"
+            raise MisfitError("a dense tensor of a dtype that numpy has", got) from error
     if not isinstance(data, np.ndarray | np.generic):
         if not hasattr(data, "__array__"):
             return None
-        data = np.asarray(data)
+        try:
+            data = np.asarray(data)
+        except (TypeError, ValueError, RuntimeError) as error:  # of another library's __array__
+            raise MisfitError("what numpy can read", f"a {type(data).__qualname__}: {error}") from error
     array = np.asarray(data)
     if array.dtype.name == "bfloat16":  # of ml_dtypes, which need not be there
         return array.view(np.uint16), "bfloat16"

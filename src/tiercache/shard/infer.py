@@ -55,6 +55,8 @@ def type_of_column(name: str, values: Any) -> UserType:
             return pa.from_numpy_dtype(values.dtype)
         values = values.tolist()
     shape = _shape_of(values)
+    if shape is None and hasattr(values, "__array__"):  # a pandas Series, and its like
+        return type_of_column(name, np.asarray(values))
     if shape is not None:
         if not shape:
             raise SchemaError(

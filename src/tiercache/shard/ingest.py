@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,12 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tiercache.shard.arrow_ingest import Stored, part_of_arrow, part_of_stored
+from tiercache.shard.arrow_values import check_value
 from tiercache.shard.fit import MisfitError, as_numpy, fit
 from tiercache.shard.parts import Part, shapes_of
 from tiercache.shard.spec import FLOATS, INTEGERS, STORED, Kind
 from tiercache.shard.types import Column
 
 Array: TypeAlias = npt.NDArray[Any]
+_ARROW_REFUSES = (pa.ArrowException, TypeError, ValueError, OverflowError)
 _BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
 
 
@@ -85,15 +88,19 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
         return Part(len(values), fast.reshape(-1, 1))
     if column.kind is Kind.ARROW:
         return _arrow_part_of_list(column, values)
-    convert = converter(column)
-    converted: list[Any] = []
+    return build_part(column, _each(values, converter(column)))
+
+
+def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    """What convert() makes of each value; its MisfitError gets the index."""
+    converted = []
     for index, value in enumerate(values):
         try:
             converted.append(convert(value))
         except MisfitError as error:
             error.index = index
             raise
-    return build_part(column, converted)
+    return converted
 
 
 def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
@@ -114,30 +121,38 @@ def converter(column: Column) -> Callable[[Any], Any]:
 
     It raises MisfitError where the value does not fit. Arrays may share the value's memory.
     """
-    plain = _CONVERTERS[column.kind]
+    scalar = column.kind is Kind.SCALAR
+    plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
+    if not column.nullable:
+        return plain  # None misfits like any other value; in a JSON column it is null
+    return lambda value: None if value is None else plain(value)
+
+
+def _number_converter(column: Column) -> Callable[[Any], Any]:
+    dtype, stored = column.dtype or "", column.stored
+    integer = dtype in INTEGERS
+    low, high = _limits(dtype)
 
     def convert(value: Any) -> Any:
-        if value is None and (column.nullable or column.kind is not Kind.JSON):
-            if column.nullable:
-                return None
-            raise MisfitError(str(column), "None")
-        return plain(column, value)
+        # The usual cases first, for looking closer costs ten times as much.
+        kind = type(value)
+        if kind is (int if integer else float) and low <= value <= high:
+            return value
+        if isinstance(value, np.generic) and value.dtype == stored and dtype != "bfloat16":
+            return value
+        if integer and kind is int:
+            raise MisfitError(f"{dtype} ({low} to {high})", str(value))
+        return _fit_value(column, value).reshape(-1)[0]
 
     return convert
 
 
-def _convert_number(column: Column, value: Any) -> Any:
-    dtype = column.dtype or ""
-    if type(value) is int and dtype in INTEGERS:
-        # np.iinfo is slow to make; the width says it all
-        bits = 8 * column.stored.itemsize
-        low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
-        if low <= value < high:
-            return value
-        raise MisfitError(f"{dtype} ({low} to {high - 1})", str(value))
-    if type(value) is float and dtype == "float64":
-        return value
-    return _fit_value(column, value).reshape(-1)[0]
+def _limits(dtype: str) -> tuple[Any, Any]:
+    """The least and the largest number that numpy makes a stored one of by itself, without loss or by rounding."""
+    if dtype == "bfloat16":
+        return 1, 0
+    info = np.iinfo(STORED[dtype]) if dtype in INTEGERS else np.finfo(STORED[dtype])  # type: ignore[type-var]
+    return (int(info.min), int(info.max)) if dtype in INTEGERS else (float(info.min), float(info.max))
 
 
 def _fit_value(column: Column, value: Any) -> Array:
@@ -169,7 +184,8 @@ def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
     if array.dtype.kind not in "biuf":
         raise MisfitError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
     if (array.dtype.kind == "f" and column.dtype in INTEGERS) or _lost(array, value):
-        raise MisfitError(str(column), f"a {type(value).__name__} with elements of other types")
+        what = f"a {type(value).__name__}"
+        raise MisfitError(str(column), f"{what} with elements of other types" if array.ndim else f"{what}, {value!r}")
     return array, array.dtype.name
 
 
@@ -239,14 +255,16 @@ def _check_keys(value: Any) -> None:
 
 
 def _convert_arrow(column: Column, value: Any) -> pa.Array:
+    if value is None and not column.nullable:
+        raise MisfitError(str(column), _type_name(value))
+    check_value(column.arrow.type, value)
     try:
         return pa.array([value], column.arrow.type)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except _ARROW_REFUSES as error:
         raise MisfitError(str(column), f"{_type_name(value)}: {error}") from error
 
 
 _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
-    Kind.SCALAR: _convert_number,
     Kind.BOOL: _convert_bool,
     Kind.TENSOR: _fit_value,
     Kind.RAGGED: _fit_value,
@@ -299,19 +317,16 @@ def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None)
 
 
 def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> Part:
+    _each(values, partial(check_value, column.arrow.type))
     try:
         return part_of_arrow(column, pa.array(values, column.arrow.type))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        # Arrow does not say which value it was.
-        convert = converter(column)
-        for index, value in enumerate(values):
-            try:
-                convert(value)
-            except MisfitError as misfit:
-                misfit.index = index
-                raise
+    except MisfitError:
         raise
+    except _ARROW_REFUSES as error:
+        _each(values, converter(column))  # Arrow does not say which value it was
+        raise MisfitError(str(column), f"a list that Arrow cannot take: {error}") from error
 
 
 def _type_name(value: Any) -> str:
-    return f"a {type(value).__qualname__}"
+    name = type(value).__qualname__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"

@@ -243,7 +243,7 @@ class _BadFooter(ValueError):
 class _Sections:
     """A decoded footer on its way to a Footer."""
 
-    def __init__(self, raw: bytes, footer_offset: int) -> None:
+    def __init__(self, raw: memoryview, footer_offset: int) -> None:
         if len(raw) < _PREFIX.size:
             self.fail("it is too short")
         self.raw = raw
@@ -262,7 +262,7 @@ class _Sections:
         offset, length = _SECTION.unpack_from(self.raw, _PREFIX.size + _SECTION.size * number)
         if offset < table_end or offset % ALIGN_BYTES or offset > len(self.raw) or length > len(self.raw) - offset:
             self.fail(f"section {_SECTIONS[number]!r} [{offset}, +{length}) is not inside its {len(self.raw)} bytes")
-        return memoryview(self.raw)[offset : offset + length]
+        return self.raw[offset : offset + length]
 
     def _array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A section as an array; -1 in shape is what the section's length makes it."""

@@ -191,6 +191,7 @@ class Schema:
         Raises:
             SchemaError: a value whose type cannot be guessed.
         """
+        check_mapping(record)
         return Schema.of({name: infer.type_of_value(name, value) for name, value in record.items()})
 
     @staticmethod
@@ -202,6 +203,7 @@ class Schema:
         """
         if isinstance(columns, pa.RecordBatch | pa.Table):
             return Schema.of(columns.schema)
+        check_mapping(columns)
         return Schema.of({name: infer.type_of_column(name, values) for name, values in columns.items()})
 
     @cached_property
@@ -255,6 +257,12 @@ class Schema:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Schema.from_bytes, (self.to_bytes(),)
+
+
+def check_mapping(named: object) -> None:
+    """Refuse what does not say which value is which column's. Raises TypeError."""
+    if not isinstance(named, Mapping):
+        raise TypeError(f"values come as a mapping from column names (or an Arrow batch), got {type(named).__name__}")
 
 
 def _schema_bytes(schema: pa.Schema) -> bytes:

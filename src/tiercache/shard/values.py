@@ -184,11 +184,19 @@ _HOW = {
 
 
 def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row: Places) -> ColumnValues:
-    """Rows of an ARROW column as Python objects. arrays: one a block; block, row: uint32[n]."""
+    """Rows of an ARROW column as Python objects. arrays: one a block; block, row: uint32[n].
+
+    Raises:
+        SchemaError: a value that Python has no object for, such as a timestamp of the year 20000.
+    """
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
         places = np.flatnonzero(block == number)
-        found = arrays[number].take(pa.array(row[places])).to_pylist()
+        try:
+            found = arrays[number].take(pa.array(row[places])).to_pylist()
+        except (OverflowError, ValueError) as error:
+            message = f"Python cannot hold a value of the type {column}: {error}; read it as Arrow, with to_arrow()"
+            raise SchemaError(message, column=column.name) from error
         for place, value in zip(places.tolist(), found, strict=True):
             values[place] = value
     valid = np.array([value is not None for value in values], np.bool_) if column.nullable else None

@@ -27,9 +27,9 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong with a shard.
+    """One thing that is wrong with a shard or, by a segment or version, with a data set.
 
-    part: "head", "footer", "tail", "file", "chunk"; block and column where known.
+    part: "head", "footer", "tail", "file", "chunk", "segment", "version"; block and column where known.
     """
 
     url: str
@@ -37,6 +37,12 @@ class Finding:
     message: str
     block: int | None = None
     column: str | None = None
+
+
+def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Finding:
+    """What an error says, as a finding. part: what is damaged where the error does not say."""
+    facts = error.facts
+    return Finding(facts["url"], facts.get("part") or part, facts["reason"], facts.get("block"), facts.get("column"))
 
 
 def verify_shard(
@@ -74,23 +80,17 @@ class _Verification:
             footer, self._file_bytes = read_footer(self._source, None)
             check_identity(footer, self._info, self._identity, self._source.url)
         except (CorruptShard, UnsupportedFormat) as error:
-            yield self._finding(error, "footer")
+            yield finding_of(error, "footer")
             return
         try:
             head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._source.url)
             if head != footer.shard_id:
                 yield Finding(self._source.url, "head", "head and footer name different shards")
         except (CorruptShard, UnsupportedFormat) as error:
-            yield self._finding(error, "head")
+            yield finding_of(error, "head")
         for block in range(footer.n_blocks):
             yield from self._block(footer, block)
         yield from self._rest()
-
-    def _finding(self, error: CorruptShard | UnsupportedFormat, part: str) -> Finding:
-        facts = error.facts
-        return Finding(
-            self._source.url, facts.get("part") or part, error.message, facts.get("block"), facts.get("column")
-        )
 
     def _read_to(self, end: int) -> Bytes:
         """The bytes from where the last call ended, which it adds to the file's sum; asks for _PIECE_BYTES or more."""
@@ -114,7 +114,7 @@ class _Verification:
             try:
                 self._chunk(footer, block, number, memory[first : first + int(row["stored"])])
             except CorruptShard as error:
-                yield replace(self._finding(error, "chunk"), block=block, column=column.name)
+                yield replace(finding_of(error, "chunk"), block=block, column=column.name)
 
     def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> None:
         row = footer.chunks[block, number]

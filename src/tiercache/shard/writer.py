@@ -17,10 +17,11 @@ from tiercache.shard.arrow_ingest import Stored
 from tiercache.shard.codec import ColumnCodec, parse_compression
 from tiercache.shard.cutter import BlockCutter, Parts
 from tiercache.shard.fit import MisfitError
-from tiercache.shard.ingest import build_part, converter, part_of_column
+from tiercache.shard.ingest import build_part, part_of_column
 from tiercache.shard.layout import FOOTER_LIMIT_BYTES
+from tiercache.shard.record_buffer import RecordBuffer, misfit_error
 from tiercache.shard.shard_file import ShardFile
-from tiercache.shard.types import TYPE_KEY, Column, Schema
+from tiercache.shard.types import TYPE_KEY, Column, Schema, check_mapping
 from tiercache.store.contract import Store
 
 
@@ -81,7 +82,7 @@ class ShardWriter:
         self._codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
         block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, block_bytes)
-        self._rows = _RecordBuffer(schema.columns, block_bytes)
+        self._rows = RecordBuffer(schema.columns, block_bytes)
         self._file: ShardFile | None = None
         self._infos: list[ShardInfo] = []
         self._ended = ""
@@ -106,9 +107,8 @@ class ShardWriter:
         Arrays are only read during the call.
 
         Raises:
-            SchemaError: a value does not fit (it names column, record in the writer's whole input, expected and got),
-            or columns
-                are missing, not known or of different lengths; nothing of the batch is written.
+            SchemaError: a value does not fit (it names column, record in the writer's whole input, expected and got);
+                columns are missing, not known or of different lengths; nothing of the batch is written.
         """
         self._check_open()
         if isinstance(columns, pa.RecordBatch | pa.Table):
@@ -142,6 +142,7 @@ class ShardWriter:
         return [given[name] for name in self._schema.names]
 
     def _check_names(self, named: Mapping[str, Any], *, at_record: int | None) -> None:
+        check_mapping(named)
         if named.keys() == self._names:
             return
         for name in named:
@@ -232,47 +233,4 @@ def part_of(column: Column, data: Any, first_record: int) -> Any:
     try:
         return part_of_column(column, data)
     except MisfitError as error:
-        raise _schema_error(column, error, first_record + error.index) from error
-
-
-def _schema_error(column: Column, error: MisfitError, record: int) -> SchemaError:
-    return SchemaError(str(error), column=column.name, record=record, expected=error.expected, got=error.got)
-
-
-class _RecordBuffer:
-    """Records as column lists of checked values, until they are about a block."""
-
-    def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
-        self._columns = columns
-        self._converters = [(column.name, column, converter(column)) for column in columns]
-        self._values: list[list[Any]] = [[] for _ in columns]
-        self._block_bytes = block_bytes
-        self._n_bytes = 0
-        self.n_records = 0
-
-    @property
-    def full(self) -> bool:
-        return self._n_bytes >= self._block_bytes
-
-    def add(self, record: Mapping[str, Any], number: int) -> None:
-        converted = []
-        for name, column, convert in self._converters:
-            try:
-                converted.append(convert(record.get(name)))
-            except MisfitError as error:
-                raise _schema_error(column, error, number) from error
-        for values, value in zip(self._values, converted, strict=True):
-            if hasattr(value, "nbytes"):
-                self._n_bytes += value.nbytes
-                value = value.copy() if hasattr(value, "copy") else value
-            elif isinstance(value, bytes):
-                self._n_bytes += len(value)
-            self._n_bytes += 8
-            values.append(value)
-        self.n_records += 1
-
-    def take(self) -> Parts:
-        parts = [build_part(column, values) for column, values in zip(self._columns, self._values, strict=True)]
-        self._values = [[] for _ in self._columns]
-        self._n_bytes = self.n_records = 0
-        return parts
+        raise misfit_error(column, error, first_record + error.index) from error

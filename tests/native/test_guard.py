@@ -1,0 +1,78 @@
+"""The SIGBUS guard among other handlers: it is first when it is needed, and passes on what is not its own."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SETUP = """
+import faulthandler, mmap, sys
+import numpy as np
+from tiercache._native.checksum import crc32c
+from tiercache._native.gather import copy_guarded
+
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(1 << 20)
+    mapping = mmap.mmap(file.fileno(), 0)
+    file.truncate(4096)
+whole = np.frombuffer(mapping, np.uint8)
+
+def sum_it():
+    crc32c(whole)
+
+def copy_it():
+    copy_guarded(whole.ctypes.data + 65536, bytearray(64))
+
+def fails(call):
+    try:
+        call()
+    except OSError:
+        return
+    raise AssertionError("read beyond the end")
+"""
+
+
+def run(tmp_path, code):
+    return subprocess.run(
+        [sys.executable, "-c", SETUP + code, str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("order", ["sum_it, copy_it", "copy_it, sum_it"])
+def test_it_holds_whoever_installs_a_handler_in_between(tmp_path, order):
+    code = f"""
+for round in range(3):
+    for call in ({order}):
+        fails(call)
+        faulthandler.enable()
+        fails(call)
+    for call in ({order}):
+        fails(call)
+    faulthandler.disable()
+    for call in ({order}):
+        fails(call)
+"""
+    done = run(tmp_path, code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("first", ["pass", "faulthandler.enable()"])
+def test_a_fault_of_somebody_else_still_reaches_faulthandler_and_ends_the_process(tmp_path, first):
+    code = f"""
+{first}
+fails(sum_it)
+fails(copy_it)
+faulthandler.enable()
+fails(sum_it)
+fails(copy_it)
+fails(sum_it)
+whole[65536]
+"""
+    done = run(tmp_path, code)
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.count("Fatal Python error: Bus error") == 1

@@ -1,0 +1,108 @@
+"""Values of columns of plain Arrow types: Arrow alone would let some through, changed."""
+
+import datetime as dt
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from tiercache.errors import SchemaError
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Schema
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardWriter
+from tiercache.store.memory import MemoryStore
+
+NOON = dt.datetime(2026, 1, 1, 12)
+POINT = pa.struct([pa.field("x", pa.int32(), nullable=False), pa.field("name", pa.string())])
+CHANGED = [
+    (pa.timestamp("us"), 1.5, "a float, 1.5"),
+    (pa.timestamp("us"), Decimal("1.5"), "a Decimal"),
+    (pa.timestamp("s"), NOON.replace(microsecond=5), "a datetime"),
+    (pa.timestamp("us"), pd.Timestamp(1), "a Timestamp"),
+    (pa.date32(), NOON, "a datetime"),
+    (pa.date32(), 1.5, "a float"),
+    (pa.time32("ms"), dt.time(1, 2, 3, 4), "a time"),
+    (pa.duration("s"), dt.timedelta(microseconds=1), "a timedelta"),
+    (pa.duration("us"), True, "a bool"),
+    (pa.list_(pa.float32()), [1e300], "a float, 1e+300"),
+    (pa.list_(pa.int32()), [True], "a bool"),
+    (pa.list_(pa.int32()), b"ab", "a bytes"),
+    (pa.list_(pa.int32()), {1, 2}, "a set"),
+    (pa.list_(pa.int32()), np.zeros(()), "a ndarray"),
+    (POINT, {"x": 1, "y": 2}, "the unknown key 'y'"),
+    (POINT, {"name": "a"}, "None for 'x'"),
+    (POINT, [], "a list"),
+    (pa.map_(pa.string(), pa.int8()), "ab", "a str"),
+    (pa.map_(pa.string(), pa.int8()), [("k", "v")], "a str"),
+    (pa.binary(3), "abc", "a str"),
+    (pa.decimal128(5, 1), 1.0, "a float"),
+]
+KEPT = [
+    (pa.timestamp("us", "UTC"), NOON.replace(tzinfo=dt.UTC, microsecond=5)),
+    (pa.timestamp("s"), NOON),
+    (pa.timestamp("ns"), pd.Timestamp(1)),
+    (pa.date32(), NOON.date()),
+    (pa.time64("us"), dt.time(1, 2, 3, 4)),
+    (pa.duration("us"), dt.timedelta(days=1, microseconds=1)),
+    (pa.list_(pa.list_(pa.float64())), [[0.5, None], None, []]),
+    (POINT, {"x": 1, "name": None}),
+    (pa.map_(pa.string(), pa.int8()), [("k", 1), ("l", None)]),
+    (pa.binary(3), b"abc"),
+    (pa.decimal128(5, 1), Decimal("1.5")),
+    (pa.list_(pa.bool_()), [True, None]),
+]
+
+
+@pytest.fixture
+def writer_of(request):
+    store = MemoryStore(f"arrow-values-{request.node.name}")
+
+    def make(arrow_type):
+        return store, ShardWriter(store, Schema.of({"c": arrow_type, "n": "int8"}))
+
+    return make
+
+
+def read(store, writer):
+    (info,) = writer.finish()
+    with ShardReader(store, info.name, info=info) as reader:
+        return as_batch(reader.take(range(reader.n_records), [0, 1]))
+
+
+@pytest.mark.parametrize(("arrow_type", "value", "got"), CHANGED)
+def test_a_value_that_arrow_would_change_is_refused_by_name_and_nothing_is_written(writer_of, arrow_type, value, got):
+    _, writer = writer_of(pa.field("c", arrow_type))
+    for record, write in (
+        (0, lambda: writer.write({"c": value, "n": 1})),
+        (1, lambda: writer.write_batch({"c": [None, value], "n": [1, 2]})),
+    ):
+        with pytest.raises(SchemaError) as caught:
+            write()
+        assert (caught.value.column, caught.value.record) == ("c", record)
+        assert got in caught.value.got
+    assert writer.n_records == 0
+    assert writer.finish() == []
+
+
+@pytest.mark.parametrize(("arrow_type", "value"), KEPT)
+def test_a_value_that_fits_is_read_back_equal(writer_of, arrow_type, value):
+    store, writer = writer_of(arrow_type)
+    writer.write({"c": value, "n": 1})
+    writer.write_batch({"c": [value], "n": [2]})
+    batch = read(store, writer)
+    assert batch["c"] == [value, value]
+    assert batch["n"].tolist() == [1, 2]
+
+
+def test_a_value_that_python_cannot_hold_is_an_error_that_says_how_to_read_it(writer_of):
+    store, writer = writer_of(pa.timestamp("s"))
+    writer.write_batch({"c": pa.array([2**40], pa.timestamp("s")), "n": [1]})
+    with pytest.raises(SchemaError, match=r"'c'.*to_arrow") as caught:
+        read(store, writer)
+    assert caught.value.column == "c"
+    (info,) = writer.finish()
+    with ShardReader(store, info.name, info=info) as reader:
+        assert reader.load([0], [0]).array(0, 0).cast(pa.int64()).to_pylist() == [2**40]
