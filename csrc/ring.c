@@ -13,7 +13,6 @@
 typedef struct queued {
     const tc_plan *plan;
     size_t first, n; /* what is not cut yet */
-    int flush;
     struct queued *next;
 } queued;
 
@@ -49,6 +48,7 @@ struct tc_ring {
 
     size_t n_threads;
     pthread_t *threads;
+    pthread_mutex_t joining; /* held while workers are joined: who closes second returns no earlier than they end */
     tc_figures figures;
 };
 
@@ -87,15 +87,11 @@ static void slot_keep(tc_ring *ring, tc_slot *slot) {
 
 /* ---- cutting the sequence into batches, with the lock ---- */
 
-/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer before a flush or the end. */
+/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer at the end. */
 static size_t next_batch_rows(const tc_ring *ring) {
-    size_t rows = 0;
-    for (const queued *q = ring->head; q; q = q->next) {
-        rows += q->n;
-        if (rows >= ring->batch_rows) return ring->batch_rows;
-        if (q->flush) return rows;
-    }
-    return ring->end_status ? rows : 0;
+    uint64_t rows = ring->pushed_rows - ring->cut_rows;
+    if (rows >= ring->batch_rows) return ring->batch_rows;
+    return ring->end_status ? (size_t)rows : 0;
 }
 
 static int can_cut(const tc_ring *ring) {
@@ -198,6 +194,7 @@ static void free_ring(tc_ring *ring) {
     pthread_cond_destroy(&ring->ready);
     pthread_cond_destroy(&ring->room);
     pthread_mutex_destroy(&ring->lock);
+    pthread_mutex_destroy(&ring->joining);
     free(ring->cells);
     free(ring->streams);
     free(ring->threads);
@@ -225,6 +222,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&ring->lock, NULL);
+    pthread_mutex_init(&ring->joining, NULL);
     pthread_cond_init(&ring->work, NULL);
     pthread_cond_init(&ring->ready, &monotonic);
     pthread_cond_init(&ring->room, NULL);
@@ -255,11 +253,11 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     return ring;
 }
 
-int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush) {
+int tc_ring_push(tc_ring *ring, const tc_plan *plan) {
     if (ring->pid != getpid()) return TC_CLOSED;
     queued *q = malloc(sizeof *q);
     if (q == NULL) return TC_NOMEM;
-    *q = (queued){plan, 0, plan->n_rows, flush, NULL};
+    *q = (queued){plan, 0, plan->n_rows, NULL};
     pthread_mutex_lock(&ring->lock);
     int status = ring->closing || ring->end_status ? TC_CLOSED : TC_OK;
     if (status != TC_OK || plan->n_rows == 0) {
@@ -272,7 +270,6 @@ int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush) {
         ring->tail = q;
         ring->pushed_rows += plan->n_rows;
     }
-    if (flush && plan->n_rows == 0 && ring->tail) ring->tail->flush = 1;
     if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
     return status;
@@ -375,13 +372,14 @@ void tc_slot_release(tc_slot *slot) {
 void tc_ring_close(tc_ring *ring) {
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    size_t n_threads = ring->closing ? 0 : ring->n_threads;
     ring->closing = 1;
     pthread_cond_broadcast(&ring->work);
     pthread_cond_broadcast(&ring->ready);
     pthread_cond_broadcast(&ring->room);
     pthread_mutex_unlock(&ring->lock);
-    for (size_t i = 0; i < n_threads; i++) pthread_join(ring->threads[i], NULL);
+    pthread_mutex_lock(&ring->joining);
+    while (ring->n_threads) pthread_join(ring->threads[--ring->n_threads], NULL);
+    pthread_mutex_unlock(&ring->joining);
 }
 
 void tc_ring_drop(tc_ring *ring) {

@@ -35,8 +35,8 @@ typedef struct {
 /* slot_bytes: expected size of a batch (0: unknown); a slot grows when a batch is larger. NULL without memory or threads. */
 tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes);
 
-/* Append the plan's rows to the sequence. flush: a batch ends with the last of them, however short. TC_OK, TC_CLOSED or TC_NOMEM. */
-int tc_ring_push(tc_ring *ring, const tc_plan *plan, int flush);
+/* Append the plan's rows to the sequence. TC_OK, TC_CLOSED or TC_NOMEM. */
+int tc_ring_push(tc_ring *ring, const tc_plan *plan);
 
 /* End the sequence (status TC_END or TC_FAILED): what is left makes a last, short batch. */
 void tc_ring_finish(tc_ring *ring, int status);
@@ -51,7 +51,8 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
 
 void tc_slot_release(tc_slot *slot);
 
-/* Wake everyone, join the workers. Slots that are out stay valid. Repeatable. */
+/* Wake everyone, join the workers: no plan is read once it returns, whoever else closes at the same time. Slots that are out stay valid.
+ * Repeatable, from any thread. */
 void tc_ring_close(tc_ring *ring);
 
 /* Close, and free once the last slot that is out is released. */

@@ -34,9 +34,9 @@ class Dataset:
 
     `dataset[7]` is a dict of numpy arrays and scalars of the columns' dtypes, bytes, str and Python objects (None for
     a null); `dataset[[3, 1, 4]]` and `dataset[2:9]` are batches: a dict of numpy arrays [n, ...] and lists, with
-    `<column>.valid` beside nullable columns (with a
-    transform: a list of what it gives). All of it is the caller's own and writable. Negative indices count from the
-        end. Safe from any thread and after a fork; pickles to a few hundred bytes.
+    `<column>.valid` beside nullable columns (with a transform: a list of what it gives). All of it is the caller's own
+    and writable. Negative indices count from the end. Safe from any thread and after a fork; pickles to a few hundred
+    bytes.
 
     Args:
         url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.
@@ -53,6 +53,7 @@ class Dataset:
         NotFound: no data set there, or no such version.
         CorruptShard: a damaged version or segment.
         SchemaError: a column that does not exist.
+        ValueError, TypeError: an argument that cannot be, by its name.
     """
 
     _opened: OpenedVersion | None
@@ -70,24 +71,30 @@ class Dataset:
     ) -> None:
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
-        if isinstance(columns, str):
-            raise TypeError(f"columns is a list of names, got the str {columns!r}")
+        if columns is not None:
+            _check_names(columns)
         place = Place(os.fspath(url), cache, verify, dict(storage_options or {}))
         opened = OpenedVersion(place, version, columns)
-        self.__setstate__((place, opened.version, opened.schema.names, transform))
+        self.__setstate__(((place, opened.version, opened.schema.names, transform), {}))
         self._opened = opened
 
     @property
     def source(self) -> OpenedVersion:
         """The opened version: what the native path reads by."""
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
+        opened = self._opened
+        return self._open() if opened is None else opened
 
     @property
     def transform(self) -> Callable[[Record], Any] | None:
         """The function that was given, or None."""
         return self._recipe[3]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether records are served as they are stored: no transform, and no subclass that says what a record is."""
+        mine = type(self)
+        same = all(getattr(mine, n) is getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
+        return same and self.transform is None
 
     @property
     def schema(self) -> Schema:
@@ -115,10 +122,11 @@ class Dataset:
 
     def select_columns(self, columns: Sequence[str]) -> Dataset:
         """The same version with only these columns, in this order. Raises SchemaError for one that is not there."""
+        _check_names(columns)
         self.schema.select(columns)
         place, version, _, transform = self._recipe
-        chosen = Dataset.__new__(Dataset)
-        chosen.__setstate__((place, version, tuple(columns), transform))
+        chosen = type(self).__new__(type(self))
+        chosen.__setstate__(((place, version, tuple(columns), transform), self._own()))
         return chosen
 
     def __len__(self) -> int:
@@ -134,6 +142,8 @@ class Dataset:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Records of many indices, gathered in one go: what torch's fetcher asks for."""
+        if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass says what a record is
+            return [self[index] for index in indices]
         rows = self._indices(indices)
         if self.transform is not None:
             return [self.transform(record) for record in as_records(self._columns(rows))]
@@ -193,17 +203,24 @@ class Dataset:
         source = self.source
         return f"Dataset({source.url!r}, version {source.version}, {len(self):,} records: {self.schema!r})"
 
-    def __getstate__(self) -> Recipe:
-        return self._recipe
+    def __getstate__(self) -> tuple[Recipe, dict[str, Any]]:
+        return self._recipe, self._own()
 
-    def __setstate__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __setstate__(self, state: tuple[Recipe, dict[str, Any]]) -> None:
+        self._recipe = state[0]
+        self.__dict__.update(state[1])
         self._lock = threading.Lock()
         self._opened = None  # opened when first used, in whichever process that is
 
+    def _own(self) -> dict[str, Any]:
+        """Attributes that a subclass has set."""
+        return {name: value for name, value in vars(self).items() if name not in ("_recipe", "_lock", "_opened")}
+
     def _open(self) -> OpenedVersion:
         with self._lock:  # of two threads that come first, the second takes what the first has opened
-            return self._opened or OpenedVersion(*self._recipe[:3])
+            if self._opened is None:
+                self._opened = OpenedVersion(*self._recipe[:3])
+            return self._opened
 
     def _indices(self, indices: Any) -> NDArray[np.int64]:
         """Record numbers, 0 <= number < len. Raises IndexError, TypeError."""
@@ -254,6 +271,13 @@ class Dataset:
                 loaded = reader.load([block], source.stored_columns)
                 arrays = [loaded.array(0, column) for column in source.stored_columns]
                 yield pa.RecordBatch.from_arrays(arrays, schema=source.schema.arrow)
+
+
+def _check_names(columns: Sequence[str]) -> None:
+    if isinstance(columns, str):
+        raise TypeError(f"columns is a list of names, got the str {columns!r}")
+    if not columns:
+        raise ValueError("columns is empty: name one or more")
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:

@@ -51,6 +51,11 @@ def check_batch(batch: dict[str, Any]) -> list[int]:
     return ids
 
 
+def ids_of(loader: Any) -> list[list[int]]:
+    """The ids of each batch, every column checked."""
+    return [check_batch(batch) for batch in loader]
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
     """make(n, shard_size=..., block_size=...) packs n records to a local folder and gives its path."""

@@ -262,6 +262,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
         tc.Dataset(tmp_path, verify="sometimes")
     with pytest.raises(TypeError, match="list of names"):
         tc.Dataset(tmp_path, columns="id")
+    with pytest.raises(ValueError, match="columns is empty"):
+        tc.Dataset(tmp_path, columns=[])
 
 
 def test_its_repr_says_where_which_and_what(dataset):

@@ -9,18 +9,15 @@ import pickle
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.load.conftest import check_batch
+from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
 from tiercache.errors import UnsupportedFormat
-
-
-def ids_of(loader) -> list[list[int]]:
-    return [check_batch(batch) for batch in loader]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -124,6 +121,18 @@ def test_resume_at_every_step_serves_what_the_uninterrupted_run_serves(make_data
         assert rest[: until - step] == whole[step:until]
 
 
+def test_a_state_is_plain_values_whatever_kind_of_integer_was_given(make_dataset):
+    options = tc.LoaderOptions(seed=np.int64(3), rank=np.int32(0), world_size=np.uint8(1), threads=np.int64(1))
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, options=options)
+    loader.set_epoch(np.int64(2))
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert (state["seed"], state["epoch"], state["offset"]) == (3, 2, 16)
+    iterator.close()
+
+
 def test_a_state_after_the_end_begins_the_next_epoch(make_dataset):
     path = make_dataset(60)
     loader = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=4))
@@ -187,7 +196,7 @@ def test_ranks_of_any_number_serve_one_sequence_between_stops(shared_path, data)
 
 @pytest.fixture(scope="module")
 def shared_path(tmp_path_factory):
-    from tests.load.conftest import SCHEMA, make_columns
+    from tests.load.conftest import SCHEMA
 
     path = tmp_path_factory.mktemp("shared") / "data"
     with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
@@ -230,6 +239,34 @@ def test_a_state_that_does_not_fit_is_refused_by_name(make_dataset):
         loader.load_state_dict({**state, "format": 99})
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"streams": 2}, "streams=2"),
+        ({"placement": "elsewhere"}, "elsewhere"),
+        ({"offset": 61}, "offset 61"),
+        ({"offset": -1}, "offset"),
+        ({"offset": 1.5}, "offset"),
+        ({"epoch": -1}, "epoch"),
+        ({"version": "a"}, "version"),
+        ({"format": True}, "not a state"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused_and_changes_nothing(make_dataset, change, match):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True)
+    before = loader.state_dict()
+    with pytest.raises(ValueError, match=match):
+        loader.load_state_dict({**before, **change})
+    assert loader.state_dict() == before
+
+
+@pytest.mark.parametrize("state", [None, [], "text"])
+def test_what_is_no_state_at_all_is_refused(make_dataset, state):
+    with pytest.raises(ValueError, match="not a state"):
+        tc.DataLoader(tc.Dataset(make_dataset(10))).load_state_dict(state)
+
+
 def test_a_state_reopens_the_version_it_names(make_dataset):
     path = make_dataset(60)
     options = tc.LoaderOptions(seed=4)
@@ -238,8 +275,6 @@ def test_a_state_reopens_the_version_it_names(make_dataset):
     check_batch(next(iterator))
     state = loader.state_dict()
     rest = [check_batch(b) for b in iterator]
-    from tests.load.conftest import make_columns
-
     with tc.Writer(path, mode="append") as writer:
         writer.write_batch(make_columns(20, 60))
     dataset = tc.Dataset(path)
@@ -260,13 +295,18 @@ def test_two_live_iterators_are_independent(make_dataset):
 
 def test_an_iterator_dropped_in_mid_epoch_leaves_no_thread(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(2000)), batch_size=4)
-    before = threading.active_count()
-    iterator = iter(loader)
-    check_batch(next(iterator))
-    del iterator
-    loader._native._iterator = None
-    gc.collect()
-    assert threading.active_count() == before
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        iterator = iter(loader)
+        check_batch(next(iterator))
+        started = set(threading.enumerate()) - before
+        del iterator
+        for thread in started:
+            thread.join(10)  # a read that is under way ends by itself
+        assert set(threading.enumerate()) == before
+    finally:
+        gc.enable()
 
 
 def test_columns_are_served_as_chosen(make_dataset):
@@ -277,7 +317,6 @@ def test_columns_are_served_as_chosen(make_dataset):
 
 
 def test_structs_and_lists_are_served_as_objects(tmp_path):
-    import pyarrow as pa
 
     table = pa.table({"id": pa.array(range(30)), "pair": [{"a": i, "b": [i] * (i % 3)} for i in range(30)]})
     with tc.Writer(tmp_path / "d", block_size="64B") as writer:
@@ -384,6 +423,23 @@ def test_options_for_torchs_path_are_refused_with_the_reason(make_dataset):
 def test_options_that_cannot_be_are_refused_by_name(bad, match):
     with pytest.raises(ValueError, match=match):
         tc.LoaderOptions(**bad)
+
+
+@pytest.mark.parametrize("name", ["seed", "threads"])
+def test_an_option_that_is_no_integer_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=name):
+        tc.LoaderOptions(**{name: "many"})
+
+
+def test_an_iterator_that_could_not_be_made_is_no_epoch(make_dataset, monkeypatch):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tiercache.load.pipeline.Ring", lambda *_args, **_options: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            iter(loader)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["offset"]) == (0, 0)
+    assert sorted(itertools.chain(*ids_of(loader))) == list(range(60))
+    assert loader.state_dict()["epoch"] == 1
 
 
 def test_a_loader_of_ours_can_be_dropped_while_its_batches_live_on(make_dataset):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache._native import gather
-from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, held_bytes
+from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes
 
 REF = 3
 WIDTH = 24
@@ -60,28 +60,6 @@ def test_rows_come_in_the_order_pushed_cut_into_batches(sizes, batch_rows, depth
     expected = np.concatenate([p[o] for p, o in zip(parts, orders, strict=True)]) if sizes else np.zeros((0, WIDTH))
     assert [len(b) for b in found[:-1]] == [batch_rows] * (len(found) - 1)
     assert np.array_equal(np.concatenate(found) if found else np.zeros((0, WIDTH)), expected)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=8), st.integers(1, 7))
-def test_a_flush_ends_the_batch_early(parts, batch_rows):
-    rows = np.arange(20 * WIDTH, dtype=np.uint8).reshape(20, WIDTH)
-    expected, current = [], 0
-    for n, flush in parts:
-        current += n
-        while current >= batch_rows:
-            expected.append(batch_rows)
-            current -= batch_rows
-        if flush and current:
-            expected.append(current)
-            current = 0
-    expected += [current] * (current > 0)
-    ring = Ring(fixed_streams(), batch_rows=batch_rows, depth=3, n_threads=2)
-    for n, flush in parts:
-        ring.push(plan_of(rows, np.arange(n)), flush)
-    ring.finish()
-    assert [len(b) for b in take_all(ring)] == expected
-    ring.close()
 
 
 def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
@@ -174,6 +152,27 @@ def test_close_wakes_a_waiting_consumer_and_a_waiting_planner():
         thread.join(10)
     assert seen == {"take": CLOSED, "room": False}
     assert full.push(plan_of(rows, np.arange(3))) is False
+
+
+def test_who_closes_second_waits_until_no_plan_is_read_any_more():
+    rows = np.zeros((1 << 16, 1024), np.uint8)
+    order = np.random.default_rng(0).permutation(1 << 16)
+    ring = Ring(fixed_streams(1024), batch_rows=1 << 16, depth=1, n_threads=1)
+    ring.push(plan_of(rows, order))
+    assert ring.wait_room(0)  # cut: a thread gathers it now
+    first = threading.Thread(target=ring.close)
+    first.start()
+    while ring.push(plan_of(rows, order[:1])):
+        pass
+    ring.close()
+    gather_ns = ring.figures()["gather_ns"]
+    first.join()
+    assert ring.figures()["gather_ns"] == gather_ns > 0
+
+
+def test_a_slot_is_made_by_a_ring_only():
+    with pytest.raises(TypeError, match=r"Ring\.take"):
+        Slot()
 
 
 def test_a_planner_goes_on_when_the_next_batch_needs_more_rows_than_were_pushed():

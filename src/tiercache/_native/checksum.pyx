@@ -11,9 +11,6 @@ from errno import EIO
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-cdef extern from "guard.h" nogil:
-    void tc_guard_install()
-
 cdef extern from "crc32c.h" nogil:
     int TC_CRC_KERNELS
     void tc_crc32c_init()
@@ -69,7 +66,6 @@ def crc32c(data, uint32_t seed=0, *, kernel=None) -> int:
     cdef Py_buffer view
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
-        tc_guard_install()
         if <size_t>view.len < GIL_DROP_BYTES:
             status = tc_crc32c(number, seed, <const uint8_t *>view.buf, view.len, &crc)
         else:
@@ -90,7 +86,6 @@ def crc32c_many(const uint64_t[::1] addresses not None, const uint64_t[::1] leng
         raise ValueError(f"{n} addresses need as many lengths and sums, got {lengths.shape[0]} and {out.shape[0]}")
     if n == 0:
         return
-    tc_guard_install()
     with nogil:
         status = tc_crc32c_many(number, &addresses[0], &lengths[0], n, &out[0])
     _check(status)
@@ -107,7 +102,6 @@ def crc32c_pages(uintptr_t address, size_t n_bytes, size_t page_bytes, uint32_t[
         raise ValueError(f"{n_bytes} bytes are {n_pages} pages of {page_bytes} bytes, got room for {out.shape[0]} sums")
     if n_pages == 0:
         return 0
-    tc_guard_install()
     if n_bytes < GIL_DROP_BYTES:
         status = tc_crc32c_pages(number, <const uint8_t *>address, n_bytes, page_bytes, &out[0], &whole)
     else:

@@ -61,7 +61,7 @@ class Ring:
     """Batches in order.
 
     push, finish and wait_room are one planner thread's; take is one consumer thread's; close and figures
-    anyone's.
+    anyone's; forget that of whoever closed.
 
     streams: uint32[n_streams, 2], kind (gather.FIXED, BITS, VAR or 3: references) and width in bytes; depth: batches
         gathered ahead;
@@ -71,8 +71,8 @@ class Ring:
     def __init__(
         self, streams: NDArray[np.uint32], *, batch_rows: int, depth: int, n_threads: int, slot_bytes: int = 0
     ) -> None: ...
-    def push(self, plan: Plan, flush: bool = False) -> bool:
-        """Append a plan's rows; flush: a batch ends with the last of them. False: the ring is closed."""
+    def push(self, plan: Plan) -> bool:
+        """Append a plan's rows. False: the ring is closed."""
 
     def finish(self, failed: bool = False) -> None:
         """End the sequence; the rows left make a last, short batch. Then take() gives END, or FAILED."""
@@ -92,7 +92,10 @@ class Ring:
         """
 
     def close(self) -> None:
-        """Wake everyone and end the threads; slots that are out stay valid."""
+        """Wake everyone and end the threads; slots that are out stay valid. Repeatable."""
+
+    def forget(self) -> None:
+        """Let go of all plans, once the ring is closed and no slot's lists will be made any more."""
 
     def figures(self) -> Figures:
         """What it has done so far."""

@@ -45,7 +45,7 @@ cdef extern from "ring.h" nogil:
         uint64_t ready
 
     tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
-    int tc_ring_push(tc_ring *, const tc_plan *, int)
+    int tc_ring_push(tc_ring *, const tc_plan *)
     void tc_ring_finish(tc_ring *, int)
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
@@ -68,6 +68,7 @@ CLOSED = TC_CLOSED
 
 # A wait is cut into slices, so that Ctrl-C is seen: PyErr_CheckSignals costs nothing beside one.
 cdef uint64_t SLICE_NS = 50_000_000
+cdef double LONGEST_S = 1e9  # of a timeout: its nanoseconds must fit 64 bits
 
 
 cdef class Plan:
@@ -114,6 +115,9 @@ cdef class Slot:
     def __cinit__(self):
         self.slot = NULL
 
+    def __init__(self):
+        raise TypeError("slots come from Ring.take()")
+
     def __dealloc__(self):
         if self.slot != NULL:
             tc_slot_release(self.slot)
@@ -141,7 +145,7 @@ cdef class Slot:
 
 cdef class Ring:
     """Gathers batches ahead of one consumer, in threads without Python. push, finish and wait_room are the planner's; take the
-    consumer's; close and figures anyone's.
+    consumer's; close and figures anyone's, forget whoever closed.
     """
 
     cdef tc_ring *ring
@@ -171,11 +175,11 @@ cdef class Ring:
             with nogil:
                 tc_ring_drop(ring)
 
-    def push(self, Plan plan not None, bint flush=False):
+    def push(self, Plan plan not None):
         cdef int status
         self.pushed += plan.plan.n_rows
         self.plans.append((self.pushed, plan))
-        status = tc_ring_push(self.ring, &plan.plan, flush)
+        status = tc_ring_push(self.ring, &plan.plan)
         if status == TC_NOMEM:
             raise MemoryError("no memory to queue a window")
         return status == TC_OK
@@ -183,7 +187,7 @@ cdef class Ring:
     def finish(self, bint failed=False):
         tc_ring_finish(self.ring, TC_FAILED if failed else TC_END)
 
-    def wait_room(self, size_t n_plans):
+    def wait_room(self, Py_ssize_t n_plans):
         cdef uint64_t row = self.plans[len(self.plans) - n_plans - 1][0] if len(self.plans) > n_plans else 0
         cdef uint64_t retired = 0
         cdef int status
@@ -198,7 +202,7 @@ cdef class Ring:
         cdef uint64_t first_row = 0, left_ns, slice_ns
         cdef int status = tc_ring_take(self.ring, 0, &slot, &first_row)
         cdef bint for_ever = timeout_s < 0
-        left_ns = 0 if for_ever else <uint64_t>(timeout_s * 1e9)
+        left_ns = 0 if for_ever else <uint64_t>(min(timeout_s, LONGEST_S) * 1e9)
         while status == TC_TIMEOUT and (for_ever or left_ns > 0):
             slice_ns = SLICE_NS if for_ever or left_ns > SLICE_NS else left_ns
             with nogil:
@@ -221,6 +225,8 @@ cdef class Ring:
     def close(self):
         with nogil:
             tc_ring_close(self.ring)
+
+    def forget(self):
         self.plans.clear()
 
     def figures(self):

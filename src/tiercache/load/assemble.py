@@ -93,7 +93,7 @@ class Assembler:
             places = self._layouts[n] = [slot.places(s)[0] for s in range(len(self._streams))]
         try:
             return {name: make(slot, n, places) for name, make in self._makers}
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise BadValueError(f"a value cannot be read: {error}") from error
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tiercache.load.assemble import TORCH_DTYPES
 from tiercache.load.records import Records
-from tiercache.shard.values import as_batch
+from tiercache.shard.types import Kind
+from tiercache.shard.values import ColumnValues, as_batch
 
 
 def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -28,18 +30,24 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ValueError: no records.
     """
     if isinstance(records, Records):
-        return {name: _tensor(values) for name, values in as_batch(records.columns).items()}
+        batch = {name: _tensor(values) for name, values in as_batch(records.columns).items()}
+        for values in records.columns:
+            if values.column.kind is Kind.RAGGED:
+                batch[values.column.name] = _ragged(values)
+        return batch
     if not records:
         raise ValueError("cannot make a batch of no records")
     return {name: _stack([record[name] for record in records]) for name in records[0]}
 
 
 def _tensor(values: Any) -> Any:
-    if isinstance(values, np.ndarray):
-        return torch.from_numpy(values)
-    if isinstance(values, list) and values and all(isinstance(v, np.ndarray) for v in values):
-        return [torch.from_numpy(v) for v in values]
-    return values
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+
+
+def _ragged(values: ColumnValues) -> list[torch.Tensor]:
+    """A list of tensors; a null is an empty one, as the native path gives it."""
+    empty = torch.empty([d or 0 for d in values.column.shape], dtype=TORCH_DTYPES[values.column.dtype or ""])
+    return [empty.clone() if v is None else torch.as_tensor(v) for v in values.values]
 
 
 def _stack(values: list[Any]) -> Any:

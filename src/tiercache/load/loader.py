@@ -21,7 +21,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
     The arguments are torch's (and torchdata's `snapshot_every_n_steps`), honoured as torch does; `options` is ours. A
     `tiercache.Dataset` without a sampler, a batch sampler, a transform or a collate function of the user's takes the
     native path: threads gather batches without Python, and `num_workers` starts no process. Everything else is
-        torchdata's StatefulDataLoader.
+    torchdata's StatefulDataLoader.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The consumer
@@ -69,7 +69,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         if options is not None and why_not:
             raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}")
         if ours and collate_fn is None and batch_size is not None:
-            collate_fn = default_collate if dataset.transform is not None else collate
+            collate_fn = collate if dataset.is_plain else default_collate
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -125,7 +125,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         """
         if self._native is None:
             super().load_state_dict(state_dict)
-        elif state_dict:
+        elif state_dict != {}:  # as torchdata: of a loader that has not begun
             self._native.load(RunState.from_dict(state_dict))
 
     def set_epoch(self, epoch: int) -> None:
@@ -139,6 +139,18 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         """What the native path has done so far, and what bounds it (docs/guide/loader.md). Empty on torch's path."""
         return {} if self._native is None else self._native.stats()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: the copy goes on where this loader stands, with threads of its own."""
+        return {**vars(self), "_native": None if self._native is None else self._native.recipe}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["_native"] is not None:
+            asked, begun = state["_native"]
+            self._native = NativeRun(self.dataset.source, asked)
+            if begun is not None:
+                self._native.load(begun)
+
     def __repr__(self) -> str:
         path = "torch's path" if self._native is None else str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
@@ -151,6 +163,6 @@ def _why_not_native(dataset: Any, *, batch_size: int | None, collate_fn: Any, **
         return f"{given[0]}= was given"
     if batch_size is None:
         return "batch_size=None asks for single records"
-    if dataset.transform is not None:
-        return "the data set has a transform"
+    if not dataset.is_plain:
+        return "the data set has a transform, or is of a subclass that says what a record is"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from tiercache.model import parse_bytes
@@ -40,8 +41,10 @@ class LoaderOptions:
         """Check the values.
 
         Raises:
-            ValueError: naming the option, what it takes and what was given.
+            ValueError, TypeError: naming the option, what it takes and what was given.
         """
+        for name in ("seed", "rank", "world_size", "threads"):
+            self._as_int(name)
         if (self.rank is None) != (self.world_size is None):
             raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
         if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
@@ -54,6 +57,15 @@ class LoaderOptions:
                 raise ValueError(f"{name} must be 1 byte or more, got {size!r}")
         if self.memory_bytes == ALL:
             raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")
+
+    def _as_int(self, name: str) -> None:
+        """Take any kind of integer as int: the state is plain values."""
+        value = getattr(self, name)
+        if value is not None:
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError as error:
+                raise TypeError(f"{name} must be an integer, got {value!r}") from error
 
     @property
     def group_bytes(self) -> int | None:

@@ -8,11 +8,13 @@ windows are in memory at a time.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.load.assemble import Assembler, BadValueError, Batch, gather_streams, slot_bytes, valid_mask
 from tiercache.load.plan import Piece, pieces
-from tiercache.load.window import Loaded, load_window
+from tiercache.load.window import Loaded, Threads, load_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +42,8 @@ MAX_DEPTH, CACHED_DEPTH, MIN_DEPTH = 32, 4, 2
 CACHE_BYTES = 12 << 20
 # Threads that wait for stores: their time is the network's, so they are more than the cores.
 MIN_LOAD_THREADS = 4
+# A planner that reads footers when the pipeline is closed is not waited for any longer: it ends by itself.
+PLANNER_END_S = 1.0
 # What is brought near ahead of the windows, in shards of the largest size: fetches overlap with reading, the cache
 # stays free for the rest.
 SHARDS_AHEAD = 4
@@ -68,18 +72,22 @@ class Work:
 
 @dataclass(slots=True)
 class _Shared:
-    """What planner and consumer share. pieces: pushed, oldest first, with the sequence's row after their last."""
+    """What planner and consumer share.
+
+    pieces: pushed, oldest first, with the sequence's row after their last; stop: done when the planner shall end, so
+    that it can be waited for beside a window.
+    """
 
     pieces: deque[tuple[int, Piece, Loaded]] = field(default_factory=deque)
     error: Exception | None = None
-    closing: bool = False
+    stop: Future[None] = field(default_factory=Future)
 
 
 class Pipeline:
     """Batches of one epoch, in order.
 
-    Take() is one consumer's; close() anyone's, and it happens by itself at the end, at an error, when the last
-    reference goes, and at interpreter exit.
+    All methods may be called from any thread: `take` holds a lock, and `close` lets go of the windows under it. Closing
+    happens by itself at the end, at an error, when the last reference goes, and at interpreter exit.
     """
 
     def __init__(self, work: Work, resources: Resources) -> None:
@@ -87,65 +95,62 @@ class Pipeline:
         self._assembler = Assembler(work.source.schema)
         self._stored_columns = work.source.stored_columns
         streams = gather_streams(work.source.schema)
-        expected_bytes = slot_bytes(streams, work.ranks.batch_size)
+        batch_rows = min(work.ranks.batch_size, max(work.ranks.n_records, 1))
+        expected_bytes = slot_bytes(streams, batch_rows)
         self._ring = Ring(
             streams,
-            batch_rows=work.ranks.batch_size,
-            depth=_depth(max(expected_bytes, _stored_batch_bytes(work)), resources.memory_bytes),
+            batch_rows=batch_rows,
+            depth=_depth(max(expected_bytes, _stored_bytes(work, batch_rows)), resources.memory_bytes),
             n_threads=resources.n_threads,
             slot_bytes=expected_bytes,
         )
         self._shared = _Shared()
         self._pool = ThreadPoolExecutor(max(MIN_LOAD_THREADS, resources.n_threads), "tiercache-load")
         self._taken_rows = self._n_batches = self._n_bytes = 0
+        self._pid = os.getpid()
+        self._taking = threading.RLock()
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
         self._planner = threading.Thread(
             target=_plan, args=(work, self._ring, self._shared, self._pool), name="tiercache-plan", daemon=True
         )
-        self._planner.start()
         _live.add(self)
+        self._planner.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
         """The next batch; None at the end of the epoch.
 
         Raises:
             TierCacheError: a shard is corrupt, a store failed; each batch before it was served.
+            Exception: whatever else made the planner fail, as it was raised.
             TimeoutError: timeout_s (negative: none) passed.
             RuntimeError: closed, or called in a forked child.
         """
-        start_s = time.perf_counter()
-        try:
-            slot = self._ring.take(timeout_s)
-            self._work.waits.add(time.perf_counter() - start_s)
-            if isinstance(slot, int):
-                self._stop(slot, timeout_s)
-                return None
-            batch = self._assembler.batch(slot)
-        except (OSError, BadValueError) as error:
-            if isinstance(error, TierCacheError | TimeoutError):
-                raise
-            found = self._explain(error)
-            self.close()
-            raise found from error
-        if self._assembler.object_columns:
-            batch = self._with_objects(batch, slot)
-        self._taken_rows += slot.n_rows
-        self._n_batches += 1
-        self._n_bytes += slot.n_bytes
-        done = self._shared.pieces
-        while done and done[0][0] <= self._taken_rows:
-            done.popleft()
-        return batch
+        with self._taking:
+            return self._take(timeout_s)
 
     def close(self) -> None:
-        """End threads and give windows back; batches that were taken stay good. Repeatable."""
-        self._shared.closing = True
+        """End threads and give windows back; batches that were taken stay good. Repeatable.
+
+        A read that is under way at a store ends by itself, later. Nothing is done in a forked child, where no thread
+        is left and any lock may be held for ever.
+        """
+        if self.inherited:
+            return
+        with contextlib.suppress(InvalidStateError):  # done before
+            self._shared.stop.set_result(None)
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._planner is not threading.current_thread():
-            self._planner.join(timeout=10)
-        self._shared.pieces.clear()
+        if self._planner is not threading.current_thread() and self._planner.is_alive():
+            self._planner.join(PLANNER_END_S)
+        with self._taking:  # the lists of a batch are filled from the windows
+            self._ring.forget()
+            self._shared.pieces.clear()
         _live.discard(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: without threads, good for nothing."""
+        return self._pid != os.getpid()
 
     def figures(self) -> dict[str, float]:
         """samples, batches and bytes_served of take(); gather_ns of all threads."""
@@ -161,12 +166,39 @@ class Pipeline:
         if hasattr(self, "_planner"):
             self.close()
 
+    def _take(self, timeout_s: float) -> Batch | None:
+        start_s = time.perf_counter()
+        try:
+            slot = self._ring.take(timeout_s)
+        except OSError as error:
+            raise self._failed(error) from error
+        except MemoryError:
+            self.close()  # its batch is lost: going on would serve the next one as if nothing had been
+            raise
+        self._work.waits.add(time.perf_counter() - start_s)
+        if isinstance(slot, int):
+            self._stop(slot, timeout_s)
+            return None
+        try:
+            batch = self._assembler.batch(slot)
+        except (OSError, BadValueError) as error:
+            raise self._failed(error) from error
+        if self._assembler.object_columns:
+            batch = self._with_objects(batch, slot)
+        self._taken_rows += slot.n_rows
+        self._n_batches += 1
+        self._n_bytes += slot.n_bytes
+        done = self._shared.pieces
+        while done and done[0][0] <= self._taken_rows:
+            done.popleft()
+        return batch
+
     def _stop(self, status: int, timeout_s: float) -> None:
         if status == END:
             self.close()
             return
         if status == FAILED and self._shared.error is not None:
-            error = self._shared.error
+            error, self._shared.error = self._shared.error, None  # kept, it would be a cycle by its traceback
             self.close()
             raise error
         if status == CLOSED:
@@ -186,14 +218,19 @@ class Pipeline:
 
     def _places(self, start: int, stop: int) -> Any:
         """(window, block, row) of rows [start, stop) of the sequence."""
-        for end, piece, loaded in self._shared.pieces:
+        for end, piece, loaded in list(self._shared.pieces):  # the planner appends at any time
             first = end - len(piece.row)
             for row in range(max(start, first), min(stop, end)):
                 yield loaded, int(piece.block[row - first]), int(piece.row[row - first])
 
+    def _failed(self, error: OSError | BadValueError) -> TierCacheError:
+        found = self._explain(error)
+        self.close()
+        return found
+
     def _explain(self, error: OSError | BadValueError) -> TierCacheError:
         """The block that could not be read, found by reading the batch's rows one by one."""
-        text = error.strerror if isinstance(error, OSError) else str(error)
+        text = str(error.strerror if isinstance(error, OSError) else error)
         source = self._work.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
@@ -203,12 +240,12 @@ class Pipeline:
                 if not _readable(loaded.addresses[number], int(kind), int(width), block, row):
                     blocks = loaded.held[loaded.holder[block]]
                     return CorruptShard(
-                        f"{text}",
+                        text,
                         url=blocks.url,
                         block=blocks.blocks[loaded.position[block]],
                         column=names[number],
                     )
-        return CorruptShard(f"{text}", url=source.url)
+        return CorruptShard(text, url=source.url)
 
 
 def _readable(addresses: NDArray[np.uint64], kind: int, width: int, block: int, row: int) -> bool:
@@ -226,14 +263,13 @@ def _readable(addresses: NDArray[np.uint64], kind: int, width: int, block: int, 
 
 def _depth(batch_bytes: int, memory_bytes: int) -> int:
     """How many batches to gather ahead."""
-    wanted = max(CACHED_DEPTH, min(MAX_DEPTH, CACHE_BYTES // batch_bytes))
-    return max(MIN_DEPTH, min(wanted, memory_bytes // batch_bytes))
+    wanted = max(CACHED_DEPTH, min(MAX_DEPTH, CACHE_BYTES // max(batch_bytes, 1)))
+    return max(MIN_DEPTH, min(wanted, memory_bytes // max(batch_bytes, 1)))
 
 
-def _stored_batch_bytes(work: Work) -> int:
-    """About what a batch takes as stored: the measure for columns whose records differ in length."""
-    n_records = int(work.source.shard_records.sum())
-    return int(work.source.shard_bytes.sum()) // max(n_records, 1) * work.ranks.batch_size
+def _stored_bytes(work: Work, n_rows: int) -> int:
+    """About what so many records take as stored: the measure for columns whose records differ in length."""
+    return int(work.source.shard_bytes.sum()) // max(work.ranks.n_records, 1) * n_rows
 
 
 def _plan(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecutor) -> None:
@@ -244,7 +280,7 @@ def _plan(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecutor) -> 
     except CancelledError:  # close() while a window was being loaded
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place in the order
-        if not shared.closing:
+        if not shared.stop.done():
             shared.error = error
         ring.finish(failed=True)
 
@@ -256,14 +292,15 @@ def _push_pieces(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecut
     start_s = time.perf_counter()
     for piece in pieces(work.order, work.ranks):
         work.counters.add("plan_s", time.perf_counter() - start_s)
-        if loaded is None or not loaded.covers(piece):
+        if loaded is not None and not loaded.covers(piece):
             loaded = None  # before the next is loaded: its memory may be needed
-            if not ring.wait_room(1):
-                return
+        if not ring.wait_room(1):  # within a window too: its rows in served order take 8 bytes each
+            return
+        if loaded is None:
             start_s = time.perf_counter()
             ahead = work.order.shards_ahead(piece.window.start, SHARDS_AHEAD * shard_bytes)
             work.source.prefetch([int(shard) for shard in ahead])
-            loaded = load_window(work.source, piece.window, piece.wanted, pool)
+            loaded = load_window(work.source, piece.window, piece.wanted, Threads(pool, shared.stop))
             work.counters.add("load_s", time.perf_counter() - start_s)
         pushed_rows += len(piece.row)
         shared.pieces.append((pushed_rows, piece, loaded))

@@ -22,7 +22,9 @@ logger = logging.getLogger("tiercache")
 class Rank:
     """One of world_size processes that share an epoch.
 
-    Origin: who said so; local_ranks: how many share this machine.
+    Attributes:
+        origin: who said so.
+        local_ranks: how many share this machine.
     """
 
     rank: int
@@ -52,16 +54,26 @@ def find_rank(options: LoaderOptions) -> Rank:
     return Rank(0, 1, "alone")
 
 
-def agree(rank: Rank, mine: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's version of `mine` (plain values) where torch.distributed joins the ranks, else mine.
+def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's version of `mine` where torch.distributed joins the ranks, else mine; a collective call.
 
-    A collective call.
+    Args:
+        rank: this process's.
+        mine: plain values, of which rank 0's hold for all.
+        alike: plain values that all ranks were given alike.
+
+    Raises:
+        ValueError: one of `alike` differs from rank 0's.
     """
     if rank.origin != "torch.distributed" or rank.world_size == 1:
         return mine
-    shared = [mine]
+    shared = [(mine, alike)]
     dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+    agreed, first = shared[0]
+    for name, value in alike.items():
+        if value != first[name]:
+            raise ValueError(f"{name}={value!r} on rank {rank.rank} differs from rank 0's {first[name]!r}")
+    return agreed
 
 
 def draw_seed(rank: Rank, generator: torch.Generator | None) -> int:
@@ -73,7 +85,7 @@ def draw_seed(rank: Rank, generator: torch.Generator | None) -> int:
         warnings.warn(
             f"{rank} without torch.distributed and without a seed: the order is that of seed 0; "
             "give LoaderOptions(seed=...) and Dataset(version=...) so that all ranks read the same",
-            stacklevel=4,
+            stacklevel=6,  # the caller of iter(loader) or loader.state_dict()
         )
         return 0
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 import warnings
 import weakref
@@ -61,7 +62,7 @@ class NativeRun:
         self._rank: Rank | None = None
         self._counters = Counters("padded")
         self._waits = Waits()
-        self._figures_before = dict(self._source.figures())
+        self._figures_before = dict(source.figures())
 
     def rank(self) -> Rank:
         """This process's rank; asked anew until the run has begun, as torch.distributed may be initialised late."""
@@ -70,6 +71,11 @@ class NativeRun:
     def state(self) -> RunState:
         """Where the run stands; begins it (draws a seed) where it has not begun."""
         return self._begin() if self._position is None else self._position.state()
+
+    @property
+    def recipe(self) -> tuple[Asked, RunState | None]:
+        """What makes a run like this one elsewhere: what was asked, and where it stands if it has begun."""
+        return self._asked, self._state if self._position is None else self._position.state()
 
     def load(self, state: RunState) -> None:
         """Go on from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
@@ -97,14 +103,18 @@ class NativeRun:
                 raise ValueError(
                     f"{name}={mine!r} differs from the state's {theirs!r}: the order would not be the one to resume"
                 )
-        self._source = reopen(self._dataset, state)
-        if not 0 <= state.offset <= self._n_records():
-            raise ValueError(f"the state's offset {state.offset} is outside an epoch of {self._n_records()} records")
+        _order_options(state)  # refuses an order that this release does not know
+        source = reopen(self._dataset, state)
+        n_records = int(source.shard_records.sum())
+        if state.offset > n_records:
+            raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
+        self._use(source)
         self._state = state
         self._position = None
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the next one."""
+        epoch = operator.index(epoch)
         if epoch < 0:
             raise ValueError(f"an epoch is 0 or more, got {epoch}")
         self._epoch = epoch
@@ -129,8 +139,9 @@ class NativeRun:
             state.offset, rank.world_size, rank.rank, self._asked.batch_size, state.drop_last, order.n_records
         )
         work = Work(self._source, order, plan, self._counters, self._waits)
-        self._position = Position(state, plan)
-        iterator = NativeIterator(self._asked, self._position, work, self._resources(rank))
+        position = Position(state, plan)
+        iterator = NativeIterator(self._asked, position, work, self._resources(rank))
+        self._position = position  # only now: an iterator that could not be made is no epoch
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
 
@@ -141,36 +152,53 @@ class NativeRun:
         if iterator is not None:
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
+        return summarise(counters, self._waits, self._fetched(), threads=self._resources(self.rank()).n_threads)
+
+    def _fetched(self) -> dict[str, float]:
         now = self._source.figures()
-        fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
-        return summarise(counters, self._waits, fetched, threads=self._resources(self.rank()).n_threads)
+        return {name: now[name] - self._figures_before.get(name, 0) for name in now}
+
+    def _use(self, source: Source) -> None:
+        """Read another version from here on. Its store counts from 0: what was fetched by now stays counted."""
+        if source is not self._source:
+            fetched, begins = self._fetched(), source.figures()
+            self._source = source
+            self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
     def _begin(self) -> RunState:
-        if self._state is None:
+        if self._rank is None:
             self._rank = find_rank(self._options)
+        if self._state is None:
             if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
-            seed = self._options.seed
-            if seed is None:
-                seed = draw_seed(self._rank, self._asked.generator) if self._asked.shuffle else 0
-            agreed = agree(self._rank, {"version": self._source.version, "seed": seed, "epoch": self._epoch})
-            if agreed["version"] != self._source.version:
-                self._source = self._source.at_version(agreed["version"])
-            self._state = RunState(
-                dataset_id=self._source.dataset_id,
-                version=self._source.version,
-                fingerprint=self._source.fingerprint,
-                seed=agreed["seed"],
-                epoch=agreed["epoch"],
-                offset=0,
-                shuffle=self._asked.shuffle,
-                drop_last=self._asked.drop_last,
-                group_bytes=self._options.group_bytes,
-                window_bytes=self._options.window_bytes,
-            )
-        elif self._rank is None:
-            self._rank = find_rank(self._options)
+            self._state = self._first_state(self._rank)
         return self._state
+
+    def _first_state(self, rank: Rank) -> RunState:
+        """Where the run begins; with torch.distributed rank 0 says it."""
+        asked, options = self._asked, self._options
+        seed = options.seed
+        if seed is None:
+            seed = draw_seed(rank, asked.generator) if asked.shuffle else 0
+        order: dict[str, Any] = {
+            "shuffle": asked.shuffle,
+            "drop_last": asked.drop_last,
+            "group_bytes": options.group_bytes,
+            "window_bytes": options.window_bytes,
+        }
+        mine = {"version": self._source.version, "seed": seed, "epoch": self._epoch}
+        agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
+        if agreed["version"] != self._source.version:
+            self._use(self._source.at_version(agreed["version"]))
+        return RunState(
+            dataset_id=self._source.dataset_id,
+            version=self._source.version,
+            fingerprint=self._source.fingerprint,
+            seed=agreed["seed"],
+            epoch=agreed["epoch"],
+            offset=0,
+            **order,
+        )
 
     def _layout(self) -> Layout:
         return Layout(self._source.shard_records, self._source.shard_bytes, self._source.block_table)
@@ -188,7 +216,12 @@ class NativeRun:
 
 def _order_options(state: RunState) -> OrderOptions:
     return OrderOptions(
-        seed=state.seed, shuffle=state.shuffle, group_bytes=state.group_bytes, window_bytes=state.window_bytes
+        seed=state.seed,
+        shuffle=state.shuffle,
+        group_bytes=state.group_bytes,
+        window_bytes=state.window_bytes,
+        streams=state.streams,
+        placement=state.placement,
     )
 
 
@@ -258,7 +291,7 @@ class NativeIterator(Iterator[Batch]):
     def close(self) -> None:
         """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
         self._pipeline.close()
-        if not self._counted:
+        if not self._counted and not self._pipeline.inherited:
             for name, figure in self.figures().items():
                 self._work.counters.add(name, figure)
             self._counted = True
@@ -288,7 +321,7 @@ def _pinning(asked: Asked) -> Any:
         warnings.warn(
             "'pin_memory' argument is set as true but no accelerator is found, "
             "then device pinned memory won't be used.",
-            stacklevel=4,
+            stacklevel=5,  # the caller of iter(loader)
         )
         return None
     return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache.errors import ObjectChanged, UnsupportedFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tiercache.load.source import Source
 
 STATE_FORMAT = 1
@@ -19,9 +18,9 @@ STATE_FORMAT = 1
 class RunState:
     """Where a run stands.
 
-    Epoch, offset: records of the epoch that all ranks together were served; the rest names the order.
-
-    group_bytes, window_bytes: None for "all".
+    Attributes:
+        epoch, offset: records of that epoch that all ranks together were served; the rest names the order.
+        group_bytes, window_bytes: None for "all".
     """
 
     dataset_id: str
@@ -35,7 +34,7 @@ class RunState:
     group_bytes: int | None
     window_bytes: int | None
     streams: int = 1
-    placement: str = "sticky"
+    placement: Literal["sticky", "global"] = "sticky"
     format: int = STATE_FORMAT
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,20 +42,19 @@ class RunState:
         return asdict(self)
 
     @staticmethod
-    def from_dict(state: Mapping[str, Any]) -> RunState:
+    def from_dict(state: Any) -> RunState:
         """Read to_dict() back.
 
         Raises:
             ValueError: not a state of this loader.
-            UnsupportedFormat: of a newer release.
+            UnsupportedFormat: of another release.
         """
-        if not isinstance(state.get("format"), int):
-            raise ValueError(
-                f"not a state of tiercache.DataLoader over a tiercache.Dataset: it has the keys {sorted(state)}"
-            )
-        if state["format"] > STATE_FORMAT:
+        if not isinstance(state, Mapping) or not _is_count(state.get("format")):
+            found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
+            raise ValueError(f"not a state of tiercache.DataLoader over a tiercache.Dataset: {found}")
+        if state["format"] != STATE_FORMAT:
             raise UnsupportedFormat(
-                f"the state has format {state['format']}, this release reads up to {STATE_FORMAT}: update tiercache",
+                f"the state has format {state['format']}, this release reads {STATE_FORMAT}: update tiercache",
                 url="state_dict",
                 found=state["format"],
                 supported=STATE_FORMAT,
@@ -66,7 +64,14 @@ class RunState:
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(names ^ set(state))} differ"
             )
+        for name in ("version", "epoch", "offset", "streams"):
+            if not _is_count(state[name]):
+                raise ValueError(f"the state's {name} must be an integer of 0 or more, got {state[name]!r}")
         return RunState(**state)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def reopen(source: Source, state: RunState) -> Source:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
 
@@ -41,17 +42,34 @@ class Loaded:
         return self.held[self.holder[block]].array(int(self.position[block]), column)[int(row)].as_py()
 
 
-def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], executor: Executor) -> Loaded:
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """What loads windows: an executor whose threads wait for stores and decode, and a future that ends all waiting."""
+
+    executor: Executor
+    stop: Future[None]
+
+    def result(self, future: Future[Blocks]) -> Blocks:
+        """The future's result, or its error. Raises CancelledError when stop is done first."""
+        watched: tuple[Future[Any], ...] = (future, self.stop)
+        wait(watched, return_when=FIRST_COMPLETED)
+        if not future.done():
+            raise CancelledError
+        return future.result()
+
+
+def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], threads: Threads) -> Loaded:
     """Bring the wanted blocks of a window into memory, shards side by side.
 
     Args:
         source: whose shards they are.
         window: of the order.
         wanted: bool[n_blocks].
-        executor: threads that wait for stores and decode.
+        threads: that load.
 
     Raises:
         CorruptShard, StoreError: as `ShardReader.load`.
+        CancelledError: told to stop.
     """
     columns = source.stored_columns
     n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
@@ -64,11 +82,11 @@ def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], execu
     def load(shard: int, places: NDArray[np.int64]) -> Blocks:
         return source.open_shard(shard).load([int(b) for b in window.blocks[places]], columns)
 
-    futures = [executor.submit(load, int(s), places) for s, places in zip(shards, members, strict=True)]
+    futures = [threads.executor.submit(load, int(s), places) for s, places in zip(shards, members, strict=True)]
     held = []
     try:
         for number, (future, places) in enumerate(zip(futures, members, strict=True)):
-            blocks = future.result()
+            blocks = threads.result(future)
             held.append(blocks)
             addresses[:, places] = blocks.addresses
             holder[places] = number

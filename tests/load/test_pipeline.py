@@ -1,0 +1,155 @@
+"""The pipeline at its edges: odd sizes, errors of others, threads that race, and a store that does not answer."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+import weakref
+
+import pyarrow as pa
+import pytest
+from tests.load.conftest import check_batch, ids_of, make_columns
+
+import tiercache as tc
+from tiercache.shard.reader import ShardReader
+
+
+def test_a_batch_size_beyond_any_data_set_is_one_batch(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(50)), batch_size=2**70)
+    assert ids_of(loader) == [list(range(50))]
+
+
+def test_no_records_of_object_columns_alone_are_no_batches(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"s": pa.struct([("a", pa.int32())])}) as writer:
+        writer.write_batch({"s": []})
+    assert list(tc.DataLoader(tc.Dataset(tmp_path / "data"), batch_size=4)) == []
+
+
+def test_an_error_that_is_not_ours_reaches_the_consumer_as_it_was_raised(make_dataset, monkeypatch):
+    dataset = tc.Dataset(make_dataset(100))
+
+    def refuse(self, shard):
+        raise PermissionError(errno.EACCES, "not for you")
+
+    monkeypatch.setattr(type(dataset.source), "open_shard", refuse)
+    with pytest.raises(PermissionError, match="not for you"):
+        next(iter(tc.DataLoader(dataset, batch_size=10)))
+
+
+def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB")
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=16, options=options))
+    check_batch(next(iterator))
+    pipeline = iterator._pipeline
+    places = pipeline._places(0, 16)
+    next(places)
+    pipeline._shared.pieces.append(pipeline._shared.pieces[-1])  # as the planner does at any time
+    assert len(list(places)) < 16
+    iterator.close()
+
+
+def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
+    monkeypatch.setattr("tiercache.load.plan.FIRST_PIECE_ROWS", 64)
+    monkeypatch.setattr("tiercache.load.plan.PIECE_ROWS", 64)
+    options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
+    loader = tc.DataLoader(tc.Dataset(make_dataset(3000)), batch_size=16, shuffle=True, options=options)
+    iterator, served, most = iter(loader), [], 0
+    for batch in iterator:
+        served += check_batch(batch)
+        most = max(most, len(iterator._pipeline._shared.pieces))
+    assert sorted(served) == list(range(3000))
+    assert most <= 3
+
+
+def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(make_dataset):
+    path = make_dataset(60)
+    state = tc.DataLoader(tc.Dataset(path), batch_size=16).state_dict()
+    with tc.Writer(path, mode="append") as writer:
+        writer.write_batch(make_columns(20, 60))
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=16)
+    ids_of(loader)
+    before = loader.stats()
+    loader.load_state_dict(state)
+    after = loader.stats()
+    assert before["requests"] > 0
+    assert (after["requests"], after["bytes_fetched"]) == (before["requests"], before["bytes_fetched"])
+
+
+def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypatch):
+    dataset = tc.Dataset(make_dataset(100))
+    gate, opened = threading.Event(), threading.Event()
+    load = ShardReader.load
+
+    def slow(self, *args, **kwargs):
+        opened.set()
+        gate.wait(60)
+        return load(self, *args, **kwargs)
+
+    monkeypatch.setattr(ShardReader, "load", slow)
+    iterator = iter(tc.DataLoader(dataset, batch_size=10))
+    assert opened.wait(30)
+    start_s = time.monotonic()
+    iterator.close()
+    assert not iterator._pipeline._planner.is_alive()
+    assert time.monotonic() - start_s < 30
+    gate.set()
+
+
+def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset):
+    class Full:
+        def __init__(self, ring):
+            self.ring = ring
+
+        def take(self, timeout_s):
+            self.ring.take(timeout_s)
+            raise MemoryError
+
+        def __getattr__(self, name):
+            return getattr(self.ring, name)
+
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
+    pipeline = iterator._pipeline
+    pipeline._ring, ring = Full(pipeline._ring), pipeline._ring
+    with pytest.raises(MemoryError):
+        next(iterator)
+    pipeline._ring = ring
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+
+
+def test_windows_stay_in_memory_while_a_batch_is_made_of_them(make_dataset):
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
+    pipeline, inside, go = iterator._pipeline, threading.Event(), threading.Event()
+    make = pipeline._assembler.batch
+    pipeline._assembler.batch = lambda slot: (inside.set(), go.wait(30), make(slot))[2]
+    found = []
+    consumer = threading.Thread(target=lambda: found.append(next(iterator)))
+    consumer.start()
+    assert inside.wait(30)
+    window = weakref.ref(pipeline._shared.pieces[0][2].addresses)
+    closer = threading.Thread(target=iterator.close)
+    closer.start()
+    closer.join(0.2)
+    assert window() is not None
+    go.set()
+    consumer.join(30)
+    closer.join(30)
+    assert check_batch(found[0]) == list(range(10))
+    assert window() is None
+
+
+def test_a_planner_that_cannot_be_started_leaves_nothing_behind(make_dataset, monkeypatch):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10)
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "tiercache-plan":  # Ctrl-C in the wait for the thread's first sign of life
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            iter(loader)
+    assert [i for ids in ids_of(loader) for i in ids] == list(range(100))
