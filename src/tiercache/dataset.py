@@ -250,7 +250,7 @@ class Dataset:
         for shard in np.unique(shards):
             where = np.flatnonzero(shards == shard)
             within = rows[where] - first_record[shard]
-            parts.append(source.open_shard(int(shard)).take(within, source.stored_columns))
+            parts.append(source.take(int(shard), within))
             places.append(where)
         return join(parts, places)
 
@@ -259,16 +259,15 @@ class Dataset:
         source = self.source
         for shard in range(len(source.table)):
             first = int(source.table.first_record[shard])
-            ends = np.cumsum(source.block_table(shard).records).tolist() if source.shard_records[shard] else []
+            ends = np.cumsum(source.block_tables([shard])[0].records).tolist() if source.shard_records[shard] else []
             for start, stop in zip([0, *ends], ends, strict=False):
                 yield first + start, first + stop
 
     def _arrow_blocks(self) -> Iterator[pa.RecordBatch]:
         source = self.source
         for shard in range(len(source.table)):
-            reader = source.open_shard(shard)
-            for block in range(reader.footer.n_blocks):
-                loaded = reader.load([block], source.stored_columns)
+            for block in range(len(source.block_tables([shard])[0].records)):
+                loaded = source.load(shard, [block])
                 arrays = [loaded.array(0, column) for column in source.stored_columns]
                 yield pa.RecordBatch.from_arrays(arrays, schema=source.schema.arrow)
 

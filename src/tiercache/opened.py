@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from tiercache.cache import Cache
-from tiercache.model import ByteRange, ReadPlan, ShardIdentity
+from tiercache.cache import Cache, CachedStore
+from tiercache.errors import CorruptShard
+from tiercache.model import ReadPlan, ShardIdentity
 from tiercache.order import BlockTable
 from tiercache.shard.manifest import latest, read_shards, read_version
+from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 
@@ -26,15 +29,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.layout import Footer
     from tiercache.shard.segments import ShardTable
     from tiercache.shard.types import Schema
+    from tiercache.shard.values import ColumnValues
     from tiercache.shard.versions import Version
 
 # Open shards: each costs two descriptors and a mapping. Of the usual 1,024 descriptors this leaves half to the user.
 MAX_READERS = 256
+# Footers of a group are read side by side: their time is round trips.
+FOOTER_THREADS = 16
 # Block tables are some KiB each; a group has a few dozen shards.
 MAX_TABLES = 4096
 
+T = TypeVar("T")
 Verify = Literal["first", "always", "never"]
 
 
@@ -123,37 +132,37 @@ class OpenedVersion:
         """What the cache keeps the shard's copy by."""
         return self.table.info(shard).identity(self.dataset_id)
 
-    def block_table(self, shard: int) -> BlockTable:
-        """A shard's blocks, from its footer. Raises as `open_shard`."""
-        table = self._tables.get(shard)
-        if table is None:
-            footer = self.open_shard(shard).footer
-            table = BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
-            self._tables[shard] = table
-        return table
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        """The blocks of each of these shards, from their footers, read side by side. Raises as `load`."""
+        missing = [shard for shard in dict.fromkeys(shards) if shard not in self._tables]
+        if len(self._tables) + len(missing) > MAX_TABLES:
+            self._tables = {shard: self._tables[shard] for shard in shards if shard in self._tables}
+        with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
+            self._tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
+        return [self._tables[shard] for shard in shards]
 
-    def open_shard(self, shard: int) -> ShardReader:
-        """The shard's reader, kept open for some time.
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Blocks of a shard in memory, the columns that are served.
 
         Raises:
             NotFound, StoreError: the store.
-            CorruptShard: the footer.
+            CorruptShard: damaged bytes, which fetching them again did not cure.
         """
-        return self._readers.get(shard)
+        return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
+
+    def take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        """Values of some rows of a shard, by column. Raises as `load`."""
+        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Tell the cache what comes, and start fetching what is not open yet."""
-        if self.cache is None or not isinstance(self.store, LocalStore):
+        """Tell the cache what comes, and start fetching what is not here."""
+        if not isinstance(self.store, CachedStore):
             return
-        wanted = [(self.table.info(shard).name, self.identity(shard)) for shard in shards if shard not in self._readers]
-        self.store.announce(ReadPlan(f"{os.getpid()}", tuple(wanted)))
+        coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
+        wanted = tuple((self.table.info(shard).name, self.identity(shard)) for shard in coming)
+        self.store.announce(ReadPlan(f"{os.getpid()}", wanted))
         for key, identity in wanted:
-            lease = self.store.open_local(key, identity)
-            if lease is not None:
-                lease.want([ByteRange(0, identity.n_bytes)])
-                lease.close()
+            self.store.fetch_ahead(key, identity)
 
     def at_version(self, number: int) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
@@ -171,8 +180,34 @@ class OpenedVersion:
         }
 
     def close(self) -> None:
-        """Give shards back; those in use stay good until they are dropped."""
+        """Give shards and connections back; shards in use stay good until they are dropped."""
         self._readers.clear()
+        self.store.close()
+
+    def _read_table(self, shard: int) -> BlockTable:
+        footer = self._footer(shard)
+        return BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
+
+    def _footer(self, shard: int) -> Footer:
+        if isinstance(self.store, CachedStore) and shard not in self._readers:
+            info = self.table.info(shard)
+            if not self.store.is_here(info.name, self.identity(shard)):
+                # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
+                return read_footer_alone(self.inner, info.name, info)
+        return self._read(shard, lambda reader: reader.footer)
+
+    def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
+        """What read gives; once more where the cache's copy was to blame."""
+        try:
+            return read(self._readers.get(shard))
+        except CorruptShard:
+            store = self.store
+            if not isinstance(store, LocalStore):
+                raise
+            if not store.distrust(self.table.info(shard).name, self.identity(shard)):
+                raise  # the copy is what the source sent
+        self._readers.drop(shard)
+        return read(self._readers.get(shard))
 
 
 def _open_shard(store: Store, table: ShardTable, dataset_id: str, verify: Verify, shard: int) -> ShardReader:
@@ -201,9 +236,8 @@ class _Readers:
         return self._pid == os.getpid() and shard in self._open
 
     def get(self, shard: int) -> ShardReader:
-        if (
-            self._pid != os.getpid()
-        ):  # a forked child: the parent's leases are not ours, and its lock may be held for ever
+        # In a forked child the parent's leases are not ours, and its lock may be held for ever.
+        if self._pid != os.getpid():
             self._begin()
         with self._lock:
             reader = self._open.get(shard)
@@ -218,6 +252,11 @@ class _Readers:
                 reader = self._opener(shard)
                 self._keep(shard, reader)
         return reader
+
+    def drop(self, shard: int) -> None:
+        if self._pid == os.getpid():
+            with self._lock:
+                self._open.pop(shard, None)
 
     def clear(self) -> None:
         if self._pid == os.getpid():

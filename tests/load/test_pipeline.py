@@ -29,10 +29,10 @@ def test_no_records_of_object_columns_alone_are_no_batches(tmp_path):
 def test_an_error_that_is_not_ours_reaches_the_consumer_as_it_was_raised(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
 
-    def refuse(self, shard):
+    def refuse(self, shard, blocks):
         raise PermissionError(errno.EACCES, "not for you")
 
-    monkeypatch.setattr(type(dataset.source), "open_shard", refuse)
+    monkeypatch.setattr(type(dataset.source), "load", refuse)
     with pytest.raises(PermissionError, match="not for you"):
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 

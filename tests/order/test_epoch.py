@@ -23,12 +23,12 @@ class Shards:
     @property
     def layout(self) -> Layout:
         records = np.array([sum(r for r, _ in shard) for shard in self.blocks], np.int64)
-        return Layout(records, np.array(self.stored_bytes, np.int64), self._footer)
+        return Layout(records, np.array(self.stored_bytes, np.int64), self._footers)
 
-    def _footer(self, shard: int) -> BlockTable:
-        self.footers.append(shard)
-        table = np.array(self.blocks[shard], np.int64).reshape(-1, 2)
-        return BlockTable(table[:, 0], table[:, 1])
+    def _footers(self, shards: list[int]) -> list[BlockTable]:
+        self.footers += shards
+        tables = [np.array(self.blocks[shard], np.int64).reshape(-1, 2) for shard in shards]
+        return [BlockTable(table[:, 0], table[:, 1]) for table in tables]
 
     @property
     def first_record(self) -> np.ndarray:
@@ -269,7 +269,7 @@ def test_shards_ahead_are_those_of_the_coming_windows_in_order() -> None:
 
 def test_ten_billion_records_cost_what_their_shards_cost() -> None:
     footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = Layout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda _: footer)
+    layout = Layout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
     window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).window_at(9_999_999_999)
     assert (window.start, window.stop) == (0, 10**10)
     block, row = window.rows(10**10 - 1000, 10**10)
@@ -290,7 +290,9 @@ def test_a_position_outside_the_epoch_is_refused() -> None:
 
 
 def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
-    layout = Layout(np.array([5, 6]), np.array([1, 1]), lambda _: BlockTable(np.array([5]), np.array([1])))
+    layout = Layout(
+        np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockTable(np.array([5]), np.array([1]))] * len(shards)
+    )
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, the version 6"):
         EpochOrder(layout, OrderOptions(1, True, None, None), 0).window_at(0)
 

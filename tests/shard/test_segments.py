@@ -191,6 +191,9 @@ class CopyStore(CountingStore):
     def announce(self, plan: ReadPlan) -> None:
         pass
 
+    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        return False
+
 
 class TestLocalCopies:
     @pytest.fixture

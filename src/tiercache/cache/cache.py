@@ -132,6 +132,14 @@ class Cache:
         """A lease on a copy, there or to come; None: read past the cache."""
         return self._open().open(wanted, store)
 
+    def fetch_ahead(self, wanted: Wanted, store: Store) -> None:
+        """Start fetching a copy that will be wanted."""
+        self._open().fetch_ahead(wanted, store)
+
+    def has_copy(self, wanted: Wanted) -> bool:
+        """Whether a copy is there; it may be gone, or found to be wrong, when it is opened."""
+        return self._open().folder.has_copy(wanted.name)
+
     def peek(self, wanted: Wanted) -> CopyLease | None:
         """A lease on a copy that is there."""
         return self._open().hit(wanted.name, wanted.n_bytes)

@@ -19,7 +19,7 @@ from tiercache.cache.owners import Owners
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.publisher import Publisher
 from tiercache.catalog import Accounts
-from tiercache.model import format_bytes, parse_bytes
+from tiercache.model import ByteRange, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,6 +201,15 @@ class Opened:
                 lease = CopyLease(wanted.n_bytes, fetch=writing.fetcher.join(wanted, store))
         self.counters.add("hits" if lease is not None and lease.fd >= 0 else "misses")
         return lease
+
+    def fetch_ahead(self, wanted: Wanted, store: Store) -> None:
+        """Start fetching a copy that is not here, if it is admitted. Nobody waits for it, and it counts as no use."""
+        writing = self.writing
+        if writing is None or not writing.breaker.allows() or self.folder.has_copy(wanted.name):
+            return
+        if self._admits(writing, wanted):
+            with CopyLease(wanted.n_bytes, fetch=writing.fetcher.join(wanted, store)) as lease:
+                lease.want([ByteRange(0, wanted.n_bytes)])
 
     def _admits(self, writing: Writing, wanted: Wanted) -> bool:
         try:

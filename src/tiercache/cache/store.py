@@ -54,6 +54,17 @@ class CachedStore(Store):
         """Remember what a reader will want next; none of the present policies looks ahead."""
         self.plan = plan
 
+    def fetch_ahead(self, key: str, identity: ShardIdentity) -> None:
+        """Start fetching a copy that a reader will open soon; returns at once."""
+        wanted = self.wanted(key, identity)
+        if wanted is not None:
+            self.cache.fetch_ahead(wanted, self.inner)
+
+    def is_here(self, key: str, identity: ShardIdentity) -> bool:
+        """Whether a copy is here now."""
+        wanted = self.wanted(key, identity)
+        return wanted is not None and self.cache.has_copy(wanted)
+
     def wanted(self, key: str, identity: ShardIdentity | None = None) -> Wanted | None:
         """What is to be cached under key; None: nothing tells this object from the next one of that name.
 

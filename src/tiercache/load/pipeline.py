@@ -299,7 +299,8 @@ def _push_pieces(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecut
         if loaded is None:
             start_s = time.perf_counter()
             ahead = work.order.shards_ahead(piece.window.start, SHARDS_AHEAD * shard_bytes)
-            work.source.prefetch([int(shard) for shard in ahead])
+            # The window's own first: what comes after must not be fetched before them.
+            work.source.prefetch([*dict.fromkeys(piece.window.shards[piece.wanted].tolist()), *ahead.tolist()])
             loaded = load_window(work.source, piece.window, piece.wanted, Threads(pool, shared.stop))
             work.counters.add("load_s", time.perf_counter() - start_s)
         pushed_rows += len(piece.row)

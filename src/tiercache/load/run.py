@@ -201,7 +201,7 @@ class NativeRun:
         )
 
     def _layout(self) -> Layout:
-        return Layout(self._source.shard_records, self._source.shard_bytes, self._source.block_table)
+        return Layout(self._source.shard_records, self._source.shard_bytes, self._source.block_tables)
 
     def _n_records(self) -> int:
         return int(self._source.shard_records.sum())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
-    from tiercache.shard.reader import ShardReader
+    from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
 
 
@@ -50,11 +50,11 @@ class Source(Protocol):
     def shard_bytes(self) -> NDArray[np.int64]:
         """Stored bytes of each shard, int64[n_shards]."""
 
-    def block_table(self, shard: int) -> BlockTable:
-        """A shard's blocks, from its footer."""
+    def block_tables(self, shards: Sequence[int]) -> Sequence[BlockTable]:
+        """The blocks of each of these shards, from their footers, read side by side."""
 
-    def open_shard(self, shard: int) -> ShardReader:
-        """The shard's reader, kept open by the source for some time; thread-safe."""
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Blocks of a shard in memory, the columns that are served. The source keeps the shard open for some time."""
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start bringing these shards near, in this order; returns at once."""

@@ -71,7 +71,6 @@ def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], threa
         CorruptShard, StoreError: as `ShardReader.load`.
         CancelledError: told to stop.
     """
-    columns = source.stored_columns
     n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
     addresses = np.zeros((n_streams, len(window.blocks), 2), np.uint64)
     holder = np.full(len(window.blocks), -1, np.int32)
@@ -80,7 +79,7 @@ def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], threa
     members = [np.flatnonzero(wanted & (window.shards == shard)) for shard in shards]
 
     def load(shard: int, places: NDArray[np.int64]) -> Blocks:
-        return source.open_shard(shard).load([int(b) for b in window.blocks[places]], columns)
+        return source.load(shard, [int(b) for b in window.blocks[places]])
 
     futures = [threads.executor.submit(load, int(s), places) for s, places in zip(shards, members, strict=True)]
     held = []

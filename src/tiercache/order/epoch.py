@@ -11,7 +11,7 @@ from tiercache.order.keys import derive_key, permutation
 from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut, ramp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -126,7 +126,7 @@ class EpochOrder:
 
     def _build_group(self, index: int) -> _Group:
         members = self._shards[self._cuts[index] : self._cuts[index + 1]]
-        tables = [self._blocks_of(int(shard)) for shard in members]
+        tables = self._tables_of(members)
         shards = np.repeat(members.astype(np.int32), [len(table.records) for table in tables])
         blocks = np.concatenate([np.arange(len(table.records), dtype=np.int32) for table in tables])
         records = np.concatenate([table.records for table in tables])
@@ -139,12 +139,13 @@ class EpochOrder:
         start = int(self._group_starts[index])
         return _Group(index, start, shards[chosen], blocks[chosen], _sums(records[chosen]), raw_bytes, cuts)
 
-    def _blocks_of(self, shard: int) -> BlockTable:
-        table = self.layout.blocks(shard)
-        found, expected = int(table.records.sum()), int(self.layout.records[shard])
-        if found != expected:
-            raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
-        return table
+    def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockTable]:
+        tables = self.layout.blocks(members.tolist())
+        for shard, table in zip(members.tolist(), tables, strict=True):
+            found, expected = int(table.records.sum()), int(self.layout.records[shard])
+            if found != expected:
+                raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
+        return tables
 
     def _first_limits(self, index: int, group_raw_bytes: int) -> tuple[int, ...]:
         """Sizes of the group's first windows: a ramp at the start of a long stream.

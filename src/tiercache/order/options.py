@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,13 +70,13 @@ class Layout:
     Attributes:
         records: int64[n_shards].
         stored_bytes: int64[n_shards], bytes of the whole shard as stored.
-        blocks: the blocks of a shard by its index. Called for shards of the group in question only, never for a shard
-            without records, from any thread; what it raises passes through. The caller memoises it.
+        blocks: the blocks of some shards by their indices, in that order. Called once a group, for its shards that
+            have records, from any thread; what it raises passes through. The caller memoises it.
     """
 
     records: NDArray[np.int64]
     stored_bytes: NDArray[np.int64]
-    blocks: Callable[[int], BlockTable]
+    blocks: Callable[[Sequence[int]], Sequence[BlockTable]]
 
     def __post_init__(self) -> None:
         """Take any integer arrays as int64. Raises ValueError if they differ in length or hold a negative number."""

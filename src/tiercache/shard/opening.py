@@ -6,6 +6,7 @@ from tiercache.errors import CorruptShard
 from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
 from tiercache.shard.source import Source
+from tiercache.store.contract import Store
 
 # Without a manifest the footer's length is not known: this much of the end holds nearly every footer, for one request.
 TAIL_GUESS_BYTES = 64 << 10
@@ -32,6 +33,22 @@ def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
         have = tail.footer_offset
     start = tail.footer_offset - have
     return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), n_bytes
+
+
+def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:
+    """The footer of a shard that is not to be read yet, by one ranged request past any local copy.
+
+    Raises:
+        NotFound, StoreError: the store.
+        CorruptShard, UnsupportedFormat: it is not the shard that info says.
+    """
+    source = Source(store, key, None)
+    try:
+        footer, _ = read_footer(source, info)
+    finally:
+        source.close()
+    check_identity(footer, info, None, source.url)
+    return footer
 
 
 def _check_row(source: Source, info: ShardInfo) -> None:

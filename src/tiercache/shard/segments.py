@@ -181,6 +181,8 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
     data = _local(store, dataset_id, ref)
     # A local copy that is not what the version says is passed by: in a cache it may be rotten, and the source whole.
     if data is None or not _is_whole(data, ref):
+        if isinstance(store, LocalStore):
+            store.distrust(ref.key, ref.identity(dataset_id))
         data = _fetched(store, ref)
         if not _is_whole(data, ref):
             raise CorruptShard(

@@ -204,3 +204,9 @@ class LocalStore(Protocol):
 
     def announce(self, plan: ReadPlan) -> None:
         """Hear what a reader will want next. A hint: may be ignored."""
+
+    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """Hear that key's local copy was found to be wrong.
+
+        True: it was, and is gone: open it again. False: it is right, or the object itself.
+        """

@@ -191,6 +191,10 @@ class LocalFolder(Store):
     def announce(self, plan: ReadPlan) -> None:
         """Ignored: a local folder has nothing to fetch."""
 
+    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
+        """False: the file is the object itself, there is nothing to fetch it from."""
+        return False
+
     def _at(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url
 

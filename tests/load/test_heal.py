@@ -1,0 +1,78 @@
+"""A damaged copy in the cache costs a fetch and never a run; a damaged source is an error."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tests.load.conftest import SCHEMA, check_batch, make_columns
+
+import tiercache as tc
+from tiercache.testing.http_server import HttpFaultServer
+
+N = 600
+
+
+@pytest.fixture
+def server(tmp_path):
+    path = tmp_path / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    with HttpFaultServer({f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        yield cache
+
+
+def damage(cache: tc.Cache, how: str) -> int:
+    """Damage every copy of a shard in the cache; how many there are."""
+    copies = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
+    for path in copies:
+        data = bytearray(path.read_bytes())
+        if how == "values":
+            data[100] ^= 4
+        elif how == "footer":
+            data[-100] ^= 4
+        else:
+            data = data[: len(data) // 2]
+        path.chmod(0o644)
+        path.write_bytes(data)
+    return len(copies)
+
+
+def sent_shards(server: HttpFaultServer) -> list[str]:
+    return sorted({seen.path for seen in server.log if "/shards/" in seen.path and seen.n_bytes})
+
+
+@pytest.mark.parametrize("how", ["values", "footer", "cut"])
+@pytest.mark.parametrize("read", ["loader", "records"])
+def test_a_copy_that_has_rotted_is_fetched_again_and_the_run_goes_on(server, cache, how, read):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    first.warm()
+    first.close()
+    assert damage(cache, how) > len(first.source.table)
+    server.log.clear()
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    if read == "loader":
+        found = list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=32, shuffle=True))))
+    else:
+        found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
+    assert sorted(found) == list(range(N))
+    assert len(sent_shards(server)) == len(dataset.source.table)
+    dataset.close()
+
+
+def test_a_source_that_is_damaged_is_an_error_that_names_the_shard(server, cache):
+    name = next(key for key in server.objects if "/shards/" in key)
+    data = bytearray(server.objects[name])
+    data[100] ^= 4
+    server.objects[name] = bytes(data)
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    with pytest.raises(tc.CorruptShard, match=name.rsplit("/", 1)[1]):
+        list(tc.DataLoader(dataset, batch_size=32))
+    dataset.close()
