@@ -22,10 +22,10 @@ UNBUILT := $(foreach pyx,$(PYX),$(if $(wildcard $(pyx:.pyx=.*.so)),,$(pyx)))
 DEMO_STAMP := $(if $(wildcard $(VENV)/stamp-dev),$(VENV)/stamp-dev,$(VENV)/stamp-demo)
 
 .PHONY: FORCE
-.PHONY: build test lint stress fuzz bench integration docs demo dist clean distclean help
+.PHONY: build test lint stress fuzz bench bench-peers integration docs demo dist clean distclean help
 
 help:
-	@echo 'make build | test | lint | stress | fuzz | bench | integration | docs | demo | dist | clean | distclean'
+	@echo 'make build | test | lint | stress | fuzz | bench | bench-peers | integration | docs | demo | dist | clean | distclean'
 
 build: $(VENV)/stamp-dev $(VENV)/stamp-native
 
@@ -48,6 +48,10 @@ fuzz: build
 bench: build
 	@mkdir -p benchmarks/out
 	set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+
+# Other libraries, each in an environment of its own below benchmarks/out/envs; docs/benchmarks.md has the method.
+bench-peers: build
+	cd benchmarks && ../$(BIN)/python -m peers $(ARGS)
 
 # pytest ends with 5 when no test carries the mark.
 integration: build

@@ -3,6 +3,8 @@
  * Threads claim batches by number, wait for a free slot of a ring, copy the rows of all columns into it and mark it
  * ready; the consumer takes batches in order, and gives a slot back by taking the next. One mutex and two conditions,
  * taken for every batch: no spinning, no prefetch, no wake-ups saved. Compiled by floor.py.
+ *
+ * Rows of a column with offsets vary in length: its part of a slot is int64[batch_rows + 1] new offsets, then the rows.
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -13,6 +15,7 @@ enum { MAX_COLUMNS = 8, MAX_THREADS = 256 };
 
 typedef struct {
     const uint8_t *source;
+    const int64_t *offsets; /* NULL: every row is width bytes; else width is that of the longest */
     size_t width;
 } column;
 
@@ -29,12 +32,27 @@ typedef struct {
     pthread_t threads[MAX_THREADS];
 } ring;
 
+static void gather_varied(const column *from, const int64_t *rows, size_t n, uint8_t *to, size_t batch_rows) {
+    int64_t *ends = (int64_t *)to, end = 0;
+    uint8_t *values = to + (batch_rows + 1) * sizeof *ends;
+    ends[0] = 0;
+    for (size_t i = 0; i < n; i++) {
+        int64_t start = from->offsets[rows[i]], n_bytes = from->offsets[rows[i] + 1] - start;
+        memcpy(values + end, from->source + start, (size_t)n_bytes);
+        ends[i + 1] = end += n_bytes;
+    }
+}
+
 static void gather(const ring *r, size_t batch, size_t slot) {
     const int64_t *rows = r->order + batch * r->batch_rows;
     size_t left = r->n_rows - batch * r->batch_rows, n = left < r->batch_rows ? left : r->batch_rows;
     for (size_t c = 0; c < r->n_columns; c++) {
         const column *from = &r->columns[c];
         uint8_t *to = r->memory[slot * r->n_columns + c];
+        if (from->offsets) {
+            gather_varied(from, rows, n, to, r->batch_rows);
+            continue;
+        }
         for (size_t i = 0; i < n; i++)
             memcpy(to + i * from->width, from->source + (size_t)rows[i] * from->width, from->width);
     }
@@ -73,8 +91,7 @@ void floor_free(ring *r) {
 }
 
 /* NULL without memory. Slots are touched here, so that no epoch pays for their pages. */
-ring *floor_new(const void *const *sources, const size_t *widths, size_t n_columns, size_t batch_rows, size_t n_slots,
-                size_t n_threads) {
+ring *floor_new(const column *columns, size_t n_columns, size_t batch_rows, size_t n_slots, size_t n_threads) {
     ring *r = calloc(1, sizeof *r);
     if (!r || n_columns > MAX_COLUMNS || n_threads > MAX_THREADS) {
         free(r);
@@ -86,9 +103,11 @@ ring *floor_new(const void *const *sources, const size_t *widths, size_t n_colum
     pthread_cond_init(&r->became_free, NULL);
     r->ready = calloc(n_slots, 1);
     r->memory = calloc(n_slots * n_columns, sizeof *r->memory);
+    memcpy(r->columns, columns, n_columns * sizeof *columns);
     for (size_t i = 0; r->memory && i < n_slots * n_columns; i++) {
-        size_t c = i % n_columns, n_bytes = (batch_rows * widths[c] + 4095) / 4096 * 4096;
-        r->columns[c] = (column){sources[c], widths[c]};
+        const column *of = &r->columns[i % n_columns];
+        size_t n_bytes = batch_rows * of->width + (of->offsets ? (batch_rows + 1) * sizeof *of->offsets : 0);
+        n_bytes = (n_bytes + 4095) / 4096 * 4096;
         r->memory[i] = aligned_alloc(4096, n_bytes);
         if (!r->memory[i]) {
             floor_free(r);

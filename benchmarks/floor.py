@@ -7,8 +7,9 @@ import hashlib
 import os
 import shlex
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def build(folder: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(target))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.floor_new.restype = library.floor_memory.restype = pointer
-    library.floor_new.argtypes = [pointer, pointer, size, size, size, size]
+    library.floor_new.argtypes = [pointer, size, size, size, size]
     library.floor_memory.argtypes = [pointer, size, size]
     library.floor_begin.argtypes, library.floor_begin.restype = [pointer, pointer, size], size
     library.floor_take.argtypes, library.floor_take.restype = [pointer], ctypes.c_int64
@@ -47,35 +48,62 @@ def build(folder: Path) -> ctypes.CDLL:
     return library
 
 
+class Column(ctypes.Structure):
+    """The C side's column."""
+
+    _fields_: ClassVar = [("source", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("width", ctypes.c_size_t)]
+
+
+@dataclass(frozen=True, slots=True)
+class Varied:
+    """A column of records of varied length. data: uint8[total]; offsets: int64[n + 1], where they begin and end."""
+
+    data: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest record."""
+        return int(np.diff(self.offsets).max())
+
+
 class Floor:
     """Batches of mapped columns in a given order. One epoch at a time; a batch is valid until the next is asked for.
 
-    columns: C-contiguous arrays of one length, kept; folder: where the compiled library lies.
+    columns: C-contiguous arrays of one length, or Varied, kept; folder: where the compiled library lies.
     """
 
-    def __init__(self, columns: Mapping[str, np.ndarray], batch_size: int, n_threads: int, folder: Path) -> None:
+    def __init__(
+        self, columns: Mapping[str, np.ndarray | Varied], batch_size: int, n_threads: int, folder: Path
+    ) -> None:
         self._library = build(folder)
         self._columns = dict(columns)
         self._batch_size = batch_size
-        sources = (ctypes.c_void_p * len(columns))(*(array.ctypes.data for array in columns.values()))
-        widths = (ctypes.c_size_t * len(columns))(*(array.nbytes // len(array) for array in columns.values()))
-        n_slots = min(max(RING_BYTES // (batch_size * sum(widths)), MIN_SLOTS), MAX_SLOTS)
-        self._ring = self._library.floor_new(sources, widths, len(columns), batch_size, n_slots, n_threads)
+        made = (Column * len(columns))(*(_column(column) for column in columns.values()))
+        n_slots = min(max(RING_BYTES // (batch_size * sum(column.width for column in made)), MIN_SLOTS), MAX_SLOTS)
+        self._ring = self._library.floor_new(made, len(made), batch_size, n_slots, n_threads)
         if not self._ring:
             raise MemoryError("the floor's ring could not be made")
         self._slots = [
-            {name: self._slot(slot, c, array) for c, (name, array) in enumerate(columns.items())}
+            {name: self._slot(slot, c, column) for c, (name, column) in enumerate(columns.items())}
             for slot in range(n_slots)
         ]
 
-    def _slot(self, slot: int, column: int, like: np.ndarray) -> np.ndarray:
-        shape = (self._batch_size, *like.shape[1:])
-        n_bytes = like.itemsize * int(np.prod(shape))
-        memory = (ctypes.c_char * n_bytes).from_address(self._library.floor_memory(self._ring, slot, column))
+    def _slot(self, slot: int, c: int, like: np.ndarray | Varied) -> Any:
+        address, n = self._library.floor_memory(self._ring, slot, c), self._batch_size
+        if isinstance(like, Varied):
+            offsets = np.frombuffer((ctypes.c_int64 * (n + 1)).from_address(address), np.int64)
+            memory = (ctypes.c_char * (n * like.longest)).from_address(address + offsets.nbytes)
+            return np.frombuffer(memory, np.uint8), offsets
+        shape = (n, *like.shape[1:])
+        memory = (ctypes.c_char * (like.itemsize * int(np.prod(shape)))).from_address(address)
         return np.frombuffer(memory, like.dtype).reshape(shape)
 
-    def epoch(self, order: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-        """All batches of int64 row numbers, in order; the last may be short."""
+    def epoch(self, order: np.ndarray) -> Iterator[dict[str, Any]]:
+        """All batches of int64 row numbers, in order; the last may be short.
+
+        By column a tensor, or (uint8 values, int64 offsets) for a Varied one.
+        """
         take, ring, left = self._library.floor_take, self._ring, len(order)
         if not self._library.floor_begin(ring, order.ctypes.data, left):
             raise RuntimeError("the floor's threads could not be started")
@@ -83,11 +111,7 @@ class Floor:
             while (slot := take(ring)) >= 0:
                 rows = min(left, self._batch_size)
                 left -= rows
-                arrays = self._slots[slot]
-                if rows == self._batch_size:
-                    yield {name: torch.from_numpy(array) for name, array in arrays.items()}
-                else:
-                    yield {name: torch.from_numpy(array[:rows]) for name, array in arrays.items()}
+                yield {name: _tensors(memory, rows) for name, memory in self._slots[slot].items()}
         finally:
             self._library.floor_end(ring)
 
@@ -95,3 +119,16 @@ class Floor:
         """Give the memory back; no batch may be in use."""
         self._library.floor_free(self._ring)
         self._ring = None
+
+
+def _column(column: np.ndarray | Varied) -> Column:
+    if isinstance(column, Varied):
+        return Column(column.data.ctypes.data, column.offsets.ctypes.data, column.longest)
+    return Column(column.ctypes.data, None, column.nbytes // len(column))
+
+
+def _tensors(memory: Any, rows: int) -> Any:
+    if isinstance(memory, tuple):
+        values, offsets = memory
+        return torch.from_numpy(values[: offsets[rows]]), torch.from_numpy(offsets[: rows + 1])
+    return torch.from_numpy(memory if rows == len(memory) else memory[:rows])

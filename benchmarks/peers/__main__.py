@@ -1,0 +1,92 @@
+"""Compare tiercache with other libraries: `python -m peers` in the folder of the benchmarks, or `make bench-peers`.
+
+Each contender runs in processes of its own, in an environment of its own that is made when it is first needed. Every
+repetition first checks each record of an epoch that is not timed, then times epochs that are read to the last byte, and
+epochs that are only touched. docs/benchmarks.md has the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from peers import report
+from peers.catalogue import ALL, PEERS, PLOTS
+from peers.compare import Plan, compare, drop
+from peers.environments import NotInstalledError, interpreter
+from peers.job import cores
+from peers.runner import BENCHMARKS
+from rows import OUT, write_rows
+from workloads import WORKLOADS, scaled
+
+QUICK_SCALE = 0.0
+QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="peers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=[*PEERS], metavar="PEER", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
+    parser.add_argument("--shuffle", nargs="+", choices=ALL, default=[*ALL], help="default: the library's own")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of records; 1 is 2 GB of data")
+    parser.add_argument("--workers", type=int, nargs="+", help="that are tried; default: 0 and one a core")
+    parser.add_argument("--min-s", type=float, default=1.5, help="seconds of a timing")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one task")
+    parser.add_argument("--folder", type=Path, default=OUT / "peers", help="for data, logs, rows and tables")
+    parser.add_argument("--environments", type=Path, default=OUT / "envs", help="for the contenders' environments")
+    parser.add_argument("--reuse", action="store_true", help="what is packed already; no figures of packing")
+    parser.add_argument("--keep", action="store_true", help="the data, when done")
+    parser.add_argument("--plots", action="store_true", help="draw them too; makes an environment with matplotlib")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few records, no figures to speak of")
+    return parser.parse_args(given)
+
+
+def plan_of(given: argparse.Namespace) -> Plan:
+    """The plan that was asked for."""
+    quick = given.quick
+    return Plan(
+        folder=given.folder.resolve(),
+        environments=given.environments.resolve(),
+        peers=tuple(given.only or (QUICK_PEERS if quick else PEERS)),
+        shuffles=tuple(given.shuffle),
+        workers=tuple((given.workers or [0])[:1] if quick else given.workers or (0, cores())),
+        repetitions=1 if quick else given.repetitions,
+        min_s=0.0 if quick else given.min_s,
+        timeout_s=given.timeout,
+        reuse=given.reuse,
+    )
+
+
+def draw(plan: Plan) -> None:
+    """Draw the rows with matplotlib, which lives in an environment of its own."""
+    try:
+        python = interpreter("plots", PLOTS, plan.environments)
+    except NotInstalledError as error:
+        print(f"no plots: {error}")
+        return
+    subprocess.run([str(python), "-m", "peers.plots", str(plan.folder / "peers.jsonl")], check=True, cwd=BENCHMARKS)
+
+
+def main(arguments_given: list[str] | None = None) -> None:
+    """Run, print the tables, write the rows."""
+    given = arguments(arguments_given)
+    plan, scale = plan_of(given), QUICK_SCALE if given.quick else given.scale
+    rows = []
+    for name in given.workload:
+        rows += compare(scaled(WORKLOADS[name], scale), plan)
+        write_rows(plan.folder / "peers.jsonl", rows)
+    text = report.markdown(report.read(plan.folder / "peers.jsonl"))
+    (plan.folder / "peers.md").write_text(text)
+    print(text)
+    if given.plots:
+        draw(plan)
+    if not given.keep:
+        drop(plan)
+    print(f"rows and tables: {plan.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Who is compared, what each needs, and in which ways each is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TORCH = "torch"
+PILLOW = "pillow"
+# Both, at most: shuffled to the last record, and as the library itself would shuffle.
+ALL = ("none", "full", "default")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A contender.
+
+    Attributes:
+        title: its name for people.
+        distribution: whose version is reported; "": none.
+        requirements: for pip, in an environment of its own; none: the interpreter that runs the comparison.
+        system: pkg-config modules that building it needs.
+        shuffles: the orders it has, of "none", "full" and "default".
+        tuned: "always", where it has workers whose best number is looked for; "images", only to decode; "never".
+        forms: what it gives for columns of varied length.
+    """
+
+    title: str
+    distribution: str = ""
+    requirements: tuple[str, ...] = ()
+    system: tuple[str, ...] = ()
+    shuffles: tuple[str, ...] = ("none", "full")
+    tuned: Literal["always", "images", "never"] = "always"
+    forms: tuple[str, ...] = ("list",)
+
+
+BOTH = ("list", "buffer")
+
+PEERS = {
+    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="images", forms=BOTH),
+    "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch"),
+    "numpy_memmap": Peer(title="numpy memmap, by hand", distribution="numpy", tuned="never", forms=BOTH),
+    "c_floor": Peer(title="C floor", tuned="never", forms=BOTH),
+    "mosaic": Peer(
+        title="MosaicML Streaming",
+        distribution="mosaicml-streaming",
+        requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
+        shuffles=ALL,
+    ),
+    "lit": Peer(
+        title="LitData",
+        distribution="litdata",
+        requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
+        shuffles=ALL,
+    ),
+    "wds": Peer(
+        title="WebDataset",
+        distribution="webdataset",
+        requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
+        shuffles=("none", "default"),
+    ),
+    "beton": Peer(
+        title="FFCV",
+        distribution="ffcv",
+        requirements=(
+            "setuptools",
+            "numpy<2",
+            TORCH,
+            "opencv-python-headless<4.12",
+            "numba<0.62",
+            PILLOW,
+            "ffcv==1.0.2",
+        ),
+        system=("opencv4", "libturbojpeg"),
+        forms=BOTH,
+    ),
+    "grain_ar": Peer(
+        title="Grain + ArrayRecord",
+        distribution="grain",
+        requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", PILLOW),
+    ),
+    "lance_arrow": Peer(
+        title="Lance",
+        distribution="pylance",
+        requirements=("numpy", "pylance==14.0.2", PILLOW),
+        forms=BOTH,
+    ),
+    "spdl_threads": Peer(
+        title="SPDL",
+        distribution="spdl",
+        requirements=("numpy", "spdl==0.8.0", PILLOW),
+        forms=BOTH,
+    ),
+    "hf": Peer(
+        title="Hugging Face datasets",
+        distribution="datasets",
+        requirements=("numpy", "datasets==5.2.0", TORCH, PILLOW),
+        forms=BOTH,
+    ),
+}
+
+# Not compared: it draws.
+PLOTS = Peer(title="plots", requirements=("matplotlib",))

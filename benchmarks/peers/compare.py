@@ -1,0 +1,202 @@
+"""The comparison: makes the data, packs it for each contender, runs all of them in turn, writes a row a case."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from generate import generate
+from peers.catalogue import PEERS, Peer
+from peers.environments import NotInstalledError, interpreter
+from peers.job import Job
+from peers.runner import FailedError, Runner
+from rows import spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from workloads import Workload
+
+SPREAD = ("first_batch_s", "peak_private_bytes", "idle_private_bytes", "rank_correlation", "neighbour_distance")
+READS = ("every", "first")
+TIMED = ("samples_per_s", "cpu_s_per_million", "wait_share")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is run.
+
+    Attributes:
+        folder: for data, packed data, logs.
+        environments: the folder of the virtual environments.
+        peers: names of those who are compared.
+        shuffles: the orders that are run: "none", "full", "default".
+        workers: numbers that are tried where a contender has workers; the fastest one is used.
+        repetitions: of each case.
+        min_s: of a timing.
+        timeout_s: of a child process.
+        reuse: take what is packed already.
+    """
+
+    folder: Path
+    environments: Path
+    peers: tuple[str, ...]
+    shuffles: tuple[str, ...]
+    workers: tuple[int, ...]
+    repetitions: int
+    min_s: float
+    timeout_s: float
+    reuse: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: a contender in one of its ways. python: None, and why, where it cannot be run."""
+
+    job: Job
+    python: Path | None
+    missing: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        job = self.job
+        form = f", as {job.form}" if job.workload.varied else ""
+        return f"{job.workload.name}: {PEERS[job.peer].title}, shuffle {job.shuffle}{form}"
+
+
+def compare(workload: Workload, plan: Plan) -> list[dict[str, Any]]:
+    """All rows of a workload: one a contender for packing, one a case for loading, also where there are no figures."""
+    runner = Runner(plan.folder / "logs", plan.timeout_s)
+    generate(workload, plan.folder / "data" / workload.name)
+    rows, running = [], []
+    for name in plan.peers:
+        case, packed = pack(_job(name, workload, plan), PEERS[name], plan, runner)
+        rows.append({"benchmark": "pack", **_fixed(case), **packed})
+        for found in cases(case, plan):
+            ready = found if found.missing else tuned(found, plan, runner)
+            if ready.missing:
+                _say(f"{ready.name}: {ready.missing}")
+                rows.append({"benchmark": "load", **_fixed(ready), "missing": ready.missing})
+            else:
+                running.append(ready)
+    return [*rows, *measure(running, plan, runner)]
+
+
+def _job(name: str, workload: Workload, plan: Plan) -> Job:
+    return Job(
+        task="pack",
+        peer=name,
+        workload=workload,
+        source_folder=str(plan.folder / "data" / workload.name),
+        folder=str(plan.folder / "packed" / name / workload.name),
+        library_folder=str(plan.folder),
+        min_s=plan.min_s,
+    )
+
+
+def _fixed(case: Case) -> dict[str, Any]:
+    job = case.job
+    fixed = {"peer": job.peer, "title": PEERS[job.peer].title, "workload": job.workload.as_json(), "cache": "warm"}
+    return {**fixed, "shuffle": job.shuffle, "form": job.form if job.workload.varied else "", "workers": job.workers}
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def pack(job: Job, peer: Peer, plan: Plan, runner: Runner) -> tuple[Case, dict[str, Any]]:
+    """A contender with its environment made and its data packed, and the row of that."""
+    try:
+        python = interpreter(job.peer, peer, plan.environments)
+        if plan.reuse and (plan.folder / "packed" / job.peer / f"{job.workload.name}.done").exists():
+            return Case(job, python), {"missing": "packed before"}
+        found = runner.run(python, job)
+    except (NotInstalledError, FailedError) as error:
+        _say(f"{peer.title}: {error}")
+        return Case(job, None, str(error)), {"missing": str(error)}
+    if job.path.exists():
+        job.path.with_name(f"{job.workload.name}.done").touch()
+    if "unsupported" in found:
+        return Case(job, None, found["unsupported"]), {"missing": found["unsupported"]}
+    return Case(job, python), found if "records_per_s" in found else {"missing": "reads the generated records"}
+
+
+def cases(packed: Case, plan: Plan) -> Iterator[Case]:
+    """The ways that a contender is run in."""
+    peer = PEERS[packed.job.peer]
+    forms = peer.forms if packed.job.workload.varied else ("list",)
+    for shuffle in plan.shuffles:
+        if shuffle in peer.shuffles:
+            for form in forms:
+                yield replace(packed, job=replace(packed.job, task="measure", shuffle=shuffle, form=form))
+
+
+def tuned(case: Case, plan: Plan, runner: Runner) -> Case:
+    """The case with the number of workers that a short look finds the fastest; missing where none runs."""
+    peer, job = PEERS[case.job.peer], case.job
+    images = any(field.kind == "jpeg" for field in job.workload.fields)
+    candidates = plan.workers if peer.tuned == "always" or (peer.tuned == "images" and images) else (0,)
+    if case.python is None or len(candidates) == 1:
+        return replace(case, job=replace(job, workers=candidates[0]))
+    rates, why = {}, "no number of workers was tried"
+    for workers in candidates:
+        try:
+            found = runner.run(case.python, replace(job, task="tune", workers=workers))
+        except FailedError as error:
+            why = str(error)
+            continue
+        if "unsupported" in found:
+            why = found["unsupported"]
+        else:
+            rates[workers] = found["samples_per_s"]
+    if not rates:
+        return replace(case, python=None, missing=why)
+    return replace(case, job=replace(job, workers=max(rates, key=rates.__getitem__)))
+
+
+def measure(running: Sequence[Case], plan: Plan, runner: Runner) -> list[dict[str, Any]]:
+    """A row for each case; they take turns, so that what disturbs the machine disturbs all of them."""
+    found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(running))}
+    missing: dict[int, str] = {}
+    for repetition in range(plan.repetitions):
+        for i, case in enumerate(running):
+            if case.python is None or i in missing:
+                continue
+            try:
+                result = runner.run(case.python, case.job)
+            except FailedError as error:
+                result = {"unsupported": str(error)}
+            if "unsupported" in result:
+                missing[i] = result["unsupported"]
+                _say(f"{case.name}: {missing[i]}")
+                continue
+            found[i].append(result)
+            rate = result["every"]["samples_per_s"]
+            _say(f"{case.name}, {repetition + 1}/{plan.repetitions}: {rate:,.0f} samples/s")
+    return [
+        {"benchmark": "load", **_fixed(case), **({"missing": missing[i]} if i in missing else _summary(found[i]))}
+        for i, case in enumerate(running)
+    ]
+
+
+def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    timed = {f"{name}.{read}": spread([r[read][name] for r in results]) for read in READS for name in TIMED}
+    others = {name: spread([result[name] for result in results]) for name in SPREAD}
+    return {
+        "repetitions": len(results),
+        "note": results[0]["note"],
+        "version": results[0]["version"],
+        **others,
+        **timed,
+    }
+
+
+def drop(plan: Plan) -> None:
+    """Remove the generated and the packed data."""
+    for name in ("data", "packed"):
+        if (plan.folder / name).exists():
+            shutil.rmtree(plan.folder / name)

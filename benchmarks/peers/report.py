@@ -1,0 +1,161 @@
+"""Tables of the rows in Markdown: `python -m peers.report ROWS`, and `--into FILE` to put them between its marks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads import workload_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Row = dict[str, Any]
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+ORDERS = {"none": "in the stored order", "full": "shuffled"}
+FLOOR = "c_floor"
+LOAD_TITLES = (
+    "contender",
+    "k samples/s, every byte read",
+    "min - max",
+    "x floor",
+    "k samples/s, touched",
+    "CPU s per million",
+    "peak private MB",
+    "first batch ms",
+    "rank correlation",
+    "neighbour distance",
+    "run with",
+)
+PACK_TITLES = ("contender", "k records/s", "one by one", "MB stored", "of the records' bytes")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables: a workload and an order each, then packing, then who is missing and why."""
+    parts = [machine(rows[0])]
+    for name in dict.fromkeys(row["workload"]["name"] for row in rows):
+        of_it = [row for row in rows if row["workload"]["name"] == name]
+        workload = workload_of(of_it[0]["workload"])
+        parts.append(f"### {name}")
+        parts.append(f"{workload.n_records:,} records of {workload.describe()}; batches of {workload.batch_size}.")
+        for shuffle, order in ORDERS.items():
+            for form in dict.fromkeys(row["form"] for row in of_it if row["benchmark"] == "load"):
+                parts += loading(of_it, shuffle, form, order)
+        packed = [row for row in of_it if row["benchmark"] == "pack" and "missing" not in row]
+        if packed:
+            parts += ["Packed:", table(PACK_TITLES, [pack_line(row, workload.record_bytes) for row in packed])]
+        parts += missing(of_it)
+    return "\n\n".join(parts) + "\n"
+
+
+def machine(row: Row) -> str:
+    """Where and with what the rows were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    memory = f"{row['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{row['date']}: {row['processor']}, {row['cores']} cores, {memory}, Linux {row['kernel']}; {versions}."
+
+
+def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[str]:
+    """The table of one order and form, the fastest first; shuffled also shows each library's own shuffle."""
+    chosen = [
+        row
+        for row in rows
+        if row["benchmark"] == "load"
+        and "missing" not in row
+        and row["form"] == form
+        and (row["shuffle"] == shuffle or (shuffle == "full" and row["shuffle"] == "default"))
+    ]
+    if not chosen:
+        return []
+    chosen.sort(key=lambda row: -row["samples_per_s.every"]["median"])
+    floor = next((row["samples_per_s.every"]["median"] for row in chosen if row["peer"] == FLOOR), None)
+    title = f"{order[0].upper()}{order[1:]}" + (f", varied columns as {form}" if form else "")
+    return [f"{title}:", table(LOAD_TITLES, [load_line(row, floor) for row in chosen])]
+
+
+def load_line(row: Row, floor: float | None) -> list[str]:
+    """The cells of one case."""
+    every, touched = row["samples_per_s.every"], row["samples_per_s.first"]
+    name = f"{row['title']} {row['version']}".strip() + (", its own shuffle" if row["shuffle"] == "default" else "")
+    return [
+        name,
+        thousands(every["median"]),
+        f"{thousands(every['min'])} - {thousands(every['max'])}",
+        f"{every['median'] / floor:.2f}" if floor else "",
+        thousands(touched["median"]),
+        f"{row['cpu_s_per_million.every']['median']:,.2f}",
+        f"{row['peak_private_bytes']['median'] / 1e6:,.0f}",
+        f"{row['first_batch_s']['median'] * 1e3:,.0f}",
+        f"{row['rank_correlation']['median']:.3f}",
+        f"{row['neighbour_distance']['median']:.3f}",
+        row["note"],
+    ]
+
+
+def pack_line(row: Row, record_bytes: int) -> list[str]:
+    """The cells of one contender's packing."""
+    raw = (record_bytes + 8) * row["workload"]["n_records"]
+    one_by_one = row.get("one_by_one_records_per_s")
+    return [
+        f"{row['title']} {row['version']}".strip(),
+        thousands(row["records_per_s"]),
+        thousands(one_by_one) if one_by_one else "",
+        f"{row['stored_bytes'] / 1e6:,.0f}",
+        f"{row['stored_bytes'] / raw:.2f}",
+    ]
+
+
+def missing(rows: Iterable[Row]) -> list[str]:
+    """Who has no figures and why, each reason once. Data that needs no packing is no such case."""
+    seen: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "missing" in row and row["benchmark"] == "load":
+            how = f"shuffle {row['shuffle']}" + (f" as {row['form']}" if row["form"] else "")
+            seen.setdefault((row["title"], row["missing"]), []).append(how)
+    lines = [f"- {title} ({'; '.join(how)}): {reason}" for (title, reason), how in seen.items()]
+    return ["No figures:", "\n".join(lines)] if lines else []
+
+
+def thousands(rate: float) -> str:
+    """A rate in thousands, with three digits or more."""
+    return f"{rate / 1e3:,.2f}" if rate < 1e4 else f"{rate / 1e3:,.1f}" if rate < 1e5 else f"{rate / 1e3:,.0f}"
+
+
+def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; numbers to the right, the first and the last column to the left."""
+    marks = [":--", *["--:"] * (len(titles) - 2), ":--" if titles is LOAD_TITLES else "--:"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (titles, marks, *lines))
+
+
+def put(path: Path, text: str) -> None:
+    """Replace what stands between the marks of a file. Raises ValueError if it has none."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    """Print the tables, or put them into a document."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("rows", type=Path, help="peers.jsonl")
+    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    given = parser.parse_args()
+    text = markdown(read(given.rows))
+    if given.into:
+        put(given.into, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Starts child processes: one task of one contender each, with a limit, and what they say when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peers.job import Job
+
+BENCHMARKS = Path(__file__).parents[1]
+REASON_LENGTH = 300
+
+
+class FailedError(Exception):
+    """A task failed, served wrong records or took too long; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs tasks. logs: the folder for what they write to stderr; timeout_s: the most that one may take."""
+
+    logs: Path
+    timeout_s: float
+
+    def run(self, python: Path, job: Job) -> dict[str, Any]:
+        """What a task found.
+
+        Raises:
+            FailedError: it failed, served wrong records, or took too long.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{job.form}-{job.workers}.log"
+        with log.open("w") as errors:
+            child = subprocess.Popen(
+                [str(python), "-m", "peers.child", json.dumps(job.as_json())],
+                cwd=BENCHMARKS,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            try:
+                said, _ = child.communicate(timeout=self.timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise FailedError(f"took longer than {self.timeout_s:.0f} s") from error
+            finally:
+                _end_group(child)
+        if child.returncode:
+            raise FailedError(f"{_reason(log)} (exit {child.returncode}; {log.name})")
+        return json.loads(said.splitlines()[-1])
+
+
+def _end_group(child: subprocess.Popen[str]) -> None:
+    """End what is left of the child and of the workers that it started, which would disturb those that follow."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _reason(log: Path) -> str:
+    """The last line of a traceback, wherever other lines follow it."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "error"))]
+    return ([*lines[-1:], *errors[-1:]] or ["no message"])[-1][:REASON_LENGTH]
