@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
@@ -53,6 +54,14 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield home
     patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hear_ctrl_c() -> Iterator[None]:
+    """A run that was started in the background ignores SIGINT, and its children would too: tests send them one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
