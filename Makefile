@@ -39,7 +39,7 @@ lint: build
 	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Icsrc -fsyntax-only $(wildcard csrc/*.c)
 
 stress: build
-	$(PYTEST) -m stress $(ARGS)
+	$(PYTEST) -m stress -o faulthandler_timeout=1800 $(ARGS)
 
 # Every property test with many more examples, and the long random inputs.
 fuzz: build

@@ -57,3 +57,18 @@ print(len(os.listdir("/proc/self/task")), len(after - before), others)
 def test_the_command_starts_without_torch():
     code = "import sys, tiercache.cli; print('torch' in sys.modules)"
     assert run_python("-c", code).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["DataLoader", "collate"])
+def test_without_torch_the_loader_names_the_extra(name):
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["torchdata"] = None
+import tiercache
+try:
+    tiercache.{name}
+except ImportError as error:
+    print(error)
+"""
+    assert f"tiercache.{name} needs torch" in run_python("-c", code).stdout
+    assert "pip install 'tiercache[torch]'" in run_python("-c", code).stdout

@@ -68,12 +68,21 @@ _HOMES = {
     "pack": "tiercache.pack",
 }
 
+_TORCH = ("torch", "torchdata")
+
 
 def __getattr__(name: str) -> Any:
     """The public name, loaded from its module on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _TORCH:
+            raise
+        message = f"tiercache.{name} needs {library}, which is not installed: pip install 'tiercache[torch]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     if name != "pack":  # lives in the property below
         globals()[name] = value
     return value

@@ -58,7 +58,7 @@ def _rebuild(cls: type[TierCacheError], message: str, facts: dict[str, Any]) -> 
 class StoreError(TierCacheError):
     """A store failed.
 
-    Url: redacted; retryable: whether the same call may succeed later; status: HTTP status or None.
+    url: redacted; retryable: whether the same call may succeed later; status: HTTP status or None.
     """
 
     def __init__(

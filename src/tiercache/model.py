@@ -81,7 +81,7 @@ class ByteRange:
 class ObjectInfo:
     """What a store says of an object; None where it does not say.
 
-    Modified_s: seconds since the epoch, by the store's clock.
+    modified_s: seconds since the epoch, by the store's clock.
     """
 
     key: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from tiercache.cache import Cache, CachedStore
 from tiercache.errors import CorruptShard
-from tiercache.model import ReadPlan, ShardIdentity
+from tiercache.model import ReadPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
 from tiercache.shard.manifest import latest, read_shards, read_version
 from tiercache.shard.opening import read_footer_alone
@@ -66,8 +67,8 @@ class Place:
             return inner, self.cache.store(inner), self.cache
         if self.cache is False or isinstance(inner, LocalStore | MemoryStore):
             return inner, inner, None
-        cache = Cache.default()
-        return inner, cache.store(inner), cache
+        cache = _default_cache()
+        return inner, inner if cache is None else cache.store(inner), cache
 
 
 class OpenedVersion:
@@ -84,6 +85,8 @@ class OpenedVersion:
         self.stored_schema: Schema = self.manifest.schema
         self._schema = self.stored_schema if columns is None else self.stored_schema.select(columns)
         self.table: ShardTable = read_shards(self.store, self.manifest)
+        if self.cache is not None:
+            _warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
         self._readers = _Readers(partial(_open_shard, self.store, self.table, self.dataset_id, place.verify))
         self._tables: dict[int, BlockTable] = {}
@@ -171,7 +174,7 @@ class OpenedVersion:
     def figures(self) -> dict[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
         counters = self.inner.counters.snapshot()
-        stats = self.cache.stats() if self.cache is not None else {}
+        stats = self.cache.counters.snapshot() if self.cache is not None else {}
         return {
             "requests": counters.get("requests", 0),
             "bytes_fetched": counters.get("bytes_read", 0),
@@ -208,6 +211,41 @@ class OpenedVersion:
                 raise  # the copy is what the source sent
         self._readers.drop(shard)
         return read(self._readers.get(shard))
+
+
+def _default_cache() -> Cache | None:
+    """The configured cache; None, with a warning, where its folder cannot be had: nobody has asked for it by name."""
+    try:
+        return Cache.default()
+    except OSError as error:
+        warnings.warn(
+            f"no cache, so that every epoch is fetched again: {error}; name a folder that can be written by "
+            "TIERCACHE_CACHE_DIR, or say cache=False",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+# (data set, its bytes, cache) that were warned of: once is enough, however often it is opened.
+_warned: set[tuple[str, int, str]] = set()
+
+
+def _warn_if_larger(url: str, n_bytes: int, cache: Cache) -> None:
+    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic."""
+    limit_bytes = cache.limit_bytes
+    reason = (url, n_bytes, str(cache.path))
+    if n_bytes <= limit_bytes or reason in _warned:
+        return
+    _warned.add(reason)
+    more_bytes = n_bytes - limit_bytes
+    warnings.warn(
+        f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
+        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch; a larger cache "
+        "(TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _open_shard(store: Store, table: ShardTable, dataset_id: str, verify: Verify, shard: int) -> ShardReader:

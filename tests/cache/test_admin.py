@@ -207,3 +207,13 @@ def test_the_default_size_is_half_of_the_free_disk_when_the_cache_was_made(world
     gc.collect()
     monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
     assert Cache.default().stats()["limit_bytes"] == 500_000
+
+
+def test_warming_what_is_here_already_needs_no_room(world):
+    pairs = pairs_of(world)
+    cache = world.cache()
+    cache.warm(world.inner, pairs)
+    cache.close()
+    full = world.cache(free_floor="100%")
+    assert full.warm(world.inner, pairs).n_fetched == 0
+    assert full.pin(world.inner, pairs).n_fetched == 0

@@ -321,3 +321,18 @@ def test_a_busy_catalog_makes_reading_go_past_the_cache(world, monkeypatch):
 def test_the_modules_that_wait_for_other_processes_have_deadlines():
     assert 0 < publisher.LOCK_WAIT_S < 600
     assert opened.USES_PER_FLUSH > 1
+
+
+def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):
+    world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+    world.fetch(store, "a")
+    shutil.rmtree(world.root / "cache")
+    assert cache.stats()["misses"] == 1
+    assert cache.entries() == []
+    assert cache.status()["n_copies"] == 0
+    shutil.rmtree(world.root / "cache")
+    world.fetch(store, "a")
+    assert not cache.status()["bypassed"]
+    assert len(world.copies()) == 1

@@ -211,6 +211,35 @@ def test_an_owner_that_leaves_takes_its_reservations_along(open_accounts):
     assert me.sums() == (0, 0, 0)
 
 
+def test_books_that_others_made_anew_know_the_owners_limit_again(files, open_accounts):
+    mine = open_accounts("me", 50_000)
+    shutil.rmtree(files.path)
+    files.limit = {}  # with the folder went the owner files
+    open_accounts("you", 70_000)
+    assert mine.sums()[2] == 50_000
+    assert mine.reserve("a", 1, spare_bytes=lambda: PLENTY)
+
+
+def test_an_owner_that_left_is_not_registered_again(files, open_accounts):
+    mine, yours = open_accounts("me", 50_000), open_accounts("you", 70_000)
+    mine.unregister()
+    mine.sums()
+    assert yours.limit_bytes() == 70_000
+
+
+def test_openers_that_died_leave_no_rows(files, open_accounts):
+    for i in range(5):
+        files.living.add(f"worker {i}")
+        open_accounts(f"worker {i}", 100_000).close()
+        files.living.remove(f"worker {i}")
+    mine = open_accounts("me", 50_000)
+    mine.reconcile()
+    assert set(files.buried) == {f"worker {i}" for i in range(5)}
+    files.buried.clear()
+    mine.reconcile()
+    assert files.buried == []
+
+
 class AccountStates(RuleBasedStateMachine):
     """Two owners; the model is a dictionary of reservations and one of copies."""
 

@@ -96,7 +96,8 @@ def test_each_shard_is_fetched_once_in_a_cold_epoch_and_its_footer_once_more(ser
 @pytest.mark.parametrize("size", ["20KB", "1KB"])
 def test_a_cache_that_is_too_small_makes_it_slower_and_never_wrong(server, tmp_path, size):
     with tc.Cache(tmp_path / "cache", size=size, free_floor=0) as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
         for _ in range(2):
             assert sorted(ids_of(loader)) == list(range(N))

@@ -41,3 +41,11 @@ class TestS3OnMoto(S3Suite):
     @pytest.fixture
     def door(self, moto):
         return moto
+
+
+def test_keys_that_are_given_are_not_joined_with_a_token_of_the_environment(s3, monkeypatch):
+    s3.put("a", b"data")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of other keys")
+    store = s3.server.store(s3.prefix)
+    assert store.get("a") == b"data"
+    store.close()

@@ -10,6 +10,7 @@ import pytest
 
 from tiercache.errors import StoreError
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
+from tiercache.store.aws import profile_credentials
 from tiercache.store.options import CloudOptions
 
 
@@ -24,6 +25,14 @@ from tiercache.store.options import CloudOptions
         ("/data/what?is@this", "/data/what?is@this"),
         ("relative/path", "relative/path"),
         ("file:///data/x", "file:///data/x"),
+        ("https://host?sig=secret", "https://host"),
+        ("sftp://user:se/cret@host/a", "sftp://host/a"),
+        ("http://[::1]:9000/a@b", "http://[::1]:9000/a@b"),
+        ("simplecache::s3://bucket/a", "simplecache::s3://bucket/a"),
+        (
+            "zip://a.txt::simplecache::https://u:secret@host/b.zip?s=secret",
+            "zip://a.txt::simplecache::https://host/b.zip",
+        ),
     ],
 )
 def test_redact_leaves_what_may_be_shown(url, shown):
@@ -40,6 +49,8 @@ def test_redact_leaves_what_may_be_shown(url, shown):
         ("/b.tcs", ("/", "b.tcs")),
         ("file:///data/with%20space/b", ("/data/with space", "b")),
         ("memory://name/b", ("memory://name", "b")),
+        ("simplecache::s3://bucket/a/b", ("simplecache::s3://bucket/a", "b")),
+        ("zip://a/b::file:///data/c.zip", ("zip://a::file:///data/c.zip", "b")),
     ],
 )
 def test_split_url_gives_root_and_key(url, parts):
@@ -66,6 +77,8 @@ def test_split_url_refuses_what_names_no_object(url):
         ("https://user:secret@host/a", CloudStore, "https://host/a"),
         ("memory://name/a", MemoryStore, "memory://name/a"),
         ("zip::x", LocalFolder, None),
+        ("simplecache::https://user:secret@host/a", FsspecStore, "simplecache::https://host/a"),
+        ("zip://*::file:///data/a.zip", FsspecStore, "zip://*::file:///data/a.zip"),
         ("sftp://user:secret@host/a", FsspecStore, "sftp://host/a"),
     ],
 )
@@ -83,6 +96,9 @@ def test_open_store_chooses_the_back_end_and_asks_nothing_yet(url, kind, shown):
         ("s3://key:secret@bucket/a", {}, "storage_options"),
         ("s3:///a", {}, "BUCKET"),
         ("https://host/a?sig=secret", {}, "query"),
+        ("https://host?sig=secret", {}, "query"),
+        ("s3://bucket/a?versionId=secret", {}, "query"),
+        ("simplechace::s3://bucket/a", {}, "simplecache"),
         ("file://other-machine/a", {}, "three slashes"),
         ("/data", {"region": "x"}, "no storage options, got region"),
         ("s3://bucket/a/../b", {}, "key"),
@@ -120,15 +136,30 @@ def test_names_of_s3fs_and_of_the_environment_mean_the_same():
         "client_kwargs": {"endpoint_url": "http://e", "region_name": "r", "verify": False},
         "timeout": 5,
         "connect_timeout": "2s",
+        "read_timeout": "7",
+        "pool_max_idle_per_host": 3,
     }
     options = CloudOptions.parse("s3", given)
     assert options.config == {
         "access_key_id": "k", "secret_access_key": "s", "session_token": "t", "endpoint": "http://e", "region": "r",
     }  # fmt: skip
     assert options.client["timeout"] == timedelta(seconds=5)
-    assert options.client["connect_timeout"] == "2s"
+    assert options.client["connect_timeout"] == timedelta(seconds=2)
+    assert options.client["read_timeout"] == timedelta(seconds=7), "as the command line gives it"
+    assert options.client["pool_max_idle_per_host"] == "3", "obstore takes no numbers"
     assert options.client["allow_invalid_certificates"] is True
     assert options.client["allow_http"] is True
+
+
+@pytest.mark.parametrize("value", ["soon", "", -1, 0, True, "nan", [1]])
+def test_a_timeout_that_is_none_is_an_error(value):
+    with pytest.raises(ValueError, match="'timeout' is a number of seconds"):
+        CloudOptions.parse("s3", {"timeout": value})
+
+
+def test_client_kwargs_that_are_no_dict_are_an_error():
+    with pytest.raises(ValueError, match="client_kwargs is a dict, got str"):
+        CloudOptions.parse("s3", {"client_kwargs": "endpoint_url"})
 
 
 def test_an_option_given_by_two_names_must_be_one_value():
@@ -163,6 +194,14 @@ def test_options_reach_s3fs_by_its_names():
     assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
 
 
+def test_what_a_stand_in_must_know_too_reaches_it():
+    assert CloudOptions.parse("s3", {"request_payer": "true"}).for_s3fs()["requester_pays"] is True
+    given = {"default_headers": {"Authorization": "Bearer x"}, "user_agent": "me"}
+    headers = CloudOptions.parse("http", given).for_fsspec_http()["headers"]
+    assert headers == {"Authorization": "Bearer x", "User-Agent": "me"}
+    assert CloudOptions.parse("http", {}).for_fsspec_http() == {}
+
+
 def test_the_values_of_options_are_not_shown():
     assert "s3cret" not in repr(CloudOptions.parse("s3", {"secret": "s3cret", "default_headers": {"x": "s3cret"}}))
 
@@ -189,3 +228,31 @@ def test_a_missing_package_is_an_error_that_names_it():
     with pytest.raises(StoreError, match=r"sftp://host/a.*paramiko") as caught:
         open_store("sftp://host/a").get("a")
     assert not caught.value.retryable
+
+
+def test_a_path_in_the_users_home_is_found_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store("~/a").url == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("chain", ["dir", "simplecache"])
+def test_a_chained_url_is_read_and_written(chain, tmp_path):
+    store = open_store(f"{chain}::file://{tmp_path}/a")
+    store.put("b/c", b"data")
+    assert (tmp_path / "a/b/c").read_bytes() == b"data"
+    assert store.get("b/c") == b"data"
+    assert [found.key for found in store.list()] == ["b/c"]
+    store.close()
+
+
+def test_a_profiles_own_region_and_endpoint_are_used(monkeypatch, tmp_path):
+    pytest.importorskip("boto3")
+    (tmp_path / "config").write_text("[profile work]\nregion = eu-north-1\nendpoint_url = http://e\n")
+    (tmp_path / "keys").write_text("[work]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    keys, said = profile_credentials("work")
+    assert said == {"region": "eu-north-1", "endpoint": "http://e"}
+    assert (keys()["access_key_id"], keys()["secret_access_key"], keys()["token"]) == ("k", "s", None)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nearer")
+    assert profile_credentials("work")[1]["endpoint"] == "http://nearer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -144,6 +145,9 @@ def distrust(opened: Opened, wanted: Wanted) -> bool:
 
 def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
     """The figures of interface.md."""
+    if opened.writing is not None:
+        with suppress(OSError):  # somebody deleted the folder: what cannot be made again holds nothing
+            opened.writing.owners.ensure()
     used, _, limit = (0, 0, limit_bytes) if opened.writing is None else opened.writing.accounts.sums()
     if opened.writing is None:
         used = sum(charge_bytes(n_bytes) for n_bytes in opened.folder.sizes().values())
@@ -155,9 +159,10 @@ def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
 
 def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
     """stats() and the state of folder and disk."""
+    figures = stats(opened, limit_bytes)  # first: it makes a deleted folder again
     disk = room(opened.folder.root)
     reserved = 0 if opened.writing is None else opened.writing.accounts.sums()[1]
-    return stats(opened, limit_bytes) | {
+    return figures | {
         "n_copies": len(opened.folder.sizes()),
         "reserved_bytes": reserved,
         "disk_free_bytes": disk.free_bytes,

@@ -156,14 +156,19 @@ class Cache:
 
     def stats(self) -> dict[str, int]:
         """bytes_used, limit_bytes, pinned_bytes, and hits, misses, evicted, bytes_fetched of this process."""
-        return admin.stats(self._open(), self._limit_bytes())
+        return admin.stats(self._open(), self.limit_bytes)
 
-    def _limit_bytes(self) -> int:
-        return parse_bytes(self._options.size, whole_bytes=room(self._open().folder.root).total_bytes)
+    @property
+    def limit_bytes(self) -> int:
+        """Most bytes that it may hold, as it was opened; stats() has what holds beside other processes."""
+        opened = self._open()
+        if opened.writing is not None:
+            return opened.writing.limit_bytes
+        return parse_bytes(self._options.size, whole_bytes=room(opened.folder.root).total_bytes)
 
     def status(self) -> dict[str, Any]:
         """stats() and what else a person may ask: path, policy, copies, reserved bytes, free disk, what is wrong."""
-        return admin.status(self._open(), self._limit_bytes()) | {
+        return admin.status(self._open(), self.limit_bytes) | {
             "path": str(self._options.path),
             "policy": self._options.policy,
             "free_floor": self._options.free_floor,

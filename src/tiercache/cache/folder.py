@@ -95,7 +95,8 @@ class Folder:
     def sizes(self) -> dict[str, int]:
         """Size in bytes of every copy that lies here, by name."""
         sizes = {}
-        with os.scandir(self.copies) as entries:
+        # The folder too may be gone: somebody deleted it.
+        with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             for entry in entries:
                 if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):  # evicted meanwhile
@@ -104,8 +105,9 @@ class Folder:
 
     def names(self, suffix: str) -> list[str]:
         """Names that have a file with that suffix (".json", ".pin") here."""
-        with os.scandir(self.copies) as entries:
-            files = [e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)]
+        files: list[str] = []
+        with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
+            files += [e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)]
         return [name for name in files if NAME.fullmatch(name)]
 
     def read_record(self, name: str) -> Record | None:

@@ -213,6 +213,7 @@ class Opened:
 
     def _admits(self, writing: Writing, wanted: Wanted) -> bool:
         try:
+            writing.owners.ensure()  # of a deleted folder one cannot ask how much room it has
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
             return coming or not writing.evictor.would_refuse(wanted.name, wanted.n_bytes)
         except (OSError, sqlite3.Error) as error:

@@ -62,7 +62,8 @@ def warm(
         wanted[one.name] = one
     missing = [one for one in wanted.values() if not _is_here(opened, one)]
     writing.accounts.reconcile()
-    _check_room(writing, wanted, missing)
+    if missing:
+        _check_room(writing, wanted, missing)
     round_ = _Round(writing, store, frozenset(wanted), missing)
     tell = on_progress or (lambda _: None)
     n_done, bytes_done = len(wanted) - len(missing), sum(w.n_bytes for w in wanted.values())

@@ -89,6 +89,7 @@ class Accounts:
 
     def __init__(self, path: Path, owner: str, files: Files, *, wal: bool, boot: str) -> None:
         self._owner, self._files, self._boot = owner, files, boot
+        self._own_limit_bytes: int | None = None
         self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -115,10 +116,12 @@ class Accounts:
             db.execute("INSERT OR REPLACE INTO openers VALUES (?, ?)", (self._owner, limit_bytes))
             return self._limit(db)
 
+        self._own_limit_bytes = limit_bytes
         return self._database.run(work)
 
     def unregister(self) -> None:
         """Forget the owner and what it had reserved."""
+        self._own_limit_bytes = None
         self._database.run(lambda db: self._forget(db, self._owner))
 
     def limit_bytes(self) -> int:
@@ -126,6 +129,9 @@ class Accounts:
         return self._database.run(self._limit)
 
     def _limit(self, db: sqlite3.Connection) -> int:
+        # Somebody deleted the folder, and another process made the books anew before we had our owner file again.
+        if self._own_limit_bytes is not None:
+            db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
         for owner, limit_bytes in db.execute("SELECT owner, limit_bytes FROM openers ORDER BY limit_bytes").fetchall():
             if owner == self._owner or self._files.alive(owner):
                 return int(limit_bytes)
@@ -284,9 +290,17 @@ class Accounts:
             self._database.replace()
         self._database.run(self._take_in)
 
+    def _forget_dead(self, db: sqlite3.Connection) -> None:
+        """Forget all who died without saying so: worker processes often do, several an epoch."""
+        for (owner,) in db.execute("SELECT owner FROM openers WHERE owner <> ?", (self._owner,)).fetchall():
+            if not self._files.alive(owner):
+                self._files.bury(owner)
+                self._forget(db, owner)
+
     def _take_in(self, db: sqlite3.Connection) -> None:
         # A copy that is being published now counts twice until its publisher turns the reservation into it: too much
         # for a moment is better than too little for ever, should the publisher die.
+        self._forget_dead(db)
         self._release_dead(db)
         sizes = self._files.sizes()
         known = {name for (name,) in db.execute("SELECT name FROM copies")}

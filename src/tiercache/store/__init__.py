@@ -43,13 +43,17 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     """The store of a URL or local path. Nothing is asked of the store yet: a wrong bucket shows at the first call.
 
     Args:
-        url: a local path, `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http(s)://`, or any fsspec URL.
+        url: a local path, `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http(s)://`, or any fsspec URL,
+            chained ones included.
         **storage_options: the back end's own options and credentials, by name.
 
     Raises:
         ValueError: a URL that cannot be, or an option that the back end does not know.
     """
     place = Location.parse(url)
+    if place.chain:
+        check_scheme(place.scheme)
+        return FsspecStore(place.full, place.shown, storage_options)
     if place.scheme in ("", "memory") and storage_options:
         raise ValueError(f"{place.shown}: takes no storage options, got {', '.join(sorted(storage_options))}")
     if not place.scheme:
@@ -68,6 +72,8 @@ def _place(cloud: str, place: Location) -> Place:
         if place.has_query:
             raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
         return Place(cloud, place.full, "", place.shown)
+    if place.has_query:
+        raise ValueError(f"{place.shown}: a query or fragment has no meaning for {place.scheme}://")
     if not place.host or place.has_userinfo:
         raise ValueError(
             f"{place.shown}: {place.scheme}://BUCKET/FOLDER is expected; credentials go into storage_options"

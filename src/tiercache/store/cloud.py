@@ -100,7 +100,7 @@ class CloudStore(Store):
 
 def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
     if place.cloud == "http":
-        return FsspecStore(place.bucket, place.url, {}, policy=tuning.policy)
+        return FsspecStore(place.bucket, place.url, options.for_fsspec_http(), policy=tuning.policy)
     if place.cloud != "s3":
         message = "this forked process cannot use obstore; start its workers by forkserver or spawn"
         raise StoreError(message, url=place.url)

@@ -2,11 +2,9 @@
 
 Keys are relative paths of plain segments joined by "/" ("" is never a key); check_key() is the one rule. A store never
 keeps a buffer that it was given after the call has returned, and never writes to one after it has returned. All
-methods may be called from any thread
-of any process that holds the store: clients are made lazily, one a process. Errors are StoreError (NotFound,
-    ObjectChanged): they
-name the redacted URL and say in `.retryable` whether the same call may succeed later; a back end has done its retrying
-by then.
+methods may be called from any thread of any process that holds the store: clients are made lazily, one a process.
+Errors are StoreError (NotFound, ObjectChanged): they name the redacted URL and say in `.retryable` whether the same
+call may succeed later; a back end has done its retrying by then.
 """
 
 from __future__ import annotations
@@ -47,11 +45,9 @@ class Upload(ABC):
 
     @abstractmethod
     def put_part(self, number: int, data: Buffer) -> None:
-        """Add part `number` (0, 1, 2, .
+        """Add part `number` (0, 1, 2 and so on, without gaps at the end; in any order, from any thread).
 
-        Without gaps at the end; any order, any thread). data is held for the call only.
-
-        Every part but the last has at least min_part_bytes.
+        data is held for the call only. Every part but the last has at least min_part_bytes.
         """
 
     @abstractmethod

@@ -300,6 +300,8 @@ def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
         fs, root = core.url_to_fs(full_url, **common, **more, **options)
     except (ImportError, ValueError, TypeError) as error:
         raise StoreError(f"the file system cannot be opened: {error}", url=redact(full_url)) from None
+    if fs.protocol == "dir":
+        root = ""  # it is the folder itself, and its names are relative to it
     if scheme in ("s3", "s3a"):
         return S3Files(fs, root, lambda coroutine, *args: asyn.sync(fs.loop, coroutine, *args))
     return PlainFiles(fs, root)

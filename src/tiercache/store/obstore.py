@@ -201,6 +201,10 @@ def _open(place: Place, options: CloudOptions, retries: Mapping[str, Any]) -> An
     if options.profile is not None:
         common["credential_provider"], more = profile_credentials(options.profile)
         config = {**more, **config}
+    elif {"access_key_id", "secret_access_key"} <= config.keys() and "session_token" not in config:
+        # Keys that were given need no token; obstore would join them with one that the environment has for its own.
+        given = {"access_key_id": config.pop("access_key_id"), "secret_access_key": config.pop("secret_access_key")}
+        common["credential_provider"] = lambda: {**given, "token": None, "expires_at": None}
     return stores.S3Store(place.bucket, config=config, **common)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
+
+from tiercache.model import parse_duration
 
 _CLIENT = frozenset(
     [
@@ -160,11 +163,11 @@ class CloudOptions:
             if name == "profile" and cloud == "s3":
                 profile = value
             elif name in _CLIENT:
-                client[name] = timedelta(seconds=value) if name in _DURATIONS and _is_number(value) else value
-            elif name in config and config[name] != value:
+                client[name] = _duration(name, value) if name in _DURATIONS else _plain(value)
+            elif name in config and config[name] != _plain(value):
                 raise ValueError(f"storage option {name!r} is given twice, by two names and with two values")
             else:
-                config[name] = value
+                config[name] = _plain(value)
         endpoint = str(config.get("endpoint", config.get("base_url", "")))
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https one given here forbids plain http.
@@ -188,10 +191,19 @@ class CloudOptions:
         for theirs, ours in (("read_timeout", "read_timeout"), ("connect_timeout", "connect_timeout")):
             if isinstance(self.client.get(ours), timedelta):
                 config_kwargs[theirs] = self.client[ours].total_seconds()
+        if _is_true(self.config.get("request_payer", False)):
+            named["requester_pays"] = True
         named["anon"] = _is_true(named.get("anon", False))
         if self.profile is not None:
             named["profile"] = self.profile
         return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
+
+    def for_fsspec_http(self) -> dict[str, Any]:
+        """The same for fsspec's HTTP file system: the headers, which may hold what lets one in."""
+        headers = dict(self.client.get("default_headers") or {})
+        if "user_agent" in self.client:
+            headers["User-Agent"] = self.client["user_agent"]
+        return {"headers": headers} if headers else {}
 
 
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -214,7 +226,9 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             raise ValueError(f"unknown storage option {name!r} for {cloud}://{_near(lower, names)}")
 
 
-def _client_kwargs(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"client_kwargs is a dict, got {type(given).__name__}")
     for name, value in given.items():
         if name in _CLIENT_KWARGS:
             yield _CLIENT_KWARGS[name], value
@@ -229,8 +243,25 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(map(repr, near))}?" if near else f"; known are {', '.join(sorted(known))}"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _duration(name: str, value: Any) -> timedelta:
+    """Seconds as a number, also one written as text (as the command line gives it), or "30s", "5m"."""
+    if isinstance(value, timedelta):
+        return value
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        try:
+            seconds = parse_duration(value)
+        except ValueError:
+            seconds = math.nan
+    if isinstance(value, bool) or not 0 < seconds < math.inf:
+        raise ValueError(f"storage option {name!r} is a number of seconds or a text such as '30s' or '5m'")
+    return timedelta(seconds=seconds)
+
+
+def _plain(value: Any) -> Any:
+    """What obstore takes: numbers as text."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _is_true(value: object) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote
 
 from tiercache.store.contract import check_key
 
 # In abfss://container@account/... the "@" belongs to the name of the place.
 _AT_IS_A_PLACE = ("abfs", "abfss", "wasb", "wasbs")
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]+")
+_CHAIN = "::"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -17,15 +21,17 @@ class Location:
     """A URL in parts.
 
     scheme: lower case, "" for a local path; host: with userinfo and port; path: of a URL without its leading "/".
+    chain: what follows the first "::" of one of fsspec's chained URLs, such as "simplecache::s3://bucket/folder".
     """
 
     scheme: str
     host: str
     path: str
+    chain: str = ""
 
     @classmethod
     def parse(cls, url: str | os.PathLike[str]) -> Location:
-        """Parts of a URL or local path; `file://` becomes a local path.
+        """Parts of a URL or local path; `file://` becomes a local path, and "~/" the user's home.
 
         Raises:
             ValueError: empty, or a file URL of another machine.
@@ -33,9 +39,14 @@ class Location:
         text = os.fspath(url)
         if not text:
             raise ValueError(f"not a URL or path: {text!r}")
+        first, linked, chain = text.partition(_CHAIN)
+        if linked and _is_chain(first, chain):
+            scheme, _, rest = first.partition("://")
+            host, _, path = rest.partition("/")
+            return cls(scheme.lower(), host, path, chain)
         scheme, found, rest = text.partition("://")
-        if not found or not scheme.replace("+", "").replace("-", "").replace(".", "").isalnum():
-            return cls("", "", text)
+        if not found or not _SCHEME.fullmatch(scheme):
+            return cls("", "", str(Path(text).expanduser()) if text == "~" or text.startswith("~/") else text)
         host, _, path = rest.partition("/")
         if scheme.lower() != "file":
             return cls(scheme.lower(), host, path)
@@ -48,14 +59,17 @@ class Location:
 
     @property
     def shown(self) -> str:
-        """The URL without userinfo, query and fragment."""
+        """The URL without userinfo, query and fragment, of each link of a chain."""
         if not self.scheme:
             return self.path
-        host = self.host
+        host, path = self.host, self.path
+        if ":" in host and not host.rpartition(":")[2].rstrip("]").isdigit() and "@" in path:
+            host, _, path = path.rpartition("@")[2].partition("/")  # a password with a "/" in it
+        host = re.split(r"[?#]", host, maxsplit=1)[0] if not self.chain else host
         if self.scheme not in _AT_IS_A_PLACE or ":" in host.rpartition("@")[0]:
             host = host.rpartition("@")[2]
-        path = self.path.partition("?")[0].partition("#")[0]
-        return f"{self.scheme}://{host}/{path}".rstrip("/") if path else f"{self.scheme}://{host}"
+        path = path.partition("?")[0].partition("#")[0]
+        return self._joined(host, path, redact(self.chain) if "://" in self.chain else self.chain)
 
     @property
     def has_userinfo(self) -> bool:
@@ -64,15 +78,25 @@ class Location:
 
     @property
     def has_query(self) -> bool:
-        """Whether the path has a query or fragment."""
-        return bool(self.scheme) and ("?" in self.path or "#" in self.path)
+        """Whether it has a query or fragment."""
+        return bool(self.scheme) and any(mark in part for mark in "?#" for part in (self.host, self.path))
 
     @property
     def full(self) -> str:
         """The URL as given, secrets included: never shown."""
-        if not self.scheme:
-            return self.path
-        return f"{self.scheme}://{self.host}/{self.path}".rstrip("/") if self.path else f"{self.scheme}://{self.host}"
+        return self._joined(self.host, self.path, self.chain) if self.scheme else self.path
+
+    def _joined(self, host: str, path: str, chain: str) -> str:
+        if not chain:
+            return f"{self.scheme}://{host}/{path}".rstrip("/") if path else f"{self.scheme}://{host}"
+        first = f"{self.scheme}://{host}" if host or path else self.scheme
+        return f"{first}{'/' if path else ''}{path}{_CHAIN}{chain}"
+
+
+def _is_chain(first: str, rest: str) -> bool:
+    """Whether both sides of a "::" are links of a chained URL: a scheme or a URL, and the last one a URL."""
+    links = [first, *rest.split(_CHAIN)]
+    return "://" in links[-1] and all(_SCHEME.fullmatch(link.partition("://")[0]) for link in links)
 
 
 def redact(url: str | os.PathLike[str]) -> str:
@@ -90,7 +114,10 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
         ValueError: the URL names no object, or has a query.
     """
     place = Location.parse(url)
-    if place.has_query:
+    if place.chain and not place.host and not place.path:  # the object is named by what is wrapped
+        root, key = split_url(place.chain)
+        return f"{place.scheme}{_CHAIN}{root}", key
+    if place.has_query and not place.chain:
         raise ValueError(f"{place.shown}: URLs with a query (such as presigned ones) cannot be opened")
     path = place.path
     if not place.scheme and not path.endswith("/"):
@@ -100,4 +127,4 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
         raise ValueError(f"{place.shown}: names a folder, not an object")
     if not place.scheme:
         return folder or "/", check_key(name)
-    return Location(place.scheme, place.host, folder).full, check_key(name)
+    return Location(place.scheme, place.host, folder, place.chain).full, check_key(name)
