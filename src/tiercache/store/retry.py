@@ -18,9 +18,12 @@ _jitter = random.SystemRandom()  # not the seeded generator: many ranks must not
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s, until total_s."""
+    """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s, until total_s.
 
-    n_attempts: int = 8
+    The defaults wait some 26 s in all: a store that restarts, in 10 s or so, must not end a training.
+    """
+
+    n_attempts: int = 12
     first_s: float = 0.1
     longest_s: float = 10.0
     total_s: float = 180.0
