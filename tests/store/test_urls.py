@@ -11,6 +11,9 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
 from tiercache.store.aws import profile_credentials
+from tiercache.store.bucket import Tuning
+from tiercache.store.cloud import _stand_in
+from tiercache.store.obstore import Place
 from tiercache.store.options import CloudOptions
 
 
@@ -192,6 +195,15 @@ def test_options_reach_s3fs_by_its_names():
         },
     }
     assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
+
+
+def test_options_that_s3fs_lacks_are_named_and_not_dropped():
+    given = {"role_arn": "arn:aws:iam::1:role/r", "proxy_url": "http://proxy", "region": "eu-west-1"}
+    assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "role_arn"]
+    assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
+    place = Place("s3", "bucket", "", "s3://bucket")
+    with pytest.raises(StoreError, match="does not know proxy_url, role_arn; start it by forkserver"):
+        _stand_in(place, CloudOptions.parse("s3", given), Tuning())
 
 
 def test_what_a_stand_in_must_know_too_reaches_it():

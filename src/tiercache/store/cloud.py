@@ -104,6 +104,12 @@ def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
     if place.cloud != "s3":
         message = "this forked process cannot use obstore; start its workers by forkserver or spawn"
         raise StoreError(message, url=place.url)
+    if options.unknown_to_s3fs:
+        names = ", ".join(options.unknown_to_s3fs)
+        message = (
+            f"this forked process reads S3 through s3fs, which does not know {names}; start it by forkserver or spawn"
+        )
+        raise StoreError(message, url=place.url)
     full_url = f"s3://{place.bucket}/{place.prefix}".rstrip("/")
     return FsspecStore(full_url, place.url, options.for_s3fs(), policy=tuning.policy)
 

@@ -136,6 +136,29 @@ _CLIENT_KWARGS = {
     "aws_secret_access_key": "secret_access_key",
     "aws_session_token": "session_token",
 }
+# What s3fs has no name for and what changes whether, where or how objects are read: it must not be dropped in silence.
+_S3FS_LACKS = frozenset(
+    [
+        "aws_endpoint_url_s3",
+        "container_credentials_relative_uri",
+        "container_credentials_full_uri",
+        "container_authorization_token_file",
+        "role_arn",
+        "role_session_name",
+        "s3_express",
+        "server_side_encryption",
+        "sse_bucket_key_enabled",
+        "sse_customer_key_base64",
+        "sse_kms_key_id",
+        "sts_endpoint",
+        "web_identity_token_file",
+        "default_headers",
+        "proxy_url",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "root_certificate",
+    ]
+)
 # A stalled connection must not hang a job, and a slow one must not fail while it moves: a request may take long,
 # but 20 s without a byte is a failure.
 _CLIENT_DEFAULTS = {"timeout": timedelta(minutes=5), "read_timeout": timedelta(seconds=20)}
@@ -173,6 +196,11 @@ class CloudOptions:
             # The endpoint may also come from the environment, so only an https one given here forbids plain http.
             client["allow_http"] = not endpoint.startswith("https:")
         return cls(config, {**_CLIENT_DEFAULTS, **client}, profile)
+
+    @property
+    def unknown_to_s3fs(self) -> list[str]:
+        """Names of given options that for_s3fs() would have to drop, and that matter."""
+        return sorted(_S3FS_LACKS & {*self.config, *self.client})
 
     def for_s3fs(self) -> dict[str, Any]:
         """The same for s3fs, as far as it knows them: credentials, endpoint, region, timeouts, addressing style."""
