@@ -28,7 +28,7 @@ typedef struct {
 struct tc_ring {
     pthread_mutex_t lock;
     pthread_cond_t work, ready, room;
-    size_t n_work_waiting, n_ready_waiting, n_room_waiting;
+    size_t n_work_waiting, n_ready_waiting, n_room_waiting, n_busy;
     pid_t pid;
 
     size_t n_streams, batch_rows, depth;
@@ -143,6 +143,14 @@ static cell *cut(tc_ring *ring) {
     return c;
 }
 
+/* A consumer that outruns its workers would be woken for every batch, at some 5 us for the worker that does it. It is left asleep until a few
+ * batches are ready, unless no more are coming: whoever finishes last then wakes it. */
+static int should_wake(const tc_ring *ring) {
+    size_t few = ring->depth / 8;
+    if (ring->cells[ring->next_take % ring->depth].state != READY) return 0;
+    return ring->figures.ready >= few || (ring->n_busy == 0 && !can_cut(ring));
+}
+
 static void *worker(void *argument) {
     tc_ring *ring = argument;
     pthread_mutex_lock(&ring->lock);
@@ -154,6 +162,7 @@ static void *worker(void *argument) {
         }
         if (ring->closing) break;
         cell *c = cut(ring);
+        ring->n_busy++;
         if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
         if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
         pthread_mutex_unlock(&ring->lock);
@@ -166,7 +175,8 @@ static void *worker(void *argument) {
         ring->figures.gather_ns += took_ns;
         ring->figures.ready++;
         c->state = READY;
-        if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_signal(&ring->ready);
+        ring->n_busy--;
+        if (ring->n_ready_waiting && should_wake(ring)) pthread_cond_signal(&ring->ready);
     }
     pthread_mutex_unlock(&ring->lock);
     return NULL;
