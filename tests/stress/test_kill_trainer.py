@@ -62,3 +62,4 @@ def test_fifty_kills_of_training_serve_no_wrong_record(tmp_path, capsys):
     n_struck = Training(tmp_path, seed=4).run(50)
     with capsys.disabled():
         print(f"\ntraining: {n_struck} kills struck inside the work")
+    assert n_struck == 50

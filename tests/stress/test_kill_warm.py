@@ -107,4 +107,5 @@ def test_fifty_kills_of_warming_leave_nothing_wrong(tmp_path, capsys):
     loop = run(tmp_path, 50, seed=6)
     with capsys.disabled():
         print(f"\nwarming: {loop.n_struck} kills struck inside the work, {loop.n_mid_file} of them in mid-file")
+    assert loop.n_struck == 50
     assert loop.n_mid_file > 0

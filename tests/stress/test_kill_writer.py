@@ -46,3 +46,4 @@ def test_fifty_kills_of_writing_leave_no_wrong_record(tmp_path, capsys):
     loop = run(tmp_path, 50, seed=2)
     with capsys.disabled():
         print(f"\nwriting: {loop.n_struck} kills struck inside the work")
+    assert loop.n_struck == 50

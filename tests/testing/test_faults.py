@@ -40,8 +40,8 @@ class TestAWrapperWithoutFaultsIsTheStoreItself(StoreSuite):
     def name_of(store):
         return store.url.removeprefix("memory://")
 
-    def test_a_pickled_store_works(self):
-        """Scripts, gates and clocks stay in their process."""
+    # Scripts, gates and clocks stay in their process: this behaviour of the suite is not promised, so there is no test.
+    test_a_pickled_store_works = None
 
 
 def test_the_nth_calls_of_a_verb_fail_and_no_other(inner):

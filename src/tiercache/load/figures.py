@@ -48,7 +48,6 @@ def summarise(
         "cache_misses": int(fetched.get("cache_misses", 0)),
         "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
         "padded": int(counters.get("padded", 0)),
-        "skipped": 0,
         "held_bytes": held_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
         "stages": stages,
