@@ -12,10 +12,13 @@ C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibi
 # extension -> the C files that it is made of; SIMD variants choose themselves by target attributes, so that the flags
 # stay portable
 SOURCES = {
-    "checksum": ["csrc/crc32c.c", "csrc/guard.c"],
-    "gather": ["csrc/gather.c", "csrc/guard.c"],
+    "checksum": ["csrc/crc32c.c", "csrc/layout.c", "csrc/guard.c"],
+    "finder": [],
+    "frames": ["csrc/frames.c"],
+    "gather": ["csrc/gather.c", "csrc/check.c", "csrc/crc32c.c", "csrc/guard.c"],
     "permute": ["csrc/permute.c"],
-    "ring": ["csrc/ring.c", "csrc/slot.c", "csrc/gather.c", "csrc/guard.c"],
+    "records": [],
+    "ring": ["csrc/ring.c", "csrc/errand.c", "csrc/slot.c", "csrc/forms.c", "csrc/gather.c", "csrc/check.c", "csrc/crc32c.c", "csrc/guard.c"],
 }
 
 extensions = [

@@ -113,11 +113,14 @@ class Floor:
                 left -= rows
                 yield {name: _tensors(memory, rows) for name, memory in self._slots[slot].items()}
         finally:
-            self._library.floor_end(ring)
+            if self._ring:
+                self._library.floor_end(ring)
 
     def close(self) -> None:
-        """Give the memory back; no batch may be in use."""
-        self._library.floor_free(self._ring)
+        """End an epoch that is under way and give the memory back; no batch may be in use. Repeatable."""
+        if self._ring:
+            self._library.floor_end(self._ring)
+            self._library.floor_free(self._ring)
         self._ring = None
 
 

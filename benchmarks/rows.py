@@ -48,10 +48,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, in place of what the file held; the machine stands in each row."""
+    """Write rows as JSON lines, in place of what the file held; the machine stands in each row that has none yet."""
     here = machine()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({**row, **here}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**here, **row}) + "\n" for row in rows))
 
 
 def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

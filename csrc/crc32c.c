@@ -115,7 +115,7 @@ TC_TARGET static uint32_t run_hardware(uint32_t crc, const uint8_t *p, size_t n)
 }
 #endif
 
-static uint32_t run(int kernel, uint32_t seed, const uint8_t *data, size_t n) {
+uint32_t tc_crc32c_run(int kernel, uint32_t seed, const uint8_t *data, size_t n) {
 #ifdef TC_HARDWARE
     if (kernel == TC_HARDWARE) return ~run_hardware(~seed, data, n);
 #endif
@@ -151,14 +151,14 @@ int tc_crc32c_usable(int kernel) {
 
 int tc_crc32c(int kernel, uint32_t seed, const uint8_t *data, size_t n, uint32_t *out) {
     if (tc_guard_enter()) return TC_EIO;
-    *out = run(kernel, seed, data, n);
+    *out = tc_crc32c_run(kernel, seed, data, n);
     tc_guard_leave();
     return 0;
 }
 
 int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *lengths, size_t count, uint32_t *out) {
     if (tc_guard_enter()) return TC_EIO;
-    for (size_t i = 0; i < count; i++) out[i] = run(kernel, 0, (const uint8_t *)(uintptr_t)addresses[i], lengths[i]);
+    for (size_t i = 0; i < count; i++) out[i] = tc_crc32c_run(kernel, 0, (const uint8_t *)(uintptr_t)addresses[i], lengths[i]);
     tc_guard_leave();
     return 0;
 }
@@ -169,7 +169,7 @@ __attribute__((noinline)) static uint32_t run_pages(int kernel, const uint8_t *d
     uint32_t whole = 0;
     for (size_t at = 0, length; at < n; at += length) {
         length = n - at < page_bytes ? n - at : page_bytes;
-        uint32_t crc = run(kernel, 0, data + at, length);
+        uint32_t crc = tc_crc32c_run(kernel, 0, data + at, length);
         whole = times(length == page_bytes ? power : power_of_bytes(length), whole) ^ crc;
         *out++ = crc;
     }

@@ -27,6 +27,9 @@ int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *length
 /* out[i] = the sum of page i of data[0..n), the last may be short; *whole = the sum of all. page_bytes > 0. */
 int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole);
 
+/* As tc_crc32c, for callers that hold a guard of their own: guards do not nest. kernel must be usable. */
+uint32_t tc_crc32c_run(int kernel, uint32_t seed, const uint8_t *data, size_t n);
+
 /* The sum of a then b from both sums and b's length. */
 uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b);
 

@@ -28,13 +28,16 @@ typedef struct {
 struct tc_ring {
     pthread_mutex_t lock;
     pthread_cond_t work, ready, room;
-    size_t n_work_waiting, n_ready_waiting, n_room_waiting, n_busy;
+    size_t n_work_waiting, n_ready_waiting, n_room_waiting;
+    pthread_cond_t helped;
+    size_t n_helping; /* consumers that gather */
     pid_t pid;
 
     size_t n_streams, batch_rows, depth;
     tc_stream *streams;
 
     queued *head, *tail; /* parts still to be cut */
+    tc_errand *errands; /* of which something is not begun */
     uint64_t pushed_rows, cut_rows, taken_rows, retired_rows, retired_target;
     int end_status; /* 0 until tc_ring_finish */
     cell *cells;
@@ -143,40 +146,69 @@ static cell *cut(tc_ring *ring) {
     return c;
 }
 
-/* A consumer that outruns its workers would be woken for every batch, at some 5 us for the worker that does it. It is left asleep until a few
- * batches are ready, unless no more are coming: whoever finishes last then wakes it. */
-static int should_wake(const tc_ring *ring) {
-    size_t few = ring->depth / 8;
-    if (ring->cells[ring->next_take % ring->depth].state != READY) return 0;
-    return ring->figures.ready >= few || (ring->n_busy == 0 && !can_cut(ring));
+/* Cut the next batch and gather it, with the lock let go meanwhile. */
+static void gather_next(tc_ring *ring) {
+    cell *c = cut(ring);
+    if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
+    if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
+    pthread_mutex_unlock(&ring->lock);
+
+    uint64_t start_ns = now_ns();
+    if (c->status == TC_OK) c->status = tc_slot_fill(c->slot, ring->streams, ring->n_streams, c->parts, c->n_parts);
+    uint64_t took_ns = now_ns() - start_ns;
+
+    pthread_mutex_lock(&ring->lock);
+    ring->figures.gather_ns += took_ns;
+    ring->figures.ready++;
+    c->state = READY;
+    if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
+}
+
+/* Copy a slice of an errand, with the lock let go meanwhile. Its owner waits until no slice is running. */
+static void run_slice(tc_ring *ring, tc_errand *errand) {
+    tc_slice slice = tc_errand_slice(errand);
+    if (errand->begun == errand->n) { /* nobody else has anything to do with it */
+        tc_errand **at = &ring->errands;
+        while (*at != errand) at = &(*at)->next;
+        *at = errand->next;
+    }
+    errand->running++;
+    if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
+    pthread_mutex_unlock(&ring->lock);
+    int status = tc_errand_copy(errand, slice);
+    pthread_mutex_lock(&ring->lock);
+    if (status != TC_OK) errand->status = status;
+    if (--errand->running == 0 && ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
+}
+
+/* Do one thing that is to be done, errands first: a consumer waits for them. 0: there is none. */
+static int work_once(tc_ring *ring) {
+    if (ring->closing) return 0;
+    if (ring->errands)
+        run_slice(ring, ring->errands);
+    else if (can_cut(ring))
+        gather_next(ring);
+    else
+        return 0;
+    return 1;
+}
+
+/* The same by a consumer. Whoever closes the ring waits for it. */
+static int help_once(tc_ring *ring) {
+    ring->n_helping++;
+    int helped = work_once(ring);
+    if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);
+    return helped;
 }
 
 static void *worker(void *argument) {
     tc_ring *ring = argument;
     pthread_mutex_lock(&ring->lock);
-    for (;;) {
-        while (!ring->closing && !can_cut(ring)) {
-            ring->n_work_waiting++;
-            pthread_cond_wait(&ring->work, &ring->lock);
-            ring->n_work_waiting--;
-        }
-        if (ring->closing) break;
-        cell *c = cut(ring);
-        ring->n_busy++;
-        if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
-        if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
-        pthread_mutex_unlock(&ring->lock);
-
-        uint64_t start_ns = now_ns();
-        if (c->status == TC_OK) c->status = tc_slot_fill(c->slot, ring->streams, ring->n_streams, c->parts, c->n_parts);
-        uint64_t took_ns = now_ns() - start_ns;
-
-        pthread_mutex_lock(&ring->lock);
-        ring->figures.gather_ns += took_ns;
-        ring->figures.ready++;
-        c->state = READY;
-        ring->n_busy--;
-        if (ring->n_ready_waiting && should_wake(ring)) pthread_cond_signal(&ring->ready);
+    while (!ring->closing) {
+        if (work_once(ring)) continue;
+        ring->n_work_waiting++;
+        pthread_cond_wait(&ring->work, &ring->lock);
+        ring->n_work_waiting--;
     }
     pthread_mutex_unlock(&ring->lock);
     return NULL;
@@ -201,6 +233,7 @@ static void free_ring(tc_ring *ring) {
     }
     if (ring->arena) munmap(ring->arena, ring->arena_bytes);
     pthread_cond_destroy(&ring->work);
+    pthread_cond_destroy(&ring->helped);
     pthread_cond_destroy(&ring->ready);
     pthread_cond_destroy(&ring->room);
     pthread_mutex_destroy(&ring->lock);
@@ -231,9 +264,14 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&ring->lock, NULL);
+    pthread_mutexattr_t adaptive; /* held for some 50 ns at a time: spin a little before a system call */
+    pthread_mutexattr_init(&adaptive);
+    pthread_mutexattr_settype(&adaptive, PTHREAD_MUTEX_ADAPTIVE_NP);
+    pthread_mutex_init(&ring->lock, &adaptive);
+    pthread_mutexattr_destroy(&adaptive);
     pthread_mutex_init(&ring->joining, NULL);
     pthread_cond_init(&ring->work, NULL);
+    pthread_cond_init(&ring->helped, NULL);
     pthread_cond_init(&ring->ready, &monotonic);
     pthread_cond_init(&ring->room, NULL);
     pthread_condattr_destroy(&monotonic);
@@ -243,7 +281,8 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     ring->depth = depth;
     ring->streams = malloc((n_streams + 1) * sizeof *ring->streams);
     ring->cells = calloc(depth, sizeof *ring->cells);
-    ring->threads = calloc(n_threads, sizeof *ring->threads);
+    size_t n_workers = n_threads > 1 ? n_threads - 1 : 1; /* the consumer is the last of the threads: see wait_ready */
+    ring->threads = calloc(n_workers, sizeof *ring->threads);
     if (ring->streams == NULL || ring->cells == NULL || ring->threads == NULL) {
         ring->depth = ring->cells ? depth : 0;
         free_ring(ring);
@@ -256,7 +295,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
         ring->arena_bytes = tc_page_rounded(ring->arena_slot_bytes * (depth + 2));
         ring->arena = tc_map_bytes(ring->arena_bytes);
     }
-    if (start_threads(ring, n_threads) != TC_OK) {
+    if (start_threads(ring, n_workers) != TC_OK) {
         free_ring(ring);
         return NULL;
     }
@@ -281,6 +320,7 @@ int tc_ring_push(tc_ring *ring, const tc_plan *plan) {
         ring->pushed_rows += plan->n_rows;
     }
     if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
+    if (ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready); /* there is something to gather again */
     pthread_mutex_unlock(&ring->lock);
     return status;
 }
@@ -292,11 +332,6 @@ void tc_ring_finish(tc_ring *ring, int status) {
     pthread_cond_broadcast(&ring->work);
     pthread_cond_broadcast(&ring->ready);
     pthread_mutex_unlock(&ring->lock);
-}
-
-static struct timespec after_ns(uint64_t timeout_ns) {
-    uint64_t then = now_ns() + timeout_ns;
-    return (struct timespec){(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
 }
 
 int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired) {
@@ -343,6 +378,25 @@ static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     return status;
 }
 
+/* The status of the next batch once it can be told, or TC_TIMEOUT. Until then the consumer gathers too: asleep, it would have to be woken for
+ * each batch, by a worker more than there are cores. What it gathers is in its own processor's cache when it is read. */
+static int wait_ready(tc_ring *ring, uint64_t start_ns, uint64_t timeout_ns) {
+    uint64_t then = start_ns + timeout_ns;
+    struct timespec until = {(time_t)(then / 1000000000u), (long)(then % 1000000000u)};
+    int status;
+    while ((status = next_status(ring)) == TC_TIMEOUT) {
+        if (help_once(ring)) {
+            if (now_ns() < then) continue;
+            return next_status(ring);
+        }
+        ring->n_ready_waiting++;
+        int late = pthread_cond_timedwait(&ring->ready, &ring->lock, &until) == ETIMEDOUT;
+        ring->n_ready_waiting--;
+        if (late) return next_status(ring);
+    }
+    return status;
+}
+
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row) {
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
@@ -351,14 +405,7 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
     int status = next_status(ring);
     if (status == TC_TIMEOUT && timeout_ns) {
         uint64_t start_ns = now_ns();
-        struct timespec until = after_ns(timeout_ns);
-        ring->n_ready_waiting++;
-        while ((status = next_status(ring)) == TC_TIMEOUT)
-            if (pthread_cond_timedwait(&ring->ready, &ring->lock, &until) == ETIMEDOUT) {
-                status = next_status(ring);
-                break;
-            }
-        ring->n_ready_waiting--;
+        status = wait_ready(ring, start_ns, timeout_ns);
         ring->figures.waits++;
         ring->figures.wait_ns += now_ns() - start_ns;
     }
@@ -379,6 +426,26 @@ void tc_slot_release(tc_slot *slot) {
     if (last) free_ring(ring);
 }
 
+int tc_ring_run_errand(tc_slot *slot, const tc_ref *refs, char **places, size_t n) {
+    tc_ring *ring = slot->ring;
+    tc_errand errand = {refs, places, n, 0, 0, TC_OK, NULL};
+    if (n == 0) return TC_OK;
+    if (ring->pid != getpid()) return tc_errand_copy(&errand, (tc_slice){0, n}); /* no thread is left here, and no lock is to be trusted */
+    pthread_mutex_lock(&ring->lock);
+    ring->n_helping++; /* sources are read until it is done, also if somebody closes */
+    errand.next = ring->errands;
+    ring->errands = &errand;
+    while (errand.begun < n) run_slice(ring, &errand);
+    while (errand.running) {
+        ring->n_ready_waiting++;
+        pthread_cond_wait(&ring->ready, &ring->lock);
+        ring->n_ready_waiting--;
+    }
+    if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);
+    pthread_mutex_unlock(&ring->lock);
+    return errand.status;
+}
+
 void tc_ring_close(tc_ring *ring) {
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
@@ -386,6 +453,7 @@ void tc_ring_close(tc_ring *ring) {
     pthread_cond_broadcast(&ring->work);
     pthread_cond_broadcast(&ring->ready);
     pthread_cond_broadcast(&ring->room);
+    while (ring->n_helping) pthread_cond_wait(&ring->helped, &ring->lock);
     pthread_mutex_unlock(&ring->lock);
     pthread_mutex_lock(&ring->joining);
     while (ring->n_threads) pthread_join(ring->threads[--ring->n_threads], NULL);

@@ -4,6 +4,9 @@
  * each batch into a slot of memory; the consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs
  * to its taker until tc_slot_release (any thread): the memory is reused only then, and when takers hold all slots new ones are made.
  *
+ * A consumer that would wait gathers too, so that of n threads n - 1 are workers: asleep, it would have to be woken for each batch, by one
+ * worker more than there are cores.
+ *
  * Locking: one mutex guards everything but the bytes of slots and sources. Each batch takes it once for a worker, once for the consumer and
  * once at release (some 25 ns each uncontended). Conditions are signalled only where somebody waits, and a worker that waits for room is
  * woken when a quarter of the depth is free, so that a fast consumer does not pay a wake-up (about 5 us here) for each batch.
@@ -12,6 +15,7 @@
  */
 #ifndef TC_RING_H
 #define TC_RING_H
+#include "errand.h"
 #include "slot.h"
 
 enum {
@@ -50,6 +54,9 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired);
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row);
 
 void tc_slot_release(tc_slot *slot);
+
+/* Fill objects from their sources with the slot's ring's threads, the caller's first, and return when all is copied. 0 or TC_EIO. */
+int tc_ring_run_errand(tc_slot *slot, const tc_ref *refs, char **places, size_t n);
 
 /* Wake everyone, join the workers: no plan is read once it returns, whoever else closes at the same time. Slots that are out stay valid.
  * Repeatable, from any thread. */

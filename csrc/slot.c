@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "forms.h"
 #include "guard.h"
 
 enum { ALIGN = 64, HUGE_BYTES = 2 << 20 };
@@ -65,22 +66,48 @@ void tc_slot_free(tc_slot *slot) {
     free(slot);
 }
 
+/* The rows of a part, of its plan's stream 0; of_stream makes those of the others. Breaks are counted once for all streams. */
+static tc_rows rows_of(const tc_part *part) {
+    const tc_plan *plan = part->plan;
+    const uint32_t *block = plan->block + part->first, *row = plan->row + part->first;
+    return (tc_rows){plan->sources, plan->chunks, block, row, part->n, tc_count_breaks(block, row, part->n)};
+}
+
+static tc_rows of_stream(const tc_rows *rows, size_t n_blocks, size_t s) {
+    tc_rows mine = *rows;
+    mine.sources += s * n_blocks;
+    if (mine.chunks != NULL) mine.chunks += s * n_blocks;
+    return mine;
+}
+
+tc_rows tc_rows_of(const tc_part *part, size_t stream) {
+    tc_rows rows = rows_of(part);
+    return of_stream(&rows, part->plan->n_blocks, stream);
+}
+
+static int is_var(const tc_stream *stream) { return stream->kind == TC_VAR || stream->kind == TC_PADDED; }
+
+/* Check what nobody checked, before anything of it is used, and find the sizes of TC_VAR streams. */
 static int measure(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
     if (tc_guard_enter()) return TC_EIO;
-    for (size_t s = 0; s < n_streams; s++) {
-        if (streams[s].kind != TC_VAR) continue;
-        int64_t *offsets = (int64_t *)(slot->memory + slot->offsets_at[s]);
-        offsets[0] = 0;
-        for (size_t p = 0; p < n_parts; p++) {
-            const tc_part *here = &parts[p];
-            const tc_plan *plan = here->plan;
-            tc_measure(plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, offsets);
-            offsets += here->n;
+    int status = 0;
+    tc_fault fault;
+    for (size_t p = 0, done = 0; status == 0 && p < n_parts; done += parts[p++].n) {
+        tc_rows rows = rows_of(&parts[p]);
+        for (size_t s = 0; status == 0 && s < n_streams; s++) {
+            tc_rows mine = of_stream(&rows, parts[p].plan->n_blocks, s);
+            tc_stream stored = tc_stored_as(&streams[s]);
+            if (mine.chunks != NULL) status = tc_check(&stored, &mine, &fault);
+            if (status != 0 || stored.kind != TC_VAR) continue;
+            int64_t *offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
+            if (done == 0) offsets[0] = 0;
+            status = tc_measure(&mine, offsets);
+            slot->n_elements[s] = (size_t)offsets[parts[p].n];
         }
-        slot->n_elements[s] = (size_t)*offsets;
     }
+    if (status == 0 && parts[0].plan->forms != NULL) status = tc_forms_begin(slot, streams, n_streams, parts, n_parts);
     tc_guard_leave();
-    return 0;
+    return status;
 }
 
 static size_t out_width(const tc_stream *stream) {
@@ -93,28 +120,29 @@ static size_t out_width(const tc_stream *stream) {
 }
 
 static int copy(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+    const tc_form *forms = parts[0].plan->forms; /* the same in all plans of a ring */
     if (tc_guard_enter()) return TC_EIO;
-    for (size_t s = 0; s < n_streams; s++) {
-        const tc_stream *stream = &streams[s];
-        size_t width = out_width(stream), done = 0;
-        for (size_t p = 0; p < n_parts; p++) {
-            const tc_part *here = &parts[p];
-            const tc_plan *plan = here->plan;
-            tc_sink sink = {slot->memory + slot->values_at[s] + done * width, NULL};
-            if (stream->kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
-            tc_gather(stream, plan->sources + s * plan->n_blocks, plan->block + here->first, plan->row + here->first, here->n, &sink);
-            done += here->n;
+    int status = 0;
+    for (size_t p = 0, done = 0; status == 0 && p < n_parts; done += parts[p++].n) {
+        tc_rows rows = rows_of(&parts[p]);
+        for (size_t s = 0; status == 0 && s < n_streams; s++) {
+            if (forms != NULL && tc_form_owns(slot, &streams[s], &forms[s])) continue;
+            tc_rows mine = of_stream(&rows, parts[p].plan->n_blocks, s);
+            tc_sink sink = {slot->memory + slot->values_at[s] + done * out_width(&streams[s]), NULL};
+            if (streams[s].kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
+            status = tc_gather(&streams[s], &mine, &sink);
         }
     }
+    if (status == 0 && forms != NULL) status = tc_forms_end(slot, streams, n_streams, parts, n_parts);
     tc_guard_leave();
-    return 0;
+    return status;
 }
 
 static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t n_streams) {
     size_t n_bytes = 0;
     for (size_t s = 0; s < n_streams; s++) {
         const tc_stream *stream = &streams[s];
-        if (stream->kind == TC_VAR) {
+        if (is_var(stream)) {
             n_bytes += slot->n_elements[s] * stream->width;
         } else if (stream->kind == TC_REF) {
             const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[s]);
@@ -126,28 +154,33 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
-/* Lay the streams out in the slot (sizes known first, TC_VAR values after), then copy. */
+/* Lay the streams out in the slot (sizes known first, values of varied length after), then copy. */
 int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+    const tc_form *forms = parts[0].plan->forms;
     size_t end = 0;
-    int has_var = 0;
+    int is_measured = 0; /* or at least looked at: there are sizes to find, or pages to check */
     slot->n_rows = 0;
-    for (size_t p = 0; p < n_parts; p++) slot->n_rows += parts[p].n;
+    for (size_t p = 0; p < n_parts; p++) {
+        slot->n_rows += parts[p].n;
+        is_measured |= parts[p].plan->chunks != NULL || parts[p].plan->forms != NULL;
+    }
     for (size_t s = 0; s < n_streams; s++) {
-        if (streams[s].kind == TC_VAR) {
+        if (is_var(&streams[s])) {
             slot->offsets_at[s] = end;
-            end += aligned((slot->n_rows + 1) * sizeof(int64_t));
-            has_var = 1;
+            end += aligned(streams[s].kind == TC_VAR ? (slot->n_rows + 1) * sizeof(int64_t) : tc_form_head_bytes(&forms[s], slot->n_rows));
+            slot->n_elements[s] = 0;
+            is_measured = 1;
         } else {
             slot->values_at[s] = end;
             end += aligned(slot->n_rows * out_width(&streams[s]));
         }
     }
     int status = slot_grow(slot, end + 1, 0);
-    if (status == 0 && has_var) {
+    if (status == 0 && is_measured) {
         size_t head = end;
         status = measure(slot, streams, n_streams, parts, n_parts);
         for (size_t s = 0; status == 0 && s < n_streams; s++) {
-            if (streams[s].kind != TC_VAR) continue;
+            if (!is_var(&streams[s])) continue;
             slot->values_at[s] = end;
             end += aligned(slot->n_elements[s] * streams[s].width);
         }

@@ -8,19 +8,24 @@
 /* Rows of a window in served order. Owned by the caller, must live until its rows are retired (tc_ring_wait_room) or the ring is closed. */
 typedef struct {
     const tc_source *sources; /* [n_streams][n_blocks] */
+    const tc_chunk *chunks;   /* as sources, or NULL: nothing of this plan is to be checked */
     size_t n_blocks;
     const uint32_t *block;
     const uint32_t *row;
     size_t n_rows;
+    const struct tc_form *forms; /* [n_streams] (forms.h), or NULL: streams are served as they are gathered */
 } tc_plan;
 
 /* Rows [first, first + n) of a plan. */
-typedef struct {
+typedef struct tc_part {
     const tc_plan *plan;
     size_t first, n;
 } tc_part;
 
-/* values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR stream. */
+/* The rows of a part, of one stream. */
+tc_rows tc_rows_of(const tc_part *part, size_t stream);
+
+/* values_at[s], offsets_at[s]: where stream s lies in memory; n_elements[s]: elements of a TC_VAR or TC_PADDED stream. */
 typedef struct tc_slot {
     struct tc_ring *ring;
     struct tc_slot *next;
@@ -42,7 +47,8 @@ size_t tc_page_rounded(size_t n_bytes);
 tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity);
 void tc_slot_free(tc_slot *slot);
 
-/* Gather parts, in order, into the slot; it grows as needed. 0, TC_EIO (a source could not be read) or TC_NOMEM. */
+/* Gather parts, in order, into the slot; it grows as needed. 0, TC_EIO (a source could not be read), TC_CORRUPT (see gather.h) or
+ * TC_NOMEM. */
 int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts);
 
 #endif

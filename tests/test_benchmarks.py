@@ -16,7 +16,16 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# All but "first_batch", which starts a process for each figure.
+STAGES = ("checksum", "gather", "assembly", "overhead", "first_epoch")
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports modules of the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 def run_quick(command: list[str], folder: Path) -> tuple[str, list[dict]]:
@@ -33,13 +42,71 @@ def run_quick(command: list[str], folder: Path) -> tuple[str, list[dict]]:
     return done.stdout, [json.loads(line) for line in (folder / "peers.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The second run takes the first one's repetition, and adds another contender's rows to its."""
+    command = ["-m", "peers", "--workload", "tensors", "--shuffle", "full", "--keep"]
+    _, before = run_quick([*command, "--only", "numpy_memmap"], tmp_path)
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"task": "torn')
+    _, after = run_quick([*command, "--resume", "--only", "numpy_memmap", "c_floor"], tmp_path)
+    figures = [row["samples_per_s.every"] for row in loads(before)]
+    assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
+    assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
+
+
+def test_rows_of_an_earlier_run_stay_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
+    def row(workload: str, peer: str, **others: Any) -> dict[str, Any]:
+        case = {"benchmark": "load", "peer": peer, "workload": {"name": workload}, "shuffle": "full", "form": ""}
+        return {**case, **others}
+
+    before = [row("tokens", "lit", run=1), row("tokens", "hf", run=1), row("tensors", "lit", run=1)]
+    found = bench("peers.__main__").merged(before, [row("tokens", "lit", run=2)])
+    assert found == [before[1], before[2], row("tokens", "lit", run=2)]
+
+
+def test_each_stage_has_rows_beside_its_baseline(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "bench_stages.py", "--quick", "--folder", str(tmp_path), "--only", *STAGES],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    stages = {row["stage"].split(",")[0] for row in rows}
+    assert {"checksum", "gather", "a ready batch", "pipeline", "first epochs"} <= stages
+    for row in rows:
+        assert row["case"] == "each further column" or row["value"]["median"] > 0
+        assert {"cores", "processor", "versions"} <= set(row)
+    for stage in ("checksum", "gather", "pipeline", "first epochs"):
+        assert any(row["stage"].startswith(stage) and row.get("of_baseline", 0) > 0 for row in rows)
+
+
+def test_the_first_batch_is_timed_in_a_process_of_its_own(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    path = bench("stages.stored").small_rows(tmp_path / "rows", 100)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.first_batch", str(path), "full", "imported"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env=ENVIRONMENT,
+    )
+    figures = json.loads(done.stdout)
+    assert figures["modules imported"] > 0
+    assert figures["again in the same process"] > 0
+
+
 def loads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["benchmark"] == "load"]
 
 
 def test_the_loaders_are_compared_record_by_record(tmp_path: Path) -> None:
-    text, rows = run_quick(["bench_loader.py", "--workload", "tokens"], tmp_path)
-    assert [row["peer"] for row in loads(rows)] == ["tiercache", "torch_map", "c_floor"]
+    command = ["bench_loader.py", "--workload", "tokens", "--only", "tiercache", "c_floor"]
+    text, rows = run_quick(command, tmp_path)
+    assert [row["peer"] for row in loads(rows)] == ["tiercache", "c_floor"]
     assert "x floor" in text
     for row in loads(rows):
         assert row["workload"]["name"] == "tokens"
@@ -50,7 +117,7 @@ def test_the_loaders_are_compared_record_by_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("workload", "only"),
-    [("rows", ["numpy_memmap"]), ("bytes", ["c_floor"]), ("images", ["torch_map"])],
+    [("bytes", ["tiercache", "c_floor"]), ("images", ["tiercache"])],
 )
 def test_the_comparison_has_a_row_for_each_way_of_each_contender(
     workload: str, only: list[str], tmp_path: Path
@@ -59,14 +126,7 @@ def test_the_comparison_has_a_row_for_each_way_of_each_contender(
     forms = [""] if workload == "images" else ["list", "buffer"]
     assert [(row["peer"], row["form"]) for row in loads(rows)] == [(peer, form) for peer in only for form in forms]
     for row in loads(rows):
-        assert row.get("missing", "").startswith("not yet") or row["rank_correlation"]["median"] == 1
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports modules of the benchmarks."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
+        assert row["rank_correlation"]["median"] == 1
 
 
 def test_what_cannot_be_installed_is_named_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
@@ -89,12 +149,14 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], 
         workers=(0,),
         repetitions=1,
         min_s=0.0,
+        check_s=60.0,
         timeout_s=60.0,
         reuse=False,
+        resume=False,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(catalogue.PEERS, "no_such_adapter", failing)
-        rows = compare.compare(tiny, plan)
+        rows = compare.compare(tiny, plan, compare.Tasks(plan))
     assert [row["benchmark"] for row in rows] == ["pack", "load"]
     assert all("ModuleNotFoundError" in row["missing"] for row in rows)
     text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
@@ -129,6 +191,108 @@ def swapped(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "label": batch["label"].flip(0)}
 
 
+def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+    consumer, (one, two) = checked
+    assert not consumer.check_records([one, two], until_s=0.0)
+    assert consumer.order.tolist() == one["label"].tolist()
+    consumer.reset()
+    assert not consumer.read([one, two], until_s=0.0)
+    consumer.check_sums(1, whole=False)
+    with pytest.raises(ValueError, match="records did not come"):
+        consumer.check_sums(1)
+    consumer.read([one])
+    with pytest.raises(ValueError, match="records did not come"):
+        consumer.check_sums(1, whole=False)
+    consumer.reset()
+    consumer.read([changed(one)])
+    with pytest.raises(ValueError, match="do not sum up"):
+        consumer.check_sums(1, whole=False)
+
+
+def test_spans_go_on_in_the_epoch_that_was_cut(
+    bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
+) -> None:
+    (consumer, batches), spans, begun = checked, bench("peers.spans"), []
+
+    def epoch() -> Any:
+        begun.append(len(begun))
+        return iter(batches)
+
+    stream = spans.Stream(epoch)
+    stream.first()
+    assert not stream.read(consumer.read, 0.0)
+    assert begun == [0]
+    assert not stream.at_start
+    consumer.reset()
+    assert stream.read(consumer.read)
+    assert consumer.n_samples == 32
+    assert begun == [0]
+    whole = spans.timing(consumer, consumer.read, stream, 0.0)
+    assert (whole["n_samples"], whole["n_epochs"], whole["whole"]) == (64, 1, True)
+    assert begun == [0, 1]
+
+
+def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    floor, n = bench("floor"), 4096
+    values = np.arange(n * 8, dtype=np.int64).reshape(n, 8)
+    data, order = values.view(np.uint8).reshape(-1), np.random.default_rng(3).permutation(n)
+    columns = {"values": values, "varied": floor.Varied(data, np.arange(0, n * 64 + 1, 64))}
+    made = floor.Floor(columns, 16, 2, tmp_path)
+    served = [(b["values"].clone(), b["varied"][0].clone(), b["varied"][1].clone()) for b in made.epoch(order)]
+    assert torch.equal(torch.cat([one for one, _, _ in served]), torch.from_numpy(values[order]))
+    assert torch.equal(
+        torch.cat([two for _, two, _ in served]).view(torch.int64), torch.cat([a for a, _, _ in served]).ravel()
+    )
+    assert all(offsets.tolist() == list(range(0, 17 * 64, 64)) for _, _, offsets in served)
+    cut = made.epoch(order)
+    next(cut)
+    made.close()
+    cut.close()
+    made.close()
+
+
+def rates(peer: str, shuffle: str, form: str, rate: float, **others: Any) -> dict[str, Any]:
+    figures = {"samples_per_s": rate, "cpu_s_per_million": 1.0}
+    timed = {f"{name}.{read}": {"median": value} for name, value in figures.items() for read in ("every", "first")}
+    memory = {name: {"median": 1e8} for name in ("peak_private_bytes", "idle_private_bytes")}
+    row = {"benchmark": "load", "peer": peer, "title": peer, "workload": {"name": "tokens"}, "shuffle": shuffle}
+    return {**row, "form": form, **timed, **memory, **others}
+
+
+def test_the_verdict_compares_with_the_floor_and_the_best_library(bench: Callable[[str], ModuleType]) -> None:
+    module = bench("peers.verdict")
+    ours = rates("tiercache", "full", "", 1400.0, peak_private_bytes={"median": 1.6e8})
+    floor, library = rates("c_floor", "full", "", 1000.0), rates("lit", "full", "", 9.0)
+    own = rates("wds", "default", "", 1500.0, **{"cpu_s_per_million.every": {"median": 2.0}})
+    packed = {"benchmark": "pack", "workload": {"name": "tokens"}}
+    packs = [
+        {**packed, "peer": "tiercache", "title": "tiercache", "records_per_s": 9e5, "one_by_one_records_per_s": 3e5},
+        {**packed, "peer": "hf", "title": "hf", "records_per_s": 1e5},
+        {**packed, "peer": "spdl_threads", "title": "has no format", "records_per_s": 9e5},
+    ]
+    lines = {(line.what, line.required): line for line in module.verdict([ours, floor, library, own, *packs])}
+    assert lines["tokens, shuffled", "1.3 x C floor"].met
+    assert lines["tokens, shuffled", "1.3 x C floor"].measured == "1.40"
+    assert lines["tokens, in the stored order", "0.6 x C floor"].met is None
+    beaten = lines["tokens, shuffled", "ahead of every library"]
+    assert not beaten.met
+    assert "wds" in beaten.figures
+    assert lines["tokens, shuffled", "CPU seconds per million: the least"].met
+    assert not lines["tokens, shuffled", "peak private memory: 1.5 x the least"].met
+    assert lines["tokens, packed one by one", "2 x the fastest library"].measured == "3.00"
+
+
+def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str], ModuleType]) -> None:
+    peers, workloads = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS
+    for required in bench("peers.verdict").TABLE:
+        peer = peers[required.against]
+        assert required.workload in peer.workloads
+        assert required.shuffle in peer.shuffles
+        assert required.form in (peer.forms if workloads[required.workload].varied else ("",))
+
+
 def test_right_batches_pass_both_checks_in_either_form(checked: tuple[Any, list[dict[str, Any]]]) -> None:
     consumer, batches = checked
     buffers = [
@@ -151,16 +315,33 @@ def test_wrong_batches_are_refused(checked: tuple[Any, list[dict[str, Any]]]) ->
     for batches in ([one], [one, one], [one, changed(two)], [one, respelt(two)]):
         consumer.reset()
         consumer.read(batches)
-        with pytest.raises(ValueError, match=r"records did not come|sum up to"):
+        with pytest.raises(ValueError, match=r"records did not come|do not sum up"):
             consumer.check_sums(1)
 
 
 def test_the_quality_of_a_shuffle_is_told_from_the_order(bench: Callable[[str], ModuleType]) -> None:
     quality, n = bench("consumer").shuffle_quality, 4096
-    assert quality(np.arange(n)) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
+    assert quality(np.arange(n), n) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
     # Runs of neighbours, themselves well mixed: the rank correlation alone would not tell.
     rng = np.random.default_rng(1)
     runs = (rng.permutation(n // 32)[:, None] * 32 + np.arange(32)).ravel()
-    assert abs(quality(runs)["rank_correlation"]) < 0.3
-    assert quality(runs)["neighbour_distance"] < 0.1
-    assert quality(rng.permutation(n))["neighbour_distance"] == pytest.approx(1, abs=0.05)
+    assert abs(quality(runs, n)["rank_correlation"]) < 0.3
+    assert quality(runs, n)["neighbour_distance"] < 0.1
+    assert quality(rng.permutation(n), n)["neighbour_distance"] == pytest.approx(1, abs=0.05)
+
+
+def test_records_by_number_are_measured_warm_cold_and_remote(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "bench_records.py", "--quick", "--folder", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    cases = ["warm 1", "warm 64", "warm 256", "torch's loader", "cold 1", "remote cold"]
+    assert [row["case"] for row in rows] == 2 * cases
+    assert all(row["s"]["tiercache"]["min"] > 0 for row in rows if "s" in row)
+    assert all(what["bytes"] > 0 for row in rows for what in row.get("fetched", []))

@@ -22,6 +22,7 @@ LAYERS = {
     "order": 3,
     "catalog": 3,
     "cache": 4,
+    "images": 4,
     "tier": 4,
     "load": 5,
     "checkpoint": 5,

@@ -10,15 +10,19 @@ from __future__ import annotations
 import argparse
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peers import report
 from peers.catalogue import ALL, PEERS, PLOTS
-from peers.compare import Plan, compare, drop
+from peers.compare import Plan, Tasks, compare, drop
 from peers.environments import NotInstalledError, interpreter
 from peers.job import cores
 from peers.runner import BENCHMARKS
-from rows import OUT, write_rows
+from rows import OUT, machine, write_rows
 from workloads import WORKLOADS, scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 QUICK_SCALE = 0.0
 QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
@@ -30,14 +34,18 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[*PEERS], metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
     parser.add_argument("--shuffle", nargs="+", choices=ALL, default=[*ALL], help="default: the library's own")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of records; 1 is 2 GB of data")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of records; 1 is 1.5 GB of data")
     parser.add_argument("--workers", type=int, nargs="+", help="that are tried; default: 0 and one a core")
-    parser.add_argument("--min-s", type=float, default=1.5, help="seconds of a timing")
+    parser.add_argument("--min-s", type=float, default=0.5, help="seconds of a timing")
+    parser.add_argument("--check-s", type=float, default=8.0, help="the most that the checked epoch may take")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one task")
     parser.add_argument("--folder", type=Path, default=OUT / "peers", help="for data, logs, rows and tables")
     parser.add_argument("--environments", type=Path, default=OUT / "envs", help="for the contenders' environments")
     parser.add_argument("--reuse", action="store_true", help="what is packed already; no figures of packing")
+    parser.add_argument(
+        "--resume", action="store_true", help="a run that was stopped, or add to one; with --keep there"
+    )
     parser.add_argument("--keep", action="store_true", help="the data, when done")
     parser.add_argument("--plots", action="store_true", help="draw them too; makes an environment with matplotlib")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few records, no figures to speak of")
@@ -55,9 +63,21 @@ def plan_of(given: argparse.Namespace) -> Plan:
         workers=tuple((given.workers or [0])[:1] if quick else given.workers or (0, cores())),
         repetitions=1 if quick else given.repetitions,
         min_s=0.0 if quick else given.min_s,
+        check_s=given.check_s,
         timeout_s=given.timeout,
         reuse=given.reuse,
+        resume=given.resume,
     )
+
+
+def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, new ones in place of those of the same case."""
+
+    def case(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["benchmark"], row["peer"], row["shuffle"], row["form"], row["workload"]["name"]
+
+    replaced = {case(row) for row in new}
+    return [*(row for row in rows if case(row) not in replaced), *new]
 
 
 def draw(plan: Plan) -> None:
@@ -74,11 +94,13 @@ def main(arguments_given: list[str] | None = None) -> None:
     """Run, print the tables, write the rows."""
     given = arguments(arguments_given)
     plan, scale = plan_of(given), QUICK_SCALE if given.quick else given.scale
-    rows = []
+    path, tasks = plan.folder / "peers.jsonl", Tasks(plan)
+    rows = report.read(path) if plan.resume and path.exists() else []
     for name in given.workload:
-        rows += compare(scaled(WORKLOADS[name], scale), plan)
-        write_rows(plan.folder / "peers.jsonl", rows)
-    text = report.markdown(report.read(plan.folder / "peers.jsonl"))
+        new = [{**machine(), **row} for row in compare(scaled(WORKLOADS[name], scale), plan, tasks)]
+        rows = merged(rows, new)
+        write_rows(path, rows)
+    text = report.markdown(report.read(path))
     (plan.folder / "peers.md").write_text(text)
     print(text)
     if given.plots:

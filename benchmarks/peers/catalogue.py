@@ -21,8 +21,13 @@ class Peer:
         requirements: for pip, in an environment of its own; none: the interpreter that runs the comparison.
         system: pkg-config modules that building it needs.
         shuffles: the orders it has, of "none", "full" and "default".
-        tuned: "always", where it has workers whose best number is looked for; "images", only to decode; "never".
+        tuned: whether the best number of workers is looked for once a workload; or for each order of it, where those
+            are read in different ways; or never, since it has none.
+        min_workers: it cannot do with fewer.
         forms: what it gives for columns of varied length.
+        workloads: names of those that it is run on.
+        baseline: no library, but something that libraries are measured against.
+        packs: whether it has a format, and so a way to write it.
     """
 
     title: str
@@ -30,17 +35,36 @@ class Peer:
     requirements: tuple[str, ...] = ()
     system: tuple[str, ...] = ()
     shuffles: tuple[str, ...] = ("none", "full")
-    tuned: Literal["always", "images", "never"] = "always"
+    tuned: Literal["once", "orders", "never"] = "once"
+    min_workers: int = 0
     forms: tuple[str, ...] = ("list",)
+    workloads: tuple[str, ...] = ("tokens", "bytes", "tensors", "rows", "images")
+    baseline: bool = False
+    packs: bool = True
 
 
 BOTH = ("list", "buffer")
 
 PEERS = {
-    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="images", forms=BOTH),
+    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="never", forms=BOTH),
     "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch"),
-    "numpy_memmap": Peer(title="numpy memmap, by hand", distribution="numpy", tuned="never", forms=BOTH),
-    "c_floor": Peer(title="C floor", tuned="never", forms=BOTH),
+    "torch_bulk": Peer(
+        title="torch DataLoader, in bulk",
+        distribution="torch",
+        workloads=("tokens", "bytes", "tensors", "rows"),
+    ),
+    "numpy_memmap": Peer(title="numpy memmap, by hand", distribution="numpy", tuned="never", forms=BOTH, baseline=True),
+    "c_floor": Peer(
+        title="C floor", tuned="never", forms=BOTH, workloads=("tokens", "bytes", "tensors", "rows"), baseline=True
+    ),
+    "decoder_alone": Peer(
+        title="decoder and resize alone",
+        distribution="simplejpeg",
+        requirements=("numpy", "simplejpeg==1.9.0", "opencv-python-headless==5.0.0.93", TORCH),
+        tuned="never",
+        workloads=("images",),
+        baseline=True,
+    ),
     "mosaic": Peer(
         title="MosaicML Streaming",
         distribution="mosaicml-streaming",
@@ -72,29 +96,34 @@ PEERS = {
             "ffcv==1.0.2",
         ),
         system=("opencv4", "libturbojpeg"),
+        min_workers=1,
         forms=BOTH,
     ),
     "grain_ar": Peer(
         title="Grain + ArrayRecord",
         distribution="grain",
-        requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", PILLOW),
+        requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", TORCH, PILLOW),
     ),
     "lance_arrow": Peer(
         title="Lance",
         distribution="pylance",
-        requirements=("numpy", "pylance==14.0.2", PILLOW),
+        requirements=("numpy", "pylance==14.0.2", TORCH, PILLOW),
+        tuned="orders",
         forms=BOTH,
     ),
     "spdl_threads": Peer(
         title="SPDL",
         distribution="spdl",
-        requirements=("numpy", "spdl==0.8.0", PILLOW),
+        requirements=("numpy", "spdl==0.8.0", TORCH, PILLOW),
         forms=BOTH,
+        min_workers=1,
+        packs=False,
     ),
     "hf": Peer(
         title="Hugging Face datasets",
         distribution="datasets",
         requirements=("numpy", "datasets==5.2.0", TORCH, PILLOW),
+        tuned="orders",
         forms=BOTH,
     ),
 }

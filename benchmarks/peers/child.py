@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ from typing import Any
 from consumer import Consumer, shuffle_quality
 from peers.catalogue import PEERS
 from peers.job import Job, UnsupportedError, job_of
-from processes import PeakMemory, cpu_s, private_bytes
+from peers.spans import Stream, timing
+from processes import PeakMemory, private_bytes
 
-TUNE_S = 1.5
-
-Epoch = Callable[[], Iterator[dict[str, Any]]]
-Reader = Callable[[Iterator[dict[str, Any]]], None]
+TUNE_S = 0.5
 
 
 def stored_bytes(folder: Path) -> int:
@@ -48,74 +44,57 @@ def pack(adapter: Any, job: Job) -> dict[str, Any]:
 
 def tune(adapter: Any, job: Job) -> dict[str, Any]:
     """How fast the batches come for a little while, with the job's number of workers; the first one is not counted."""
-    consumer, n_samples = Consumer(job.source), 0
+    consumer = Consumer(job.source)
     with adapter.opened(job) as opened:
-        batches = opened.epoch()
-        next(batches)
-        started = time.perf_counter()
-        for batch in batches:
-            consumer.read([batch])
-            n_samples += len(batch["label"])
-            if time.perf_counter() - started > TUNE_S:
-                break
-        took_s = time.perf_counter() - started
-        batches.close()
-    return {"samples_per_s": n_samples / took_s if n_samples else 0.0}
+        stream = Stream(opened.epoch)
+        stream.first()
+        stream.read(consumer.read, 0.0)
+        found = timing(consumer, consumer.read, stream, TUNE_S)
+        stream.close()
+    return {"samples_per_s": found["samples_per_s"]}
 
 
 def measure(adapter: Any, job: Job) -> dict[str, Any]:
-    """One repetition: a checked epoch, which also gives first batch, memory and order; then the timed ones."""
-    consumer, idle_bytes = Consumer(job.source), private_bytes()
+    """One repetition: first batch, the checked epoch if there is to be one, warming up, then the timed spans."""
+    consumer, idle_bytes, checked = Consumer(job.source), private_bytes(), {}
     started = time.perf_counter()
     with adapter.opened(job) as opened:
-        batches = opened.epoch()
-        first = next(batches)
+        stream = Stream(opened.epoch)
+        stream.first()
         first_batch_s = time.perf_counter() - started
         with PeakMemory() as peak:
-            consumer.check_records(itertools.chain([first], batches))
-        del first, batches
-        # What a loader has read ahead when the clock starts shall be what it has when it stops, not what it gathered
-        # while records were checked: some epochs go before.
-        timing(consumer, consumer.read, opened.epoch, job.min_s / 2)
-        every, n_epochs = timing(consumer, consumer.read, opened.epoch, job.min_s)
-        touching = Consumer(job.source)
-        touched, _ = timing(touching, touching.read_first, opened.epoch, job.min_s)
-        consumer.check_sums(n_epochs)
+            if job.check_s:
+                checked = check(consumer, stream, job)
+            # What a loader has read ahead when the clock starts shall be what it has when it stops, and what it does in
+            # its first epoch only shall be over.
+            timing(consumer, consumer.read, stream, job.min_s / 2)
+        every = timing(consumer, consumer.read, stream, job.min_s)
+        consumer.check_sums(every["n_epochs"], whole=every["whole"])
+        touched = timing(consumer, consumer.read_first, stream, job.min_s / 2)
+        stream.close()
     return {
         "first_batch_s": first_batch_s,
         "peak_private_bytes": peak.n_bytes,
         "idle_private_bytes": idle_bytes,
         "note": opened.note,
-        **shuffle_quality(consumer.order),
+        **checked,
         "every": every,
         "first": touched,
     }
 
 
-def timing(consumer: Consumer, read: Reader, epoch: Epoch, min_s: float) -> tuple[dict[str, float], int]:
-    """Whole epochs read until they took min_s together: the figures, and how many there were.
-
-    Raises:
-        WrongBatchesError: a record did not come once an epoch.
-    """
-    consumer.reset()
-    n_epochs, cpu_before, started = 0, cpu_s(), time.perf_counter()
-    while n_epochs == 0 or time.perf_counter() - started < min_s:
-        read(epoch())
-        n_epochs += 1
-    took_s, took_cpu_s = time.perf_counter() - started, cpu_s() - cpu_before
-    consumer.check_counts(n_epochs)
-    n_samples = n_epochs * len(consumer.seen)
-    figures = {
-        "samples_per_s": n_samples / took_s,
-        "cpu_s_per_million": took_cpu_s / n_samples * 1e6,
-        "wait_share": consumer.wait_s / took_s,
-    }
-    return figures, n_epochs
+def check(consumer: Consumer, stream: Stream, job: Job) -> dict[str, Any]:
+    """An epoch checked record by record, or what of it comes in time: its share, and what the shuffle is worth."""
+    stream.read(consumer.check_records, time.perf_counter() + job.check_s)
+    share = len(consumer.order) / job.workload.n_records
+    return {"checked_share": share, **shuffle_quality(consumer.order, job.workload.n_records)}
 
 
 def run(job: Job) -> dict[str, Any]:
     """Do the task. Returns its figures, or why it cannot be done as "unsupported"."""
+    if job.task == "measure":
+        # A training process has torch in memory, and so has each contender here, whether it needs it or not.
+        importlib.import_module("torch")
     adapter = importlib.import_module(f"peers.adapters.{job.peer}")
     try:
         found = {"pack": pack, "tune": tune, "measure": measure}[job.task](adapter, job)

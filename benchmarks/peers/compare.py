@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from generate import generate
 from peers.catalogue import PEERS, Peer
 from peers.environments import NotInstalledError, interpreter
-from peers.job import Job
+from peers.job import Job, cores
+from peers.ledger import Ledger
 from peers.runner import FailedError, Runner
 from rows import spread
 
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
     from workloads import Workload
 
-SPREAD = ("first_batch_s", "peak_private_bytes", "idle_private_bytes", "rank_correlation", "neighbour_distance")
+# Measured in each repetition, and in the one that checks.
+SPREAD = ("first_batch_s", "peak_private_bytes", "idle_private_bytes")
+CHECKED = ("rank_correlation", "neighbour_distance", "checked_share")
 READS = ("every", "first")
+# Of images a span of the usual length holds a dozen batches, and one more or less would be several percent.
+LONGER = 3
 TIMED = ("samples_per_s", "cpu_s_per_million", "wait_share")
 
 
@@ -37,8 +42,10 @@ class Plan:
         workers: numbers that are tried where a contender has workers; the fastest one is used.
         repetitions: of each case.
         min_s: of a timing.
+        check_s: the most that the checked epoch, once a case, may take.
         timeout_s: of a child process.
         reuse: take what is packed already.
+        resume: take what an earlier run with the same folder has measured.
     """
 
     folder: Path
@@ -48,8 +55,10 @@ class Plan:
     workers: tuple[int, ...]
     repetitions: int
     min_s: float
+    check_s: float
     timeout_s: float
     reuse: bool
+    resume: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +77,48 @@ class Case:
         return f"{job.workload.name}: {PEERS[job.peer].title}, shuffle {job.shuffle}{form}"
 
 
-def compare(workload: Workload, plan: Plan) -> list[dict[str, Any]]:
+class Tasks:
+    """Runs tasks in processes of their own, or takes what the ledger has of them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._runner = Runner(plan.folder / "logs", plan.timeout_s)
+        self._ledger = Ledger(plan.folder / "ledger.jsonl", resume=plan.resume)
+
+    def known(self, job: Job, repetition: int = 0) -> dict[str, Any] | None:
+        """What a task found before."""
+        return self._ledger.get(job, repetition)
+
+    def run(self, python: Path, job: Job, repetition: int = 0) -> dict[str, Any]:
+        """What a task finds.
+
+        Raises:
+            FailedError: it failed; that is not kept, another run tries again.
+        """
+        found = self._runner.run(python, job)
+        self._ledger.put(job, repetition, found)
+        return found
+
+
+def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
     """All rows of a workload: one a contender for packing, one a case for loading, also where there are no figures."""
-    runner = Runner(plan.folder / "logs", plan.timeout_s)
     generate(workload, plan.folder / "data" / workload.name)
     rows, running = [], []
     for name in plan.peers:
-        case, packed = pack(_job(name, workload, plan), PEERS[name], plan, runner)
+        if workload.name not in PEERS[name].workloads:
+            continue
+        case, packed = pack(_job(name, workload, plan), PEERS[name], plan, tasks)
         rows.append({"benchmark": "pack", **_fixed(case), **packed})
+        if "records_per_s" in packed:
+            _say(f"{workload.name}: {PEERS[name].title}, packed: {packed['records_per_s']:,.0f} records/s")
+        workers: dict[bool, Case] = {}
         for found in cases(case, plan):
-            ready = found if found.missing else tuned(found, plan, runner)
+            ready = found if found.missing else tuned(found, workers, plan, tasks)
             if ready.missing:
                 _say(f"{ready.name}: {ready.missing}")
                 rows.append({"benchmark": "load", **_fixed(ready), "missing": ready.missing})
             else:
                 running.append(ready)
-    return [*rows, *measure(running, plan, runner)]
+    return [*rows, *measure(running, plan, tasks)]
 
 
 def _job(name: str, workload: Workload, plan: Plan) -> Job:
@@ -94,7 +129,8 @@ def _job(name: str, workload: Workload, plan: Plan) -> Job:
         source_folder=str(plan.folder / "data" / workload.name),
         folder=str(plan.folder / "packed" / name / workload.name),
         library_folder=str(plan.folder),
-        min_s=plan.min_s,
+        min_s=plan.min_s * (LONGER if any(field.kind == "jpeg" for field in workload.fields) else 1),
+        check_s=0.0,
     )
 
 
@@ -108,18 +144,22 @@ def _say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def pack(job: Job, peer: Peer, plan: Plan, runner: Runner) -> tuple[Case, dict[str, Any]]:
+def pack(job: Job, peer: Peer, plan: Plan, tasks: Tasks) -> tuple[Case, dict[str, Any]]:
     """A contender with its environment made and its data packed, and the row of that."""
+    done, task = plan.folder / "packed" / job.peer / f"{job.workload.name}.done", replace(job, min_s=0.0)
     try:
         python = interpreter(job.peer, peer, plan.environments)
-        if plan.reuse and (plan.folder / "packed" / job.peer / f"{job.workload.name}.done").exists():
+        found = tasks.known(task) if done.exists() else None
+        if found is None and plan.reuse and done.exists():
             return Case(job, python), {"missing": "packed before"}
-        found = runner.run(python, job)
+        if found is None:
+            done.unlink(missing_ok=True)
+            found = tasks.run(python, task)
     except (NotInstalledError, FailedError) as error:
         _say(f"{peer.title}: {error}")
         return Case(job, None, str(error)), {"missing": str(error)}
     if job.path.exists():
-        job.path.with_name(f"{job.workload.name}.done").touch()
+        done.touch()
     if "unsupported" in found:
         return Case(job, None, found["unsupported"]), {"missing": found["unsupported"]}
     return Case(job, python), found if "records_per_s" in found else {"missing": "reads the generated records"}
@@ -135,17 +175,24 @@ def cases(packed: Case, plan: Plan) -> Iterator[Case]:
                 yield replace(packed, job=replace(packed.job, task="measure", shuffle=shuffle, form=form))
 
 
-def tuned(case: Case, plan: Plan, runner: Runner) -> Case:
-    """The case with the number of workers that a short look finds the fastest; missing where none runs."""
+def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Case:
+    """The case with the number of workers that a short look finds the fastest; missing where none runs.
+
+    chosen: what was found so far, by whether the order is shuffled: forms and kinds of shuffle share it.
+    """
     peer, job = PEERS[case.job.peer], case.job
-    images = any(field.kind == "jpeg" for field in job.workload.fields)
-    candidates = plan.workers if peer.tuned == "always" or (peer.tuned == "images" and images) else (0,)
+    key = job.shuffled and peer.tuned == "orders"
+    able = [workers for workers in plan.workers if workers >= peer.min_workers] or [cores()]
+    candidates = [0] if peer.tuned == "never" else able
     if case.python is None or len(candidates) == 1:
         return replace(case, job=replace(job, workers=candidates[0]))
+    if key in chosen:
+        return replace(case, job=replace(job, workers=chosen[key].job.workers))
     rates, why = {}, "no number of workers was tried"
     for workers in candidates:
+        task = replace(job, task="tune", workers=workers, min_s=0.0)
         try:
-            found = runner.run(case.python, replace(job, task="tune", workers=workers))
+            found = tasks.known(task) or tasks.run(case.python, task)
         except FailedError as error:
             why = str(error)
             continue
@@ -155,21 +202,19 @@ def tuned(case: Case, plan: Plan, runner: Runner) -> Case:
             rates[workers] = found["samples_per_s"]
     if not rates:
         return replace(case, python=None, missing=why)
-    return replace(case, job=replace(job, workers=max(rates, key=rates.__getitem__)))
+    chosen[key] = replace(case, job=replace(job, workers=max(rates, key=rates.__getitem__)))
+    return chosen[key]
 
 
-def measure(running: Sequence[Case], plan: Plan, runner: Runner) -> list[dict[str, Any]]:
+def measure(running: Sequence[Case], plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
     """A row for each case; they take turns, so that what disturbs the machine disturbs all of them."""
     found: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(running))}
     missing: dict[int, str] = {}
     for repetition in range(plan.repetitions):
         for i, case in enumerate(running):
-            if case.python is None or i in missing:
+            if i in missing:
                 continue
-            try:
-                result = runner.run(case.python, case.job)
-            except FailedError as error:
-                result = {"unsupported": str(error)}
+            result = _repetition(case, repetition, plan, tasks)
             if "unsupported" in result:
                 missing[i] = result["unsupported"]
                 _say(f"{case.name}: {missing[i]}")
@@ -183,14 +228,28 @@ def measure(running: Sequence[Case], plan: Plan, runner: Runner) -> list[dict[st
     ]
 
 
+def _repetition(case: Case, repetition: int, plan: Plan, tasks: Tasks) -> dict[str, Any]:
+    """What one repetition finds; the first one checks record by record, all of them count and sum."""
+    task = replace(case.job, check_s=0.0 if repetition else plan.check_s)
+    found = tasks.known(task, repetition)
+    if found is not None or case.python is None:
+        return found or {"unsupported": case.missing}
+    try:
+        return tasks.run(case.python, task, repetition)
+    except FailedError as error:
+        return {"unsupported": str(error)}
+
+
 def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     timed = {f"{name}.{read}": spread([r[read][name] for r in results]) for read in READS for name in TIMED}
     others = {name: spread([result[name] for result in results]) for name in SPREAD}
+    checked = {name: spread([result[name] for result in results if name in result]) for name in CHECKED}
     return {
         "repetitions": len(results),
         "note": results[0]["note"],
         "version": results[0]["version"],
         **others,
+        **checked,
         **timed,
     }
 

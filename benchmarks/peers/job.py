@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ class Job:
         form: "list" or "buffer", for columns of varied length.
         workers: threads or processes, whichever the contender has; 0: none beside the consumer's.
         min_s: of each timing; epochs are repeated until they took so long together.
+        check_s: the most that the checked epoch may take; 0: no epoch is checked record by record.
     """
 
     task: str
@@ -45,6 +47,7 @@ class Job:
     form: str = "list"
     workers: int = 0
     min_s: float = 0.0
+    check_s: float = math.inf
 
     @property
     def source(self) -> Source:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 ORDERS = {"none": "in the stored order", "full": "shuffled"}
-FLOOR = "c_floor"
+# Of a workload there is one or the other.
+FLOORS = ("c_floor", "decoder_alone")
 LOAD_TITLES = (
     "contender",
     "k samples/s, every byte read",
@@ -76,7 +77,7 @@ def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[st
     if not chosen:
         return []
     chosen.sort(key=lambda row: -row["samples_per_s.every"]["median"])
-    floor = next((row["samples_per_s.every"]["median"] for row in chosen if row["peer"] == FLOOR), None)
+    floor = next((row["samples_per_s.every"]["median"] for row in chosen if row["peer"] in FLOORS), None)
     title = f"{order[0].upper()}{order[1:]}" + (f", varied columns as {form}" if form else "")
     return [f"{title}:", table(LOAD_TITLES, [load_line(row, floor) for row in chosen])]
 
@@ -96,8 +97,13 @@ def load_line(row: Row, floor: float | None) -> list[str]:
         f"{row['first_batch_s']['median'] * 1e3:,.0f}",
         f"{row['rank_correlation']['median']:.3f}",
         f"{row['neighbour_distance']['median']:.3f}",
-        row["note"],
+        ", ".join(filter(None, (row["note"], partly(row["checked_share"]["median"])))),
     ]
+
+
+def partly(share: float) -> str:
+    """A word on an epoch of which only the beginning was checked, for want of time."""
+    return f"{share:.0%} of an epoch checked" if share < 1 else ""
 
 
 def pack_line(row: Row, record_bytes: int) -> list[str]:
@@ -131,17 +137,17 @@ def thousands(rate: float) -> str:
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; numbers to the right, the first and the last column to the left."""
-    marks = [":--", *["--:"] * (len(titles) - 2), ":--" if titles is LOAD_TITLES else "--:"]
+    marks = [":--", *["--:"] * (len(titles) - 2), "--:" if titles is PACK_TITLES else ":--"]
     return "\n".join("| " + " | ".join(line) + " |" for line in (titles, marks, *lines))
 
 
-def put(path: Path, text: str) -> None:
+def put(path: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what stands between the marks of a file. Raises ValueError if it has none."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = path.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        raise ValueError(f"{path} has no lines {marks[0]} and {marks[1]}")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from tiercache.version import __version__
 if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.dataset import Dataset
+    from tiercache.images.options import DecodeImage
+    from tiercache.load.buffer import Buffer
     from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
     from tiercache.load.options import LoaderOptions
@@ -34,12 +36,14 @@ if TYPE_CHECKING:
     from tiercache.shard.types import Image, Ragged, Tensor
 
 __all__ = [
+    "Buffer",
     "Cache",
     "CacheFull",
     "CommitConflict",
     "CorruptShard",
     "DataLoader",
     "Dataset",
+    "DecodeImage",
     "Image",
     "LoaderOptions",
     "NotFound",
@@ -56,9 +60,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Buffer": "tiercache.load.buffer",
     "Cache": "tiercache.cache",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
+    "DecodeImage": "tiercache.images.options",
     "Image": "tiercache.shard.types",
     "LoaderOptions": "tiercache.load.options",
     "Ragged": "tiercache.shard.types",

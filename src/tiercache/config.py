@@ -213,6 +213,12 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
+def private_bytes(root: Path = Path("/")) -> int:
+    """Memory of this process that is not pages of files; 0 where the system does not say. root: above /proc."""
+    words = _words(root / "proc/self/statm")
+    return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE") if len(words) > 2 else 0
+
+
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """Folders of this process's cgroups for controller and of those above them.
 

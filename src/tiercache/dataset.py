@@ -11,20 +11,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from tiercache._native.finder import wrapped
+from tiercache.images.values import decode_columns
+from tiercache.load.broken import broken_picture
+from tiercache.load.fills import filled
+from tiercache.load.forms import in_forms
 from tiercache.load.records import Record, Records, join, none_of
+from tiercache.load.serving import Form, Serving
 from tiercache.opened import OpenedVersion, Place, Verify
 from tiercache.shard.manifest import list_versions
-from tiercache.shard.values import ColumnValues, as_batch, as_records
+from tiercache.shard.values import ColumnValues, as_records
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
+    from tiercache.images.options import DecodeImage
     from tiercache.shard.types import Schema
 
-Recipe = tuple[Place, int, tuple[str, ...], Callable[[Record], Any] | None]
-"""Everything that a data set is: where and how, version, columns, transform."""
+Recipe = tuple[Place, int, tuple[str, ...], Callable[[Record], Any] | None, Serving]
+"""Everything that a data set is: where and how, version, columns, transform, how they are served."""
 
 
 class Dataset:
@@ -45,6 +52,10 @@ class Dataset:
         columns: which columns, in which order; None: all.
         version: number of a version; None: the newest when the data set is opened, and that one from then on.
         transform: a function of a record that gives what `dataset[i]` is; picklable where processes are used.
+        decode: column of images -> `DecodeImage`: how its pictures are decoded; else they are served as encoded bytes.
+        forms: column whose records differ in length -> what it is in a batch: "list" (the default), "padded", "nested"
+            or "buffer" (docs/guide/loader.md). A single record is the same under all of them.
+        nulls: nullable column -> a value to serve instead of nulls, or "mask" (the default): `<column>.valid`.
         verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part, "always", or
             "never".
         storage_options: for the store, as docs/guide/storage.md lists them.
@@ -52,7 +63,7 @@ class Dataset:
     Raises:
         NotFound: no data set there, or no such version.
         CorruptShard: a damaged version or segment.
-        SchemaError: a column that does not exist.
+        SchemaError: a column that does not exist; a form, fill value or decoder that is not for a column of its kind.
         ValueError, TypeError: an argument that cannot be, by its name.
     """
 
@@ -66,6 +77,9 @@ class Dataset:
         columns: Sequence[str] | None = None,
         version: int | None = None,
         transform: Callable[[Record], Any] | None = None,
+        decode: Mapping[str, DecodeImage] | None = None,
+        forms: Mapping[str, Form] | None = None,
+        nulls: Mapping[str, Any] | None = None,
         verify: Verify = "first",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -73,9 +87,12 @@ class Dataset:
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
         if columns is not None:
             _check_names(columns)
+        if transform is not None and forms:
+            raise ValueError("forms says what columns are in a batch, and with a transform that is up to its records")
         place = Place(os.fspath(url), cache, verify, dict(storage_options or {}))
         opened = OpenedVersion(place, version, columns)
-        self.__setstate__(((place, opened.version, opened.schema.names, transform), {}))
+        serving = Serving.of(opened.schema, forms=forms, nulls=nulls, decode=decode)
+        self.__setstate__(((place, opened.version, opened.schema.names, transform, serving), {}))
         self._opened = opened
 
     @property
@@ -88,6 +105,11 @@ class Dataset:
     def transform(self) -> Callable[[Record], Any] | None:
         """The function that was given, or None."""
         return self._recipe[3]
+
+    @property
+    def serving(self) -> Serving:
+        """Forms of columns, fills of nulls and decoders, as they were given."""
+        return self._recipe[4]
 
     @property
     def is_plain(self) -> bool:
@@ -124,21 +146,22 @@ class Dataset:
         """The same version with only these columns, in this order. Raises SchemaError for one that is not there."""
         _check_names(columns)
         self.schema.select(columns)
-        place, version, _, transform = self._recipe
+        place, version, _, transform, serving = self._recipe
         chosen = type(self).__new__(type(self))
-        chosen.__setstate__(((place, version, tuple(columns), transform), self._own()))
+        chosen.__setstate__(((place, version, tuple(columns), transform, serving.select(columns)), self._own()))
         return chosen
 
     def __len__(self) -> int:
         return int(self.source.table.first_record[-1])
 
     def __getitem__(self, index: Any) -> Any:
+        if type(index) is int:  # first, for asking whether it is a Sequence costs 0.5 us of some 8
+            return self._record(index)
         if isinstance(index, slice):
             return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
         if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
             return self._batch(self._indices(index))
-        record = as_records(self._columns(self._indices([operator.index(index)])))[0]
-        return record if self.transform is None else self.transform(record)
+        return self._record(operator.index(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Records of many indices, gathered in one go: what torch's fetcher asks for."""
@@ -147,7 +170,7 @@ class Dataset:
         rows = self._indices(indices)
         if self.transform is not None:
             return [self.transform(record) for record in as_records(self._columns(rows))]
-        return Records(self._columns(rows), len(rows))
+        return Records(self._columns(rows), len(rows), self.serving)
 
     def __iter__(self) -> Iterator[Any]:
         for start, stop in self._block_spans():
@@ -222,37 +245,58 @@ class Dataset:
                 self._opened = OpenedVersion(*self._recipe[:3])
             return self._opened
 
+    def _record(self, index: int) -> Any:
+        n, serving = len(self), self.serving
+        if not -n <= index < n:
+            raise IndexError(f"record {index} of a data set of {n}")
+        number = index + n if index < 0 else index
+        record = None if serving.nulls or serving.decode else self.source.record(number)
+        if record is None:
+            record = as_records(self._columns(np.array([number], np.int64)))[0]
+        return record if self.transform is None else self.transform(record)
+
     def _indices(self, indices: Any) -> NDArray[np.int64]:
         """Record numbers, 0 <= number < len. Raises IndexError, TypeError."""
         rows = np.asarray(indices)
         if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
             raise TypeError(f"records are chosen by integers, got {rows.dtype}")
-        rows = rows.astype(np.int64).reshape(-1)
-        n = len(self)
-        bad = (rows < -n) | (rows >= n)
-        if bad.any():
-            raise IndexError(f"record {rows[bad][0]} of a data set of {n}")
-        return np.where(rows < 0, rows + n, rows)
+        return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), len(self))
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
-        return as_batch(self._columns(rows))
+        return in_forms(self._columns(rows), self.serving)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of the records, read shard by shard."""
+        """Values of the records, nulls filled and pictures decoded where they are to be."""
+        return self._served(self._stored_columns(rows), rows)
+
+    def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
+        fills, decode = self.serving.nulls, self.serving.decode
+        if fills:
+            columns = [filled(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
+        if not decode:
+            return columns
+
+        def explain(column: str, index: int, said: str) -> Exception:
+            return broken_picture(self.source, column, int(rows[index]), said)
+
+        return decode_columns(columns, decode, explain)
+
+    def _stored_columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        """Values of the records: of all shards at once where they are mapped, else shard by shard."""
         source = self.source
-        first_record = source.table.first_record
-        shards = np.searchsorted(first_record, rows, side="right") - 1
         if not len(rows):
             return none_of(source.schema)
-        parts, places = [], []
-        for shard in np.unique(shards):
-            where = np.flatnonzero(shards == shard)
-            within = rows[where] - first_record[shard]
-            parts.append(source.take(int(shard), within))
-            places.append(where)
-        return join(parts, places)
+        found = source.take_mapped(rows)
+        if found is not None:
+            return found
+        first_record = source.table.first_record
+        shards = np.searchsorted(first_record, rows, side="right") - 1
+        asked = np.unique(shards)
+        places = [np.flatnonzero(shards == shard) for shard in asked]
+        within = [rows[where] - first_record[shard] for shard, where in zip(asked, places, strict=True)]
+        return join(source.take(asked.tolist(), within), places)
 
     def _block_spans(self) -> Iterator[tuple[int, int]]:
         """Record numbers [start, stop) of each block, in order."""
@@ -267,9 +311,7 @@ class Dataset:
         source = self.source
         for shard in range(len(source.table)):
             for block in range(len(source.block_tables([shard])[0].records)):
-                loaded = source.load(shard, [block])
-                arrays = [loaded.array(0, column) for column in source.stored_columns]
-                yield pa.RecordBatch.from_arrays(arrays, schema=source.schema.arrow)
+                yield pa.RecordBatch.from_arrays(source.arrays(shard, block), schema=source.schema.arrow)
 
 
 def _check_names(columns: Sequence[str]) -> None:

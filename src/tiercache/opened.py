@@ -21,6 +21,7 @@ from tiercache.errors import CorruptShard
 from tiercache.model import ReadPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
 from tiercache.shard.manifest import latest, read_shards, read_version
+from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
@@ -28,6 +29,7 @@ from tiercache.store import LocalStore, MemoryStore, Store, open_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.shard.blocks import Blocks
@@ -88,7 +90,9 @@ class OpenedVersion:
         if self.cache is not None:
             _warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
-        self._readers = _Readers(partial(_open_shard, self.store, self.table, self.dataset_id, place.verify))
+        self._mapped = MappedRecords(self.stored_schema, self.stored_columns, self.table.first_record, self.url)
+        opener = partial(_open_shard, self.store, self.table, self.dataset_id, place.verify)
+        self._readers = _Readers(opener, self._mapped)
         self._tables: dict[int, BlockTable] = {}
 
     @property
@@ -153,9 +157,43 @@ class OpenedVersion:
         """
         return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
 
-    def take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of some rows of a shard, by column. Raises as `load`."""
-        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """A block as Arrow arrays, the columns that are served, wholly checked. Raises as `load`."""
+
+        def read(reader: ShardReader) -> list[pa.Array]:
+            loaded = reader.load([block], self.stored_columns)
+            return [loaded.array(0, column) for column in self.stored_columns]
+
+        return self._read(shard, read)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """A record by its number in the data set: a value by column; None: it is not mapped, ask with `take_mapped`.
+
+        Raises IndexError for one that is not there.
+        """
+        return self._mapped.record(number)
+
+    def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
+        """Values of records by their numbers in the data set, int64[n], n >= 1, by column.
+
+        None: not all of them can be had from mapped shards; ask shard by shard, with `take`. Raises as `load`, and
+        IndexError for a record that is not there.
+        """
+        found = self._mapped.take(records)
+        if found is None:
+            shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
+            # More than can be open at once would push each other out.
+            if len(shards) <= MAX_READERS and all(map(self._readers.map, shards.tolist())):
+                found = self._mapped.take(records)
+        return found
+
+    def take(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
+        """Values of some rows of each of these shards, by column. Raises as `load`."""
+        if len(shards) < 2 or isinstance(self.inner, LocalStore):
+            return [self._take(shard, within) for shard, within in zip(shards, rows, strict=True)]
+        # Their time is round trips, as that of footers.
+        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
+            return list(pool.map(self._take, shards, rows))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Tell the cache what comes, and start fetching what is not here."""
@@ -166,6 +204,18 @@ class OpenedVersion:
         self.store.announce(ReadPlan(f"{os.getpid()}", wanted))
         for key, identity in wanted:
             self.store.fetch_ahead(key, identity)
+
+    def is_at_hand(self, shard: int) -> bool:
+        """Whether the shard is open, and what is served of it lies in a mapping as it is."""
+        return shard in self._readers and self._readers.get(shard).stays_mapped(self.stored_columns)
+
+    def heal(self, shard: int) -> bool:
+        """Drop a shard's copy from the cache if it is not what the source sent; True: it was, load it again."""
+        store = self.store
+        if not isinstance(store, LocalStore) or not store.distrust(self.table.info(shard).name, self.identity(shard)):
+            return False
+        self._readers.drop(shard)
+        return True
 
     def at_version(self, number: int) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
@@ -187,6 +237,9 @@ class OpenedVersion:
         self._readers.clear()
         self.store.close()
 
+    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
+
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)
         return BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
@@ -204,12 +257,8 @@ class OpenedVersion:
         try:
             return read(self._readers.get(shard))
         except CorruptShard:
-            store = self.store
-            if not isinstance(store, LocalStore):
-                raise
-            if not store.distrust(self.table.info(shard).name, self.identity(shard)):
+            if not self.heal(shard):
                 raise  # the copy is what the source sent
-        self._readers.drop(shard)
         return read(self._readers.get(shard))
 
 
@@ -254,14 +303,15 @@ def _open_shard(store: Store, table: ShardTable, dataset_id: str, verify: Verify
 
 
 class _Readers:
-    """Open shards, the least recently used dropped first.
+    """Open shards, the least recently used dropped first; whoever reads by `mapped` passes by here, and does not count.
 
     The lock is never held while a shard is opened: threads open shards side by side, and two that want the same one
     wait for the first at its gate.
     """
 
-    def __init__(self, opener: Callable[[int], ShardReader]) -> None:
+    def __init__(self, opener: Callable[[int], ShardReader], mapped: MappedRecords) -> None:
         self._opener = opener
+        self._mapped = mapped
         self._begin()
 
     def _begin(self) -> None:
@@ -269,6 +319,7 @@ class _Readers:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._gates: dict[int, threading.Lock] = {}
+        self._mapped.clear()
 
     def __contains__(self, shard: int) -> bool:
         return self._pid == os.getpid() and shard in self._open
@@ -291,19 +342,41 @@ class _Readers:
                 self._keep(shard, reader)
         return reader
 
+    def map(self, shard: int) -> bool:
+        """Let records of a shard be found in its mapping, which is kept as long as its reader.
+
+        False: it has none, or is damaged: whoever asks the shard itself hears how, and may heal it.
+        """
+        if shard in self._mapped:
+            return True
+        try:
+            reader = self.get(shard)
+            table = self._mapped.table(reader)
+        except CorruptShard:
+            return False
+        if table is None:
+            return False
+        with self._lock:
+            if self._open.get(shard) is reader:
+                self._mapped.put(shard, table)
+        return True
+
     def drop(self, shard: int) -> None:
         if self._pid == os.getpid():
             with self._lock:
                 self._open.pop(shard, None)
+                self._mapped.forget(shard)
 
     def clear(self) -> None:
         if self._pid == os.getpid():
             with self._lock:
                 self._open.clear()
+                self._mapped.clear()
 
     def _keep(self, shard: int, reader: ShardReader) -> None:
         with self._lock:
             self._gates.pop(shard, None)
             self._open[shard] = reader
             while len(self._open) > MAX_READERS:
-                self._open.popitem(last=False)  # dropped, not closed: another thread may be reading from it
+                oldest, _ = self._open.popitem(last=False)  # dropped, not closed: another thread may be reading from it
+                self._mapped.forget(oldest)

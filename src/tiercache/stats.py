@@ -45,6 +45,11 @@ class Waits:
         self.n_waits += 1
         self.total_s += wait_s
 
+    def add_none(self) -> None:
+        """Count something that was there already: what a wait of 0 s is, without looking at the clock."""
+        self._bins[0] += 1
+        self.n_waits += 1
+
     def quantile(self, share: float) -> float:
         """Upper edge in seconds of the bin that the share (0 to 1) of waits ends in; 0.0 when nothing was counted."""
         seen, want = 0, share * self.n_waits

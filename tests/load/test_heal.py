@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 from tests.load.conftest import SCHEMA, check_batch, make_columns
@@ -11,6 +12,7 @@ import tiercache as tc
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 600
+OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def sent_shards(server: HttpFaultServer) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["values", "footer", "cut"])
-@pytest.mark.parametrize("read", ["loader", "records"])
+@pytest.mark.parametrize("read", ["loader", "records", "arrow"])
 def test_a_copy_that_has_rotted_is_fetched_again_and_the_run_goes_on(server, cache, how, read):
     first = tc.Dataset(f"{server.url}/data", cache=cache)
     first.warm()
@@ -60,10 +62,32 @@ def test_a_copy_that_has_rotted_is_fetched_again_and_the_run_goes_on(server, cac
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
     if read == "loader":
         found = list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=32, shuffle=True))))
+    elif read == "arrow":
+        found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
     else:
         found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
     assert sorted(found) == list(range(N))
     assert len(sent_shards(server)) == len(dataset.source.table)
+    dataset.close()
+
+
+def test_a_copy_that_is_cut_while_it_is_mapped_is_fetched_again_and_the_epoch_goes_on(server, cache, caplog):
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    dataset.warm()
+    reference = [check_batch(batch) for batch in tc.DataLoader(dataset, 8, shuffle=True, options=OPTIONS)]
+    dataset.close()
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    loader = tc.DataLoader(dataset, 8, shuffle=True, options=OPTIONS)
+    batches = iter(loader)
+    found = [check_batch(next(batches))]
+    for path in (cache.path / "copies").iterdir():
+        if "." not in path.name:
+            path.chmod(0o644)
+            os.truncate(path, 64)
+    found += [check_batch(batch) for batch in batches]
+    assert found == reference
+    assert "fetched again" in caplog.text
+    assert loader.stats()["samples"] == N
     dataset.close()
 
 

@@ -16,7 +16,8 @@ from tiercache._native import gather
 
 
 def addresses(*blocks: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
-    return np.array([[v.ctypes.data, 0 if o is None else o.ctypes.data] for v, o in blocks], np.uint64).reshape(-1, 2)
+    rows = [[v.ctypes.data, 0 if o is None else o.ctypes.data, v.size] for v, o in blocks]
+    return np.array(rows, np.uint64).reshape(-1, 3)
 
 
 @st.composite
@@ -71,10 +72,74 @@ def test_varied_rows_come_back_as_buffer_as_bytes_and_as_str(data, texts):
     assert gather.gather_str(sources, block, row) == [e.decode() for e in expected]
 
 
+@st.composite
+def runs(draw, n_blocks, n_rows):
+    """Places that are runs of rows of many lengths, some single rows, some over the end of a block."""
+    block, row = [], []
+    for _ in range(draw(st.integers(0, 6))):
+        first_block, first = draw(st.integers(0, n_blocks - 1)), draw(st.integers(0, n_rows - 1))
+        for step in range(draw(st.sampled_from([1, 1, 2, 7, 8, 9, 33, 200]))):
+            at = first_block * n_rows + first + step
+            block.append(at // n_rows % n_blocks)
+            row.append(at % n_rows)
+    return np.array(block, np.uint32), np.array(row, np.uint32)
+
+
+@given(st.data(), st.sampled_from([1, 2, 4, 8, 16, 24, 64, 128, 500]))
+def test_runs_of_rows_are_gathered_as_the_same_rows_one_by_one(data, width):
+    rng = np.random.default_rng(width)
+    n_blocks, n_rows = 3, 150
+    block, row = data.draw(runs(n_blocks, n_rows))
+    blocks = [rng.integers(0, 256, n_rows * width, dtype=np.uint8) for _ in range(n_blocks)]
+    lengths = rng.integers(0, 9, (n_blocks, n_rows)) * (rng.random((n_blocks, n_rows)) < 0.8)
+    offsets = [np.cumsum([0, *of_block], dtype=np.int64) for of_block in lengths]
+    values = [rng.integers(97, 123, 4 * int(o[-1]), dtype=np.uint8) for o in offsets]
+    sources = {
+        gather.FIXED: addresses(*[(b, None) for b in blocks]),
+        gather.BITS: addresses(*[(b, None) for b in blocks]),
+        gather.VAR: addresses(*zip(values, offsets, strict=True)),
+    }
+
+    def all_of(kind, wide, b, r):
+        found = gather.measure(sources[kind], b, r) if kind == gather.VAR else None
+        out = np.zeros({gather.FIXED: len(r) * wide, gather.BITS: len(r)}.get(kind) or int(found[-1]) * wide, np.uint8)
+        gather.gather(kind, wide, sources[kind], b, r, out, found)
+        return out.tobytes()
+
+    for kind, wide in ((gather.FIXED, width), (gather.BITS, 0), (gather.VAR, 4)):
+        singly = b"".join(all_of(kind, wide, block[i : i + 1], row[i : i + 1]) for i in range(len(row)))
+        assert all_of(kind, wide, block, row) == singly if len(row) else True
+    ends = np.cumsum([0, *(lengths[b, r] for b, r in zip(block, row, strict=True))])
+    assert gather.measure(sources[gather.VAR], block, row).tolist() == ends.tolist()
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=30), st.booleans())
+def test_text_comes_back_as_it_was_whatever_its_letters(texts, only_ascii):
+    texts = [t.encode("ascii", "ignore").decode() if only_ascii else t for t in texts] + ["", "a", "\x7f"]
+    encoded = [t.encode() for t in texts]
+    values = np.frombuffer(b"".join(encoded), np.uint8)
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    rows = np.arange(len(texts), dtype=np.uint32)
+    found = gather.gather_str(addresses((values, offsets)), np.zeros(len(texts), np.uint32), rows)
+    assert found == texts
+    assert [t.isascii() for t in found] == [t.isascii() for t in texts]
+    assert [hash(t) for t in found] == [hash(t) for t in texts]
+
+
+def test_one_row_that_is_not_ascii_among_many_is_decoded():
+    texts = ["x" * 60] * 500 + ["ä"] + ["y" * 60] * 500
+    encoded = [t.encode() for t in texts]
+    values = np.frombuffer(b"".join(encoded), np.uint8)
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    rows = np.arange(len(texts), dtype=np.uint32)
+    assert gather.gather_str(addresses((values, offsets)), np.zeros(len(texts), np.uint32), rows) == texts
+
+
 def test_elements_wider_than_a_byte_are_counted_in_elements():
     values = np.arange(10, dtype=np.float32)
     offsets = np.array([0, 3, 3, 10], np.int64)
     sources = addresses((values, offsets))
+    sources[0, 2] = 10
     block, row = np.zeros(3, np.uint32), np.array([2, 1, 0], np.uint32)
     found = gather.measure(sources, block, row)
     out = np.zeros(10, np.float32)
@@ -126,7 +191,7 @@ def test_a_file_truncated_while_it_is_mapped_is_an_error_again_and_again(tmp_pat
     path.write_bytes(b"x" * 65536)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 65536, access=mmap.ACCESS_READ) as mapping:
         view = np.frombuffer(mapping, np.uint8)
-        sources = np.array([[view.ctypes.data, 0]], np.uint64)
+        sources = np.array([[view.ctypes.data, 0, 0]], np.uint64)
         zero, out = np.zeros(1, np.uint32), np.zeros(4096, np.uint8)
         gather.gather(gather.FIXED, 4096, sources, zero, zero, out)
         file.truncate(0)

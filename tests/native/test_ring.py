@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -27,7 +28,7 @@ def fixed_streams(width: int = WIDTH) -> np.ndarray:
 
 def plan_of(rows: np.ndarray, order: np.ndarray) -> Plan:
     """A plan over one block of fixed rows."""
-    addresses = np.array([[[rows.ctypes.data, 0]]], np.uint64)
+    addresses = np.array([[[rows.ctypes.data, 0, 0]]], np.uint64)
     return Plan(addresses, np.zeros(len(order), np.uint32), order.astype(np.uint32), rows)
 
 
@@ -73,8 +74,8 @@ def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
         offsets = np.cumsum([0, *map(len, block)], dtype=np.int64)
         bits = np.packbits(flag, bitorder="little")
         held.append((values, offsets, bits))
-        var = [[values.ctypes.data, offsets.ctypes.data]]
-        addresses = np.array([var, var, [[label.ctypes.data, 0]], [[bits.ctypes.data, 0]]], np.uint64)
+        var = [[values.ctypes.data, offsets.ctypes.data, len(values)]]
+        addresses = np.array([var, var, [[label.ctypes.data, 0, 0]], [[bits.ctypes.data, 0, 0]]], np.uint64)
         plans.append(Plan(addresses, np.zeros(30, np.uint32), np.arange(30, dtype=np.uint32), None))
     streams = np.array([[REF, 1], [gather.VAR, 1], [gather.FIXED, 8], [gather.BITS, 0]], np.uint32)
     ring = Ring(streams, batch_rows=13, depth=4, n_threads=2, slot_bytes=64)
@@ -86,7 +87,7 @@ def test_every_kind_of_stream_comes_right_also_over_the_borders_of_windows():
     while not isinstance(slot := ring.take(10), int):
         n, view = slot.n_rows, memoryview(slot)
         found["ref"] += slot.bytes_list(0)
-        assert slot.str_list(0) == [b.decode() for b in slot.bytes_list(0)]
+        assert slot.str_list(1) == [b.decode() for b in slot.bytes_list(0)]
         values_at, offsets_at, n_elements = slot.places(1)
         ends = np.frombuffer(view, np.int64, n + 1, offsets_at)
         assert ends[-1] == n_elements
@@ -170,6 +171,67 @@ def test_who_closes_second_waits_until_no_plan_is_read_any_more():
     assert ring.figures()["gather_ns"] == gather_ns > 0
 
 
+def bytes_plan(records: list[bytes], order: np.ndarray) -> Plan:
+    values = np.frombuffer(b"".join(records) or b"\0", np.uint8)
+    offsets = np.cumsum([0, *map(len, records)], dtype=np.int64)
+    addresses = np.array([[[values.ctypes.data, offsets.ctypes.data, len(values)]]], np.uint64)
+    return Plan(addresses, np.zeros(len(order), np.uint32), order.astype(np.uint32), (values, offsets))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 63, 5_000, 70_000, 200_000]), min_size=1, max_size=40), st.integers(1, 4))
+def test_bytes_objects_are_filled_by_all_threads_together(sizes, n_threads):
+    rng = np.random.default_rng(len(sizes))
+    records = [rng.bytes(n) for n in sizes]
+    order = rng.integers(0, len(records), 60)
+    ring = Ring(np.array([[REF, 1]], np.uint32), batch_rows=23, depth=3, n_threads=n_threads)
+    ring.push(bytes_plan(records, order))
+    ring.finish()
+    found = []
+    while not isinstance(slot := ring.take(10), int):
+        found += slot.bytes_list(0)
+    ring.close()
+    assert found == [records[i] for i in order]
+
+
+def test_a_ring_that_is_closed_while_lists_are_filled_waits_for_them():
+    rng = np.random.default_rng(5)
+    records = [rng.bytes(60_000) for _ in range(64)]
+    for pause in range(12):
+        ring = Ring(np.array([[REF, 1]], np.uint32), batch_rows=64, depth=3, n_threads=3)
+        plan = bytes_plan(records, np.tile(np.arange(64), 40))
+        ring.push(plan)
+        ring.finish()
+        taken = [ring.take(10)]
+        closer = threading.Timer(pause * 2e-4, ring.close)
+        closer.start()
+        while not isinstance(taken[-1], int):
+            assert taken[-1].bytes_list(0) == records
+            try:
+                taken.append(ring.take(10))
+            except RuntimeError:
+                break
+        closer.join(10)
+        assert not closer.is_alive()
+
+
+def test_a_consumer_that_would_wait_gathers_what_no_worker_has_begun():
+    """Its own processor time says so: handing over 30 batches takes less than 1 ms, gathering them far more."""
+    rows = np.ones((1 << 14, 1024), np.uint8)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(1 << 14), 30))
+    ring = Ring(fixed_streams(1024), batch_rows=1 << 14, depth=4, n_threads=1)
+    ring.push(plan_of(rows, order))
+    ring.finish()
+    start_ns, n_batches = time.thread_time_ns(), 0
+    while not isinstance(slot := ring.take(), int):
+        del slot
+        n_batches += 1
+    helped_ns = time.thread_time_ns() - start_ns
+    assert n_batches == 30
+    assert helped_ns > ring.figures()["gather_ns"] / 30
+    ring.close()
+
+
 def test_a_slot_is_made_by_a_ring_only():
     with pytest.raises(TypeError, match=r"Ring\.take"):
         Slot()
@@ -215,7 +277,7 @@ def test_plans_are_held_until_their_rows_are_retired_and_no_longer():
         held = Held()
         held.rows = rows
         alive.append(held)
-        addresses = np.array([[[rows.ctypes.data, 0]]], np.uint64)
+        addresses = np.array([[[rows.ctypes.data, 0, 0]]], np.uint64)
         ring.push(Plan(addresses, np.zeros(4, np.uint32), np.arange(4, dtype=np.uint32), held))
     ring.finish()
     import weakref

@@ -219,6 +219,7 @@ def test_a_store_that_cannot_keep_a_copy_is_read_by_ranges(folder):
     class Full(LocalFolder):
         def open_local(self, key, identity=None):
             lease = super().open_local(key, identity)
+            lease.present = lambda ranges: False
             lease.wait = lambda ranges, deadline_s=None: False
             return lease
 
@@ -243,22 +244,99 @@ def damage(store, info, column, block=0):
         file.write(bytes([byte[0] ^ 1]))
 
 
+def values_of(blocks, column, rows):
+    """Rows of the first of the blocks."""
+    row = np.array(rows, np.uint32)
+    (found,) = block_values(blocks, [SCHEMA.index(column)], np.zeros(len(row), np.uint32), row)
+    return found.values
+
+
 def test_a_local_shard_is_checked_on_first_touch_only(folder):
     store, info = folder
     column = SCHEMA.index("t")
     with ShardReader(store, info.name) as first, ShardReader(store, info.name, verify="always") as always:
-        first.load([0], [column])
-        always.load([0], [column])
+        values_of(first.load([0], [column]), "t", [0])
+        values_of(always.load([0], [column]), "t", [0])
         damage(store, info, "t")
-        first.load([0], [column])
+        values_of(first.load([0], [column]), "t", [0])
         first.take([0], [column])
-        for read in (lambda: always.load([0], [column]), lambda: always.take([0], [column])):
-            with pytest.raises(CorruptShard, match="column 't': CRC-32C"):
+        for read in (lambda: values_of(always.load([0], [column]), "t", [0]), lambda: always.take([0], [column])):
+            with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0 does not match"):
                 read()
     with ShardReader(store, info.name) as again:  # a new open starts unchecked
         again.take([N - 1], [column])
         with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0"):
             again.take([0], [column])
+
+
+def test_loading_reads_nothing_of_mapped_chunks(folder):
+    store, info = folder
+    damage(store, info, "t")
+    with ShardReader(store, info.name) as reader:
+        blocks = reader.load(range(reader.footer.n_blocks), [SCHEMA.index("t"), SCHEMA.index("b")])
+        assert blocks.checks.shape == (2, reader.footer.n_blocks, 4)
+        with pytest.raises(CorruptShard, match="column 't': CRC-32C of page 0"):
+            values_of(blocks, "t", [5])
+        with pytest.raises(CorruptShard, match="column 't': CRC-32C of page 0"):
+            blocks.array(0, SCHEMA.index("t"))
+        assert values_of(blocks, "b", [5]) == [batch()["b"][5]]
+
+
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_once_every_page_was_right_nothing_is_left_to_check(folder, verify):
+    store, info = folder
+    columns = [SCHEMA.index("t"), SCHEMA.index("b")]
+    with ShardReader(store, info.name, verify=verify) as reader:
+        blocks = reader.load([0, 1], columns)
+        n_rows = int(blocks.n_rows[0])
+        values_of(blocks, "t", range(n_rows))
+        values_of(blocks, "b", [0])
+        left = blocks.checks
+        assert (left[0, 0] == 0).all()
+        assert left[0, 1].all()
+        assert left[1].all()
+        for position in (0, 1):
+            for column in columns:
+                blocks.array(position, column)
+        assert blocks.checks is None
+        assert (reader.load([0, 1], columns).checks is None) is (verify == "first")
+        blocks.forget_checks()
+        assert blocks.checks is not None
+    with ShardReader(store, info.name, verify="never") as reader:
+        assert reader.load([0, 1], columns).checks is None
+
+
+def test_what_is_not_mapped_is_checked_when_it_is_loaded(remote, folder):
+    store, info = folder
+    damage(store, info, "s")  # compressed
+    with ShardReader(store, info.name) as reader, pytest.raises(CorruptShard, match="column 's': CRC-32C"):
+        reader.load([0], [SCHEMA.index("s")])
+    assert ShardReader(remote[0], remote[1].name).load([0], range(len(SCHEMA))).checks is None
+
+
+def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
+    store, info = folder
+    column = SCHEMA.index("t")
+    with ShardReader(store, info.name, verify="never") as reader:
+        chunk, n_rows = reader.footer.chunks[0, column], int(reader.footer.block_first[1])
+        whole = values_of(reader.load([0], [column]), "t", range(n_rows))
+        values_at = int(reader.footer.buffers[int(chunk["first_buffer"]) + 2, 0])
+    assert int(chunk["stored"]) > 2 * PAGE_BYTES
+    position = PAGE_BYTES + 777
+    path = store.root / info.name
+    data = bytearray(path.read_bytes())
+    data[int(chunk["offset"]) + position] ^= 0x40
+    path.write_bytes(data)
+    first_row = (PAGE_BYTES - values_at) // 200  # the first that reaches into page 1
+    last_row = (2 * PAGE_BYTES - values_at) // 200
+    with ShardReader(store, info.name) as reader:
+        blocks = reader.load([0], [column])
+        for row in range(n_rows):
+            if first_row <= row <= last_row:
+                with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 1 does not match"):
+                    values_of(blocks, "t", [row])
+            else:
+                assert np.array_equal(values_of(blocks, "t", [row])[0], whole[row])
 
 
 def test_verify_never_reads_what_is_there(folder):
@@ -277,8 +355,12 @@ def test_offsets_that_point_outside_are_found_without_checksums(folder):
         with (store.root / info.name).open("r+b") as file:
             file.seek(offsets + 8 * 10)
             file.write(value.to_bytes(8, "little", signed=True))
-        with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
-            reader.load([0], [SCHEMA.index("b")])
+        blocks = reader.load([0], [SCHEMA.index("b")])
+        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets fall, or point outside"):
+            values_of(blocks, "b", range(20))
+        assert values_of(blocks, "b", [8, 11]) == [batch()["b"][8], batch()["b"][11]]
+        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets fall, or point outside"):
+            blocks.array(0, SCHEMA.index("b"))
         for record in (9, 10):
             with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
                 reader.take([record], [SCHEMA.index("b")])
@@ -292,7 +374,8 @@ def test_a_file_that_is_truncated_under_its_reader_is_an_error(folder):
     os.truncate(store.root / info.name, 4096)
     last = reader.footer.n_blocks - 1
     for read in (
-        lambda: reader.load([last], [SCHEMA.index("t")]),
+        lambda: values_of(reader.load([last], [SCHEMA.index("t")]), "t", [0]),
+        lambda: reader.load([last], [SCHEMA.index("t")]).array(0, SCHEMA.index("t")),
         lambda: reader.load([last], [SCHEMA.index("s")]),
         lambda: reader.take([N - 1], [SCHEMA.index("t")]),
         lambda: reader.take([N - 1], [SCHEMA.index("b")]),

@@ -20,6 +20,7 @@ from tiercache.shard.fit import widen_bfloat16
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.shard_file import ShardFile
 from tiercache.shard.types import Image, Kind, Ragged, Schema, Tensor
+from tiercache.shard.uploading import Uploads
 from tiercache.shard.values import as_batch, as_records, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
@@ -223,11 +224,13 @@ def test_a_column_of_nulls_alone_is_read_back():
 def test_a_shard_without_records_is_read_as_one():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
-    info = ShardFile(store, "empty", schema, [ColumnCodec("auto", c.kind) for c in schema.columns]).finish({})
+    uploads = Uploads(store)
+    info = ShardFile(uploads, "empty", schema, [ColumnCodec("auto", c.kind) for c in schema.columns]).finish({})
+    uploads.wait()
     reader = ShardReader(store, "empty", info=info)
     assert (reader.n_records, reader.footer.n_blocks) == (0, 0)
     assert as_batch(reader.take([], [0, 1]))["y"] == []
-    assert reader.load([], [0, 1]).addresses.shape == (2, 0, 2)
+    assert reader.load([], [0, 1]).addresses.shape == (2, 0, 3)
 
 
 def test_a_writer_without_records_makes_no_shard():

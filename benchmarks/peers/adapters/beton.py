@@ -78,8 +78,6 @@ def pack(source: Source, folder: Path) -> None:
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
     """The loader; bytes come as rows of a padded matrix, text as a matrix."""
-    if job.workers < 1:
-        raise UnsupportedError("it always has a thread")
     decoders: dict[str, Any] = {
         field.name: [CenterCropRGBImageDecoder((DECODED_SIZE, DECODED_SIZE), 1), ToTensor()]
         for field in job.workload.fields

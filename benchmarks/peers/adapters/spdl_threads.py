@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,15 +27,34 @@ FILTER = f"crop={SIDE}:{SIDE},scale=w={DECODED_SIZE}:h={DECODED_SIZE}:flags=bili
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """A pipeline an epoch: rows of a batch, gathered by threads, served in order."""
-    if job.workers < 1:
-        raise UnsupportedError("it always has a thread")
+    """One pipeline for all epochs, since making one takes longer than a short epoch; batches come in order."""
     source, rng = Source(job.workload, job.path), np.random.default_rng(SEED)
     for field in job.workload.fields:
         if field.kind == "jpeg":
             _try_decoder(source.batch(0, 1)[field.name])
     gathers = numpy_memmap.columns(source, job.form, _decode)
-    yield Opened(lambda: _epoch(job, source, gathers, rng), f"{job.workers} threads")
+
+    def gather(rows: np.ndarray) -> dict[str, Any]:
+        return {**{name: column(rows) for name, column in gathers.items()}, KEY: source.keys[rows]}
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(_rows(job, rng))
+        .pipe(gather, concurrency=job.workers, output_order="input")
+        .add_sink(QUEUE)
+        .build(num_threads=job.workers)
+    )
+    n_batches = -(-job.workload.n_records // job.workload.batch_size)
+    with pipeline.auto_stop():
+        batches = iter(pipeline)
+        yield Opened(lambda: (batch for batch in islice(batches, n_batches)), f"{job.workers} threads")
+
+
+def _rows(job: Job, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """The rows of each batch, one epoch after the other, without end."""
+    n = job.workload.n_records
+    while True:
+        yield from chunks(rng.permutation(n) if job.shuffled else np.arange(n), job.workload.batch_size)
 
 
 def _try_decoder(encoded: list[bytes]) -> None:
@@ -47,21 +67,3 @@ def _try_decoder(encoded: list[bytes]) -> None:
 def _decode(encoded: list[bytes]) -> np.ndarray:
     buffer = spdl.io.load_image_batch(encoded, width=None, height=None, pix_fmt=None, filter_desc=FILTER)
     return spdl.io.to_numpy(buffer)
-
-
-def _epoch(job: Job, source: Source, gathers: dict[str, Any], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    n = job.workload.n_records
-    order = rng.permutation(n) if job.shuffled else np.arange(n)
-
-    def gather(rows: np.ndarray) -> dict[str, Any]:
-        return {**{name: column(rows) for name, column in gathers.items()}, KEY: source.keys[rows]}
-
-    pipeline = (
-        PipelineBuilder()
-        .add_source(chunks(order, job.workload.batch_size))
-        .pipe(gather, concurrency=job.workers, output_order="input")
-        .add_sink(QUEUE)
-        .build(num_threads=job.workers)
-    )
-    with pipeline.auto_stop():
-        yield from pipeline

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import tiercache as tc
-from images import decode
-from peers.job import SEED, Job, Opened, UnsupportedError
-from tiercache import DataLoader, Dataset, LoaderOptions, Tensor, Writer
+from peers.job import SEED, Job, Opened
+from tiercache import DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
 from workloads import DECODED_SIZE, KEY
 
 if TYPE_CHECKING:
@@ -19,10 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from source import Source
-    from workloads import Field, Workload
+    from workloads import Workload
 
 VERSION = tc.__version__
-COLUMN_TYPES = {"bytes": "bytes", "text": "str", "jpeg": "bytes"}
+COLUMN_TYPES: dict[str, Any] = {"bytes": "bytes", "text": "str", "jpeg": Image("jpeg")}
 
 
 def schema(workload: Workload) -> dict[str, Any]:
@@ -50,54 +46,27 @@ def pack_one_by_one(source: Source, folder: Path) -> None:
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
     """The loader; epochs follow each other in it."""
-    arguments, note = _columns(job)
+    fields = job.workload.fields
+    varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
+    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center")
+    dataset = Dataset(
+        job.path / "data",
+        forms=dict.fromkeys(varied, "buffer"),
+        decode={field.name: decoded for field in fields if field.kind == "jpeg"},
+    )
+    full = {"shuffle_group_bytes": "all", "shuffle_window_bytes": "all"} if job.shuffle == "full" else {}
     loader = DataLoader(
-        Dataset(job.path / "data", **arguments),
+        dataset,
         batch_size=job.workload.batch_size,
         shuffle=job.shuffled,
-        num_workers=job.workers,
-        persistent_workers=job.workers > 0,
-        options=None if "transform" in arguments else _options(job),
-        generator=torch.Generator().manual_seed(SEED),
+        options=LoaderOptions(seed=SEED, **full),
     )
-    buffers = [field.name for field in _varied(job)] if job.form == "buffer" else []
-    yield Opened(lambda: _batches(loader, buffers), note)
+    yield Opened((lambda: _pairs(loader, varied)) if varied else (lambda: iter(loader)))
 
 
-def _options(job: Job) -> LoaderOptions:
-    full = {"shuffle_group_bytes": "all", "shuffle_window_bytes": "all"} if job.shuffle == "full" else {}
-    return LoaderOptions(seed=SEED, **full)
-
-
-def _varied(job: Job) -> list[Field]:
-    return [field for field in job.workload.fields if field.kind in ("bytes", "text")]
-
-
-def _columns(job: Job) -> tuple[dict[str, Any], str]:
-    """Arguments of the data set for what this tiercache has, and a note where the loader does not decode yet."""
-    known, images = inspect.signature(Dataset).parameters, [f for f in job.workload.fields if f.kind == "jpeg"]
-    if job.form == "buffer" and "forms" not in known:
-        raise UnsupportedError("not yet: this version has no forms= for buffers")
-    arguments: dict[str, Any] = {}
-    if job.form == "buffer":
-        arguments["forms"] = {field.name: "buffer" for field in _varied(job)}
-    if images and hasattr(tc, "DecodeImage"):
-        made = tc.DecodeImage(size=DECODED_SIZE, crop="center", dtype="uint8")
-        return {**arguments, "decode": {field.name: made for field in images}}, ""
-    if images:
-        return {
-            **arguments,
-            "transform": _decode_images,
-        }, f"Pillow in a transform, {job.workers} workers: the loader decodes not yet"
-    return arguments, ""
-
-
-def _decode_images(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: decode(value) if isinstance(value, bytes) else value for name, value in record.items()}
-
-
-def _batches(loader: Any, buffers: list[str]) -> Iterator[dict[str, Any]]:
+def _pairs(loader: Any, varied: list[str]) -> Iterator[dict[str, Any]]:
+    """Batches with buffers as the consumer takes them: values and offsets."""
     for batch in loader:
-        for name in buffers:
+        for name in varied:
             batch[name] = (batch[name].values, batch[name].offsets)
         yield batch

@@ -7,6 +7,8 @@ from typing_extensions import Buffer
 KERNEL: str
 """The kernel in use: "sse42", "armv8" or "portable". The fastest usable, or what the environment variable
 TIERCACHE_KERNEL names; importing the module raises ImportError where that is unknown or does not run here."""
+KERNEL_NUMBER: int
+"""Its number in csrc/crc32c.h."""
 
 def kernels() -> tuple[str, ...]:
     """Names of the kernels that run on this machine, slowest ("portable") first."""
@@ -54,6 +56,29 @@ def crc32c_pages(
 
     Raises:
         ValueError: page_bytes is 0, or out has another length.
+        OSError: EIO, as for crc32c().
+    """
+
+def lay_out(
+    addresses: NDArray[np.uint64],
+    lengths: NDArray[np.uint64],
+    align: int,
+    out: NDArray[np.uint8],
+    page_bytes: int,
+    sums: NDArray[np.uint32],
+) -> int:
+    """Copy the pieces, one after another, each filled up with zeros to a multiple of align, and sum out as crc32c_pages().
+
+    Args:
+        addresses, lengths: uint64[n]; the caller keeps the memory alive and readable for the call.
+        align, page_bytes: more than 0.
+        out, sums: uint8[all pieces filled up] and uint32[its pages]; the caller's, not kept; undefined after an error.
+
+    Returns:
+        The sum of all of out.
+
+    Raises:
+        ValueError: lengths do not fit one another, or align or page_bytes is 0.
         OSError: EIO, as for crc32c().
     """
 

@@ -20,6 +20,14 @@ cdef extern from "crc32c.h" nogil:
     int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole)
     uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b)
 
+cdef extern from "layout.h" nogil:
+    ctypedef struct tc_layout:
+        const uint64_t *addresses
+        const uint64_t *lengths
+        size_t count, align, page_bytes
+        int kernel
+    int tc_lay_out(const tc_layout *layout, uint8_t *out, uint32_t *sums, uint32_t *whole)
+
 # Below it the hand-over of the GIL costs more than the sum.
 cdef size_t GIL_DROP_BYTES = 32 << 10
 _NAMES = ("portable", "sse42", "armv8")  # by the numbers of crc32c.h
@@ -57,6 +65,7 @@ cdef int _choose() except -1:
 tc_crc32c_init()
 cdef int _kernel = _choose()
 KERNEL = _NAMES[_kernel]
+KERNEL_NUMBER = _kernel
 
 
 def crc32c(data, uint32_t seed=0, *, kernel=None) -> int:
@@ -107,6 +116,38 @@ def crc32c_pages(uintptr_t address, size_t n_bytes, size_t page_bytes, uint32_t[
     else:
         with nogil:
             status = tc_crc32c_pages(number, <const uint8_t *>address, n_bytes, page_bytes, &out[0], &whole)
+    _check(status)
+    return whole
+
+
+def lay_out(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths not None, size_t align, uint8_t[::1] out not None,
+            size_t page_bytes, uint32_t[::1] sums not None) -> int:
+    cdef size_t count = addresses.shape[0]
+    cdef size_t room = out.shape[0]
+    cdef size_t n_bytes = 0, padded, i
+    cdef uint32_t whole = 0
+    cdef int status
+    cdef tc_layout layout
+    if page_bytes == 0 or align == 0:
+        raise ValueError("a page and an alignment have at least one byte")
+    if <size_t>lengths.shape[0] != count:
+        raise ValueError(f"{count} addresses need as many lengths, got {lengths.shape[0]}")
+    for i in range(count):
+        padded = lengths[i] + (align - lengths[i] % align) % align
+        if padded < lengths[i] or padded > room - n_bytes:
+            raise ValueError(f"the pieces and what fills them up are longer than the {room} bytes they go to")
+        n_bytes += padded
+    cdef size_t n_pages = n_bytes // page_bytes + (n_bytes % page_bytes != 0)
+    if n_bytes != room or <size_t>sums.shape[0] != n_pages:
+        raise ValueError(f"expected {n_bytes} bytes and {n_pages} sums, got room for {room} and {sums.shape[0]}")
+    if n_bytes == 0:
+        return 0
+    layout = tc_layout(&addresses[0], &lengths[0], count, align, page_bytes, _kernel)
+    if n_bytes < GIL_DROP_BYTES:
+        status = tc_lay_out(&layout, &out[0], &sums[0], &whole)
+    else:
+        with nogil:
+            status = tc_lay_out(&layout, &out[0], &sums[0], &whole)
     _check(status)
     return whole
 

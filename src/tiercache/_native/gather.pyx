@@ -1,12 +1,16 @@
 """Python face of csrc/gather.h: convert, hold, one C call with the GIL dropped."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.list cimport PyList_New, PyList_SET_ITEM
+from cpython.ref cimport Py_INCREF
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 import numpy as np
+
+from tiercache._native import checksum
 
 cdef extern from "guard.h" nogil:
     enum:
@@ -16,31 +20,54 @@ cdef extern from "guard.h" nogil:
     void tc_guard_leave()
 
 cdef extern from "Python.h":
+    ctypedef uint32_t Py_UCS4
+    object PyUnicode_New(Py_ssize_t, Py_UCS4)
+    void *PyUnicode_DATA(object)
     object PyUnicode_DecodeUTF8(const char *, Py_ssize_t, const char *)
 
 FIXED = TC_FIXED
 BITS = TC_BITS
 VAR = TC_VAR
+REF = TC_REF
 
 tc_guard_install()
+tc_gather_init(checksum.KERNEL_NUMBER)
 
 
-cdef int64_t guarded_measure(const tc_source *sources, const uint32_t *block, const uint32_t *row, size_t n, int64_t *offsets) noexcept nogil:
+class CorruptError(ValueError):
+    """Bytes are not what was written."""
+
+
+cdef int guarded_check(const tc_stream *stream, const tc_rows *rows, tc_fault *fault) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
-    cdef int64_t n_elements = tc_measure(sources, block, row, n, offsets)
+    cdef int code = tc_check(stream, rows, fault)
     tc_guard_leave()
-    return n_elements
+    return code
 
 
-cdef int guarded_gather(
-    const tc_stream *stream, const tc_source *sources, const uint32_t *block, const uint32_t *row, size_t n, const tc_sink *sink
-) noexcept nogil:
+cdef int guarded_measure(const tc_rows *rows, int64_t *offsets) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
-    tc_gather(stream, sources, block, row, n, sink)
+    cdef int code = tc_measure(rows, offsets)
     tc_guard_leave()
-    return 0
+    return code
+
+
+cdef int guarded_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink) noexcept nogil:
+    if tc_guard_enter():
+        return TC_EIO
+    cdef int code = tc_gather(stream, rows, sink)
+    tc_guard_leave()
+    return code
+
+
+cdef int64_t guarded_check_chunk(const tc_chunk *chunk) noexcept nogil:
+    if tc_guard_enter():
+        return TC_EIO
+    cdef int64_t page = tc_check_chunk(chunk)
+    tc_guard_leave()
+    return page
 
 
 cdef int guarded_copy(uint8_t *out, const uint8_t *source, size_t n) noexcept nogil:
@@ -51,12 +78,10 @@ cdef int guarded_copy(uint8_t *out, const uint8_t *source, size_t n) noexcept no
     return 0
 
 
-cdef int guarded_fill(char **objects, const tc_ref *refs, size_t n) noexcept nogil:
-    cdef size_t i
+cdef int guarded_fill(uint8_t **places, const tc_ref *refs, size_t n) noexcept nogil:
     if tc_guard_enter():
         return TC_EIO
-    for i in range(n):
-        memcpy(objects[i], <const void *><size_t>refs[i].address, refs[i].n_bytes)
+    tc_fill(places, refs, n)
     tc_guard_leave()
     return 0
 
@@ -72,41 +97,88 @@ cdef int guarded_offsets_ok(const int64_t *offsets, size_t n, int64_t limit) noe
 cdef int check(int64_t code) except -1:
     if code == TC_EIO:
         raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
+    if code == TC_CORRUPT:
+        raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
     return 0
 
 
-cdef int check_rows(const uint64_t[:, ::1] addresses, const uint32_t[::1] block, const uint32_t[::1] row) except -1:
-    if addresses.shape[1] != 2:
-        raise ValueError(f"addresses need the shape [n_blocks, 2], got [{addresses.shape[0]}, {addresses.shape[1]}]")
-    if block.shape[0] != row.shape[0]:
-        raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
-    return 0
+cdef class Rows:
+    """The arguments of a call as csrc/gather.h takes them, and what keeps them alive."""
 
+    cdef tc_rows rows
+    cdef const uint64_t[:, ::1] addresses
+    cdef const uint64_t[:, ::1] checks
+    cdef const uint32_t[::1] block
+    cdef const uint32_t[::1] row
 
-def measure(const uint64_t[:, ::1] addresses not None, const uint32_t[::1] block not None, const uint32_t[::1] row not None):
-    check_rows(addresses, block, row)
-    out = np.zeros(row.shape[0] + 1, dtype=np.int64)
-    cdef int64_t[::1] offsets = out
-    cdef size_t n = row.shape[0]
-    cdef int64_t code = 0
-    if n:
+    def __cinit__(self, addresses, checks, block, row):
+        self.addresses = addresses
+        self.block = block
+        self.row = row
+        if self.addresses.shape[1] != 3:
+            raise ValueError(f"addresses need the shape [n_blocks, 3], got [{self.addresses.shape[0]}, {self.addresses.shape[1]}]")
+        if self.block.shape[0] != self.row.shape[0]:
+            raise ValueError(f"block and row need one length, got {self.block.shape[0]} and {self.row.shape[0]}")
+        self.rows.n = self.row.shape[0]
+        if checks is not None:
+            self.checks = checks
+            if self.checks.shape[0] != self.addresses.shape[0] or self.checks.shape[1] != 4:
+                raise ValueError(f"checks need the shape [{self.addresses.shape[0]}, 4], got [{self.checks.shape[0]}, {self.checks.shape[1]}]")
+            self.rows.chunks = <const tc_chunk *>&self.checks[0, 0] if self.checks.shape[0] else NULL
+        if self.rows.n:
+            if not self.addresses.shape[0]:
+                raise ValueError("rows of no blocks")
+            self.rows.sources = <const tc_source *>&self.addresses[0, 0]
+            self.rows.block = &self.block[0]
+            self.rows.row = &self.row[0]
+            self.rows.n_breaks = tc_count_breaks(self.rows.block, self.rows.row, self.rows.n)
+
+    cdef int check_pages(self, tc_stream stream) except -1:
+        """Check the pages of the rows, if there is anything to check."""
+        cdef tc_fault fault
+        cdef int code
+        if self.rows.chunks != NULL:
+            with nogil:
+                code = guarded_check(&stream, &self.rows, &fault)
+            check(code)
+        return 0
+
+    cdef int measure(self, int64_t *offsets) except -1:
+        cdef int code
+        offsets[0] = 0
         with nogil:
-            code = guarded_measure(<const tc_source *>&addresses[0, 0], &block[0], &row[0], n, &offsets[0])
-        check(code)
+            code = guarded_measure(&self.rows, offsets)
+        return check(code)
+
+    cdef int gather(self, tc_stream stream, tc_sink sink) except -1:
+        cdef int code
+        with nogil:
+            code = guarded_gather(&stream, &self.rows, &sink)
+        return check(code)
+
+
+def measure(addresses, block, row, checks=None):
+    cdef Rows rows = Rows(addresses, checks, block, row)
+    cdef tc_stream stream = tc_stream(TC_VAR, 0)
+    out = np.zeros(rows.rows.n + 1, dtype=np.int64)
+    cdef int64_t[::1] offsets = out
+    rows.check_pages(stream)
+    rows.measure(&offsets[0])
     return out
 
 
 def gather(
     uint32_t kind,
     uint32_t width_bytes,
-    const uint64_t[:, ::1] addresses not None,
-    const uint32_t[::1] block not None,
-    const uint32_t[::1] row not None,
+    addresses,
+    block,
+    row,
     uint8_t[::1] out not None,
     const int64_t[::1] offsets=None,
+    checks=None,
 ):
-    check_rows(addresses, block, row)
-    cdef size_t n = row.shape[0]
+    cdef Rows rows = Rows(addresses, checks, block, row)
+    cdef size_t n = rows.rows.n
     cdef size_t need
     cdef tc_stream stream = tc_stream(kind, width_bytes)
     cdef tc_sink sink = tc_sink(NULL, NULL)
@@ -126,89 +198,110 @@ def gather(
     if n == 0 or need == 0:
         return
     sink.values = &out[0]
-    cdef int code
-    with nogil:
-        code = guarded_gather(&stream, <const tc_source *>&addresses[0, 0], &block[0], &row[0], n, &sink)
-    check(code)
+    rows.check_pages(stream)
+    rows.gather(stream, sink)
 
 
 cdef list bytes_of_refs(const tc_ref *refs, size_t n):
     # Objects are made at their size and filled once. CPython shares no object that is made with NULL save the empty one, which is not written.
-    cdef char **objects = <char **>malloc(max(n, 1) * sizeof(char *))
-    if objects == NULL:
+    cdef uint8_t **places = <uint8_t **>malloc((n + 1) * sizeof(uint8_t *))
+    if places == NULL:
         raise MemoryError
     cdef size_t i
     cdef int code
-    cdef list out = [None] * n
+    cdef list out = PyList_New(<Py_ssize_t>n)
     try:
         for i in range(n):
             item = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>refs[i].n_bytes)
-            out[i] = item
-            objects[i] = PyBytes_AS_STRING(item)
-        with nogil:
-            code = guarded_fill(objects, refs, n)
-        check(code)
-    finally:
-        free(objects)
-    return out
-
-
-cdef list str_of_refs(const tc_ref *refs, size_t n):
-    # Through a buffer: the decoder allocates, and a fault must not jump out of an allocation.
-    cdef size_t i, total = 0
-    cdef int code
-    for i in range(n):
-        total += refs[i].n_bytes
-    cdef char *text = <char *>malloc(max(total, 1))
-    cdef char **places = <char **>malloc(max(n, 1) * sizeof(char *))
-    cdef list out = [None] * n
-    try:
-        if text == NULL or places == NULL:
-            raise MemoryError
-        total = 0
-        for i in range(n):
-            places[i] = text + total
-            total += refs[i].n_bytes
+            places[i] = <uint8_t *>PyBytes_AS_STRING(item)
+            Py_INCREF(item)
+            PyList_SET_ITEM(out, <Py_ssize_t>i, item)
         with nogil:
             code = guarded_fill(places, refs, n)
         check(code)
-        for i in range(n):
-            out[i] = PyUnicode_DecodeUTF8(places[i], <Py_ssize_t>refs[i].n_bytes, NULL)
     finally:
-        free(text)
         free(places)
     return out
 
 
-cdef list objects_of_rows(addresses, block, row, bint as_str):
-    cdef const uint64_t[:, ::1] sources = addresses
-    cdef const uint32_t[::1] blocks = block
-    cdef const uint32_t[::1] rows = row
-    check_rows(sources, blocks, rows)
-    cdef size_t n = rows.shape[0]
-    if n == 0:
-        return []
+cdef bint is_ascii(const uint8_t *values, size_t n) noexcept nogil:
+    # Whole blocks are joined without a branch, so that the loop is vectorised.
+    cdef size_t i = 0, end
+    cdef uint8_t found = 0
+    while i < n and found < 128:
+        end = min(i + 4096, n)
+        while i < end:
+            found |= values[i]
+            i += 1
+    return found < 128
+
+
+cdef list str_of_buffer(const uint8_t *values, const int64_t *offsets, size_t n):
+    # One look at all of the text tells whether any of it has to be decoded; mostly none has, and objects are filled by a copy.
+    cdef bint ascii
+    cdef list out = PyList_New(<Py_ssize_t>n)
+    cdef size_t i
+    cdef Py_ssize_t length
+    with nogil:
+        ascii = is_ascii(values + offsets[0], <size_t>(offsets[n] - offsets[0]))
+    for i in range(n):
+        length = <Py_ssize_t>(offsets[i + 1] - offsets[i])
+        if ascii and length > 1:  # CPython keeps one object for each text of one character: decoding gives those
+            item = PyUnicode_New(length, 127)
+            memcpy(PyUnicode_DATA(item), values + offsets[i], <size_t>length)
+        else:
+            item = PyUnicode_DecodeUTF8(<const char *>values + offsets[i], length, NULL)
+        Py_INCREF(item)
+        PyList_SET_ITEM(out, <Py_ssize_t>i, item)
+    return out
+
+
+def gather_bytes(addresses, block, row, checks=None):
+    cdef Rows rows = Rows(addresses, checks, block, row)
     cdef tc_stream stream = tc_stream(TC_REF, 1)
-    cdef tc_ref *refs = <tc_ref *>malloc(n * sizeof(tc_ref))
+    cdef tc_ref *refs = <tc_ref *>malloc((rows.rows.n + 1) * sizeof(tc_ref))
     if refs == NULL:
         raise MemoryError
-    cdef tc_sink sink = tc_sink(<uint8_t *>refs, NULL)
-    cdef int code
     try:
-        with nogil:
-            code = guarded_gather(&stream, <const tc_source *>&sources[0, 0], &blocks[0], &rows[0], n, &sink)
-        check(code)
-        return str_of_refs(refs, n) if as_str else bytes_of_refs(refs, n)
+        rows.check_pages(stream)
+        rows.gather(stream, tc_sink(<uint8_t *>refs, NULL))
+        return bytes_of_refs(refs, rows.rows.n)
     finally:
         free(refs)
 
 
-def gather_bytes(addresses, block, row):
-    return objects_of_rows(addresses, block, row, False)
+def gather_str(addresses, block, row, checks=None):
+    # Through a buffer: making text allocates, and a fault must not jump out of an allocation.
+    offsets = measure(addresses, block, row, checks)
+    text = np.empty(max(int(offsets[len(row)]), 1), np.uint8)
+    gather(TC_VAR, 1, addresses, block, row, text, offsets, checks)
+    cdef const int64_t[::1] places = offsets
+    cdef const uint8_t[::1] values = text
+    return str_of_buffer(&values[0], &places[0], <size_t>places.shape[0] - 1)
 
 
-def gather_str(addresses, block, row):
-    return objects_of_rows(addresses, block, row, True)
+def locate(uint32_t kind, uint32_t width_bytes, addresses, checks, block, row):
+    cdef Rows rows = Rows(addresses, checks, block, row)
+    cdef tc_stream stream = tc_stream(kind, width_bytes)
+    cdef tc_fault fault
+    cdef int code
+    rows.rows.n_breaks = rows.rows.n  # row by row, to be exact
+    with nogil:
+        code = guarded_check(&stream, &rows.rows, &fault)
+    if code == TC_CORRUPT:
+        return fault.row, None if fault.page < 0 else fault.page
+    check(code)
+    return None
+
+
+def check_chunk(const uint64_t[::1] chunk not None):
+    if chunk.shape[0] != 4:
+        raise ValueError(f"a chunk is (base, n_bytes, crcs, checked), got {chunk.shape[0]} numbers")
+    cdef int64_t page
+    with nogil:
+        page = guarded_check_chunk(<const tc_chunk *>&chunk[0])
+    check(page)
+    return None if page < 0 else page
 
 
 def offsets_ok(uint64_t address, size_t n, int64_t limit):

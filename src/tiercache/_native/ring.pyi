@@ -21,12 +21,20 @@ class Figures(TypedDict):
 class Plan:
     """A window's rows in served order, and what keeps their memory alive.
 
-    addresses: uint64[n_streams, n_blocks, 2]; block, row: uint32[n_rows]; held: any object that owns the memory behind
-        the addresses.
+    addresses: uint64[n_streams, n_blocks, 3]; block, row: uint32[n_rows]; held: any object that owns the memory behind
+        addresses and checks; checks: uint64[n_streams, n_blocks, 4], the chunks to be checked on first touch (as
+        gather.pyi says), or None; forms: uint64[n], a struct tc_form (csrc/forms.h) for each stream and what they point
+        to, the same for all plans of a ring, or None.
     """
 
     def __init__(
-        self, addresses: NDArray[np.uint64], block: NDArray[np.uint32], row: NDArray[np.uint32], held: object
+        self,
+        addresses: NDArray[np.uint64],
+        block: NDArray[np.uint32],
+        row: NDArray[np.uint32],
+        held: object,
+        checks: NDArray[np.uint64] | None = None,
+        forms: NDArray[np.uint64] | None = None,
     ) -> None: ...
     @property
     def n_rows(self) -> int: ...
@@ -50,10 +58,14 @@ class Slot:
         """Where a stream lies: its values and (VAR) its int64 offsets, in bytes, and (VAR) how many elements it has."""
 
     def bytes_list(self, stream: int) -> list[bytes]:
-        """New bytes objects of a REF stream, filled from the source. Only before the next take()."""
+        """New bytes objects of a REF stream, filled from the source by the ring's threads. Only before the next take().
+
+        Raises:
+            OSError: EIO, the source could not be read.
+        """
 
     def str_list(self, stream: int) -> list[str]:
-        """New str objects of a REF stream. Only before the next take(). Raises UnicodeDecodeError."""
+        """New str objects of a VAR stream of bytes. Raises UnicodeDecodeError."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -88,6 +100,7 @@ class Ring:
 
         Raises:
             OSError: EIO, a mapped source of this batch could not be read.
+            gather.CorruptError: its bytes are not what was written.
             KeyboardInterrupt: and whatever else a signal handler raises while it waits.
         """
 

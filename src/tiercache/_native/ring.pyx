@@ -1,13 +1,21 @@
 """Python face of csrc/ring.h: owns the ring, its plans and its slots; every wait is without the GIL and sees signals."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 from collections import deque
 
-from tiercache._native.gather cimport bytes_of_refs, str_of_refs, tc_ref, tc_source, tc_stream
+from tiercache._native import checksum
+from tiercache._native.gather import CorruptError
+from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
+
+cdef extern from "forms.h" nogil:
+    ctypedef struct tc_form:
+        pass
 
 cdef extern from "ring.h" nogil:
     enum:
@@ -17,13 +25,16 @@ cdef extern from "ring.h" nogil:
         TC_TIMEOUT
         TC_CLOSED
         TC_NOMEM
+        TC_CORRUPT
 
     ctypedef struct tc_plan:
         const tc_source *sources
+        const tc_chunk *chunks
         size_t n_blocks
         const uint32_t *block
         const uint32_t *row
         size_t n_rows
+        const tc_form *forms
 
     ctypedef struct tc_ring:
         pass
@@ -50,6 +61,7 @@ cdef extern from "ring.h" nogil:
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
     void tc_slot_release(tc_slot *)
+    int tc_ring_run_errand(tc_slot *, const tc_ref *, char **, size_t)
     void tc_ring_close(tc_ring *)
     void tc_ring_drop(tc_ring *)
     void tc_ring_figures(tc_ring *, tc_figures *)
@@ -61,6 +73,7 @@ cdef extern from "guard.h" nogil:
     void tc_guard_install()
 
 tc_guard_install()
+tc_gather_init(checksum.KERNEL_NUMBER)
 
 END = TC_END
 FAILED = TC_FAILED
@@ -77,23 +90,39 @@ cdef class Plan:
     cdef tc_plan plan
     cdef object held
     cdef const uint64_t[:, :, ::1] addresses
+    cdef const uint64_t[:, :, ::1] checks
+    cdef const uint64_t[::1] forms
     cdef const uint32_t[::1] block
     cdef const uint32_t[::1] row
 
     def __init__(
-        self, const uint64_t[:, :, ::1] addresses not None, const uint32_t[::1] block not None, const uint32_t[::1] row not None, held
+        self,
+        const uint64_t[:, :, ::1] addresses not None,
+        const uint32_t[::1] block not None,
+        const uint32_t[::1] row not None,
+        held,
+        const uint64_t[:, :, ::1] checks=None,
+        const uint64_t[::1] forms=None,
     ):
-        if addresses.shape[2] != 2:
-            raise ValueError(f"addresses need the shape [n_streams, n_blocks, 2], got {tuple(addresses.shape)}")
+        if addresses.shape[2] != 3:
+            raise ValueError(f"addresses need the shape [n_streams, n_blocks, 3], got {tuple(addresses.shape)[:3]}")
+        if checks is not None and tuple(checks.shape)[:3] != (addresses.shape[0], addresses.shape[1], 4):
+            raise ValueError(f"checks need the shape [n_streams, n_blocks, 4] of addresses, got {tuple(checks.shape)[:3]}")
+        if forms is not None and forms.shape[0] < addresses.shape[0] * <Py_ssize_t>(sizeof(tc_form) // sizeof(uint64_t)):
+            raise ValueError(f"forms need {sizeof(tc_form) // sizeof(uint64_t)} words a stream, got {forms.shape[0]} of {addresses.shape[0]}")
         if block.shape[0] != row.shape[0]:
             raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
         self.addresses = addresses
+        self.checks = checks
+        self.forms = forms
         self.block = block
         self.row = row
         self.held = held
         self.plan.n_blocks = addresses.shape[1]
         self.plan.n_rows = row.shape[0]
         self.plan.sources = <const tc_source *>&addresses[0, 0, 0] if addresses.shape[0] and addresses.shape[1] else NULL
+        self.plan.chunks = <const tc_chunk *>&checks[0, 0, 0] if checks is not None and self.plan.sources != NULL else NULL
+        self.plan.forms = <const tc_form *>&forms[0] if forms is not None and addresses.shape[0] else NULL
         self.plan.block = &block[0] if row.shape[0] else NULL
         self.plan.row = &row[0] if row.shape[0] else NULL
 
@@ -104,6 +133,29 @@ cdef class Plan:
     @property
     def held(self):
         return self.held
+
+
+cdef list filled_bytes(tc_slot *slot, size_t stream):
+    # Objects are made at their size and filled once. CPython shares no object that is made with NULL save the empty one, which is not written.
+    cdef const tc_ref *refs = <const tc_ref *>(slot.memory + slot.values_at[stream])
+    cdef size_t i, n = slot.n_rows
+    cdef int status
+    cdef list objects = [None] * n
+    cdef char **places = <char **>malloc(max(n, 1) * sizeof(char *))
+    if places == NULL:
+        raise MemoryError
+    try:
+        for i in range(n):
+            item = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>refs[i].n_bytes)
+            objects[i] = item
+            places[i] = PyBytes_AS_STRING(item)
+        with nogil:
+            status = tc_ring_run_errand(slot, refs, places, n)
+    finally:
+        free(places)
+    if status != TC_OK:
+        raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
+    return objects
 
 
 cdef class Slot:
@@ -137,10 +189,11 @@ cdef class Slot:
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
     def bytes_list(self, size_t stream):
-        return bytes_of_refs(<const tc_ref *>(self.slot.memory + self.slot.values_at[stream]), self.slot.n_rows)
+        return filled_bytes(self.slot, stream)
 
     def str_list(self, size_t stream):
-        return str_of_refs(<const tc_ref *>(self.slot.memory + self.slot.values_at[stream]), self.slot.n_rows)
+        cdef const uint8_t *values = self.slot.memory + self.slot.values_at[stream]
+        return str_of_buffer(values, <const int64_t *>(self.slot.memory + self.slot.offsets_at[stream]), self.slot.n_rows)
 
 
 cdef class Ring:
@@ -218,6 +271,8 @@ cdef class Ring:
             return out
         if status == TC_EIO:
             raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
+        if status == TC_CORRUPT:
+            raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
         if status == TC_NOMEM:
             raise MemoryError("no memory for a batch")
         return status

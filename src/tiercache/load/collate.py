@@ -9,16 +9,18 @@ import numpy as np
 import torch
 
 from tiercache.load.assemble import TORCH_DTYPES
+from tiercache.load.buffer import Buffer
+from tiercache.load.forms import in_forms
 from tiercache.load.records import Records
 from tiercache.shard.types import Kind
-from tiercache.shard.values import ColumnValues, as_batch
+from tiercache.shard.values import ColumnValues
 
 
 def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of records: a dict of tensors [n, ...] and lists; for torch's own DataLoader over a `tiercache.Dataset`.
 
-    Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, so that this costs no copy;
-    others are stacked.
+    Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, in the forms that the data
+    set was made with; others are stacked.
 
     Args:
         records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects.
@@ -30,10 +32,12 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ValueError: no records.
     """
     if isinstance(records, Records):
-        batch = {name: _tensor(values) for name, values in as_batch(records.columns).items()}
+        batch = {name: _tensor(values) for name, values in in_forms(records.columns, records.serving).items()}
         for values in records.columns:
-            if values.column.kind is Kind.RAGGED:
+            if values.column.kind is Kind.RAGGED and records.serving.form(values.column) == "list":
                 batch[values.column.name] = _ragged(values)
+            elif values.column.name in records.serving.decode and isinstance(values.values, list):
+                batch[values.column.name] = _pictures(values)
         return batch
     if not records:
         raise ValueError("cannot make a batch of no records")
@@ -41,7 +45,14 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(values: Any) -> Any:
+    if isinstance(values, Buffer):
+        return Buffer(_tensor(values.values), _tensor(values.offsets), _tensor(values.shapes))
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+
+
+def _pictures(values: ColumnValues) -> list[Any]:
+    """A list of tensors of whole pictures, None for a null."""
+    return [_tensor(picture) for picture in values.values]
 
 
 def _ragged(values: ColumnValues) -> list[torch.Tensor]:

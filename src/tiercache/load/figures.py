@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tiercache._native.ring import held_bytes
+from tiercache.load.memory import lent_bytes
 from tiercache.model import format_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def summarise(
 
     Args:
         counters: samples, batches, bytes_served, padded, wall_s, plan_s, load_s, gather_ns (of all
-            threads) of this loader.
+            threads), decode_ns (of all threads, where pictures are decoded) of this loader.
         waits: of the consumer.
         fetched: requests, bytes_fetched, cache_hits, cache_misses of the data set in this process, since the loader
             was made.
@@ -38,6 +39,8 @@ def summarise(
         "load_s": counters.get("load_s", 0.0),
         "gather_s": counters.get("gather_ns", 0.0) / 1e9,
     }
+    if "decode_ns" in counters:
+        stages["decode_s"] = counters["decode_ns"] / 1e9
     return {
         "samples": int(counters.get("samples", 0)),
         "batches": int(counters.get("batches", 0)),
@@ -48,7 +51,7 @@ def summarise(
         "cache_misses": int(fetched.get("cache_misses", 0)),
         "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
         "padded": int(counters.get("padded", 0)),
-        "held_bytes": held_bytes(),
+        "held_bytes": held_bytes() + lent_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
         "stages": stages,
         "threads": threads,
@@ -60,7 +63,9 @@ def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, fl
     waited = f"waited {share:.1%} of the time"
     if share < WAITING_SHARE:
         return f"consumer ({waited} for data)"
-    busiest = max(stages, key=lambda name: stages[name] / (threads if name == "gather_s" else 1))
+    busiest = max(stages, key=lambda name: stages[name] / (threads if name in ("gather_s", "decode_s") else 1))
+    if busiest == "decode_s":
+        return f"decode ({waited}; {threads} threads decode pictures; store them smaller, or give more threads)"
     if busiest == "gather_s":
         return f"gather ({waited}; {threads} threads copy; serve fewer columns or give more threads)"
     if busiest == "plan_s":

@@ -103,6 +103,7 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
+                serving=dataset.serving,
             )
             self._native = NativeRun(source, asked)
 

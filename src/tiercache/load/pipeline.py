@@ -23,9 +23,15 @@ import numpy as np
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.load.assemble import Assembler, BadValueError, Batch, gather_streams, slot_bytes, valid_mask
+from tiercache.load.ahead import Ahead
+from tiercache.load.assemble import Assembler, BadValueError, Batch, valid_mask
+from tiercache.load.faults import bad_value
+from tiercache.load.memory import BatchMemory
 from tiercache.load.plan import Piece, pieces
+from tiercache.load.serving import Serving
+from tiercache.load.streams import form_table, gather_streams, slot_bytes
 from tiercache.load.window import Loaded, Threads, load_window
+from tiercache.shard.blocks import describe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,21 +59,27 @@ _live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a pipeline may use: threads that gather, bytes of batches ahead."""
+    """What a pipeline may use: threads that gather, bytes of batches ahead, bytes of memory for the whole process."""
 
     n_threads: int
     memory_bytes: int
+    limit_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a pipeline does: a source's epoch in an order, a rank's share of it."""
+    """What a pipeline does: a source's epoch in an order, a rank's share of it, and how columns are served.
+
+    memory: for decoded batches, kept from epoch to epoch by whoever begins the epochs.
+    """
 
     source: Source
     order: EpochOrder
     ranks: RankPlan
     counters: Counters
     waits: Waits
+    serving: Serving = field(default_factory=Serving)
+    memory: BatchMemory = field(default_factory=BatchMemory)
 
 
 @dataclass(slots=True)
@@ -75,12 +87,13 @@ class _Shared:
     """What planner and consumer share.
 
     pieces: pushed, oldest first, with the sequence's row after their last; stop: done when the planner shall end, so
-    that it can be waited for beside a window.
+    that it can be waited for beside a window; forms: what lists of bytes may refer to, kept as long as they are filled.
     """
 
     pieces: deque[tuple[int, Piece, Loaded]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
+    forms: NDArray[np.uint64] | None = None
 
 
 class Pipeline:
@@ -92,9 +105,9 @@ class Pipeline:
 
     def __init__(self, work: Work, resources: Resources) -> None:
         self._work = work
-        self._assembler = Assembler(work.source.schema)
+        self._assembler = Assembler(work.source.schema, work.serving)
         self._stored_columns = work.source.stored_columns
-        streams = gather_streams(work.source.schema)
+        streams = gather_streams(work.source.schema, work.serving)
         batch_rows = min(work.ranks.batch_size, max(work.ranks.n_records, 1))
         expected_bytes = slot_bytes(streams, batch_rows)
         self._ring = Ring(
@@ -105,13 +118,16 @@ class Pipeline:
             slot_bytes=expected_bytes,
         )
         self._shared = _Shared()
-        self._pool = ThreadPoolExecutor(max(MIN_LOAD_THREADS, resources.n_threads), "tiercache-load")
+        n_loading = max(MIN_LOAD_THREADS, resources.n_threads)
+        self._pool = ThreadPoolExecutor(n_loading, "tiercache-load")
+        threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._taken_rows = self._n_batches = self._n_bytes = 0
         self._pid = os.getpid()
         self._taking = threading.RLock()
+        self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
         self._planner = threading.Thread(
-            target=_plan, args=(work, self._ring, self._shared, self._pool), name="tiercache-plan", daemon=True
+            target=_plan, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
         _live.add(self)
         self._planner.start()
@@ -167,15 +183,13 @@ class Pipeline:
             self.close()
 
     def _take(self, timeout_s: float) -> Batch | None:
-        start_s = time.perf_counter()
         try:
-            slot = self._ring.take(timeout_s)
-        except OSError as error:
+            slot = self._next_slot(timeout_s)
+        except (OSError, gather.CorruptError) as error:
             raise self._failed(error) from error
         except MemoryError:
             self.close()  # its batch is lost: going on would serve the next one as if nothing had been
             raise
-        self._work.waits.add(time.perf_counter() - start_s)
         if isinstance(slot, int):
             self._stop(slot, timeout_s)
             return None
@@ -192,6 +206,18 @@ class Pipeline:
         while done and done[0][0] <= self._taken_rows:
             done.popleft()
         return batch
+
+    def _next_slot(self, timeout_s: float) -> Slot | int:
+        """The next slot of the ring, or a status."""
+        slot = self._ring.take(0.0)
+        if not isinstance(slot, int):
+            self._work.waits.add_none()
+            return slot
+        start_s = time.perf_counter()
+        try:
+            return self._ring.take(timeout_s)
+        finally:
+            self._work.waits.add(time.perf_counter() - start_s)
 
     def _stop(self, status: int, timeout_s: float) -> None:
         if status == END:
@@ -211,7 +237,7 @@ class Pipeline:
         for name, index in self._assembler.object_columns:
             column = self._stored_columns[index]
             values = [loaded.value(block, row, column) for loaded, block, row in places]
-            batch[name] = values
+            batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
@@ -223,12 +249,12 @@ class Pipeline:
             for row in range(max(start, first), min(stop, end)):
                 yield loaded, int(piece.block[row - first]), int(piece.row[row - first])
 
-    def _failed(self, error: OSError | BadValueError) -> TierCacheError:
+    def _failed(self, error: OSError | ValueError) -> TierCacheError:
         found = self._explain(error)
         self.close()
         return found
 
-    def _explain(self, error: OSError | BadValueError) -> TierCacheError:
+    def _explain(self, error: OSError | ValueError) -> TierCacheError:
         """The block that could not be read, found by reading the batch's rows one by one."""
         text = str(error.strerror if isinstance(error, OSError) else error)
         source = self._work.source
@@ -236,29 +262,41 @@ class Pipeline:
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         stop = self._taken_rows + self._work.ranks.batch_size
         for loaded, block, row in self._places(self._taken_rows, stop):
+            loaded.held[loaded.holder[block]].forget_checks()  # the file may have been damaged since
+            checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
-                if not _readable(loaded.addresses[number], int(kind), int(width), block, row):
+                check = None if checks is None else checks[number]
+                fault = _fault((int(kind), int(width), loaded.addresses[number], check), block, row)
+                if fault is not None:
                     blocks = loaded.held[loaded.holder[block]]
+                    self.damaged_shard = int(loaded.window.shards[block])
                     return CorruptShard(
-                        text,
+                        fault,
                         url=blocks.url,
                         block=blocks.blocks[loaded.position[block]],
                         column=names[number],
                     )
+            wrong = bad_value(source.schema, loaded, block, row)
+            if wrong is not None:
+                return wrong
         return CorruptShard(text, url=source.url)
 
 
-def _readable(addresses: NDArray[np.uint64], kind: int, width: int, block: int, row: int) -> bool:
-    """Whether one row of one stream can be read."""
+def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:
+    """What is wrong with one row of a stream (kind, width, addresses, checks), None if it can be served."""
+    kind, width, addresses, _ = stream
     place = (np.array([block], np.uint32), np.array([row], np.uint32))
     try:
+        found = gather.locate(*stream, *place)
+        if found is not None:
+            return describe(found[1])
         if kind in (gather.FIXED, gather.BITS):
             gather.gather(kind, width, addresses, *place, bytearray(max(width, 1)))
         else:
             gather.gather_bytes(addresses, *place)
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 def _depth(batch_bytes: int, memory_bytes: int) -> int:
@@ -272,10 +310,10 @@ def _stored_bytes(work: Work, n_rows: int) -> int:
     return int(work.source.shard_bytes.sum()) // max(work.ranks.n_records, 1) * n_rows
 
 
-def _plan(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecutor) -> None:
+def _plan(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
     """The planner thread: push each piece of the epoch, at most one window ahead of the one that is served."""
     try:
-        _push_pieces(work, ring, shared, pool)
+        _push_pieces(work, ring, shared, threads)
         ring.finish()
     except CancelledError:  # close() while a window was being loaded
         ring.finish(failed=True)
@@ -285,10 +323,12 @@ def _plan(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecutor) -> 
         ring.finish(failed=True)
 
 
-def _push_pieces(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecutor) -> None:
+def _push_pieces(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
     loaded: Loaded | None = None
     pushed_rows = 0
+    forms = shared.forms = form_table(work.source.schema, work.serving)
     shard_bytes = int(work.source.shard_bytes.max(initial=1))
+    near = Ahead(threads, int(work.source.shard_bytes.sum()))
     start_s = time.perf_counter()
     for piece in pieces(work.order, work.ranks):
         work.counters.add("plan_s", time.perf_counter() - start_s)
@@ -301,12 +341,17 @@ def _push_pieces(work: Work, ring: Ring, shared: _Shared, pool: ThreadPoolExecut
             ahead = work.order.shards_ahead(piece.window.start, SHARDS_AHEAD * shard_bytes)
             # The window's own first: what comes after must not be fetched before them.
             work.source.prefetch([*dict.fromkeys(piece.window.shards[piece.wanted].tolist()), *ahead.tolist()])
-            loaded = load_window(work.source, piece.window, piece.wanted, Threads(pool, shared.stop))
+            loaded = load_window(work.source, piece.window, piece.wanted, threads)
+            # Near before a row of it is asked for, while the window before is served.
+            for read in near.bring_near(loaded) if pushed_rows else ():
+                threads.result(read)
             work.counters.add("load_s", time.perf_counter() - start_s)
-        pushed_rows += len(piece.row)
+        is_first, pushed_rows = pushed_rows == 0, pushed_rows + len(piece.row)
         shared.pieces.append((pushed_rows, piece, loaded))
-        if not ring.push(Plan(loaded.addresses, piece.block, piece.row, loaded)):
+        if not ring.push(Plan(loaded.addresses, piece.block, piece.row, loaded, loaded.checks, forms)):
             return
+        if is_first:  # the first batch does not wait for its whole window
+            near.bring_near(loaded)
         start_s = time.perf_counter()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
+from tiercache.load.serving import Serving
 from tiercache.shard.types import Column, Kind
 from tiercache.shard.values import ColumnValues, as_records, gather_values
 
@@ -60,21 +61,24 @@ def none_of(schema: Schema) -> list[ColumnValues]:
 def _none_of_column(column: Column, nowhere: NDArray[np.uint32]) -> ColumnValues:
     if column.kind is Kind.ARROW:
         return ColumnValues(column, [], np.empty(0, np.bool_) if column.nullable else None)
-    addresses = np.zeros((len(column.streams(0)), 1, 2), np.uint64)
+    addresses = np.zeros((len(column.streams(0)), 1, 3), np.uint64)
     return gather_values(column, addresses, nowhere, nowhere, url="")
 
 
 class Records(list[Record]):
     """A list of records that is made only when somebody looks; `columns` are the same rows, column by column.
 
+    serving: the forms that a batch of them has.
+
     torch's fetcher gets one of these from `Dataset.__getitems__`. `tiercache.collate` hands the gathered batch on
     untouched, so the records are never made; any other collate function sees an ordinary list. Owned by one thread at
     a time, as lists are.
     """
 
-    def __init__(self, columns: Sequence[ColumnValues], n_records: int) -> None:
+    def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: Serving | None = None) -> None:
         super().__init__()
         self.columns = columns
+        self.serving = Serving() if serving is None else serving
         self._n_unmade: int | None = n_records
 
     def _make(self) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import operator
-import time
-import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from tiercache import config
-from tiercache.load.assemble import Batch
 from tiercache.load.figures import summarise
+from tiercache.load.iterator import Delivery, NativeIterator, Position
+from tiercache.load.memory import BatchMemory
 from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import Pipeline, Resources, Work
+from tiercache.load.pipeline import Resources, Work
 from tiercache.load.ranks import Rank, agree, draw_seed, find_rank
+from tiercache.load.serving import Serving
 from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
 from tiercache.model import parse_bytes
@@ -42,6 +42,7 @@ class Asked:
     pin_memory: bool
     generator: torch.Generator | None
     options: LoaderOptions
+    serving: Serving = field(default_factory=Serving)
 
 
 class NativeRun:
@@ -62,6 +63,7 @@ class NativeRun:
         self._rank: Rank | None = None
         self._counters = Counters("padded")
         self._waits = Waits()
+        self._memory = BatchMemory()
         self._figures_before = dict(source.figures())
 
     def rank(self) -> Rank:
@@ -138,9 +140,10 @@ class NativeRun:
         plan = RankPlan(
             state.offset, rank.world_size, rank.rank, self._asked.batch_size, state.drop_last, order.n_records
         )
-        work = Work(self._source, order, plan, self._counters, self._waits)
+        work = Work(self._source, order, plan, self._counters, self._waits, self._asked.serving, self._memory)
         position = Position(state, plan)
-        iterator = NativeIterator(self._asked, position, work, self._resources(rank))
+        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory)
+        iterator = NativeIterator(position, work, self._resources(rank), delivery)
         self._position = position  # only now: an iterator that could not be made is no epoch
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
@@ -206,12 +209,18 @@ class NativeRun:
     def _n_records(self) -> int:
         return int(self._source.shard_records.sum())
 
+    @cached_property
+    def _machine(self) -> tuple[int, int]:
+        """Cores and bytes of memory, asked once: reading the cgroups takes 1.2 ms, which shows in short epochs."""
+        return config.available_cpus(), config.memory_limit_bytes()
+
     def _resources(self, rank: Rank) -> Resources:
         options = self._options
-        n_threads = options.threads or max(1, config.available_cpus() // rank.local_ranks)
-        share_bytes = min(_MEMORY_MAX_BYTES, config.memory_limit_bytes() // _MEMORY_SHARE) // rank.local_ranks
+        n_cpus, limit_bytes = self._machine
+        n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
+        share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
         memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
-        return Resources(n_threads, memory_bytes)
+        return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
 
 
 def _order_options(state: RunState) -> OrderOptions:
@@ -223,105 +232,3 @@ def _order_options(state: RunState) -> OrderOptions:
         streams=state.streams,
         placement=state.placement,
     )
-
-
-class Position:
-    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before."""
-
-    def __init__(self, begun: RunState, ranks: RankPlan) -> None:
-        self._begun = begun
-        self._ranks = ranks
-        self._redirected: RunState | None = None
-        self.n_yielded = 0
-        self.finished = False
-
-    def state(self) -> RunState:
-        """Where the run stands after the batches handed out; after the end, at the start of the next epoch."""
-        if self._redirected is not None:
-            return self._redirected
-        if self.finished:
-            return self.next_state()
-        return replace(self._begun, offset=self._ranks.offset_after(self.n_yielded))
-
-    def next_state(self) -> RunState:
-        """Where the loader's next iter() begins: the next epoch, however far this one got."""
-        return self._redirected or replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
-
-    def redirect(self, epoch: int) -> None:
-        """Let the loader go on with another epoch."""
-        if self.next_state().epoch != epoch:
-            self._redirected = replace(self._begun, epoch=epoch, offset=0)
-
-
-class NativeIterator(Iterator[Batch]):
-    """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
-
-    def __init__(self, asked: Asked, position: Position, work: Work, resources: Resources) -> None:
-        self._position = position
-        self._work = work
-        self._timeout_s = asked.timeout_s if asked.timeout_s > 0 else -1.0
-        self._pin = _pinning(asked)
-        self._start_s = time.perf_counter()
-        self._counted = False
-        self._pipeline = Pipeline(work, resources)
-
-    def __next__(self) -> Batch:
-        # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
-        if torch.autograd.profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
-            with torch.autograd.profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
-                return self._take()
-        return self._take()
-
-    def __iter__(self) -> NativeIterator:
-        return self
-
-    def __len__(self) -> int:
-        return self._work.ranks.n_batches
-
-    def __del__(self) -> None:
-        if hasattr(self, "_pipeline"):
-            self.close()
-
-    def figures(self) -> Mapping[str, float]:
-        """The pipeline's, and wall_s of this epoch; nothing once they are in the loader's counters."""
-        if self._counted:
-            return {}
-        return {**self._pipeline.figures(), "wall_s": time.perf_counter() - self._start_s}
-
-    def close(self) -> None:
-        """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
-        self._pipeline.close()
-        if not self._counted and not self._pipeline.inherited:
-            for name, figure in self.figures().items():
-                self._work.counters.add(name, figure)
-            self._counted = True
-
-    def _take(self) -> Batch:
-        if self._position.finished:
-            raise StopIteration
-        try:
-            batch = self._pipeline.take(self._timeout_s)
-        except TimeoutError as error:
-            raise RuntimeError(f"DataLoader timed out after {self._timeout_s:g} seconds") from error
-        if batch is None:
-            self._position.finished = True
-            self._work.counters.add("padded", self._work.ranks.padded)
-            self.close()
-            raise StopIteration
-        self._position.n_yielded += 1
-        return self._pin(batch) if self._pin is not None else batch
-
-
-def _pinning(asked: Asked) -> Any:
-    """What pins a batch, None where nothing is to be pinned; warns as torch does where it cannot."""
-    if not asked.pin_memory:
-        return None
-    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch before 2.6 knows only cuda here
-    if not accelerator.is_available():
-        warnings.warn(
-            "'pin_memory' argument is set as true but no accelerator is found, "
-            "then device pinned memory won't be used.",
-            stacklevel=5,  # the caller of iter(loader)
-        )
-        return None
-    return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does

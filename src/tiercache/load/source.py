@@ -59,6 +59,12 @@ class Source(Protocol):
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start bringing these shards near, in this order; returns at once."""
 
+    def is_at_hand(self, shard: int) -> bool:
+        """Whether load() of any of its blocks neither reads, fetches nor decodes, as far as that is known by now."""
+
+    def heal(self, shard: int) -> bool:
+        """Hear that what load() gave of a shard is damaged. True: a local copy was to blame and is gone: load again."""
+
     def at_version(self, number: int) -> Source:
         """The same choice of another version."""
 

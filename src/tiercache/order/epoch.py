@@ -171,6 +171,7 @@ class EpochOrder:
             raw_bytes=int(group.raw_bytes[run].sum()),
             shards=_frozen(group.shards[run]),
             blocks=_frozen(group.blocks[run]),
+            block_bytes=_frozen(group.raw_bytes[run].astype(np.int64)),
             first=_frozen(first),
             key=self._key("rows", start) if self.options.shuffle else None,
         )

@@ -31,6 +31,7 @@ class Window:
         raw_bytes: of its blocks, all columns, decoded.
         shards: int32[k], shard of each block, by data-set index.
         blocks: int32[k], the block inside its shard.
+        block_bytes: int64[k], raw bytes of each block, all columns.
         first: int64[k + 1], cumulative rows of the blocks; first[k] == stop - start.
         key: of the permutation of its rows; None when they are not shuffled.
     """
@@ -42,6 +43,7 @@ class Window:
     raw_bytes: int
     shards: NDArray[np.int32]
     blocks: NDArray[np.int32]
+    block_bytes: NDArray[np.int64]
     first: NDArray[np.int64]
     key: bytes | None
     _finder: RowFinder = field(init=False, repr=False)

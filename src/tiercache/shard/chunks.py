@@ -8,13 +8,13 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from tiercache._native.checksum import crc32c_many
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 from tiercache.shard import codec
-from tiercache.shard.layout import Footer, align
+from tiercache.shard.decode import BadFrameError, Frames, decode
+from tiercache.shard.layout import PAGE_BYTES, Footer, align
 from tiercache.shard.source import LocalCopy, Source, address_of, aligned_empty
 from tiercache.shard.spec import Kind
 
@@ -25,16 +25,54 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 _GAP_BYTES = 4096
 
 
+class Unchecked:
+    """Raw chunks in a mapping whose pages are checked by whoever reads them first, as gather.pyi says.
+
+    Args:
+        rows: uint64[n_chunks, 4], zeros where there is nothing to check.
+        flags: uint8[n_pages], 1 for each page of the shard that was right; shared, and held.
+        crcs: uint32[n_pages], held.
+    """
+
+    def __init__(self, rows: Addresses, flags: npt.NDArray[np.uint8], crcs: npt.NDArray[np.uint32]) -> None:
+        self._rows = rows
+        self._flags = flags
+        self._crcs = crcs
+        n_pages = -(-rows[:, 1].astype(np.int64) // PAGE_BYTES)
+        self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
+        self._last = self._first + n_pages
+
+    def forget(self) -> None:
+        """Let all of them be checked again."""
+        for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
+            self._flags[first:last] = 0
+
+    def rows(self) -> Addresses | None:
+        """The rows of chunks in which pages are left to check, zeros for others; None: there are none."""
+        # How many pages were right before each page of the shard: some 10 us for a GiB.
+        right = np.concatenate([[0], np.cumsum(self._flags, dtype=np.int64)])
+        done = right[self._last] - right[self._first] == self._last - self._first
+        if done.all():
+            return None
+        left = self._rows.copy()
+        left[done] = 0
+        return left
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedChunks:
     """Addresses of the raw bytes of chunks; valid while `owners` are kept.
 
-    private_bytes: memory that is not a mapping.
+    private_bytes: memory that is not a mapping. mapped: uint64[n, 2], (address, bytes) of chunks in one, rising. left:
+    what of them is to be checked by whoever reads it first, None: nothing. copy: the local copy that was read.
     """
 
     addresses: Addresses
     owners: list[Any] = field(default_factory=list)
     private_bytes: int = 0
+    mapped: Addresses = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    left: Unchecked | None = None
+    copy: LocalCopy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +87,9 @@ class _Run:
 class Chunks:
     """The chunks of an open shard, numbered block by block (block * n_columns + column). Safe from any thread.
 
-    Remembers which chunks of the local copy were found to be whole; two threads may both check one, which does no harm.
+    Remembers which chunks and pages of the local copy were right; two threads may both check one, which does no harm.
+
+    checked: bool[n_chunks], of chunks that are summed whole; pages_checked: uint8[n_pages], 1: was right.
     """
 
     def __init__(self, source: Source, footer: Footer, verify: Verify) -> None:
@@ -58,6 +98,7 @@ class Chunks:
         self._verify = verify
         self._rows = footer.chunks.ravel()
         self.checked = np.zeros(len(self._rows), bool)
+        self.pages_checked = np.zeros(len(footer.pages), np.uint8)
         arrow = np.array([column.kind is Kind.ARROW for column in footer.schema.columns], bool)
         # Arrow walks its arrays without our SIGBUS guard: columns that it decodes are read, not mapped.
         self._mappable = (self._rows["codec"] == codec.RAW) & ~np.tile(arrow, footer.n_blocks)
@@ -65,6 +106,20 @@ class Chunks:
     def ranges(self, ids: Ids) -> list[ByteRange]:
         """Where chunks lie in the file; neighbours as one range. ids: int64[n], of chunks."""
         return [ByteRange(run.start, run.end) for run in self._runs(np.unique(ids))]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether a local copy holds all of them by now."""
+        copy = self._source.copy
+        return copy is not None and copy.lease.present([ByteRange(0, copy.n_bytes)])
+
+    def are_mapped(self, ids: Ids) -> bool:
+        """Whether chunks are read where they lie in the mapping."""
+        return self.is_here and bool(self._mappable[ids].all())
+
+    def can_stay_mapped(self, ids: Ids) -> bool:
+        """The same, time and again without another check."""
+        return self._verify != "always" and self.are_mapped(ids)
 
     def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
         """Have these chunks in memory, checked and decoded.
@@ -76,7 +131,8 @@ class Chunks:
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
-        copy = self._source.local(self.ranges(ids), deadline_s)
+        # A copy that is here whole is not asked for what it has: a call a range, which on a cold disk waits for reads.
+        copy = self._source.copy if self.is_here else self._source.local(self.ranges(ids), deadline_s)
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []
@@ -86,12 +142,35 @@ class Chunks:
             owners += [copy, memory]
         read = self._read(ids[~mapped], copy, deadline_s)
         addresses[~mapped] = read.addresses
-        self._check(ids, addresses, local=copy is not None)
+        self._check(ids[~mapped], read.addresses, local=copy is not None)
         decoded = self._decode(ids, addresses)
         keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
         owners += (read.owners if keep_read else []) + decoded.owners
         private_bytes = (read.private_bytes if keep_read else 0) + decoded.private_bytes
-        return LoadedChunks(decoded.addresses[inverse.ravel()], owners, private_bytes)
+        in_mapping = np.stack([addresses[mapped], self._rows["stored"][ids[mapped]].astype(np.uint64)], axis=1)
+        in_mapping = in_mapping[np.argsort(in_mapping[:, 0])]
+        return LoadedChunks(
+            decoded.addresses[inverse.ravel()],
+            owners,
+            private_bytes,
+            in_mapping,
+            self._left(ids, addresses, mapped, inverse),
+            copy,
+        )
+
+    def _left(self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids) -> Unchecked | None:
+        """Summing what stays in the mapping is left to whoever touches it: 500 MB would hold up the first batch."""
+        if self._verify == "never" or not mapped.any():
+            return None
+        flags = self.pages_checked if self._verify == "first" else np.zeros_like(self.pages_checked)
+        rows = np.zeros((len(ids), 4), np.uint64)
+        first_page = self._rows["first_page"][ids]
+        rows[:, 0] = addresses
+        rows[:, 1] = self._rows["stored"][ids]
+        rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
+        rows[:, 3] = np.uint64(address_of(flags)) + first_page
+        rows[~mapped] = 0
+        return Unchecked(rows[inverse.ravel()], flags, self._footer.pages)
 
     def _runs(self, ids: Ids) -> Iterator[_Run]:
         """Ranges that hold chunks, given in the order of the file, close ones together."""
@@ -146,18 +225,13 @@ class Chunks:
         frames = np.flatnonzero(rows["codec"] == codec.ZSTD)
         if not len(frames):
             return LoadedChunks(addresses)
-        ends = np.cumsum([align(n_bytes) for n_bytes in rows["raw"][frames].tolist()])
-        memory = aligned_empty(int(ends[-1]))
+        stored, raw = (rows[field][frames].astype(np.uint64) for field in ("stored", "raw"))
+        try:
+            memory, contents = decode(Frames(addresses[frames], stored, raw))
+        except BadFrameError as error:
+            self.fail(int(ids[frames[error.number]]), str(error), error)
         decoded = addresses.copy()
-        for number, frame in enumerate(frames.tolist()):
-            start = int(ends[number - 1]) if number else 0
-            content = memory[start : start + int(rows["raw"][frame])]
-            stored = memoryview(pa.foreign_buffer(int(addresses[frame]), int(rows["stored"][frame])))
-            try:
-                codec.decompress_into(stored, content.data)
-            except codec.CodecError as error:
-                self.fail(int(ids[frame]), str(error), error)
-            decoded[frame] = address_of(content)
+        decoded[frames] = contents
         return LoadedChunks(decoded, [memory], memory.nbytes)
 
     def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:

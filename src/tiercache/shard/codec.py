@@ -16,10 +16,15 @@ FOOTER_LEVEL = 3
 MAX_LEVEL = 22
 # A chunk longer than this is stored raw, so a reader may refuse to decode more.
 ZSTD_LIMIT_BYTES = 1 << 30
-# `auto`: this many blocks are compressed to see, and zstd stays if it saves an eighth. Less does not pay for decoding
-# at 1 to 2 GB/s what a raw chunk gives at memory speed.
+# `auto`: this many blocks are compressed to see, and zstd stays if it saves a quarter. A saved share s pays where
+# s > D / Z: D, what disk or network give (1 to 3 GB/s), by Z, what all cores decode (1 to 1.5 GB/s each, 2 to 8 of
+# them), is a quarter to a third; and what lies in the page cache pays for decoding at every epoch.
 MEASURED_BLOCKS = 4
-WORTH = 7 / 8
+WORTH = 3 / 4
+
+# `auto` leaves shorter chunks raw: they are little of their block, and a frame of 4 KiB costs some 15 us to read, which
+# were 16 ms before the first batch of each epoch for the labels beside 512 MiB of tokens.
+LEAST_BYTES = 16 << 10
 
 # Contexts cost more to make than a small chunk to compress; one may be used by one thread at a time.
 _here = threading.local()
@@ -109,6 +114,8 @@ class ColumnCodec:
         """The chunk as a zstd frame, or None to store it raw. data: a contiguous buffer."""
         n_bytes = memoryview(data).nbytes
         if self._level is None or not 0 < n_bytes <= ZSTD_LIMIT_BYTES:
+            return None
+        if not self._forced and n_bytes < LEAST_BYTES:
             return None
         frame = compress(data, self._level)
         if self._measuring:

@@ -48,6 +48,15 @@ class BlockCutter:
             yield self._joined(head if end > start else None)
             start = end
 
+    @property
+    def room_bytes(self) -> int:
+        """How many more bytes fit into the block that is pending."""
+        return self._block_bytes - self._pending_bytes
+
+    def end_block(self, parts: Parts) -> Parts:
+        """The block of what is pending and these records, which are known to fill it; not copied if nothing is."""
+        return self._joined(parts if parts[0].n else None)
+
     def flush(self) -> Parts | None:
         """The block of what is pending, if anything is."""
         return self._joined(None) if self._pending else None

@@ -30,6 +30,7 @@ from tiercache.store import open_store
 class Writer:
     """Writes a data set: shards as records come, and one commit at the end. For one process and one thread.
 
+    A thread of its own uploads: a store's error is raised by a later call, at the latest by close().
     As a context manager it commits when the block ends; leaving the block by an exception commits nothing and deletes
     the shards that were written. A writer that was killed needs no clean-up: no version names its shards. `version`
     is what was committed, None before.
@@ -107,7 +108,7 @@ class Writer:
 
         Raises:
             SchemaError: a value does not fit; it names column, record, expected and got, and the record is not written.
-            StoreError: the store's; after it, only leaving or abort() is possible.
+            StoreError: the store's, perhaps for records written before; after it, only leaving or abort() is possible.
             ValueError: the writer is closed.
         """
         if self._shards is None:

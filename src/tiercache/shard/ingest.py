@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tiercache._native.records import join
 from tiercache.shard.arrow_ingest import Stored, part_of_arrow, part_of_stored
 from tiercache.shard.arrow_values import check_value
 from tiercache.shard.fit import MisfitError, as_numpy, fit
@@ -86,6 +87,10 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
     fast = _scalars(column, values) if column.kind is Kind.SCALAR else None
     if fast is not None:
         return Part(len(values), fast.reshape(-1, 1))
+    if column.kind in _BYTES_LIKE and column.kind is not Kind.JSON:
+        joined = join(values, text=column.kind is Kind.STR, nullable=column.nullable)  # the usual sort only
+        if joined is not None:
+            return Part(len(values), joined[0], joined[1], valid=joined[2])
     if column.kind is Kind.ARROW:
         return _arrow_part_of_list(column, values)
     return build_part(column, _each(values, converter(column)))

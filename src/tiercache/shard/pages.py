@@ -38,7 +38,7 @@ class LoadedPieces:
 class Pages:
     """The pages of an open shard's raw chunks.
 
-    Safe from any thread; remembers which pages of the local copy were whole.
+    Safe from any thread; which pages of the local copy were right is remembered by `chunks`.
     """
 
     def __init__(self, source: Source, footer: Footer, verify: Verify, chunks: Chunks) -> None:
@@ -47,7 +47,6 @@ class Pages:
         self._verify = verify
         self._chunks = chunks
         self._rows = footer.chunks.ravel()
-        self._checked = np.zeros(len(footer.pages), bool)
 
     def load(self, pieces: Pieces, deadline_s: float | None) -> LoadedPieces:
         """Have these pieces in memory, checked. They lie inside raw chunks, which the caller has seen to.
@@ -112,7 +111,7 @@ class Pages:
             return
         todo = np.ones(len(pages), bool)
         if local and self._verify == "first":
-            todo = ~(self._checked[pages] | self._chunks.checked[chunk])
+            todo = self._chunks.pages_checked[pages] == 0
         if not todo.any():
             return
         sums = np.empty(int(todo.sum()), np.uint32)
@@ -126,7 +125,7 @@ class Pages:
             page = int(pages[place]) - int(self._rows["first_page"][chunk[place]])
             self._chunks.fail(int(chunk[place]), f"CRC-32C of page {page} does not match")
         if local:
-            self._checked[pages[todo]] = True
+            self._chunks.pages_checked[pages[todo]] = 1
 
 
 def _runs(starts: Numbers, ends: Numbers) -> list[ByteRange]:

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.blocks import Blocks, check_offsets
+from tiercache.shard.blocks import Blocks
 from tiercache.shard.chunks import Chunks, Ids, Verify, chunk_ids
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
 from tiercache.shard.records import RecordReader
 from tiercache.shard.source import Source
-from tiercache.shard.types import VAR, Schema
+from tiercache.shard.types import Schema
 from tiercache.shard.values import ColumnValues
 from tiercache.store.contract import Store
 
@@ -55,7 +55,6 @@ class ShardReader:
         self._chunks = Chunks(self._source, self.footer, verify)
         self._pages = Pages(self._source, self.footer, verify, self._chunks)
         self._records = RecordReader(self.footer, self.url, self._chunks, self._pages)
-        self._offsets_checked = np.zeros(self.footer.chunks.size, bool)
         self._closed = False
 
     @property
@@ -79,7 +78,10 @@ class ShardReader:
         self._source.want(self._chunks.ranges(self._ids(blocks, columns)))
 
     def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
-        """Have blocks in memory, checked and decoded. Local raw chunks stay in the mapping.
+        """Have blocks in memory, checked and decoded.
+
+        Local raw chunks stay in the mapping, and their pages are checked when they are first read: by whoever gathers
+        (Blocks.checks), by block_values, by Blocks.array.
 
         Args:
             blocks: their numbers, below footer.n_blocks.
@@ -93,9 +95,22 @@ class ShardReader:
         self._check_open()
         ids = self._ids(blocks, columns)
         loaded = self._chunks.load(ids, deadline_s)
-        found = Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
-        self._check_offsets(found)
-        return found
+        return Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
+
+    def stays_mapped(self, columns: Sequence[int]) -> bool:
+        """Whether all blocks of these columns are read where they lie, in the mapping of a local copy."""
+        self._check_open()
+        return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
+
+    def mapped(self, columns: Sequence[int]) -> Blocks | None:
+        """All blocks of these columns as they lie in the mapping of a local copy that is here whole.
+
+        None: there is no such copy, some chunks are not raw, or every read is to be checked.
+        """
+        self._check_open()
+        blocks = range(self.footer.n_blocks)
+        fits = bool(blocks) and self._chunks.can_stay_mapped(self._ids(blocks, columns))
+        return self.load(blocks, columns) if fits else None
 
     def take(
         self, rows: npt.ArrayLike, columns: Sequence[int], *, deadline_s: float | None = None
@@ -123,18 +138,6 @@ class ShardReader:
         _check_numbers("blocks", blocks, self.footer.n_blocks)
         _check_numbers("columns", columns, len(self.schema))
         return chunk_ids(blocks, columns, len(self.schema))
-
-    def _check_offsets(self, blocks: Blocks) -> None:
-        """See that VAR streams' offsets rise and stay inside, before anybody follows them."""
-        for number, stream in enumerate(blocks.streams):
-            if stream.kind != VAR:
-                continue
-            for position, block in enumerate(blocks.blocks):
-                chunk = block * len(self.schema) + stream.column
-                # Only a mapping stays the same between loads; what was checked there needs no second look.
-                if not (self._offsets_checked[chunk] and self._chunks.checked[chunk]):
-                    check_offsets(blocks, number, position)
-                    self._offsets_checked[chunk] = True
 
     def _check_open(self) -> None:
         if self._closed:

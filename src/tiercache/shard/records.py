@@ -12,12 +12,12 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache.shard import codec
 from tiercache.shard.blocks import Blocks
-from tiercache.shard.chunks import Addresses, Chunks, Ids, LoadedChunks
+from tiercache.shard.chunks import Addresses, Chunks, Ids, LoadedChunks, chunk_ids
 from tiercache.shard.layout import Footer
 from tiercache.shard.pages import Pages, Pieces
 from tiercache.shard.source import address_of
 from tiercache.shard.types import BITS, VAR, Kind, Stream
-from tiercache.shard.values import ColumnValues, arrow_values, corrupt_as, gather_values
+from tiercache.shard.values import ColumnValues, block_values, corrupt_as, gather_values
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
@@ -51,27 +51,40 @@ class RecordReader:
         """Values of rows (within the shard, checked by the caller), in their order, of each column."""
         block = np.searchsorted(self._footer.block_first, rows.astype(np.uint64), side="right").astype(np.int64) - 1
         row = rows - self._footer.block_first[block].astype(np.int64)
-        plain = [c for c in columns if self._footer.schema.columns[c].kind is not Kind.ARROW]
-        found = self._take_plain(plain, block, row, deadline_s)
-        return [found[c] if c in found else self._take_arrow(c, block, row, deadline_s) for c in columns]
+        asked = list(dict.fromkeys(columns))
+        by_block = [c for c in asked if self._needs_blocks(c, block)]
+        found = self._take_plain([c for c in asked if c not in by_block], block, row, deadline_s)
+        found |= self._take_blocks(by_block, block, row, deadline_s)
+        return [found[c] for c in columns]
 
-    def _take_arrow(self, number: int, block: Ids, row: Numbers, deadline_s: float | None) -> ColumnValues:
+    def _needs_blocks(self, number: int, block: Ids) -> bool:
+        """Whether to read a column chunk by chunk: nothing of them can be read alone, or they are here and mapped."""
+        if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_here:
+            return True
+        return not (self._rows["codec"][block * self._n_columns + number] == codec.RAW).any()
+
+    def _take_blocks(
+        self, columns: Sequence[int], block: Ids, row: Numbers, deadline_s: float | None
+    ) -> dict[int, ColumnValues]:
+        if not columns:
+            return {}
         numbers, position = np.unique(block, return_inverse=True)
-        loaded = self._chunks.load(numbers * self._n_columns + number, deadline_s)
-        blocks = Blocks(self._footer, self._url, tuple(numbers.tolist()), (number,), loaded)
-        arrays = [blocks.array(i, number) for i in range(len(numbers))]
-        column = self._footer.schema.columns[number]
-        return arrow_values(column, arrays, position.astype(np.uint32).ravel(), row.astype(np.uint32))
+        loaded = self._chunks.load(chunk_ids(numbers.tolist(), columns, self._n_columns), deadline_s)
+        blocks = Blocks(self._footer, self._url, tuple(numbers.tolist()), tuple(columns), loaded)
+        values = block_values(blocks, columns, position.astype(np.uint32).ravel(), row.astype(np.uint32))
+        return dict(zip(columns, values, strict=True))
 
     def _take_plain(
         self, columns: Sequence[int], block: Ids, row: Numbers, deadline_s: float | None
     ) -> dict[int, ColumnValues]:
-        streams = [s for c in dict.fromkeys(columns) for s in self._footer.schema.columns[c].streams(c)]
+        if not columns:
+            return {}
+        streams = [s for c in columns for s in self._footer.schema.columns[c].streams(c)]
         whole = self._load_whole(columns, block, deadline_s)
         places = [self._place(stream, block, row) for stream in streams]
         memory = _Memory(self._pages, self._rows, whole, deadline_s)
         addresses = memory.addresses(places)
-        sources = np.zeros((len(streams), len(row), 2), np.uint64)
+        sources = np.zeros((len(streams), len(row), 3), np.uint64)
         runs: list[tuple[int, _Place]] = []
         for number, place in enumerate(places):
             column = self._footer.schema.columns[place.stream.column]
@@ -80,6 +93,7 @@ class RecordReader:
                     run, lengths = self._run(place, addresses[number])
                     runs.append((number, run))
                     sources[number, :, 1] = memory.keep(lengths)
+                    sources[number, :, 2] = lengths[:, 1].astype(np.uint64)
                 elif place.stream.kind == BITS:
                     bits = _bits(addresses[number], row)
                     sources[number, :, 0] = np.where(place.stored, memory.keep(bits), np.uint64(0))
@@ -182,7 +196,7 @@ class _Memory:
 def _read(addresses: Addresses, width_bytes: int) -> npt.NDArray[np.uint8]:
     """width_bytes from each address, under the SIGBUS guard."""
     n = len(addresses)
-    sources = np.zeros((n, 2), np.uint64)
+    sources = np.zeros((n, 3), np.uint64)
     sources[:, 0] = addresses
     out = np.empty(n * width_bytes, np.uint8)
     gather.gather(gather.FIXED, width_bytes, sources, np.arange(n, dtype=np.uint32), np.zeros(n, np.uint32), out)

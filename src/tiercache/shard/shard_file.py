@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache._native.checksum import combine, crc32c, crc32c_pages
+from tiercache._native.checksum import combine, crc32c, lay_out
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
 from tiercache.shard.codec import ColumnCodec
-from tiercache.shard.layout import CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
+from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.parts import Encoded, Part, encode
+from tiercache.shard.source import address_of
 from tiercache.shard.statistics import ColumnStatistics
 from tiercache.shard.types import Schema
-from tiercache.store.contract import Store
+from tiercache.shard.uploading import Uploads
 
-# Larger than the least part of every store, and large enough that a request's overhead does not show.
-_PART_BYTES = 8 << 20
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
+_EMPTY = np.zeros(0, np.uint8)
 
 
 class _PartBuffer:
@@ -31,10 +32,10 @@ class _PartBuffer:
     Holds one part and the longest piece.
     """
 
-    def __init__(self, store: Store, key: str) -> None:
-        self._upload = store.create(key)
-        self._part_bytes = max(_PART_BYTES, store.min_part_bytes)
-        self._memory: _Bytes = np.empty(self._part_bytes + (1 << 20), np.uint8)
+    def __init__(self, uploads: Uploads, key: str) -> None:
+        self._uploads = uploads
+        self._upload = uploads.begin(key)
+        self._memory = uploads.memory(0)
         self._filled = self._number = 0
         self.n_bytes = 0
         self.crc = 0
@@ -52,8 +53,8 @@ class _PartBuffer:
         self.crc = combine(self.crc, crc, n_bytes)
         self._filled += n_bytes
         self.n_bytes += n_bytes
-        if self._filled >= self._part_bytes:
-            self._send(self._filled // self._part_bytes * self._part_bytes)
+        if self._filled >= self._uploads.part_bytes:
+            self._send(self._filled // self._uploads.part_bytes * self._uploads.part_bytes)
 
     def append(self, data: bytes) -> None:
         """Append a copy of data."""
@@ -61,27 +62,27 @@ class _PartBuffer:
         self.add(len(data), crc32c(data))
 
     def _send(self, n_bytes: int) -> None:
-        """Upload the first n_bytes as parts and move the rest to the front."""
-        for start in range(0, n_bytes, self._part_bytes):
-            self._upload.put_part(self._number, self._memory[start : min(start + self._part_bytes, n_bytes)].data)
-            self._number += 1
-        rest = self._memory[n_bytes : self._filled].copy()
-        self._memory[: len(rest)] = rest
-        self._filled = len(rest)
+        """Hand the first n_bytes over as parts and begin anew with the rest."""
+        rest = self._memory[n_bytes : self._filled]
+        memory = self._uploads.memory(len(rest))
+        memory[: len(rest)] = rest
+        self._number = self._uploads.send(self._upload, self._number, self._memory, n_bytes)
+        self._memory, self._filled = memory, len(rest)
 
     def complete(self) -> None:
+        """Hand over what is left, and the order to publish."""
         if self._filled:
-            self._send(self._filled)
-        self._upload.complete()
-
-    def abort(self) -> None:
-        self._upload.abort()
+            self._number = self._uploads.send(self._upload, self._number, self._memory, self._filled)
+        self._uploads.complete(self._upload)
 
 
 class ShardFile:
-    """A shard that is being written under `key`; nothing is there before finish(). One thread."""
+    """A shard that is being written under `key`; nothing is there before finish(). One thread.
 
-    def __init__(self, store: Store, key: str, schema: Schema, codecs: Sequence[ColumnCodec]) -> None:
+    To drop it, abort the uploads.
+    """
+
+    def __init__(self, uploads: Uploads, key: str, schema: Schema, codecs: Sequence[ColumnCodec]) -> None:
         self.key = key
         self.n_blocks = 0
         self._schema = schema
@@ -94,7 +95,7 @@ class ShardFile:
         self._pages: list[npt.NDArray[np.uint32]] = []
         self._n_pages = 0
         self._statistics = [ColumnStatistics(column) for column in schema.columns]
-        self._out = _PartBuffer(store, key)
+        self._out = _PartBuffer(uploads, key)
         self._out.append(pack_head(self._shard_id))
 
     @property
@@ -119,11 +120,12 @@ class ShardFile:
 
     def _add_chunk(self, encoded: Encoded, column_codec: ColumnCodec) -> int:
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
-        raw = self._lay_out(encoded)
+        raw, crc, sums = self._lay_out(encoded)
         frame = column_codec.encode(raw)
-        offset, raw_bytes = self._out.n_bytes, len(raw)
+        offset, stored_bytes, raw_bytes = self._out.n_bytes, len(raw), len(raw)
         if frame is None:
-            stored_bytes, crc = raw_bytes, self._sum_pages(raw)
+            self._pages.append(sums)
+            self._n_pages += len(sums)
         else:
             stored_bytes, crc = len(frame), crc32c(frame)
             self._out.reserve(stored_bytes)[:] = np.frombuffer(frame, np.uint8)
@@ -133,27 +135,24 @@ class ShardFile:
         self._out.append(bytes(align(stored_bytes) - stored_bytes))
         return raw_bytes
 
-    def _lay_out(self, encoded: Encoded) -> _Bytes:
-        """Copy a chunk's buffers, each aligned, to where the file's next bytes go, and note them."""
-        self._nodes.extend(encoded.nodes)
-        pieces = [np.zeros(0, np.uint8) if b is None else b.reshape(-1).view(np.uint8) for b in encoded.buffers]
-        ends = np.cumsum([0, *(align(len(piece)) for piece in pieces)])
-        raw = self._out.reserve(int(ends[-1]))
-        for piece, start, end in zip(pieces, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-            raw[start : start + len(piece)] = piece
-            raw[start + len(piece) : end] = 0
-            self._buffers.append((start, len(piece)))
-        return raw
+    def _lay_out(self, encoded: Encoded) -> tuple[_Bytes, int, npt.NDArray[np.uint32]]:
+        """Copy a chunk's buffers, each aligned, to where the file's next bytes go, and note them.
 
-    def _sum_pages(self, raw: _Bytes) -> int:
-        sums = np.zeros(-(-len(raw) // PAGE_BYTES), np.uint32)
-        crc = crc32c_pages(raw.ctypes.data, len(raw), PAGE_BYTES, sums)
-        self._pages.append(sums)
-        self._n_pages += len(sums)
-        return crc
+        Returns the chunk, its CRC-32C, and that of each page (used if it is stored raw: nothing beside compressing).
+        """
+        self._nodes.extend(encoded.nodes)
+        pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
+        lengths = [piece.nbytes for piece in pieces]
+        ends = list(accumulate(map(align, lengths), initial=0))
+        self._buffers.extend(zip(ends, lengths, strict=False))  # the last end begins no piece
+        raw = self._out.reserve(ends[-1])
+        sums = np.empty(-(-ends[-1] // PAGE_BYTES), np.uint32)
+        addresses = np.array([address_of(piece) for piece in pieces], np.uint64)
+        crc = lay_out(addresses, np.array(lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums)
+        return raw, crc, sums
 
     def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
-        """Write footer and tail, and publish."""
+        """Write footer and tail, and publish; it is there when the uploads have come so far."""
         names = self._schema.names
         statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
         footer = self._footer(statistics, metadata)
@@ -187,7 +186,3 @@ class ShardFile:
             statistics=statistics,
             metadata=metadata,
         )
-
-    def abort(self) -> None:
-        """Drop it. Harmless after finish()."""
-        self._out.abort()

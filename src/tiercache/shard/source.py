@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,6 +65,11 @@ class LocalCopy:
                 raise StoreError(f"cannot map the local copy: {error}", url=self._url) from error
             found = self._mapped.setdefault("it", np.frombuffer(mapping, np.uint8))
         return found
+
+    @cached_property
+    def tells_residence(self) -> bool:
+        """Whether mincore(2) says which pages are in memory: of files that one neither owns nor may write, it lies."""
+        return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
 
     def read(self, spans: Sequence[Span]) -> None:
         """Fill each span from the file, which a truncation under us makes an error and not a signal.

@@ -24,6 +24,8 @@ from tiercache.shard.types import Column, Kind
 
 Places: TypeAlias = npt.NDArray[np.uint32]
 Addresses: TypeAlias = npt.NDArray[np.uint64]
+# Of several streams: one array, or one for each stream.
+OfStreams: TypeAlias = Addresses | Sequence[Addresses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +49,69 @@ class ColumnValues:
         return value.clone() if hasattr(value, "clone") else value
 
 
-def gather_values(column: Column, addresses: Addresses, block: Places, row: Places, *, url: str) -> ColumnValues:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of blocks anywhere: where a column's streams lie, and which rows."""
+
+    addresses: OfStreams
+    checks: OfStreams | None
+    block: Places
+    row: Places
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def at(self, stream: int) -> tuple[Addresses, Places, Places]:
+        """What the kernel takes of one of the column's streams."""
+        return self.addresses[stream], self.block, self.row
+
+    def check(self, stream: int) -> Addresses | None:
+        """What is left to check of it."""
+        return None if self.checks is None else self.checks[stream]
+
+    def fixed(self, stream: int, width_bytes: int) -> npt.NDArray[np.uint8]:
+        """width_bytes of each row, one after another."""
+        out = np.empty(len(self) * width_bytes, np.uint8)
+        if width_bytes:
+            gather.gather(gather.FIXED, width_bytes, *self.at(stream), out, checks=self.check(stream))
+        return out
+
+    def flags(self, stream: int) -> npt.NDArray[np.bool_]:
+        """The bit of each row."""
+        out = np.empty(len(self), np.uint8)
+        gather.gather(gather.BITS, 0, *self.at(stream), out, checks=self.check(stream))
+        return out.view(np.bool_)
+
+    def elements(self, stream: int, width_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        """Offsets int64[n + 1], and the elements of all rows as bytes."""
+        offsets = gather.measure(*self.at(stream), self.check(stream))
+        out = np.empty(int(offsets[-1]) * width_bytes, np.uint8)
+        gather.gather(gather.VAR, width_bytes, *self.at(stream), out, offsets, self.check(stream))
+        return offsets, out
+
+
+def gather_values(
+    column: Column, addresses: OfStreams, block: Places, row: Places, *, url: str, checks: OfStreams | None = None
+) -> ColumnValues:
     """Rows of a column (not ARROW) of blocks anywhere.
 
     Args:
         column: what they are.
-        addresses: uint64[streams of the column, n_blocks, 2], as Blocks.of_column(); kept alive by the caller.
+        addresses: uint64[streams of the column, n_blocks, 3], as Blocks.addresses; kept alive by the caller.
         block: uint32[n], below n_blocks.
         row: uint32[n], below the rows of that block.
         url: for errors.
+        checks: as Blocks.checks: pages to be checked before they are read; None: nothing is left to check.
 
     Raises:
-        CorruptShard: the mapping cannot be read, or the values are not what the column holds.
+        CorruptShard: the mapping cannot be read, a page's checksum is wrong, or the values are not what the column
+            holds.
         SchemaError: bfloat16 without torch.
     """
     with corrupt_as(column, url):
-        valid = None
-        if column.nullable:
-            flags = np.empty(len(row), np.uint8)
-            gather.gather(gather.BITS, 0, addresses[-1], block, row, flags)
-            valid = flags.view(np.bool_)
-        values = _HOW[column.kind](column, addresses, block, row)
+        rows = _Rows(addresses, checks, block, row)
+        valid = rows.flags(-1) if column.nullable else None
+        values = _HOW[column.kind](column, rows)
         if valid is not None and not valid.all():
             _blank(values, valid)
     return ColumnValues(column, values, valid)
@@ -80,7 +124,7 @@ def corrupt_as(column: Column, url: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=url, column=column.name) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _NotAShapeError) as error:
+    except (gather.CorruptError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, _NotAShapeError) as error:
         raise CorruptShard(str(error), url=url, column=column.name) from error
 
 
@@ -99,16 +143,9 @@ def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
             values[index] = 0
 
 
-def _fixed(addresses: Addresses, width_bytes: int, block: Places, row: Places) -> npt.NDArray[np.uint8]:
-    out = np.empty(len(row) * width_bytes, np.uint8)
-    if width_bytes:
-        gather.gather(gather.FIXED, width_bytes, addresses, block, row, out)
-    return out
-
-
-def _numbers(column: Column, addresses: Addresses, block: Places, row: Places) -> Any:
-    out = _fixed(addresses[0], column.row_bytes, block, row)
-    return _as_dtype(column, out.view(column.stored).reshape(len(row), *(d or 0 for d in column.shape)))
+def _numbers(column: Column, rows: _Rows) -> Any:
+    out = rows.fixed(0, column.row_bytes)
+    return _as_dtype(column, out.view(column.stored).reshape(len(rows), *(d or 0 for d in column.shape)))
 
 
 def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
@@ -124,18 +161,14 @@ def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
 
 
-def _bools(_: Column, addresses: Addresses, block: Places, row: Places) -> npt.NDArray[np.bool_]:
-    flags = np.empty(len(row), np.uint8)
-    gather.gather(gather.BITS, 0, addresses[0], block, row, flags)
-    return flags.view(np.bool_)
+def _bools(_: Column, rows: _Rows) -> npt.NDArray[np.bool_]:
+    return rows.flags(0)
 
 
-def _ragged(column: Column, addresses: Addresses, block: Places, row: Places) -> list[Any]:
-    offsets = gather.measure(addresses[0], block, row)
-    flat = np.empty(int(offsets[-1]) * column.stored.itemsize, np.uint8)
-    gather.gather(gather.VAR, column.stored.itemsize, addresses[0], block, row, flat, offsets)
+def _ragged(column: Column, rows: _Rows) -> list[Any]:
+    offsets, flat = rows.elements(0, column.stored.itemsize)
     n_dimensions = len(column.shape)
-    shapes = _fixed(addresses[1], 4 * n_dimensions, block, row).view(np.dtype("<i4")).reshape(len(row), n_dimensions)
+    shapes = rows.fixed(1, 4 * n_dimensions).view(np.dtype("<i4")).reshape(len(rows), n_dimensions)
     _check_shapes(column, shapes, np.diff(offsets))
     elements = _as_dtype(column, flat.view(column.stored))
     bounds, dimensions = offsets.tolist(), shapes.tolist()
@@ -158,17 +191,17 @@ def _check_shapes(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray
         )
 
 
-def _bytes(_: Column, addresses: Addresses, block: Places, row: Places) -> list[Any]:
-    return gather.gather_bytes(addresses[0], block, row)
+def _bytes(_: Column, rows: _Rows) -> list[Any]:
+    return gather.gather_bytes(*rows.at(0), rows.check(0))
 
 
-def _texts(_: Column, addresses: Addresses, block: Places, row: Places) -> list[Any]:
-    return gather.gather_str(addresses[0], block, row)
+def _texts(_: Column, rows: _Rows) -> list[Any]:
+    return gather.gather_str(*rows.at(0), rows.check(0))
 
 
-def _objects(_: Column, addresses: Addresses, block: Places, row: Places) -> list[Any]:
+def _objects(column: Column, rows: _Rows) -> list[Any]:
     # below a null there is no text to parse
-    return [json.loads(text) if text else None for text in gather.gather_bytes(addresses[0], block, row)]
+    return [json.loads(text) if text else None for text in _bytes(column, rows)]
 
 
 _HOW = {
@@ -207,15 +240,25 @@ def block_values(blocks: Blocks, columns: Sequence[int], block: Places, row: Pla
     """Rows of columns of loaded blocks.
 
     columns: indices in the schema, all loaded; block: uint32[n], positions in blocks.blocks.
+
+    Raises:
+        CorruptShard: as gather_values; it names the block too where a page or an offset is wrong.
+        SchemaError: as gather_values and arrow_values.
     """
-    found = []
+    found, checks = [], blocks.checks
     for number in columns:
-        column = blocks.schema.columns[number]
+        column, part = blocks.schema.columns[number], blocks.of_column(number)
         if column.kind is Kind.ARROW:
             arrays = [blocks.array(position, number) for position in range(len(blocks.blocks))]
             found.append(arrow_values(column, arrays, block, row))
-        else:
-            found.append(gather_values(column, blocks.of_column(number), block, row, url=blocks.url))
+            continue
+        left = None if checks is None else checks[part]
+        try:
+            found.append(gather_values(column, blocks.addresses[part], block, row, url=blocks.url, checks=left))
+        except CorruptShard as error:
+            if isinstance(error.__cause__, gather.CorruptError):
+                blocks.explain(number, block, row)
+            raise
     return found
 
 

@@ -165,7 +165,8 @@ def check_values(blocks: Blocks, number: int) -> None:
         row = np.arange(n, dtype=np.uint32)
         # bfloat16 would need torch; its shapes are those of any other elements
         plain = replace(column, dtype="uint16") if column.dtype == "bfloat16" else column
-        gather_values(plain, blocks.of_column(number), np.zeros(n, np.uint32), row, url=blocks.url)
+        addresses = blocks.addresses[blocks.of_column(number)]
+        gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)
     try:
         blocks.array(0, number).validate(full=True)
     except pa.ArrowException as error:

@@ -19,10 +19,15 @@ from tiercache.shard.cutter import BlockCutter, Parts
 from tiercache.shard.fit import MisfitError
 from tiercache.shard.ingest import build_part, part_of_column
 from tiercache.shard.layout import FOOTER_LIMIT_BYTES
-from tiercache.shard.record_buffer import RecordBuffer, misfit_error
+from tiercache.shard.record_buffer import KEPT, NOT_USUAL, RecordBuffer, misfit_error
 from tiercache.shard.shard_file import ShardFile
 from tiercache.shard.types import TYPE_KEY, Column, Schema, check_mapping
+from tiercache.shard.uploading import Uploads
 from tiercache.store.contract import Store
+
+_BROKEN = "broken by an earlier error: only abort() can be called"
+# Nothing was written: any process may begin to.
+_NEW = "new"
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,11 @@ def shard_key(writer_id: str, number: int) -> str:
 
 
 class ShardWriter:
-    """Writes records to `shards/<writer id>-<number>.tcs` of a store. One process, one thread.
+    """Writes records to `shards/<writer id>-<number>.tcs` of a store. For one thread of one process.
 
-    Memory is bounded by a few blocks and one part of an upload. A shard is visible once it is whole. Leaving the
-    context by an exception aborts; else it finishes. After a store's error only abort() can be called.
+    A thread of its own uploads, so the store's errors are raised by a later call, at the latest by finish(); after one
+    only abort() can be called. Memory is bounded by a few blocks and four parts of an upload. A shard is visible once
+    it is whole. Leaving the context by an exception aborts; else it finishes.
     """
 
     def __init__(
@@ -80,12 +86,15 @@ class ShardWriter:
                 schema.index(name)
         self.writer_id = writer_id or secrets.token_hex(8)
         self._codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
-        block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
-        self._cutter = BlockCutter(schema.columns, block_bytes)
-        self._rows = RecordBuffer(schema.columns, block_bytes)
+        self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
+        self._cutter = BlockCutter(schema.columns, self._block_bytes)
+        self._rows = RecordBuffer(schema.columns, self._block_bytes)
+        self._uploads = Uploads(store)
         self._file: ShardFile | None = None
         self._infos: list[ShardInfo] = []
-        self._ended = ""
+        # Why nothing can be written just now; while records are handed on it says that the writer is broken, which it
+        # is if Ctrl-C strikes meanwhile.
+        self._ended = _NEW
         self.n_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -93,13 +102,29 @@ class ShardWriter:
 
         Raises:
             SchemaError: a value does not fit, a column is missing or not known; the record is not written.
+            StoreError: of what was written before.
         """
-        self._check_open()
-        self._check_names(record, at_record=self.n_records)
-        self._rows.add(record, self.n_records)
+        if self._ended or self._uploads.failed:
+            self._check_open()
+        kept = self._rows.add_usual(record)
+        if kept == NOT_USUAL:
+            self._check_names(record, at_record=self.n_records)
+            kept = self._rows.add(record, self.n_records)
         self.n_records += 1
-        if self._rows.full:
-            self._add(self._rows.take())
+        if kept != KEPT:
+            self._end_block()
+
+    def _end_block(self) -> None:
+        """Write all records but the last as a block: what is too much for it begins the next."""
+        self._ended = _BROKEN
+        n = self._rows.n_records - 1
+        if not self._rows.cuts_exactly:
+            self._add_rows()
+            self._rows.set_room(self._cutter.room_bytes)
+        elif n or self._cutter.room_bytes < self._block_bytes:
+            self._write_blocks([self._cutter.end_block(self._rows.take(n))])
+            self._rows.set_room(self._block_bytes)
+        self._ended = ""
 
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
         """Add records by columns of one length: arrays, lists, tensors, or an Arrow batch or table.
@@ -109,6 +134,7 @@ class ShardWriter:
         Raises:
             SchemaError: a value does not fit (it names column, record in the writer's whole input, expected and got);
                 columns are missing, not known or of different lengths; nothing of the batch is written.
+            StoreError: of what was written before.
         """
         self._check_open()
         if isinstance(columns, pa.RecordBatch | pa.Table):
@@ -119,10 +145,12 @@ class ShardWriter:
         parts = self._parts(columns)
         if not parts[0].n:
             return
-        if self._rows.n_records:
-            self._add(self._rows.take())
+        self._ended = _BROKEN
+        self._add_rows()
         self.n_records += parts[0].n
-        self._add(parts)
+        self._write_blocks(self._cutter.add(parts))
+        self._rows.set_room(self._cutter.room_bytes)
+        self._ended = ""
 
     def _parts(self, columns: Mapping[str, Any]) -> Parts:
         given = {
@@ -154,23 +182,28 @@ class ShardWriter:
                 )
 
     def _check_open(self) -> None:
+        if self._ended == _NEW:
+            self._uploads.claim()
+            self._ended = ""
         if self._ended:
             raise ValueError(f"the writer is {self._ended}")
+        if self._uploads.failed:
+            self._ended = _BROKEN
+            self._uploads.wait()
 
-    def _add(self, parts: Parts) -> None:
-        self._write_blocks(self._cutter.add(parts))
+    def _add_rows(self) -> None:
+        if self._rows.n_records:
+            self._write_blocks(self._cutter.add(self._rows.take(self._rows.n_records)))
 
     def _write_blocks(self, blocks: Iterable[Parts]) -> None:
-        self._ended = "broken by an earlier error: only abort() can be called"
         for block in blocks:
             if self._file is None:
                 key = shard_key(self.writer_id, len(self._infos))
-                self._file = ShardFile(self._store, key, self._schema, self._codecs)
+                self._file = ShardFile(self._uploads, key, self._schema, self._codecs)
             self._file.add_block(block)
             # A quarter of the footer's limit: the next block's rows and the rest of the footer surely fit.
             if self._file.n_bytes >= self._options.shard_bytes or self._file.table_bytes > FOOTER_LIMIT_BYTES // 4:
                 self._finish_file()
-        self._ended = ""
 
     def _finish_file(self) -> None:
         if self._file is not None:
@@ -181,26 +214,32 @@ class ShardWriter:
         """Write what is pending and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
-            if self._rows.n_records:
-                self._add(self._rows.take())
+            self._uploads.claim()
+            self._ended = _BROKEN
+            self._add_rows()
             last = self._cutter.flush()
             self._write_blocks([] if last is None else [last])
-            self._ended = "broken by an earlier error: only abort() can be called"
             self._finish_file()
+            self._uploads.wait()
             self._ended = "finished"
         return list(self._infos)
 
     def abort(self) -> None:
         """Drop the shard in the making and delete those that were finished.
 
-        Harmless when repeated, and after finish().
+        Harmless when repeated, after finish(), and in a process that was forked meanwhile: there it does nothing.
         """
         if self._ended in ("finished", "aborted"):
             return
+        self._ended = _BROKEN  # a second Ctrl-C while the thread is waited for leaves it to the next abort()
+        if self._uploads.is_here:
+            self._drop()
         self._ended = "aborted"
+
+    def _drop(self) -> None:
+        self._uploads.abort()
         keys = [info.name for info in self._infos]
         if self._file is not None:
-            self._file.abort()
             keys.append(self._file.key)  # Ctrl-C may have struck just after it became visible
             self._file = None
         # What stays when the store fails is named by no version: gc finds it. The error that made us abort is the one

@@ -1,0 +1,101 @@
+"""A loader on compressed columns, beside the machine's own decompression of the same frames on as many threads.
+
+    python benchmarks/bench_decode.py [--mib 128] [--window-mib 8] [--repetitions 5]
+
+The measure is threads that decode whole frames with python-zstandard, one call a frame, and drop what they get. The
+loader shuffles fully and its consumer reads the first byte of every batch. Interleaved; MB/s of decoded bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+import tiercache as tc
+from rows import OUT, spread, table, write_rows
+from tiercache import config
+
+TOKENS, BATCH = 1024, 64
+_here = threading.local()
+
+
+def write(folder: Path, n_bytes: int) -> int:
+    """Pack records of 1,024 tokens, as unevenly distributed as words are, compressed; their bytes."""
+    n, step = n_bytes // (2 * TOKENS), 2048
+    random = np.random.default_rng(0)
+    with tc.Writer(folder, schema={"tokens": tc.Tensor("uint16", (TOKENS,))}, compression="zstd:3") as writer:
+        for first in range(0, n, step):
+            shape = (min(step, n - first), TOKENS)
+            writer.write_batch({"tokens": random.zipf(1.3, shape).clip(0, 65535).astype(np.uint16)})
+    return n * 2 * TOKENS
+
+
+def frames_of(folder: Path) -> list[bytes]:
+    """Every frame of the data set, as stored."""
+    dataset = tc.Dataset(folder)
+    found = []
+    for shard in range(len(dataset.source.shard_records)):
+        rows = dataset.source._footer(shard).chunks.ravel()  # noqa: SLF001 -- no public way to frames as stored
+        data = (folder / dataset.source.table.info(shard).name).read_bytes()
+        found += [data[offset : offset + stored] for offset, stored in rows[["offset", "stored"]].tolist()]
+    dataset.close()
+    return found
+
+
+def decode(frame: bytes) -> None:
+    """One frame, by a context of the thread's own."""
+    if not hasattr(_here, "context"):
+        _here.context = zstandard.ZstdDecompressor()
+    _here.context.decompress(frame)
+
+
+def load(folder: Path, window_mib: int) -> None:
+    """One epoch of the loader."""
+    dataset = tc.Dataset(folder)
+    options = tc.LoaderOptions(shuffle_group_bytes="all", shuffle_window_bytes=f"{window_mib}MiB", seed=1)
+    for batch in tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options):
+        int(batch["tokens"][0, 0])
+    dataset.close()
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=128)
+    parser.add_argument("--window-mib", type=int, default=8, help="an epoch of many windows, as a large data set has")
+    parser.add_argument("--repetitions", type=int, default=5)
+    given = parser.parse_args()
+    n_threads = config.available_cpus()
+    seconds: dict[str, list[float]] = {"frames alone": [], "loader": []}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(n_threads) as pool:
+        folder = Path(name) / "data"
+        n_bytes = write(folder, given.mib << 20)
+        frames = frames_of(folder)
+        ways = {
+            "frames alone": lambda: list(pool.map(decode, frames)),
+            "loader": lambda: load(folder, given.window_mib),
+        }
+        for _ in range(given.repetitions):
+            for way, run in ways.items():
+                start_s = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - start_s)
+    speeds = {way: spread([n_bytes / taken / 1e6 for taken in found]) for way, found in seconds.items()}
+    ratio = speeds["loader"]["median"] / speeds["frames alone"]["median"]
+    write_rows(
+        OUT / "decode.jsonl", [{"way": way, "mb_s": speed, "n_threads": n_threads} for way, speed in speeds.items()]
+    )
+    lines = [[way, *(f"{speed[figure]:.0f}" for figure in ("min", "median", "max"))] for way, speed in speeds.items()]
+    print(table(["way", "MB/s min", "median", "max"], lines))
+    print(f"loader / frames alone: {ratio:.2f} ({n_threads} threads, {len(frames)} frames)")
+
+
+if __name__ == "__main__":
+    main()

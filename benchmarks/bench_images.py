@@ -1,0 +1,227 @@
+"""JPEG 500x375 to 224: what decoders do alone, and what the loader makes of the chosen one, in turns, in one process.
+
+    python benchmarks/bench_images.py [--threads 1 2] [--repetitions 5] [--min-s 0.5] [--images 512] [--quick]
+
+The baseline of each number of threads is the chosen decoder and resize alone: simplejpeg into a thread's own memory,
+the centre square resized by OpenCV into a thread's own memory, with as many threads as the loader has. The loader's
+rows are shuffled epochs, `dtype="uint8"`, `layout="CHW"`, every batch taken and dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+import tiercache as tc
+from generate import generate
+from rows import OUT, spread, table, write_rows
+from stages.turns import Case, Effort, in_turns, tables
+from workloads import DECODED_SIZE, IMAGES, KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Decode = Callable[[bytes], object]
+
+SIZE = (DECODED_SIZE, DECODED_SIZE)
+# An epoch has each picture so many times: threads and memory to begin with cost a training's long epochs nothing.
+COPIES = 4
+_own = threading.local()
+
+
+def _memory() -> tuple[np.ndarray, np.ndarray]:
+    """A thread's own: for a whole picture, and for the result."""
+    if not hasattr(_own, "memory"):
+        _own.memory = np.empty(4 << 20, np.uint8), np.empty((*SIZE, 3), np.uint8)
+    return _own.memory
+
+
+def _centre(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
+
+
+def by_simplejpeg(data: bytes) -> np.ndarray:
+    """Decoded, whole."""
+    return simplejpeg.decode_jpeg(data, buffer=_memory()[0])
+
+
+def by_simplejpeg_fast(data: bytes) -> np.ndarray:
+    """Decoded, whole, with the faster and less exact transform and upsampling."""
+    return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=_memory()[0])
+
+
+def by_simplejpeg_five_eighths(data: bytes) -> np.ndarray:
+    """Decoded to the smallest of libjpeg's scales that holds the result."""
+    return simplejpeg.decode_jpeg(data, min_height=DECODED_SIZE, min_width=DECODED_SIZE, buffer=_memory()[0])
+
+
+def by_simplejpeg_half(data: bytes) -> np.ndarray:
+    """Decoded at half the size: what is done first where the result is at most as large."""
+    return simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=2, buffer=_memory()[0])
+
+
+def chosen(data: bytes) -> None:
+    """Decoded, and the centre square resized: what the loader does besides layout and hand-over."""
+    cv2.resize(_centre(by_simplejpeg(data)), SIZE, _memory()[1], interpolation=cv2.INTER_LINEAR)
+
+
+def chosen_by_area(data: bytes) -> None:
+    """The same with OpenCV's averaging resize."""
+    cv2.resize(_centre(by_simplejpeg(data)), SIZE, _memory()[1], interpolation=cv2.INTER_AREA)
+
+
+def by_opencv(data: bytes) -> np.ndarray:
+    """Decoded, whole, by OpenCV."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def by_opencv_resized(data: bytes) -> None:
+    """OpenCV's decoder and resize."""
+    cv2.resize(_centre(by_opencv(data)), SIZE, _memory()[1], interpolation=cv2.INTER_LINEAR)
+
+
+def by_pillow_resized(data: bytes) -> np.ndarray:
+    """Pillow, with its draft mode, which decodes at the smallest of libjpeg's scales that holds the result."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", SIZE)
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return np.asarray(image.resize(SIZE, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)))
+
+
+def _torchvision() -> dict[str, Decode]:
+    """The decoder of torchvision, alone and with its resize; nothing where it is not installed."""
+    try:
+        io_, functional = import_module("torchvision.io"), import_module("torchvision.transforms.v2.functional")
+    except ModuleNotFoundError:
+        return {}
+
+    def decoded(data: bytes) -> Any:
+        return io_.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def resized(data: bytes) -> Any:
+        picture = decoded(data)
+        return functional.resize(functional.center_crop(picture, [min(picture.shape[1:])]), list(SIZE), antialias=False)
+
+    return {"torchvision, decode": decoded, "torchvision": resized}
+
+
+def _decoders() -> dict[str, Decode]:
+    return {
+        "simplejpeg, decode": by_simplejpeg,
+        "simplejpeg, decode, fast": by_simplejpeg_fast,
+        "simplejpeg, decode to 5/8": by_simplejpeg_five_eighths,
+        "simplejpeg, decode to 1/2": by_simplejpeg_half,
+        "simplejpeg + OpenCV area": chosen_by_area,
+        "OpenCV, decode": by_opencv,
+        "OpenCV": by_opencv_resized,
+        **_torchvision(),
+        "Pillow": by_pillow_resized,
+    }
+
+
+def _cases(pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPoolExecutor) -> list[Case]:
+    """The chosen decoder, the loader with its crops, the other decoders; all with so many threads."""
+    stage, baseline = f"{n_threads} threads" if n_threads > 1 else "1 thread", "simplejpeg + OpenCV linear"
+    shares = [pictures[k::n_threads] for k in range(n_threads)]
+
+    def alone(decode: Decode) -> Callable[[], object]:
+        return lambda: list(pool.map(lambda share: [decode(data) for data in share] and None, shares))
+
+    def epochs(crop: str) -> Callable[[], object]:
+        dataset = tc.Dataset(path, decode={"image": tc.DecodeImage(DECODED_SIZE, crop=crop)})
+        options = tc.LoaderOptions(seed=1, threads=n_threads)
+        loader = tc.DataLoader(dataset, batch_size=IMAGES.batch_size, shuffle=True, options=options)
+        return lambda: sum(len(batch[KEY]) for batch in loader)
+
+    n, unit = len(pictures), "images/s"
+    loaders = [
+        Case(stage, f"loader, crop={crop}", epochs(crop), COPIES * n, unit, baseline) for crop in ("center", "random")
+    ]
+    others = [Case(stage, name, alone(decode), n, unit, baseline) for name, decode in _decoders().items()]
+    return [Case(stage, baseline, alone(chosen), n, unit), *loaders, *others]
+
+
+def _in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
+    """As in_turns, with processor_us in the rows: processor time a picture, which busy neighbours change less."""
+    spent: dict[str, list[float]] = {case.name: [] for case in cases}
+
+    def watched(case: Case) -> Case:
+        def run() -> None:
+            start_s = time.process_time()
+            case.run()
+            spent[case.name].append((time.process_time() - start_s) / case.amount * 1e6)
+
+        return replace(case, run=run)
+
+    rows = in_turns([watched(case) for case in cases], effort)
+    return [{**row, "processor_us": spread(spent[row["case"]])} for row in rows]
+
+
+def _processor_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Processor time a picture, the smallest and the median; how many times the first row's speed that is."""
+    first = rows[0]["processor_us"]
+    lines = []
+    for row in rows:
+        took = row["processor_us"]
+        speeds = [f"{first[key] / took[key]:.2f}" for key in ("min", "median")]
+        lines.append([row["case"], f"{took['min']:.0f}", f"{took['median']:.0f}", *speeds])
+    return table(("processor time", "us, min", "us, median", "speed, min", "speed, median"), lines)
+
+
+def _pack(folder: Path, n_images: int) -> tuple[list[bytes], Path]:
+    """The pictures, and a data set of them."""
+    source = generate(replace(IMAGES, n_records=n_images), folder / f"pictures-{n_images}")
+    path = folder / "dataset"
+    shutil.rmtree(path, ignore_errors=True)
+    pictures = source.batch(0, n_images)["image"]
+    with tc.Writer(path, schema={"image": tc.Image("jpeg"), KEY: "int64"}) as writer:
+        for _ in range(COPIES):
+            writer.write_batch({"image": pictures, KEY: np.arange(n_images)})
+    return pictures, path
+
+
+def main(given: list[str] | None = None) -> None:
+    """Run the cases, print the tables, write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--min-s", type=float, default=0.5, help="seconds of a repetition")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--folder", type=Path, default=OUT / "images", help="for data and rows")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    asked = parser.parse_args(given)
+    effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    pictures, path = _pack(asked.folder, 32 if asked.quick else asked.images)
+    rows: list[dict[str, Any]] = []
+    for n_threads in asked.threads:
+        with ThreadPoolExecutor(n_threads) as pool:
+            found = _in_turns(_cases(pictures, path, n_threads, pool), effort)
+        print(f"{tables(found)}\n\n{_processor_table(found)}\n", flush=True)
+        rows += found
+    write_rows(asked.folder / "images.jsonl", rows)
+    print(f"rows: {asked.folder / 'images.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

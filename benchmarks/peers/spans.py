@@ -1,0 +1,91 @@
+"""Timed spans of a loader's epochs: whole ones where they are short, parts of one where it is long."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from processes import cpu_s
+
+if TYPE_CHECKING:
+    from consumer import Consumer
+
+Batches = Iterator[dict[str, Any]]
+Epoch = Callable[[], Batches]
+Reader = Callable[[Batches, float], bool]
+
+# A span ends at the end of an epoch, unless it would take more than so many times what was asked for.
+CUT_AFTER = 2.0
+
+
+class Stream:
+    """The batches of one epoch after the other; who stops in the middle of one goes on there.
+
+    n_epochs: how many were begun.
+    """
+
+    def __init__(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self._left: Batches | None = None
+        self.n_epochs = 0
+
+    @property
+    def at_start(self) -> bool:
+        """Whether what comes next is the first batch of an epoch."""
+        return self._left is None
+
+    def first(self) -> None:
+        """Wait for the first batch of all, which stays the first to be read."""
+        batches = self._batches()
+        self._left = itertools.chain([next(batches)], batches)
+
+    def read(self, reader: Reader, until_s: float = math.inf) -> bool:
+        """Read to the end of the epoch that is under way, or else of the next. False: until_s came before."""
+        ended = reader(self._batches(), until_s)
+        if ended:
+            self._left = None
+        return ended
+
+    def close(self) -> None:
+        """Let go of the epoch that is under way, if one is, before its loader goes."""
+        self._left = None
+
+    def _batches(self) -> Batches:
+        if self._left is None:
+            self._left = self._epoch()
+            self.n_epochs += 1
+        return self._left
+
+
+def timing(consumer: Consumer, reader: Reader, stream: Stream, min_s: float) -> dict[str, float]:
+    """Epochs read until they took min_s together, the last one cut where it is long: figures, and what was read.
+
+    Returns:
+        samples_per_s, cpu_s_per_million, wait_share; n_samples; n_epochs, whole or not; whole: 1 if all were.
+
+    Raises:
+        WrongBatchesError: a record did not come once an epoch.
+    """
+    consumer.reset()
+    begun, whole = stream.n_epochs, stream.at_start
+    cpu_before, started = cpu_s(), time.perf_counter()
+    until_s = started + CUT_AFTER * min_s if min_s else math.inf
+    while stream.read(reader, until_s):
+        if time.perf_counter() - started >= min_s:
+            break
+    took_s, took_cpu_s = time.perf_counter() - started, cpu_s() - cpu_before
+    n_epochs = stream.n_epochs - begun + (not whole)
+    whole = whole and stream.at_start
+    consumer.check_counts(n_epochs, whole=whole)
+    n_samples = consumer.n_samples
+    return {
+        "samples_per_s": n_samples / took_s,
+        "cpu_s_per_million": took_cpu_s / n_samples * 1e6,
+        "wait_share": consumer.wait_s / took_s,
+        "n_samples": n_samples,
+        "n_epochs": n_epochs,
+        "whole": whole,
+    }

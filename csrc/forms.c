@@ -1,0 +1,276 @@
+#include "forms.h"
+
+#include <string.h>
+
+#include "slot.h"
+
+enum { AHEAD = 6, LINE = 64, PREFETCH_LINES = 8 }; /* as gather.c: four to eight rows in flight hide the memory's latency */
+
+tc_stream tc_stored_as(const tc_stream *stream) {
+    return (tc_stream){stream->kind == TC_PADDED ? (uint32_t)TC_VAR : stream->kind, stream->width};
+}
+
+static size_t n_varying(const tc_form *form) {
+    size_t n = 0;
+    for (size_t d = 0; d < form->n_dims; d++) n += form->dims[d] < 0;
+    return n;
+}
+
+size_t tc_form_head_bytes(const tc_form *form, size_t n) { return (n + 1 + (n + 1) * n_varying(form)) * sizeof(int64_t); }
+
+static int64_t *offsets_of(tc_slot *slot, size_t s) { return (int64_t *)(slot->memory + slot->offsets_at[s]); }
+
+/* One byte a row, 0: a null that gets the fill. NULL: no row does. */
+static const uint8_t *mask_of(const tc_slot *slot, const tc_form *form) {
+    if (form->valid == TC_NONE) return NULL;
+    const uint8_t *valid = slot->memory + slot->values_at[form->valid];
+    return memchr(valid, 0, slot->n_rows) == NULL ? NULL : valid;
+}
+
+static size_t row_bytes(const tc_stream *stream) { return stream->kind == TC_BITS ? 1 : stream->kind == TC_REF ? sizeof(tc_ref) : stream->width; }
+
+/* Rows of one size: those of nulls become the fill, or point to it. */
+static void fill_rows(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
+    const uint8_t *valid = mask_of(slot, form);
+    if (valid == NULL) return;
+    tc_ref ref = {(uint64_t)(uintptr_t)form->fill, form->fill_bytes};
+    const void *fill = stream->kind == TC_REF ? (const void *)&ref : form->fill;
+    size_t n_bytes = row_bytes(stream);
+    uint8_t *values = slot->memory + slot->values_at[s];
+    for (size_t i = 0; i < slot->n_rows; i++)
+        if (!valid[i]) memcpy(values + i * n_bytes, fill, n_bytes);
+}
+
+static int gather_early(tc_slot *slot, const tc_stream *stream, size_t s, const tc_part *parts, size_t n_parts) {
+    size_t done = 0;
+    for (size_t p = 0; p < n_parts; p++) {
+        tc_rows rows = tc_rows_of(&parts[p], s);
+        tc_sink sink = {slot->memory + slot->values_at[s] + done * row_bytes(stream), NULL};
+        int status = tc_gather(stream, &rows, &sink);
+        if (status) return status;
+        done += rows.n;
+    }
+    return 0;
+}
+
+static int gather_all_early(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+    const tc_form *forms = parts[0].plan->forms;
+    for (size_t pass = 0; pass < 2; pass++) /* masks, then the shapes that they choose fills for */
+        for (size_t s = 0; s < n_streams; s++) {
+            if (!forms[s].early || (streams[s].kind == TC_BITS) != (pass == 0)) continue;
+            int status = gather_early(slot, &streams[s], s, parts, n_parts);
+            if (status) return status;
+            fill_rows(slot, &streams[s], s, &forms[s]);
+        }
+    return 0;
+}
+
+static void measure_fills(int64_t *offsets, size_t n, const uint8_t *valid, int64_t n_fill) {
+    int64_t before = offsets[0], total = offsets[0];
+    for (size_t i = 0; i < n; i++) {
+        int64_t here = offsets[i + 1];
+        total += valid[i] ? here - before : n_fill;
+        before = here;
+        offsets[i + 1] = total;
+    }
+}
+
+/* Whether a record's shape is one of its column, of n elements. The product is compared without ever overflowing. */
+static int shape_fits(const int32_t *shape, const tc_form *form, int64_t n) {
+    int64_t product = 1;
+    int has_none = 0;
+    for (size_t d = 0; d < form->n_dims; d++) {
+        if (shape[d] < 0 || (form->dims[d] >= 0 && shape[d] != form->dims[d])) return 0;
+        has_none |= shape[d] == 0;
+    }
+    if (has_none) return n == 0;
+    for (size_t d = 0; d < form->n_dims; d++)
+        if (__builtin_mul_overflow(product, shape[d], &product)) return 0;
+    return product == n;
+}
+
+static int check_shapes(const int32_t *shapes, const tc_form *form, const int64_t *offsets, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!shape_fits(shapes + i * form->n_dims, form, offsets[i + 1] - offsets[i])) return TC_CORRUPT;
+    return 0;
+}
+
+/* Where the parts of a TC_PADDED stream's head are. */
+typedef struct {
+    int64_t *offsets, *lengths, *longest;
+    size_t n_varying;
+    const int32_t *shapes; /* NULL: one dimension, whose lengths are those of the offsets */
+} head;
+
+static head head_of(tc_slot *slot, size_t s, const tc_form *form) {
+    head h = {offsets_of(slot, s), NULL, NULL, n_varying(form), NULL};
+    h.lengths = h.offsets + slot->n_rows + 1;
+    h.longest = h.lengths + slot->n_rows * h.n_varying;
+    if (form->shape != TC_NONE) h.shapes = (const int32_t *)(slot->memory + slot->values_at[form->shape]);
+    return h;
+}
+
+static void find_longest(const head *h, const tc_form *form, size_t n) {
+    for (size_t v = 0; v < h->n_varying; v++) h->longest[v] = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t d = 0, v = 0; d < form->n_dims; d++) {
+            if (form->dims[d] >= 0) continue;
+            int64_t length = h->shapes ? h->shapes[i * form->n_dims + d] : h->offsets[i + 1] - h->offsets[i];
+            h->lengths[i * h->n_varying + v] = length;
+            if (length > h->longest[v]) h->longest[v] = length;
+            v++;
+        }
+}
+
+/* Dimensions of the box that every record fits into. */
+static void box_of(const head *h, const tc_form *form, int64_t *box) {
+    for (size_t d = 0, v = 0; d < form->n_dims; d++) box[d] = form->dims[d] >= 0 ? form->dims[d] : h->longest[v++];
+}
+
+static int measure_padded(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
+    head h = head_of(slot, s, form);
+    find_longest(&h, form, slot->n_rows);
+    int64_t box[TC_MAX_DIMS];
+    box_of(&h, form, box);
+    size_t n = slot->n_rows, n_bytes;
+    for (size_t d = 0; d < form->n_dims; d++)
+        if (__builtin_mul_overflow(n, (size_t)box[d], &n)) return TC_NOMEM;
+    if (__builtin_mul_overflow(n, (size_t)stream->width, &n_bytes) || n_bytes > PTRDIFF_MAX) return TC_NOMEM;
+    slot->n_elements[s] = n;
+    return 0;
+}
+
+static int form_measure(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
+    int64_t *offsets = offsets_of(slot, s);
+    const uint8_t *valid = mask_of(slot, form);
+    if (valid) measure_fills(offsets, slot->n_rows, valid, (int64_t)(form->fill_bytes / stream->width));
+    slot->n_elements[s] = (size_t)offsets[slot->n_rows];
+    if (form->shape != TC_NONE) {
+        const int32_t *shapes = (const int32_t *)(slot->memory + slot->values_at[form->shape]);
+        if (check_shapes(shapes, form, offsets, slot->n_rows)) return TC_CORRUPT;
+    }
+    return stream->kind == TC_PADDED ? measure_padded(slot, stream, s, form) : 0;
+}
+
+int tc_forms_begin(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+    int status = gather_all_early(slot, streams, n_streams, parts, n_parts);
+    for (size_t s = 0; status == 0 && s < n_streams; s++)
+        if (streams[s].kind == TC_VAR || streams[s].kind == TC_PADDED) status = form_measure(slot, &streams[s], s, &parts[0].plan->forms[s]);
+    return status;
+}
+
+/* Where records go: boxes of the same size, or one behind the other (n_dims 0). */
+typedef struct {
+    uint8_t *values;
+    size_t width, n_dims;
+    const int32_t *shapes; /* NULL: one dimension */
+    int64_t box[TC_MAX_DIMS];
+    size_t strides[TC_MAX_DIMS]; /* bytes from one element to the next of each dimension of a box */
+    size_t box_bytes;
+} layout;
+
+/* A record of several dimensions into its box, whose other elements are zero. From dimension `inner` on it is as wide as the box. */
+static const uint8_t *put_inside(const layout *to, const int32_t *shape, size_t d, size_t inner, uint8_t *box, const uint8_t *from) {
+    if (d == inner) {
+        size_t n_bytes = (size_t)shape[d] * to->strides[d];
+        memcpy(box, from, n_bytes);
+        return from + n_bytes;
+    }
+    for (int32_t i = 0; i < shape[d]; i++) from = put_inside(to, shape, d + 1, inner, box + (size_t)i * to->strides[d], from);
+    return from;
+}
+
+static void put(const layout *to, size_t i, size_t start_bytes, const uint8_t *from, size_t n_bytes) {
+    if (to->n_dims == 0) {
+        if (n_bytes) memcpy(to->values + start_bytes, from, n_bytes);
+        return;
+    }
+    uint8_t *box = to->values + i * to->box_bytes;
+    const int32_t *shape = to->shapes ? to->shapes + i * to->n_dims : NULL;
+    size_t inner = to->n_dims - 1;
+    if (shape) while (inner > 0 && shape[inner] == to->box[inner]) inner--;
+    if (shape == NULL || inner == 0 || n_bytes == 0) {
+        if (n_bytes) memcpy(box, from, n_bytes);
+        memset(box + n_bytes, 0, to->box_bytes - n_bytes);
+        return;
+    }
+    memset(box, 0, to->box_bytes);
+    put_inside(to, shape, 0, inner, box, from);
+}
+
+static layout layout_of(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
+    layout to = {.values = slot->memory + slot->values_at[s], .width = stream->width};
+    if (stream->kind != TC_PADDED) return to;
+    head h = head_of(slot, s, form);
+    to.n_dims = form->n_dims;
+    to.shapes = h.shapes;
+    box_of(&h, form, to.box);
+    to.box_bytes = stream->width;
+    for (size_t d = form->n_dims; d-- > 0;) {
+        to.strides[d] = to.box_bytes;
+        to.box_bytes *= (size_t)to.box[d];
+    }
+    return to;
+}
+
+static void prefetch_row(const tc_rows *rows, size_t i, size_t n_bytes, size_t width) {
+    const tc_source *source = &rows->sources[rows->block[i]];
+    const uint8_t *row = source->values + (size_t)source->offsets[rows->row[i]] * width;
+    size_t lines = (n_bytes + LINE - 1) / LINE;
+    if (lines > PREFETCH_LINES) lines = PREFETCH_LINES;
+    for (size_t k = 0; k < lines; k++) __builtin_prefetch(row + k * LINE, 0, 0);
+}
+
+/* Rows one by one, each to its place, from its source or from the fill. offsets, valid: of these rows; first: their number in the batch. */
+static int put_rows(const layout *to, const tc_form *form, const tc_rows *rows, const int64_t *offsets, const uint8_t *valid, size_t first) {
+    for (size_t i = 0; i < rows->n; i++) {
+        uint64_t n_elements = (uint64_t)(offsets[i + 1] - offsets[i]);
+        size_t n_bytes = n_elements * to->width, start_bytes = (size_t)offsets[i] * to->width;
+        if (i + AHEAD < rows->n) prefetch_row(rows, i + AHEAD, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * to->width, to->width);
+        if (valid && !valid[i]) {
+            put(to, first + i, start_bytes, form->fill, n_bytes);
+            continue;
+        }
+        const tc_source *source = &rows->sources[rows->block[i]];
+        uint64_t start = (uint64_t)source->offsets[rows->row[i]]; /* read again, so checked again: the file may have changed meanwhile */
+        if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;
+        put(to, first + i, start_bytes, source->values + start * to->width, n_bytes);
+    }
+    return 0;
+}
+
+int tc_form_owns(const tc_slot *slot, const tc_stream *stream, const tc_form *form) {
+    return form->early || stream->kind == TC_PADDED || (stream->kind == TC_VAR && mask_of(slot, form) != NULL);
+}
+
+static int copy_rows(tc_slot *slot, const tc_stream *stream, size_t s, const tc_part *parts, size_t n_parts) {
+    const tc_form *form = &parts[0].plan->forms[s];
+    const uint8_t *valid = mask_of(slot, form);
+    const int64_t *offsets = offsets_of(slot, s);
+    layout to = layout_of(slot, stream, s, form);
+    int status = 0;
+    for (size_t p = 0, done = 0; status == 0 && p < n_parts; done += parts[p++].n) {
+        tc_rows rows = tc_rows_of(&parts[p], s);
+        status = put_rows(&to, form, &rows, offsets + done, valid ? valid + done : NULL, done);
+    }
+    return status;
+}
+
+static void count_in_rows(tc_slot *slot, size_t s, const tc_form *form) {
+    int64_t *offsets = offsets_of(slot, s);
+    const int32_t *shapes = (const int32_t *)(slot->memory + slot->values_at[form->shape]);
+    for (size_t i = 0; i < slot->n_rows; i++) offsets[i + 1] = offsets[i] + shapes[i * form->n_dims];
+}
+
+int tc_forms_end(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+    int status = 0;
+    for (size_t s = 0; status == 0 && s < n_streams; s++) {
+        const tc_stream *stream = &streams[s];
+        const tc_form *form = &parts[0].plan->forms[s];
+        if (form->early) continue;
+        if (stream->kind != TC_VAR && stream->kind != TC_PADDED) fill_rows(slot, stream, s, form);
+        else if (tc_form_owns(slot, stream, form)) status = copy_rows(slot, stream, s, parts, n_parts);
+        if (form->in_rows && status == 0) count_in_rows(slot, s, form);
+    }
+    return status;
+}

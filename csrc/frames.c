@@ -1,0 +1,13 @@
+#include "frames.h"
+
+size_t tc_frames_decode(const tc_zstd *zstd, void *context, const uint64_t *frames, const uint64_t *stored, const uint64_t *out,
+                        const uint64_t *raw, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        const void *frame = (const void *)(uintptr_t)frames[i];
+        /* Before it is decoded: several frames in a row, and those that say nothing, are not what was written. */
+        if (zstd->promise(frame, (size_t)stored[i]) != raw[i]) return i;
+        /* An error is a number close to the largest, and so never raw[i]. */
+        if (zstd->decode(context, (void *)(uintptr_t)out[i], (size_t)raw[i], frame, (size_t)stored[i]) != raw[i]) return i;
+    }
+    return count;
+}

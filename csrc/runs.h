@@ -1,0 +1,32 @@
+/* What the kernels of gather.c and check.c share: runs of rows that follow one another, and offsets that stay inside. */
+#ifndef TC_RUNS_H
+#define TC_RUNS_H
+#include "gather.h"
+
+/* Runs shorter than this on average are not worth their search: the row loops prefetch, which beats one short copy after another. */
+enum { SHORTEST_RUN = 4 };
+
+static inline int in_runs(const tc_rows *rows) { return rows->n_breaks * SHORTEST_RUN < rows->n; }
+
+/* How many rows from i on follow one another in one block; 1 where rows lie anywhere. */
+static inline size_t run_at(const tc_rows *rows, size_t i) {
+    if (rows->n_breaks == 0) return rows->n - i;
+    if (!in_runs(rows)) return 1;
+    size_t end = i + 1;
+    while (end < rows->n && rows->row[end] == rows->row[end - 1] + 1 && rows->block[end] == rows->block[i]) end++;
+    return end - i;
+}
+
+/* Whether elements [start, end) are some, or none, of n_elements. Compared as unsigned numbers, negative ones are too large. */
+static inline int is_inside(int64_t start, int64_t end, uint64_t n_elements) {
+    return (uint64_t)end <= n_elements && (uint64_t)start <= (uint64_t)end;
+}
+
+/* Whether offsets[0..n] never fall: without a branch, so that the loop is vectorised. */
+static inline int never_falls(const int64_t *offsets, size_t n) {
+    int64_t falls = 0;
+    for (size_t i = 0; i < n; i++) falls |= offsets[i + 1] < offsets[i];
+    return falls == 0;
+}
+
+#endif

@@ -1,0 +1,47 @@
+# cython: freethreading_compatible = True
+"""Many zstd frames decoded in one call without the GIL, by a libzstd that the caller has found."""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint64_t, uintptr_t
+
+cdef extern from "frames.h" nogil:
+    ctypedef struct tc_zstd:
+        void *(*create)() noexcept nogil
+        size_t (*destroy)(void *context) noexcept nogil
+        size_t (*decode)(void *context, void *out, size_t room, const void *data, size_t n) noexcept nogil
+        unsigned long long (*promise)(const void *data, size_t n) noexcept nogil
+    size_t tc_frames_decode(const tc_zstd *zstd, void *context, const uint64_t *frames, const uint64_t *stored,
+                            const uint64_t *out, const uint64_t *raw, size_t count)
+
+
+cdef class Decoder:
+    cdef tc_zstd _zstd
+    cdef void *_context
+
+    def __cinit__(self, uintptr_t create, uintptr_t destroy, uintptr_t decode, uintptr_t promise):
+        self._context = NULL
+        if not (create and destroy and decode and promise):
+            raise ValueError("a decoder needs the addresses of four functions of libzstd")
+        self._zstd.create = <void *(*)() noexcept nogil>create
+        self._zstd.destroy = <size_t (*)(void *) noexcept nogil>destroy
+        self._zstd.decode = <size_t (*)(void *, void *, size_t, const void *, size_t) noexcept nogil>decode
+        self._zstd.promise = <unsigned long long (*)(const void *, size_t) noexcept nogil>promise
+        self._context = self._zstd.create()
+        if self._context == NULL:
+            raise MemoryError("no memory for a zstd context")
+
+    def __dealloc__(self):
+        if self._context != NULL:
+            self._zstd.destroy(self._context)
+
+    def decode(self, const uint64_t[::1] frames not None, const uint64_t[::1] stored not None,
+               const uint64_t[::1] out not None, const uint64_t[::1] raw not None) -> int:
+        cdef size_t count = frames.shape[0]
+        if stored.shape[0] != frames.shape[0] or out.shape[0] != frames.shape[0] or raw.shape[0] != frames.shape[0]:
+            raise ValueError("frames, stored, out and raw must be of one length")
+        if count == 0:
+            return 0
+        cdef size_t n_right
+        with nogil:
+            n_right = tc_frames_decode(&self._zstd, self._context, &frames[0], &stored[0], &out[0], &raw[0], count)
+        return n_right

@@ -1,0 +1,410 @@
+"""The stage between the ring and the consumer that decodes pictures: threads, some batches ahead, in order.
+
+The threads share a line of batches. One that finds no picture to decode takes the next batch from the pipeline that
+gathers, one at a time, so that no thread is there only to hand on. The encoded pictures lie in the batch's slot, copied
+there under the guard of the gather: windows and mappings may go while they are decoded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tiercache.images.crop import draw_key, keyed_draws
+from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
+from tiercache.load.assemble import TORCH_DTYPES, Batch
+from tiercache.load.broken import broken_picture, record_at
+from tiercache.load.pipeline import Pipeline, Resources, Work
+from tiercache.stats import Waits
+
+if TYPE_CHECKING:
+    from tiercache.images.options import DecodeImage
+    from tiercache.load.buffer import Buffer
+    from tiercache.load.serving import Form
+
+# Batches ahead: enough to hide a stall of the consumer, and for each thread some pictures of other batches than the
+# one that is nearly done. More would only be memory.
+BATCHES_AHEAD, MIN_AHEAD = 4, 2
+PICTURES_A_THREAD = 4
+# Beyond what is ahead: the batch at work in the consumer, and the one before it, which loops still name.
+HELD_BY_CONSUMER = 2
+# Gathering a picture of 53 KB takes 11 us, decoding it 800. Small pictures are both cheaper.
+DECODING_A_GATHERER = 16
+# Copying so much of a batch costs less than a hundredth of decoding the rest.
+SMALL_PART = 8
+# A thread in the middle of a picture ends after it, milliseconds later; nobody waits longer for one that does not.
+THREAD_END_S = 1.0
+
+_live: weakref.WeakSet[DecodedPipeline] = weakref.WeakSet()
+
+
+def start_pipeline(work: Work, resources: Resources) -> Pipeline | DecodedPipeline:
+    """The pipeline that does the work: with decoding threads where columns are to be decoded."""
+    return DecodedPipeline(work, resources) if work.serving.decode else Pipeline(work, resources)
+
+
+class DecodedPipeline:
+    """A `Pipeline` whose pictures are decoded; the same methods, with the same promises.
+
+    All methods may be called from any thread. The threads hold no reference to this object, so that dropping the last
+    one outside closes it.
+    """
+
+    def __init__(self, work: Work, resources: Resources) -> None:
+        load_libraries()  # a missing one is the caller's error, not a thread's
+        self._waits = work.waits
+        self._pid = os.getpid()
+        ahead = _ahead(work, resources)
+        self._line = _Line(ahead)
+        self._gathered = Pipeline(_as_buffers(work), _gathering(resources))
+        work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.serving.decode)
+        opener = _Opener(work, self._gathered)
+        self._n_rows = self._n_batches = self._n_bytes = 0
+        self._threads = [
+            threading.Thread(target=_decode, args=(self._line, opener), name=f"tiercache-decode-{i}", daemon=True)
+            for i in range(resources.n_threads)
+        ]
+        _live.add(self)
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, timeout_s: float = -1.0) -> Batch | None:
+        """The next batch; None at the end of the epoch. Raises as `Pipeline.take`, CorruptShard for broken pictures."""
+        if self.inherited:
+            raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
+        start_s = time.perf_counter()
+        job = self._line.next_done(None if timeout_s < 0 else timeout_s)
+        self._waits.add(time.perf_counter() - start_s)
+        if job.batch is None:
+            error, job.error = job.error, None  # kept, it would be a cycle by its traceback
+            self.close()
+            if error is not None:
+                raise error
+            return None
+        self._n_rows += job.n_rows
+        self._n_batches += 1
+        self._n_bytes += job.n_bytes
+        return job.batch
+
+    def close(self) -> None:
+        """End all threads; batches that were taken stay good. Repeatable. Nothing is done in a forked child."""
+        if self.inherited:
+            return
+        self._line.close()
+        self._gathered.close()
+        threads, self._threads = self._threads, []  # waited for once, also where close() is called again
+        end_s = time.monotonic() + THREAD_END_S
+        for thread in threads:
+            if thread is not threading.current_thread() and thread.is_alive():
+                thread.join(max(0.0, end_s - time.monotonic()))
+        _live.discard(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy: without threads, good for nothing."""
+        return self._pid != os.getpid()
+
+    @property
+    def damaged_shard(self) -> int | None:
+        """Which shard was found damaged, as `Pipeline.damaged_shard`; a picture that cannot be decoded is not one."""
+        return self._gathered.damaged_shard
+
+    def figures(self) -> dict[str, float]:
+        """As `Pipeline.figures`, of batches handed out; decode_ns of all threads."""
+        handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
+        return {**self._gathered.figures(), **handed_out, "decode_ns": self._line.decode_ns}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):
+            self.close()
+
+
+@dataclass(slots=True)
+class _Pictures:
+    """One column of one batch: encoded (None: a null, or decoded), numbers to crop by, and where each picture goes.
+
+    out: array [n, ...], or a list that is filled where pictures differ in size.
+    """
+
+    name: str
+    options: DecodeImage
+    encoded: list[Any]
+    draws: Sequence[Sequence[float]]
+    out: Any
+
+    def decode(self, index: int, decoder: Decoder) -> None:
+        data, self.encoded[index] = self.encoded[index], None  # with the last one the slot is free for the next batch
+        if self.options.size is None:
+            self.out[index] = (
+                None if data is None else _tensor_of(decoder.decode(data, self.draws[index]), self.options)
+            )
+        elif data is None:
+            self.out[index] = 0  # the memory was used before
+        else:
+            decoder.decode_into(data, self.draws[index], self.out[index])
+
+
+@dataclass(slots=True)
+class _Job:
+    """A batch on its way. batch: None at the end of the epoch, or with an error; guarded by the line's lock."""
+
+    batch: Batch | None
+    columns: Sequence[_Pictures] = ()
+    number: int = 0
+    n_rows: int = 0
+    n_bytes: int = 0
+    error: Exception | None = None
+    failed_at: int = -1
+    n_begun: int = 0
+    n_done: int = 0
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self.columns) * self.n_rows
+
+    def fail(self, task: int, error: Exception) -> None:
+        """Keep the first picture's error: whatever the threads do, the same one is told."""
+        if self.error is None or task < self.failed_at:
+            self.error, self.failed_at = error, task
+
+
+class _Line:
+    """Batches between being taken from the ring and being handed out, oldest first.
+
+    One lock guards everything. It is re-entrant: the collector may drop a pipeline, and so close it, in a thread that
+    holds it.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        lock = threading.RLock()
+        self._lock = lock
+        self._ready, self._room = threading.Condition(lock), threading.Condition(lock)
+        self._ahead = ahead
+        self._jobs: deque[_Job] = deque()
+        self._opening = self._ended = self._closed = False
+        self.decode_ns = 0
+
+    def next_task(self) -> tuple[_Job, int] | None:
+        """A picture to decode: (its batch, its number there), number -1: open the next batch. None: the end."""
+        with self._lock:
+            while not self._closed:
+                for job in self._jobs:
+                    if job.n_begun < job.n_tasks:
+                        job.n_begun += 1
+                        return job, job.n_begun - 1
+                if not self._opening and not self._ended and len(self._jobs) < self._ahead:
+                    self._opening = True
+                    return _Job(None), -1
+                self._room.wait()
+            return None
+
+    def add(self, job: _Job) -> None:
+        """Append the batch that was opened."""
+        with self._lock:
+            self._opening = False
+            self._ended = self._ended or job.batch is None
+            if not self._closed:
+                self._jobs.append(job)
+            self._room.notify_all()
+            self._tell(job)
+
+    def done(self, job: _Job, task: int, error: Exception | None, took_ns: int) -> None:
+        """Say that a picture is decoded, or why it cannot be."""
+        with self._lock:
+            self.decode_ns += took_ns
+            if error is not None:
+                job.fail(task, error)
+                job.n_done += job.n_tasks - job.n_begun  # nobody will see the rest
+                job.n_begun = job.n_tasks
+                self._ended = True
+            job.n_done += 1
+            self._tell(job)
+
+    def next_done(self, timeout_s: float | None) -> _Job:
+        """The oldest batch, once it is done. Raises TimeoutError, RuntimeError (closed)."""
+        with self._lock:
+            if not self._ready.wait_for(lambda: self._closed or self._first_is_done(), timeout_s):
+                raise TimeoutError(f"no batch within {timeout_s} s")
+            if self._closed:
+                raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
+            job = self._jobs.popleft()
+            self._room.notify()
+            if job.error is not None:
+                job.batch = None
+            return job
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            dropped, self._jobs = self._jobs, deque()
+            self._ready.notify_all()
+            self._room.notify_all()
+        dropped.clear()
+
+    def _first_is_done(self) -> bool:
+        return bool(self._jobs) and self._jobs[0].n_done >= self._jobs[0].n_tasks
+
+    def _tell(self, job: _Job) -> None:
+        if self._jobs and job is self._jobs[0] and self._first_is_done():
+            self._ready.notify()
+
+
+@dataclass(slots=True)
+class _Opener:
+    """Makes batches that were gathered ready to be decoded. One thread at a time."""
+
+    work: Work
+    gathered: Pipeline
+    number: int = 0
+    key: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = draw_key(self.work.order.options.seed, self.work.order.epoch)
+
+    def open(self) -> _Job:
+        """The next batch; whatever goes wrong is told in its place in the order."""
+        before = self.gathered.figures()["bytes_served"]
+        batch = self.gathered.take()
+        if batch is None:
+            return _Job(None)
+        decode = self.work.serving.decode
+        n_rows = sum(stop - start for start, stop in self.work.ranks.batch(self.number))
+        draws: Sequence[Sequence[float]] = [()] * n_rows
+        if any(options.is_random for options in decode.values()):
+            draws = keyed_draws(self.key, self.work.ranks.batch(self.number)).tolist()
+        n_bytes = self.gathered.figures()["bytes_served"] - before
+        columns = []
+        for name, options in decode.items():
+            encoded = _encoded(batch[name], batch.get(f"{name}.valid"))
+            batch[name], out = self._room(options, n_rows)
+            columns.append(_Pictures(name, options, encoded, draws, out))
+        _let_go(batch, decode.keys(), int(n_bytes))
+        job = _Job(batch, columns, self.number, n_rows, int(n_bytes))
+        self.number += 1
+        return job
+
+    def error_of(self, job: _Job, task: int, said: DecodeError) -> Exception:
+        """What the consumer is told of a picture that cannot be decoded."""
+        column, index = divmod(task, job.n_rows)
+        runs = self.work.ranks.batch(job.number)
+        position = [p for start, stop in runs for p in range(start, stop)][index]
+        record = record_at(self.work.order, self.work.source, position)
+        error = broken_picture(self.work.source, job.columns[column].name, record, str(said))
+        error.__cause__ = said.with_traceback(None)  # whose frames would hold the batch's memory
+        return error
+
+    def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
+        """(what the batch has, the same as something to write to)."""
+        if options.size is None:
+            pictures: list[Any] = [None] * n_rows
+            return pictures, pictures
+        shape = (n_rows, *options.batch_shape)
+        picture_bytes = int(np.prod(options.batch_shape)) * options.itemsize
+        lent = self.work.memory.lend(n_rows * picture_bytes, _longest(self.work) * picture_bytes)
+        tensor = torch.frombuffer(lent, dtype=TORCH_DTYPES[options.dtype]).view(shape)
+        return tensor, lent.view(stored_dtype(options.dtype)).reshape(shape)
+
+
+def _decode(line: _Line, opener: _Opener) -> None:
+    """A decoding thread."""
+    decoders: dict[str, Decoder] = {}
+    while (found := line.next_task()) is not None:
+        job, task = found
+        if task < 0:
+            line.add(_opened(opener))
+            continue
+        start_ns, error = time.perf_counter_ns(), None
+        column, index = divmod(task, job.n_rows)
+        pictures = job.columns[column]
+        try:
+            decoder = decoders.get(pictures.name) or decoders.setdefault(pictures.name, Decoder(pictures.options))
+            pictures.decode(index, decoder)
+        except DecodeError as said:
+            error = _explained(opener, job, task, said)
+        except Exception as raised:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place
+            error = raised
+        line.done(job, task, error, time.perf_counter_ns() - start_ns)
+        del job, found, pictures, error  # a thread that waits must not hold a batch
+
+
+def _opened(opener: _Opener) -> _Job:
+    try:
+        return opener.open()
+    except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place
+        return _Job(None, error=error)
+
+
+def _explained(opener: _Opener, job: _Job, task: int, said: DecodeError) -> Exception:
+    try:
+        return opener.error_of(job, task, said)
+    except Exception as error:  # noqa: BLE001 -- a thread's top: not even the place can be found
+        return error
+
+
+def _encoded(gathered: Buffer, valid: torch.Tensor | None) -> list[Any]:
+    """Each picture's bytes, over the slot's memory; None for a null."""
+    values, bounds = gathered.values.numpy(), gathered.offsets.tolist()
+    parts = [values[start:stop] for start, stop in itertools.pairwise(bounds)]
+    return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
+
+
+def _let_go(batch: Batch, decoded: Set[str], slot_bytes: int) -> None:
+    """Copy the columns beside the pictures out of the slot, where they are its small part.
+
+    Else a label of 8 bytes would keep the encoded pictures of its batch for as long as the batch.
+    """
+    beside = {name: value for name, value in batch.items() if name not in decoded}
+    tensors = {name: value for name, value in beside.items() if isinstance(value, torch.Tensor)}
+    if sum(value.nbytes for value in tensors.values()) > slot_bytes // SMALL_PART:
+        return
+    batch.update({name: value.clone() for name, value in tensors.items() if not value.is_nested})
+
+
+def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
+    tensor = torch.from_numpy(picture.view(np.int16) if options.dtype == "bfloat16" else picture)
+    return tensor.view(torch.bfloat16) if options.dtype == "bfloat16" else tensor
+
+
+def _as_buffers(work: Work) -> Work:
+    """The work of the pipeline below: encoded pictures end to end in the slot. Waits there are not the consumer's."""
+    serving = work.serving
+    encoded: Form = "buffer"
+    forms = {**serving.forms, **dict.fromkeys(serving.decode, encoded)}
+    return replace(work, waits=Waits(), serving=replace(serving, forms=forms, decode={}))
+
+
+def _gathering(resources: Resources) -> Resources:
+    """What the pipeline below may use: little, as it is never what is waited for; the memory is for decoded batches."""
+    return replace(resources, n_threads=-(-resources.n_threads // DECODING_A_GATHERER), memory_bytes=0)
+
+
+def _longest(work: Work) -> int:
+    """Records of the longest batch."""
+    return max(min(work.ranks.batch_size, work.ranks.n_records), 1)
+
+
+def _ahead(work: Work, resources: Resources) -> int:
+    """How many batches are decoded ahead of the consumer."""
+    n_rows = _longest(work)
+    sized = [options for options in work.serving.decode.values() if options.size is not None]
+    batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
+    wanted = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
+    return max(MIN_AHEAD, min(wanted, resources.memory_bytes // max(batch_bytes, 1)))
+
+
+@atexit.register
+def _close_all() -> None:
+    # The threads are daemons: left running, they would wake in a half-dead interpreter.
+    for pipeline in list(_live):
+        pipeline.close()

@@ -1,0 +1,89 @@
+"""Fill values: what is served instead of a null, checked, in stored form and as a user sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.errors import SchemaError
+from tiercache.shard.fit import MisfitError
+from tiercache.shard.ingest import converter
+from tiercache.shard.types import Column, Kind
+from tiercache.shard.values import ColumnValues
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
+
+
+def stored_fill(column: Column, fill: Any) -> Any:
+    """A fill value in stored form: bytes, an array of the record's shape, or an Arrow array of one.
+
+    One number fills a whole tensor.
+
+    Raises:
+        SchemaError: the column is not nullable, or cannot hold the value.
+    """
+    if not column.nullable:
+        message = "nulls: a fill value is for nullable columns, and this one has no nulls"
+        raise SchemaError(message, column=column.name, expected="'mask'", got=repr(fill))
+    plain = dataclasses.replace(column, nullable=False)
+    if column.kind is Kind.TENSOR and not hasattr(fill, "__len__") and not getattr(fill, "ndim", 0):
+        plain = dataclasses.replace(plain, kind=Kind.BOOL if column.dtype == "bool" else Kind.SCALAR, shape=())
+    try:
+        value = converter(plain)(fill)
+    except MisfitError as error:
+        message = f"nulls: a fill value must be one that the column can hold: {error}"
+        raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
+    if column.kind is Kind.TENSOR:
+        return np.broadcast_to(np.asarray(value, column.stored), tuple(d or 0 for d in column.shape))
+    return np.asarray(value, column.stored) if column.kind in _NUMBERS else value
+
+
+def stream_fills(column: Column, fill: Any) -> tuple[bytes, ...]:
+    """What a null gets in each of the column's streams but the last, which says which are null: values, shape."""
+    stored = stored_fill(column, fill)
+    if column.kind is Kind.RAGGED:
+        return np.ascontiguousarray(stored).tobytes(), np.array(stored.shape, "<i4").tobytes()
+    return (np.ascontiguousarray(stored).tobytes() if column.kind in _NUMBERS else stored,)
+
+
+def filled(found: ColumnValues, fill: Any) -> ColumnValues:
+    """The values with nulls replaced, in place, each by a value of its own; without a mask."""
+    column, values = found.column, found.values
+    if found.valid is None or found.valid.all():
+        return ColumnValues(column, values)
+    stored = stored_fill(column, fill)
+    where = np.flatnonzero(~found.valid).tolist()
+    if isinstance(values, np.ndarray):
+        values[where] = stored  # stored bool is 0 and 1
+    elif isinstance(values, list):
+        for index in where:
+            values[index] = value_of(column, stored)
+    else:
+        values[where] = _bfloat16(stored)
+    return ColumnValues(column, values)
+
+
+def value_of(column: Column, stored: Any) -> Any:
+    """A stored fill of a column of any kind that is served as a list, as a value in memory of its own."""
+    if column.kind is Kind.RAGGED:
+        if column.dtype == "bfloat16":
+            return _bfloat16(stored)
+        return stored.astype(np.bool_) if column.dtype == "bool" else stored.copy()
+    if column.kind is Kind.STR:
+        return stored.decode()
+    if column.kind is Kind.JSON:
+        return json.loads(stored)
+    return stored[0].as_py() if column.kind is Kind.ARROW else stored
+
+
+def _bfloat16(bits: Array) -> Any:
+    """Bits as a torch tensor of their own; torch is there, as the column's values are tensors too."""
+    torch = sys.modules["torch"]
+    return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)

@@ -1,0 +1,158 @@
+"""One epoch of the native path as its consumer sees it: where it stands, batches, and going on past a rotten copy."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tiercache.errors import CorruptShard
+from tiercache.load.assemble import Batch
+from tiercache.load.decoding import start_pipeline
+from tiercache.load.pipeline import Resources, Work
+from tiercache.load.state import RunState
+from tiercache.order import RankPlan
+
+logger = logging.getLogger("tiercache")
+_profiler = torch.autograd.profiler
+
+
+class Position:
+    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before."""
+
+    def __init__(self, begun: RunState, ranks: RankPlan) -> None:
+        self._begun = begun
+        self._ranks = ranks
+        self._redirected: RunState | None = None
+        self.n_yielded = 0
+        self.finished = False
+
+    def state(self) -> RunState:
+        """Where the run stands after the batches handed out; after the end, at the start of the next epoch."""
+        if self._redirected is not None:
+            return self._redirected
+        if self.finished:
+            return self.next_state()
+        return replace(self._begun, offset=self._ranks.offset_after(self.n_yielded))
+
+    def next_state(self) -> RunState:
+        """Where the loader's next iter() begins: the next epoch, however far this one got."""
+        return self._redirected or replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+
+    def redirect(self, epoch: int) -> None:
+        """Let the loader go on with another epoch."""
+        if self.next_state().epoch != epoch:
+            self._redirected = replace(self._begun, epoch=epoch, offset=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the loader's own arguments say of handing batches over. timeout_s: 0 for none."""
+
+    timeout_s: float
+    pin_memory: bool
+
+
+class NativeIterator(Iterator[Batch]):
+    """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
+
+    def __init__(self, position: Position, work: Work, resources: Resources, delivery: Delivery) -> None:
+        self._position = position
+        self._work = work
+        self._resources = resources
+        self._timeout_s = delivery.timeout_s if delivery.timeout_s > 0 else -1.0
+        self._pin = _pinning() if delivery.pin_memory else None
+        self._start_s = time.perf_counter()
+        self._counted = False
+        self._pipeline = start_pipeline(work, resources)
+
+    def __next__(self) -> Batch:
+        # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
+        if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
+            with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
+                return self._take()
+        return self._take()
+
+    def __iter__(self) -> NativeIterator:
+        return self
+
+    def __len__(self) -> int:
+        return self._work.ranks.n_batches
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pipeline"):
+            self.close()
+
+    def figures(self) -> Mapping[str, float]:
+        """The pipeline's, and wall_s of this epoch; nothing once they are in the loader's counters."""
+        if self._counted:
+            return {}
+        return {**self._pipeline.figures(), "wall_s": time.perf_counter() - self._start_s}
+
+    def close(self) -> None:
+        """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
+        self._pipeline.close()
+        if not self._counted and not self._pipeline.inherited:
+            self._count(self.figures())
+            self._counted = True
+
+    def _count(self, figures: Mapping[str, float]) -> None:
+        for name, figure in figures.items():
+            self._work.counters.add(name, figure)
+
+    def _take(self) -> Batch:
+        if self._position.finished:
+            raise StopIteration
+        try:
+            batch = self._pipeline.take(self._timeout_s)
+        except TimeoutError as error:
+            raise RuntimeError(f"DataLoader timed out after {self._timeout_s:g} seconds") from error
+        except CorruptShard as error:
+            batch = self._take_healed(error)
+        if batch is None:
+            self._position.finished = True
+            self._work.counters.add("padded", self._work.ranks.padded)
+            self.close()
+            raise StopIteration
+        self._position.n_yielded += 1
+        return self._pin(batch) if self._pin is not None else batch
+
+    def _take_healed(self, error: CorruptShard) -> Batch | None:
+        """The batch that could not be made, read again where a local copy was to blame.
+
+        The order is a function of the position, so a second pipeline goes on where the first one failed.
+
+        Raises:
+            CorruptShard: the error, where the copy is what the source sent.
+        """
+        while True:
+            shard = self._pipeline.damaged_shard
+            if shard is None or not self._work.source.heal(shard):
+                raise error
+            logger.warning("a damaged local copy is fetched again: %s", error)
+            self._count(self._pipeline.figures())
+            ranks = self._work.ranks
+            here = replace(ranks, offset=ranks.offset_after(self._position.n_yielded))
+            self._pipeline = start_pipeline(replace(self._work, ranks=here), self._resources)
+            try:
+                return self._pipeline.take(self._timeout_s)
+            except CorruptShard as again:
+                error = again
+
+
+def _pinning() -> Any:
+    """What pins a batch; None, with torch's warning, where nothing can be pinned."""
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch before 2.6 knows only cuda here
+    if not accelerator.is_available():
+        warnings.warn(
+            "'pin_memory' argument is set as true but no accelerator is found, "
+            "then device pinned memory won't be used.",
+            stacklevel=5,  # the caller of iter(loader)
+        )
+        return None
+    return torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- pins nested batches as torch's loader does

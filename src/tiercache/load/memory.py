@@ -1,0 +1,67 @@
+"""Memory of decoded batches: lent out, and used again once the consumer has dropped the last tensor over it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import defaultdict, deque
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+_lent: dict[int, int] = {}  # token -> bytes, of the whole process; single dict operations, so no lock
+_tokens = itertools.count()
+
+
+class BatchMemory:
+    """Arrays of bytes that are lent and come back by themselves, on whatever thread drops the last reference.
+
+    A loader's, for its life: an epoch that began with fresh pages decoded its first 200 pictures at 1,050 us each
+    where later ones took 800. All methods and `keep` may be used from any thread.
+
+    Attributes:
+        keep: how many returned arrays of a size to keep for the next ones; more are given back to the system.
+    """
+
+    def __init__(self, keep: int = 0) -> None:
+        self.keep = keep
+        # By size. Appended and popped from any thread, finalisers included, by single operations: no lock.
+        self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
+
+    def lend(self, n_bytes: int, size_bytes: int) -> Bytes:
+        """uint8[n_bytes], writable, of any content. It is given back when nothing refers to *this* array any more.
+
+        A tensor made by torch.frombuffer refers to it; a numpy view of it does not (numpy's views refer to the array
+        that owns the memory).
+
+        Args:
+            n_bytes: at most size_bytes.
+            size_bytes: of the memory behind it: those that ask for one size use one another's again.
+        """
+        try:
+            memory = self._free[size_bytes].pop()  # the last one returned: part of it is still in a processor's cache
+        except IndexError:
+            memory = np.empty(size_bytes, np.uint8)
+        lent = memory[:n_bytes]
+        token = next(_tokens)
+        _lent[token] = size_bytes
+        weakref.finalize(lent, _give_back, token, memory, self).atexit = False
+        return lent
+
+    def take_back(self, memory: Bytes) -> None:
+        """What was lent, for the next one that asks for its size."""
+        free = self._free[memory.size]
+        if len(free) < self.keep:
+            free.append(memory)
+
+
+def lent_bytes() -> int:
+    """Memory that is lent now, of the whole process."""
+    return sum(list(_lent.values()))
+
+
+def _give_back(token: int, memory: Bytes, owner: BatchMemory) -> None:
+    _lent.pop(token, None)
+    owner.take_back(memory)

@@ -1,0 +1,81 @@
+"""How a window's blocks are split among the threads that load them: pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from tiercache.order import Window
+
+# Parts for each thread: the last one to end keeps the others waiting for a part of its share only.
+PARTS_A_THREAD = 2
+# A part costs about 0.2 ms beside its bytes; one of 16 MiB is decoded in 20 ms, which is how long closing may wait.
+MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Parts of a window: places in its blocks, int64[.] for each, neighbours in one shard, in its order.
+
+    at_hand: those that cost nothing to load but the call, whole shards; work: the others.
+    """
+
+    at_hand: tuple[NDArray[np.int64], ...]
+    work: tuple[NDArray[np.int64], ...]
+
+
+def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand: Callable[[int], bool]) -> Split:
+    """Cut the wanted blocks of a window into parts, those that are work into parts of about the same bytes.
+
+    Threads that take the next part when they have done one are busy to the end, whatever the shards.
+
+    Args:
+        window: of the order.
+        wanted: bool[n_blocks].
+        n_threads: that load.
+        is_at_hand: whether a shard's blocks are no work to load.
+
+    Returns:
+        Parts that are work have MAX_PART_BYTES at most unless one is a single block. Shards come in the order in which
+        the window names them.
+    """
+    places = np.flatnonzero(wanted)
+    if not len(places):
+        return Split((), ())
+    shards, first = np.unique(window.shards[places], return_index=True)
+    turn = np.empty(len(shards), np.int64)
+    turn[np.argsort(first)] = np.arange(len(shards))
+    turns = turn[np.searchsorted(shards, window.shards[places])]
+    order = np.lexsort((window.blocks[places], turns))
+    places, turns = places[order], turns[order]
+    runs = np.split(places, np.flatnonzero(np.diff(turns)) + 1)
+    free = [is_at_hand(int(window.shards[run[0]])) for run in runs]
+    at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
+    work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
+    limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
+    return Split(tuple(at_hand), tuple(part for run in work for part in _cut(run, window, limit)))
+
+
+def part_bytes(n_bytes: int, n_threads: int) -> int:
+    """How large a part shall be of a window that has n_bytes to load."""
+    return min(max(n_bytes // (n_threads * PARTS_A_THREAD), MIN_PART_BYTES), MAX_PART_BYTES)
+
+
+def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArray[np.int64]]:
+    """A shard's blocks as parts of about the same size, limit_bytes at most where a block is not larger."""
+    sums = np.cumsum(window.block_bytes[run])
+    n_parts = -(-int(sums[-1]) // limit_bytes)
+    share = -(-int(sums[-1]) // max(n_parts, 1))
+    parts, begin, start_bytes = [], 0, 0
+    while begin < len(run):
+        end = max(int(np.searchsorted(sums, start_bytes + share, side="right")), begin + 1)
+        parts.append(run[begin:end])
+        begin, start_bytes = end, int(sums[end - 1])
+    return parts

@@ -1,0 +1,98 @@
+"""What the ring is told of a schema's columns: the kind of each stream, and how forms and fills change it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache._native import gather
+from tiercache.load.fills import stream_fills
+from tiercache.load.serving import Serving, is_stack_of_rows
+from tiercache.shard.types import Column, Kind, Schema
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PADDED = 4  # csrc/forms.h
+# Of a stream's row in the table of forms (struct tc_form).
+_EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS, _N_WORDS = range(9)
+_NONE = 2**64 - 1
+_BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
+
+
+def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np.uint32]:
+    """(kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them."""
+    served = serving or Serving()
+    streams: list[tuple[int, int]] = []
+    for column in schema.columns:
+        for stream in column.streams(0):
+            kind = _values_kind(column, served) if stream.role == "values" else None
+            streams.append((stream.kind if kind is None else kind, stream.width_bytes))
+    return np.array(streams, np.uint32).reshape(-1, 2)
+
+
+def _values_kind(column: Column, serving: Serving) -> int | None:
+    """The kind of a stream of values where it is not the one that is stored."""
+    form = serving.form(column)
+    if form == "padded":
+        return PADDED
+    return gather.REF if form == "list" and column.kind in (Kind.BYTES, Kind.IMAGE) else None
+
+
+def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
+    """Memory of a batch's streams that is known beforehand (of those of varied length only the offsets)."""
+    widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16}
+    sizes = [(widths[int(kind)] or int(width)) * n_rows for kind, width in streams]
+    return sum(-(-(size + 8) // 64) * 64 for size in sizes)
+
+
+def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
+    """What is made of each stream beyond its plain gather, as Plan takes it; None where nothing is.
+
+    Returns:
+        uint64[n]: a struct tc_form for each stream, and behind them what they point to, in the array's own memory. So
+        it is neither copied nor moved.
+    """
+    tail = bytearray()
+    rows: list[list[int]] = []
+    for column in schema.columns:
+        rows += _column_rows(column, serving, len(rows), tail)
+    if not any(row[_EARLY] or row[_N_DIMS] or row[_VALID] != _NONE for row in rows):
+        return None
+    table = np.zeros(len(rows) * _N_WORDS + len(tail) // 8, np.uint64)
+    n_words = len(rows) * _N_WORDS
+    words = table[:n_words].reshape(-1, _N_WORDS)
+    words[:] = rows
+    words[:, [_FILL, _DIMS]] += np.uint64(table.ctypes.data + 8 * n_words)
+    table[n_words:] = np.frombuffer(tail, np.uint64)
+    return table
+
+
+def _column_rows(column: Column, serving: Serving, first: int, tail: bytearray) -> list[list[int]]:
+    """Rows of the table for a column's streams, of which `first` is the first; places in the tail as offsets."""
+    streams, form = column.streams(0), serving.form(column)
+    rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
+    if not rows:
+        return rows
+    ragged = column.kind is Kind.RAGGED
+    if column.name in serving.nulls:
+        for row, fill in zip(rows, stream_fills(column, serving.nulls[column.name]), strict=False):
+            row[_VALID], row[_FILL], row[_FILL_BYTES] = first + len(streams) - 1, _put(tail, fill), len(fill)
+        rows[-1][_EARLY] = 1
+    if ragged or form == "padded":
+        dims = np.array([-1 if d is None else d for d in column.shape] or [-1], np.int64)
+        rows[0][_DIMS], rows[0][_N_DIMS] = _put(tail, dims.tobytes()), len(dims)
+    if ragged:
+        rows[0][_SHAPE] = first + 1
+        rows[0][_IN_ROWS] = int(form in ("buffer", "nested") and is_stack_of_rows(column))
+        rows[1][_EARLY] = 1
+    return rows
+
+
+def _put(tail: bytearray, data: Any) -> int:
+    """Append to the tail; where it begins there. Everything begins at a multiple of 8."""
+    start = len(tail)
+    tail += data
+    tail += bytes(-len(tail) % 8)
+    return start

@@ -1,0 +1,123 @@
+"""Processes with a memory limit: a control group of version 1 or 2 for a test or a benchmark, where one can be made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiercache.waiting import wait_for
+
+# limit file, and what else must be limited so that pages cannot go to swap instead
+_FILES = {"memory.max": "memory.swap.max", "memory.limit_in_bytes": "memory.memsw.limit_in_bytes"}
+END_S = 5.0
+
+
+class NoCgroup(Exception):
+    """No control group with a memory limit can be made here; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryGroup:
+    """A control group with a memory limit. folder: its own, in the mounted hierarchy."""
+
+    folder: Path
+    limit_bytes: int
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """What to run so that a program starts inside the group: all its memory is counted."""
+        return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.folder), *arguments]
+
+    @property
+    def usage_bytes(self) -> int:
+        """Memory in use, pages of files included."""
+        names = ("memory.current", "memory.usage_in_bytes")
+        return next(int((self.folder / name).read_text()) for name in names if (self.folder / name).exists())
+
+
+@contextlib.contextmanager
+def memory_group(limit_bytes: int, root: Path = Path("/")) -> Iterator[MemoryGroup]:
+    """A group inside this process's own, or inside the nearest one above that allows it; removed at the end.
+
+    Args:
+        limit_bytes: of memory; there is no swap.
+        root: above /proc and /sys.
+
+    Raises:
+        NoCgroup: there is no memory controller, or no right to make a group.
+    """
+    reasons = []
+    for parent in _parents(root):
+        folder = parent / f"tiercache-test-{uuid.uuid4().hex[:8]}"
+        try:
+            folder.mkdir()
+        except OSError as error:
+            reasons.append(f"{parent}: {error.strerror}")
+            continue
+        try:
+            try:
+                limited = _limit(folder, limit_bytes)
+            except OSError as error:
+                reasons.append(f"{parent}: {error.strerror}")
+                continue
+            if limited:
+                yield MemoryGroup(folder, limit_bytes)
+                return
+            reasons.append(f"{parent}: groups in it have no memory limit")
+        finally:
+            _remove(folder)
+    raise NoCgroup("; ".join(reasons) or "no memory controller is mounted")
+
+
+def drop_pages(folder: Path) -> None:
+    """Write all files below a folder to the disk and take their pages out of memory, where nobody maps them."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def _parents(root: Path) -> Iterator[Path]:
+    """Groups that a new one could be made in, nearest first: of version 1's memory controller, else of version 2."""
+    lines = (root / "proc/self/cgroup").read_text().splitlines() if (root / "proc/self/cgroup").exists() else []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        names = ("cgroup/memory",) if "memory" in controllers.split(",") else ("cgroup", "cgroup/unified")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for name in names:
+            top = root / "sys/fs" / name
+            own = top / path.lstrip("/")
+            yield from (p for p in (own, *own.parents) if p.is_relative_to(top) and (p / "cgroup.procs").exists())
+
+
+def _limit(folder: Path, limit_bytes: int) -> bool:
+    """Set the limit; whether there is one to set."""
+    for name, swap in _FILES.items():
+        if (folder / name).exists():
+            (folder / name).write_text(str(limit_bytes))
+            if (folder / swap).exists():
+                (folder / swap).write_text(str(0 if swap == "memory.swap.max" else limit_bytes))
+            return True
+    return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a group, once its processes have ended."""
+
+    def gone() -> bool:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # a process that was just reaped may be counted a moment longer
+        return True
+
+    wait_for(gone, END_S)

@@ -1,0 +1,20 @@
+"""The benchmark of decoding runs, and shows the loader beside the decoder alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
+    command = [sys.executable, "bench_images.py", "--quick", "--threads", "2", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "images.jsonl").read_text().splitlines()]
+    loaders = [row for row in rows if row["case"].startswith("loader")]
+    assert [row["case"] for row in loaders] == ["loader, crop=center", "loader, crop=random"]
+    assert all(row["of_baseline"] > 0 for row in loaders)

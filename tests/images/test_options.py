@@ -1,0 +1,60 @@
+"""DecodeImage: what it takes, and what it says of what it does not."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import tiercache as tc
+
+WRONG = [
+    (ValueError, {"size": 0}, "size must be 1 pixel or more, got 0"),
+    (TypeError, {"size": 2.5}, "size is in whole pixels, got 2.5"),
+    (TypeError, {"size": (3, "4")}, "size is in whole pixels, got '4'"),
+    (ValueError, {"size": (1, 2, 3)}, "size is an int, .* got"),
+    (ValueError, {"size": "22"}, "size is an int, .* got '22'"),
+    (ValueError, {"size": 8, "crop": "middle"}, "crop is one of 'center', 'random', got 'middle'"),
+    (ValueError, {"size": 8, "dtype": "int64"}, "dtype is one of 'uint8', .* got 'int64'"),
+    (ValueError, {"size": 8, "layout": "NCHW"}, "layout is one of 'CHW', 'HWC'"),
+    (TypeError, {"size": 8, "flip": 0.5}, "flip is True or False, got 0.5"),
+    (ValueError, {"size": 8, "resize": 7}, "resize must be 8 or more"),
+    (ValueError, {"size": (8, 12), "resize": 10}, "resize must be 12 or more"),
+    (ValueError, {"size": 8, "resize": 9, "crop": "random"}, "resize=9 is for crop='center'"),
+    (ValueError, {"size": None, "resize": 9}, "size=None gives whole pictures"),
+    (ValueError, {"size": None, "crop": "random"}, "crop='random' needs a size"),
+    (ValueError, {"size": 8, "scale": (0, 1)}, "scale is a pair"),
+    (ValueError, {"size": 8, "scale": (0.5, 2)}, "at most 1"),
+    (ValueError, {"size": 8, "ratio": (2, 1)}, "ratio is a pair"),
+    (ValueError, {"size": 8, "ratio": 3}, "ratio is a pair"),
+]
+
+
+@pytest.mark.parametrize(("error", "given", "message"), WRONG)
+def test_a_wrong_argument_is_named_with_what_it_takes(error, given, message):
+    with pytest.raises(error, match=message):
+        tc.DecodeImage(**given)
+
+
+def test_equal_options_are_equal_however_they_are_given():
+    given = tc.DecodeImage(np.int64(8), dtype=torch.float16, scale=[0.5, 1])
+    assert given == tc.DecodeImage((8, 8), dtype="float16", scale=(0.5, 1.0))
+    assert pickle.loads(pickle.dumps(given)) == given
+    assert hash(given) == hash(pickle.loads(pickle.dumps(given)))
+
+
+def test_the_shape_of_a_result_is_known_where_there_is_a_size():
+    assert tc.DecodeImage((8, 12)).batch_shape == (3, 8, 12)
+    assert tc.DecodeImage((8, 12), layout="HWC").batch_shape == (8, 12, 3)
+    with pytest.raises(ValueError, match="no common size"):
+        _ = tc.DecodeImage(None).shape
+
+
+def test_options_are_made_without_the_libraries_that_decode():
+    code = "import sys, tiercache as tc; tc.DecodeImage(8); print({'cv2', 'numpy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,290 @@
+"""Uploads go on behind the writer: in order, in bounded memory; errors, Ctrl-C, forks and forgetting leave nothing."""
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.shard import uploading
+from tiercache.shard.dataset_writer import Writer
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Schema, Tensor
+from tiercache.shard.uploading import Uploads
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.contract import Upload
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+
+PART_BYTES = 4096
+SCHEMA = Schema.of({"x": "int64"})
+DEADLINE_S = 20
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploading, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(uploading, "_SLACK_BYTES", 1024)
+
+
+class Gated(MemoryStore):
+    """Its uploads stop before each part until the gate is open; it may fail, or have a signal sent, at one of them."""
+
+    min_part_bytes = PART_BYTES
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.gate, self.reached, self.failed = threading.Event(), threading.Event(), threading.Event()
+        self.gate.set()
+        self.fail_at = self.interrupt_at = -1
+        self.n_parts = 0
+
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+        upload = super().create(key)
+        put_part = upload.put_part
+
+        def put(number: int, data: memoryview) -> None:
+            self.reached.set()
+            assert self.gate.wait(DEADLINE_S)
+            self.n_parts += 1
+            if self.n_parts == self.fail_at:
+                self.failed.set()
+                raise StoreError("the disk is full", url=self.url)
+            if self.n_parts == self.interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            put_part(number, data)
+
+        upload.put_part = put  # type: ignore[method-assign]
+        return upload
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> Iterator[Gated]:
+    made = Gated(f"uploading-{request.node.name}")
+    yield made
+    made.gate.set()
+
+
+def upload_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "tiercache-upload"]
+
+
+def options(**others: int) -> ShardOptions:
+    return ShardOptions(block_bytes=1024, compression="none", **others)
+
+
+def test_the_writer_goes_on_while_a_part_is_uploaded_and_all_is_in_order(store: Gated) -> None:
+    store.gate.clear()
+    with ShardWriter(store, SCHEMA, options()) as writer:
+        for i in range(1200):  # 9600 bytes: a part that is stuck, one that waits, and a beginning
+            writer.write({"x": i})
+        assert store.reached.wait(DEADLINE_S)
+        assert store.n_parts == 0
+        store.gate.set()
+        writer.write_batch({"x": np.arange(1200, 5000)})
+    (info,) = writer.finish()
+    assert store.n_parts > 5
+    assert ShardReader(store, info.name, info=info).take(range(5000), [0])[0].values.tolist() == list(range(5000))
+
+
+def test_one_part_is_sent_and_two_wait_and_no_more_are_taken(store: Gated) -> None:
+    store.gate.clear()
+    uploads = Uploads(store)
+    upload, taken = uploads.begin("a"), threading.Event()
+
+    def fourth() -> None:
+        uploads.send(upload, 3, uploads.memory(PART_BYTES), PART_BYTES)
+        taken.set()
+
+    for number in range(3):
+        uploads.send(upload, number, uploads.memory(PART_BYTES), PART_BYTES)
+        assert store.reached.wait(DEADLINE_S)  # the first is under way, so that two can wait
+    helper = threading.Thread(target=fourth)
+    helper.start()
+    assert not taken.wait(0.1)
+    store.gate.set()
+    assert taken.wait(DEADLINE_S)
+    helper.join()
+    uploads.abort()
+
+
+def test_memory_of_parts_is_used_again(store: Gated) -> None:
+    uploads = Uploads(store)
+    upload, seen = uploads.begin("a"), set()
+    for number in range(20):
+        memory = uploads.memory(10)
+        seen.add(memory.ctypes.data)
+        uploads.send(upload, number, memory, PART_BYTES)
+    assert len(seen) <= 4  # being filled, sent, and two that wait
+    uploads.abort()
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_an_error_of_the_store_is_raised_by_the_next_call_and_then_only_abort_is_left(
+    store: Gated, one_by_one: bool
+) -> None:
+    store.fail_at = 1
+    writer = ShardWriter(store, SCHEMA, options())
+    writer.write_batch({"x": np.arange(600)})  # 4800 bytes: one part
+    assert store.failed.wait(DEADLINE_S)
+    threads = upload_threads()
+
+    def write_on() -> None:
+        while True:  # the thread has the error, and says so in a moment
+            if one_by_one:
+                writer.write({"x": 1})
+            else:
+                writer.write_batch({"x": [1]})
+
+    with pytest.raises(StoreError, match="the disk is full"):
+        write_on()
+    for call in (lambda: writer.write({"x": 1}), lambda: writer.write_batch({"x": [1]}), writer.finish):
+        with pytest.raises(ValueError, match="only abort"):
+            call()
+    writer.abort()
+    assert list(store.list()) == []
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_an_error_in_the_last_part_is_raised_by_finish(store: Gated) -> None:
+    store.fail_at = 1
+    writer = ShardWriter(store, SCHEMA, options())
+    writer.write({"x": 1})
+    with pytest.raises(StoreError, match="the disk is full"):
+        writer.finish()
+    writer.abort()
+    assert list(store.list()) == []
+
+
+def test_abort_leaves_neither_parts_that_wait_nor_shards(store: Gated) -> None:
+    writer = ShardWriter(store, SCHEMA, options(shard_bytes=3000))
+    writer.write_batch({"x": np.arange(2000)})
+    store.gate.clear()
+    opener = threading.Timer(0.05, store.gate.set)  # abort() waits for the part that is under way
+    opener.start()
+    writer.write_batch({"x": np.arange(400)})
+    writer.abort()
+    opener.join()
+    assert list(store.list()) == []
+    writer.abort()
+
+
+def test_ctrl_c_while_the_store_is_waited_for_leaves_nothing(store: Gated) -> None:
+    store.interrupt_at = 3
+
+    def write_for_ever() -> None:
+        with ShardWriter(store, SCHEMA, options(shard_bytes=3000)) as writer:
+            while True:
+                writer.write_batch({"x": np.arange(2000)})
+
+    with pytest.raises(KeyboardInterrupt):
+        write_for_ever()
+    assert list(store.list()) == []
+
+
+def test_a_writer_that_is_forgotten_ends_its_thread(store: Gated) -> None:
+    writer = ShardWriter(store, SCHEMA, options())
+    writer.write_batch({"x": np.arange(2000)})
+    (thread,) = upload_threads()
+    del writer
+    gc.collect()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+def test_a_writer_that_writes_nothing_starts_no_thread(store: Gated) -> None:
+    with ShardWriter(store, SCHEMA, options()) as writer:
+        writer.write({"x": 1})
+        assert upload_threads() == []
+
+
+def in_a_fork(call) -> int:  # type: ignore[no-untyped-def]
+    """The exit status of a forked child that does it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = call()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_can_neither_write_on_nor_take_its_parents_shards_away(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    def child() -> int:
+        refused = 0
+        for call in (writer.finish, lambda: writer.write_batch({"x": np.arange(100_000)})):
+            try:
+                call()
+            except ValueError:
+                refused += 1
+        writer.abort()
+        return 40 + refused
+
+    store = LocalFolder(tmp_path)
+    with ShardWriter(store, SCHEMA, options(shard_bytes=3000)) as writer:
+        writer.write_batch({"x": np.arange(2000)})
+        assert in_a_fork(child) == 42
+        writer.write_batch({"x": np.arange(2000, 2500)})
+    infos = writer.finish()
+    assert sum(info.n_records for info in infos) == 2500
+    assert {info.key for info in store.list()} == {info.name for info in infos}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_writer_that_wrote_nothing_yet_may_be_used_in_a_fork(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    store = LocalFolder(tmp_path)
+    writer = ShardWriter(store, SCHEMA, options(), writer_id="w")
+
+    def child() -> int:
+        with writer:
+            writer.write({"x": 7})
+        return 0
+
+    assert in_a_fork(child) == 0
+    assert ShardReader(store, "shards/w-000000.tcs").take([0], [0])[0].values.tolist() == [7]
+
+
+def test_an_array_may_be_changed_while_its_records_are_still_uploaded(store: Gated) -> None:
+    store.gate.clear()
+    mine = np.arange(1100)
+    with ShardWriter(store, SCHEMA, options()) as writer:
+        writer.write_batch({"x": mine})
+        mine[:] = -1
+        store.gate.set()
+    (info,) = writer.finish()
+    assert ShardReader(store, info.name, info=info).take(range(1100), [0])[0].values.tolist() == list(range(1100))
+
+
+def test_a_chunk_that_is_longer_than_a_part_is_sent_in_parts(store: Gated) -> None:
+    schema = Schema.of({"t": Tensor("uint8", (3 * PART_BYTES + 5,)), "n": "int8"})
+    rows = np.random.default_rng(0).integers(0, 256, (7, 3 * PART_BYTES + 5), np.uint8)
+    with ShardWriter(store, schema, options()) as writer:
+        for n, row in enumerate(rows):
+            writer.write({"t": row, "n": n})
+    (info,) = writer.finish()
+    assert store.n_parts >= 21
+    np.testing.assert_array_equal(ShardReader(store, info.name, info=info).take(range(7), [0])[0].values, rows)
+
+
+def test_a_data_set_whose_upload_failed_is_not_committed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def full(fd: int, data: object, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    def write_much() -> None:
+        with writer:
+            for i in range(10_000):
+                writer.write({"x": i})
+
+    writer = Writer(tmp_path / "d", schema={"x": "int64"}, shard_size=3000, block_size=1000, compression="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StoreError, match="No space left"):
+            write_much()
+    assert writer.version is None
+    assert list(LocalFolder(tmp_path / "d").list()) == []
