@@ -34,6 +34,9 @@ Recipe = tuple[Place, int, tuple[str, ...], Callable[[Record], Any] | None, Serv
 """Everything that a data set is: where and how, version, columns, transform, how they are served."""
 
 
+_OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
+
+
 class Dataset:
     """Records of a packed data set.
 
@@ -232,14 +235,16 @@ class Dataset:
     def __setstate__(self, state: tuple[Recipe, dict[str, Any]]) -> None:
         self._recipe = state[0]
         self.__dict__.update(state[1])
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
         self._opened = None  # opened when first used, in whichever process that is
 
     def _own(self) -> dict[str, Any]:
         """Attributes that a subclass has set."""
-        return {name: value for name, value in vars(self).items() if name not in ("_recipe", "_lock", "_opened")}
+        return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
     def _open(self) -> OpenedVersion:
+        if self._pid != os.getpid():  # of a thread that a fork has left behind, which may hold it for ever
+            self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:  # of two threads that come first, the second takes what the first has opened
             if self._opened is None:
                 self._opened = OpenedVersion(*self._recipe[:3])
@@ -260,6 +265,8 @@ class Dataset:
         rows = np.asarray(indices)
         if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
             raise TypeError(f"records are chosen by integers, got {rows.dtype}")
+        if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= len(self):  # as int64 it may be -1
+            raise IndexError(f"record {int(rows.max())} of a data set of {len(self)}")
         return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), len(self))
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:

@@ -315,11 +315,11 @@ class _Readers:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._gates: dict[int, threading.Lock] = {}
         self._mapped.clear()
+        self._pid = os.getpid()  # last: whoever sees it takes the lock, which must not be the parent's any more
 
     def __contains__(self, shard: int) -> bool:
         return self._pid == os.getpid() and shard in self._open

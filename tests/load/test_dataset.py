@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 import warnings
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import ConcatDataset, Subset, default_collate, random_spli
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
+from tiercache import opened
 
 
 def expected_record(i: int) -> dict[str, object]:
@@ -81,7 +84,14 @@ def test_indices_come_in_any_form(dataset, index):
 
 @pytest.mark.parametrize(
     ("index", "error"),
-    [(150, IndexError), (-151, IndexError), ([0, 150], IndexError), (1.0, TypeError), ("a", TypeError)],
+    [
+        (150, IndexError),
+        (-151, IndexError),
+        ([0, 150], IndexError),
+        (np.array([0, 2**64 - 1], np.uint64), IndexError),
+        (1.0, TypeError),
+        ("a", TypeError),
+    ],
 )
 def test_an_index_that_is_none_is_refused(dataset, index, error):
     with pytest.raises(error):
@@ -189,6 +199,50 @@ def test_records_of_a_batch_are_a_list_in_every_way(dataset):
     assert "text 2" in repr(chosen.__getitems__([2]))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.sort(key=lambda record: record["id"]),
+        lambda r: r.reverse(),
+        lambda r: r.append(r[0]),
+        lambda r: r.extend([{"id": 9}]),
+        lambda r: r.insert(1, {"id": 9}),
+        lambda r: r.pop(),
+        lambda r: r.remove({"id": 0}),
+        lambda r: r.clear(),
+        lambda r: r.__setitem__(0, {"id": 9}),
+        lambda r: r.__delitem__(0),
+        lambda r: r.__iadd__([{"id": 9}]),
+        lambda r: r.__imul__(2),
+        lambda r: r.copy() + r,
+        lambda r: [1] + r,  # noqa: RUF005
+        lambda r: r + [1],  # noqa: RUF005
+        lambda r: 2 * r,
+        lambda r: r.count({"id": 0}),
+        lambda r: r.index({"id": 1}),
+        lambda r: r < [{"id": 0}] if r != [{"id": 2}, {"id": 0}, {"id": 1}] else None,
+    ],
+)
+def test_records_of_a_batch_are_changed_as_a_list_is(dataset, change):
+    chosen = dataset.select_columns(["id"])
+    records, plain = chosen.__getitems__([2, 0, 1]), [chosen[i] for i in (2, 0, 1)]
+    assert change(records) == change(plain)
+    assert len(records) == len(plain)
+    assert list(records) == plain
+
+
+def test_what_a_collate_function_did_to_its_records_is_in_the_batch(dataset):
+    def collate(records):
+        records.sort(key=lambda record: -record["id"])
+        for record in records:
+            record["tokens"] = record["tokens"] * 0
+        return tc.collate(records)
+
+    batch = next(iter(TorchLoader(dataset.select_columns(["id", "tokens"]), batch_size=4, collate_fn=collate)))
+    assert batch["id"].tolist() == [3, 2, 1, 0]
+    assert not batch["tokens"].any()
+
+
 def test_subsets_concatenations_and_splits_of_torch_work(dataset):
     ids = dataset.select_columns(["id"])
     subset = Subset(ids, [5, 3, 9])
@@ -238,6 +292,41 @@ def test_a_forked_child_reads_with_its_own_shards(dataset):
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert dataset[5]["id"] == 5
+
+
+def test_a_forked_child_does_not_wait_for_what_its_parent_was_opening(dataset):
+    unopened = pickle.loads(pickle.dumps(dataset))
+    with unopened._lock, warnings.catch_warnings():  # as a thread holds it while it opens
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            _exit_with_record_4(unopened)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _exit_with_record_4(dataset):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)
+    os._exit(0 if dataset[4]["id"] == 4 else 1)
+
+
+def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, monkeypatch):
+    dataset[3]
+    readers, make = dataset.source._readers, threading.Lock
+    done = []
+
+    def make_while_another_comes():
+        monkeypatch.setattr(opened.threading, "Lock", make)
+        thread = threading.Thread(target=lambda: done.append(readers.get(0)), daemon=True)
+        thread.start()
+        thread.join(20)
+        return make()
+
+    readers._lock.acquire()  # by a thread that the fork has left behind
+    readers._pid = -1
+    monkeypatch.setattr(opened.threading, "Lock", make_while_another_comes)
+    readers.get(0)
+    assert len(done) == 1
 
 
 def test_the_pickled_data_set_is_small_and_opens_nothing_until_it_is_used(dataset, monkeypatch):

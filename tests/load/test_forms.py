@@ -363,6 +363,12 @@ def test_a_mask_by_name_is_the_usual_mask(packed):
     assert batch["text.valid"].tolist() == [make_record(i)["text"] is not None for i in range(3)]
 
 
+@pytest.mark.parametrize("one", [-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)])
+def test_one_number_of_any_sort_fills_a_tensor(packed, one):
+    null = next(i for i in range(N) if make_record(i)["point"] is None)
+    assert tc.Dataset(packed, nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
+
+
 def test_a_transform_sees_filled_records(packed):
     dataset = tc.Dataset(packed, columns=["count"], nulls={"count": -1}, transform=lambda r: int(r["count"]))
     assert dataset[[0, 1, 2, 3, 4]] == [-1 if make_record(i)["count"] is None else i - 5 for i in range(5)]

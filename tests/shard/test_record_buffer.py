@@ -1,6 +1,7 @@
 """Records one by one: the quick way keeps just what the careful way keeps, and refuses what it refuses, by name."""
 
 import datetime as dt
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -345,7 +346,15 @@ def test_want_of_memory_leaves_all_records_as_they_were(monkeypatch, n):
 
 
 def test_columns_of_huge_records_take_no_memory_before_one_comes():
-    RecordBuffer(Schema.of({"x": Tensor("uint8", (1 << 44,))}).columns, 1 << 20)
+    columns = Schema.of({"x": Tensor("uint8", (2**31 - 1,))}).columns
+    tracemalloc.start()
+    try:
+        buffer = RecordBuffer(columns, 1 << 20)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert buffer.n_records == 0
+    assert taken_bytes < 1 << 20
 
 
 def test_one_long_record_does_not_make_the_memory_of_later_blocks_long():

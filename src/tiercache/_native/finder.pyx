@@ -32,6 +32,10 @@ cdef class BlockTable:
         self.n_streams, self.n_blocks = <size_t>self.addresses.shape[0], <size_t>self.addresses.shape[1]
         if self.addresses.shape[2] != SOURCE_WORDS or first.shape[0] != self.addresses.shape[1] + 1 or not self.n_blocks:
             raise ValueError(f"addresses need the shape [n_streams, {first.shape[0] - 1}, {SOURCE_WORDS}]")
+        cdef size_t block
+        for block in range(self.n_blocks):
+            if first[0] or first[block] > first[block + 1]:  # rows are counted from them, and nobody checks rows again
+                raise ValueError("the first rows of blocks must start at 0 and never fall")
         self.is_checked = checks is not None
         if self.is_checked:
             self.checks = checks

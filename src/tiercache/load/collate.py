@@ -20,7 +20,7 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of records: a dict of tensors [n, ...] and lists; for torch's own DataLoader over a `tiercache.Dataset`.
 
     Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, in the forms that the data
-    set was made with; others are stacked.
+    set was made with; others are stacked, and so are those that somebody has looked at, for they may have been changed.
 
     Args:
         records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects.
@@ -31,7 +31,7 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: no records.
     """
-    if isinstance(records, Records):
+    if isinstance(records, Records) and records.as_gathered:
         batch = {name: _tensor(values) for name, values in in_forms(records.columns, records.serving).items()}
         for values in records.columns:
             if values.column.kind is Kind.RAGGED and records.serving.form(values.column) == "list":

@@ -33,7 +33,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
         message = "nulls: a fill value is for nullable columns, and this one has no nulls"
         raise SchemaError(message, column=column.name, expected="'mask'", got=repr(fill))
     plain = dataclasses.replace(column, nullable=False)
-    if column.kind is Kind.TENSOR and not hasattr(fill, "__len__") and not getattr(fill, "ndim", 0):
+    if column.kind is Kind.TENSOR and _is_single(fill):
         plain = dataclasses.replace(plain, kind=Kind.BOOL if column.dtype == "bool" else Kind.SCALAR, shape=())
     try:
         value = converter(plain)(fill)
@@ -43,6 +43,11 @@ def stored_fill(column: Column, fill: Any) -> Any:
     if column.kind is Kind.TENSOR:
         return np.broadcast_to(np.asarray(value, column.stored), tuple(d or 0 for d in column.shape))
     return np.asarray(value, column.stored) if column.kind in _NUMBERS else value
+
+
+def _is_single(fill: Any) -> bool:
+    n_dimensions = getattr(fill, "ndim", None)  # arrays and tensors of none have a __len__ all the same
+    return not hasattr(fill, "__len__") if n_dimensions is None else n_dimensions == 0
 
 
 def stream_fills(column: Column, fill: Any) -> tuple[bytes, ...]:

@@ -5,7 +5,8 @@ Values of many shards joined, and records that carry the batch they were gathere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -71,8 +72,8 @@ class Records(list[Record]):
     serving: the forms that a batch of them has.
 
     torch's fetcher gets one of these from `Dataset.__getitems__`. `tiercache.collate` hands the gathered batch on
-    untouched, so the records are never made; any other collate function sees an ordinary list. Owned by one thread at
-    a time, as lists are.
+    untouched, so the records are never made; any other collate function sees an ordinary list, which it may sort, cut
+    and write to. Owned by one thread at a time, as lists are.
     """
 
     def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: Serving | None = None) -> None:
@@ -86,32 +87,40 @@ class Records(list[Record]):
             self._n_unmade = None
             self.extend(as_records(self.columns))
 
+    @property
+    def as_gathered(self) -> bool:
+        """Whether `columns` are the records still: nobody has looked at one, and so nobody can have changed one."""
+        return self._n_unmade is not None
+
     def __len__(self) -> int:
         return super().__len__() if self._n_unmade is None else self._n_unmade
 
-    def __iter__(self) -> Iterator[Record]:
-        self._make()
-        return super().__iter__()
-
-    def __getitem__(self, index: Any) -> Any:
-        self._make()
-        return super().__getitem__(index)
-
-    def __eq__(self, other: object) -> bool:
-        self._make()
-        return super().__eq__(other)
-
-    def __contains__(self, item: object) -> bool:
-        self._make()
-        return super().__contains__(item)
-
-    def __reversed__(self) -> Iterator[Record]:
-        self._make()
-        return super().__reversed__()
-
-    def __repr__(self) -> str:
-        self._make()
-        return super().__repr__()
+    def __radd__(self, other: list[Any]) -> list[Any]:
+        return [*other, *self]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return list, (list(iter(self)),)
+
+
+# Every other method of a list that sees or changes what is in it.
+_LOOK = (
+    *("__iter__", "__reversed__", "__getitem__", "__contains__", "__repr__", "copy", "count", "index"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__mul__", "__rmul__"),
+    *("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert", "pop", "remove"),
+    *("reverse", "sort"),
+)
+
+
+def _after_making(name: str) -> Callable[..., Any]:
+    method = getattr(list, name)
+
+    @wraps(method)
+    def call(self: Records, /, *args: Any, **kwargs: Any) -> Any:
+        self._make()
+        return method(self, *args, **kwargs)
+
+    return call
+
+
+for _name in _LOOK:
+    setattr(Records, _name, _after_making(_name))

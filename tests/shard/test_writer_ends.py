@@ -1,0 +1,222 @@
+"""However a writer ends, by Ctrl-C anywhere, in a fork, with its process, beside others: all records or no shard."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.shard import record_buffer, uploading
+from tiercache.shard.cutter import BlockCutter
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.shard_file import ShardFile
+from tiercache.shard.types import Schema
+from tiercache.shard.uploading import Uploads
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+
+SCHEMA = Schema.of({"x": "int64"})
+OPTIONS = ShardOptions(block_bytes=1024, compression="none")
+DEADLINE_S = 60
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> MemoryStore:
+    return MemoryStore(f"ends-{request.node.name}")
+
+
+def values(store, info):
+    return ShardReader(store, info.name, info=info).take(range(info.n_records), [0])[0].values.tolist()
+
+
+HAND_OVERS = [
+    (record_buffer.RecordBuffer, "take"),
+    (BlockCutter, "end_block"),
+    (BlockCutter, "add"),
+    (ShardFile, "add_block"),
+    (Uploads, "send"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), HAND_OVERS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("by", ["write", "batch"])
+def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, owner, name, by):
+    monkeypatch.setattr(uploading, "PART_BYTES", 2048)
+    store.min_part_bytes = 2048
+    before, calls = getattr(owner, name), []
+
+    def struck(*given):
+        found = before(*given)
+        calls.append(name)
+        raise KeyboardInterrupt
+        return found
+
+    def write():
+        for i in range(1000):
+            writer.write({"x": i})
+        if by == "batch":
+            writer.write_batch({"x": np.arange(1000)})
+
+    writer = ShardWriter(store, SCHEMA, OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, struck)
+        if name == "add" and by == "write":
+            patch.setattr(record_buffer.RecordBuffer, "cuts_exactly", False)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert calls
+    with pytest.raises(ValueError, match="only abort"):
+        writer.finish()
+    writer.abort()
+    assert list(store.list()) == []
+
+
+def in_a_fork(call):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = call()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("n", [1, 300], ids=["records", "blocks"])
+def test_a_fork_before_the_first_part_leaves_all_to_the_parent(tmp_path, n):
+    store = LocalFolder(tmp_path)
+    writer = ShardWriter(store, SCHEMA, OPTIONS)
+
+    def child():
+        try:
+            writer.write_batch({"x": np.arange(7, 2000)})
+            writer.finish()
+        except ValueError as error:
+            writer.abort()
+            return 42 if "belongs to the process" in str(error) else 1
+        return 2
+
+    for i in range(n):
+        writer.write({"x": i})
+    assert in_a_fork(child) == 42
+    (info,) = writer.finish()
+    assert in_a_fork(lambda: writer.abort() or 42) == 42
+    assert values(store, info) == list(range(n))
+
+
+class Stubborn(MemoryStore):
+    """Its uploads can neither be filled nor dropped."""
+
+    def create(self, key, *, if_absent=False):
+        upload = super().create(key)
+
+        def refuse(*given):
+            raise StoreError("first" if given else "second", url=self.url)
+
+        upload.put_part = upload.abort = refuse
+        return upload
+
+
+def test_the_error_that_made_a_writer_abort_is_shown_and_not_that_of_the_abort():
+    with pytest.raises(StoreError, match="first"), ShardWriter(Stubborn("ends-stubborn"), SCHEMA, OPTIONS) as writer:
+        writer.write({"x": 1})
+
+
+def test_an_abort_that_was_interrupted_can_be_repeated(store, monkeypatch):
+    writer = ShardWriter(store, SCHEMA, ShardOptions(shard_bytes=3000, block_bytes=1024))
+    writer.write_batch({"x": np.arange(5000)})
+    with monkeypatch.context() as patch:
+
+        def struck(self):
+            raise KeyboardInterrupt
+
+        patch.setattr(uploading._Tasks, "join", struck)
+        with pytest.raises(KeyboardInterrupt):
+            writer.abort()
+    with pytest.raises(ValueError, match="only abort"):
+        writer.write({"x": 1})
+    writer.abort()
+    assert list(store.list()) == []
+
+
+def test_a_process_that_ends_without_closing_ends_quietly_and_leaves_no_data_set(tmp_path):
+    script = Path(__file__).with_name("exit_while_writing.py")
+    folder = tmp_path / "d"
+    ended = subprocess.run(
+        [sys.executable, script, folder], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert list(LocalFolder(folder).list()) == []
+
+
+def test_many_writers_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploading, "PART_BYTES", 4096)
+    store = LocalFolder(tmp_path)
+
+    def write(first):
+        options = ShardOptions(shard_bytes=20_000, block_bytes=1024, compression="none")
+        with ShardWriter(store, SCHEMA, options) as writer:
+            for i in range(first, first + 3000):
+                writer.write({"x": i})
+            writer.write_batch({"x": np.arange(first + 3000, first + 6000)})
+        return [value for info in writer.finish() for value in values(store, info)]
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(write, range(0, 120_000, 10_000)))
+    assert found == [list(range(first, first + 6000)) for first in range(0, 120_000, 10_000)]
+    assert [thread for thread in threading.enumerate() if thread.name == "tiercache-upload"] == []
+
+
+def test_memory_of_parts_is_gone_with_the_writer(store):
+    with ShardWriter(store, SCHEMA, OPTIONS) as writer:
+        writer.write_batch({"x": np.arange(1000)})
+        memory = weakref.ref(writer._file._out._memory)
+    del writer
+    gc.collect()
+    assert memory() is None
+
+
+class Faulty(MemoryStore):
+    """The n-th of its calls that belong to uploads fails."""
+
+    min_part_bytes = 2048
+
+    def __init__(self, name, n):
+        super().__init__(name)
+        self.n = n
+
+    def count(self):
+        self.n -= 1
+        if self.n == -1:
+            raise StoreError("it failed", url=self.url)
+
+    def create(self, key, *, if_absent=False):
+        self.count()
+        upload = super().create(key)
+        put_part, complete = upload.put_part, upload.complete
+        upload.put_part = lambda *given: (self.count(), put_part(*given))
+        upload.complete = lambda **given: (self.count(), complete(**given))
+        return upload
+
+
+@pytest.mark.parametrize("n", range(14))
+def test_whichever_call_of_the_store_fails_the_error_comes_and_nothing_stays(monkeypatch, n):
+    monkeypatch.setattr(uploading, "PART_BYTES", 2048)
+    store = Faulty("ends-faulty", n)
+
+    def write():
+        with ShardWriter(store, SCHEMA, ShardOptions(shard_bytes=5000, block_bytes=1024, compression="none")) as writer:
+            for i in range(2000):
+                writer.write({"x": i})
+
+    with pytest.raises(StoreError, match="it failed"):
+        write()
+    assert list(store.list()) == []
