@@ -1,6 +1,8 @@
 """JPEG 500x375 to 224: what decoders do alone, and what the loader makes of the chosen one, in turns, in one process.
 
-    python benchmarks/bench_images.py [--threads 1 2] [--repetitions 5] [--min-s 0.5] [--images 512] [--quick]
+    python benchmarks/bench_images.py [--threads 1 2] [--repetitions 5] [--min-s 0.5] [--images 512] [--brief] [--quick]
+
+On a busy machine `chrt -f 10 python benchmarks/bench_images.py --brief` (root) has the processors nearly to itself.
 
 The baseline of each number of threads is the chosen decoder and resize alone: simplejpeg into a thread's own memory,
 the centre square resized by OpenCV into a thread's own memory, with as many threads as the loader has. The loader's
@@ -33,7 +35,7 @@ from stages.turns import Case, Effort, in_turns, tables
 from workloads import DECODED_SIZE, IMAGES, KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Decode = Callable[[bytes], object]
 
@@ -137,8 +139,10 @@ def _decoders() -> dict[str, Decode]:
     }
 
 
-def _cases(pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPoolExecutor) -> list[Case]:
-    """The chosen decoder, the loader with its crops, the other decoders; all with so many threads."""
+def _cases(
+    pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPoolExecutor, others: Mapping[str, Decode]
+) -> list[Case]:
+    """The chosen decoder, the loader with its crops, other decoders; all with so many threads."""
     stage, baseline = f"{n_threads} threads" if n_threads > 1 else "1 thread", "simplejpeg + OpenCV linear"
     shares = [pictures[k::n_threads] for k in range(n_threads)]
 
@@ -155,8 +159,8 @@ def _cases(pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPo
     loaders = [
         Case(stage, f"loader, crop={crop}", epochs(crop), COPIES * n, unit, baseline) for crop in ("center", "random")
     ]
-    others = [Case(stage, name, alone(decode), n, unit, baseline) for name, decode in _decoders().items()]
-    return [Case(stage, baseline, alone(chosen), n, unit), *loaders, *others]
+    rest = [Case(stage, name, alone(decode), n, unit, baseline) for name, decode in others.items()]
+    return [Case(stage, baseline, alone(chosen), n, unit), *loaders, *rest]
 
 
 def _in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
@@ -205,6 +209,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--min-s", type=float, default=0.5, help="seconds of a repetition")
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--brief", action="store_true", help="the chosen decoder and the loader alone")
     parser.add_argument("--folder", type=Path, default=OUT / "images", help="for data and rows")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
     asked = parser.parse_args(given)
@@ -213,10 +218,11 @@ def main(given: list[str] | None = None) -> None:
     cv2.setNumThreads(0)
     asked.folder.mkdir(parents=True, exist_ok=True)
     pictures, path = _pack(asked.folder, 32 if asked.quick else asked.images)
+    others = {} if asked.brief else _decoders()
     rows: list[dict[str, Any]] = []
     for n_threads in asked.threads:
         with ThreadPoolExecutor(n_threads) as pool:
-            found = _in_turns(_cases(pictures, path, n_threads, pool), effort)
+            found = _in_turns(_cases(pictures, path, n_threads, pool, others), effort)
         print(f"{tables(found)}\n\n{_processor_table(found)}\n", flush=True)
         rows += found
     write_rows(asked.folder / "images.jsonl", rows)

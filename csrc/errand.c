@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "guard.h"
+#include "runs.h"
 
 /* Slices that take some 15 us: long beside the lock, short beside what two threads may then wait for each other. */
 enum { LINE = 64, PREFETCH_LINES = 8, SLICE_BYTES = 128 << 10 };
@@ -21,6 +22,7 @@ static void prefetch(const tc_ref *ref) {
 
 int tc_errand_copy(const tc_errand *errand, tc_slice slice) {
     if (tc_guard_enter()) return TC_EIO;
+    for (size_t i = slice.first; i < slice.stop; i++) ask_pages((const uint8_t *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
     for (size_t i = slice.first; i < slice.stop; i++) {
         if (i + 1 < errand->n) prefetch(&errand->refs[i + 1]);
         memcpy(errand->places[i], (const void *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);

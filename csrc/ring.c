@@ -67,12 +67,15 @@ static uint64_t now_ns(void) {
 
 /* ---- slots: pieces of the arena while there are some, their own mappings after; lock held ---- */
 
+static __thread char this_thread; /* its address tells threads apart */
+
 static tc_slot *new_slot(tc_ring *ring) {
     int room = ring->arena && ring->arena_used + ring->arena_slot_bytes <= ring->arena_bytes;
     uint8_t *memory = room ? ring->arena + ring->arena_used : NULL;
     tc_slot *slot = tc_slot_new(ring->n_streams, memory, room ? ring->arena_slot_bytes : 0);
     if (slot == NULL) return NULL;
     slot->ring = ring;
+    slot->filler = &this_thread;
     if (room) ring->arena_used += ring->arena_slot_bytes;
     return slot;
 }
@@ -86,6 +89,19 @@ static void slot_keep(tc_ring *ring, tc_slot *slot) {
     slot->next = ring->free_slots;
     ring->free_slots = slot;
     ring->n_free++;
+}
+
+/* The slot that this thread filled last and is free, or any: writing what lies in another processor's cache costs a third more. */
+static tc_slot *take_free_slot(tc_ring *ring) {
+    tc_slot **at = &ring->free_slots;
+    while (*at && (*at)->filler != &this_thread) at = &(*at)->next;
+    if (*at == NULL) at = &ring->free_slots;
+    tc_slot *slot = *at;
+    if (slot == NULL) return NULL;
+    *at = slot->next;
+    slot->filler = &this_thread;
+    ring->n_free--;
+    return slot;
 }
 
 /* ---- cutting the sequence into batches, with the lock ---- */
@@ -135,13 +151,8 @@ static cell *cut(tc_ring *ring) {
             free(head);
         }
     }
-    c->slot = ring->free_slots;
-    if (c->slot) {
-        ring->free_slots = c->slot->next;
-        ring->n_free--;
-    } else {
-        c->slot = new_slot(ring);
-    }
+    c->slot = take_free_slot(ring);
+    if (c->slot == NULL) c->slot = new_slot(ring);
     if (c->slot == NULL) c->status = TC_NOMEM;
     return c;
 }

@@ -29,6 +29,7 @@ tc_rows tc_rows_of(const tc_part *part, size_t stream);
 typedef struct tc_slot {
     struct tc_ring *ring;
     struct tc_slot *next;
+    const void *filler; /* the ring's: the thread that filled it last */
     uint8_t *memory;
     size_t capacity;
     int own; /* memory is this slot's own mapping, not a piece of the ring's arena */

@@ -43,10 +43,10 @@ class Dataset:
     A map-style data set for any loader, and the native path for `tiercache.DataLoader`.
 
     `dataset[7]` is a dict of numpy arrays and scalars of the columns' dtypes, bytes, str and Python objects (None for
-    a null); `dataset[[3, 1, 4]]` and `dataset[2:9]` are batches: a dict of numpy arrays [n, ...] and lists, with
-    `<column>.valid` beside nullable columns (with a transform: a list of what it gives). All of it is the caller's own
-    and writable. Negative indices count from the end. Safe from any thread and after a fork; pickles to a few hundred
-    bytes.
+    a null; images are encoded bytes, or arrays where they are decoded); `dataset[[3, 1, 4]]` and `dataset[2:9]` are
+    batches: a dict of numpy arrays [n, ...] and lists, with `<column>.valid` beside nullable columns (with a transform:
+    a list of what it gives). All of it is the caller's own and writable. Negative indices count from the end. Safe from
+    any thread and after a fork; pickles to a few hundred bytes.
 
     Args:
         url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.

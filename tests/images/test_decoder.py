@@ -15,6 +15,7 @@ from tests.images.pictures import by_pillow, encode, picture
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from tiercache.images import decoder
 from tiercache.images.decoder import DecodeError, Decoder
 from tiercache.images.options import DecodeImage
 
@@ -153,6 +154,53 @@ def test_damage_anywhere_is_a_picture_or_an_error_and_nothing_else(data):
     except DecodeError:
         return
     assert found.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ("jpeg", {}),
+        ("png", {}),
+        ("webp", {"lossless": True}),
+        ("webp", {"lossless": False}),
+        ("webp", {"exif": b"Exif\0\0"}),
+        ("gif", {}),
+    ],
+)
+def test_a_picture_of_more_pixels_than_pillow_allows_is_an_error_whoever_would_decode_it(monkeypatch, how, options):
+    data = encode(picture(60, 80), how, **options)
+    assert whole(data).shape == (60, 80, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
+    monkeypatch.setattr(decoder, "MAX_PIXELS", 4799)
+    with pytest.raises(DecodeError, match=r"4800 pixels.*exceeds limit"):
+        whole(data)
+
+
+def test_a_warning_that_is_made_an_error_is_the_pictures_error(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2401)
+    with pytest.raises(DecodeError, match="could be decompression bomb"):
+        whole(encode(picture(60, 80), "gif"))
+
+
+def test_a_program_that_draws_a_picture_is_not_run(monkeypatch):
+    def run(*given, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", run)
+    with pytest.raises(DecodeError, match="EPS is not decoded"):
+        whole(encode(picture(20, 30), "eps"))
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+def test_a_large_picture_leaves_no_memory_of_its_size_behind(monkeypatch, layout):
+    monkeypatch.setattr(decoder, "MAX_KEPT_BYTES", 3 * 40 * 40)
+    found = Decoder(DecodeImage(None, dtype="float32", layout=layout))
+    for side in (40, 90, 39):
+        data = encode(picture(side, side))
+        expected = Decoder(DecodeImage(None, dtype="float32", layout=layout)).decode(data, ())
+        assert np.array_equal(found.decode(data, ()), expected)
+    kept = sum(memory.nbytes for memory in vars(found).values() if isinstance(memory, np.ndarray) and memory.ndim == 1)
+    assert kept <= 3 * decoder.MAX_KEPT_BYTES + 1024
 
 
 def test_stray_bytes_that_pillow_reads_past_are_read_past():

@@ -30,6 +30,9 @@ _JPEG_SPACES = ("Gray", "YCbCr", "RGB")
 # Beyond it Pillow sees a decompression bomb (or a damaged header, which would take minutes to fill with grey): it is
 # left to Pillow, whose limit a user can lift.
 MAX_PIXELS = 2 * 89_478_485
+# Of scratch memory that a decoder keeps: pictures of 22 million pixels. A single one of the largest would leave half a
+# GiB in each thread.
+MAX_KEPT_BYTES = 64 << 20
 # Linear interpolation reads 2 x 2 pixels, so beyond this it skips some; INTER_AREA reads all, at 8 times the price
 # (828 against 95 us for 375 x 375 to 224 x 224 here).
 MAX_LINEAR_SHRINK = 2.0
@@ -89,7 +92,7 @@ class Decoder:
                 if picture is not None:
                     return picture, plan, size
         picture = None  # from here on what is not None is whole
-        if start.startswith(b"\x89PNG\r\n\x1a\n") or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
+        if 0 < declared_pixels(data) <= MAX_PIXELS:
             picture = self._decode_cv2(data)
         if picture is None:
             picture = _decode_pillow(self._pillow, data)
@@ -108,11 +111,12 @@ class Decoder:
         """The picture, reduced; None where there is something wrong with it."""
         height, width = (-(-side // reduction) for side in size)
         n_bytes = height * width * 3
-        self._scratch = _grown(self._scratch, n_bytes)
+        scratch = _grown(self._scratch, n_bytes)
+        self._scratch = _kept(scratch, self._scratch)
         how: dict[str, Any] = (
             {"min_height": height, "min_width": width, "min_factor": reduction} if reduction > 1 else {}
         )
-        how["buffer"] = self._scratch[:n_bytes]
+        how["buffer"] = scratch[:n_bytes]
         try:
             picture: NDArray[np.uint8] = self._jpeg.decode_jpeg(data, **how)
         except ValueError:
@@ -137,9 +141,11 @@ class Decoder:
         height, width = plan.out_height, plan.out_width
         n_bytes = height * width * 3
         direct = options.layout == "HWC" and options.dtype == "uint8"
+        shown = out
         if not direct:
-            self._scaled = _grown(self._scaled, n_bytes)
-        shown = out if direct else self._scaled[:n_bytes].reshape(height, width, 3)
+            scaled = _grown(self._scaled, n_bytes)
+            self._scaled = _kept(scaled, self._scaled)
+            shown = scaled[:n_bytes].reshape(height, width, 3)
         if box.shape == shown.shape:
             np.copyto(shown, box)
         else:
@@ -158,8 +164,9 @@ class Decoder:
             # A transposed numpy copy takes 45 us where this takes 7.
             source = out
             if self._table is not None:
-                self._planes = _grown(self._planes, out.size)
-                source = self._planes[: out.size].reshape(out.shape)
+                planes = _grown(self._planes, out.size)
+                self._planes = _kept(planes, self._planes)
+                source = planes[: out.size].reshape(out.shape)
             cv2.split(shown, list(source))
         if self._table is None:
             return
@@ -207,16 +214,40 @@ def _grown(memory: NDArray[np.uint8], n_bytes: int) -> NDArray[np.uint8]:
     return memory if memory.size >= n_bytes else np.empty(n_bytes, np.uint8)
 
 
+def _kept(memory: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return memory if memory.size <= MAX_KEPT_BYTES else before
+
+
+def declared_pixels(data: Any) -> int:
+    """Width times height by the header of a PNG or a WebP; 0 for what is neither, or too short to say."""
+    head = bytes(memoryview(data)[:30])
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
+        width, height = struct.unpack_from(">II", head, 16)
+        return int(width) * int(height)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return 0
+    if head[12:16] == b"VP8X":
+        return (int.from_bytes(head[24:27], "little") + 1) * (int.from_bytes(head[27:30], "little") + 1)
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return ((bits & 0x3FFF) + 1) * ((bits >> 14 & 0x3FFF) + 1)
+    width, height = struct.unpack_from("<HH", head, 26)
+    return int(width & 0x3FFF) * int(height & 0x3FFF)
+
+
 def _decode_pillow(pillow: Any, data: Any) -> NDArray[np.uint8]:
-    # What Pillow's readers are known to raise for damaged files: they are many, and each has its own way.
+    # What Pillow's readers are known to raise for damaged files: they are many, and each has its own way. And its
+    # warnings, where the user has made errors of them.
     errors = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
     try:
         with pillow.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # a program: Pillow would start Ghostscript to run it
+                raise ValueError("EPS is not decoded: it is a program that draws a picture, not a picture")
             if image.mode.startswith("I;16"):  # Pillow would clip
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except import_module("PIL").UnidentifiedImageError as error:
         start = bytes(memoryview(data)[:12])
         raise DecodeError(f"no picture in a format that is known here: it starts with {start!r}") from error
-    except (*errors, pillow.DecompressionBombError) as error:
+    except (*errors, Warning, pillow.DecompressionBombError) as error:
         raise DecodeError(str(error) or type(error).__name__) from error

@@ -134,11 +134,14 @@ class NativeIterator(Iterator[Batch]):
             shard = self._pipeline.damaged_shard
             if shard is None or not self._work.source.heal(shard):
                 raise error
-            logger.warning("a damaged local copy is fetched again: %s", error)
+            # As text: whoever keeps log records would keep the error, and by its frames this iterator and all it has.
+            logger.warning("a damaged local copy is fetched again: %s", str(error))
             self._count(self._pipeline.figures())
+            if self._work.coming is not None:
+                self._work.coming.forget()
             ranks = self._work.ranks
             here = replace(ranks, offset=ranks.offset_after(self._position.n_yielded))
-            self._pipeline = start_pipeline(replace(self._work, ranks=here), self._resources)
+            self._pipeline = start_pipeline(replace(self._work, ranks=here, begun=None), self._resources)
             try:
                 return self._pipeline.take(self._timeout_s)
             except CorruptShard as again:

@@ -24,9 +24,10 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
     torchdata's StatefulDataLoader.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
-    and images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The consumer
-    owns it and may write to it. Each iter() begins the next epoch; state_dict() covers the batches handed out, and
-    resuming takes no replay.
+    and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
+    data set may ask for more: `decode=` makes of images one tensor [n, 3, height, width], or as `DecodeImage` says,
+    `forms=` and `nulls=` say what columns of varied length and nulls are. The consumer owns a batch and may write to
+    it. Each iter() begins the next epoch; state_dict() covers the batches handed out, and resuming takes no replay.
 
     Args:
         dataset: any torch data set, or a `tiercache.Dataset`.

@@ -50,6 +50,11 @@ class BatchMemory:
         weakref.finalize(lent, _give_back, token, memory, self).atexit = False
         return lent
 
+    @property
+    def free_bytes(self) -> int:
+        """Memory that is kept for the next ones."""
+        return sum(size_bytes * len(free) for size_bytes, free in list(self._free.items()))
+
     def take_back(self, memory: Bytes) -> None:
         """What was lent, for the next one that asks for its size."""
         free = self._free[memory.size]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
+    from tiercache.load.coming import Begun, Coming
     from tiercache.load.source import Source
     from tiercache.order import EpochOrder, RankPlan
     from tiercache.stats import Counters, Waits
@@ -70,7 +71,8 @@ class Resources:
 class Work:
     """What a pipeline does: a source's epoch in an order, a rank's share of it, and how columns are served.
 
-    memory: for decoded batches, kept from epoch to epoch by whoever begins the epochs.
+    memory: for decoded batches, kept from epoch to epoch by whoever begins the epochs; begun: how this epoch begins, if
+    the one before made that ready; coming: the epoch that may follow.
     """
 
     source: Source
@@ -80,6 +82,8 @@ class Work:
     waits: Waits
     serving: Serving = field(default_factory=Serving)
     memory: BatchMemory = field(default_factory=BatchMemory)
+    begun: Begun | None = None
+    coming: Coming | None = None
 
 
 @dataclass(slots=True)
@@ -315,6 +319,8 @@ def _plan(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
     try:
         _push_pieces(work, ring, shared, threads)
         ring.finish()
+        if work.coming is not None and not shared.stop.done():
+            work.coming.prepare(threads)
     except CancelledError:  # close() while a window was being loaded
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place in the order
@@ -324,13 +330,14 @@ def _plan(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
 
 
 def _push_pieces(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
-    loaded: Loaded | None = None
+    begun = work.begun
+    loaded = begun.loaded if begun else None
     pushed_rows = 0
     forms = shared.forms = form_table(work.source.schema, work.serving)
     shard_bytes = int(work.source.shard_bytes.max(initial=1))
     near = Ahead(threads, int(work.source.shard_bytes.sum()))
     start_s = time.perf_counter()
-    for piece in pieces(work.order, work.ranks):
+    for piece in begun.pieces if begun else pieces(work.order, work.ranks):
         work.counters.add("plan_s", time.perf_counter() - start_s)
         if loaded is not None and not loaded.covers(piece):
             loaded = None  # before the next is loaded: its memory may be needed

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from tiercache.order import EpochOrder, RankPlan, Window
 
-# A window is handed on in pieces, the first one small and each twice the one before: the rows of a window of 10^8
+# A window is handed on in pieces, the first one small and each four times the one before: the rows of a window of 10^8
 # records take seconds to compute (80 ns each), the first batch must not; and a piece is computed while the one before
 # is served, at three times the speed of the fastest consumers.
-FIRST_PIECE_ROWS = 1 << 12
+FIRST_PIECE_ROWS = 1 << 13
 PIECE_ROWS = 1 << 20
 
 
@@ -46,7 +46,7 @@ def pieces(order: EpochOrder, ranks: RankPlan) -> Iterator[Piece]:
         piece = _share(window, position, stop, ranks)
         if len(piece.row):
             yield piece
-        position, size = stop, min(2 * size, PIECE_ROWS)
+        position, size = stop, min(4 * size, PIECE_ROWS)
     if ranks.n_left:
         for start, stop in ranks.batch(ranks.n_full):
             yield from _run(order, start, stop)

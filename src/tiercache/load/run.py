@@ -6,12 +6,13 @@ import logging
 import operator
 import weakref
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from tiercache import config
+from tiercache.load.coming import Coming
 from tiercache.load.figures import summarise
 from tiercache.load.iterator import Delivery, NativeIterator, Position
 from tiercache.load.memory import BatchMemory
@@ -60,6 +61,7 @@ class NativeRun:
         self._epoch = 0  # asked for before the run began
         self._position: Position | None = None  # of the newest iter(); None: there was none since the last load()
         self._iterator: weakref.ref[NativeIterator] | None = None
+        self._coming: Coming | None = None
         self._rank: Rank | None = None
         self._counters = Counters("padded")
         self._waits = Waits()
@@ -136,15 +138,26 @@ class NativeRun:
         """The next epoch's batches."""
         state = self._begin() if self._position is None else self._position.next_state()
         rank = self.rank()
-        order = EpochOrder(self._layout(), _order_options(state), state.epoch)
-        plan = RankPlan(
-            state.offset, rank.world_size, rank.rank, self._asked.batch_size, state.drop_last, order.n_records
-        )
-        work = Work(self._source, order, plan, self._counters, self._waits, self._asked.serving, self._memory)
+        plan_epoch = partial(_plan_epoch, self._layout(), rank, self._asked.batch_size)
+        begun = None if self._coming is None else self._coming.take(self._source, state)
+        order, plan = plan_epoch(state) if begun is None else (begun.order, begun.ranks)
         position = Position(state, plan)
+        coming = Coming(self._source, position.next_state(), plan_epoch)
+        work = Work(
+            source=self._source,
+            order=order,
+            ranks=plan,
+            counters=self._counters,
+            waits=self._waits,
+            serving=self._asked.serving,
+            memory=self._memory,
+            begun=begun,
+            coming=coming,
+        )
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory)
         iterator = NativeIterator(position, work, self._resources(rank), delivery)
         self._position = position  # only now: an iterator that could not be made is no epoch
+        self._coming = coming
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
 
@@ -221,6 +234,11 @@ class NativeRun:
         share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
         memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
         return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
+
+
+def _plan_epoch(layout: Layout, rank: Rank, batch_size: int, state: RunState) -> tuple[EpochOrder, RankPlan]:
+    order = EpochOrder(layout, _order_options(state), state.epoch)
+    return order, RankPlan(state.offset, rank.world_size, rank.rank, batch_size, state.drop_last, order.n_records)
 
 
 def _order_options(state: RunState) -> OrderOptions:
