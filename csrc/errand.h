@@ -3,7 +3,7 @@
 #define TC_ERRAND_H
 #include "gather.h"
 
-/* The ring's lock guards what is below the line. */
+/* Owned by the caller, with refs, places and sources, until it is finished or cancelled. The ring's lock guards what is below the line. */
 typedef struct tc_errand {
     const tc_ref *refs; /* [n], what is copied */
     char **places;      /* [n], where to: room for refs[i].n_bytes */

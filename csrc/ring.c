@@ -6,9 +6,10 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "pool.h"
 
 typedef struct queued {
     const tc_plan *plan;
@@ -43,10 +44,8 @@ struct tc_ring {
     cell *cells;
     uint64_t next_cut, next_take;
 
-    tc_slot *free_slots;
-    uint8_t *arena;
-    size_t arena_bytes, arena_slot_bytes, arena_used;
-    size_t n_free, n_out; /* slots at rest, slots at consumers */
+    tc_pool pool;
+    size_t n_out; /* slots at consumers */
     int closing, dropped;
 
     size_t n_threads;
@@ -63,45 +62,6 @@ static uint64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* ---- slots: pieces of the arena while there are some, their own mappings after; lock held ---- */
-
-static __thread char this_thread; /* its address tells threads apart */
-
-static tc_slot *new_slot(tc_ring *ring) {
-    int room = ring->arena && ring->arena_used + ring->arena_slot_bytes <= ring->arena_bytes;
-    uint8_t *memory = room ? ring->arena + ring->arena_used : NULL;
-    tc_slot *slot = tc_slot_new(ring->n_streams, memory, room ? ring->arena_slot_bytes : 0);
-    if (slot == NULL) return NULL;
-    slot->ring = ring;
-    slot->filler = &this_thread;
-    if (room) ring->arena_used += ring->arena_slot_bytes;
-    return slot;
-}
-
-/* Keep the slot for a coming batch, unless there are more than are ever ahead: after list(loader) their memory goes back. */
-static void slot_keep(tc_ring *ring, tc_slot *slot) {
-    if (slot->own && ring->n_free > ring->depth) {
-        tc_slot_free(slot);
-        return;
-    }
-    slot->next = ring->free_slots;
-    ring->free_slots = slot;
-    ring->n_free++;
-}
-
-/* The slot that this thread filled last and is free, or any: writing what lies in another processor's cache costs a third more. */
-static tc_slot *take_free_slot(tc_ring *ring) {
-    tc_slot **at = &ring->free_slots;
-    while (*at && (*at)->filler != &this_thread) at = &(*at)->next;
-    if (*at == NULL) at = &ring->free_slots;
-    tc_slot *slot = *at;
-    if (slot == NULL) return NULL;
-    *at = slot->next;
-    slot->filler = &this_thread;
-    ring->n_free--;
-    return slot;
 }
 
 /* ---- cutting the sequence into batches, with the lock ---- */
@@ -151,9 +111,9 @@ static cell *cut(tc_ring *ring) {
             free(head);
         }
     }
-    c->slot = take_free_slot(ring);
-    if (c->slot == NULL) c->slot = new_slot(ring);
+    c->slot = tc_pool_take(&ring->pool);
     if (c->slot == NULL) c->status = TC_NOMEM;
+    else c->slot->ring = ring;
     return c;
 }
 
@@ -175,14 +135,16 @@ static void gather_next(tc_ring *ring) {
     if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
 }
 
+static void unlink_errand(tc_ring *ring, tc_errand *errand) {
+    tc_errand **at = &ring->errands;
+    while (*at != errand) at = &(*at)->next;
+    *at = errand->next;
+}
+
 /* Copy a slice of an errand, with the lock let go meanwhile. Its owner waits until no slice is running. */
 static void run_slice(tc_ring *ring, tc_errand *errand) {
     tc_slice slice = tc_errand_slice(errand);
-    if (errand->begun == errand->n) { /* nobody else has anything to do with it */
-        tc_errand **at = &ring->errands;
-        while (*at != errand) at = &(*at)->next;
-        *at = errand->next;
-    }
+    if (errand->begun == errand->n) unlink_errand(ring, errand); /* nobody else has anything to do with it */
     errand->running++;
     if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
@@ -237,12 +199,7 @@ static void free_ring(tc_ring *ring) {
         if (ring->cells[i].state != EMPTY && ring->cells[i].slot) tc_slot_free(ring->cells[i].slot);
         free(ring->cells[i].parts);
     }
-    for (tc_slot *slot = ring->free_slots; slot;) {
-        tc_slot *next = slot->next;
-        tc_slot_free(slot);
-        slot = next;
-    }
-    if (ring->arena) munmap(ring->arena, ring->arena_bytes);
+    tc_pool_free(&ring->pool);
     pthread_cond_destroy(&ring->work);
     pthread_cond_destroy(&ring->helped);
     pthread_cond_destroy(&ring->ready);
@@ -300,12 +257,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
         return NULL;
     }
     if (n_streams) memcpy(ring->streams, streams, n_streams * sizeof *streams);
-    if (slot_bytes) {
-        /* Room for what is ahead and for the one at the consumer. Not fatal when it cannot be had: slots then map their own. */
-        ring->arena_slot_bytes = (slot_bytes + 1 + 63) & ~(size_t)63;
-        ring->arena_bytes = tc_page_rounded(ring->arena_slot_bytes * (depth + 2));
-        ring->arena = tc_map_bytes(ring->arena_bytes);
-    }
+    tc_pool_init(&ring->pool, n_streams, depth, slot_bytes);
     if (start_threads(ring, n_workers) != TC_OK) {
         free_ring(ring);
         return NULL;
@@ -381,7 +333,7 @@ static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
         ring->n_out++;
         atomic_fetch_add_explicit(&held_bytes, c->slot->capacity, memory_order_relaxed);
     } else if (c->slot) {
-        slot_keep(ring, c->slot);
+        tc_pool_keep(&ring->pool, c->slot);
     }
     c->slot = NULL;
     size_t room = (size_t)(ring->next_take + ring->depth - ring->next_cut), quarter = ring->depth / 4;
@@ -430,31 +382,55 @@ void tc_slot_release(tc_slot *slot) {
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
     atomic_fetch_sub_explicit(&held_bytes, slot->capacity, memory_order_relaxed);
-    slot_keep(ring, slot);
+    tc_pool_keep(&ring->pool, slot);
     ring->n_out--;
     int last = ring->dropped && ring->n_out == 0;
     pthread_mutex_unlock(&ring->lock);
     if (last) free_ring(ring);
 }
 
-int tc_ring_run_errand(tc_slot *slot, const tc_ref *refs, char **places, size_t n) {
+void tc_ring_send_errand(tc_slot *slot, tc_errand *errand) {
     tc_ring *ring = slot->ring;
-    tc_errand errand = {refs, places, n, 0, 0, TC_OK, NULL};
-    if (n == 0) return TC_OK;
-    if (ring->pid != getpid()) return tc_errand_copy(&errand, (tc_slice){0, n}); /* no thread is left here, and no lock is to be trusted */
+    errand->begun = errand->running = 0;
+    errand->status = TC_OK;
+    if (ring->pid != getpid() || errand->n == 0) return;
     pthread_mutex_lock(&ring->lock);
-    ring->n_helping++; /* sources are read until it is done, also if somebody closes */
-    errand.next = ring->errands;
-    ring->errands = &errand;
-    while (errand.begun < n) run_slice(ring, &errand);
-    while (errand.running) {
+    tc_errand **at = &ring->errands;
+    while (*at) at = &(*at)->next;
+    *at = errand;
+    errand->next = NULL;
+    if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
+    pthread_mutex_unlock(&ring->lock);
+}
+
+static void wait_copied(tc_ring *ring, const tc_errand *errand) {
+    while (errand->running) {
         ring->n_ready_waiting++;
         pthread_cond_wait(&ring->ready, &ring->lock);
         ring->n_ready_waiting--;
     }
+}
+
+int tc_ring_finish_errand(tc_slot *slot, tc_errand *errand) {
+    tc_ring *ring = slot->ring;
+    if (ring->pid != getpid()) return TC_CLOSED;
+    pthread_mutex_lock(&ring->lock);
+    ring->n_helping++; /* sources are read until it is done, also if somebody closes */
+    while (errand->begun < errand->n) run_slice(ring, errand);
+    wait_copied(ring, errand);
     if (--ring->n_helping == 0 && ring->closing) pthread_cond_broadcast(&ring->helped);
     pthread_mutex_unlock(&ring->lock);
-    return errand.status;
+    return errand->status;
+}
+
+void tc_ring_cancel_errand(tc_slot *slot, tc_errand *errand) {
+    tc_ring *ring = slot->ring;
+    if (ring->pid != getpid()) return;
+    pthread_mutex_lock(&ring->lock);
+    if (errand->begun < errand->n) unlink_errand(ring, errand);
+    errand->begun = errand->n;
+    wait_copied(ring, errand);
+    pthread_mutex_unlock(&ring->lock);
 }
 
 void tc_ring_close(tc_ring *ring) {

@@ -55,8 +55,14 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
 
 void tc_slot_release(tc_slot *slot);
 
-/* Fill objects from their sources with the slot's ring's threads, the caller's first, and return when all is copied. 0 or TC_EIO. */
-int tc_ring_run_errand(tc_slot *slot, const tc_ref *refs, char **places, size_t n);
+/* Have objects of a slot's batch filled from their sources by its ring's threads, before any batch is gathered. */
+void tc_ring_send_errand(tc_slot *slot, tc_errand *errand);
+
+/* Copy what is left of an errand that was sent, and return when all is copied. 0, TC_EIO, or TC_CLOSED (in a forked child). */
+int tc_ring_finish_errand(tc_slot *slot, tc_errand *errand);
+
+/* Have what is left of it not copied, and return when nothing is being copied. For one that was finished nothing. */
+void tc_ring_cancel_errand(tc_slot *slot, tc_errand *errand);
 
 /* Wake everyone, join the workers: no plan is read once it returns, whoever else closes at the same time. Slots that are out stay valid.
  * Repeatable, from any thread. */

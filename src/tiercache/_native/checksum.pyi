@@ -67,7 +67,7 @@ def lay_out(
     page_bytes: int,
     sums: NDArray[np.uint32],
 ) -> int:
-    """Copy the pieces, one after another, each filled up with zeros to a multiple of align, and sum out as crc32c_pages().
+    """Copy the pieces one after another, each filled up with zeros to a multiple of align; sum out as crc32c_pages().
 
     Args:
         addresses, lengths: uint64[n]; the caller keeps the memory alive and readable for the call.

@@ -57,8 +57,13 @@ class Slot:
     def places(self, stream: int) -> tuple[int, int, int]:
         """Where a stream lies: its values and (VAR) its int64 offsets, in bytes, and (VAR) how many elements it has."""
 
+    def start_bytes(self, stream: int) -> None:
+        """Make the objects of a REF stream, and have the ring's threads begin to fill them."""
+
     def bytes_list(self, stream: int) -> list[bytes]:
-        """New bytes objects of a REF stream, filled from the source by the ring's threads. Only before the next take().
+        """New bytes objects of a REF stream, those that were started or started now, filled from the source.
+
+        The source must be kept, and with it the plan's `held`.
 
         Raises:
             OSError: EIO, the source could not be read.

@@ -39,6 +39,11 @@ cdef extern from "ring.h" nogil:
     ctypedef struct tc_ring:
         pass
 
+    ctypedef struct tc_errand:
+        const tc_ref *refs
+        char **places
+        size_t n
+
     ctypedef struct tc_slot:
         uint8_t *memory
         size_t capacity
@@ -61,7 +66,9 @@ cdef extern from "ring.h" nogil:
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
     void tc_slot_release(tc_slot *)
-    int tc_ring_run_errand(tc_slot *, const tc_ref *, char **, size_t)
+    void tc_ring_send_errand(tc_slot *, tc_errand *)
+    int tc_ring_finish_errand(tc_slot *, tc_errand *)
+    void tc_ring_cancel_errand(tc_slot *, tc_errand *)
     void tc_ring_close(tc_ring *)
     void tc_ring_drop(tc_ring *)
     void tc_ring_figures(tc_ring *, tc_figures *)
@@ -135,27 +142,46 @@ cdef class Plan:
         return self.held
 
 
-cdef list filled_bytes(tc_slot *slot, size_t stream):
-    # Objects are made at their size and filled once. CPython shares no object that is made with NULL save the empty one, which is not written.
-    cdef const tc_ref *refs = <const tc_ref *>(slot.memory + slot.values_at[stream])
-    cdef size_t i, n = slot.n_rows
-    cdef int status
-    cdef list objects = [None] * n
-    cdef char **places = <char **>malloc(max(n, 1) * sizeof(char *))
-    if places == NULL:
-        raise MemoryError
-    try:
+cdef class Filling:
+    """Bytes objects of a batch, made at their size and filled once by the ring's threads. CPython shares no object that is made with NULL
+    save the empty one, which is not written.
+    """
+
+    cdef tc_slot *slot
+    cdef tc_errand errand
+    cdef list objects
+
+    @staticmethod
+    cdef Filling start(tc_slot *slot, size_t stream):
+        cdef Filling self = Filling.__new__(Filling)
+        cdef const tc_ref *refs = <const tc_ref *>(slot.memory + slot.values_at[stream])
+        cdef Py_ssize_t i, n = <Py_ssize_t>slot.n_rows
+        self.errand = tc_errand(refs, <char **>malloc(max(n, 1) * sizeof(char *)), n)
+        if self.errand.places == NULL:
+            raise MemoryError
+        self.objects = [None] * n
         for i in range(n):
             item = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>refs[i].n_bytes)
-            objects[i] = item
-            places[i] = PyBytes_AS_STRING(item)
+            self.objects[i] = item
+            self.errand.places[i] = PyBytes_AS_STRING(item)
+        self.slot = slot
+        tc_ring_send_errand(slot, &self.errand)
+        return self
+
+    def __dealloc__(self):
+        if self.slot != NULL:
+            tc_ring_cancel_errand(self.slot, &self.errand)
+        free(self.errand.places)
+
+    cdef list finish(self):
+        cdef int status
         with nogil:
-            status = tc_ring_run_errand(slot, refs, places, n)
-    finally:
-        free(places)
-    if status != TC_OK:
-        raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
-    return objects
+            status = tc_ring_finish_errand(self.slot, &self.errand)
+        if status == TC_CLOSED:
+            raise RuntimeError("the ring was made before a fork")
+        if status != TC_OK:
+            raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
+        return self.objects
 
 
 cdef class Slot:
@@ -163,6 +189,7 @@ cdef class Slot:
 
     cdef tc_slot *slot
     cdef readonly uint64_t first_row
+    cdef dict fillings  # by stream; None: there never was one
 
     def __cinit__(self):
         self.slot = NULL
@@ -171,6 +198,7 @@ cdef class Slot:
         raise TypeError("slots come from Ring.take()")
 
     def __dealloc__(self):
+        self.fillings = None  # they need the slot to their end
         if self.slot != NULL:
             tc_slot_release(self.slot)
 
@@ -188,8 +216,15 @@ cdef class Slot:
     def places(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
+    def start_bytes(self, size_t stream):
+        if self.fillings is None:
+            self.fillings = {}
+        self.fillings[stream] = Filling.start(self.slot, stream)
+
     def bytes_list(self, size_t stream):
-        return filled_bytes(self.slot, stream)
+        if self.fillings is None or stream not in self.fillings:
+            self.start_bytes(stream)
+        return (<Filling>self.fillings.pop(stream)).finish()
 
     def str_list(self, size_t stream):
         cdef const uint8_t *values = self.slot.memory + self.slot.values_at[stream]

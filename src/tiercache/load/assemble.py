@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from tiercache._native import gather
 from tiercache.load.buffer import Buffer
 from tiercache.load.fills import stored_fill, value_of
 from tiercache.load.serving import Serving, is_stack_of_rows, varying
@@ -48,7 +49,9 @@ class Assembler:
 
     def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
         served = serving or Serving()
-        self._n_streams = len(gather_streams(schema, served))
+        kinds = gather_streams(schema, served)[:, 0].tolist()
+        self._n_streams = len(kinds)
+        self.bytes_streams = [number for number, kind in enumerate(kinds) if kind == gather.REF]
         self._layouts: dict[int, list[int]] = {}
         self._makers: list[tuple[str, Make]] = []
         self.object_columns: list[tuple[str, int]] = []

@@ -125,6 +125,8 @@ class Pipeline:
         n_loading = max(MIN_LOAD_THREADS, resources.n_threads)
         self._pool = ThreadPoolExecutor(n_loading, "tiercache-load")
         threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
+        self._memory_bytes = resources.memory_bytes
+        self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
         self._taken_rows = self._n_batches = self._n_bytes = 0
         self._pid = os.getpid()
         self._taking = threading.RLock()
@@ -163,6 +165,7 @@ class Pipeline:
         if self._planner is not threading.current_thread() and self._planner.is_alive():
             self._planner.join(PLANNER_END_S)
         with self._taking:  # the lists of a batch are filled from the windows
+            self._ahead.clear()
             self._ring.forget()
             self._shared.pieces.clear()
         _live.discard(self)
@@ -188,7 +191,7 @@ class Pipeline:
 
     def _take(self, timeout_s: float) -> Batch | None:
         try:
-            slot = self._next_slot(timeout_s)
+            slot = self._next_filled(timeout_s) if self._assembler.bytes_streams else self._next_slot(timeout_s)
         except (OSError, gather.CorruptError) as error:
             raise self._failed(error) from error
         except MemoryError:
@@ -222,6 +225,26 @@ class Pipeline:
             return self._ring.take(timeout_s)
         finally:
             self._work.waits.add(time.perf_counter() - start_s)
+
+    def _next_filled(self, timeout_s: float) -> Slot | int:
+        """As _next_slot. While the consumer reads this batch, threads fill the lists of the next one."""
+        found = self._ahead.popleft() if self._ahead else self._started(self._next_slot(timeout_s))
+        if isinstance(found, Exception):
+            raise found
+        if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
+            try:
+                coming: Slot | int | Exception = self._started(self._ring.take(0.0))
+            except (OSError, gather.CorruptError, MemoryError) as error:
+                coming = error  # in its place in the order
+            if not isinstance(coming, int):
+                self._ahead.append(coming)
+        return found
+
+    def _started(self, slot: Slot | int) -> Slot | int:
+        if not isinstance(slot, int):
+            for stream in self._assembler.bytes_streams:
+                slot.start_bytes(stream)
+        return slot
 
     def _stop(self, status: int, timeout_s: float) -> None:
         if status == END:
