@@ -12,47 +12,22 @@ import sys
 import threading
 import time
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tests.images.pictures import encode, picture
+from tests.load.decoded import RANDOM, N, loader_of, make_columns, write
 
 import tiercache as tc
-from tiercache._native.ring import held_bytes
 from tiercache.images.decoder import Decoder
-from tiercache.load import memory
-from tiercache.load.decoding import _Job, _Line
-from tiercache.load.memory import BatchMemory
 from tiercache.testing.http_server import HttpFaultServer
-
-N = 70
-RANDOM = tc.DecodeImage(16, crop="random", flip=True)
-SCHEMA = {"image": tc.Image("jpeg"), "id": "int64", "name": "str"}
-
-
-def make_columns(n: int) -> dict[str, object]:
-    images = [encode(picture(20 + i % 7, 30 - i % 5, seed=i)) for i in range(n)]
-    return {"image": images, "id": np.arange(n), "name": [f"picture {i}" for i in range(n)]}
-
-
-def write(path, columns, schema=SCHEMA, **options):
-    with tc.Writer(path, schema=schema, **{"shard_size": "16KiB", "block_size": "4KiB", **options}) as writer:
-        writer.write_batch(columns)
-    return path
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return write(tmp_path_factory.mktemp("pictures") / "data", make_columns(N))
-
-
-def loader_of(path, decode=RANDOM, *, batch_size=8, shuffle=True, seed=5, drop_last=False, **options):
-    dataset = tc.Dataset(path, decode={"image": decode})
-    asked = tc.LoaderOptions(seed=seed, **options)
-    return tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, options=asked)
 
 
 def equal(one, two) -> bool:
@@ -362,116 +337,6 @@ batch = next(iterator)
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
-
-
-def test_memory_is_used_again_once_a_batch_is_dropped_and_not_before(path):
-    kept = list(loader_of(path, batch_size=2))
-    assert len({b["image"].data_ptr() for b in kept}) == len(kept)
-    places = set()
-    for batch, expected in zip(loader_of(path, batch_size=2), kept, strict=True):
-        assert torch.equal(batch["image"], expected["image"])
-        places.add(batch["image"].data_ptr())
-    assert len(places) < len(kept) / 2
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Sizes of all batch memory that is newly made."""
-    made = []
-
-    def empty(n_bytes, dtype):
-        made.append(n_bytes)
-        return np.empty(n_bytes, dtype)
-
-    monkeypatch.setattr(memory, "np", SimpleNamespace(empty=empty, uint8=np.uint8))
-    return made
-
-
-def test_an_epoch_begins_with_the_memory_of_the_one_before(path, made):
-    loader = loader_of(path)
-    n_batches = len(list(loader))  # all are held at once
-    assert len(made) == n_batches
-    for _ in range(2):
-        for _batch in loader:
-            pass
-    assert len(made) == n_batches
-    iterator = iter(loader)
-    kept = next(iterator)
-    content = kept["image"].clone()
-    del loader
-    assert len(list(iterator)) == n_batches - 1
-    assert torch.equal(kept["image"], content)
-
-
-def test_columns_of_unlike_sizes_use_their_memory_again(tmp_path, made):
-    images = make_columns(60)["image"]
-    path = write(tmp_path / "two", {"a": images, "b": images}, {"a": tc.Image("jpeg"), "b": tc.Image("jpeg")})
-    dataset = tc.Dataset(path, decode={"a": tc.DecodeImage(32), "b": tc.DecodeImage(64)})
-    for _batch in tc.DataLoader(dataset, batch_size=2):
-        pass
-    assert all(made.count(size_bytes) <= 6 for size_bytes in set(made))
-
-
-def test_nothing_more_is_opened_once_a_picture_is_broken():
-    line, broken = _Line(ahead=4), _Job({}, columns=(None,), n_rows=1)
-    line.next_task()
-    line.add(broken)
-    assert line.next_task() == (broken, 0)
-    assert line.next_task()[1] == -1  # another thread opens the next batch, while the picture turns out to be broken
-    line.done(broken, 0, ValueError("broken"), 1)
-    line.add(_Job({}, columns=(None,), n_rows=1))
-    assert line.next_task()[1] == 0
-    closing = threading.Timer(0.05, line.close)
-    closing.start()
-    assert line.next_task() is None
-    closing.join()
-
-
-def test_more_memory_than_is_ever_ahead_goes_back():
-    owner = BatchMemory(keep=2)
-    lent = [owner.lend(10, 16) for _ in range(5)]
-    addresses = {array.ctypes.data for array in lent}
-    assert len(addresses) == 5
-    assert all(array.size == 10 for array in lent)
-    other = owner.lend(24, 24)
-    del lent
-    again = [owner.lend(16, 16) for _ in range(2)]
-    assert {array.ctypes.data for array in again} <= addresses
-    assert other.ctypes.data not in addresses
-    assert owner.free_bytes == 0
-    del again
-    assert owner.free_bytes == 32
-
-
-def test_a_batch_that_is_kept_keeps_no_encoded_pictures(path):
-    before = held_bytes()
-    kept = list(loader_of(path))
-    assert held_bytes() == before
-    assert [i for b in kept for i in b["id"].tolist()] != list(range(N))
-
-
-def test_large_columns_beside_the_pictures_are_not_copied(tmp_path):
-    columns = {**make_columns(24), "mask": np.arange(24 * 4000, dtype=np.uint8).reshape(24, 4000)}
-    path = write(tmp_path / "masks", columns, {**SCHEMA, "mask": tc.Tensor("uint8", (4000,))})
-    before = held_bytes()
-    kept = list(loader_of(path))
-    assert held_bytes() > before
-    for batch in kept:
-        assert np.array_equal(batch["mask"].numpy(), columns["mask"][batch["id"].numpy()])
-
-
-def test_what_the_consumer_holds_is_counted(path):
-    loader = loader_of(path)
-    iterator = iter(loader)
-    before = loader.stats()["held_bytes"]
-    batches = list(iterator)
-    held = loader.stats()["held_bytes"] - before
-    assert held >= sum(b["image"].nbytes for b in batches[6:])
-    view = batches[0]["image"].numpy()[0]
-    content = view.copy()
-    del batches
-    assert len(list(loader_of(path))) == 9
-    assert np.array_equal(view, content)
 
 
 def test_the_figures_are_of_batches_handed_out(path):

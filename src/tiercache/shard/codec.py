@@ -16,11 +16,11 @@ FOOTER_LEVEL = 3
 MAX_LEVEL = 22
 # A chunk longer than this is stored raw, so a reader may refuse to decode more.
 ZSTD_LIMIT_BYTES = 1 << 30
-# `auto`: this many blocks are compressed to see, and zstd stays if it saves a quarter. A saved share s pays where
-# s > D / Z: D, what disk or network give (1 to 3 GB/s), by Z, what all cores decode (1 to 1.5 GB/s each, 2 to 8 of
-# them), is a quarter to a third; and what lies in the page cache pays for decoding at every epoch.
+# `auto`: this many blocks are compressed to see, and zstd stays if it saves half. A saved share s pays where s > D / Z:
+# D, what the disk that epochs are read from gives (1 to 3 GB/s), by Z, what all cores decode (1 to 1.8 GB/s each, 2 to
+# 4 of them), is a quarter to one; and what lies in the page cache pays for decoding at every epoch and saves nothing.
 MEASURED_BLOCKS = 4
-WORTH = 3 / 4
+WORTH = 1 / 2
 
 # `auto` leaves shorter chunks raw: they are little of their block, and a frame of 4 KiB costs some 15 us to read, which
 # were 16 ms before the first batch of each epoch for the labels beside 512 MiB of tokens.
