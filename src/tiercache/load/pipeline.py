@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     from tiercache.stats import Counters, Waits
 
 # Batches ahead: more hide longer stalls of the consumer. But what is ahead should still be in the processor's last
-# cache when it is read: here batches of 3 MiB came at 1,140 thousand samples/s with 4 ahead and 670 with 16, those of
-# 128 KiB at 1,600 with 4 and 2,900 with 32.
-MAX_DEPTH, CACHED_DEPTH, MIN_DEPTH = 32, 4, 2
+# cache (32 MiB here) when it is read, with what the consumer has of it: beside a plain C gather in the same run batches
+# of 3 MiB came at 1.08 times its speed with 3 ahead and at 0.89 with 4, those of 5 MiB at 1.06 and 0.82; those of
+# 128 KiB at 1,600 thousand samples/s with 4 and 2,900 with 32.
+MAX_DEPTH, CACHED_DEPTH, MIN_DEPTH = 32, 3, 2
 CACHE_BYTES = 12 << 20
 # Threads that wait for stores: their time is the network's, so they are more than the cores.
 MIN_LOAD_THREADS = 4
