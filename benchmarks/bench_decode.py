@@ -2,8 +2,9 @@
 
     python benchmarks/bench_decode.py [--mib 128] [--window-mib 8] [--repetitions 5]
 
-The measure is threads that decode whole frames with python-zstandard, one call a frame, and drop what they get. The
-loader shuffles fully and its consumer reads the first byte of every batch. Interleaved; MB/s of decoded bytes.
+The measure is threads that decode whole frames with python-zstandard, one call a frame, and drop what they get. Beside
+it the loader's stage alone (the same parts as its windows, by as many threads: read, checked, decoded), and the whole
+loader, which shuffles fully and whose consumer reads the first byte of every batch. Interleaved; MB/s of decoded bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import zstandard
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
+from tiercache.load.split import split
+from tiercache.order import EpochOrder, Layout, OrderOptions
 
 TOKENS, BATCH = 1024, 64
 _here = threading.local()
@@ -65,6 +68,20 @@ def load(folder: Path, window_mib: int) -> None:
     dataset.close()
 
 
+def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
+    """(shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
+    source = dataset.source
+    layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
+    order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
+    parts, position = [], 0
+    while position < order.n_records:
+        window = order.window_at(position)
+        work = split(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False).work
+        parts += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in work]
+        position = window.stop
+    return parts
+
+
 def main() -> None:
     """Measure, print and write rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,13 +90,20 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
     n_threads = config.available_cpus()
-    seconds: dict[str, list[float]] = {"frames alone": [], "loader": []}
+    seconds: dict[str, list[float]] = {"frames alone": [], "windows": [], "loader": []}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(n_threads) as pool:
         folder = Path(name) / "data"
         n_bytes = write(folder, given.mib << 20)
         frames = frames_of(folder)
+        dataset = tc.Dataset(folder)
+        parts = parts_of(dataset, given.window_mib, n_threads)
+
+        def load_part(part: tuple[int, list[int]]) -> None:
+            dataset.source.load(*part)
+
         ways = {
             "frames alone": lambda: list(pool.map(decode, frames)),
+            "windows": lambda: list(pool.map(load_part, parts)),
             "loader": lambda: load(folder, given.window_mib),
         }
         for _ in range(given.repetitions):
@@ -87,14 +111,16 @@ def main() -> None:
                 start_s = time.perf_counter()
                 run()
                 seconds[way].append(time.perf_counter() - start_s)
+        dataset.close()
     speeds = {way: spread([n_bytes / taken / 1e6 for taken in found]) for way, found in seconds.items()}
-    ratio = speeds["loader"]["median"] / speeds["frames alone"]["median"]
     write_rows(
         OUT / "decode.jsonl", [{"way": way, "mb_s": speed, "n_threads": n_threads} for way, speed in speeds.items()]
     )
     lines = [[way, *(f"{speed[figure]:.0f}" for figure in ("min", "median", "max"))] for way, speed in speeds.items()]
     print(table(["way", "MB/s min", "median", "max"], lines))
-    print(f"loader / frames alone: {ratio:.2f} ({n_threads} threads, {len(frames)} frames)")
+    for way in ("windows", "loader"):
+        ratio = speeds[way]["median"] / speeds["frames alone"]["median"]
+        print(f"{way} / frames alone: {ratio:.2f} ({n_threads} threads, {len(frames)} frames)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from tiercache.model import ByteRange
 from tiercache.shard import codec
 from tiercache.shard.decode import BadFrameError, Frames, decode
 from tiercache.shard.layout import PAGE_BYTES, Footer, align
-from tiercache.shard.source import LocalCopy, Source, address_of, aligned_empty
+from tiercache.shard.memory import POOL
+from tiercache.shard.source import LocalCopy, Source, address_of
 from tiercache.shard.spec import Kind
 
 Verify: TypeAlias = Literal["first", "always", "never"]
@@ -187,7 +188,7 @@ class Chunks:
     def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
         """The stored bytes of chunks in memory of our own; each as aligned as it is in the file."""
         runs = list(self._runs(ids))
-        memory = aligned_empty(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
+        memory = POOL.lend(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
         spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
         if copy is not None:
             copy.read(spans)
