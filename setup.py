@@ -18,7 +18,17 @@ SOURCES = {
     "gather": ["csrc/gather.c", "csrc/check.c", "csrc/crc32c.c", "csrc/guard.c"],
     "permute": ["csrc/permute.c"],
     "records": [],
-    "ring": ["csrc/ring.c", "csrc/pool.c", "csrc/errand.c", "csrc/slot.c", "csrc/forms.c", "csrc/gather.c", "csrc/check.c", "csrc/crc32c.c", "csrc/guard.c"],
+    "ring": [
+        "csrc/ring.c",
+        "csrc/pool.c",
+        "csrc/errand.c",
+        "csrc/slot.c",
+        "csrc/forms.c",
+        "csrc/gather.c",
+        "csrc/check.c",
+        "csrc/crc32c.c",
+        "csrc/guard.c",
+    ],
 }
 
 extensions = [

@@ -66,11 +66,12 @@ static uint64_t now_ns(void) {
 
 /* ---- cutting the sequence into batches, with the lock ---- */
 
-/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer at the end. */
+/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer at the end. Not before a failure: whoever resumed after it would
+ * pass over the rows that such a batch lacked. */
 static size_t next_batch_rows(const tc_ring *ring) {
     uint64_t rows = ring->pushed_rows - ring->cut_rows;
     if (rows >= ring->batch_rows) return ring->batch_rows;
-    return ring->end_status ? (size_t)rows : 0;
+    return ring->end_status == TC_END ? (size_t)rows : 0;
 }
 
 static int can_cut(const tc_ring *ring) {
@@ -317,7 +318,7 @@ static int next_status(const tc_ring *ring) {
     const cell *c = &ring->cells[ring->next_take % ring->depth];
     if (ring->closing) return TC_CLOSED;
     if (ring->next_take < ring->next_cut) return c->state == READY ? TC_OK : TC_TIMEOUT;
-    return ring->end_status && ring->pushed_rows == ring->cut_rows ? ring->end_status : TC_TIMEOUT;
+    return ring->end_status && next_batch_rows(ring) == 0 ? ring->end_status : TC_TIMEOUT;
 }
 
 static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {

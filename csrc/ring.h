@@ -21,7 +21,7 @@
 enum {
     TC_OK = 0,
     TC_END = 1,     /* the planner ended the sequence and every batch was taken */
-    TC_FAILED = 2,  /* the planner failed; every batch before was taken */
+    TC_FAILED = 2,  /* the planner failed; every whole batch before was taken */
     TC_TIMEOUT = 3,
     TC_CLOSED = 4
 };
@@ -42,7 +42,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
 /* Append the plan's rows to the sequence. TC_OK, TC_CLOSED or TC_NOMEM. */
 int tc_ring_push(tc_ring *ring, const tc_plan *plan);
 
-/* End the sequence (status TC_END or TC_FAILED): what is left makes a last, short batch. */
+/* End the sequence (status TC_END or TC_FAILED). At TC_END what is left makes a last, short batch; at TC_FAILED it is not served. */
 void tc_ring_finish(tc_ring *ring, int status);
 
 /* Wait until rows of the sequence before `row` will never be read again, or until the next batch needs rows that were not pushed yet.

@@ -20,9 +20,8 @@ static inline size_t run_at(const tc_rows *rows, size_t i) {
 /* Ask for the first line of every page of a row. Finding where a page lies (its address translated) takes some 200 ns in a virtual machine; the
  * processor does several at a time only if it is asked for them one right after the other, so this is called for many rows in a row. */
 static inline void ask_pages(const uint8_t *row, size_t n_bytes) {
-    const uint8_t *end = row + n_bytes;
     __builtin_prefetch(row, 0, 0);
-    for (row = (const uint8_t *)(((uintptr_t)row | (PAGE - 1)) + 1); row < end; row += PAGE) __builtin_prefetch(row, 0, 0);
+    for (size_t at = PAGE - ((uintptr_t)row & (PAGE - 1)); at < n_bytes; at += PAGE) __builtin_prefetch(row + at, 0, 0);
 }
 
 /* Whether elements [start, end) are some, or none, of n_elements. Compared as unsigned numbers, negative ones are too large. */

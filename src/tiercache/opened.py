@@ -212,10 +212,9 @@ class OpenedVersion:
     def heal(self, shard: int) -> bool:
         """Drop a shard's copy from the cache if it is not what the source sent; True: it was, load it again."""
         store = self.store
-        if not isinstance(store, LocalStore) or not store.distrust(self.table.info(shard).name, self.identity(shard)):
-            return False
-        self._readers.drop(shard)
-        return True
+        healed = isinstance(store, LocalStore) and store.distrust(self.table.info(shard).name, self.identity(shard))
+        self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
+        return healed
 
     def at_version(self, number: int) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
@@ -253,12 +252,12 @@ class OpenedVersion:
         return self._read(shard, lambda reader: reader.footer)
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """What read gives; once more where the cache's copy was to blame."""
+        """What read gives; once more where the cache's copy was to blame, or may be another than the one read."""
         try:
             return read(self._readers.get(shard))
         except CorruptShard:
-            if not self.heal(shard):
-                raise  # the copy is what the source sent
+            if not self.heal(shard) and self.cache is None:
+                raise  # nobody replaces what was read
         return read(self._readers.get(shard))
 
 

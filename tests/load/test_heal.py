@@ -91,6 +91,36 @@ def test_a_copy_that_is_cut_while_it_is_mapped_is_fetched_again_and_the_epoch_go
     dataset.close()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_whoever_still_reads_a_copy_that_another_replaced_goes_on_too(server, cache, shared):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    second = first if shared else tc.Dataset(f"{server.url}/data", cache=cache)  # as another process has it
+    first.warm()
+    loaders = [tc.DataLoader(dataset, 8, options=OPTIONS) for dataset in (first, second)]
+    for loader in loaders:  # both have the copies open, and the next epoch's first window
+        assert list(itertools.chain(*map(check_batch, loader))) == list(range(N))
+    for path in (cache.path / "copies").iterdir():
+        if "." not in path.name:
+            path.chmod(0o644)
+            os.truncate(path, 64)
+    for loader in loaders:
+        assert list(itertools.chain(*map(check_batch, loader))) == list(range(N))
+    first.close()
+    second.close()
+
+
+def test_records_of_a_copy_that_another_process_replaced_are_read_from_the_new_one(server, cache):
+    first, second = (tc.Dataset(f"{server.url}/data", cache=cache) for _ in range(2))
+    first.warm()
+    every = list(range(N))
+    for dataset in (first, second):
+        assert check_batch(dataset[every]) == every
+    assert damage(cache, "cut")
+    for dataset in (first, second):
+        assert check_batch(dataset[every]) == every
+        dataset.close()
+
+
 def test_a_source_that_is_damaged_is_an_error_that_names_the_shard(server, cache):
     name = next(key for key in server.objects if "/shards/" in key)
     data = bytearray(server.objects[name])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
+import itertools
 import threading
 import time
 import weakref
+from concurrent.futures import CancelledError
 
 import pyarrow as pa
 import pytest
@@ -35,6 +38,87 @@ def test_an_error_that_is_not_ours_reaches_the_consumer_as_it_was_raised(make_da
     monkeypatch.setattr(type(dataset.source), "load", refuse)
     with pytest.raises(PermissionError, match="not for you"):
         next(iter(tc.DataLoader(dataset, batch_size=10)))
+
+
+def test_a_run_that_a_failed_window_ended_resumes_without_losing_a_record(make_dataset, monkeypatch):
+    dataset = tc.Dataset(make_dataset(500))
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", seed=3)
+    loaders = [tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options) for _ in range(3)]
+    whole, found, n_loads = ids_of(loaders[0]), [], itertools.count()
+    load = type(dataset.source).load
+
+    def refuse(self, shard, blocks):
+        if next(n_loads) > 4:
+            raise PermissionError(errno.EACCES, "not for you")
+        return load(self, shard, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(dataset.source), "load", refuse)
+        with pytest.raises(PermissionError):
+            found += (check_batch(batch) for batch in loaders[1])
+    assert [len(ids) for ids in found] == [16] * len(found)
+    loaders[2].load_state_dict(loaders[1].state_dict())
+    assert found + ids_of(loaders[2]) == whole
+
+
+def test_a_planner_that_hears_of_close_before_the_ring_does_ends_the_iterator_as_close_does(make_dataset, monkeypatch):
+    dataset = tc.Dataset(make_dataset(100))
+
+    def cancelled(self, shard, blocks):
+        raise CancelledError
+
+    monkeypatch.setattr(type(dataset.source), "load", cancelled)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iter(tc.DataLoader(dataset, batch_size=10)))
+
+
+def test_an_iterator_that_is_left_before_a_bad_batch_ends_without_the_collector(make_dataset):
+    class Bad:
+        def __init__(self, ring):
+            self.ring, self.n_taken = ring, 0
+
+        def take(self, timeout_s):
+            slot = self.ring.take(10)
+            self.n_taken += 1
+            if self.n_taken > 1:
+                raise OSError(errno.EIO, "a mapped file could not be read")
+            return slot
+
+        def __getattr__(self, name):
+            return getattr(self.ring, name)
+
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
+    iterator._pipeline._ring = Bad(iterator._pipeline._ring)
+    check_batch(next(iterator))
+    pipeline = weakref.ref(iterator._pipeline)
+    gc.disable()
+    try:
+        del iterator
+        assert pipeline() is None
+    finally:
+        gc.enable()
+
+
+def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoch_comes(make_dataset, monkeypatch):
+    dataset = tc.Dataset(make_dataset(100))
+    loader = tc.DataLoader(dataset, batch_size=10)
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "not for you")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tiercache.load.coming.load_window", refuse)
+        iterator = iter(loader)
+        assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
+        iterator._pipeline._planner.join(30)
+    assert iterator._pipeline._shared.error is None  # by its traceback it would keep the epoch and all it has
+    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
+
+
+def test_every_batch_is_counted_once_among_the_waits(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(1000)), batch_size=10)
+    ids_of(loader)
+    assert loader._native._waits.n_waits == 101  # the end is waited for too
 
 
 def test_objects_are_found_while_the_planner_pushes_more(make_dataset):

@@ -252,6 +252,7 @@ def test_a_failed_planner_is_heard_of_after_every_whole_batch_before():
     rows = np.zeros((8, WIDTH), np.uint8)
     ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
     ring.push(plan_of(rows, np.arange(8)))
+    ring.push(plan_of(rows, np.arange(3)))  # which is no whole batch: who resumes gets it with the rows that it lacks
     ring.finish(failed=True)
     assert ring.take(10).n_rows == 4
     assert ring.take(10).n_rows == 4

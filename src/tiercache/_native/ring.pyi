@@ -92,7 +92,7 @@ class Ring:
         """Append a plan's rows. False: the ring is closed."""
 
     def finish(self, failed: bool = False) -> None:
-        """End the sequence; the rows left make a last, short batch. Then take() gives END, or FAILED."""
+        """End the sequence: take() gives a last, short batch of the rows left, then END; or FAILED."""
 
     def wait_room(self, n_plans: int) -> bool:
         """Wait until at most n_plans pushed plans are still needed, or the next batch needs rows that are not pushed.

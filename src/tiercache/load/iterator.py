@@ -69,6 +69,7 @@ class NativeIterator(Iterator[Batch]):
         self._pin = _pinning() if delivery.pin_memory else None
         self._start_s = time.perf_counter()
         self._counted = False
+        self._read_again: set[int] = set()  # shards
         self._pipeline = start_pipeline(work, resources)
 
     def __next__(self) -> Batch:
@@ -132,10 +133,13 @@ class NativeIterator(Iterator[Batch]):
         """
         while True:
             shard = self._pipeline.damaged_shard
-            if shard is None or not self._work.source.heal(shard):
+            healed = shard is not None and self._work.source.heal(shard)
+            # Once in any case: what was read may be a copy that another loader or process has replaced since.
+            if shard is None or (not healed and shard in self._read_again):
                 raise error
-            # As text: whoever keeps log records would keep the error, and by its frames this iterator and all it has.
-            logger.warning("a damaged local copy is fetched again: %s", str(error))
+            self._read_again.add(shard)
+            if healed:  # as text: whoever keeps log records would keep the error, and by its frames all that we have
+                logger.warning("a damaged local copy is fetched again: %s", str(error))
             self._count(self._pipeline.figures())
             if self._work.coming is not None:
                 self._work.coming.forget()
@@ -145,7 +149,8 @@ class NativeIterator(Iterator[Batch]):
             try:
                 return self._pipeline.take(self._timeout_s)
             except CorruptShard as again:
-                error = again
+                if healed or self._pipeline.damaged_shard is not None:  # else the first says more: it names the block
+                    error = again
 
 
 def _pinning() -> Any:

@@ -229,14 +229,22 @@ class Pipeline:
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
         """As _next_slot. While the consumer reads this batch, threads fill the lists of the next one."""
-        found = self._ahead.popleft() if self._ahead else self._started(self._next_slot(timeout_s))
+        found: Slot | int | Exception
+        if self._ahead:
+            self._work.waits.add_none()
+            found = self._ahead.popleft()
+        else:
+            found = self._started(self._next_slot(timeout_s))
         if isinstance(found, Exception):
-            raise found
+            try:
+                raise found
+            finally:
+                del found  # kept, it would be a cycle by its traceback
         if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
             try:
                 coming: Slot | int | Exception = self._started(self._ring.take(0.0))
             except (OSError, gather.CorruptError, MemoryError) as error:
-                coming = error  # in its place in the order
+                coming = error.with_traceback(None)  # in its place in the order; its frames would hold this pipeline
             if not isinstance(coming, int):
                 self._ahead.append(coming)
         return found
@@ -255,7 +263,7 @@ class Pipeline:
             error, self._shared.error = self._shared.error, None  # kept, it would be a cycle by its traceback
             self.close()
             raise error
-        if status == CLOSED:
+        if status in (CLOSED, FAILED):  # FAILED without an error: the planner heard of close() before the ring did
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         raise TimeoutError(f"no batch within {timeout_s} s")
 
@@ -340,15 +348,17 @@ def _stored_bytes(work: Work, n_rows: int) -> int:
 
 def _plan(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
     """The planner thread: push each piece of the epoch, at most one window ahead of the one that is served."""
+    is_planned = False
     try:
         _push_pieces(work, ring, shared, threads)
         ring.finish()
+        is_planned = True  # what goes wrong from here on is of the next epoch, and is heard of when that comes
         if work.coming is not None and not shared.stop.done():
             work.coming.prepare(threads)
     except CancelledError:  # close() while a window was being loaded
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place in the order
-        if not shared.stop.done():
+        if not is_planned and not shared.stop.done():
             shared.error = error
         ring.finish(failed=True)
 

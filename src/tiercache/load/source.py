@@ -63,7 +63,10 @@ class Source(Protocol):
         """Whether load() of any of its blocks neither reads, fetches nor decodes, as far as that is known by now."""
 
     def heal(self, shard: int) -> bool:
-        """Hear that what load() gave of a shard is damaged. True: a local copy was to blame and is gone: load again."""
+        """Hear that what load() gave of a shard is damaged. True: a local copy was to blame and is gone: load again.
+
+        False: by now there is none, or it is right. In any case load() reads anew what is there.
+        """
 
     def at_version(self, number: int) -> Source:
         """The same choice of another version."""
