@@ -32,17 +32,30 @@ def _feature(field: Field) -> Any:
     return datasets.Value(OBJECTS[field.kind])
 
 
+def _writer(source: Source, folder: Path) -> Any:
+    features = {field.name: _feature(field) for field in source.workload.fields}
+    return datasets.arrow_writer.ArrowWriter(
+        path=str(folder / "data.arrow"), features=datasets.Features({**features, KEY: datasets.Value("int64")})
+    )
+
+
 def pack(source: Source, folder: Path) -> None:
     """Write batches of columns with its Arrow writer."""
-    features = {field.name: _feature(field) for field in source.workload.fields}
-    with datasets.arrow_writer.ArrowWriter(
-        path=str(folder / "data.arrow"), features=datasets.Features({**features, KEY: datasets.Value("int64")})
-    ) as writer:
+    with _writer(source, folder) as writer:
         for batch in source.batches():
             for field in source.workload.fields:
                 if field.kind == "array":
                     batch[field.name] = np.asarray(batch[field.name]).reshape(len(batch[KEY]), -1)
             writer.write_batch(batch)
+        writer.finalize()
+
+
+def pack_one_by_one(source: Source, folder: Path) -> None:
+    """Write examples with its Arrow writer, which gathers them to batches of its own."""
+    arrays = [field.name for field in source.workload.fields if field.kind == "array"]
+    with _writer(source, folder) as writer:
+        for record in source.records():
+            writer.write({**record, **{name: np.asarray(record[name]).reshape(-1) for name in arrays}})
         writer.finalize()
 
 

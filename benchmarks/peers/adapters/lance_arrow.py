@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from workloads import Field, Workload
 
 AHEAD = 4
+GATHERED = 1024
 OBJECTS = {"bytes": pa.large_binary(), "text": pa.string(), "jpeg": pa.binary()}
 
 
@@ -57,6 +59,23 @@ def pack(source: Source, folder: Path) -> None:
     batches = (record_batch(batch, source.workload) for batch in source.batches())
     reader = pa.RecordBatchReader.from_batches(schema(source.workload), batches)
     lance.write_dataset(reader, str(folder / "data.lance"))
+
+
+def pack_one_by_one(source: Source, folder: Path) -> None:
+    """Records gathered to record batches, for it takes nothing less."""
+    lance.write_dataset(
+        pa.RecordBatchReader.from_batches(schema(source.workload), _gathered(source)), str(folder / "data.lance")
+    )
+
+
+def _gathered(source: Source) -> Iterator[pa.RecordBatch]:
+    records = source.records()
+    while some := list(itertools.islice(records, GATHERED)):
+        columns: dict[str, Any] = {name: [record[name] for record in some] for name in some[0]}
+        for field in source.workload.fields:
+            if field.kind == "array":
+                columns[field.name] = np.stack(columns[field.name])
+        yield record_batch({**columns, KEY: np.array(columns[KEY], np.int64)}, source.workload)
 
 
 @contextmanager
