@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from tests.shard.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import uploading
@@ -200,18 +201,6 @@ def test_a_writer_that_writes_nothing_starts_no_thread(store: Gated) -> None:
     with ShardWriter(store, SCHEMA, options()) as writer:
         writer.write({"x": 1})
         assert upload_threads() == []
-
-
-def in_a_fork(call) -> int:  # type: ignore[no-untyped-def]
-    """The exit status of a forked child that does it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = call()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -1,7 +1,6 @@
 """However a writer ends, by Ctrl-C anywhere, in a fork, with its process, beside others: all records or no shard."""
 
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.shard.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import record_buffer, uploading
@@ -77,17 +77,6 @@ def test_ctrl_c_between_two_hand_overs_breaks_the_writer(store, monkeypatch, own
         writer.finish()
     writer.abort()
     assert list(store.list()) == []
-
-
-def in_a_fork(call):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = call()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("n", [1, 300], ids=["records", "blocks"])

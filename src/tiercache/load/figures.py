@@ -67,10 +67,10 @@ def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, fl
     if busiest == "decode_s":
         return f"decode ({waited}; {threads} threads decode pictures; store them smaller, or give more threads)"
     if busiest == "gather_s":
-        return f"gather ({waited}; {threads} threads copy; serve fewer columns or give more threads)"
+        return f"gather ({waited}; {threads} threads copy, and check what they read first; serve fewer columns, or more threads)"
     if busiest == "plan_s":
         return f"plan ({waited} for the order; a smaller shuffle_window_bytes is served sooner)"
     if fetched.get("bytes_fetched", 0):
         rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
         return f"fetch ({waited}; {rate}/s from the store; warm the cache first)"
-    return f"load ({waited} for checks and decoding; the first epoch checks every byte)"
+    return f"load ({waited} for blocks to be opened and decoded; columns stored raw need no decoding)"

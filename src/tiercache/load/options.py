@@ -25,7 +25,8 @@ class LoaderOptions:
             memory at a time.
         memory_bytes: of batches gathered ahead; None: a thirty-second of the memory limit, shared by the machine's
             ranks, 256 MiB at most.
-        threads: that gather; None: the machine's cores, shared by its ranks.
+        threads: that gather, the consumer's own among them while it waits; None: the machine's cores, shared by its
+            ranks.
     """
 
     seed: int | None = None

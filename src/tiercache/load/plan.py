@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from tiercache.order import EpochOrder, RankPlan, Window
 
 # A window is handed on in pieces, the first one small and each four times the one before: the rows of a window of 10^8
-# records take seconds to compute (80 ns each), the first batch must not; and a piece is computed while the one before
-# is served, at three times the speed of the fastest consumers.
+# records take seconds to compute (80 ns each), the first batch must not; and a piece is computed in about the time in
+# which the fastest consumers are served the one before.
 FIRST_PIECE_ROWS = 1 << 13
 PIECE_ROWS = 1 << 20
 
