@@ -67,7 +67,7 @@ def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, fl
     if busiest == "decode_s":
         return f"decode ({waited}; {threads} threads decode pictures; store them smaller, or give more threads)"
     if busiest == "gather_s":
-        return f"gather ({waited}; {threads} threads copy, and check what they read first; serve fewer columns, or more threads)"
+        return f"gather ({waited}; {threads} threads copy and check; serve fewer columns or give more threads)"
     if busiest == "plan_s":
         return f"plan ({waited} for the order; a smaller shuffle_window_bytes is served sooner)"
     if fetched.get("bytes_fetched", 0):
