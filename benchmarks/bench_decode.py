@@ -73,12 +73,10 @@ def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple
     source = dataset.source
     layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
     order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
-    parts, position = [], 0
-    while position < order.n_records:
-        window = order.window_at(position)
+    parts = []
+    for window in order.windows(0):
         work = split(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False).work
         parts += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in work]
-        position = window.stop
     return parts
 
 

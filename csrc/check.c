@@ -1,6 +1,7 @@
 /* The checks of gather.h: pages on first touch, in the gathering thread. A page that was right is one byte load for each later row. */
 #include <stdatomic.h>
 
+#include "copy.h"
 #include "crc32c.h"
 #include "gather.h"
 #include "runs.h"
@@ -11,6 +12,7 @@ static const int64_t NONE = -1;
 static int kernel;
 
 void tc_gather_init(int crc_kernel) {
+    tc_copy_init();
     tc_crc32c_init();
     kernel = crc_kernel;
 }

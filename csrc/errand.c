@@ -1,7 +1,6 @@
 #include "errand.h"
 
-#include <string.h>
-
+#include "copy.h"
 #include "guard.h"
 #include "runs.h"
 
@@ -25,7 +24,7 @@ int tc_errand_copy(const tc_errand *errand, tc_slice slice) {
     for (size_t i = slice.first; i < slice.stop; i++) ask_pages((const uint8_t *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
     for (size_t i = slice.first; i < slice.stop; i++) {
         if (i + 1 < errand->n) prefetch(&errand->refs[i + 1]);
-        memcpy(errand->places[i], (const void *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
+        tc_copy((uint8_t *)errand->places[i], (const uint8_t *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
     }
     tc_guard_leave();
     return 0;

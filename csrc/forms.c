@@ -2,12 +2,13 @@
 
 #include <string.h>
 
+#include "cast.h"
 #include "slot.h"
 
 enum { AHEAD = 6, LINE = 64, PREFETCH_LINES = 8 }; /* as gather.c: four to eight rows in flight hide the memory's latency */
 
 tc_stream tc_stored_as(const tc_stream *stream) {
-    return (tc_stream){stream->kind == TC_PADDED ? (uint32_t)TC_VAR : stream->kind, stream->width};
+    return (tc_stream){.kind = stream->kind == TC_PADDED ? TC_VAR : stream->kind, .width = stream->width};
 }
 
 static size_t n_varying(const tc_form *form) {
@@ -27,7 +28,10 @@ static const uint8_t *mask_of(const tc_slot *slot, const tc_form *form) {
     return memchr(valid, 0, slot->n_rows) == NULL ? NULL : valid;
 }
 
-static size_t row_bytes(const tc_stream *stream) { return stream->kind == TC_BITS ? 1 : stream->kind == TC_REF ? sizeof(tc_ref) : stream->width; }
+static size_t row_bytes(const tc_stream *stream) {
+    if (stream->kind == TC_BITS) return stream->to == TC_AS_IS ? 1 : tc_dtype_bytes(stream->to);
+    return stream->kind == TC_REF ? sizeof(tc_ref) : tc_cast_bytes(stream, stream->width);
+}
 
 /* Rows of one size: those of nulls become the fill, or point to it. */
 static void fill_rows(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
@@ -135,7 +139,7 @@ static int measure_padded(tc_slot *slot, const tc_stream *stream, size_t s, cons
     size_t n = slot->n_rows, n_bytes;
     for (size_t d = 0; d < form->n_dims; d++)
         if (__builtin_mul_overflow(n, (size_t)box[d], &n)) return TC_NOMEM;
-    if (__builtin_mul_overflow(n, (size_t)stream->width, &n_bytes) || n_bytes > PTRDIFF_MAX) return TC_NOMEM;
+    if (__builtin_mul_overflow(n, row_bytes(stream), &n_bytes) || n_bytes > PTRDIFF_MAX) return TC_NOMEM;
     slot->n_elements[s] = n;
     return 0;
 }
@@ -143,7 +147,7 @@ static int measure_padded(tc_slot *slot, const tc_stream *stream, size_t s, cons
 static int form_measure(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
     int64_t *offsets = offsets_of(slot, s);
     const uint8_t *valid = mask_of(slot, form);
-    if (valid) measure_fills(offsets, slot->n_rows, valid, (int64_t)(form->fill_bytes / stream->width));
+    if (valid) measure_fills(offsets, slot->n_rows, valid, (int64_t)(form->fill_bytes / row_bytes(stream)));
     slot->n_elements[s] = (size_t)offsets[slot->n_rows];
     if (form->shape != TC_NONE) {
         const int32_t *shapes = (const int32_t *)(slot->memory + slot->values_at[form->shape]);
@@ -162,35 +166,50 @@ int tc_forms_begin(tc_slot *slot, const tc_stream *streams, size_t n_streams, co
 /* Where records go: boxes of the same size, or one behind the other (n_dims 0). */
 typedef struct {
     uint8_t *values;
-    size_t width, n_dims;
+    size_t width, n_dims; /* width: bytes of an element there */
     const int32_t *shapes; /* NULL: one dimension */
     int64_t box[TC_MAX_DIMS];
     size_t strides[TC_MAX_DIMS]; /* bytes from one element to the next of each dimension of a box */
     size_t box_bytes;
 } layout;
 
-/* A record of several dimensions into its box, whose other elements are zero. From dimension `inner` on it is as wide as the box. */
-static const uint8_t *put_inside(const layout *to, const int32_t *shape, size_t d, size_t inner, uint8_t *box, const uint8_t *from) {
-    if (d == inner) {
-        size_t n_bytes = (size_t)shape[d] * to->strides[d];
-        memcpy(box, from, n_bytes);
-        return from + n_bytes;
-    }
-    for (int32_t i = 0; i < shape[d]; i++) from = put_inside(to, shape, d + 1, inner, box + (size_t)i * to->strides[d], from);
-    return from;
+/* Where elements come from: a source, or a fill, which is of the served dtype already (cast NULL). wrong: some did not fit. */
+typedef struct {
+    const uint8_t *at;
+    size_t width;
+    tc_caster cast;
+    uint64_t wrong;
+} origin;
+
+static void read_elements(origin *from, uint8_t *to, size_t n) {
+    if (n == 0) return;
+    if (from->cast == NULL) memcpy(to, from->at, n * from->width);
+    else from->wrong |= from->cast(from->at, to, n);
+    from->at += n * from->width;
 }
 
-static void put(const layout *to, size_t i, size_t start_bytes, const uint8_t *from, size_t n_bytes) {
-    if (to->n_dims == 0) {
-        if (n_bytes) memcpy(to->values + start_bytes, from, n_bytes);
+/* A record of several dimensions into its box, whose other elements are zero. From dimension `inner` on it is as wide as the box. */
+static void put_inside(const layout *to, const int32_t *shape, size_t d, size_t inner, uint8_t *box, origin *from) {
+    if (d == inner) {
+        read_elements(from, box, (size_t)shape[d] * (to->strides[d] / to->width));
         return;
     }
+    for (int32_t i = 0; i < shape[d]; i++) put_inside(to, shape, d + 1, inner, box + (size_t)i * to->strides[d], from);
+}
+
+/* Record i, n elements of it, which without boxes begin with element `start`. */
+static void put(const layout *to, size_t i, size_t start, origin *from, size_t n) {
+    if (to->n_dims == 0) {
+        read_elements(from, to->values + start * to->width, n);
+        return;
+    }
+    size_t n_bytes = n * to->width;
     uint8_t *box = to->values + i * to->box_bytes;
     const int32_t *shape = to->shapes ? to->shapes + i * to->n_dims : NULL;
     size_t inner = to->n_dims - 1;
     if (shape) while (inner > 0 && shape[inner] == to->box[inner]) inner--;
     if (shape == NULL || inner == 0 || n_bytes == 0) {
-        if (n_bytes) memcpy(box, from, n_bytes);
+        read_elements(from, box, n);
         memset(box + n_bytes, 0, to->box_bytes - n_bytes);
         return;
     }
@@ -199,13 +218,13 @@ static void put(const layout *to, size_t i, size_t start_bytes, const uint8_t *f
 }
 
 static layout layout_of(tc_slot *slot, const tc_stream *stream, size_t s, const tc_form *form) {
-    layout to = {.values = slot->memory + slot->values_at[s], .width = stream->width};
+    layout to = {.values = slot->memory + slot->values_at[s], .width = row_bytes(stream)};
     if (stream->kind != TC_PADDED) return to;
     head h = head_of(slot, s, form);
     to.n_dims = form->n_dims;
     to.shapes = h.shapes;
     box_of(&h, form, to.box);
-    to.box_bytes = stream->width;
+    to.box_bytes = to.width;
     for (size_t d = form->n_dims; d-- > 0;) {
         to.strides[d] = to.box_bytes;
         to.box_bytes *= (size_t)to.box[d];
@@ -221,22 +240,30 @@ static void prefetch_row(const tc_rows *rows, size_t i, size_t n_bytes, size_t w
     for (size_t k = 0; k < lines; k++) __builtin_prefetch(row + k * LINE, 0, 0);
 }
 
-/* Rows one by one, each to its place, from its source or from the fill. offsets, valid: of these rows; first: their number in the batch. */
-static int put_rows(const layout *to, const tc_form *form, const tc_rows *rows, const int64_t *offsets, const uint8_t *valid, size_t first) {
+typedef struct {
+    const tc_stream *stream;
+    const tc_form *form;
+    const uint8_t *valid; /* mask_of, of the whole batch */
+} placed;
+
+/* Rows one by one, each to its place, from its source or from the fill. offsets: of these rows; first: their number in the batch. */
+static int put_rows(const layout *to, const placed *stream, const tc_rows *rows, const int64_t *offsets, size_t first) {
+    const size_t width = stream->stream->width;
+    origin from = {NULL, width, tc_caster_of(stream->stream->from, stream->stream->to), 0};
     for (size_t i = 0; i < rows->n; i++) {
         uint64_t n_elements = (uint64_t)(offsets[i + 1] - offsets[i]);
-        size_t n_bytes = n_elements * to->width, start_bytes = (size_t)offsets[i] * to->width;
-        if (i + AHEAD < rows->n) prefetch_row(rows, i + AHEAD, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * to->width, to->width);
-        if (valid && !valid[i]) {
-            put(to, first + i, start_bytes, form->fill, n_bytes);
+        if (i + AHEAD < rows->n) prefetch_row(rows, i + AHEAD, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * width, width);
+        if (stream->valid && !stream->valid[first + i]) {
+            put(to, first + i, (size_t)offsets[i], &(origin){stream->form->fill, to->width, NULL, 0}, n_elements);
             continue;
         }
         const tc_source *source = &rows->sources[rows->block[i]];
         uint64_t start = (uint64_t)source->offsets[rows->row[i]]; /* read again, so checked again: the file may have changed meanwhile */
         if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;
-        put(to, first + i, start_bytes, source->values + start * to->width, n_bytes);
+        from.at = source->values + start * width;
+        put(to, first + i, (size_t)offsets[i], &from, n_elements);
     }
-    return 0;
+    return from.wrong ? TC_MISFIT : 0;
 }
 
 int tc_form_owns(const tc_slot *slot, const tc_stream *stream, const tc_form *form) {
@@ -245,13 +272,13 @@ int tc_form_owns(const tc_slot *slot, const tc_stream *stream, const tc_form *fo
 
 static int copy_rows(tc_slot *slot, const tc_stream *stream, size_t s, const tc_part *parts, size_t n_parts) {
     const tc_form *form = &parts[0].plan->forms[s];
-    const uint8_t *valid = mask_of(slot, form);
+    placed what = {stream, form, mask_of(slot, form)};
     const int64_t *offsets = offsets_of(slot, s);
     layout to = layout_of(slot, stream, s, form);
     int status = 0;
     for (size_t p = 0, done = 0; status == 0 && p < n_parts; done += parts[p++].n) {
         tc_rows rows = tc_rows_of(&parts[p], s);
-        status = put_rows(&to, form, &rows, offsets + done, valid ? valid + done : NULL, done);
+        status = put_rows(&to, &what, &rows, offsets + done, done);
     }
     return status;
 }

@@ -22,7 +22,7 @@ typedef struct tc_form {
     uint64_t early;       /* 1: others are measured by it (masks that choose fills, shapes): it is gathered first, by tc_forms_begin */
     uint64_t valid;       /* number of the mask's stream where nulls get the fill, else TC_NONE */
     const uint8_t *fill;
-    uint64_t fill_bytes;  /* a whole row of TC_FIXED and TC_BITS; of TC_VAR, TC_PADDED and TC_REF a multiple of the element */
+    uint64_t fill_bytes;  /* as served: a whole row of TC_FIXED and TC_BITS; of TC_VAR, TC_PADDED and TC_REF a multiple of the element */
     uint64_t shape;       /* number of the stream of shapes (int32[n][n_dims]), TC_NONE: none */
     const int64_t *dims;  /* [n_dims] of a record, -1 where they vary; one that varies where there are no shapes */
     uint64_t n_dims;      /* 1 to TC_MAX_DIMS for TC_PADDED and streams with shapes, else 0 */
@@ -32,7 +32,7 @@ typedef struct tc_form {
 struct tc_slot;
 struct tc_part;
 
-/* What a stream is in the shards: TC_VAR for TC_PADDED. */
+/* What a stream is in the shards: TC_VAR for TC_PADDED, and not cast. */
 tc_stream tc_stored_as(const tc_stream *stream);
 
 /* Bytes at offsets_at of a TC_PADDED stream of n rows. */
@@ -45,7 +45,8 @@ int tc_forms_begin(struct tc_slot *slot, const tc_stream *streams, size_t n_stre
 /* Whether tc_forms_begin or tc_forms_end copies the stream, so that it must not be gathered plainly. */
 int tc_form_owns(const struct tc_slot *slot, const tc_stream *stream, const tc_form *form);
 
-/* Copy the streams that forms own, once the others are there, and change those others where their form says so. 0 or TC_CORRUPT. */
+/* Copy the streams that forms own, once the others are there, and change those others where their form says so. 0, TC_CORRUPT or
+ * TC_MISFIT. */
 int tc_forms_end(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
 
 #endif

@@ -18,6 +18,7 @@
 enum { TC_FIXED = 0, TC_BITS = 1, TC_VAR = 2, TC_REF = 3 };
 
 #define TC_CORRUPT (-6) /* a page's checksum is wrong, or offsets fall or leave their chunk */
+#define TC_MISFIT (-7)  /* a value has no equal in the dtype that it is cast to */
 
 /* Source of a stream in a block. For TC_FIXED and TC_BITS offsets is NULL and n_elements is not looked at. */
 typedef struct {
@@ -34,9 +35,12 @@ typedef struct {
     uint8_t *checked; /* one byte a page, 1: was right. NULL: nothing to check. Threads may share it, and check the same page at once */
 } tc_chunk;
 
+/* Two words, as Python lays them out: kind | from << 8 | to << 16, width. */
 typedef struct {
-    uint32_t kind;
-    uint32_t width; /* bytes of a row (TC_FIXED) or of an element (TC_VAR); unused otherwise */
+    uint8_t kind;
+    uint8_t from, to; /* dtypes of cast.h, both TC_AS_IS (0) where nothing is cast; of TC_BITS from is TC_BOOL */
+    uint8_t zero;
+    uint32_t width; /* stored bytes of a row (TC_FIXED) or of an element (TC_VAR); unused otherwise */
 } tc_stream;
 
 /* Rows of one stream, in the order that they are served. */
@@ -77,7 +81,8 @@ int tc_check(const tc_stream *stream, const tc_rows *rows, tc_fault *fault);
 /* Fill offsets[1..n] (offsets[0] is given) of a TC_VAR stream's sink. 0 or TC_CORRUPT. */
 int tc_measure(const tc_rows *rows, int64_t *offsets);
 
-/* Copy the rows. For TC_VAR the sink's offsets[0..n] are those of tc_measure, and values is where offset 0 would be. 0 or TC_CORRUPT. */
+/* Copy the rows, or cast them (cast.h). For TC_VAR the sink's offsets[0..n] are those of tc_measure, and values is where offset 0 would be.
+ * 0, TC_CORRUPT or TC_MISFIT. */
 int tc_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink);
 
 /* Copy what each reference points to to places[i]. */

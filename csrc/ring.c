@@ -10,21 +10,7 @@
 #include <unistd.h>
 
 #include "pool.h"
-
-typedef struct queued {
-    const tc_plan *plan;
-    size_t first, n; /* what is not cut yet */
-    struct queued *next;
-} queued;
-
-typedef struct {
-    enum { EMPTY, BUSY, READY } state;
-    int status;
-    tc_part *parts;
-    size_t n_parts, parts_capacity, n_rows;
-    uint64_t first_row;
-    tc_slot *slot;
-} cell;
+#include "sequence.h"
 
 struct tc_ring {
     pthread_mutex_t lock;
@@ -34,15 +20,16 @@ struct tc_ring {
     size_t n_helping; /* consumers that gather */
     pid_t pid;
 
-    size_t n_streams, batch_rows, depth;
+    size_t n_streams, depth;
     tc_stream *streams;
 
-    queued *head, *tail; /* parts still to be cut */
+    tc_sequence sequence;
     tc_errand *errands; /* of which something is not begun */
-    uint64_t pushed_rows, cut_rows, taken_rows, retired_rows, retired_target;
+    uint64_t taken_rows, retired_rows, retired_target;
     int end_status; /* 0 until tc_ring_finish */
-    cell *cells;
+    tc_batch *cells;
     uint64_t next_cut, next_take;
+    size_t n_open; /* cells with rows that nobody has begun to copy */
 
     tc_pool pool;
     size_t n_out; /* slots at consumers */
@@ -64,76 +51,83 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* ---- cutting the sequence into batches, with the lock ---- */
+/* ---- making batches, with the lock ---- */
 
-/* Rows of the next batch, 0 while it cannot be known: batch_rows, or fewer at the end. Not before a failure: whoever resumed after it would
- * pass over the rows that such a batch lacked. */
-static size_t next_batch_rows(const tc_ring *ring) {
-    uint64_t rows = ring->pushed_rows - ring->cut_rows;
-    if (rows >= ring->batch_rows) return ring->batch_rows;
-    return ring->end_status == TC_END ? (size_t)rows : 0;
-}
+/* Rows of the next batch, 0 while it cannot be known. Not fewer before a failure: whoever resumed after it would pass over the rows that such
+ * a batch lacked. */
+static size_t next_batch_rows(const tc_ring *ring) { return tc_sequence_next_rows(&ring->sequence, ring->end_status == TC_END); }
 
 static int can_cut(const tc_ring *ring) {
     return ring->next_cut < ring->next_take + ring->depth && next_batch_rows(ring) > 0;
 }
 
-static int add_part(cell *c, const tc_plan *plan, size_t first, size_t n) {
-    if (c->n_parts == c->parts_capacity) {
-        size_t capacity = c->parts_capacity ? 2 * c->parts_capacity : 4;
-        tc_part *parts = realloc(c->parts, capacity * sizeof *parts);
-        if (parts == NULL) return TC_NOMEM;
-        c->parts = parts;
-        c->parts_capacity = capacity;
-    }
-    c->parts[c->n_parts++] = (tc_part){plan, first, n};
-    return TC_OK;
-}
-
-static cell *cut(tc_ring *ring) {
-    cell *c = &ring->cells[ring->next_cut++ % ring->depth];
-    size_t want = next_batch_rows(ring);
-    c->state = BUSY;
-    c->status = TC_OK;
-    c->n_parts = 0;
-    c->n_rows = want;
-    c->first_row = ring->cut_rows;
-    ring->cut_rows += want;
-    while (want) {
-        queued *head = ring->head;
-        size_t n = head->n < want ? head->n : want;
-        if (add_part(c, head->plan, head->first, n) != TC_OK) c->status = TC_NOMEM;
-        head->first += n;
-        head->n -= n;
-        want -= n;
-        if (head->n == 0) {
-            ring->head = head->next;
-            if (ring->head == NULL) ring->tail = NULL;
-            free(head);
-        }
-    }
+static tc_batch *cut(tc_ring *ring) {
+    tc_batch *c = &ring->cells[ring->next_cut++ % ring->depth];
+    tc_sequence_cut(&ring->sequence, next_batch_rows(ring), c);
     c->slot = tc_pool_take(&ring->pool);
     if (c->slot == NULL) c->status = TC_NOMEM;
     else c->slot->ring = ring;
     return c;
 }
 
-/* Cut the next batch and gather it, with the lock let go meanwhile. */
-static void gather_next(tc_ring *ring) {
-    cell *c = cut(ring);
+static void set_ready(tc_ring *ring, tc_batch *c) {
+    ring->figures.ready++;
+    c->state = TC_READY;
+    if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
+}
+
+/* Copy a share of an open cell, with the lock let go meanwhile. Who is the last to have copied one makes the batch ready. */
+static void run_share(tc_ring *ring, tc_batch *c) {
+    tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
+    tc_share share = tc_batch_share(c);
+    if (!tc_batch_has_share(c)) ring->n_open--;
+    c->n_copying++;
+    pthread_mutex_unlock(&ring->lock);
+    uint64_t start_ns = now_ns();
+    int status = tc_slot_copy(c->slot, &content, share.first, share.stop);
+    pthread_mutex_lock(&ring->lock);
+    if (status != TC_OK) c->status = status;
+    if (--c->n_copying == 0 && !tc_batch_has_share(c)) {
+        c->state = TC_BUSY;
+        status = c->status;
+        pthread_mutex_unlock(&ring->lock);
+        if (status == TC_OK) status = tc_slot_end(c->slot, &content);
+        pthread_mutex_lock(&ring->lock);
+        c->status = status;
+        set_ready(ring, c);
+    }
+    ring->figures.gather_ns += now_ns() - start_ns;
+}
+
+/* Cut the next batch, find its sizes and copy its first share, with the lock let go meanwhile. */
+static void begin_next(tc_ring *ring) {
+    tc_batch *c = cut(ring);
     if (ring->n_work_waiting && can_cut(ring)) pthread_cond_signal(&ring->work); /* wake the next, who wakes the next */
     if (ring->n_room_waiting && next_batch_rows(ring) == 0) pthread_cond_signal(&ring->room);
     pthread_mutex_unlock(&ring->lock);
 
     uint64_t start_ns = now_ns();
-    if (c->status == TC_OK) c->status = tc_slot_fill(c->slot, ring->streams, ring->n_streams, c->parts, c->n_parts);
+    tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
+    if (c->status == TC_OK) c->status = tc_slot_begin(c->slot, &content);
     uint64_t took_ns = now_ns() - start_ns;
 
     pthread_mutex_lock(&ring->lock);
     ring->figures.gather_ns += took_ns;
-    ring->figures.ready++;
-    c->state = READY;
-    if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
+    if (c->status != TC_OK) {
+        set_ready(ring, c);
+        return;
+    }
+    tc_batch_open(c);
+    ring->n_open++;
+    if (ring->n_work_waiting && c->share_rows < c->n_rows) pthread_cond_signal(&ring->work);
+    run_share(ring, c);
+}
+
+/* The first cell that has a share; there is one while n_open > 0. */
+static tc_batch *oldest_open(const tc_ring *ring) {
+    uint64_t number = ring->next_take;
+    while (!tc_batch_has_share(&ring->cells[number % ring->depth])) number++;
+    return &ring->cells[number % ring->depth];
 }
 
 static void unlink_errand(tc_ring *ring, tc_errand *errand) {
@@ -160,8 +154,10 @@ static int work_once(tc_ring *ring) {
     if (ring->closing) return 0;
     if (ring->errands)
         run_slice(ring, ring->errands);
+    else if (ring->n_open)
+        run_share(ring, oldest_open(ring));
     else if (can_cut(ring))
-        gather_next(ring);
+        begin_next(ring);
     else
         return 0;
     return 1;
@@ -191,15 +187,8 @@ static void *worker(void *argument) {
 /* ---- the faces ---- */
 
 static void free_ring(tc_ring *ring) {
-    for (queued *q = ring->head; q;) {
-        queued *next = q->next;
-        free(q);
-        q = next;
-    }
-    for (size_t i = 0; i < ring->depth; i++) {
-        if (ring->cells[i].state != EMPTY && ring->cells[i].slot) tc_slot_free(ring->cells[i].slot);
-        free(ring->cells[i].parts);
-    }
+    tc_sequence_free(&ring->sequence);
+    for (size_t i = 0; i < ring->depth; i++) tc_batch_free(&ring->cells[i]);
     tc_pool_free(&ring->pool);
     pthread_cond_destroy(&ring->work);
     pthread_cond_destroy(&ring->helped);
@@ -246,7 +235,7 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
     pthread_condattr_destroy(&monotonic);
     ring->pid = getpid();
     ring->n_streams = n_streams;
-    ring->batch_rows = batch_rows;
+    ring->sequence.batch_rows = batch_rows;
     ring->depth = depth;
     ring->streams = malloc((n_streams + 1) * sizeof *ring->streams);
     ring->cells = calloc(depth, sizeof *ring->cells);
@@ -268,23 +257,18 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
 
 int tc_ring_push(tc_ring *ring, const tc_plan *plan) {
     if (ring->pid != getpid()) return TC_CLOSED;
-    queued *q = malloc(sizeof *q);
-    if (q == NULL) return TC_NOMEM;
-    *q = (queued){plan, 0, plan->n_rows, NULL};
     pthread_mutex_lock(&ring->lock);
-    int status = ring->closing || ring->end_status ? TC_CLOSED : TC_OK;
-    if (status != TC_OK || plan->n_rows == 0) {
-        free(q);
-    } else {
-        if (ring->tail)
-            ring->tail->next = q;
-        else
-            ring->head = q;
-        ring->tail = q;
-        ring->pushed_rows += plan->n_rows;
-    }
+    int status = ring->closing || ring->end_status ? TC_CLOSED : tc_sequence_push(&ring->sequence, plan);
     if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
     if (ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready); /* there is something to gather again */
+    pthread_mutex_unlock(&ring->lock);
+    return status;
+}
+
+int tc_ring_push_sizes(tc_ring *ring, const uint32_t *rows, size_t n) {
+    if (ring->pid != getpid()) return TC_CLOSED;
+    pthread_mutex_lock(&ring->lock);
+    int status = ring->closing || ring->end_status ? TC_CLOSED : tc_sequence_push_sizes(&ring->sequence, rows, n);
     pthread_mutex_unlock(&ring->lock);
     return status;
 }
@@ -315,16 +299,16 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired) {
 
 /* The status of the next batch if it can be told now, else TC_TIMEOUT. */
 static int next_status(const tc_ring *ring) {
-    const cell *c = &ring->cells[ring->next_take % ring->depth];
+    const tc_batch *c = &ring->cells[ring->next_take % ring->depth];
     if (ring->closing) return TC_CLOSED;
-    if (ring->next_take < ring->next_cut) return c->state == READY ? TC_OK : TC_TIMEOUT;
+    if (ring->next_take < ring->next_cut) return c->state == TC_READY ? TC_OK : TC_TIMEOUT;
     return ring->end_status && next_batch_rows(ring) == 0 ? ring->end_status : TC_TIMEOUT;
 }
 
 static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
-    cell *c = &ring->cells[ring->next_take++ % ring->depth];
+    tc_batch *c = &ring->cells[ring->next_take++ % ring->depth];
     int status = c->status;
-    c->state = EMPTY;
+    c->state = TC_EMPTY;
     ring->taken_rows += c->n_rows;
     ring->figures.batches++;
     ring->figures.ready--;

@@ -1,7 +1,7 @@
 /* Ring: threads that gather batches ahead of one consumer, without Python.
  *
- * A planner pushes parts (rows of a window, in served order); the ring cuts their sequence into batches of batch_rows; worker threads gather
- * each batch into a slot of memory; the consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs
+ * A planner pushes parts (rows of a window, in served order); the ring cuts their sequence into batches of batch_rows, or of sizes
+ * that are pushed beside the parts (a sampler's); worker threads gather each batch into a slot of memory; the consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs
  * to its taker until tc_slot_release (any thread): the memory is reused only then, and when takers hold all slots new ones are made.
  *
  * A consumer that would wait gathers too, so that of n threads n - 1 are workers: asleep, it would have to be woken for each batch, by one
@@ -41,6 +41,10 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
 
 /* Append the plan's rows to the sequence. TC_OK, TC_CLOSED or TC_NOMEM. */
 int tc_ring_push(tc_ring *ring, const tc_plan *plan);
+
+/* Rows of the next n batches after those that were pushed before, 1 or more each: from the first call on, which comes before the first plan,
+ * batches have these sizes and no others. TC_OK, TC_CLOSED or TC_NOMEM. */
+int tc_ring_push_sizes(tc_ring *ring, const uint32_t *rows, size_t n);
 
 /* End the sequence (status TC_END or TC_FAILED). At TC_END what is left makes a last, short batch; at TC_FAILED it is not served. */
 void tc_ring_finish(tc_ring *ring, int status);

@@ -24,6 +24,11 @@ static inline void ask_pages(const uint8_t *row, size_t n_bytes) {
     for (size_t at = PAGE - ((uintptr_t)row & (PAGE - 1)); at < n_bytes; at += PAGE) __builtin_prefetch(row + at, 0, 0);
 }
 
+/* Ask for the first lines of a row; the hardware follows by itself from there. */
+static inline void ask_lines(const uint8_t *row, size_t n_bytes) {
+    for (size_t at = 0; at < n_bytes && at < 8 * 64; at += 64) __builtin_prefetch(row + at, 0, 0);
+}
+
 /* Whether elements [start, end) are some, or none, of n_elements. Compared as unsigned numbers, negative ones are too large. */
 static inline int is_inside(int64_t start, int64_t end, uint64_t n_elements) {
     return (uint64_t)end <= n_elements && (uint64_t)start <= (uint64_t)end;

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "cast.h"
 #include "forms.h"
 #include "guard.h"
 
@@ -112,29 +113,25 @@ static int measure(tc_slot *slot, const tc_stream *streams, size_t n_streams, co
 
 static size_t out_width(const tc_stream *stream) {
     switch (stream->kind) {
-        case TC_FIXED: return stream->width;
-        case TC_BITS: return 1;
+        case TC_FIXED: return tc_cast_bytes(stream, stream->width);
+        case TC_BITS: return stream->to == TC_AS_IS ? 1 : tc_dtype_bytes(stream->to);
         case TC_REF: return sizeof(tc_ref);
         default: return 0;
     }
 }
 
-static int copy(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
-    const tc_form *forms = parts[0].plan->forms; /* the same in all plans of a ring */
-    if (tc_guard_enter()) return TC_EIO;
+/* All rows of a part, as rows of the batch from `done` on; what its forms copy comes in the end. */
+static int copy_part(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *part, size_t done) {
+    const tc_form *forms = part->plan->forms;
+    tc_rows rows = rows_of(part);
     int status = 0;
-    for (size_t p = 0, done = 0; status == 0 && p < n_parts; done += parts[p++].n) {
-        tc_rows rows = rows_of(&parts[p]);
-        for (size_t s = 0; status == 0 && s < n_streams; s++) {
-            if (forms != NULL && tc_form_owns(slot, &streams[s], &forms[s])) continue;
-            tc_rows mine = of_stream(&rows, parts[p].plan->n_blocks, s);
-            tc_sink sink = {slot->memory + slot->values_at[s] + done * out_width(&streams[s]), NULL};
-            if (streams[s].kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
-            status = tc_gather(&streams[s], &mine, &sink);
-        }
+    for (size_t s = 0; status == 0 && s < n_streams; s++) {
+        if (forms != NULL && tc_form_owns(slot, &streams[s], &forms[s])) continue;
+        tc_rows mine = of_stream(&rows, part->plan->n_blocks, s);
+        tc_sink sink = {slot->memory + slot->values_at[s] + done * out_width(&streams[s]), NULL};
+        if (streams[s].kind == TC_VAR) sink.offsets = (int64_t *)(slot->memory + slot->offsets_at[s]) + done;
+        status = tc_gather(&streams[s], &mine, &sink);
     }
-    if (status == 0 && forms != NULL) status = tc_forms_end(slot, streams, n_streams, parts, n_parts);
-    tc_guard_leave();
     return status;
 }
 
@@ -143,7 +140,7 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     for (size_t s = 0; s < n_streams; s++) {
         const tc_stream *stream = &streams[s];
         if (is_var(stream)) {
-            n_bytes += slot->n_elements[s] * stream->width;
+            n_bytes += slot->n_elements[s] * tc_cast_bytes(stream, stream->width);
         } else if (stream->kind == TC_REF) {
             const tc_ref *refs = (const tc_ref *)(slot->memory + slot->values_at[s]);
             for (size_t i = 0; i < slot->n_rows; i++) n_bytes += refs[i].n_bytes;
@@ -154,8 +151,11 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
-/* Lay the streams out in the slot (sizes known first, values of varied length after), then copy. */
-int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts) {
+/* Lay the streams out in the slot (sizes known first, values of varied length after). */
+int tc_slot_begin(tc_slot *slot, const tc_content *content) {
+    const tc_stream *streams = content->streams;
+    const tc_part *parts = content->parts;
+    size_t n_streams = content->n_streams, n_parts = content->n_parts;
     const tc_form *forms = parts[0].plan->forms;
     size_t end = 0;
     int is_measured = 0; /* or at least looked at: there are sizes to find, or pages to check */
@@ -182,11 +182,36 @@ int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, cons
         for (size_t s = 0; status == 0 && s < n_streams; s++) {
             if (!is_var(&streams[s])) continue;
             slot->values_at[s] = end;
-            end += aligned(slot->n_elements[s] * streams[s].width);
+            end += aligned(slot->n_elements[s] * tc_cast_bytes(&streams[s], streams[s].width));
         }
         if (status == 0) status = slot_grow(slot, end + 1, head);
     }
-    if (status == 0) status = copy(slot, streams, n_streams, parts, n_parts);
-    slot->n_bytes = status == 0 ? batch_bytes(slot, streams, n_streams) : 0;
+    slot->end = end;
+    return status;
+}
+
+int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop) {
+    if (tc_guard_enter()) return TC_EIO;
+    int status = 0;
+    size_t done = 0; /* rows of the parts before */
+    for (size_t p = 0; status == 0 && done < stop; done += content->parts[p++].n) {
+        const tc_part *part = &content->parts[p];
+        size_t from = first > done ? first - done : 0, to = part->n < stop - done ? part->n : stop - done;
+        if (from >= to) continue;
+        tc_part share = {part->plan, part->first + from, to - from};
+        status = copy_part(slot, content->streams, content->n_streams, &share, done + from);
+    }
+    tc_guard_leave();
+    return status;
+}
+
+int tc_slot_end(tc_slot *slot, const tc_content *content) {
+    int status = 0;
+    if (content->parts[0].plan->forms != NULL) {
+        if (tc_guard_enter()) return TC_EIO;
+        status = tc_forms_end(slot, content->streams, content->n_streams, content->parts, content->n_parts);
+        tc_guard_leave();
+    }
+    slot->n_bytes = status == 0 ? batch_bytes(slot, content->streams, content->n_streams) : 0;
     return status;
 }

@@ -35,6 +35,7 @@ typedef struct tc_slot {
     int own; /* memory is this slot's own mapping, not a piece of the ring's arena */
     size_t n_rows;
     size_t n_bytes; /* of the batch's values, those that references point to included */
+    size_t end;     /* of the memory that it takes */
     size_t *values_at, *offsets_at, *n_elements;
 } tc_slot;
 
@@ -48,8 +49,18 @@ size_t tc_page_rounded(size_t n_bytes);
 tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity);
 void tc_slot_free(tc_slot *slot);
 
-/* Gather parts, in order, into the slot; it grows as needed. 0, TC_EIO (a source could not be read), TC_CORRUPT (see gather.h) or
- * TC_NOMEM. */
-int tc_slot_fill(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_part *parts, size_t n_parts);
+/* What a slot is filled from: the parts' rows, in order. */
+typedef struct {
+    const tc_stream *streams;
+    size_t n_streams;
+    const tc_part *parts;
+    size_t n_parts;
+} tc_content;
+
+/* Filling a slot: begin (check what nobody checked, find sizes, lay out; it grows as needed), copy each row of the batch once (threads may
+ * share the rows out), then end. Each returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (see gather.h), or TC_NOMEM. */
+int tc_slot_begin(tc_slot *slot, const tc_content *content);
+int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);
+int tc_slot_end(tc_slot *slot, const tc_content *content);
 
 #endif

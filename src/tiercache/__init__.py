@@ -25,7 +25,7 @@ from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
-    from tiercache.dataset import Dataset
+    from tiercache.dataset import Dataset, concat, mix
     from tiercache.images.options import DecodeImage
     from tiercache.load.buffer import Buffer
     from tiercache.load.collate import collate
@@ -56,6 +56,8 @@ __all__ = [
     "Writer",
     "__version__",
     "collate",
+    "concat",
+    "mix",
     "pack",
 ]
 
@@ -71,6 +73,8 @@ _HOMES = {
     "Tensor": "tiercache.shard.types",
     "Writer": "tiercache.shard.dataset_writer",
     "collate": "tiercache.load.collate",
+    "concat": "tiercache.dataset",
+    "mix": "tiercache.dataset",
     "pack": "tiercache.pack",
 }
 

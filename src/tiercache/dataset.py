@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import operator
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import fields, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 
-from tiercache._native.finder import wrapped
+from tiercache.errors import SchemaError
 from tiercache.images.values import decode_columns
 from tiercache.load.broken import broken_picture
 from tiercache.load.fills import filled
 from tiercache.load.forms import in_forms
-from tiercache.load.records import Record, Records, join, none_of
+from tiercache.load.records import Record, Records
 from tiercache.load.serving import Form, Serving
+from tiercache.load.tuples import as_tuple, record_tuple, tuple_columns
 from tiercache.opened import OpenedVersion, Place, Verify
-from tiercache.shard.manifest import list_versions
+from tiercache.shard.cast import checked_casts
 from tiercache.shard.values import ColumnValues, as_records
+from tiercache.views import Choosing, Joined, Mixed, Plan, Readable, arrow_batches, record_numbers, spans
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,14 +35,14 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.shard.types import Schema
 
-Recipe = tuple[Place, int, tuple[str, ...], Callable[[Record], Any] | None, Serving]
-"""Everything that a data set is: where and how, version, columns, transform, how they are served."""
+Recipe = tuple[Plan, Callable[[Record], Any] | None, Serving]
+"""Everything that a data set is: what opens it (place, version, columns, views), transform, how columns are served."""
 
 
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
-class Dataset:
+class Dataset(Choosing):
     """Records of a packed data set.
 
     A map-style data set for any loader, and the native path for `tiercache.DataLoader`.
@@ -46,7 +51,8 @@ class Dataset:
     a null; images are encoded bytes, or arrays where they are decoded); `dataset[[3, 1, 4]]` and `dataset[2:9]` are
     batches: a dict of numpy arrays [n, ...] and lists, with `<column>.valid` beside nullable columns (with a transform:
     a list of what it gives). All of it is the caller's own and writable. Negative indices count from the end. Safe from
-    any thread and after a fork; pickles to a few hundred bytes.
+    any thread and after a fork; pickles to a few hundred bytes. `select`, `filter`, `shard`, `take`, `skip` and `a + b`
+    give data sets of other records, `select_columns` and `as_tuple` serve them otherwise (docs/guide/datasets.md).
 
     Args:
         url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.
@@ -59,6 +65,8 @@ class Dataset:
         forms: column whose records differ in length -> what it is in a batch: "list" (the default), "padded", "nested"
             or "buffer" (docs/guide/loader.md). A single record is the same under all of them.
         nulls: nullable column -> a value to serve instead of nulls, or "mask" (the default): `<column>.valid`.
+        cast: column of numbers -> dtype to serve it as, converted while it is read: {"tokens": "int64"}. Integers and
+            bool become integers or floats that are equal, floats become floats, rounded (docs/reference/batches.md).
         verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part, "always", or
             "never".
         storage_options: for the store, as docs/guide/storage.md lists them.
@@ -66,11 +74,12 @@ class Dataset:
     Raises:
         NotFound: no data set there, or no such version.
         CorruptShard: a damaged version or segment.
-        SchemaError: a column that does not exist; a form, fill value or decoder that is not for a column of its kind.
+        SchemaError: a column that does not exist; a form, fill value, cast or decoder that is not for a column of its
+            kind; when it is read, a value that has no equal in the dtype that it is cast to.
         ValueError, TypeError: an argument that cannot be, by its name.
     """
 
-    _opened: OpenedVersion | None
+    _opened: Readable | None
 
     def __init__(
         self,
@@ -83,6 +92,7 @@ class Dataset:
         decode: Mapping[str, DecodeImage] | None = None,
         forms: Mapping[str, Form] | None = None,
         nulls: Mapping[str, Any] | None = None,
+        cast: Mapping[str, Any] | None = None,
         verify: Verify = "first",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -92,70 +102,98 @@ class Dataset:
             _check_names(columns)
         if transform is not None and forms:
             raise ValueError("forms says what columns are in a batch, and with a transform that is up to its records")
-        place = Place(os.fspath(url), cache, verify, dict(storage_options or {}))
+        place = Place(os.fspath(url), cache, verify, dict(storage_options or {}), checked_casts(cast))
         opened = OpenedVersion(place, version, columns)
-        serving = Serving.of(opened.schema, forms=forms, nulls=nulls, decode=decode)
-        self.__setstate__(((place, opened.version, opened.schema.names, transform, serving), {}))
+        serving = Serving.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
+        self.__setstate__(((opened.plan, transform, serving), {}))
         self._opened = opened
 
     @property
-    def source(self) -> OpenedVersion:
-        """The opened version: what the native path reads by."""
+    def source(self) -> Readable:
+        """The opened version, a view of it, or several joined: what the native path reads by."""
         opened = self._opened
         return self._open() if opened is None else opened
 
     @property
     def transform(self) -> Callable[[Record], Any] | None:
         """The function that was given, or None."""
-        return self._recipe[3]
+        return self._recipe[1]
 
     @property
     def serving(self) -> Serving:
         """Forms of columns, fills of nulls and decoders, as they were given."""
-        return self._recipe[4]
+        return self._recipe[2]
 
     @property
     def is_plain(self) -> bool:
         """Whether records are served as they are stored: no transform, and no subclass that says what a record is."""
-        mine = type(self)
-        same = all(getattr(mine, n) is getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
-        return same and self.transform is None
+        return self.transform is None and not _says_what_records_are(type(self))
 
     @property
     def schema(self) -> Schema:
-        """The chosen columns with their types."""
-        return self.source.schema
+        """The chosen columns with their types, as they are served: what is cast has the dtype that it is cast to."""
+        return self.serving.schema(self.source.schema)
 
     @property
     def column_names(self) -> list[str]:
         """Names of the chosen columns, in order."""
-        return list(self._recipe[2])
+        return list(self._recipe[0].columns)
 
     @property
     def version(self) -> int:
-        """Number of the version that is read."""
-        return self._recipe[1]
+        """Number of the version that is read. Raises AttributeError where there are several, of data sets joined."""
+        versions = set(self._recipe[0].versions)
+        if len(self._recipe[0].versions) != 1:
+            raise AttributeError(f"data sets that were joined have a version each: {sorted(versions)}")
+        return versions.pop()
 
     @property
     def fingerprint(self) -> str:
-        """Of the version's contents, for comparing runs."""
-        return self.source.fingerprint
+        """Of what is read, for comparing runs: the version's own, or of all versions and which records of them."""
+        parts = self.source.parts
+        if len(parts) == 1 and parts[0].selection is None:
+            return parts[0].fingerprint
+        facts = [(part.fingerprint, part.selection or "") for part in parts]
+        return sha256(repr((facts, self.source.mixture)).encode()).hexdigest()
 
     def versions(self) -> list[int]:
-        """Numbers of all versions there are, oldest first."""
-        return list_versions(self.source.inner)
+        """Numbers of all versions there are, oldest first. Raises ValueError of several data sets joined."""
+        leaves = self.source.leaves
+        if len(leaves) > 1:
+            raise ValueError(f"{len(leaves)} data sets that were joined have versions each: ask them one by one")
+        return leaves[0].versions()
 
-    def select_columns(self, columns: Sequence[str]) -> Dataset:
-        """The same version with only these columns, in this order. Raises SchemaError for one that is not there."""
+    def select_columns(self, columns: Sequence[str]) -> Self:
+        """The same records with only these columns, in this order. Raises SchemaError for one that is not there.
+
+        Of a data set that serves tuples the columns are what the tuples are of.
+        """
         _check_names(columns)
+        if self.serving.names is not None:
+            return self.as_tuple(*columns)
         self.schema.select(columns)
-        place, version, _, transform, serving = self._recipe
-        chosen = type(self).__new__(type(self))
-        chosen.__setstate__(((place, version, tuple(columns), transform, serving.select(columns)), self._own()))
-        return chosen
+        return self._derive(self.source.with_columns(columns), self.serving.select(columns))
+
+    def as_tuple(self, *names: str) -> Self:
+        """The same records as tuples, and batches as tuples of columns: `for image, label in loader`.
+
+        Only these columns are read. Beside columns a name may be what goes with them in a batch: "<column>.valid" of a
+        nullable one, "<column>.lengths" of a padded one.
+
+        Raises:
+            SchemaError: one that is not there; a column whose nulls nobody would see, for its mask is not named.
+            ValueError: no names; a data set with a transform, which says itself what a record is.
+        """
+        if self.transform is not None:
+            raise ValueError("with a transform, records are what it gives: let it give tuples")
+        columns = tuple_columns(names, self.source.schema, self.serving)
+        return self._derive(self.source.with_columns(columns), replace(self.serving.select(columns), names=names))
+
+    def __add__(self, other: object) -> Dataset:
+        return concat([self, other]) if isinstance(other, Dataset) else NotImplemented
 
     def __len__(self) -> int:
-        return int(self.source.table.first_record[-1])
+        return self.source.n_records
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is int:  # first, for asking whether it is a Sequence costs 0.5 us of some 8
@@ -163,26 +201,27 @@ class Dataset:
         if isinstance(index, slice):
             return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
         if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
-            return self._batch(self._indices(index))
+            return self._batch(record_numbers(index, len(self)))
         return self._record(operator.index(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Records of many indices, gathered in one go: what torch's fetcher asks for."""
         if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass says what a record is
             return [self[index] for index in indices]
-        rows = self._indices(indices)
+        rows = record_numbers(indices, len(self))
         if self.transform is not None:
             return [self.transform(record) for record in as_records(self._columns(rows))]
         return Records(self._columns(rows), len(rows), self.serving)
 
     def __iter__(self) -> Iterator[Any]:
-        for start, stop in self._block_spans():
+        for start, stop in spans(self.source):
             yield from self.__getitems__(range(start, stop))
 
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """The data set as Arrow record batches of batch_size records (the last may be shorter), in order.
 
-        Arrays are read-only and over the shards' own memory where a batch lies within one block, else copied together.
+        Types are those that are stored, whatever `cast` says. Arrays are read-only and over the shards' own memory
+        where a batch lies within one block, else copied together.
         They are good for as long as something refers to them.
 
         Raises:
@@ -191,7 +230,7 @@ class Dataset:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         table = None
-        for block in self._arrow_blocks():
+        for block in arrow_batches(self.source):
             part = pa.Table.from_batches([block])
             table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
             while table.num_rows >= batch_size:
@@ -202,23 +241,21 @@ class Dataset:
 
     def to_pandas(self) -> pd.DataFrame:
         """The whole data set as a pandas frame, in memory. Raises ImportError without pandas."""
-        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self.schema.arrow).to_pandas()
+        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self.source.schema.arrow).to_pandas()
         return frame
 
     def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
-        """Bring every shard into the cache. Nothing to do for a local folder.
+        """Bring every shard that holds a record into the cache. Nothing to do for a local folder.
 
         Args:
             jobs: shards fetched side by side.
-            on_progress: called after each shard.
+            on_progress: called after each shard; of data sets joined they come one after the other, each counted anew.
 
         Raises:
             CacheFull: it does not fit.
         """
-        source = self.source
-        if source.cache is not None:
-            wanted = [(info.name, info.identity(source.dataset_id)) for info in source.table.infos()]
-            source.cache.warm(source.store, wanted, jobs=jobs, on_progress=on_progress)
+        shards = range(len(self.source.shard_records))
+        self.source.warm(shards, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """Give shards and connections back; the data set may be used again after it."""
@@ -226,8 +263,11 @@ class Dataset:
             self._opened.close()
 
     def __repr__(self) -> str:
-        source = self.source
-        return f"Dataset({source.url!r}, version {source.version}, {len(self):,} records: {self.schema!r})"
+        urls, versions = [leaf.url for leaf in self.source.leaves], self._recipe[0].versions
+        more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
+        numbers = list(dict.fromkeys(versions))
+        version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+        return f"Dataset({urls[0]!r}{more}, version {version}, {len(self):,} records: {self.schema!r})"
 
     def __getstate__(self) -> tuple[Recipe, dict[str, Any]]:
         return self._recipe, self._own()
@@ -242,12 +282,20 @@ class Dataset:
         """Attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
-    def _open(self) -> OpenedVersion:
+    def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
+        """The same data set over another source, served as this one or otherwise."""
+        derived = type(self).__new__(type(self))
+        recipe = (source.plan, self.transform, self.serving if serving is None else serving)
+        derived.__setstate__((recipe, self._own()))
+        derived._opened = source  # noqa: SLF001 -- of this class
+        return derived
+
+    def _open(self) -> Readable:
         if self._pid != os.getpid():  # of a thread that a fork has left behind, which may hold it for ever
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:  # of two threads that come first, the second takes what the first has opened
             if self._opened is None:
-                self._opened = OpenedVersion(*self._recipe[:3])
+                self._opened = self._recipe[0].open({})
             return self._opened
 
     def _record(self, index: int) -> Any:
@@ -258,25 +306,19 @@ class Dataset:
         record = None if serving.nulls or serving.decode else self.source.record(number)
         if record is None:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
+        if serving.names is not None:
+            return record_tuple(record, serving.names, self.source.schema)
         return record if self.transform is None else self.transform(record)
-
-    def _indices(self, indices: Any) -> NDArray[np.int64]:
-        """Record numbers, 0 <= number < len. Raises IndexError, TypeError."""
-        rows = np.asarray(indices)
-        if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
-            raise TypeError(f"records are chosen by integers, got {rows.dtype}")
-        if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= len(self):  # as int64 it may be -1
-            raise IndexError(f"record {int(rows.max())} of a data set of {len(self)}")
-        return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), len(self))
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
-        return in_forms(self._columns(rows), self.serving)
+        batch, names = in_forms(self._columns(rows), self.serving), self.serving.names
+        return batch if names is None else as_tuple(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Values of the records, nulls filled and pictures decoded where they are to be."""
-        return self._served(self._stored_columns(rows), rows)
+        return self._served(self.source.values(rows), rows)
 
     def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
         fills, decode = self.serving.nulls, self.serving.decode
@@ -286,39 +328,90 @@ class Dataset:
             return columns
 
         def explain(column: str, index: int, said: str) -> Exception:
-            return broken_picture(self.source, column, int(rows[index]), said)
+            listed, served = self.source.listed, int(rows[index])
+            return broken_picture(self.source, column, served if listed is None else int(listed[served]), said)
 
         return decode_columns(columns, decode, explain)
 
-    def _stored_columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of the records: of all shards at once where they are mapped, else shard by shard."""
-        source = self.source
-        if not len(rows):
-            return none_of(source.schema)
-        found = source.take_mapped(rows)
-        if found is not None:
-            return found
-        first_record = source.table.first_record
-        shards = np.searchsorted(first_record, rows, side="right") - 1
-        asked = np.unique(shards)
-        places = [np.flatnonzero(shards == shard) for shard in asked]
-        within = [rows[where] - first_record[shard] for shard, where in zip(asked, places, strict=True)]
-        return join(source.take(asked.tolist(), within), places)
 
-    def _block_spans(self) -> Iterator[tuple[int, int]]:
-        """Record numbers [start, stop) of each block, in order."""
-        source = self.source
-        for shard in range(len(source.table)):
-            first = int(source.table.first_record[shard])
-            ends = np.cumsum(source.block_tables([shard])[0].records).tolist() if source.shard_records[shard] else []
-            for start, stop in zip([0, *ends], ends, strict=False):
-                yield first + start, first + stop
+def concat(datasets: Sequence[Dataset]) -> Dataset:
+    """Data sets one after the other, as one: `a + b` of many.
 
-    def _arrow_blocks(self) -> Iterator[pa.RecordBatch]:
-        source = self.source
-        for shard in range(len(source.table)):
-            for block in range(len(source.block_tables([shard])[0].records)):
-                yield pa.RecordBatch.from_arrays(source.arrays(shard, block), schema=source.schema.arrow)
+    They may lie in different stores and caches, and be views or joined themselves. A loader shuffles over all of them,
+    by the native path.
+
+    Args:
+        datasets: one or more, whose columns have the same names, types and order and are served in the same way.
+
+    Raises:
+        SchemaError: columns or their serving differ; names the first difference.
+        ValueError: no data sets, a mixture, other transforms, a subclass that says what a record is.
+        TypeError: not data sets of tiercache.
+    """
+    parts = _check_alike(datasets, "concat")
+    flat = [below for part in parts for below in (part.below if type(part) is Joined else (part,))]
+    return _over(Joined(flat), datasets[0])
+
+
+def mix(datasets: Sequence[Dataset], weights: Sequence[float], stop: Literal["first", "all"] = "first") -> Dataset:
+    """Data sets mixed: of any stretch of records each one has its share of them, by weight.
+
+    For `tiercache.DataLoader`, natively: each data set is shuffled by itself and has epochs of its own. One that is
+    larger than its share of an epoch goes on where it stopped in the next epoch, a smaller one begins anew. By index,
+    and under other loaders, it is the same first epoch each time, unshuffled: record i is what comes at position i.
+
+    Args:
+        datasets: as for `concat`, each with one record or more.
+        weights: a number above 0 for each; only their ratio counts, taken exactly (a float as its decimal digits).
+        stop: an epoch ends before a data set would be repeated in it ("first"), or when each was served whole ("all").
+
+    Raises:
+        SchemaError, TypeError: as `concat`.
+        ValueError: as `concat`; weights that are none; a data set without records.
+    """
+    return _over(Mixed(_check_alike(datasets, "mix"), tuple(weights), stop), datasets[0])
+
+
+def _over(source: Readable, first: Dataset) -> Dataset:
+    made = Dataset.__new__(Dataset)
+    made.__setstate__(((source.plan, first.transform, first.serving), {}))
+    made._opened = source  # noqa: SLF001 -- of this class
+    return made
+
+
+def _check_alike(datasets: Sequence[Dataset], what: str) -> list[Readable]:
+    """The sources of data sets that can be joined. Raises as `concat`."""
+    if isinstance(datasets, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
+        raise TypeError(f"{what}() takes a list of tiercache data sets; torch's ConcatDataset joins any others")
+    if not datasets:
+        raise ValueError(f"{what}() of no data sets")
+    for number, dataset in enumerate(datasets):
+        if _says_what_records_are(type(dataset)):
+            why = f"data set {number} is a {type(dataset).__name__}, which says itself what a record is"
+            raise ValueError(f"{why}: join them by torch's ConcatDataset")
+        if dataset.source.mixture is not None:
+            raise ValueError(f"data set {number} is a mixture: {what}() what it is mixed of")
+        if dataset.transform != datasets[0].transform:
+            raise ValueError(f"data set {number} has another transform than data set 0: they need the same function")
+        _check_serving(dataset.serving, datasets[0].serving, number)
+    return [dataset.source for dataset in datasets]
+
+
+def _check_serving(serving: Serving, first: Serving, number: int) -> None:
+    """Raise SchemaError where a column is served otherwise in data set `number` than in data set 0."""
+    if serving.names != first.names:
+        message = f"data set {number} serves {serving.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
+        raise SchemaError(f"{message}: as_tuple() both", expected=str(first.names), got=str(serving.names))
+    for argument in (f.name for f in fields(Serving) if f.name != "names"):
+        mine, theirs = getattr(first, argument), getattr(serving, argument)
+        for column in sorted({*mine, *theirs}):
+            if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
+                message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"
+                raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
+
+
+def _says_what_records_are(kind: type[Dataset]) -> bool:
+    return any(getattr(kind, n) is not getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
 
 
 def _check_names(columns: Sequence[str]) -> None:

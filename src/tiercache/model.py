@@ -126,6 +126,23 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a source reads of one data set. Equal parts, in equal order, are equal records in equal order.
+
+    Attributes:
+        dataset_id: the same for all versions.
+        version: its number.
+        fingerprint: of the version's contents.
+        selection: hash of which records of it; None: all.
+    """
+
+    dataset_id: str
+    version: int
+    fingerprint: str
+    selection: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReadPlan:
     """What a loader will read next: shards in reading order, with identities; epoch and position are for people."""
 

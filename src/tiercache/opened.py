@@ -5,22 +5,25 @@ What the loader knows a data set by.
 
 from __future__ import annotations
 
+import copy
 import os
-import threading
 import warnings
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from tiercache.cache import Cache, CachedStore
 from tiercache.errors import CorruptShard
-from tiercache.model import ReadPlan, ShardIdentity, format_bytes
+from tiercache.model import Part, ReadPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
-from tiercache.shard.manifest import latest, read_shards, read_version
+from tiercache.shard import readers
+from tiercache.shard.cast import Casts, Served, served_columns
+from tiercache.shard.joining import arrow_join, join, none_of
+from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.reader import ShardReader
@@ -29,9 +32,9 @@ from tiercache.store import LocalStore, MemoryStore, Store, open_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import pyarrow as pa
     from numpy.typing import NDArray
 
+    from tiercache.cache import WarmProgress
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.layout import Footer
     from tiercache.shard.segments import ShardTable
@@ -39,8 +42,6 @@ if TYPE_CHECKING:
     from tiercache.shard.values import ColumnValues
     from tiercache.shard.versions import Version
 
-# Open shards: each costs two descriptors and a mapping. Of the usual 1,024 descriptors this leaves half to the user.
-MAX_READERS = 256
 # Footers of a group are read side by side: their time is round trips.
 FOOTER_THREADS = 16
 # Block tables are some KiB each; a group has a few dozen shards.
@@ -54,13 +55,14 @@ Verify = Literal["first", "always", "never"]
 class Place:
     """Where a data set is read from and how: everything but which version and columns. Picklable.
 
-    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one.
+    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one; casts: of columns.
     """
 
     url: str
     cache: Cache | Literal[False] | None = None
     verify: Verify = "first"
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    casts: Casts = field(default_factory=dict)
 
     def open(self) -> tuple[Store, Store, Cache | None]:
         """The data set's own store, the store to read through (the same, or the cache round it), and the cache."""
@@ -73,8 +75,45 @@ class Place:
         return inner, inner if cache is None else cache.store(inner), cache
 
 
+def _open_shard(
+    store: Store, table: ShardTable, dataset_id: str, shard: int, *, verify: Verify, served: Served
+) -> ShardReader:
+    info = table.info(shard)
+    identity = info.identity(dataset_id)
+    return ShardReader(store, info.name, info=info, identity=identity, verify=verify, served=served)
+
+
+def _open_past_cache(
+    store: CachedStore, table: ShardTable, dataset_id: str, shard: int, *, verify: Verify, served: Served
+) -> ShardReader:
+    info = table.info(shard)
+    through = store if store.is_here(info.name, info.identity(dataset_id)) else store.inner
+    return _open_shard(through, table, dataset_id, shard, verify=verify, served=served)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What an opened version is made of: place, number, and names of the columns in order."""
+
+    place: Place
+    version: int
+    columns: tuple[str, ...]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """As views.Plan.versions."""
+        return (self.version,)
+
+    def open(self, opened: dict[int, Any]) -> OpenedVersion:
+        """As views.Plan.open."""
+        found: OpenedVersion | None = opened.get(id(self))
+        if found is None:
+            found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)
+        return found
+
+
 class OpenedVersion:
-    """One version of a data set with a choice of columns; implements load.source.Source.
+    """One version of a data set with a choice of columns; implements load.source.Source and views.Readable.
 
     Safe from any thread; after a fork the child opens its own shards. Nothing of a shard is read before it is asked
     for.
@@ -85,15 +124,25 @@ class OpenedVersion:
         self.inner, self.store, self.cache = place.open()
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
-        self._schema = self.stored_schema if columns is None else self.stored_schema.select(columns)
         self.table: ShardTable = read_shards(self.store, self.manifest)
+        self.n_records = int(self.table.first_record[-1])
+        self._tables: dict[int, BlockTable] = {}
         if self.cache is not None:
             _warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
+        self._serve(self.stored_schema.names if columns is None else columns)
+
+    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _open_shard) -> None:
+        self._schema = self.stored_schema.select(columns)
+        self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
+        self.plan = Stored(self.place, self.version, self._schema.names)
+        self._served = served_columns(self._schema, self.place.casts)
+        self._mapped = MappedRecords(
+            self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
+        )
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
-        self._mapped = MappedRecords(self.stored_schema, self.stored_columns, self.table.first_record, self.url)
-        opener = partial(_open_shard, self.store, self.table, self.dataset_id, place.verify)
-        self._readers = _Readers(opener, self._mapped)
-        self._tables: dict[int, BlockTable] = {}
+        how = {"verify": self.place.verify, "served": self._served}
+        opener = partial(open_shard, self.store, self.table, self.dataset_id, **how)
+        self._readers = readers.Readers(opener, self._mapped)
 
     @property
     def url(self) -> str:
@@ -117,13 +166,21 @@ class OpenedVersion:
 
     @property
     def schema(self) -> Schema:
-        """The columns that are served, in order."""
+        """The columns that are served, in order, as they are stored: what is cast has another dtype when it is read."""
         return self._schema
 
-    @cached_property
-    def stored_columns(self) -> tuple[int, ...]:
-        """Their indices in the shards' schema."""
-        return tuple(self.stored_schema.index(name) for name in self._schema.names)
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """This one: a version, of which all records are read."""
+        return (Part(self.dataset_id, self.version, self.fingerprint),)
+
+    @property
+    def listed(self) -> None:
+        """Records are served in stored order."""
+
+    @property
+    def mixture(self) -> None:
+        """Nothing is mixed."""
 
     @property
     def shard_records(self) -> NDArray[np.int64]:
@@ -134,6 +191,29 @@ class OpenedVersion:
     def shard_bytes(self) -> NDArray[np.int64]:
         """Stored bytes of each shard, int64[n_shards]."""
         return self.table.n_bytes
+
+    @property
+    def first_record(self) -> NDArray[np.int64]:
+        """Number of each shard's first record, and of all records; int64[n_shards + 1]."""
+        return self.table.first_record
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Records are served as they are stored."""
+        return True
+
+    @property
+    def leaves(self) -> tuple[OpenedVersion, ...]:
+        """This one."""
+        return (self,)
+
+    def versions(self) -> list[int]:
+        """Numbers of all versions there are, oldest first."""
+        return list_versions(self.inner)
+
+    def statistics(self, shard: int) -> str:
+        """What the version says of a shard's columns, JSON: {column: {"nulls", "bytes", "min", "max"}}."""
+        return str(self.table.arrow["statistics"][shard])
 
     def identity(self, shard: int) -> ShardIdentity:
         """What the cache keeps the shard's copy by."""
@@ -147,6 +227,16 @@ class OpenedVersion:
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
             self._tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [self._tables[shard] for shard in shards]
+
+    def stored_rows(
+        self,
+        shards: NDArray[np.int32],  # noqa: ARG002 -- of Source
+        blocks: NDArray[np.int32],  # noqa: ARG002
+        block: NDArray[np.uint32],  # noqa: ARG002
+        row: NDArray[np.uint32],
+    ) -> NDArray[np.uint32]:
+        """The rows themselves: all of a block's rows are read."""
+        return row
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
         """Blocks of a shard in memory, the columns that are served.
@@ -167,28 +257,60 @@ class OpenedVersion:
         return self._read(shard, read)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """A record by its number in the data set: a value by column; None: it is not mapped, ask with `take_mapped`.
+        """A record by its number in the data set: a value by column; None: it is not mapped, ask with `values`.
 
         Raises IndexError for one that is not there.
         """
         return self._mapped.record(number)
 
-    def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
-        """Values of records by their numbers in the data set, int64[n], n >= 1, by column.
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """Values of records by their numbers in the data set, int64[n], by column.
 
-        None: not all of them can be had from mapped shards; ask shard by shard, with `take`. Raises as `load`, and
-        IndexError for a record that is not there.
+        Of all shards at once where they are mapped, else shard by shard. Raises as `load`, and IndexError for a record
+        that is not there.
         """
+        if not len(records):
+            return none_of(self._schema, self._served)
+        found = self.take_mapped(records)
+        if found is not None:
+            return found
+        shards, places = self._by_shard(records)
+        within = [records[where] - self.first_record[shard] for shard, where in zip(shards, places, strict=True)]
+        return join(self._take_all(shards, within), places)
+
+    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
+        """As `values`, as Arrow arrays. Each block is read once."""
+        taken: list[list[pa.Array]] = []
+        order: list[NDArray[np.int64]] = []
+        for shard, where in zip(*self._by_shard(records), strict=True):
+            rows = records[where] - self.first_record[shard]
+            ends = np.cumsum(self.block_tables([shard])[0].records)
+            of_block = np.searchsorted(ends, rows, side="right")
+            for block in np.unique(of_block).tolist():
+                mine = np.flatnonzero(of_block == block)
+                within = pa.array(rows[mine] - (ends[block - 1] if block else 0))
+                taken.append([array.take(within) for array in self.arrays(shard, block)])
+                order.append(where[mine])
+        return arrow_join(taken, order, self._schema)
+
+    def _by_shard(self, records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
+        """The shards that have these records, and which of the records each has."""
+        shards = np.searchsorted(self.first_record, records, side="right") - 1
+        asked: list[int] = np.unique(shards).tolist()
+        return asked, [np.flatnonzero(shards == shard) for shard in asked]
+
+    def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
+        """None: not all of them can be had from mapped shards; ask shard by shard."""
         found = self._mapped.take(records)
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
             # More than can be open at once would push each other out.
-            if len(shards) <= MAX_READERS and all(map(self._readers.map, shards.tolist())):
+            if len(shards) <= readers.MAX_READERS and all(map(self._readers.map, shards.tolist())):
                 found = self._mapped.take(records)
         return found
 
-    def take(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
-        """Values of some rows of each of these shards, by column. Raises as `load`."""
+    def _take_all(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
+        """Values of some rows of each of these shards, by column."""
         if len(shards) < 2 or isinstance(self.inner, LocalStore):
             return [self._take(shard, within) for shard, within in zip(shards, rows, strict=True)]
         # Their time is round trips, as that of footers.
@@ -216,9 +338,37 @@ class OpenedVersion:
         self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
         return healed
 
-    def at_version(self, number: int) -> OpenedVersion:
+    def is_near(self, shard: int) -> bool:
+        """Whether the shard lies on this machine, whole: in a local folder, in the cache, or open in a mapping."""
+        if isinstance(self.store, CachedStore):
+            return shard in self._readers or self.store.is_here(self.table.info(shard).name, self.identity(shard))
+        return isinstance(self.inner, LocalStore | MemoryStore)
+
+    def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
+        (number,) = versions
         return OpenedVersion(self.place, number, self._schema.names)
+
+    def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
+        """The same version with other columns, shards of its own. Raises SchemaError (a column is not there)."""
+        other = copy.copy(self)
+        other._serve(columns)  # noqa: SLF001 -- of this class
+        return other
+
+    def scanning(self, columns: Sequence[str]) -> OpenedVersion:
+        """As `with_columns`, to be read once: what the cache has not is read past it, for it would push others out."""
+        other = copy.copy(self)
+        other._serve(columns, _open_past_cache if isinstance(self.store, CachedStore) else _open_shard)  # noqa: SLF001
+        return other
+
+    def warm(
+        self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
+    ) -> None:
+        """Bring shards into the cache; nothing to do for a local folder. Raises CacheFull, StoreError."""
+        if self.cache is not None:
+            infos = map(self.table.info, shards)
+            wanted = [(info.name, info.identity(self.dataset_id)) for info in infos]
+            self.cache.warm(self.store, wanted, jobs=jobs, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
@@ -294,88 +444,3 @@ def _warn_if_larger(url: str, n_bytes: int, cache: Cache) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def _open_shard(store: Store, table: ShardTable, dataset_id: str, verify: Verify, shard: int) -> ShardReader:
-    info = table.info(shard)
-    return ShardReader(store, info.name, info=info, identity=info.identity(dataset_id), verify=verify)
-
-
-class _Readers:
-    """Open shards, the least recently used dropped first; whoever reads by `mapped` passes by here, and does not count.
-
-    The lock is never held while a shard is opened: threads open shards side by side, and two that want the same one
-    wait for the first at its gate.
-    """
-
-    def __init__(self, opener: Callable[[int], ShardReader], mapped: MappedRecords) -> None:
-        self._opener = opener
-        self._mapped = mapped
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._gates: dict[int, threading.Lock] = {}
-        self._mapped.clear()
-        self._pid = os.getpid()  # last: whoever sees it takes the lock, which must not be the parent's any more
-
-    def __contains__(self, shard: int) -> bool:
-        return self._pid == os.getpid() and shard in self._open
-
-    def get(self, shard: int) -> ShardReader:
-        # In a forked child the parent's leases are not ours, and its lock may be held for ever.
-        if self._pid != os.getpid():
-            self._begin()
-        with self._lock:
-            reader = self._open.get(shard)
-            if reader is not None:
-                self._open.move_to_end(shard)
-                return reader
-            gate = self._gates.setdefault(shard, threading.Lock())
-        with gate:
-            with self._lock:
-                reader = self._open.get(shard)
-            if reader is None:
-                reader = self._opener(shard)
-                self._keep(shard, reader)
-        return reader
-
-    def map(self, shard: int) -> bool:
-        """Let records of a shard be found in its mapping, which is kept as long as its reader.
-
-        False: it has none, or is damaged: whoever asks the shard itself hears how, and may heal it.
-        """
-        if shard in self._mapped:
-            return True
-        try:
-            reader = self.get(shard)
-            table = self._mapped.table(reader)
-        except CorruptShard:
-            return False
-        if table is None:
-            return False
-        with self._lock:
-            if self._open.get(shard) is reader:
-                self._mapped.put(shard, table)
-        return True
-
-    def drop(self, shard: int) -> None:
-        if self._pid == os.getpid():
-            with self._lock:
-                self._open.pop(shard, None)
-                self._mapped.forget(shard)
-
-    def clear(self) -> None:
-        if self._pid == os.getpid():
-            with self._lock:
-                self._open.clear()
-                self._mapped.clear()
-
-    def _keep(self, shard: int, reader: ShardReader) -> None:
-        with self._lock:
-            self._gates.pop(shard, None)
-            self._open[shard] = reader
-            while len(self._open) > MAX_READERS:
-                oldest, _ = self._open.popitem(last=False)  # dropped, not closed: another thread may be reading from it
-                self._mapped.forget(oldest)

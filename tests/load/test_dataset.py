@@ -21,7 +21,6 @@ from torch.utils.data import ConcatDataset, Subset, default_collate, random_spli
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache import opened
 
 
 def expected_record(i: int) -> dict[str, object]:
@@ -266,10 +265,9 @@ def test_worker_processes_of_any_start_method_read_it(dataset, start):
         assert list(itertools.chain(*map(check_batch, loader))) == list(range(150))
 
 
-def test_our_loader_with_a_sampler_is_torchs_path_over_the_same_records(dataset):
+def test_our_loader_with_a_sampler_serves_the_same_records(dataset):
     loader = tc.DataLoader(dataset, batch_size=16, sampler=list(range(149, -1, -1)))
     assert list(itertools.chain(*map(check_batch, loader))) == list(range(149, -1, -1))
-    assert loader.stats() == {}
 
 
 def test_our_loader_resumes_any_map_style_data_set_as_torchdata_does():
@@ -316,7 +314,7 @@ def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, m
     done = []
 
     def make_while_another_comes():
-        monkeypatch.setattr(opened.threading, "Lock", make)
+        monkeypatch.setattr(threading, "Lock", make)
         thread = threading.Thread(target=lambda: done.append(readers.get(0)), daemon=True)
         thread.start()
         thread.join(20)
@@ -324,7 +322,7 @@ def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, m
 
     readers._lock.acquire()  # by a thread that the fork has left behind
     readers._pid = -1
-    monkeypatch.setattr(opened.threading, "Lock", make_while_another_comes)
+    monkeypatch.setattr(threading, "Lock", make_while_another_comes)
     readers.get(0)
     assert len(done) == 1
 

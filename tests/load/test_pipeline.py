@@ -107,7 +107,7 @@ def test_what_makes_the_next_epoch_ready_may_fail_and_is_heard_of_when_that_epoc
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiercache.load.coming.load_window", refuse)
+        patch.setattr("tiercache.load.coming.Loading", refuse)
         iterator = iter(loader)
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
         iterator._pipeline._planner.join(30)
@@ -212,7 +212,7 @@ def test_windows_stay_in_memory_while_a_batch_is_made_of_them(make_dataset):
     consumer = threading.Thread(target=lambda: found.append(next(iterator)))
     consumer.start()
     assert inside.wait(30)
-    window = weakref.ref(pipeline._shared.pieces[0][2].addresses)
+    window = weakref.ref(pipeline._shared.pieces[0][1].joined.addresses)
     closer = threading.Thread(target=iterator.close)
     closer.start()
     closer.join(0.2)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache import opened
+from tiercache.shard import readers
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
@@ -167,7 +168,7 @@ def open_copies(path: Path) -> int:
 
 
 def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monkeypatch):
-    monkeypatch.setattr(opened, "MAX_READERS", 2)
+    monkeypatch.setattr(readers, "MAX_READERS", 2)
     dataset = tc.Dataset(packed)
     n_shards = len(dataset.source.table)
     rng = np.random.default_rng(0)
@@ -185,7 +186,7 @@ def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monk
 
 @pytest.mark.parametrize("max_readers", [2, 256])
 def test_many_threads_read_anything_while_shards_come_and_go(packed, monkeypatch, max_readers):
-    monkeypatch.setattr(opened, "MAX_READERS", max_readers)
+    monkeypatch.setattr(readers, "MAX_READERS", max_readers)
     dataset = tc.Dataset(packed)
     wrong: list[object] = []
 

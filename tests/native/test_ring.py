@@ -340,3 +340,48 @@ def test_a_forked_child_finds_the_ring_closed_and_may_drop_everything():
 def test_a_ring_without_rows_depth_or_threads_is_refused(bad):
     with pytest.raises(ValueError, match="1 or more"):
         Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), max_size=12),
+    st.lists(st.integers(0, 12), max_size=4),
+    st.lists(st.integers(0, 300), max_size=4),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_batches_have_the_sizes_that_were_pushed_wherever_plans_end(sizes, size_cuts, row_cuts, depth, n_threads):
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (max(sum(sizes), 1), WIDTH), dtype=np.uint8)
+    order = rng.permutation(sum(sizes))
+    told = np.split(np.array(sizes, np.uint32), sorted(min(cut, len(sizes)) for cut in size_cuts))
+    plans = np.split(order, sorted(min(cut, len(order)) for cut in row_cuts))
+    ring = Ring(fixed_streams(), batch_rows=7, depth=depth, n_threads=n_threads, slot_bytes=64)
+    for i in range(max(len(told), len(plans))):
+        assert i >= len(told) or ring.push_sizes(told[i])
+        assert i >= len(plans) or ring.push(plan_of(rows, plans[i]))
+    ring.finish()
+    found = take_all(ring)
+    ring.close()
+    expected = np.split(rows[order], np.cumsum(sizes)[:-1]) if sizes else []
+    assert [b.tolist() for b in found] == [b.tolist() for b in expected]
+
+
+def test_batches_of_pushed_sizes_are_served_before_the_end_is_known_and_before_a_failure():
+    rows = np.zeros((9, WIDTH), np.uint8)
+    ring = Ring(fixed_streams(), batch_rows=100, depth=4, n_threads=1)
+    ring.push_sizes(np.array([2, 7, 5], np.uint32))
+    ring.push(plan_of(rows, np.arange(9)))
+    assert ring.take(10).n_rows == 2
+    ring.finish(failed=True)
+    assert ring.take(10).n_rows == 7
+    assert ring.take(10) == FAILED  # of the third not all rows came
+    ring.close()
+
+
+def test_a_batch_of_no_rows_is_refused():
+    ring = Ring(fixed_streams(), batch_rows=4, depth=4, n_threads=1)
+    with pytest.raises(ValueError, match="size 1 of 3 is 0"):
+        ring.push_sizes(np.array([3, 0, 6], np.uint32))
+    ring.close()
+    assert not ring.push_sizes(np.array([3], np.uint32))

@@ -15,6 +15,11 @@ PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=8), st.binary(max_siz
     [
         (0, (), "b95c4c4360466cf86a8d7ea0e5dcd03c"),
         (7, ("rows", 3, 0, 12345), "fb778a131e9de1c6227a7406ffe2eca2"),
+        (7, ("split",), "6da819277c8ebcdb2efc855a7f50fc84"),
+        (7, ("split", 3), "23cac0401b3f0f875812f7596a8c2c37"),
+        (7, ("shards", 3, 2), "03116a2207140e02fe57cb4fbd3bdbbb"),
+        (7, ("blocks", 3, 2, 1), "917ccc6d7f8c9f4f218175f4076f17a8"),
+        (7, ("rows", 3, 2, 12345), "62f80d582b7d23d1bfd78c48af553ac7"),
         (-1, (b"x", 2**70), "519521fd64bfe6221aec83a760f67a35"),
     ],
 )

@@ -1,98 +1,183 @@
-"""Batches of ranks: together the global sequence, whatever the number of ranks."""
+"""Batches of ranks: together the global sequence, whatever the number of ranks and streams."""
+
+from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.order.brute import Ranks, batches
 
 from tiercache.order import RankPlan
 
+MANY = max(500, settings.default.max_examples)
+Drawn = tuple[int, Ranks, int, int]  # offset, ranks, records, streams
+
 
 @st.composite
-def settings(draw: st.DrawFn) -> tuple[int, int, int, bool, int]:
-    """Offset, world size, batch size, drop_last, records."""
+def drawn(draw: st.DrawFn) -> Drawn:
+    """Any share of any epoch; every second one with streams that divide the global batch."""
     n = draw(st.integers(0, 300))
-    return draw(st.integers(0, n)), draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.booleans()), n
+    ranks = Ranks(draw(st.integers(1, 9)), draw(st.integers(1, 20)), draw(st.booleans()))
+    size = ranks.world_size * ranks.batch_size
+    divisors = [s for s in range(1, size + 1) if size % s == 0]
+    return draw(st.integers(0, n)), ranks, n, draw(st.one_of(st.sampled_from(divisors), st.integers(1, 12)))
 
 
-def plans(offset: int, world_size: int, batch_size: int, drop_last: bool, n: int) -> list[RankPlan]:
-    return [RankPlan(offset, world_size, rank, batch_size, drop_last, n) for rank in range(world_size)]
+def plans(how: Drawn) -> list[RankPlan]:
+    offset, ranks, n, n_streams = how
+    shared = (ranks.batch_size, ranks.drop_last, n, n_streams)
+    return [RankPlan(offset, ranks.world_size, rank, *shared) for rank in range(ranks.world_size)]
 
 
-def positions(plan: RankPlan, i: int) -> list[int]:
-    return list(itertools.chain.from_iterable(range(*run) for run in plan.batch(i)))
+def positions(plan: RankPlan) -> list[list[int]]:
+    return [plan.positions(i).tolist() for i in range(plan.n_batches)]
 
 
-@given(settings())
-def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: tuple[int, int, int, bool, int]) -> None:
-    offset, world_size, batch_size, drop_last, n = how
-    ranks = plans(*how)
+@settings(max_examples=MANY)
+@given(drawn())
+def test_ranks_take_what_the_rule_says_in_its_plainest_form(how: Drawn) -> None:
+    offset, ranks, n, n_streams = how
+    for plan, expected in zip(plans(how), batches(ranks, n_streams, offset, n), strict=True):
+        found = positions(plan)
+        assert found[: plan.n_batches - plan.padded] == [batch for batch in expected if batch]
+        assert plan.padded == int(expected[-1:] == [[]])
+
+
+@settings(max_examples=MANY)
+@given(drawn())
+def test_batches_of_all_ranks_are_the_global_sequence_from_the_offset(how: Drawn) -> None:
+    offset, ranks, n, _ = how
+    shares = plans(how)
     served: list[int] = []
-    for i in range(ranks[0].n_batches):
-        for plan in ranks:
-            is_padding = plan.padded and i == plan.n_batches - 1
-            served += [] if is_padding else positions(plan, i)
-        assert ranks[0].offset_after(i + 1) == offset + len(served)
-    dropped = (n - offset) % (world_size * batch_size) if drop_last else 0
-    assert served == list(range(offset, n - dropped))
+    for i in range(shares[0].n_batches):
+        together = [p for plan in shares if not (plan.padded and i == plan.n_full) for p in plan.positions(i).tolist()]
+        assert sorted(together) == list(range(offset + len(served), offset + len(served) + len(together)))
+        served += together
+        assert {plan.offset_after(i + 1) for plan in shares} == {offset + len(served)}
+    dropped = (n - offset) % (ranks.world_size * ranks.batch_size) if ranks.drop_last else 0
+    assert len(served) == n - offset - dropped
 
 
-@given(settings())
-def test_every_rank_has_the_same_number_of_batches_none_empty(how: tuple[int, int, int, bool, int]) -> None:
-    _, _, batch_size, _, _ = how
-    ranks = plans(*how)
-    assert len({plan.n_batches for plan in ranks}) == 1
-    for plan in ranks:
-        sizes = [len(positions(plan, i)) for i in range(plan.n_batches)]
+@given(drawn())
+def test_every_rank_has_the_same_number_of_batches_none_empty(how: Drawn) -> None:
+    shares = plans(how)
+    assert len({plan.n_batches for plan in shares}) == 1
+    for plan in shares:
+        sizes = [len(batch) for batch in positions(plan)]
         assert sum(sizes) == plan.n_served
-        assert all(size == batch_size for size in sizes[: plan.n_full])
-        assert all(0 < size <= batch_size for size in sizes)
+        assert all(size == plan.batch_size for size in sizes[: plan.n_full])
+        assert all(0 < size <= plan.batch_size for size in sizes)
 
 
-@given(settings())
-def test_the_last_global_batch_is_split_evenly_and_filled_to_one(how: tuple[int, int, int, bool, int]) -> None:
-    ranks = plans(*how)
-    left = ranks[0].n_left
-    if left == 0:
-        assert all(plan.padded == 0 for plan in ranks)
-        return
-    sizes = [len(positions(plan, plan.n_batches - 1)) for plan in ranks]
-    assert max(sizes) - min(sizes) <= 1
-    assert sum(plan.padded for plan in ranks) == max(0, len(ranks) - left)
-    for plan in ranks:
+@given(drawn())
+def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s_first_stream(how: Drawn) -> None:
+    _, _, n, _ = how
+    shares = plans(how)
+    left = shares[0].n_left
+    sizes = [len(positions(plan)[-1]) for plan in shares] if left else []
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert sum(plan.padded for plan in shares) == (max(0, len(shares) - left) if left else 0)
+    for plan in shares:
         if plan.padded:
-            assert positions(plan, plan.n_batches - 1) == [0]
+            filled = [stream for stream in plan.streams if stream < n]
+            assert positions(plan)[-1] == [filled[0] if filled else 0]
 
 
-@given(settings(), st.data())
-def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(
-    how: tuple[int, int, int, bool, int], data: st.DataObject
-) -> None:
-    _, _, _, _, n = how
-    first = plans(*how)[0]
-    served = data.draw(st.integers(0, first.n_batches))
-    offset = first.offset_after(served)
-    world_size = data.draw(st.integers(1, 9))
-    rest = plans(offset, world_size, data.draw(st.integers(1, 20)), False, n)
-    found = [p for i in range(rest[0].n_batches) for plan in rest for p in positions(plan, i)]
-    padding = sum(plan.padded for plan in rest)
-    assert found[: len(found) - padding] == list(range(offset, n))
+@given(drawn(), st.data())
+def test_any_run_of_rows_is_a_part_of_the_batches_one_after_the_other(how: Drawn, data: st.DataObject) -> None:
+    for plan in plans(how):
+        every = list(itertools.chain(*positions(plan)))
+        start = data.draw(st.integers(0, len(every)))
+        stop = data.draw(st.integers(start, len(every)))
+        assert plan.positions_between(start, stop).tolist() == every[start:stop]
+
+
+@given(drawn())
+def test_a_rank_owns_what_it_serves_but_not_its_padding(how: Drawn) -> None:
+    _, _, n, _ = how
+    for plan in plans(how):
+        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.padded]))
+        assert plan.owns(np.arange(n)).tolist() == [p in own for p in range(n)]
+
+
+@given(drawn())
+def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how: Drawn) -> None:
+    _, ranks, _, n_streams = how
+    shares = plans(how)
+    ignored = ranks.world_size * ranks.batch_size % n_streams != 0
+    assert {plan.ignores_streams for plan in shares} == {ignored and ranks.world_size > 1}
+    for plan in shares:
+        for i in range(plan.n_full):
+            used = set((plan.positions(i) % n_streams).tolist())
+            assert used <= set(plan.streams)
+            assert ignored or used == set(plan.streams)
+    if not ignored:  # nobody's streams are far apart, and together they are all
+        assert sorted({stream for plan in shares for stream in plan.streams}) == list(range(n_streams))
+        assert all(a.streams[-1] <= b.streams[0] for a, b in itertools.pairwise(shares))
+
+
+@given(drawn(), st.data())
+def test_a_run_resumed_on_other_ranks_goes_on_where_the_first_stopped(how: Drawn, data: st.DataObject) -> None:
+    _, _, n, n_streams = how
+    first = plans(how)[0]
+    offset = first.offset_after(data.draw(st.integers(0, first.n_batches)))
+    other = Ranks(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)), False)
+    rest = plans((offset, other, n, n_streams))
+    found = [p for plan in rest for batch in positions(plan)[: plan.n_batches - plan.padded] for p in batch]
+    assert sorted(found) == list(range(offset, n))
+
+
+def test_each_rank_has_a_stream_of_its_own_where_there_are_as_many() -> None:
+    for offset in (0, 4, 7):  # whatever the offset
+        for plan in plans((offset, Ranks(4, 3, True), 100, 4)):
+            assert plan.streams == range(plan.rank, plan.rank + 1)
+            assert all((plan.positions(i) % 4 == plan.rank).all() for i in range(plan.n_batches))
+
+
+def test_ranks_that_share_a_stream_take_runs_of_it_one_after_the_other() -> None:
+    found = [positions(plan)[0] for plan in plans((0, Ranks(4, 3, True), 24, 2))]
+    assert found == [[0, 2, 4], [6, 8, 10], [1, 3, 5], [7, 9, 11]]
+
+
+def test_streams_that_do_not_divide_the_global_batch_are_ignored() -> None:
+    found = [positions(plan) for plan in plans((0, Ranks(2, 4, True), 16, 3))]
+    assert found == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
 
 
 def test_a_hundred_million_batches_cost_nothing() -> None:
-    plan = RankPlan(0, 64, 63, 256, True, 10**8 * 64 * 256)
+    plan = RankPlan(0, 64, 63, 256, True, 10**8 * 64 * 256, n_streams=64)
     assert plan.n_batches == 10**8
-    assert plan.batch(10**8 - 1) == ((plan.n_records - 256, plan.n_records),)
+    assert plan.positions(10**8 - 1).tolist() == list(range(plan.n_records - 64 * 256 + 63, plan.n_records, 64))
+
+
+def test_a_few_rows_of_a_batch_of_a_billion_cost_nothing() -> None:
+    plan = RankPlan(6, 3, 1, 10**9, False, 10**10, n_streams=4)
+    found = plan.positions_between(2 * 10**9, 2 * 10**9 + 4).tolist()
+    # The third global batch begins at 6,000,000,006, which is of stream 2. Rank 1 has the end of stream 1 and the begin
+    # of stream 2: of the latter first, as the begin of stream 1 is rank 0's.
+    assert found == [6_000_000_006 + 4 * i for i in range(4)]
+    assert plan.positions_between(plan.n_served - 2, plan.n_served).tolist()[-1] < 10**10
+
+
+def test_a_batch_size_beyond_any_epoch_is_one_batch() -> None:
+    plan = RankPlan(0, 2, 1, 2**70, False, 9, n_streams=2)
+    assert positions(plan) == [[1, 3, 5, 7]]
+    assert positions(replace(plan, rank=0)) == [[0, 2, 4, 6, 8]]
 
 
 def test_values_out_of_range_are_refused() -> None:
     good = {"offset": 0, "world_size": 2, "rank": 1, "batch_size": 4, "drop_last": False, "n_records": 10}
-    for name, value in {"offset": 11, "world_size": 0, "rank": 2, "batch_size": 0}.items():
+    for name, value in {"offset": 11, "world_size": 0, "rank": 2, "batch_size": 0, "n_streams": 0}.items():
         with pytest.raises(ValueError, match=name):
             RankPlan(**{**good, name: value})
     plan = RankPlan(**good)
     with pytest.raises(IndexError, match="batch 2 of 2"):
-        plan.batch(2)
+        plan.positions(2)
+    with pytest.raises(IndexError, match=r"rows \[0, 6\) of 5"):
+        plan.positions_between(0, 6)
     with pytest.raises(ValueError, match="3 batches of 2"):
         plan.offset_after(3)

@@ -7,6 +7,7 @@ cdef extern from "gather.h" nogil:
         TC_VAR
         TC_REF
         TC_CORRUPT
+        TC_MISFIT
 
     ctypedef struct tc_source:
         const uint8_t *values
@@ -20,7 +21,10 @@ cdef extern from "gather.h" nogil:
         uint8_t *checked
 
     ctypedef struct tc_stream:
-        uint32_t kind
+        uint8_t kind
+        uint8_t from_dtype "from"
+        uint8_t to_dtype "to"
+        uint8_t zero
         uint32_t width
 
     ctypedef struct tc_rows:

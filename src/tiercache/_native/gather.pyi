@@ -31,6 +31,9 @@ REF: Final[int]
 class CorruptError(ValueError):
     """Bytes are not what was written. `locate` says which."""
 
+class CastError(ValueError):
+    """A value has no equal in the dtype that it is cast to."""
+
 def measure(addresses: _U64, block: _U32, row: _U32, checks: _U64 | None = None) -> NDArray[np.int64]:
     """Offsets, int64[n + 1] in elements from 0, of a VAR stream's gathered rows.
 
@@ -49,12 +52,16 @@ def gather(
 ) -> None:
     """Copy the rows into out, a writable contiguous uint8 buffer owned by the caller and not kept.
 
-    out: FIXED n * width_bytes; BITS n bytes; VAR offsets[n] * width_bytes, with the offsets that measure() gave.
+    kind: FIXED, BITS or VAR, and for elements that are cast on the way (csrc/cast.h) their dtypes' numbers in its higher
+        bytes: kind | from << 8 | to << 16.
+    out: FIXED n * width_bytes; BITS n bytes; VAR offsets[n] * width_bytes, with the offsets that measure() gave. Cast,
+        it has as many elements of the other dtype.
 
     Raises:
         ValueError: lengths do not fit, unknown kind, no offsets for VAR.
         OSError: EIO, a mapped source could not be read.
         CorruptError: its bytes are not what was written.
+        CastError: a value has no equal in the dtype that it is cast to; what is in out then is undefined.
     """
 
 def gather_bytes(addresses: _U64, block: _U32, row: _U32, checks: _U64 | None = None) -> list[bytes]:

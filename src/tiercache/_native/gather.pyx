@@ -19,6 +19,14 @@ cdef extern from "guard.h" nogil:
     int tc_guard_enter()
     void tc_guard_leave()
 
+cdef extern from "cast.h" nogil:
+    enum:
+        TC_BOOL
+    ctypedef uint64_t (*tc_caster)(const uint8_t *, uint8_t *, size_t)
+    tc_caster tc_caster_of(uint32_t, uint32_t)
+    size_t tc_dtype_bytes(uint32_t)
+    size_t tc_cast_bytes(const tc_stream *, size_t)
+
 cdef extern from "Python.h":
     ctypedef uint32_t Py_UCS4
     object PyUnicode_New(Py_ssize_t, Py_UCS4)
@@ -36,6 +44,24 @@ tc_gather_init(checksum.KERNEL_NUMBER)
 
 class CorruptError(ValueError):
     """Bytes are not what was written."""
+
+
+class CastError(ValueError):
+    """A value has no equal in the dtype that it is cast to."""
+
+
+cdef tc_stream stream_of(uint32_t kind, uint32_t width_bytes) except *:
+    """The stream that the two words say (csrc/gather.h)."""
+    cdef tc_stream stream = tc_stream(kind & 0xff, (kind >> 8) & 0xff, (kind >> 16) & 0xff, 0, width_bytes)
+    if kind >> 8 == 0:
+        return stream
+    if tc_caster_of(stream.from_dtype, stream.to_dtype) == NULL:
+        raise ValueError(f"there is no cast from dtype number {stream.from_dtype} to {stream.to_dtype}")
+    if stream.kind == TC_BITS and stream.from_dtype != TC_BOOL:
+        raise ValueError(f"bits are cast from bool, got dtype number {stream.from_dtype}")
+    if stream.kind != TC_BITS and width_bytes % tc_dtype_bytes(stream.from_dtype):
+        raise ValueError(f"{width_bytes} bytes are no whole number of elements of dtype number {stream.from_dtype}")
+    return stream
 
 
 cdef int guarded_check(const tc_stream *stream, const tc_rows *rows, tc_fault *fault) noexcept nogil:
@@ -99,6 +125,8 @@ cdef int check(int64_t code) except -1:
         raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
     if code == TC_CORRUPT:
         raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
+    if code == TC_MISFIT:
+        raise CastError("a value has no equal in the dtype that it is cast to")
     return 0
 
 
@@ -159,7 +187,7 @@ cdef class Rows:
 
 def measure(addresses, block, row, checks=None):
     cdef Rows rows = Rows(addresses, checks, block, row)
-    cdef tc_stream stream = tc_stream(TC_VAR, 0)
+    cdef tc_stream stream = stream_of(TC_VAR, 0)
     out = np.zeros(rows.rows.n + 1, dtype=np.int64)
     cdef int64_t[::1] offsets = out
     rows.check_pages(stream)
@@ -180,17 +208,18 @@ def gather(
     cdef Rows rows = Rows(addresses, checks, block, row)
     cdef size_t n = rows.rows.n
     cdef size_t need
-    cdef tc_stream stream = tc_stream(kind, width_bytes)
+    cdef tc_stream stream = stream_of(kind, width_bytes)
+    cdef size_t out_bytes = tc_cast_bytes(&stream, width_bytes)
     cdef tc_sink sink = tc_sink(NULL, NULL)
-    if kind == TC_VAR:
+    if stream.kind == TC_VAR:
         if offsets is None or <size_t>offsets.shape[0] != n + 1:
             raise ValueError(f"a VAR stream needs the {n + 1} offsets that measure() gave")
-        need = <size_t>offsets[n] * width_bytes
+        need = <size_t>offsets[n] * out_bytes
         sink.offsets = <int64_t *>&offsets[0]
-    elif kind == TC_FIXED:
-        need = n * width_bytes
-    elif kind == TC_BITS:
-        need = n
+    elif stream.kind == TC_FIXED:
+        need = n * out_bytes
+    elif stream.kind == TC_BITS:
+        need = n * max(tc_dtype_bytes(stream.to_dtype), <size_t>1)
     else:
         raise ValueError(f"kind must be FIXED (0), BITS (1) or VAR (2), got {kind}")
     if <size_t>out.shape[0] < need:
@@ -258,7 +287,7 @@ cdef list str_of_buffer(const uint8_t *values, const int64_t *offsets, size_t n)
 
 def gather_bytes(addresses, block, row, checks=None):
     cdef Rows rows = Rows(addresses, checks, block, row)
-    cdef tc_stream stream = tc_stream(TC_REF, 1)
+    cdef tc_stream stream = stream_of(TC_REF, 1)
     cdef tc_ref *refs = <tc_ref *>malloc((rows.rows.n + 1) * sizeof(tc_ref))
     if refs == NULL:
         raise MemoryError
@@ -282,7 +311,7 @@ def gather_str(addresses, block, row, checks=None):
 
 def locate(uint32_t kind, uint32_t width_bytes, addresses, checks, block, row):
     cdef Rows rows = Rows(addresses, checks, block, row)
-    cdef tc_stream stream = tc_stream(kind, width_bytes)
+    cdef tc_stream stream = stream_of(kind, width_bytes)
     cdef tc_fault fault
     cdef int code
     rows.rows.n_breaks = rows.rows.n  # row by row, to be exact

@@ -91,6 +91,15 @@ class Ring:
     def push(self, plan: Plan) -> bool:
         """Append a plan's rows. False: the ring is closed."""
 
+    def push_sizes(self, rows: NDArray[np.uint32]) -> bool:
+        """Say how many rows each of the next batches has, after those that were told of before. False: closed.
+
+        From the first call on, which comes before the first push, batches have these sizes, instead of batch_rows.
+
+        Raises:
+            ValueError: a batch of no rows.
+        """
+
     def finish(self, failed: bool = False) -> None:
         """End the sequence: take() gives a last, short batch of the rows left, then END; or FAILED."""
 
@@ -120,3 +129,6 @@ class Ring:
 
 def held_bytes() -> int:
     """Memory of all batches that somebody still refers to, of all rings of the process, gone ones included."""
+
+class SpareMemory:
+    """While one lives, a ring that ends leaves its memory to the next of the same size."""

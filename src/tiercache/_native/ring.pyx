@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from collections import deque
 
 from tiercache._native import checksum
-from tiercache._native.gather import CorruptError
+from tiercache._native.gather import CastError, CorruptError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
 
 cdef extern from "forms.h" nogil:
@@ -26,6 +26,7 @@ cdef extern from "ring.h" nogil:
         TC_CLOSED
         TC_NOMEM
         TC_CORRUPT
+        TC_MISFIT
 
     ctypedef struct tc_plan:
         const tc_source *sources
@@ -62,6 +63,7 @@ cdef extern from "ring.h" nogil:
 
     tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
     int tc_ring_push(tc_ring *, const tc_plan *)
+    int tc_ring_push_sizes(tc_ring *, const uint32_t *, size_t)
     void tc_ring_finish(tc_ring *, int)
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
@@ -73,6 +75,10 @@ cdef extern from "ring.h" nogil:
     void tc_ring_drop(tc_ring *)
     void tc_ring_figures(tc_ring *, tc_figures *)
     size_t tc_held_bytes()
+
+cdef extern from "pool.h" nogil:
+    void tc_pool_hold()
+    void tc_pool_let_go()
 
 cdef extern from "guard.h" nogil:
     enum:
@@ -232,8 +238,8 @@ cdef class Slot:
 
 
 cdef class Ring:
-    """Gathers batches ahead of one consumer, in threads without Python. push, finish and wait_room are the planner's; take the
-    consumer's; close and figures anyone's, forget whoever closed.
+    """Gathers batches ahead of one consumer, in threads without Python. push, push_sizes, finish and wait_room are the planner's;
+    take the consumer's; close and figures anyone's, forget whoever closed.
     """
 
     cdef tc_ring *ring
@@ -272,6 +278,16 @@ cdef class Ring:
             raise MemoryError("no memory to queue a window")
         return status == TC_OK
 
+    def push_sizes(self, const uint32_t[::1] rows not None):
+        cdef Py_ssize_t i
+        for i in range(rows.shape[0]):
+            if rows[i] == 0:
+                raise ValueError(f"size {i} of {rows.shape[0]} is 0: a batch has rows")
+        cdef int status = tc_ring_push_sizes(self.ring, &rows[0] if rows.shape[0] else NULL, rows.shape[0])
+        if status == TC_NOMEM:
+            raise MemoryError("no memory to queue the sizes of batches")
+        return status == TC_OK
+
     def finish(self, bint failed=False):
         tc_ring_finish(self.ring, TC_FAILED if failed else TC_END)
 
@@ -308,6 +324,8 @@ cdef class Ring:
             raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
         if status == TC_CORRUPT:
             raise CorruptError("a page's CRC-32C does not match, or offsets fall or point outside the chunk")
+        if status == TC_MISFIT:
+            raise CastError("a value has no equal in the dtype that it is cast to")
         if status == TC_NOMEM:
             raise MemoryError("no memory for a batch")
         return status
@@ -323,6 +341,16 @@ cdef class Ring:
         cdef tc_figures figures
         tc_ring_figures(self.ring, &figures)
         return figures
+
+
+cdef class SpareMemory:
+    """While one lives, a ring that ends leaves its memory to the next of the same size."""
+
+    def __cinit__(self):
+        tc_pool_hold()
+
+    def __dealloc__(self):
+        tc_pool_let_go()
 
 
 def held_bytes():

@@ -42,7 +42,7 @@ class Trainer:
         self._opening_bytes = self._cache.stats()["bytes_fetched"]
         self._seen = (0, 0, 0, 0)
 
-    def _open(self, job: Job, name: str, *, shuffle: bool) -> DataLoader:
+    def _open(self, job: Job, name: str, *, shuffle: bool) -> DataLoader[dict[str, Any]]:
         dataset = Dataset(job.urls[name], cache=self._cache, storage_options=dict(job.storage_options))
         return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=LoaderOptions(seed=SEED))
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.window import Loaded, Threads
+    from tiercache.order import Window
     from tiercache.shard.blocks import Blocks
 
-# Of the memory that the process does not use itself, for the pages of one window: two windows are near at a time, and
-# pages beyond that would push out pages that are still to be served.
+# Of the memory that the process does not use itself, for the pages of one window of each stream: two are near at a
+# time, and pages beyond that would push out pages that are still to be served.
 NEAR_SHARE = 3
 # Asked for at once: enough for any disk to be read at its full speed, and closing never waits for more.
 STEP_BYTES = 4 << 20
@@ -46,32 +47,42 @@ class Ahead:
     def __init__(self, threads: Threads, stored_bytes: int) -> None:
         self._threads = threads
         self._stored_bytes = stored_bytes
-        self._near: list[list[tuple[Blocks, NDArray[np.uint64]]]] = []
+        self._near: list[tuple[Window, list[tuple[Blocks, NDArray[np.uint64]]]]] = []
 
-    def bring_near(self, loaded: Loaded) -> list[Future[int]]:
-        """Start reading what is mapped of a window into memory, as much as there is room for; returns at once.
+    def bring_near(self, windows: Sequence[Loaded], serving: Sequence[Window]) -> list[Future[int]]:
+        """Start reading what is mapped of windows into memory, as much as there is room for; returns at once.
 
         What there is no room for is read when its rows are gathered, and if they are shuffled then without their
-        neighbours. Of the windows brought before only the last may still be served: pages of the others are let go.
+        neighbours. Of the windows brought before, pages of those that are not served any more are let go.
+
+        Args:
+            windows: that were loaded.
+            serving: which windows are, or will be next, these among them.
 
         Returns:
             For each Blocks that is read a future of the bytes that are near. A range that cannot be read is no error
             here: whoever needs it finds out, and says which it was.
         """
-        if not _LINUX:
-            return []  # what the numbers above mean there is not known
+        if not _LINUX or not windows:
+            return []  # what the numbers above mean elsewhere is not known
         free_bytes = self._threads.limit_bytes - config.private_bytes()
-        self._let_go(self._stored_bytes > free_bytes)
-        wanted = [plan_steps(blocks.mapped) for blocks in loaded.held]
-        n_near = count_near([int(steps[:, 1].sum()) for steps in wanted], free_bytes // NEAR_SHARE)
-        if loaded.window.key is not None:
-            for steps in wanted[n_near:]:
-                _expect_single_rows(steps)
-        pairs = [pair for pair in zip(loaded.held, wanted, strict=True) if len(pair[1])]
-        # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
-        self._near.append([pair for pair in pairs if not pair[0].private_bytes])
-        held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
-        return [self._start(blocks, steps) for blocks, steps in held if len(steps)]
+        self._let_go(serving, larger=self._stored_bytes > free_bytes)
+        room_bytes = free_bytes // NEAR_SHARE
+        reads: list[Future[int]] = []
+        for loaded in windows:
+            wanted = [plan_steps(blocks.mapped) for blocks in loaded.held]
+            sizes = [int(steps[:, 1].sum()) for steps in wanted]
+            n_near = count_near(sizes, room_bytes)
+            room_bytes -= sum(sizes[:n_near])
+            if loaded.window.key is not None:
+                for steps in wanted[n_near:]:
+                    _expect_single_rows(steps)
+            pairs = [pair for pair in zip(loaded.held, wanted, strict=True) if len(pair[1])]
+            # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
+            self._near.append((loaded.window, [pair for pair in pairs if not pair[0].private_bytes]))
+            held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
+            reads += [self._start(blocks, steps) for blocks, steps in held if len(steps)]
+        return reads
 
     def _start(self, blocks: Blocks, steps: NDArray[np.uint64]) -> Future[int]:
         # Asking takes 0.2 ms for 512 MiB that are mapped, populating them again 18 to 33 ms of a core, in each epoch.
@@ -81,10 +92,12 @@ class Ahead:
             return near
         return self._threads.executor.submit(_read, blocks, steps, self._threads.stop)
 
-    def _let_go(self, larger: bool) -> None:
-        """Mark pages of windows that were served as the first to go, if the data set is larger than memory."""
-        gone, self._near = self._near[:-1], self._near[-1:]
-        for blocks, steps in [pair for window in gone for pair in window] if larger else []:
+    def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
+        """Forget windows that were served; if the data set is larger than memory, mark their pages as first to go."""
+        ids = set(map(id, serving))
+        gone = [near for near in self._near if id(near[0]) not in ids]
+        self._near = [near for near in self._near if id(near[0]) in ids]
+        for blocks, steps in [pair for _, pairs in gone for pair in pairs] if larger else []:
             self._threads.executor.submit(_cool, blocks, steps)
 
 

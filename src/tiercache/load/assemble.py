@@ -50,6 +50,7 @@ class Assembler:
     def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
         served = serving or Serving()
         kinds = gather_streams(schema, served)[:, 0].tolist()
+        schema = served.schema(schema)
         self._n_streams = len(kinds)
         self.bytes_streams = [number for number, kind in enumerate(kinds) if kind == gather.REF]
         self._layouts: dict[int, list[int]] = {}

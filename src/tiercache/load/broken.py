@@ -10,16 +10,12 @@ from tiercache.errors import CorruptShard, TierCacheError
 
 if TYPE_CHECKING:
     from tiercache.load.source import Source
-    from tiercache.order import EpochOrder
 
 
-def record_at(order: EpochOrder, source: Source, position: int) -> int:
-    """The record, by its number in the data set, that an order has at a position. May read a footer."""
-    window = order.window_at(position)
-    blocks, rows = window.rows(position - window.start, position - window.start + 1)
-    shard, block = int(window.shards[blocks[0]]), int(window.blocks[blocks[0]])
+def record_number(source: Source, shard: int, block: int, row: int) -> int:
+    """The number, in stored order, of the record that lies in a row of a block of a shard. May read a footer."""
     before = source.block_tables([shard])[0].records[:block].sum() + source.shard_records[:shard].sum()
-    return int(before) + int(rows[0])
+    return int(before) + row
 
 
 def broken_picture(source: Source, column: str, record: int, said: str) -> CorruptShard:

@@ -12,21 +12,22 @@ from tiercache.load.assemble import TORCH_DTYPES
 from tiercache.load.buffer import Buffer
 from tiercache.load.forms import in_forms
 from tiercache.load.records import Records
+from tiercache.load.tuples import as_tuple
 from tiercache.shard.types import Kind
 from tiercache.shard.values import ColumnValues
 
 
-def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate(records: Sequence[Any]) -> Any:
     """A batch of records: a dict of tensors [n, ...] and lists; for torch's own DataLoader over a `tiercache.Dataset`.
 
     Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, in the forms that the data
     set was made with; others are stacked, and so are those that somebody has looked at, for they may have been changed.
 
     Args:
-        records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects.
+        records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects; or tuples.
 
     Returns:
-        By column: a tensor of the column's dtype where shapes agree, else a list.
+        By column: a tensor of the column's dtype where shapes agree, else a list; a tuple of these for tuples.
 
     Raises:
         ValueError: no records.
@@ -38,9 +39,11 @@ def collate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 batch[values.column.name] = _ragged(values)
             elif values.column.name in records.serving.decode and isinstance(values.values, list):
                 batch[values.column.name] = _pictures(values)
-        return batch
+        return batch if records.serving.names is None else as_tuple(batch, records.serving.names)
     if not records:
         raise ValueError("cannot make a batch of no records")
+    if isinstance(records[0], tuple):
+        return tuple(_stack(list(values)) for values in zip(*records, strict=True))
     return {name: _stack([record[name] for record in records]) for name in records[0]}
 
 

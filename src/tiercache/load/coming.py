@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import TierCacheError
-from tiercache.load.plan import Piece, pieces
-from tiercache.load.window import Loaded, Threads, load_window
+from tiercache.load.share import interleaved
+from tiercache.load.window import Loading, loading_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tiercache.load.plan import Piece
+    from tiercache.load.pressure import Pressure
+    from tiercache.load.share import OrderShare
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
-    from tiercache.order import EpochOrder, RankPlan
+    from tiercache.load.window import Threads
 
-    PlanEpoch: TypeAlias = Callable[[RunState], tuple[EpochOrder, RankPlan]]
+    PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
     """The beginning of an epoch, good for one pipeline.
 
-    pieces: all of them; loaded: the window of the first.
+    pieces: all of them; loading: windows of the first, on their way or there.
     """
 
-    order: EpochOrder
-    ranks: RankPlan
     pieces: Iterator[Piece]
-    loaded: Loaded
+    loading: tuple[Loading, ...]
 
 
 class Coming:
@@ -40,35 +44,95 @@ class Coming:
     Args:
         source: that both epochs read.
         state: where the coming epoch would begin.
-        plan_epoch: order and share of an epoch; holds no loader, which would keep it alive.
+        plan_epoch: a rank's share of an epoch; holds no loader, which would keep it alive.
+        is_expected: whether this run has gone from one epoch to the next before: only then a store is read for it.
     """
 
-    def __init__(self, source: Source, state: RunState, plan_epoch: PlanEpoch) -> None:
+    def __init__(self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
-        self._begun: Begun | None = None
+        self._is_expected = is_expected
+        self._lock = threading.Lock()
+        self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
+        self._is_over = False  # taken or forgotten: nothing is to be made ready any more
         self._pid = os.getpid()
 
-    def prepare(self, threads: Threads) -> None:
-        """Make the beginning ready, where its first window is at hand: others cost memory, or what the cache has."""
-        try:
-            order, ranks = self._plan_epoch(self._state)
-            rest = pieces(order, ranks)
-            first = next(rest, None)
-            if first is None or not all(map(self._source.is_at_hand, set(first.window.shards[first.wanted].tolist()))):
-                return
-            loaded = load_window(self._source, first.window, first.wanted, threads)
-        except TierCacheError:
-            return  # who asks for the epoch hears of it
-        self._begun = Begun(order, ranks, itertools.chain([first], rest), loaded)
+    @cached_property
+    def share(self) -> OrderShare:
+        """What the rank is served of it. Planned when first asked for; two threads would plan the same."""
+        return self._plan_epoch(self._state)
 
-    def take(self, source: Source, state: RunState) -> Begun | None:
-        """What was made ready, once, if that is where the loader goes on; not in a forked child."""
-        begun, self._begun = self._begun, None
-        expected = source is self._source and state == self._state and self._pid == os.getpid()
-        return begun if expected else None
+    def shards_ahead(self, n_bytes: int) -> list[int]:
+        """Shards that it begins with, about n_bytes (stored) of them."""
+        return self.share.shards_ahead(0, 0, n_bytes)
+
+    def prepare(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> None:
+        """Make the beginning ready: plan it, have its shards brought near, and begin to load its first windows.
+
+        Shards are brought near as far as ahead_bytes.
+
+        Windows take memory as any that come next would. Data that is not on this machine is loaded only where epochs
+        are known to follow one another, else a run of one epoch would fetch it for nothing.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            ready = self._ready = Future()
+        begun = None
+        try:
+            begun = self._begin(threads, pressure, ahead_bytes)
+        except TierCacheError:
+            pass  # who asks for the epoch hears of it
+        finally:
+            ready.set_result(begun)
+
+    def take(self, source: Source, state: RunState) -> tuple[OrderShare, Future[Begun | None] | None] | None:
+        """The epoch, once, if that is where the loader goes on: its share, and its beginning if it is being prepared.
+
+        None: the loader goes on elsewhere, or in a forked child.
+        """
+        if self._pid != os.getpid():  # the lock may be held for ever
+            return None
+        ready = self._end()
+        if source is not self._source or state != self._state:
+            return None
+        return self.share, ready
 
     def forget(self) -> None:
-        """Drop what was made ready: a copy that it may read from is gone."""
-        self._begun = None
+        """Drop what was made ready: a copy that it may read from is gone, or nobody wants it."""
+        if self._pid != os.getpid():
+            return
+        ready = self._end()
+        begun = ready.result() if ready is not None and ready.done() else None
+        for one in begun.loading if begun is not None else ():
+            one.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pid"):
+            self.forget()
+
+    def _end(self) -> Future[Begun | None] | None:
+        with self._lock:
+            self._is_over = True
+            ready, self._ready = self._ready, None
+        return ready
+
+    def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> Begun | None:
+        rest = self.share.pieces(0)
+        first = next(rest, None)
+        if first is None:
+            return None
+        pieces = itertools.chain([first], rest)
+        first.rows()
+        pairs = list(zip(first.windows, first.wanted, strict=True))
+        shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
+        self._source.prefetch([*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])])
+        if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
+            return Begun(pieces, ())
+        executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
+        loading = [Loading(self._source, *pair, executor, threads.n_threads) for pair in pairs]
+        executor.shutdown(wait=False)
+        for one in loading:
+            one.load_at_hand()
+        return Begun(pieces, tuple(loading))

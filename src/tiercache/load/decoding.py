@@ -24,11 +24,13 @@ import torch
 from tiercache.images.crop import draw_key, keyed_draws
 from tiercache.images.decoder import DecodeError, Decoder, load_libraries, stored_dtype
 from tiercache.load.assemble import TORCH_DTYPES, Batch
-from tiercache.load.broken import broken_picture, record_at
+from tiercache.load.broken import broken_picture, record_number
 from tiercache.load.pipeline import Pipeline, Resources, Work
 from tiercache.stats import Waits
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from tiercache.images.options import DecodeImage
     from tiercache.load.buffer import Buffer
     from tiercache.load.serving import Form
@@ -266,11 +268,12 @@ class _Opener:
 
     work: Work
     gathered: Pipeline
-    number: int = 0
+    number: int = field(init=False)
     key: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.key = draw_key(self.work.order.options.seed, self.work.order.epoch)
+        self.key = draw_key(self.work.share.seed, self.work.share.epoch)
+        self.number = self.work.first_batch
 
     def open(self) -> _Job:
         """The next batch; whatever goes wrong is told in its place in the order."""
@@ -279,10 +282,11 @@ class _Opener:
         if batch is None:
             return _Job(None)
         decode = self.work.serving.decode
-        n_rows = sum(stop - start for start, stop in self.work.ranks.batch(self.number))
+        positions = self.work.share.positions(self.number)
+        n_rows = len(positions)
         draws: Sequence[Sequence[float]] = [()] * n_rows
         if any(options.is_random for options in decode.values()):
-            draws = keyed_draws(self.key, self.work.ranks.batch(self.number)).tolist()
+            draws = keyed_draws(self.key, _runs(positions)).tolist()
         n_bytes = self.gathered.figures()["bytes_served"] - before
         columns = []
         for name, options in decode.items():
@@ -297,9 +301,8 @@ class _Opener:
     def error_of(self, job: _Job, task: int, said: DecodeError) -> Exception:
         """What the consumer is told of a picture that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
-        runs = self.work.ranks.batch(job.number)
-        position = [p for start, stop in runs for p in range(start, stop)][index]
-        record = record_at(self.work.order, self.work.source, position)
+        position = int(self.work.share.positions(job.number)[index])
+        record = record_number(self.work.source, *self.work.share.place(position))
         error = broken_picture(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # whose frames would hold the batch's memory
         return error
@@ -352,6 +355,13 @@ def _explained(opener: _Opener, job: _Job, task: int, said: DecodeError) -> Exce
         return error
 
 
+def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Positions, some after the other, as half-open runs."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
+    ends = np.concatenate([starts[1:], [len(positions)]])
+    return list(zip(positions[starts].tolist(), (positions[ends - 1] + 1).tolist(), strict=True))
+
+
 def _encoded(gathered: Buffer, valid: torch.Tensor | None) -> list[Any]:
     """Each picture's bytes, over the slot's memory; None for a null."""
     values, bounds = gathered.values.numpy(), gathered.offsets.tolist()
@@ -391,7 +401,7 @@ def _gathering(resources: Resources) -> Resources:
 
 def _longest(work: Work) -> int:
     """Records of the longest batch."""
-    return max(min(work.ranks.batch_size, work.ranks.n_records), 1)
+    return max(min(work.share.batch_size, work.share.n_records), 1)
 
 
 def _ahead(work: Work, resources: Resources) -> int:

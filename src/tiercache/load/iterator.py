@@ -7,19 +7,31 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from tiercache.errors import CorruptShard
 from tiercache.load.assemble import Batch
 from tiercache.load.decoding import start_pipeline
+from tiercache.load.draws import Draws
 from tiercache.load.pipeline import Resources, Work
 from tiercache.load.state import RunState
+from tiercache.load.tuples import as_tuple
 from tiercache.order import RankPlan
 
 logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
+
+
+class Progress(Protocol):
+    """How far an epoch is: moved by its iterator.
+
+    n_yielded: batches handed out since it began or was resumed; finished: whether its end was reached.
+    """
+
+    n_yielded: int
+    finished: bool
 
 
 class Position:
@@ -52,27 +64,33 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the loader's own arguments say of handing batches over. timeout_s: 0 for none."""
+    """What the loader's own arguments say of handing batches over.
+
+    timeout_s: 0 for none; draws: what the epoch draws from torch's random numbers.
+    """
 
     timeout_s: float
     pin_memory: bool
+    draws: Draws
 
 
 class NativeIterator(Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
 
-    def __init__(self, position: Position, work: Work, resources: Resources, delivery: Delivery) -> None:
+    def __init__(self, position: Progress, work: Work, resources: Resources, delivery: Delivery) -> None:
         self._position = position
         self._work = work
         self._resources = resources
         self._timeout_s = delivery.timeout_s if delivery.timeout_s > 0 else -1.0
         self._pin = _pinning() if delivery.pin_memory else None
+        self._names = work.serving.names  # of a tuple's entries
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # shards
+        self._draws = delivery.draws
         self._pipeline = start_pipeline(work, resources)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
         if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
             with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
@@ -83,7 +101,10 @@ class NativeIterator(Iterator[Batch]):
         return self
 
     def __len__(self) -> int:
-        return self._work.ranks.n_batches
+        return self._work.share.n_batches
+
+    def __getstate__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # as torch's iterators say
 
     def __del__(self) -> None:
         if hasattr(self, "_pipeline"):
@@ -106,9 +127,10 @@ class NativeIterator(Iterator[Batch]):
         for name, figure in figures.items():
             self._work.counters.add(name, figure)
 
-    def _take(self) -> Batch:
+    def _take(self) -> Any:
         if self._position.finished:
             raise StopIteration
+        self._draws.sample()
         try:
             batch = self._pipeline.take(self._timeout_s)
         except TimeoutError as error:
@@ -117,11 +139,16 @@ class NativeIterator(Iterator[Batch]):
             batch = self._take_healed(error)
         if batch is None:
             self._position.finished = True
-            self._work.counters.add("padded", self._work.ranks.padded)
+            self._draws.exhaust()
+            self._work.counters.add("padded", self._work.share.padded)
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        return self._pin(batch) if self._pin is not None else batch
+        if self._draws.ends_short and self._position.n_yielded == self._work.share.n_batches:
+            self._draws.exhaust()
+        if self._pin is not None:
+            batch = self._pin(batch)
+        return batch if self._names is None else as_tuple(batch, self._names)
 
     def _take_healed(self, error: CorruptShard) -> Batch | None:
         """The batch that could not be made, read again where a local copy was to blame.
@@ -143,9 +170,8 @@ class NativeIterator(Iterator[Batch]):
             self._count(self._pipeline.figures())
             if self._work.coming is not None:
                 self._work.coming.forget()
-            ranks = self._work.ranks
-            here = replace(ranks, offset=ranks.offset_after(self._position.n_yielded))
-            self._pipeline = start_pipeline(replace(self._work, ranks=here, begun=None), self._resources)
+            here = replace(self._work, first_batch=self._position.n_yielded, begun=None)
+            self._pipeline = start_pipeline(here, self._resources)
             try:
                 return self._pipeline.take(self._timeout_s)
             except CorruptShard as again:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tiercache.load.collate import collate
 from tiercache.load.options import LoaderOptions
+from tiercache.load.ranks import Rank
 from tiercache.load.run import Asked, NativeRun
+from tiercache.load.sampled import SampledRun
+from tiercache.load.sampling import Lead, tell_epoch
 from tiercache.load.source import Source
 from tiercache.load.state import RunState
 
+T_co = TypeVar("T_co", covariant=True)  # of a batch, as in torch: `DataLoader[Batch]` is a type
 
-class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships no types
+_NOT_OURS = "the data set is a {0.__class__.__name__}, not a tiercache.Dataset"
+_NO_PIN_DEVICE = (  # in torch's words
+    "pin_memory_device is deprecated, the current accelerator will be used as the device,ignore pin_memory_device='{}'."
+)
+
+
+class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata ships no types
     """torch's DataLoader with a state, and with a native path for `tiercache.Dataset`.
 
     The arguments are torch's (and torchdata's `snapshot_every_n_steps`), honoured as torch does; `options` is ours. A
-    `tiercache.Dataset` without a sampler, a batch sampler, a transform or a collate function of the user's takes the
-    native path: threads gather batches without Python, and `num_workers` starts no process. Everything else is
-    torchdata's StatefulDataLoader.
+    `tiercache.Dataset` without a transform or a collate function of the user's takes the native path: threads gather
+    batches without Python, and `num_workers` starts no process. A sampler or batch sampler only says which records; it
+    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is torchdata's
+    StatefulDataLoader.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -60,17 +72,12 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         snapshot_every_n_steps: int = 1,
         options: LoaderOptions | None = None,
     ) -> None:
-        source = getattr(dataset, "source", None)
-        ours = isinstance(source, Source)
-        why_not = f"the data set is a {type(dataset).__name__}, not a tiercache.Dataset"
-        if ours:
-            why_not = _why_not_native(
-                dataset, batch_size=batch_size, collate_fn=collate_fn, sampler=sampler, batch_sampler=batch_sampler
-            )
-        if options is not None and why_not:
-            raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}")
+        ours = isinstance(getattr(dataset, "source", None), Source)
+        why_not = _why_not_native(dataset, batch_size, collate_fn, batch_sampler) if ours else _NOT_OURS.format(dataset)
         if ours and collate_fn is None and batch_size is not None:
             collate_fn = collate if dataset.is_plain else default_collate
+        # Of the native path: torch's loader draws nothing when it is made, where torchdata's draws a seed.
+        random_state = None if why_not else torch.get_rng_state()
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -94,29 +101,43 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
                 in_order=in_order,
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
-        self._native: NativeRun | None = None
-        if isinstance(source, Source) and not why_not:
-            asked = Asked(
-                batch_size=int(batch_size or 1),
-                shuffle=bool(shuffle),
-                drop_last=drop_last,
-                timeout_s=timeout,
-                pin_memory=pin_memory,
-                generator=generator,
-                options=options or LoaderOptions(),
-                serving=dataset.serving,
+        if random_state is not None:
+            torch.set_rng_state(random_state)
+        if options is not None and why_not:
+            raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}")
+        self._sampled = sampler is not None or batch_sampler is not None
+        self._native: NativeRun | SampledRun | None = None
+        if not why_not:
+            self._native = self._run(
+                Asked(
+                    batch_size=int(batch_size or 1),
+                    shuffle=bool(shuffle),
+                    drop_last=drop_last,
+                    timeout_s=timeout,
+                    pin_memory=pin_memory,
+                    generator=generator,
+                    options=options or LoaderOptions(),
+                    serving=dataset.serving,
+                    num_workers=num_workers,
+                    persistent_workers=persistent_workers,
+                )
             )
-            self._native = NativeRun(source, asked)
 
     def __iter__(self) -> Any:
-        return super().__iter__() if self._native is None else self._native.iterate()
+        if self._native is None:
+            return super().__iter__()
+        if self.pin_memory and self.pin_memory_device:
+            warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
+        return self._native.iterate()
 
     def __len__(self) -> int:
         return super().__len__() if self._native is None else self._native.n_batches()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain values, for a checkpoint; on the native path equal on every rank."""
-        return super().state_dict() if self._native is None else self._native.state().to_dict()
+        if isinstance(self._native, NativeRun):
+            return self._native.state().to_dict()
+        return super().state_dict() if self._native is None else self._native.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a state was taken, on any number of ranks.
@@ -127,19 +148,28 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         """
         if self._native is None:
             super().load_state_dict(state_dict)
-        elif state_dict != {}:  # as torchdata: of a loader that has not begun
+        elif state_dict == {}:  # as torchdata: of a loader that has not begun
+            return
+        elif isinstance(self._native, NativeRun):
             self._native.load(RunState.from_dict(state_dict))
+        else:
+            self._native.load(state_dict)
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, ...) the next one; a state that was loaded for that epoch keeps its place in it."""
         if self._native is not None:
             self._native.set_epoch(epoch)
-        elif hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
+        else:
+            tell_epoch(self._index_sampler, epoch)
 
     def stats(self) -> dict[str, Any]:
         """What the native path has done so far, and what bounds it (docs/guide/loader.md). Empty on torch's path."""
         return {} if self._native is None else self._native.stats()
+
+    @property
+    def native_rank(self) -> Rank | None:
+        """Which share of each epoch the native path serves here, and who said so; None on torch's path."""
+        return None if self._native is None else self._native.rank()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: the copy goes on where this loader stands, with threads of its own."""
@@ -149,22 +179,43 @@ class DataLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata ships n
         self.__dict__.update(state)
         if state["_native"] is not None:
             asked, begun = state["_native"]
-            self._native = NativeRun(self.dataset.source, asked)
-            if begun is not None:
+            self._native = self._run(asked)
+            if begun is not None and self._native is not None:
                 self._native.load(begun)
 
     def __repr__(self) -> str:
         path = "torch's path" if self._native is None else str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
 
+    def _run(self, asked: Asked) -> NativeRun | SampledRun | None:
+        """The native path's way through the epochs; None: the sampler must be asked batch by batch, as torch does."""
+        source = self.dataset.source
+        if not self._sampled:
+            return NativeRun(source, asked)
+        _check_sampled(asked.options)
+        lead = Lead.of(self._index_sampler, asked.num_workers, self.prefetch_factor)
+        # A mixture's records have no place of their own: which one is the next of a part depends on the epoch.
+        return (
+            None if lead is None or source.mixture is not None else SampledRun(source, asked, self._index_sampler, lead)
+        )
 
-def _why_not_native(dataset: Any, *, batch_size: int | None, collate_fn: Any, **chosen: Any) -> str:
+
+def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
     """Why a loader of this data set of ours does not take the native path; "" if it does."""
-    given = [name for name, value in chosen.items() if value is not None]
-    if given:
-        return f"{given[0]}= was given"
-    if batch_size is None:
+    if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
     if not dataset.is_plain:
         return "the data set has a transform, or is of a subclass that says what a record is"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
+
+
+def _check_sampled(options: LoaderOptions) -> None:
+    """Raise ValueError for options of an order that a sampler says."""
+    defaults = LoaderOptions()
+    for name in ("rank", "world_size", "streams", "placement", "shuffle_group_bytes"):
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={value!r} is of tiercache's own order, and here a sampler says it: a rank is served what its "
+                "sampler says (torch's DistributedSampler splits records by rank); leave one of the two out"
+            )

@@ -9,6 +9,8 @@ from collections import defaultdict, deque
 import numpy as np
 import numpy.typing as npt
 
+from tiercache._native.ring import SpareMemory
+
 Bytes = npt.NDArray[np.uint8]
 
 _lent: dict[int, int] = {}  # token -> bytes, of the whole process; single dict operations, so no lock
@@ -27,6 +29,7 @@ class BatchMemory:
 
     def __init__(self, keep: int = 0) -> None:
         self.keep = keep
+        self._rings_spare = SpareMemory()  # a ring's pages are kept for the next epoch's in the same way
         # By size. Appended and popped from any thread, finalisers included, by single operations: no lock.
         self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
 

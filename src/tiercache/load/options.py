@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Literal
 
 from tiercache.model import parse_bytes
+from tiercache.order import MAX_STREAMS
 
 ALL = "all"
 
@@ -20,6 +22,10 @@ class LoaderOptions:
         rank, world_size: this process among those that share the epoch; None: torch.distributed, else its environment,
             else one rank.
         split_ranks: False: every rank is served everything.
+        streams: of the shuffled order, read side by side, each by a rank (or some neighbours) of its own; None: as many
+            as there are ranks when the run starts. Part of the state: a run goes on with those that it began with.
+        placement: "sticky": a stream, and so a rank, reads the same shards in all epochs of a run, and the ranks'
+            caches together hold the data set; "global": other shards in each epoch.
         shuffle_group_bytes: stored bytes of the shards that are read at a time (int, "4GiB" or "all").
         shuffle_window_bytes: raw bytes of the blocks that rows are mixed over (int, "256MiB" or "all"): what is in
             memory at a time.
@@ -33,6 +39,8 @@ class LoaderOptions:
     rank: int | None = None
     world_size: int | None = None
     split_ranks: bool = True
+    streams: int | None = None
+    placement: Literal["sticky", "global"] = "sticky"
     shuffle_group_bytes: int | str = "4GiB"
     shuffle_window_bytes: int | str = "256MiB"
     memory_bytes: int | str | None = None
@@ -44,12 +52,16 @@ class LoaderOptions:
         Raises:
             ValueError, TypeError: naming the option, what it takes and what was given.
         """
-        for name in ("seed", "rank", "world_size", "threads"):
+        for name in ("seed", "rank", "world_size", "streams", "threads"):
             self._as_int(name)
         if (self.rank is None) != (self.world_size is None):
             raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
         if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.streams is not None and not 1 <= self.streams <= MAX_STREAMS:
+            raise ValueError(f"streams must be 1 to {MAX_STREAMS}, got {self.streams}")
+        if self.placement not in ("sticky", "global"):
+            raise ValueError(f"placement must be 'sticky' or 'global', got {self.placement!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be 1 or more, got {self.threads}")
         for name in ("shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):

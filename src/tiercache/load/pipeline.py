@@ -2,7 +2,7 @@
 
 The planner (Python) brings windows into memory and pushes their rows to the ring (C threads), which gathers batches
 ahead of the consumer. A window is dropped when its last batch was taken, and only then the next but one is loaded: two
-windows are in memory at a time.
+windows of each stream are in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,47 +14,46 @@ import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiercache._native import gather
-from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring
+from tiercache._native.ring import CLOSED, END, FAILED, Ring
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.load.ahead import Ahead
 from tiercache.load.assemble import Assembler, BadValueError, Batch, valid_mask
-from tiercache.load.faults import bad_value
+from tiercache.load.faults import bad_cast, bad_value
 from tiercache.load.memory import BatchMemory
-from tiercache.load.plan import Piece, pieces
+from tiercache.load.planner import Shared, plan
 from tiercache.load.serving import Serving
-from tiercache.load.streams import form_table, gather_streams, slot_bytes
-from tiercache.load.window import Loaded, Threads, load_window
+from tiercache.load.streams import gather_streams, slot_bytes
+from tiercache.load.window import Threads, loading_pool
 from tiercache.shard.blocks import describe
+from tiercache.shard.cast import served_columns
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
     from tiercache.load.coming import Begun, Coming
+    from tiercache.load.share import Share
     from tiercache.load.source import Source
-    from tiercache.order import EpochOrder, RankPlan
     from tiercache.stats import Counters, Waits
 
 # Batches ahead: more hide longer stalls of the consumer. But what is ahead should still be in the processor's last
-# cache (32 MiB here) when it is read, with what the consumer has of it: beside a plain C gather in the same run batches
-# of 3 MiB came at 1.08 times its speed with 3 ahead and at 0.89 with 4, those of 5 MiB at 1.06 and 0.82; those of
-# 128 KiB at 1,600 thousand samples/s with 4 and 2,900 with 32.
-MAX_DEPTH, CACHED_DEPTH, MIN_DEPTH = 32, 3, 2
-CACHE_BYTES = 12 << 20
-# Threads that wait for stores: their time is the network's, so they are more than the cores.
-MIN_LOAD_THREADS = 4
-# A planner that reads footers when the pipeline is closed is not waited for any longer: it ends by itself.
-PLANNER_END_S = 1.0
-# What is brought near ahead of the windows, in shards of the largest size: fetches overlap with reading, the cache
-# stays free for the rest.
-SHARDS_AHEAD = 4
+# cache (32 MiB here, which the records pass through as well) when it is read, with what the consumer has of it. As a
+# large batch is gathered by all threads together, two ahead keep them busy: batches of 5 MiB came at 1.05 times the
+# speed of three ahead, those of 3 MiB at the same, with less processor time; those of 128 KiB came at 1,600 thousand
+# samples/s with 4 ahead and 2,900 with 32.
+MAX_DEPTH, MIN_DEPTH = 32, 2
+CACHE_BYTES = 8 << 20
+# A planner that reads footers when the pipeline is closed is not waited for any longer: it ends by itself. At the end
+# of an epoch it makes the next one ready, which the next one's planner waits for, and its consumer need not.
+PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
 
 _live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
@@ -70,35 +69,23 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a pipeline does: a source's epoch in an order, a rank's share of it, and how columns are served.
+    """What a pipeline does: a rank's share of an epoch of a source, and how columns are served.
 
-    memory: for decoded batches, kept from epoch to epoch by whoever begins the epochs; begun: how this epoch begins, if
-    the one before made that ready; coming: the epoch that may follow.
+    first_batch: of the share, from which on it is served; memory: for decoded batches, kept from epoch to epoch by
+    whoever begins the epochs; said: what the run has warned of; begun: how this epoch begins, if the one before makes
+    that ready; coming: the epoch that may follow.
     """
 
     source: Source
-    order: EpochOrder
-    ranks: RankPlan
+    share: Share
     counters: Counters
     waits: Waits
+    first_batch: int = 0
     serving: Serving = field(default_factory=Serving)
     memory: BatchMemory = field(default_factory=BatchMemory)
-    begun: Begun | None = None
+    said: set[str] = field(default_factory=set)
+    begun: Future[Begun | None] | None = None
     coming: Coming | None = None
-
-
-@dataclass(slots=True)
-class _Shared:
-    """What planner and consumer share.
-
-    pieces: pushed, oldest first, with the sequence's row after their last; stop: done when the planner shall end, so
-    that it can be waited for beside a window; forms: what lists of bytes may refer to, kept as long as they are filled.
-    """
-
-    pieces: deque[tuple[int, Piece, Loaded]] = field(default_factory=deque)
-    error: Exception | None = None
-    stop: Future[None] = field(default_factory=Future)
-    forms: NDArray[np.uint64] | None = None
 
 
 class Pipeline:
@@ -111,20 +98,20 @@ class Pipeline:
     def __init__(self, work: Work, resources: Resources) -> None:
         self._work = work
         self._assembler = Assembler(work.source.schema, work.serving)
-        self._stored_columns = work.source.stored_columns
         streams = gather_streams(work.source.schema, work.serving)
-        batch_rows = min(work.ranks.batch_size, max(work.ranks.n_records, 1))
-        expected_bytes = slot_bytes(streams, batch_rows)
+        batch_rows = min(work.share.batch_size, max(work.share.n_records, 1))
+        expected_bytes, about_bytes = slot_bytes(streams, batch_rows), _stored_bytes(work, batch_rows)
+        if (streams[:, 0] & 0xFF == gather.VAR).any():  # with room for a batch that is longer than most
+            expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
         self._ring = Ring(
             streams,
             batch_rows=batch_rows,
-            depth=_depth(max(expected_bytes, _stored_bytes(work, batch_rows)), resources.memory_bytes),
+            depth=_depth(max(expected_bytes, about_bytes), resources.memory_bytes),
             n_threads=resources.n_threads,
             slot_bytes=expected_bytes,
         )
-        self._shared = _Shared()
-        n_loading = max(MIN_LOAD_THREADS, resources.n_threads)
-        self._pool = ThreadPoolExecutor(n_loading, "tiercache-load")
+        self._shared = Shared()
+        self._pool = loading_pool(resources.n_threads)
         threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
@@ -134,7 +121,7 @@ class Pipeline:
         self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
         self._planner = threading.Thread(
-            target=_plan, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
+            target=plan, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
         _live.add(self)
         self._planner.start()
@@ -161,10 +148,11 @@ class Pipeline:
             return
         with contextlib.suppress(InvalidStateError):  # done before
             self._shared.stop.set_result(None)
+        self._work.share.close()
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
-            self._planner.join(PLANNER_END_S)
+            self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
         with self._taking:  # the lists of a batch are filled from the windows
             self._ahead.clear()
             self._ring.forget()
@@ -193,7 +181,7 @@ class Pipeline:
     def _take(self, timeout_s: float) -> Batch | None:
         try:
             slot = self._next_filled(timeout_s) if self._assembler.bytes_streams else self._next_slot(timeout_s)
-        except (OSError, gather.CorruptError) as error:
+        except (OSError, gather.CorruptError, gather.CastError) as error:
             raise self._failed(error) from error
         except MemoryError:
             self.close()  # its batch is lost: going on would serve the next one as if nothing had been
@@ -243,7 +231,7 @@ class Pipeline:
         if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
             try:
                 coming: Slot | int | Exception = self._started(self._ring.take(0.0))
-            except (OSError, gather.CorruptError, MemoryError) as error:
+            except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
                 coming = error.with_traceback(None)  # in its place in the order; its frames would hold this pipeline
             if not isinstance(coming, int):
                 self._ahead.append(coming)
@@ -257,6 +245,7 @@ class Pipeline:
 
     def _stop(self, status: int, timeout_s: float) -> None:
         if status == END:
+            self._shared.ended = True
             self.close()
             return
         if status == FAILED and self._shared.error is not None:
@@ -271,19 +260,18 @@ class Pipeline:
         """The batch with its ARROW columns, in the schema's order."""
         places = list(self._places(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
-            column = self._stored_columns[index]
-            values = [loaded.value(block, row, column) for loaded, block, row in places]
+            values = [loaded.value(block, row, index) for loaded, block, row in places]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
                 batch[f"{name}.valid"] = valid_mask(values)
         return {name: batch[name] for name in self._assembler.order}
 
     def _places(self, start: int, stop: int) -> Any:
-        """(window, block, row) of rows [start, stop) of the sequence."""
-        for end, piece, loaded in list(self._shared.pieces):  # the planner appends at any time
-            first = end - len(piece.row)
+        """(window, block in it, row in the block) of rows [start, stop) of the sequence."""
+        for end, pushed in list(self._shared.pieces):  # the planner appends at any time
+            first = end - len(pushed.row)
             for row in range(max(start, first), min(stop, end)):
-                yield loaded, int(piece.block[row - first]), int(piece.row[row - first])
+                yield *pushed.joined.find(int(pushed.block[row - first])), int(pushed.row[row - first])
 
     def _failed(self, error: OSError | ValueError) -> TierCacheError:
         found = self._explain(error)
@@ -296,8 +284,12 @@ class Pipeline:
         source = self._work.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
-        stop = self._taken_rows + self._work.ranks.batch_size
+        stop = self._taken_rows + self._work.share.batch_size
+        served = served_columns(source.schema, self._work.serving.cast if isinstance(error, gather.CastError) else {})
         for loaded, block, row in self._places(self._taken_rows, stop):
+            misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
+            if misfit is not None:
+                return misfit
             loaded.held[loaded.holder[block]].forget_checks()  # the file may have been damaged since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
@@ -337,63 +329,12 @@ def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None
 
 def _depth(batch_bytes: int, memory_bytes: int) -> int:
     """How many batches to gather ahead."""
-    wanted = max(CACHED_DEPTH, min(MAX_DEPTH, CACHE_BYTES // max(batch_bytes, 1)))
-    return max(MIN_DEPTH, min(wanted, memory_bytes // max(batch_bytes, 1)))
+    return max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, memory_bytes) // max(batch_bytes, 1)))
 
 
 def _stored_bytes(work: Work, n_rows: int) -> int:
     """About what so many records take as stored: the measure for columns whose records differ in length."""
-    return int(work.source.shard_bytes.sum()) // max(work.ranks.n_records, 1) * n_rows
-
-
-def _plan(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
-    """The planner thread: push each piece of the epoch, at most one window ahead of the one that is served."""
-    is_planned = False
-    try:
-        _push_pieces(work, ring, shared, threads)
-        ring.finish()
-        is_planned = True  # what goes wrong from here on is of the next epoch, and is heard of when that comes
-        if work.coming is not None and not shared.stop.done():
-            work.coming.prepare(threads)
-    except CancelledError:  # close() while a window was being loaded
-        ring.finish(failed=True)
-    except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place in the order
-        if not is_planned and not shared.stop.done():
-            shared.error = error
-        ring.finish(failed=True)
-
-
-def _push_pieces(work: Work, ring: Ring, shared: _Shared, threads: Threads) -> None:
-    begun = work.begun
-    loaded = begun.loaded if begun else None
-    pushed_rows = 0
-    forms = shared.forms = form_table(work.source.schema, work.serving)
-    shard_bytes = int(work.source.shard_bytes.max(initial=1))
-    near = Ahead(threads, int(work.source.shard_bytes.sum()))
-    start_s = time.perf_counter()
-    for piece in begun.pieces if begun else pieces(work.order, work.ranks):
-        work.counters.add("plan_s", time.perf_counter() - start_s)
-        if loaded is not None and not loaded.covers(piece):
-            loaded = None  # before the next is loaded: its memory may be needed
-        if not ring.wait_room(1):  # within a window too: its rows in served order take 8 bytes each
-            return
-        if loaded is None:
-            start_s = time.perf_counter()
-            ahead = work.order.shards_ahead(piece.window.start, SHARDS_AHEAD * shard_bytes)
-            # The window's own first: what comes after must not be fetched before them.
-            work.source.prefetch([*dict.fromkeys(piece.window.shards[piece.wanted].tolist()), *ahead.tolist()])
-            loaded = load_window(work.source, piece.window, piece.wanted, threads)
-            # Near before a row of it is asked for, while the window before is served.
-            for read in near.bring_near(loaded) if pushed_rows else ():
-                threads.result(read)
-            work.counters.add("load_s", time.perf_counter() - start_s)
-        is_first, pushed_rows = pushed_rows == 0, pushed_rows + len(piece.row)
-        shared.pieces.append((pushed_rows, piece, loaded))
-        if not ring.push(Plan(loaded.addresses, piece.block, piece.row, loaded, loaded.checks, forms)):
-            return
-        if is_first:  # the first batch does not wait for its whole window
-            near.bring_near(loaded)
-        start_s = time.perf_counter()
+    return int(work.source.shard_bytes.sum()) // max(work.share.n_records, 1) * n_rows
 
 
 @atexit.register

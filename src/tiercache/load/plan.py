@@ -1,77 +1,251 @@
-"""What a rank is served of each window: pure, from the order and the rank's share to pieces of rows."""
+"""What a rank is served of each stretch of its streams: pure, from the order and the rank's share to pieces of rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from tiercache.order import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from tiercache.order import EpochOrder, RankPlan, Window
+    from tiercache.order import Order, RankPlan, Stretch
 
 # A window is handed on in pieces, the first one small and each four times the one before: the rows of a window of 10^8
 # records take seconds to compute (80 ns each), the first batch must not; and a piece is computed in about the time in
 # which the fastest consumers are served the one before.
 FIRST_PIECE_ROWS = 1 << 13
 PIECE_ROWS = 1 << 20
+# Asking a stretch for a run of rows takes 2.6 us, and a row 14 to 80 ns: runs that lie further apart than so many rows
+# are asked for one by one. Of 4 ranks on one stream a row costs 25 ns so (batches of 256), and 66 where all that lies
+# between is computed (batches of 8).
+_CALL_ROWS = 128
+# A rank that takes fewer rows of a stretch than so many times its blocks leaves one block in seven (e^-2) untouched:
+# it is worth while to find out which. But not to look through more positions than this (10 ms).
+_SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lot:
+    """Rows of a piece that lie in one stretch: where they stand in the piece (None: they are all), where they lie.
+
+    at: positions in the stream, rising.
+    """
+
+    stretch: Stretch
+    places: NDArray[np.int64] | None
+    at: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one window in served order.
+    """Rows in served order, over which the windows of the rank's streams do not change. Immutable.
 
-    block (into the window's blocks), row: uint32[n]; wanted: bool[n_blocks], the blocks that these and the window's
-    later pieces need.
+    Attributes:
+        windows: of one or several streams. Those that later pieces go on with stand here too, so that a window is in
+            all pieces from its first row's to its last row's, as the same object.
+        n_rows: of the piece.
+        wanted: bool[n_blocks] for each window: the blocks that the pieces of the window need, this one or later ones.
     """
 
-    window: Window
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    wanted: NDArray[np.bool_]
+    windows: tuple[Window, ...]
+    n_rows: int
+    wanted: tuple[NDArray[np.bool_], ...]
+    _lots: tuple[_Lot, ...]
+    _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def batch_rows(self) -> NDArray[np.uint32] | None:
+        """None: all batches have the loader's size. Those of a sampler (load/feed.py) say how many rows each has."""
+        return None
+
+    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Where the rows lie; computed when asked for the first time, and kept. Not to be written to.
+
+        Returns:
+            block: uint32[n_rows], counted through the blocks of the windows one after the other; row: uint32[n_rows],
+            the row inside its block.
+        """
+        if not self._found:
+            self._found.append(self._find())
+        return self._found[0]
+
+    @property
+    def touched(self) -> tuple[NDArray[np.bool_], ...]:
+        """bool[n_blocks] for each window: the blocks of this piece's own rows. Computes the rows."""
+        ends = np.cumsum([len(window.blocks) for window in self.windows])
+        touched = np.zeros(ends[-1], np.bool_)
+        touched[self.rows()[0]] = True
+        return tuple(np.split(touched, ends[:-1]))
+
+    def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        block, row = np.empty(self.n_rows, np.uint32), np.empty(self.n_rows, np.uint32)
+        first_block = 0
+        for lot in self._lots:
+            if len(lot.at):
+                found = _rows_at(lot.stretch, lot.at)
+                if first_block:
+                    np.add(found[0], np.uint32(first_block), out=found[0])
+                if lot.places is None:
+                    return found
+                block[lot.places], row[lot.places] = found
+            first_block += sum(len(window.blocks) for window in lot.stretch.windows)
+        return block, row
 
 
-def pieces(order: EpochOrder, ranks: RankPlan) -> Iterator[Piece]:
-    """What the rank is served from its offset to the end of the epoch, in order, padding last."""
-    full_stop = ranks.offset + ranks.n_full * ranks.global_batch
-    size = FIRST_PIECE_ROWS
-    position = ranks.offset
-    while position < full_stop:
-        window = order.window_at(position)
-        stop = min(position + size, window.stop, full_stop)
-        piece = _share(window, position, stop, ranks)
-        if len(piece.row):
-            yield piece
-        position, size = stop, min(4 * size, PIECE_ROWS)
-    if ranks.n_left:
-        for start, stop in ranks.batch(ranks.n_full):
-            yield from _run(order, start, stop)
+def pieces(
+    order: Order, ranks: RankPlan, first_rows: int = FIRST_PIECE_ROWS, max_rows: int = PIECE_ROWS
+) -> Iterator[Piece]:
+    """What the rank is served from its offset to the end of the epoch, in order, padding last.
+
+    A piece ends where a window of one of its streams ends, or at its size, whatever the batches: the first one has
+    first_rows at most, each next one four times as many, up to max_rows. Pieces need footers when they are made
+    (`Order.stretch_at`), and what that raises passes through.
+    """
+    cutter = _Cutter(order, ranks)
+    full_stop = ranks.n_full * ranks.batch_size
+    row, n_rows = 0, first_rows
+    while row < ranks.n_served:
+        stop = min(row + n_rows, full_stop if row < full_stop else ranks.n_served)
+        if row == full_stop and ranks.padded:
+            cutter = _Cutter(order, ranks)  # the record lies behind: what is held does not count as needed from there
+        yield from cutter.cut(ranks.positions_between(row, stop), is_last=stop == ranks.n_served)
+        row, n_rows = stop, min(4 * n_rows, max_rows)
 
 
-def _share(window: Window, start: int, stop: int, ranks: RankPlan) -> Piece:
-    """The rank's rows among positions [start, stop) of full global batches."""
-    block, row = window.rows(start - window.start, stop - window.start)
-    if ranks.world_size > 1:
-        positions = np.arange(start - ranks.offset, stop - ranks.offset)
-        mine = positions % ranks.global_batch // ranks.batch_size == ranks.rank
-        block, row = block[mine], row[mine]
-    if window.key is not None:
-        return Piece(window, block, row, np.ones(len(window.blocks), np.bool_))
-    return Piece(
-        window, block, row, window.first[1:] > start - window.start
-    )  # unshuffled and resumed: what lies behind is not needed
+@dataclass(slots=True)
+class _Lane:
+    """What some rows take of one stream. places: of the rows, among all; at: positions in the stream; both rise."""
+
+    stream: int
+    places: NDArray[np.int64]
+    at: NDArray[np.int64]
+    n_cut: int = 0  # rows that are in pieces already
 
 
-def _run(order: EpochOrder, start: int, stop: int) -> Iterator[Piece]:
-    while start < stop:
-        window = order.window_at(start)
-        end = min(stop, window.stop)
-        block, row = window.rows(start - window.start, end - window.start)
-        wanted = np.zeros(len(window.blocks), np.bool_)
-        wanted[block] = True
-        yield Piece(window, block, row, wanted)
-        start = end
+class _Cutter:
+    """Cuts runs of a rank's rows where stretches end. Keeps each stream's stretch as long as it is in use."""
+
+    def __init__(self, order: Order, ranks: RankPlan) -> None:
+        self._order = order
+        self._ranks = ranks
+        self._held: dict[int, tuple[Stretch, tuple[NDArray[np.bool_], ...]]] = {}
+
+    def cut(self, positions: NDArray[np.int64], is_last: bool) -> Iterator[Piece]:
+        """positions: int64[n], of rows one after the other; is_last: whether they are the last ones."""
+        lanes = _lanes(positions, self._order.n_streams)
+        start, n = 0, len(positions)
+        last_position = None if is_last else int(positions[-1])
+        self._let_go(lanes, last_position)
+        while start < n:
+            stop = n
+            # By their next rows: then a stretch is not looked for before a row of it is in the piece.
+            going = [lane for lane in lanes if lane.n_cut < len(lane.at)]
+            for lane in sorted(going, key=lambda lane: lane.places[lane.n_cut]):
+                if lane.places[lane.n_cut] < stop:
+                    ends_at = self._hold(lane, is_last)
+                    if ends_at < len(lane.at):
+                        stop = min(stop, int(lane.places[ends_at]))
+            yield self._piece(lanes, start, stop)
+            start = stop
+            self._let_go(lanes, last_position)
+
+    def _hold(self, lane: _Lane, is_last: bool) -> int:
+        """Hold the stretch of the lane's next row; the number of the lane's first row that lies behind it."""
+        position = int(lane.at[lane.n_cut])
+        held = self._held.get(lane.stream)
+        stretch = held[0] if held else None
+        if stretch is None or not stretch.start <= position < stretch.stop:
+            stretch = self._order.stretch_at(lane.stream, position)
+            rest = lane.at[lane.n_cut : np.searchsorted(lane.at, stretch.stop)] if is_last else None
+            self._held[lane.stream] = stretch, self._wanted(lane.stream, stretch, position, rest)
+        return int(np.searchsorted(lane.at, stretch.stop))
+
+    def _piece(self, lanes: list[_Lane], start: int, stop: int) -> Piece:
+        """The piece of rows [start, stop), which are cut off their lanes."""
+        lots: list[_Lot] = []
+        wanted: list[NDArray[np.bool_]] = []
+        by_stream = {lane.stream: lane for lane in lanes}
+        for stream in sorted(self._held):
+            stretch, blocks = self._held[stream]
+            places = at = _NO_ROWS
+            lane = by_stream.get(stream)
+            if lane is not None:
+                end = int(np.searchsorted(lane.places, stop))
+                taken = slice(lane.n_cut, end)
+                places, at, lane.n_cut = lane.places[taken] - start, lane.at[taken], end
+            lots.append(_Lot(stretch, None if len(at) == stop - start else places, at))
+            wanted += blocks
+        windows = tuple(window for lot in lots for window in lot.stretch.windows)
+        return Piece(windows, stop - start, tuple(wanted), tuple(lots))
+
+    def _let_go(self, lanes: list[_Lane], last_position: int | None) -> None:
+        """Let go of stretches that are served. last_position: of all lanes, if other rows follow; None: they do not."""
+        by_stream = {lane.stream: lane for lane in lanes}
+        for stream, (stretch, _) in list(self._held.items()):
+            lane = by_stream.get(stream)
+            if lane is not None and lane.n_cut < len(lane.at):
+                goes_on = stretch.start <= lane.at[lane.n_cut] < stretch.stop
+            else:
+                end = (stretch.stop - 1) * self._order.n_streams + stream
+                goes_on = last_position is not None and end > last_position
+            if not goes_on:
+                del self._held[stream]
+
+    def _wanted(
+        self, stream: int, stretch: Stretch, position: int, rest: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.bool_], ...]:
+        """The blocks of a stretch that the rank needs from a position on. rest: its rows there, if they are known."""
+        n_blocks = [len(window.blocks) for window in stretch.windows]
+        n_left, ranks = stretch.stop - position, self._ranks
+        sharing = max(ranks.world_size // self._order.n_streams, 1) if not ranks.ignores_streams else ranks.world_size
+        n_rows = n_left // sharing if rest is None else len(rest)
+        if n_rows <= _SPARSE_ROWS * sum(n_blocks) and n_left <= _SPARSE_POSITIONS:
+            if rest is None:
+                rest = np.arange(position, stretch.stop, dtype=np.int64)
+                rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
+            found = np.zeros(sum(n_blocks), np.bool_)
+            found[_rows_at(stretch, rest)[0]] = True
+        else:
+            found = np.ones(sum(n_blocks), np.bool_)
+            if isinstance(stretch, Window) and stretch.key is None:  # what lies behind is not needed
+                found = stretch.first[1:] > position - stretch.start
+        return tuple(np.split(found, np.cumsum(n_blocks)[:-1]))
+
+
+def _lanes(positions: NDArray[np.int64], n_streams: int) -> list[_Lane]:
+    """Rows at these positions by stream."""
+    n = len(positions)
+    if n_streams == 1:
+        return [_Lane(0, np.arange(n), positions)]
+    at, streams = np.divmod(positions, n_streams)
+    if (streams == streams[0]).all():
+        return [_Lane(int(streams[0]), np.arange(n), at)]
+    streams = streams.astype(np.uint16)  # sorted in linear time, 10 ns each
+    turn = np.argsort(streams, kind="stable")
+    ends = np.flatnonzero(np.diff(streams[turn])) + 1
+    return [_Lane(int(streams[places[0]]), places, at[places]) for places in np.split(turn, ends)]
+
+
+def _rows_at(stretch: Stretch, at: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Places of positions of a stream that rise: those between them are skipped where they are many."""
+    first, n = int(at[0]) - stretch.start, len(at)
+    n_spanned = int(at[-1] - at[0]) + 1
+    if n_spanned == n:
+        return stretch.rows(first, first + n)
+    breaks = np.flatnonzero(np.diff(at) != 1) + 1
+    if len(breaks) * _CALL_ROWS >= n_spanned - n:
+        block, row = stretch.rows(first, first + n_spanned)
+        chosen = at - at[0]
+        return block[chosen], row[chosen]
+    starts = np.concatenate([[0], breaks])
+    lengths = np.diff(np.append(starts, n))
+    runs = zip((at[starts] - stretch.start).tolist(), lengths.tolist(), strict=True)
+    found = [stretch.rows(lo, lo + length) for lo, length in runs]
+    return np.concatenate([block for block, _ in found]), np.concatenate([row for _, row in found])

@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import torch.distributed as dist
 
 from tiercache import config
@@ -29,7 +28,7 @@ class Rank:
 
     rank: int
     world_size: int
-    origin: Literal["options", "torch.distributed", "environment", "alone"]
+    origin: Literal["options", "torch.distributed", "environment", "alone", "sampler"]
     local_ranks: int = 1
 
     def __str__(self) -> str:
@@ -63,29 +62,32 @@ def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, 
         alike: plain values that all ranks were given alike.
 
     Raises:
-        ValueError: one of `alike` differs from rank 0's.
+        ValueError: on every rank, where one of `alike` differs on one of them.
     """
     if rank.origin != "torch.distributed" or rank.world_size == 1:
         return mine
-    shared = [(mine, alike)]
-    dist.broadcast_object_list(shared, src=0)
-    agreed, first = shared[0]
-    for name, value in alike.items():
-        if value != first[name]:
-            raise ValueError(f"{name}={value!r} on rank {rank.rank} differs from rank 0's {first[name]!r}")
+    # Gathered and not broadcast: every rank sees who differs, so that none goes on to wait for those that raised.
+    gathered: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(gathered, (mine, alike))
+    agreed: dict[str, Any]
+    agreed, first = gathered[0]
+    for other, (_, theirs) in enumerate(gathered):
+        for name, value in theirs.items():
+            if value != first[name]:
+                raise ValueError(f"{name}={value!r} on rank {other} differs from rank 0's {first[name]!r}")
     return agreed
 
 
-def draw_seed(rank: Rank, generator: torch.Generator | None) -> int:
-    """A seed for the run: from the generator or torch's own, as torch's RandomSampler draws one.
+def must_not_draw(rank: Rank) -> bool:
+    """Whether the run must take seed 0, with a warning: ranks that cannot talk would each draw their own.
 
-    Ranks that cannot talk to each other would each draw their own and serve records twice: they take 0, with a warning.
+    They would serve records twice, and others not at all.
     """
-    if rank.world_size > 1 and rank.origin != "torch.distributed":
-        warnings.warn(
-            f"{rank} without torch.distributed and without a seed: the order is that of seed 0; "
-            "give LoaderOptions(seed=...) and Dataset(version=...) so that all ranks read the same",
-            stacklevel=6,  # the caller of iter(loader) or loader.state_dict()
-        )
-        return 0
-    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+    if rank.world_size == 1 or rank.origin == "torch.distributed":
+        return False
+    warnings.warn(
+        f"{rank} without torch.distributed and without a seed: the order is that of seed 0; "
+        "give LoaderOptions(seed=...) and Dataset(version=...) so that all ranks read the same",
+        stacklevel=6,  # the caller of iter(loader) or loader.state_dict()
+    )
+    return True

@@ -1,72 +1,29 @@
-"""Records and batches of a map-style data set.
-
-Values of many shards joined, and records that carry the batch they were gathered as.
-"""
+"""Records of a map-style data set that carry the batch they were gathered as."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, SupportsIndex
-
-import numpy as np
+from typing import Any, SupportsIndex
 
 from tiercache.load.serving import Serving
-from tiercache.shard.types import Column, Kind
-from tiercache.shard.values import ColumnValues, as_records, gather_values
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.shard.types import Schema
+from tiercache.load.tuples import record_tuple
+from tiercache.shard.types import Schema
+from tiercache.shard.values import ColumnValues, as_records
 
 Record = dict[str, Any]
 
 
-def join(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
-    """Values of several reads as one: parts[k]'s values go to places[k], which together are 0..n-1, each once."""
-    if len(parts) == 1:  # in the order asked for already: places of a single part are sorted
-        return list(parts[0])
-    n = sum(len(place) for place in places)
-    return [_join_column([part[c] for part in parts], places, n) for c in range(len(parts[0]))]
+def served_records(columns: Sequence[ColumnValues], serving: Serving) -> list[Any]:
+    """Each record of some columns, as a data set gives it: a dict, or a tuple where that is asked for."""
+    records = as_records(columns)
+    if serving.names is None:
+        return records
+    schema = Schema([found.column for found in columns])
+    return [record_tuple(record, serving.names, schema) for record in records]
 
 
-def _join_column(parts: Sequence[ColumnValues], places: Sequence[NDArray[np.int64]], n: int) -> ColumnValues:
-    first, values = parts[0], _room(parts[0].values, n)
-    valid = None if first.valid is None else np.empty(n, np.bool_)
-    for part, place in zip(parts, places, strict=True):
-        if isinstance(values, list):
-            for at, value in zip(place.tolist(), part.values, strict=True):
-                values[at] = value
-        else:
-            values[place] = part.values
-        if valid is not None:
-            valid[place] = part.valid
-    return ColumnValues(first.column, values, valid)
-
-
-def _room(like: Any, n: int) -> Any:
-    if isinstance(like, list):
-        return [None] * n
-    if isinstance(like, np.ndarray):
-        return np.empty((n, *like.shape[1:]), like.dtype)
-    return like.new_empty((n, *like.shape[1:]))  # bfloat16: a torch tensor
-
-
-def none_of(schema: Schema) -> list[ColumnValues]:
-    """The values of no records at all."""
-    nowhere = np.empty(0, np.uint32)
-    return [_none_of_column(column, nowhere) for column in schema.columns]
-
-
-def _none_of_column(column: Column, nowhere: NDArray[np.uint32]) -> ColumnValues:
-    if column.kind is Kind.ARROW:
-        return ColumnValues(column, [], np.empty(0, np.bool_) if column.nullable else None)
-    addresses = np.zeros((len(column.streams(0)), 1, 3), np.uint64)
-    return gather_values(column, addresses, nowhere, nowhere, url="")
-
-
-class Records(list[Record]):
+class Records(list[Any]):
     """A list of records that is made only when somebody looks; `columns` are the same rows, column by column.
 
     serving: the forms that a batch of them has.
@@ -85,7 +42,7 @@ class Records(list[Record]):
     def _make(self) -> None:
         if self._n_unmade is not None:
             self._n_unmade = None
-            self.extend(as_records(self.columns))
+            self.extend(served_records(self.columns, self.serving))
 
     @property
     def as_gathered(self) -> bool:

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import logging
 import operator
+import warnings
 import weakref
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 
-from tiercache import config
 from tiercache.load.coming import Coming
+from tiercache.load.draws import Draws, next_seed
+from tiercache.load.epochs import epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.figures import summarise
 from tiercache.load.iterator import Delivery, NativeIterator, Position
 from tiercache.load.memory import BatchMemory
 from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import Resources, Work
-from tiercache.load.ranks import Rank, agree, draw_seed, find_rank
+from tiercache.load.pipeline import Work
+from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
+from tiercache.load.resources import Machine
 from tiercache.load.serving import Serving
 from tiercache.load.source import Source
 from tiercache.load.state import RunState, reopen
-from tiercache.model import parse_bytes
-from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.order import RankPlan
 from tiercache.stats import Counters, Waits
 
 logger = logging.getLogger("tiercache")
 
-# Of the memory limit, for batches ahead: enough for 32 batches of 8 MiB, little beside a model.
-_MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the loader's own arguments say of the native path."""
+    """What the loader's own arguments say of the native path.
+
+    num_workers, persistent_workers: start no process here; but torch's loader then draws its random numbers otherwise.
+    """
 
     batch_size: int
     shuffle: bool
@@ -44,6 +46,8 @@ class Asked:
     generator: torch.Generator | None
     options: LoaderOptions
     serving: Serving = field(default_factory=Serving)
+    num_workers: int = 0
+    persistent_workers: bool = False
 
 
 class NativeRun:
@@ -66,6 +70,9 @@ class NativeRun:
         self._counters = Counters("padded")
         self._waits = Waits()
         self._memory = BatchMemory()
+        self._said: set[str] = set()
+        self._n_epochs = 0  # that iter() began
+        self._machine = Machine(asked.options)
         self._figures_before = dict(source.figures())
 
     def rank(self) -> Rank:
@@ -74,7 +81,7 @@ class NativeRun:
 
     def state(self) -> RunState:
         """Where the run stands; begins it (draws a seed) where it has not begun."""
-        return self._begin() if self._position is None else self._position.state()
+        return self._begin(drawn=False) if self._position is None else self._position.state()
 
     @property
     def recipe(self) -> tuple[Asked, RunState | None]:
@@ -83,12 +90,26 @@ class NativeRun:
 
     def load(self, state: RunState) -> None:
         """Go on from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
-        options, asked = self._options, self._asked
-        defaults = LoaderOptions()
+        self._check(state)
+        order_options(state)  # refuses an order that this release does not know
+        source = reopen(self._dataset, state)
+        n_records = epoch_records(source)
+        if state.offset > n_records:
+            raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
+        self._use(source)
+        self._state = state
+        self._position = None
+
+    def _check(self, state: RunState) -> None:
+        """Raise ValueError for what was asked for and differs from a state."""
+        options, asked, defaults = self._options, self._asked, LoaderOptions()
         checks = [
             ("shuffle", asked.shuffle, state.shuffle, True),
             ("drop_last", asked.drop_last, state.drop_last, True),
+            ("mixture", mixture_values(self._dataset), state.mixture, True),
             ("seed", options.seed, state.seed, options.seed is not None),
+            ("streams", options.streams, state.streams, options.streams is not None and asked.shuffle),
+            ("placement", options.placement, state.placement, options.placement != defaults.placement),
             (
                 "shuffle_group_bytes",
                 options.group_bytes,
@@ -107,14 +128,6 @@ class NativeRun:
                 raise ValueError(
                     f"{name}={mine!r} differs from the state's {theirs!r}: the order would not be the one to resume"
                 )
-        _order_options(state)  # refuses an order that this release does not know
-        source = reopen(self._dataset, state)
-        n_records = int(source.shard_records.sum())
-        if state.offset > n_records:
-            raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
-        self._use(source)
-        self._state = state
-        self._position = None
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the next one."""
@@ -131,35 +144,65 @@ class NativeRun:
         """Batches of a whole epoch at this rank."""
         rank = self.rank()
         return RankPlan(
-            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, self._n_records()
+            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, epoch_records(self._source)
         ).n_batches
 
     def iterate(self) -> NativeIterator:
         """The next epoch's batches."""
-        state = self._begin() if self._position is None else self._position.next_state()
+        draws = self._draw()
+        state = self._begin(drawn=True) if self._position is None else self._position.next_state()
         rank = self.rank()
-        plan_epoch = partial(_plan_epoch, self._layout(), rank, self._asked.batch_size)
-        begun = None if self._coming is None else self._coming.take(self._source, state)
-        order, plan = plan_epoch(state) if begun is None else (begun.order, begun.ranks)
-        position = Position(state, plan)
-        coming = Coming(self._source, position.next_state(), plan_epoch)
+        plan_share = partial(plan_epoch, self._source, rank, self._asked.batch_size)
+        found = None if self._coming is None else self._coming.take(self._source, state)
+        share, begun = (plan_share(state), None) if found is None else found
+        if share.ranks.ignores_streams:
+            self._warn_of_streams(share.ranks)
+        position = Position(state, share.ranks)
+        coming = Coming(self._source, position.next_state(), plan_share, is_expected=self._n_epochs > 0)
         work = Work(
             source=self._source,
-            order=order,
-            ranks=plan,
+            share=share,
             counters=self._counters,
             waits=self._waits,
             serving=self._asked.serving,
             memory=self._memory,
+            said=self._said,
             begun=begun,
             coming=coming,
         )
-        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory)
-        iterator = NativeIterator(position, work, self._resources(rank), delivery)
+        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
+        iterator = NativeIterator(position, work, self._machine.resources(rank), delivery)
+        if self._asked.num_workers:
+            draws.sample()  # workers are sent their first indices in iter()
         self._position = position  # only now: an iterator that could not be made is no epoch
         self._coming = coming
+        self._n_epochs += 1
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
+
+    def _draw(self) -> Draws:
+        """Draw from torch's random numbers what torch's loader draws in iter()."""
+        asked = self._asked
+        n_records = epoch_records(self._source)
+        ends_short = not asked.drop_last and n_records % asked.batch_size > 0
+        draws = Draws(asked.generator, asked.shuffle, n_records, ends_short)
+        if not (asked.persistent_workers and asked.num_workers and self._n_epochs):
+            draws.begin()
+        return draws
+
+    def _warn_of_streams(self, ranks: RankPlan) -> None:
+        """Say, once, that ranks read blocks of one another."""
+        if "streams" in self._said:
+            return
+        self._said.add("streams")
+        warnings.warn(
+            f"the order's {ranks.n_streams} streams do not divide a global batch of {ranks.global_batch} records "
+            f"({ranks.world_size} ranks of {ranks.batch_size}): each rank takes a run of it, whatever the streams, and "
+            "blocks are read by more than one of them; a batch_size that makes the global batch a multiple of "
+            f"{ranks.n_streams} avoids that",
+            RuntimeWarning,
+            stacklevel=4,  # the caller of iter(loader)
+        )
 
     def stats(self) -> dict[str, Any]:
         """See DataLoader.stats."""
@@ -168,7 +211,7 @@ class NativeRun:
         if iterator is not None:
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
-        return summarise(counters, self._waits, self._fetched(), threads=self._resources(self.rank()).n_threads)
+        return summarise(counters, self._waits, self._fetched(), threads=self._machine.resources(self.rank()).n_threads)
 
     def _fetched(self) -> dict[str, float]:
         now = self._source.figures()
@@ -181,72 +224,35 @@ class NativeRun:
             self._source = source
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
-    def _begin(self) -> RunState:
+    def _begin(self, *, drawn: bool) -> RunState:
+        """Where the run begins. drawn: whether this epoch's draws of iter() were made."""
         if self._rank is None:
             self._rank = find_rank(self._options)
         if self._state is None:
             if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
-            self._state = self._first_state(self._rank)
+            self._state = self._first_state(self._rank, drawn=drawn)
         return self._state
 
-    def _first_state(self, rank: Rank) -> RunState:
+    def _first_state(self, rank: Rank, *, drawn: bool) -> RunState:
         """Where the run begins; with torch.distributed rank 0 says it."""
         asked, options = self._asked, self._options
         seed = options.seed
         if seed is None:
-            seed = draw_seed(rank, asked.generator) if asked.shuffle else 0
+            unseeded = not asked.shuffle or must_not_draw(rank)
+            seed = 0 if unseeded else next_seed(asked.generator, after_begin=drawn)
         order: dict[str, Any] = {
             "shuffle": asked.shuffle,
             "drop_last": asked.drop_last,
+            "streams": (options.streams or rank.world_size) if asked.shuffle else 1,
+            "placement": options.placement,
             "group_bytes": options.group_bytes,
             "window_bytes": options.window_bytes,
+            "mixture": mixture_values(self._source),
         }
-        mine = {"version": self._source.version, "seed": seed, "epoch": self._epoch}
+        versions = [part.version for part in self._source.parts]
+        mine = {"versions": versions, "seed": seed, "epoch": self._epoch}
         agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
-        if agreed["version"] != self._source.version:
-            self._use(self._source.at_version(agreed["version"]))
-        return RunState(
-            dataset_id=self._source.dataset_id,
-            version=self._source.version,
-            fingerprint=self._source.fingerprint,
-            seed=agreed["seed"],
-            epoch=agreed["epoch"],
-            offset=0,
-            **order,
-        )
-
-    def _layout(self) -> Layout:
-        return Layout(self._source.shard_records, self._source.shard_bytes, self._source.block_tables)
-
-    def _n_records(self) -> int:
-        return int(self._source.shard_records.sum())
-
-    @cached_property
-    def _machine(self) -> tuple[int, int]:
-        """Cores and bytes of memory, asked once: reading the cgroups takes 1.2 ms, which shows in short epochs."""
-        return config.available_cpus(), config.memory_limit_bytes()
-
-    def _resources(self, rank: Rank) -> Resources:
-        options = self._options
-        n_cpus, limit_bytes = self._machine
-        n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
-        share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
-        memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
-        return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
-
-
-def _plan_epoch(layout: Layout, rank: Rank, batch_size: int, state: RunState) -> tuple[EpochOrder, RankPlan]:
-    order = EpochOrder(layout, _order_options(state), state.epoch)
-    return order, RankPlan(state.offset, rank.world_size, rank.rank, batch_size, state.drop_last, order.n_records)
-
-
-def _order_options(state: RunState) -> OrderOptions:
-    return OrderOptions(
-        seed=state.seed,
-        shuffle=state.shuffle,
-        group_bytes=state.group_bytes,
-        window_bytes=state.window_bytes,
-        streams=state.streams,
-        placement=state.placement,
-    )
+        if agreed["versions"] != versions:
+            self._use(self._source.at_versions(agreed["versions"]))
+        return RunState(parts=self._source.parts, seed=agreed["seed"], epoch=agreed["epoch"], offset=0, **order)

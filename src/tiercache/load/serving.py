@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 
 from tiercache.errors import SchemaError
 from tiercache.load.fills import stored_fill
+from tiercache.shard.cast import Casts, served_column, served_columns
 from tiercache.shard.types import Column, Kind, Schema
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ class Serving:
     Make it with `of`, which checks it.
 
     forms: only columns that are not lists; nulls: column -> fill value, only columns without a mask; decode: column ->
-    how its pictures are decoded.
+    how its pictures are decoded; cast: column -> dtype, only where another is stored; names: of a batch's entries,
+    where records and batches are tuples of them.
     """
 
     forms: Mapping[str, Form] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, DecodeImage] = field(default_factory=dict)
+    cast: Casts = field(default_factory=dict)
+    names: tuple[str, ...] | None = None
 
     @staticmethod
     def of(
@@ -49,8 +53,9 @@ class Serving:
         forms: Mapping[str, Form] | None = None,
         nulls: Mapping[str, Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
+        cast: Casts | None = None,
     ) -> Serving:
-        """What the user asks for, checked against the columns that are served.
+        """What the user asks for, checked against the columns that are served, of which `schema` says what is stored.
 
         Raises:
             SchemaError: no such column, or not for a column of that kind; names the column, what it takes and what was
@@ -61,9 +66,10 @@ class Serving:
             if given is not None and not isinstance(given, Mapping):
                 raise TypeError(f"{argument} is a mapping from column names, got {type(given).__name__}")
         forms, nulls, decode = dict(forms or {}), dict(nulls or {}), dict(decode or {})
-        for name in (*forms, *nulls, *decode):
+        for name in (*forms, *nulls, *decode, *(cast or {})):
             schema.index(name)
-        columns = {column.name: column for column in schema.columns}
+        served = served_columns(schema, cast or {})
+        columns = {column.name: served.get(column.name, column) for column in schema.columns}
         for name in decode:
             _check_decode(columns[name], forms.get(name, "list"))
         for name, form in forms.items():
@@ -73,11 +79,27 @@ class Serving:
         fills = {name: copy.deepcopy(fill) for name, fill in nulls.items() if not is_mask(fill)}
         for name, fill in fills.items():
             stored_fill(columns[name], fill)
-        return Serving({name: form for name, form in forms.items() if form != "list"}, fills, decode)
+        casts = {name: column.dtype for name, column in served.items() if column.dtype is not None}
+        return Serving({name: form for name, form in forms.items() if form != "list"}, fills, decode, casts)
 
     def select(self, names: Sequence[str]) -> Serving:
         """What of it is about these columns."""
-        return Serving(_only(names, self.forms), _only(names, self.nulls), _only(names, self.decode))
+        return replace(
+            self,
+            forms=_only(names, self.forms),
+            nulls=_only(names, self.nulls),
+            decode=_only(names, self.decode),
+            cast=_only(names, self.cast),
+            names=None,
+        )
+
+    def column(self, stored: Column) -> Column:
+        """A column as it is served: of another dtype where it is cast."""
+        return served_column(stored, self.cast)
+
+    def schema(self, stored: Schema) -> Schema:
+        """The columns as they are served."""
+        return Schema([self.column(column) for column in stored.columns]) if self.cast else stored
 
     def form(self, column: Column) -> Form:
         """The form of a column of any kind; "list" says nothing where records do not differ in length."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from tiercache.model import Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,48 +15,74 @@ if TYPE_CHECKING:
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
 
+__all__ = ["Part", "Source"]
+
 
 @runtime_checkable
 class Source(Protocol):
-    """One version of a data set, as the native path reads it. Methods may be called from any thread."""
+    """Records as the native path reads them: one version of a data set, a view of it, or several joined.
+
+    Shards of joined data sets are numbered one after the other; those of a view keep their numbers, and count only the
+    view's own records. Methods may be called from any thread.
+    """
 
     @property
     def url(self) -> str:
-        """The data set's, without credentials."""
+        """The data set's, without credentials; of several the first one's."""
 
     @property
-    def dataset_id(self) -> str:
-        """Of the data set, the same for all its versions."""
-
-    @property
-    def version(self) -> int:
-        """The version's number."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the version's contents."""
+    def parts(self) -> tuple[Part, ...]:
+        """What is read, by data set, in the order in which their shards are numbered."""
 
     @property
     def schema(self) -> Schema:
         """The columns that are served, in order."""
 
     @property
-    def stored_columns(self) -> tuple[int, ...]:
-        """Their indices in the shards' own schema."""
-
-    @property
     def shard_records(self) -> NDArray[np.int64]:
-        """Records of each shard, int64[n_shards]."""
+        """Records of each shard, int64[n_shards]; of a view those that it selects."""
 
     @property
     def shard_bytes(self) -> NDArray[np.int64]:
-        """Stored bytes of each shard, int64[n_shards]."""
+        """Stored bytes of each shard, int64[n_shards], whatever is selected."""
+
+    @property
+    def listed(self) -> NDArray[np.int64] | None:
+        """Where the records are not served in stored order, or more than once: which ones, in served order.
+
+        int64[n], numbers of the records that shard_records and block_tables count, in stored order. None: each once, in
+        stored order.
+        """
+
+    @property
+    def mixture(self) -> Any:
+        """How parts are mixed (order.MixtureSpec); None: they follow one another."""
 
     def block_tables(self, shards: Sequence[int]) -> Sequence[BlockTable]:
-        """The blocks of each of these shards, from their footers, read side by side."""
+        """The blocks of each of these shards, from their footers, read side by side.
+
+        records: of a view those that it selects; raw_bytes: of the whole block.
+        """
+
+    def stored_rows(
+        self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """Where rows of a view lie in their stored blocks; a source that selects nothing gives `row` back.
+
+        Args:
+            shards, blocks: int32[k], of each of k blocks its shard, and its number there.
+            block: uint32[n], which of the k blocks each row is of.
+            row: uint32[n], its number among the rows of the block that the view selects.
+
+        Returns:
+            uint32[n], its number among all rows of the stored block.
+        """
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Blocks of a shard in memory, the columns that are served. The source keeps the shard open for some time."""
+        """Blocks of a shard in memory, the columns that are served. The source keeps the shard open for some time.
+
+        `Blocks.columns` are the served columns in their order, by the numbers that they have in that shard's schema.
+        """
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start bringing these shards near, in this order; returns at once."""
@@ -62,14 +90,21 @@ class Source(Protocol):
     def is_at_hand(self, shard: int) -> bool:
         """Whether load() of any of its blocks neither reads, fetches nor decodes, as far as that is known by now."""
 
+    def is_near(self, shard: int) -> bool:
+        """Whether load() of any of its blocks fetches nothing over a network: it lies on this machine, whole."""
+
     def heal(self, shard: int) -> bool:
         """Hear that what load() gave of a shard is damaged. True: a local copy was to blame and is gone: load again.
 
         False: by now there is none, or it is right. In any case load() reads anew what is there.
         """
 
-    def at_version(self, number: int) -> Source:
-        """The same choice of another version."""
+    def at_versions(self, versions: Sequence[int]) -> Source:
+        """The same choice, selected and joined in the same way, of other versions: one for each of `parts`.
+
+        Raises:
+            NotFound: there is no such version.
+        """
 
     def figures(self) -> Mapping[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache.errors import ObjectChanged, UnsupportedFormat
+from tiercache.model import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tiercache.load.source import Source
 
-STATE_FORMAT = 1
+# 2: streams, several data sets, selections. The order of format 1 (one stream, keyed otherwise) is no longer known.
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,77 +24,136 @@ class RunState:
     """Where a run stands.
 
     Attributes:
+        parts: what is read, by data set.
         epoch, offset: records of that epoch that all ranks together were served; the rest names the order.
         group_bytes, window_bytes: None for "all".
+        mixture: how the parts are mixed, as plain values; None: they are not.
     """
 
-    dataset_id: str
-    version: int
-    fingerprint: str
+    parts: tuple[Part, ...]
     seed: int
     epoch: int
     offset: int
     shuffle: bool
     drop_last: bool
+    streams: int
+    placement: Literal["sticky", "global"]
     group_bytes: int | None
     window_bytes: int | None
-    streams: int = 1
-    placement: Literal["sticky", "global"] = "sticky"
+    mixture: Any = None
     format: int = STATE_FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return asdict(self)
+        """Plain values, for a checkpoint: as they are after a way through JSON."""
+        parts = [[part.dataset_id, part.version, part.fingerprint, part.selection] for part in self.parts]
+        # Field by field: dataclasses.asdict copies each value deeply, 60 us of a state that may be taken at every step.
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {**values, "parts": parts, "mixture": deepcopy(self.mixture)}
 
     @staticmethod
     def from_dict(state: Any) -> RunState:
         """Read to_dict() back.
 
         Raises:
-            ValueError: not a state of this loader.
+            ValueError: not a state of this loader, or a value that cannot be.
             UnsupportedFormat: of another release.
         """
         if not isinstance(state, Mapping) or not _is_count(state.get("format")):
             found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
             raise ValueError(f"not a state of tiercache.DataLoader over a tiercache.Dataset: {found}")
         if state["format"] != STATE_FORMAT:
+            what = "update tiercache" if state["format"] > STATE_FORMAT else "go on with the release that saved it"
             raise UnsupportedFormat(
-                f"the state has format {state['format']}, this release reads {STATE_FORMAT}: update tiercache",
+                f"the state has format {state['format']}, this release reads {STATE_FORMAT}: {what}",
                 url="state_dict",
                 found=state["format"],
                 supported=STATE_FORMAT,
             )
-        names = {field.name for field in fields(RunState)}
-        if set(state) != names:
+        if set(state) != set(_NAMES):
             raise ValueError(
-                f"the state's keys are not those of format {STATE_FORMAT}: {sorted(names ^ set(state))} differ"
+                f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
             )
-        for name in ("version", "epoch", "offset", "streams"):
-            if not _is_count(state[name]):
-                raise ValueError(f"the state's {name} must be an integer of 0 or more, got {state[name]!r}")
-        return RunState(**state)
+        _check_values(state)
+        return RunState(**{**state, "parts": tuple(Part(*part) for part in state["parts"])})
+
+
+_NAMES = tuple(field.name for field in fields(RunState))
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    """Raise ValueError, by its name, for a value of a state that cannot be."""
+    for name in ("epoch", "offset"):
+        _expect(name, state[name], "an integer of 0 or more", _is_count(state[name]))
+    _expect(
+        "streams", state["streams"], "an integer of 1 or more", _is_count(state["streams"]) and state["streams"] > 0
+    )
+    seed = state["seed"]
+    _expect("seed", seed, "an integer", isinstance(seed, int) and not isinstance(seed, bool))
+    for name in ("shuffle", "drop_last"):
+        _expect(name, state[name], "true or false", isinstance(state[name], bool))
+    for name in ("group_bytes", "window_bytes"):
+        size = state[name]
+        _expect(name, size, "null or an integer of 1 or more", size is None or (_is_count(size) and size > 0))
+    placement = state["placement"]
+    _expect("placement", placement, "'sticky' or 'global'", placement in ("sticky", "global"))
+    parts = state["parts"]
+    fits = isinstance(parts, list | tuple) and len(parts) > 0 and all(map(_is_part, parts))
+    _expect("parts", parts, "a list of [data set, version, fingerprint, selection]", fits)
+
+
+def _expect(name: str, value: object, what: str, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"the state's {name} must be {what}, got {value!r}")
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_part(value: object) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return False
+    dataset_id, version, fingerprint, selection = value
+    return (
+        isinstance(dataset_id, str)
+        and _is_count(version)
+        and isinstance(fingerprint, str)
+        and (selection is None or isinstance(selection, str))
+    )
+
+
 def reopen(source: Source, state: RunState) -> Source:
-    """The data set as the state names it: the same, of the state's version.
+    """What the state names: the same data sets and choice, of the state's versions.
 
     Raises:
-        ObjectChanged: another data set, or a version that is not the one that was read.
+        ObjectChanged: other data sets, a version that is not the one that was read, or another selection of it.
     """
-    if state.dataset_id != source.dataset_id:
+    if [part.dataset_id for part in state.parts] != [part.dataset_id for part in source.parts]:
         raise ObjectChanged(
-            "the state is of another data set", url=source.url, expected=state.dataset_id, found=source.dataset_id
-        )
-    found = source if source.version == state.version else source.at_version(state.version)
-    if found.fingerprint != state.fingerprint:
-        raise ObjectChanged(
-            f"version {state.version} is not the one that the state was saved on",
+            "the state is of another data set",
             url=source.url,
-            expected=state.fingerprint,
-            found=found.fingerprint,
+            expected=_listed([part.dataset_id for part in state.parts]),
+            found=_listed([part.dataset_id for part in source.parts]),
         )
+    versions = [part.version for part in state.parts]
+    found = source if versions == [part.version for part in source.parts] else source.at_versions(versions)
+    for expected, part in zip(state.parts, found.parts, strict=True):
+        if part.fingerprint != expected.fingerprint:
+            raise ObjectChanged(
+                f"version {part.version} is not the one that the state was saved on",
+                url=source.url,
+                expected=expected.fingerprint,
+                found=part.fingerprint,
+            )
+        if part.selection != expected.selection:
+            raise ObjectChanged(
+                "the state is of another selection of the data set's records",
+                url=source.url,
+                expected=expected.selection or "all records",
+                found=part.selection or "all records",
+            )
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

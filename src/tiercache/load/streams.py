@@ -9,6 +9,7 @@ import numpy as np
 from tiercache._native import gather
 from tiercache.load.fills import stream_fills
 from tiercache.load.serving import Serving, is_stack_of_rows
+from tiercache.shard.cast import cast_kind, growth
 from tiercache.shard.types import Column, Kind, Schema
 
 if TYPE_CHECKING:
@@ -22,13 +23,19 @@ _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
 
 
 def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np.uint32]:
-    """(kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them."""
+    """(kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them.
+
+    schema: as stored; where a column is cast, the kind's higher bytes say how.
+    """
     served = serving or Serving()
     streams: list[tuple[int, int]] = []
     for column in schema.columns:
         for stream in column.streams(0):
             kind = _values_kind(column, served) if stream.role == "values" else None
-            streams.append((stream.kind if kind is None else kind, stream.width_bytes))
+            kind = stream.kind if kind is None else kind
+            if stream.role == "values":
+                kind = cast_kind(kind, column, served.column(column))
+            streams.append((kind, stream.width_bytes))
     return np.array(streams, np.uint32).reshape(-1, 2)
 
 
@@ -43,8 +50,12 @@ def _values_kind(column: Column, serving: Serving) -> int | None:
 def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
     """Memory of a batch's streams that is known beforehand (of those of varied length only the offsets)."""
     widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16}
-    sizes = [(widths[int(kind)] or int(width)) * n_rows for kind, width in streams]
-    return sum(-(-(size + 8) // 64) * 64 for size in sizes)
+    sizes = []
+    for kind, width in streams.tolist():
+        size = widths[kind & 0xFF] or width
+        is_of_elements = kind & 0xFF in (gather.FIXED, gather.BITS)
+        sizes.append((size * growth(kind) if is_of_elements else size) * n_rows)
+    return sum(-(-(int(size) + 8) // 64) * 64 for size in sizes)
 
 
 def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
@@ -71,6 +82,7 @@ def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
 
 def _column_rows(column: Column, serving: Serving, first: int, tail: bytearray) -> list[list[int]]:
     """Rows of the table for a column's streams, of which `first` is the first; places in the tail as offsets."""
+    column = serving.column(column)  # fills are of the served dtype; a cast column has the same streams
     streams, form = column.streams(0), serving.form(column)
     rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
     if not rows:

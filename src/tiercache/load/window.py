@@ -1,8 +1,8 @@
-"""Windows in memory: the blocks of a window, opened, checked, decoded, and where each lies."""
+"""Windows in memory: the blocks of a window, opened, checked, decoded, and where each lies; several as one."""
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,16 +11,24 @@ import numpy as np
 from tiercache.load.split import split
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
 
-    from tiercache.load.plan import Piece
     from tiercache.load.source import Source
     from tiercache.order import Window
     from tiercache.shard.blocks import Blocks
 
 T = TypeVar("T")
+
+# Threads that wait for stores: their time is the network's, so they are more than the cores.
+MIN_LOAD_THREADS = 4
+
+
+def loading_pool(n_threads: int) -> ThreadPoolExecutor:
+    """Threads that load windows, beside n_threads that gather; they are started when there is work."""
+    return ThreadPoolExecutor(max(MIN_LOAD_THREADS, n_threads), "tiercache-load")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,13 +60,46 @@ class Loaded:
             checks[:, places[np.argsort(self.position[places])]] = left
         return checks
 
-    def covers(self, piece: Piece) -> bool:
-        """Whether all that the piece needs is here."""
-        return self.window.start == piece.window.start and bool((self.holder[piece.wanted] >= 0).all())
+    @property
+    def private_bytes(self) -> int:
+        """Memory that is neither mapped nor shared: what was read or decoded."""
+        return sum(blocks.private_bytes for blocks in self.held)
+
+    def covers(self, wanted: NDArray[np.bool_]) -> bool:
+        """Whether all of these blocks are here, bool[n_blocks]."""
+        return bool((self.holder[wanted] >= 0).all())
 
     def value(self, block: int, row: int, column: int) -> object:
-        """A record's value of an ARROW column, as Python objects. column: index in the shards' schema."""
-        return self.held[self.holder[block]].array(int(self.position[block]), column)[int(row)].as_py()
+        """A record's value of an ARROW column, as Python objects. column: its number among those that are served."""
+        blocks = self.held[self.holder[block]]
+        return blocks.array(int(self.position[block]), blocks.columns[column])[int(row)].as_py()
+
+
+class Joined:
+    """Windows whose rows are served together: their blocks are numbered through, one window after the other.
+
+    windows: in that order; addresses: uint64[n_streams, n_blocks, 3] of all of them, good while it lives.
+    """
+
+    def __init__(self, windows: Sequence[Loaded]) -> None:
+        self.windows = tuple(windows)
+        parts = [loaded.addresses for loaded in self.windows]
+        self.addresses: NDArray[np.uint64] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        self._ends = np.cumsum([part.shape[1] for part in parts])
+
+    @property
+    def checks(self) -> NDArray[np.uint64] | None:
+        """As Loaded.checks, of all windows."""
+        parts = [loaded.checks for loaded in self.windows]
+        if len(parts) == 1 or all(part is None for part in parts):
+            return parts[0]
+        nothing = [np.zeros((*loaded.addresses.shape[:2], 4), np.uint64) for loaded in self.windows]
+        return np.concatenate([n if part is None else part for part, n in zip(parts, nothing, strict=True)], axis=1)
+
+    def find(self, block: int) -> tuple[Loaded, int]:
+        """The window of a block, and its number there."""
+        number = int(np.searchsorted(self._ends, block, side="right"))
+        return self.windows[number], block - (int(self._ends[number - 1]) if number else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +123,8 @@ class Threads:
         return future.result()
 
 
-def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], threads: Threads) -> Loaded:
-    """Bring the wanted blocks of a window into memory: those that are work in parts, side by side.
+class Loading:
+    """A window on its way into memory: what is work was begun, in parts, side by side; the rest is done by finish().
 
     Shards that are at hand take some 0.3 ms of Python each, for which threads would only wait for each other.
 
@@ -91,35 +132,53 @@ def load_window(source: Source, window: Window, wanted: NDArray[np.bool_], threa
         source: whose shards they are.
         window: of the order.
         wanted: bool[n_blocks].
-        threads: that load.
-
-    Raises:
-        CorruptShard, StoreError: as `ShardReader.load`.
-        CancelledError: told to stop.
+        executor: whose threads load; it may be shut down meanwhile.
+        n_threads: that load.
     """
-    n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-    addresses = np.zeros((n_streams, len(window.blocks), 3), np.uint64)
-    holder = np.full(len(window.blocks), -1, np.int32)
-    position = np.zeros(len(window.blocks), np.int32)
-    parts = split(window, wanted, threads.n_threads, source.is_at_hand)
-    held: list[Blocks] = []
 
-    def load(places: NDArray[np.int64]) -> Blocks:
-        return source.load(int(window.shards[places[0]]), window.blocks[places].tolist())
+    def __init__(
+        self, source: Source, window: Window, wanted: NDArray[np.bool_], executor: Executor, n_threads: int
+    ) -> None:
+        self.window = window
+        self.wanted = wanted
+        self._source = source
+        self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
+        parts = split(window, wanted, n_threads, source.is_at_hand)
+        self._at_hand = list(parts.at_hand)
+        self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
+        self._work = [(places, executor.submit(self._load, places)) for places in parts.work]
 
-    def keep(places: NDArray[np.int64], blocks: Blocks) -> None:
-        addresses[:, places] = blocks.addresses
-        holder[places] = len(held)
-        position[places] = np.arange(len(places))
-        held.append(blocks)
+    def finish(self, threads: Threads) -> Loaded:
+        """The window, once all of it is there. To be called once.
 
-    futures = [threads.executor.submit(load, places) for places in parts.work]
-    try:
-        for places in parts.at_hand:
-            keep(places, load(places))
-        for future, places in zip(futures, parts.work, strict=True):
-            keep(places, threads.result(future))
-    finally:
-        for future in futures:
-            future.cancel()  # after an error: what has not begun need not
-    return Loaded(window, addresses, tuple(held), holder, position)
+        Raises:
+            CorruptShard, StoreError: as `ShardReader.load`.
+            CancelledError: told to stop.
+        """
+        n_blocks = len(self.window.blocks)
+        addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
+        holder, position = np.full(n_blocks, -1, np.int32), np.zeros(n_blocks, np.int32)
+        try:
+            self.load_at_hand()
+            loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
+        finally:
+            self.cancel()  # after an error: what has not begun need not
+        for number, (places, blocks) in enumerate(loaded):
+            addresses[:, places] = blocks.addresses
+            holder[places] = number
+            position[places] = np.arange(len(places))
+        return Loaded(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
+
+    def load_at_hand(self) -> None:
+        """Do what is at hand, in this thread. Raises as finish()."""
+        while self._at_hand:
+            places = self._at_hand.pop()
+            self._loaded.append((places, self._load(places)))
+
+    def cancel(self) -> None:
+        """Let what has not begun not begin."""
+        for _, future in self._work:
+            future.cancel()
+
+    def _load(self, places: NDArray[np.int64]) -> Blocks:
+        return self._source.load(int(self.window.shards[places[0]]), self.window.blocks[places].tolist())

@@ -1,14 +1,15 @@
-"""The order of one epoch: shards, groups of shards, blocks of a group, windows of blocks, rows of a window."""
+"""The order of one epoch: streams, groups of shards, blocks of a group, windows of blocks, rows of a window."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from tiercache.order.keys import derive_key, permutation
-from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut, ramp
+from tiercache.order.streams import Split, Stream
+from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut, ramp, sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
 
     from tiercache.order.options import BlockTable, Layout, OrderOptions
 
-_Number = TypeVar("_Number", np.int32, np.int64)
-_STREAM = 0  # the one stream; it stands in the keys so that more streams can join without another order for one
+_Number = TypeVar("_Number", np.int32, np.int64, np.uint32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Group:
     """Blocks of a group in reading order.
 
-    first: positions of the blocks, from the group's start; cuts: the first block of each window, and the end.
+    first: positions of the blocks, from the group's start; row_start: the first row of each that belongs to the stream,
+    None for 0 everywhere; cuts: the first block of each window, and the end.
     """
 
     index: int
@@ -34,14 +35,29 @@ class _Group:
     blocks: NDArray[np.int32]
     first: NDArray[np.int64]
     raw_bytes: NDArray[np.int64]
+    row_start: NDArray[np.int64] | None
     cuts: NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of a stream: its shards, and the group and window that were used last."""
+
+    stream: Stream
+    group_starts: NDArray[np.int64] = field(init=False)
+    group: _Group | None = None
+    window: Window | None = None
+
+    def __post_init__(self) -> None:
+        self.group_starts = self.stream.group_starts
 
 
 class EpochOrder:
     """The order of one epoch of a data set.
 
-    It costs O(shards) to make, and reads footers (`layout.blocks`) of one group at a time. Immutable but for the last
-    group and window, which are kept: threads may share it, and at worst two of them build the same ones.
+    It costs O(shards) to make, and reads footers (`layout.blocks`) of one group of one stream at a time. Immutable but
+    for each stream's last group and window, which are kept: threads may share it, and at worst two of them build the
+    same ones.
     """
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
@@ -50,94 +66,122 @@ class EpochOrder:
         self.layout = layout
         self.options = options
         self.epoch = epoch
-        shards = np.flatnonzero(layout.records)
-        if options.shuffle:
-            shards = shards[permutation(self._key("shards"), len(shards))]
-        self._shards = shards
-        self._rows = _sums(layout.records[shards])
-        self._stored = _sums(layout.stored_bytes[shards])
-        self._cuts = cut(layout.stored_bytes[shards], options.group_bytes)
-        self._group_starts = self._rows[self._cuts]
-        self._group: _Group | None = None
-        self._last: Window | None = None
+        self._split = Split(layout, options, epoch)
+        self._kept: dict[int, _Kept] = {}
 
     @property
     def n_records(self) -> int:
         """Records of the epoch: all of the data set."""
-        return int(self._rows[-1])
+        return self._split.n_records
 
-    def window_at(self, position: int) -> Window:
-        """The window that holds a position; reads the footers of its group, unless that group was the last one used.
+    @property
+    def n_streams(self) -> int:
+        """Streams: as the options say; 1 without shuffle."""
+        return self._split.n_streams
+
+    def stream_records(self, stream: int) -> int:
+        """Records of a stream: ceil((n_records - stream) / n_streams). Raises ValueError if there is no such stream."""
+        return self._split.stream_records(stream)
+
+    def stretch_at(self, stream: int, position: int) -> Window:
+        """The window that holds a position of a stream.
+
+        It reads the footers of its group, unless that group was the last one used in the stream.
 
         Raises:
-            ValueError: the position is outside the epoch, or a footer and the layout differ in records.
+            ValueError: the position is outside the stream, or a footer and the layout differ in records.
         """
-        if not 0 <= position < self.n_records:
-            raise ValueError(f"position {position} is outside an epoch of {self.n_records} records")
-        last = self._last
+        n_records = self.stream_records(stream)
+        if not 0 <= position < n_records:
+            raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
+        kept = self._keep(stream)
+        last = kept.window
         if last is not None and last.start <= position < last.stop:
             return last
-        index = int(np.searchsorted(self._group_starts, position, side="right")) - 1
-        group = self._group
+        index = int(np.searchsorted(kept.group_starts, position, side="right")) - 1
+        group = kept.group
         if group is None or group.index != index:
-            group = self._group = self._build_group(index)
+            group = kept.group = self._build_group(kept, index)
         starts = group.first[group.cuts]
         number = int(np.searchsorted(starts, position - group.start, side="right")) - 1
-        self._last = window = self._window(group, number)
+        kept.window = window = self._window(stream, group, number)
         return window
 
-    def windows(self, position: int) -> Iterator[Window]:
-        """Windows from the one that holds a position to the end of the epoch; none at the end.
+    def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
+        """Windows from the one that holds a position to the end of a stream; none at the end.
 
         Raises:
-            ValueError: as `window_at`.
+            ValueError: as `stretch_at`.
         """
-        while position != self.n_records:
-            window = self.window_at(position)
+        while position != self.stream_records(stream):
+            window = self.stretch_at(stream, position)
             yield window
             position = window.stop
 
-    def shards_ahead(self, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Shards that are read from a position on, in reading order.
+    def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
+        """Shards that are read from a position of a stream on, in reading order.
 
-        The first ones that hold n_bytes (stored) together; None: all to the end of the epoch. With shuffle a group is
+        The first ones that hold n_bytes (stored) together; None: all to the end of the stream. With shuffle a group is
         read as a whole, so its shards all count from its start. Reads no footers.
 
         Returns:
-            int64[m] of data-set indices; none at the end of the epoch.
+            int64[m] of data-set indices; none at the end of the stream.
 
         Raises:
-            ValueError: the position is outside the epoch.
+            ValueError: the position is outside the stream.
         """
-        if not 0 <= position <= self.n_records:
-            raise ValueError(f"position {position} is outside an epoch of {self.n_records} records")
-        if position == self.n_records:
-            return self._shards[:0]
-        starts = self._group_starts if self.options.shuffle else self._rows
+        n_records = self.stream_records(stream)
+        if not 0 <= position <= n_records:
+            raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
+        kept = self._keep(stream)
+        shards, stored = kept.stream.shards, kept.stream.stored
+        if position == n_records:
+            return shards[:0]
+        starts = kept.group_starts if self.options.shuffle else kept.stream.rows
         found = int(np.searchsorted(starts, position, side="right")) - 1
-        begin = int(self._cuts[found]) if self.options.shuffle else found
+        begin = int(kept.stream.cuts[found]) if self.options.shuffle else found
         if n_bytes is None:
-            return self._shards[begin:]
-        wanted = min(int(self._stored[begin]) + n_bytes, int(self._stored[-1]))
-        return self._shards[begin : max(int(np.searchsorted(self._stored, wanted)), begin + 1)]
+            return shards[begin:]
+        wanted = min(int(stored[begin]) + n_bytes, int(stored[-1]))
+        return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
+
+    def _keep(self, stream: int) -> _Kept:
+        kept = self._kept.get(stream)
+        if kept is None:
+            kept = self._kept[stream] = _Kept(self._split.stream(stream))
+        return kept
 
     def _key(self, use: str, *where: int) -> bytes:
-        return derive_key(self.options.seed, use, self.epoch, _STREAM, *where)
+        return derive_key(self.options.seed, use, self.epoch, *where)
 
-    def _build_group(self, index: int) -> _Group:
-        members = self._shards[self._cuts[index] : self._cuts[index + 1]]
+    def _build_group(self, kept: _Kept, index: int) -> _Group:
+        stream = kept.stream
+        run = slice(int(stream.cuts[index]), int(stream.cuts[index + 1]))
+        members = stream.shards[run]
         tables = self._tables_of(members)
-        shards = np.repeat(members.astype(np.int32), [len(table.records) for table in tables])
-        blocks = np.concatenate([np.arange(len(table.records), dtype=np.int32) for table in tables])
+        n_blocks = [len(table.records) for table in tables]
+        shards = np.repeat(members.astype(np.int32), n_blocks)
+        blocks = np.concatenate([np.arange(n, dtype=np.int32) for n in n_blocks])
         records = np.concatenate([table.records for table in tables])
         raw_bytes = np.concatenate([table.raw_bytes for table in tables])
+        row_start = None
+        if stream.is_cut:
+            row_start, records = _own_rows(records, _rows_of(stream, run), n_blocks)
         chosen = np.flatnonzero(records)
         if self.options.shuffle:
-            chosen = chosen[permutation(self._key("blocks", index), len(chosen))]
+            chosen = chosen[permutation(self._key("blocks", stream.index, index), len(chosen))]
         raw_bytes = raw_bytes[chosen]
-        cuts = cut(raw_bytes, self.options.window_bytes, self._first_limits(index, int(raw_bytes.sum())))
-        start = int(self._group_starts[index])
-        return _Group(index, start, shards[chosen], blocks[chosen], _sums(records[chosen]), raw_bytes, cuts)
+        cuts = cut(raw_bytes, self.options.window_bytes, self._first_limits(stream, index, int(raw_bytes.sum())))
+        return _Group(
+            index=index,
+            start=int(kept.group_starts[index]),
+            shards=shards[chosen],
+            blocks=blocks[chosen],
+            first=sums(records[chosen]),
+            raw_bytes=raw_bytes,
+            row_start=None if row_start is None else row_start[chosen],
+            cuts=cuts,
+        )
 
     def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockTable]:
         tables = self.layout.blocks(members.tolist())
@@ -147,22 +191,23 @@ class EpochOrder:
                 raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
         return tables
 
-    def _first_limits(self, index: int, group_raw_bytes: int) -> tuple[int, ...]:
+    def _first_limits(self, stream: Stream, index: int, group_raw_bytes: int) -> tuple[int, ...]:
         """Sizes of the group's first windows: a ramp at the start of a long stream.
 
         Only this group's footers are known, so the stream's raw bytes are taken to be to its stored bytes as the
         group's are.
         """
-        window_bytes, group_stored_bytes = self.options.window_bytes, int(self._stored[self._cuts[1]])
+        window_bytes, group_stored_bytes = self.options.window_bytes, int(stream.stored[stream.cuts[1]])
         if index > 0 or window_bytes is None or group_stored_bytes == 0:
             return ()
-        n_windows = group_raw_bytes * int(self._stored[-1]) // (window_bytes * group_stored_bytes)
+        n_windows = group_raw_bytes * int(stream.stored[-1]) // (window_bytes * group_stored_bytes)
         return ramp(window_bytes) if n_windows >= RAMP_MIN_WINDOWS else ()
 
-    def _window(self, group: _Group, index: int) -> Window:
+    def _window(self, stream: int, group: _Group, index: int) -> Window:
         run = slice(int(group.cuts[index]), int(group.cuts[index + 1]))
         first = group.first[run.start : run.stop + 1] - group.first[run.start]
         start = group.start + int(group.first[run.start])
+        row_start = None if group.row_start is None else group.row_start[run]
         return Window(
             group=group.index,
             index=index,
@@ -173,14 +218,36 @@ class EpochOrder:
             blocks=_frozen(group.blocks[run]),
             block_bytes=_frozen(group.raw_bytes[run].astype(np.int64)),
             first=_frozen(first),
-            key=self._key("rows", start) if self.options.shuffle else None,
+            key=self._key("rows", stream, start) if self.options.shuffle else None,
+            stream=stream,
+            row_start=None if row_start is None or not row_start.any() else _frozen(row_start.astype(np.uint32)),
         )
 
 
-def _sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    sums = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=sums[1:])
-    return sums
+def _rows_of(stream: Stream, run: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First row, and the one after the last, of each shard of a run that belong to the stream."""
+    row_start = stream.row_start[run]
+    return row_start, row_start + np.diff(stream.rows[run.start : run.stop + 1])
+
+
+def _own_rows(
+    records: NDArray[np.int64], rows: tuple[NDArray[np.int64], NDArray[np.int64]], n_blocks: list[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The part of each block that lies in its shard's rows: its first row, and how many (0: none).
+
+    Args:
+        records: int64[k] of the blocks, shard after shard.
+        rows: first row of each shard, and the one after the last.
+        n_blocks: of each shard.
+    """
+    ends = np.cumsum(records)
+    shard_ends = np.cumsum(n_blocks)
+    before = sums(records)[shard_ends - n_blocks]  # rows of the shards before
+    ends -= np.repeat(before, n_blocks)
+    starts = ends - records
+    first, last = (np.repeat(bound, n_blocks) for bound in rows)
+    row_start = np.clip(first - starts, 0, records)
+    return row_start, np.maximum(np.minimum(ends, last) - starts - row_start, 0)
 
 
 def _frozen(array: NDArray[_Number]) -> NDArray[_Number]:

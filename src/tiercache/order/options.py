@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# One for each rank of the largest machine; and a stream's number fits 16 bits, by which numpy sorts in linear time.
+MAX_STREAMS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
@@ -22,7 +25,8 @@ class OrderOptions:
         shuffle: False: position p is record p.
         group_bytes: stored bytes of the shards that are read at a time; None: all.
         window_bytes: raw bytes of the blocks that rows are mixed over; None: a whole group.
-        streams: parts of the order that are read side by side; one.
+        streams: parts of the order that are read side by side, each by a rank of its own if there are so many; without
+            shuffle there is one, whatever stands here.
         placement: whether a stream keeps its shards over the epochs ("sticky") or not ("global"); one stream has both.
     """
 
@@ -37,15 +41,15 @@ class OrderOptions:
         """Check the values.
 
         Raises:
-            ValueError: a size below one byte, a placement that does not exist, or a number of streams other than one.
+            ValueError: a size below one byte, a placement that does not exist, or a number of streams out of range.
         """
         for name, size in (("shuffle_group_bytes", self.group_bytes), ("shuffle_window_bytes", self.window_bytes)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be 1 or more, or 'all', got {size}")
         if self.placement not in ("sticky", "global"):
             raise ValueError(f"placement must be 'sticky' or 'global', got {self.placement!r}")
-        if self.streams != 1:
-            raise ValueError(f"this release orders by one stream, got streams={self.streams}")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ValueError(f"streams must be 1 to {MAX_STREAMS}, got {self.streams}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,18 +1,32 @@
-"""What a rank takes of the global order: batches as runs of positions, as functions of their number."""
+"""What a rank takes of the global order: positions of its batches, as functions of their number."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.order.slots import Slots, stream_slots
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """Batches of one rank from an offset to the end of an epoch. Ranks share one stream; nothing is kept per batch.
+    """Batches of one rank from an offset to the end of an epoch. Nothing is kept per batch.
 
-    A global batch is world_size * batch_size positions; of each, rank r takes the r-th run of batch_size. Every rank
-    has the same number of batches. What is left after the last full global batch, counted from the offset, is dropped
-    with drop_last; otherwise it makes one more global batch, split evenly (runs differ by one at most), and a rank that
-    it leaves empty-handed takes the record at the start of the stream: padding, no part of the global sequence.
+    A global batch is world_size * batch_size consecutive positions; position p belongs to stream p % n_streams. Its
+    positions are listed by stream, then by position, and rank r takes slots [r * batch_size, (r + 1) * batch_size) of
+    that list, in order of position: so each rank has streams of its own, or ranks share one. Where n_streams does not
+    divide the global batch, a rank's streams would change from batch to batch; then rank r takes the r-th run of
+    batch_size positions, whatever their streams.
+
+    Every rank has the same number of batches. What is left after the last full global batch, counted from the offset,
+    is dropped with drop_last; otherwise it makes one more global batch, listed the same way and split evenly (shares
+    differ by one at most), and a rank that it leaves empty-handed takes the record at the start of its first stream:
+    padding, no part of the global sequence.
 
     Attributes:
         offset: records of the epoch that were served before.
@@ -20,6 +34,7 @@ class RankPlan:
         batch_size: of one rank.
         drop_last: as above.
         n_records: of the epoch.
+        n_streams: of the order.
     """
 
     offset: int
@@ -28,6 +43,7 @@ class RankPlan:
     batch_size: int
     drop_last: bool
     n_records: int
+    n_streams: int = 1
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError naming the one that is out of range."""
@@ -37,6 +53,8 @@ class RankPlan:
             raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}")
         if not 0 <= self.offset <= self.n_records:
             raise ValueError(f"offset must be in [0, {self.n_records}], got {self.offset}")
+        if self.n_streams < 1:
+            raise ValueError(f"n_streams is 1 or more, got {self.n_streams}")
 
     @property
     def global_batch(self) -> int:
@@ -66,21 +84,71 @@ class RankPlan:
     @property
     def n_served(self) -> int:
         """Records of all this rank's batches, padding included."""
-        last = sum(stop - start for start, stop in self._last()) if self.n_left else 0
-        return self.n_full * self.batch_size + last
+        return self.n_full * self.batch_size + self._n_last
 
-    def batch(self, i: int) -> tuple[tuple[int, int], ...]:
-        """Batch i as half-open runs (start, stop) of positions in the epoch, in order.
+    @property
+    def ignores_streams(self) -> bool:
+        """Whether the ranks take runs of positions whatever their streams: blocks are then read by several of them."""
+        return self.world_size > 1 and self.global_batch % self.n_streams != 0
+
+    @property
+    def streams(self) -> range:
+        """Streams that this rank reads in full global batches: neighbours."""
+        if self.global_batch % self.n_streams:
+            return range(self.n_streams)
+        length = self.global_batch // self.n_streams  # of a stream in a global batch
+        start = self.rank * self.batch_size
+        return range(start // length, (start + self.batch_size - 1) // length + 1)
+
+    def positions(self, i: int) -> NDArray[np.int64]:
+        """Positions in the epoch of batch i, in served order: rising.
+
+        Returns:
+            int64[n], at most batch_size of them, at least one.
 
         Raises:
             IndexError: there is no such batch.
         """
         if not 0 <= i < self.n_batches:
             raise IndexError(f"batch {i} of {self.n_batches}")
-        if i == self.n_full:
-            return self._last()
-        start = self.offset + i * self.global_batch + self.rank * self.batch_size
-        return ((start, start + self.batch_size),)
+        start = i * self.batch_size
+        return self.positions_between(start, min(start + self.batch_size, self.n_served))
+
+    def positions_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Positions in the epoch of rows [start, stop) of this rank's batches one after the other, in served order.
+
+        Returns:
+            int64[stop - start], rising but for padding at the end.
+
+        Raises:
+            IndexError: there are no such rows.
+        """
+        if not 0 <= start <= stop <= self.n_served:
+            raise IndexError(f"rows [{start}, {stop}) of {self.n_served}")
+        full_stop = self.n_full * self.batch_size
+        if start == stop:
+            return np.zeros(0, np.int64)
+        found = self._full_positions(start, min(stop, full_stop)) if start < full_stop else np.zeros(0, np.int64)
+        if stop > full_stop:
+            last = self._last_positions(max(start - full_stop, 0), stop - full_stop)
+            found = np.concatenate([found, last]) if len(found) else last
+        return found
+
+    def owns(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether this rank serves positions (padding apart). positions: int64[n], from offset on. Returns bool[n]."""
+        left_start = self._left_start
+        owned = np.zeros(len(positions), np.bool_)
+        if self.n_full:
+            places = (positions - self.offset) % self.global_batch
+            slots = self._full_slots().number(places)
+            first = self.rank * self.batch_size
+            owned = (first <= slots) & (slots < first + self.batch_size)
+            owned &= (positions >= self.offset) & (positions < left_start)
+        if self.n_left:
+            start, stop = self._last_share
+            slots = self._last_slots().number(positions - left_start)
+            owned |= (start <= slots) & (slots < stop) & (positions >= left_start)
+        return owned
 
     def offset_after(self, n_batches: int) -> int:
         """The epoch's offset once every rank has served so many batches of this plan: where a resumed run begins.
@@ -92,9 +160,55 @@ class RankPlan:
             raise ValueError(f"{n_batches} batches of {self.n_batches}")
         return min(self.offset + n_batches * self.global_batch, self.n_records)
 
-    def _last(self) -> tuple[tuple[int, int], ...]:
-        if self.padded:
-            return ((0, 1),)
+    @property
+    def _left_start(self) -> int:
+        """The position after the last full global batch."""
+        return self.offset + self.n_full * self.global_batch
+
+    @property
+    def _last_share(self) -> tuple[int, int]:
+        """This rank's slots [start, stop) of what is left; none where it pads."""
         share, longer = divmod(self.n_left, self.world_size)
-        start = self.n_records - self.n_left + self.rank * share + min(self.rank, longer)
-        return ((start, start + share + (self.rank < longer)),)
+        start = self.rank * share + min(self.rank, longer)
+        return start, start + share + (self.rank < longer)
+
+    @property
+    def _n_last(self) -> int:
+        """Records of the last batch, if there is one beside the full ones."""
+        start, stop = self._last_share
+        return stop - start if stop > start else self.padded
+
+    def _full_slots(self) -> Slots:
+        return self._slots(self.offset, self.global_batch)
+
+    def _last_slots(self) -> Slots:
+        return self._slots(self._left_start, self.n_left)
+
+    def _slots(self, start: int, n: int) -> Slots:
+        # Where streams are ignored they are one.
+        return stream_slots(start, n, 1 if self.global_batch % self.n_streams else self.n_streams)
+
+    def _full_positions(self, start: int, stop: int) -> NDArray[np.int64]:
+        size, step = self.batch_size, self.global_batch
+        if self.world_size == 1:
+            return np.arange(self.offset + start, self.offset + stop, dtype=np.int64)
+        first = self.rank * size
+        taken = self._full_slots().take(first, first + size)
+        begin, end = -(-start // size), stop // size  # the whole batches between
+        if begin > end:  # inside one batch
+            return taken.places(start % size, stop - end * size) + (self.offset + end * step)
+        parts = []
+        if start < begin * size:
+            parts.append(taken.places(start % size, size) + (self.offset + (begin - 1) * step))
+        if begin < end:
+            batches = np.arange(begin, end, dtype=np.int64) * step + self.offset
+            parts.append((batches[:, None] + taken.places(0, size)).ravel())
+        if stop > end * size:
+            parts.append(taken.places(0, stop - end * size) + (self.offset + end * step))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _last_positions(self, start: int, stop: int) -> NDArray[np.int64]:
+        if self.padded:
+            stream = self.streams[0]
+            return np.full(1, stream if stream < self.n_records else 0, np.int64)[start:stop]
+        return self._last_slots().take(*self._last_share).places(start, stop) + self._left_start

@@ -22,18 +22,20 @@ RAMP_SHIFTS = (6, 5, 4, 3, 2, 1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """One window of the order: positions [start, stop) of the stream. Immutable, shared freely between threads.
+    """One window of the order: positions [start, stop) of a stream. Immutable, shared freely between threads.
 
     Attributes:
         group: number of the group of shards it lies in.
         index: its number inside the group.
         start, stop: positions in the stream.
-        raw_bytes: of its blocks, all columns, decoded.
+        raw_bytes: of its blocks, all columns, decoded; of a block that is cut between streams the whole.
         shards: int32[k], shard of each block, by data-set index.
         blocks: int32[k], the block inside its shard.
         block_bytes: int64[k], raw bytes of each block, all columns.
-        first: int64[k + 1], cumulative rows of the blocks; first[k] == stop - start.
+        first: int64[k + 1], cumulative rows of the blocks, those of the stream only; first[k] == stop - start.
         key: of the permutation of its rows; None when they are not shuffled.
+        stream: number of the stream.
+        row_start: uint32[k], the first row of each block that belongs to the stream; None: each block's first.
     """
 
     group: int
@@ -46,10 +48,17 @@ class Window:
     block_bytes: NDArray[np.int64]
     first: NDArray[np.int64]
     key: bytes | None
+    stream: int = 0
+    row_start: NDArray[np.uint32] | None = None
     _finder: RowFinder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_finder", RowFinder(self.first, self.key))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Itself: a window is a `Stretch` of an order whose stretches have one window each."""
+        return (self,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Places of positions [lo, hi), counted from the window's start.
@@ -65,6 +74,8 @@ class Window:
         block = np.empty(hi - lo, np.uint32)
         row = np.empty(hi - lo, np.uint32)
         self._finder.find(lo, block, row)
+        if self.row_start is not None:
+            row += self.row_start[block]
         return block, row
 
 
@@ -73,13 +84,26 @@ def ramp(window_bytes: int) -> tuple[int, ...]:
     return tuple(window_bytes >> shift for shift in RAMP_SHIFTS)
 
 
-def cut(sizes: NDArray[np.int64], limit_bytes: int | None, first_limits: Sequence[int] = ()) -> NDArray[np.int64]:
+def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cumulative sums from 0: int64[n + 1]."""
+    found = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=found[1:])
+    return found
+
+
+def cut(
+    sizes: NDArray[np.int64],
+    limit_bytes: int | None,
+    first_limits: Sequence[int] = (),
+    max_items: int | None = None,
+) -> NDArray[np.int64]:
     """Cut items into consecutive runs: as many whole items as fit limit_bytes together, at least one.
 
     Args:
         sizes: int64[n], bytes of each item.
         limit_bytes: of a run; None: all items are one run.
         first_limits: limits of the first runs, one each, before limit_bytes holds.
+        max_items: of a run after those; None: any number.
 
     Returns:
         int64[m + 1]: run i is items [cuts[i], cuts[i + 1]); [0] when there are no items.
@@ -87,16 +111,16 @@ def cut(sizes: NDArray[np.int64], limit_bytes: int | None, first_limits: Sequenc
     n = len(sizes)
     if limit_bytes is None or n == 0:
         return np.array([0, n] if n else [0], np.int64)
-    sums = np.zeros(n + 1, np.int64)
-    np.cumsum(sizes, out=sums[1:])
+    total = sums(sizes)
     cuts = [0]
     for limit in first_limits:
         if cuts[-1] < n:
-            end = int(np.searchsorted(sums, sums[cuts[-1]] + limit, side="right")) - 1
+            end = int(np.searchsorted(total, total[cuts[-1]] + limit, side="right")) - 1
             cuts.append(max(end, cuts[-1] + 1))
     # Where a run from each item would end, all at once: the loop over runs (10^5 of them and more) then has no search.
-    ends = np.searchsorted(sums, sums[:-1] + min(limit_bytes, int(sums[-1])), side="right") - 1
-    following = np.maximum(ends, np.arange(1, n + 1)).tolist()
+    ends = np.searchsorted(total, total[:-1] + min(limit_bytes, int(total[-1])), side="right") - 1
+    ends = np.maximum(ends, np.arange(1, n + 1))
+    following = (ends if max_items is None else np.minimum(ends, np.arange(n) + max_items)).tolist()
     while cuts[-1] < n:
         cuts.append(following[cuts[-1]])
     return np.array(cuts, np.int64)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache._native.finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard
+from tiercache.shard.cast import Served, cast_kind
 from tiercache.shard.types import Column, Kind, Schema
 from tiercache.shard.values import ColumnValues, gather_values
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from tiercache.shard.reader import ShardReader
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
-# The other way names block and page, and has a bad copy fetched again.
-_DAMAGE = (CorruptShard, gather.CorruptError, OSError, UnicodeDecodeError)
+# The other way names block and page or value, and has a bad copy fetched again.
+_DAMAGE = (CorruptShard, gather.CorruptError, gather.CastError, OSError, UnicodeDecodeError)
 
 
 class MappedRecords:
@@ -36,16 +37,25 @@ class MappedRecords:
         columns: which are read, indices in it.
         first_record: int64[n_shards + 1], the first record of each shard and the number of all; held.
         url: for errors.
+        served: which of the columns are cast.
     """
 
-    def __init__(self, schema: Schema, columns: Sequence[int], first_record: Numbers, url: str) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        columns: Sequence[int],
+        first_record: Numbers,
+        url: str,
+        served: Served | None = None,
+    ) -> None:
         self._columns = tuple(columns)
         self._parts: list[_Part] = []
         n_streams = 0
         for number in columns:
             column = schema.columns[number]
             part = slice(n_streams, n_streams + len(column.streams(number)))
-            self._parts.append(_part_of(column)(column, part, url))
+            other = (served or {}).get(column.name, column)
+            self._parts.append(_part_of(column, other)(column, part, url, other))
             n_streams = part.stop
         self._names = [part.column.name for part in self._parts]
         self._has_arrow = any(part.column.kind is Kind.ARROW for part in self._parts)
@@ -106,10 +116,10 @@ class MappedRecords:
 
 
 class _Part:
-    """A column of any kind but ARROW. streams: which of the found streams are its own."""
+    """A column of any kind but ARROW. streams: which of the found ones are its own; served: the column, or its cast."""
 
-    def __init__(self, column: Column, streams: slice, url: str) -> None:
-        self.column = column
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        self.column, self.served = column, served
         self._streams = streams
         self._url = url
 
@@ -117,7 +127,8 @@ class _Part:
         """The values of all records that were found."""
         addresses, checks, block, row, _kept = found
         mine = None if checks is None else checks[self._streams]
-        return gather_values(self.column, addresses[self._streams], block, row, url=self._url, checks=mine)
+        places = addresses[self._streams], block, row
+        return gather_values(self.column, *places, url=self._url, checks=mine, served=self.served)
 
     def one(self, found: Found) -> Any:
         """The value of the one record that was found."""
@@ -125,17 +136,18 @@ class _Part:
 
 
 class _PlainPart(_Part):
-    """A column whose stored bytes are the values: what gather_values does, without its 2 us for what these have not."""
+    """A column whose gathered bytes are the values: gather_values without its 2 us for what these have not."""
 
-    def __init__(self, column: Column, streams: slice, url: str) -> None:
-        super().__init__(column, streams, url)
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        super().__init__(column, streams, url, served)
         self._stream = streams.start
-        self._dtype, self._row_bytes = column.stored, column.row_bytes
+        self._how = cast_kind(gather.FIXED, column, served), column.row_bytes
+        self._dtype, self._row_bytes = served.stored, served.row_bytes
         self._shape = tuple(d or 0 for d in column.shape)
 
     def many(self, found: Found) -> ColumnValues:
         n = len(found[3])
-        return ColumnValues(self.column, np.ndarray((n, *self._shape), self._dtype, self._bytes(found, n)))
+        return ColumnValues(self.served, np.ndarray((n, *self._shape), self._dtype, self._bytes(found, n)))
 
     def one(self, found: Found) -> Any:
         value = np.ndarray(self._shape, self._dtype, self._bytes(found, 1))
@@ -143,18 +155,18 @@ class _PlainPart(_Part):
 
     def _bytes(self, found: Found, n: int) -> npt.NDArray[np.uint8]:
         addresses, checks, block, row, _kept = found
-        stream, width = self._stream, self._row_bytes
-        out = np.empty(n * width, np.uint8)
+        stream = self._stream
+        out = np.empty(n * self._row_bytes, np.uint8)
         check = None if checks is None else checks[stream]
-        gather.gather(gather.FIXED, width, addresses[stream], block, row, out, None, check)
+        gather.gather(*self._how, addresses[stream], block, row, out, None, check)
         return out
 
 
 class _ObjectsPart(_Part):
     """A column of bytes or text without nulls."""
 
-    def __init__(self, column: Column, streams: slice, url: str) -> None:
-        super().__init__(column, streams, url)
+    def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
+        super().__init__(column, streams, url, served)
         self._stream = streams.start
         self._gather: Callable[..., list[Any]] = gather.gather_str if column.kind is Kind.STR else gather.gather_bytes
 
@@ -169,10 +181,10 @@ class _ObjectsPart(_Part):
         return self._gather(addresses[self._stream], block, row, None if checks is None else checks[self._stream])
 
 
-def _part_of(column: Column) -> type[_Part]:
+def _part_of(column: Column, served: Column) -> type[_Part]:
     if column.nullable:
         return _Part
     if column.kind in (Kind.BYTES, Kind.STR, Kind.IMAGE):
         return _ObjectsPart
-    fixed = column.kind in (Kind.SCALAR, Kind.TENSOR) and column.dtype not in ("bool", "bfloat16")
+    fixed = column.kind in (Kind.SCALAR, Kind.TENSOR) and served.dtype not in ("bool", "bfloat16")
     return _PlainPart if fixed and column.row_bytes else _Part

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.blocks import Blocks
+from tiercache.shard.cast import Served
 from tiercache.shard.chunks import Chunks, Ids, Verify, chunk_ids
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
@@ -34,8 +35,11 @@ class ShardReader:
         info: ShardInfo | None = None,
         identity: ShardIdentity | None = None,
         verify: Verify = "first",
+        served: Served | None = None,
     ) -> None:
         """Open a shard: one ranged request when info is given, two at most otherwise.
+
+        served: columns that `take` casts.
 
         Raises:
             NotFound: no such object.
@@ -54,7 +58,7 @@ class ShardReader:
             raise
         self._chunks = Chunks(self._source, self.footer, verify)
         self._pages = Pages(self._source, self.footer, verify, self._chunks)
-        self._records = RecordReader(self.footer, self.url, self._chunks, self._pages)
+        self._records = RecordReader(self.footer, self.url, self._chunks, self._pages, served)
         self._closed = False
 
     @property

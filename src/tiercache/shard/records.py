@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tiercache._native import gather
 from tiercache.shard import codec
 from tiercache.shard.blocks import Blocks
+from tiercache.shard.cast import Served
 from tiercache.shard.chunks import Addresses, Chunks, Ids, LoadedChunks, chunk_ids
 from tiercache.shard.layout import Footer
 from tiercache.shard.pages import Pages, Pieces
@@ -39,13 +40,14 @@ class _Place:
 class RecordReader:
     """Reads rows of an open shard one by one. Safe from any thread."""
 
-    def __init__(self, footer: Footer, url: str, chunks: Chunks, pages: Pages) -> None:
+    def __init__(self, footer: Footer, url: str, chunks: Chunks, pages: Pages, served: Served | None = None) -> None:
         self._footer = footer
         self._url = url
         self._chunks = chunks
         self._pages = pages
         self._rows = footer.chunks.ravel()
         self._n_columns = len(footer.schema)
+        self._served = served or {}
 
     def take(self, rows: Numbers, columns: Sequence[int], deadline_s: float | None) -> list[ColumnValues]:
         """Values of rows (within the shard, checked by the caller), in their order, of each column."""
@@ -71,7 +73,8 @@ class RecordReader:
         numbers, position = np.unique(block, return_inverse=True)
         loaded = self._chunks.load(chunk_ids(numbers.tolist(), columns, self._n_columns), deadline_s)
         blocks = Blocks(self._footer, self._url, tuple(numbers.tolist()), tuple(columns), loaded)
-        values = block_values(blocks, columns, position.astype(np.uint32).ravel(), row.astype(np.uint32))
+        places = position.astype(np.uint32).ravel(), row.astype(np.uint32)
+        values = block_values(blocks, columns, *places, self._served)
         return dict(zip(columns, values, strict=True))
 
     def _take_plain(
@@ -110,7 +113,9 @@ class RecordReader:
         found = {}
         for number in dict.fromkeys(stream.column for stream in streams):
             mine = np.ascontiguousarray(sources[[i for i, s in enumerate(streams) if s.column == number]])
-            found[number] = gather_values(self._footer.schema.columns[number], mine, block, row, url=self._url)
+            column = self._footer.schema.columns[number]
+            served = self._served.get(column.name)
+            found[number] = gather_values(column, mine, block, row, url=self._url, served=served)
         return found
 
     def _load_whole(self, columns: Sequence[int], block: Ids, deadline_s: float | None) -> tuple[Ids, LoadedChunks]:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.shard.blocks import Blocks
+from tiercache.shard.cast import Served, cast_kind, refuse_misfit
 from tiercache.shard.types import Column, Kind
 
 Places: TypeAlias = npt.NDArray[np.uint32]
@@ -32,7 +33,7 @@ OfStreams: TypeAlias = Addresses | Sequence[Addresses]
 class ColumnValues:
     """n values of a column: an array [n, ...], a bfloat16 torch tensor, or a list.
 
-    valid: bool[n] if the column is nullable.
+    column: as it is served; valid: bool[n] if the column is nullable.
     """
 
     column: Column
@@ -51,12 +52,14 @@ class ColumnValues:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of blocks anywhere: where a column's streams lie, and which rows."""
+    """Rows of blocks anywhere: where a column's streams lie, and which rows. served: the column, cast or not."""
 
     addresses: OfStreams
     checks: OfStreams | None
     block: Places
     row: Places
+    column: Column
+    served: Column
 
     def __len__(self) -> int:
         return len(self.row)
@@ -82,16 +85,33 @@ class _Rows:
         gather.gather(gather.BITS, 0, *self.at(stream), out, checks=self.check(stream))
         return out.view(np.bool_)
 
-    def elements(self, stream: int, width_bytes: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """Offsets int64[n + 1], and the elements of all rows as bytes."""
-        offsets = gather.measure(*self.at(stream), self.check(stream))
-        out = np.empty(int(offsets[-1]) * width_bytes, np.uint8)
-        gather.gather(gather.VAR, width_bytes, *self.at(stream), out, offsets, self.check(stream))
+    def numbers(self) -> npt.NDArray[Any]:
+        """The served elements of all rows, which have as many each."""
+        out = np.empty(len(self) * self.served.n_elements, self.served.stored)
+        if out.size:
+            kind = gather.BITS if self.column.kind is Kind.BOOL else gather.FIXED
+            kind = cast_kind(kind, self.column, self.served)
+            gather.gather(kind, self.column.row_bytes, *self.at(0), out.view(np.uint8), checks=self.check(0))
+        return out
+
+    def elements(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Offsets int64[n + 1], and the served elements of all rows."""
+        offsets = gather.measure(*self.at(0), self.check(0))
+        out = np.empty(int(offsets[-1]), self.served.stored)
+        kind, width_bytes = cast_kind(gather.VAR, self.column, self.served), self.column.stored.itemsize
+        gather.gather(kind, width_bytes, *self.at(0), out.view(np.uint8), offsets, self.check(0))
         return offsets, out
 
 
 def gather_values(
-    column: Column, addresses: OfStreams, block: Places, row: Places, *, url: str, checks: OfStreams | None = None
+    column: Column,
+    addresses: OfStreams,
+    block: Places,
+    row: Places,
+    *,
+    url: str,
+    checks: OfStreams | None = None,
+    served: Column | None = None,
 ) -> ColumnValues:
     """Rows of a column (not ARROW) of blocks anywhere.
 
@@ -102,19 +122,26 @@ def gather_values(
         row: uint32[n], below the rows of that block.
         url: for errors.
         checks: as Blocks.checks: pages to be checked before they are read; None: nothing is left to check.
+        served: as what it is served, if it is cast.
 
     Raises:
         CorruptShard: the mapping cannot be read, a page's checksum is wrong, or the values are not what the column
             holds.
-        SchemaError: bfloat16 without torch.
+        SchemaError: bfloat16 without torch; a value that has no equal in the dtype that it is cast to.
     """
+    served = served or column
     with corrupt_as(column, url):
-        rows = _Rows(addresses, checks, block, row)
+        rows = _Rows(addresses, checks, block, row, column, served)
         valid = rows.flags(-1) if column.nullable else None
-        values = _HOW[column.kind](column, rows)
+        try:
+            values = _HOW[column.kind](served, rows)
+        except gather.CastError:
+            stored = replace(rows, served=column)
+            elements = stored.elements()[1] if column.kind is Kind.RAGGED else stored.numbers()
+            refuse_misfit(column, served.dtype or "", elements)
         if valid is not None and not valid.all():
             _blank(values, valid)
-    return ColumnValues(column, values, valid)
+    return ColumnValues(served, values, valid)
 
 
 @contextmanager
@@ -144,14 +171,13 @@ def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
 
 
 def _numbers(column: Column, rows: _Rows) -> Any:
-    out = rows.fixed(0, column.row_bytes)
-    return _as_dtype(column, out.view(column.stored).reshape(len(rows), *(d or 0 for d in column.shape)))
+    return _as_dtype(column, rows.numbers().reshape(len(rows), *(d or 0 for d in column.shape)))
 
 
 def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
     """Stored elements as elements of the column's dtype."""
     if column.dtype == "bool":
-        return stored != 0
+        return stored.view(np.bool_) if column.kind is Kind.BOOL else stored != 0  # of tensors any byte is stored
     if column.dtype != "bfloat16":
         return stored
     torch = sys.modules.get("torch")
@@ -161,16 +187,12 @@ def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
 
 
-def _bools(_: Column, rows: _Rows) -> npt.NDArray[np.bool_]:
-    return rows.flags(0)
-
-
 def _ragged(column: Column, rows: _Rows) -> list[Any]:
-    offsets, flat = rows.elements(0, column.stored.itemsize)
+    offsets, flat = rows.elements()
     n_dimensions = len(column.shape)
     shapes = rows.fixed(1, 4 * n_dimensions).view(np.dtype("<i4")).reshape(len(rows), n_dimensions)
     _check_shapes(column, shapes, np.diff(offsets))
-    elements = _as_dtype(column, flat.view(column.stored))
+    elements = _as_dtype(column, flat)
     bounds, dimensions = offsets.tolist(), shapes.tolist()
     return [
         elements[start:end].reshape(shape) for start, end, shape in zip(bounds, bounds[1:], dimensions, strict=False)
@@ -207,7 +229,7 @@ def _objects(column: Column, rows: _Rows) -> list[Any]:
 _HOW = {
     Kind.SCALAR: _numbers,
     Kind.TENSOR: _numbers,
-    Kind.BOOL: _bools,
+    Kind.BOOL: _numbers,
     Kind.RAGGED: _ragged,
     Kind.BYTES: _bytes,
     Kind.IMAGE: _bytes,
@@ -236,10 +258,12 @@ def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row:
     return ColumnValues(column, values, valid)
 
 
-def block_values(blocks: Blocks, columns: Sequence[int], block: Places, row: Places) -> list[ColumnValues]:
+def block_values(
+    blocks: Blocks, columns: Sequence[int], block: Places, row: Places, served: Served | None = None
+) -> list[ColumnValues]:
     """Rows of columns of loaded blocks.
 
-    columns: indices in the schema, all loaded; block: uint32[n], positions in blocks.blocks.
+    columns: indices in the schema, all loaded; block: uint32[n], positions in blocks.blocks; served: what is cast.
 
     Raises:
         CorruptShard: as gather_values; it names the block too where a page or an offset is wrong.
@@ -254,7 +278,10 @@ def block_values(blocks: Blocks, columns: Sequence[int], block: Places, row: Pla
             continue
         left = None if checks is None else checks[part]
         try:
-            found.append(gather_values(column, blocks.addresses[part], block, row, url=blocks.url, checks=left))
+            other = (served or {}).get(column.name)
+            found.append(
+                gather_values(column, blocks.addresses[part], block, row, url=blocks.url, checks=left, served=other)
+            )
         except CorruptShard as error:
             if isinstance(error.__cause__, gather.CorruptError):
                 blocks.explain(number, block, row)

@@ -9,6 +9,7 @@ from threading import Condition
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Upload
+from tiercache.store.direct import MIN_BYTES, DirectWriter
 from tiercache.store.parts import in_order
 from tiercache.store.posix import NewFile, copy_bytes, file_info, os_errors, write_all
 
@@ -69,6 +70,7 @@ class FileUpload(Upload):
         self._end = 0
         self._n_writers = 0
         self._parts: dict[int, ByteRange] = {}
+        self._direct: DirectWriter | None = None  # made for the first large part
         self._open = True
 
     def put_part(self, number: int, data: Buffer) -> None:
@@ -82,10 +84,13 @@ class FileUpload(Upload):
             place = ByteRange(self._end, self._end + flat.nbytes)
             self._end = place.end
             self._n_writers += 1
+            if self._direct is None and flat.nbytes >= MIN_BYTES:
+                self._direct = DirectWriter(self._file.fd)
         written = False
         try:
             with os_errors(f"put_part {number}", self._url):
-                write_all(self._file.fd, flat, place.start)
+                n_direct = self._direct.write(flat, place.start) if self._direct is not None else 0
+                write_all(self._file.fd, flat[n_direct:], place.start + n_direct)
             written = True
         finally:
             with self._changed:
@@ -111,7 +116,7 @@ class FileUpload(Upload):
                 finally:
                     ordered.close()
         finally:
-            self._file.close()
+            self._close()
 
     def _publish(self, file: NewFile, *, if_absent: bool) -> ObjectInfo | None:
         if not if_absent:
@@ -129,7 +134,12 @@ class FileUpload(Upload):
     def abort(self) -> None:
         """Drop the file."""
         if self._stop_writing():
-            self._file.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+        self._file.close()
 
     def _stop_writing(self) -> bool:
         """Refuse further parts and wait for those under way; False if it was done before."""

@@ -1,0 +1,133 @@
+"""The gap between two epochs, beside the gap between two batches: what a training loop waits for at each.
+
+    python benchmarks/bench_boundary.py [--mib 96] [--window-mib 16] [--step-ms 5] [--epochs 6]
+
+A loop takes a batch and works for step-ms, epoch after epoch. The gap of a batch is the time from asking for it until
+it is there; that of a boundary from asking for the batch after the last until the first one of the next epoch is there
+(the end of the iterator and iter() among it). Data: stored raw and as zstd in a local folder, and as zstd on an HTTP
+server of another process, through a cache that holds half of it. Beside each the same loop without making the next
+epoch ready (`not_ready`). Milliseconds; the first epoch, which may be cold, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+import tiercache as tc
+from rows import OUT, spread, table, write_rows
+from tiercache.load.coming import Coming
+
+TOKENS, BATCH = 1024, 256
+SERVE = """
+import sys
+from pathlib import Path
+from tiercache.testing.http_server import HttpFaultServer
+folder = Path(sys.argv[1])
+paths = [path for path in folder.rglob("*") if path.is_file()]
+files = {f"data/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in paths}
+with HttpFaultServer(files) as server:
+    print(server.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def write(folder: Path, n_bytes: int, compression: str) -> None:
+    """Pack records of 1,024 tokens, as unevenly distributed as words are."""
+    random, step = np.random.default_rng(0), 2048
+    schema = {"tokens": tc.Tensor("uint16", (TOKENS,))}
+    with tc.Writer(folder, schema=schema, compression=compression, shard_size="4MiB") as writer:
+        for first in range(0, n_bytes // (2 * TOKENS), step):
+            shape = (min(step, n_bytes // (2 * TOKENS) - first), TOKENS)
+            writer.write_batch({"tokens": random.zipf(1.3, shape).clip(0, 65535).astype(np.uint16)})
+
+
+def gaps(loader: tc.DataLoader, n_epochs: int, step_s: float) -> tuple[list[float], list[float]]:
+    """(of batches, of boundaries) in ms, after the first epoch."""
+    of_batches, of_boundaries = [], []
+    iterator, asked_s, first = iter(loader), time.perf_counter(), True
+    epoch = 0
+    while epoch < n_epochs:
+        batch = next(iterator, None)
+        if batch is None:
+            iterator, epoch, first = iter(loader), epoch + 1, True
+            continue
+        int(batch["tokens"][0, 0])
+        if epoch:
+            (of_boundaries if first else of_batches).append(1e3 * (time.perf_counter() - asked_s))
+        end_s = time.perf_counter() + step_s
+        while time.perf_counter() < end_s:
+            time.sleep(step_s / 10)  # as a loop that waits for its accelerator does
+        asked_s, first = time.perf_counter(), False
+    iterator.close()
+    return of_batches, of_boundaries
+
+
+def measure(dataset: tc.Dataset, given: argparse.Namespace, *, ready: bool) -> tuple[list[float], list[float]]:
+    """Gaps of one loader, with or without making the next epoch ready."""
+    options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes=f"{given.window_mib}MiB")
+    loader = tc.DataLoader(dataset, batch_size=BATCH, shuffle=True, options=options)
+    prepare = Coming.prepare
+    if not ready:
+        Coming.prepare = lambda *_: None  # type: ignore[method-assign]  # what it is measured against
+    try:
+        return gaps(loader, given.epochs, given.step_ms / 1e3)
+    finally:
+        Coming.prepare = prepare  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=96)
+    parser.add_argument("--window-mib", type=int, default=16)
+    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--epochs", type=int, default=6)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*will be fetched again in every epoch.*")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, compression in (("raw", "none"), ("zstd", "zstd:3")):
+            write(folder / kind, given.mib << 20, compression)
+        stored_bytes = sum(path.stat().st_size for path in (folder / "zstd").rglob("*") if path.is_file())
+        command = [sys.executable, "-c", SERVE, str(folder / "zstd")]
+        with (
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+            tc.Cache(folder / "cache", size=stored_bytes // 2, free_floor=0) as cache,
+        ):
+            url = server.stdout.readline().strip() if server.stdout else ""
+            places = {"raw": folder / "raw", "zstd": folder / "zstd", "remote": f"{url}/data"}
+            for kind, place in places.items():
+                for ready in (True, False):
+                    dataset = tc.Dataset(place, cache=cache if kind == "remote" else None)
+                    of_batches, of_boundaries = measure(dataset, given, ready=ready)
+                    dataset.close()
+                    way = "ready" if ready else "not_ready"
+                    tail = float(np.percentile(of_batches, 99))
+                    row = {"data": kind, "way": way, "batch_ms": spread(of_batches), "batch_p99_ms": tail}
+                    rows.append({**row, "boundary_ms": spread(of_boundaries), "step_ms": given.step_ms})
+            if server.stdin:
+                server.stdin.close()
+    write_rows(OUT / "boundary.jsonl", rows)
+    lines = [
+        [
+            f"{row['data']}, {row['way']}",
+            *(f"{figure:.2f}" for figure in (row["batch_ms"]["median"], row["batch_p99_ms"], row["batch_ms"]["max"])),
+            *(f"{row['boundary_ms'][figure]:.2f}" for figure in ("min", "median", "max")),
+        ]
+        for row in rows
+    ]
+    print(table(["", "batch median", "p99", "max", "boundary min", "median", "max"], lines))
+    print(f"a batch every {given.step_ms} ms; a boundary of no more than that costs no more than a batch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+#include "batch.h"
+
+#include <stdlib.h>
+
+/* A share takes some 20 us: long beside the lock, short beside what the consumer may have to wait for another's. Shares of half and of twice
+ * the size gave the same. */
+enum { SHARE_BYTES = 256 << 10 };
+
+void tc_batch_reset(tc_batch *batch, size_t n_rows, uint64_t first_row) {
+    batch->state = TC_BUSY;
+    batch->status = 0;
+    batch->n_parts = 0;
+    batch->n_rows = n_rows;
+    batch->first_row = first_row;
+    batch->begun = batch->share_rows = batch->n_copying = 0;
+    batch->slot = NULL;
+}
+
+void tc_batch_add(tc_batch *batch, const tc_part *part) {
+    if (batch->n_parts == batch->parts_capacity) {
+        size_t capacity = batch->parts_capacity ? 2 * batch->parts_capacity : 4;
+        tc_part *parts = realloc(batch->parts, capacity * sizeof *parts);
+        if (parts == NULL) {
+            batch->status = TC_NOMEM;
+            return;
+        }
+        batch->parts = parts;
+        batch->parts_capacity = capacity;
+    }
+    batch->parts[batch->n_parts++] = *part;
+}
+
+tc_content tc_batch_content(const tc_batch *batch, const tc_stream *streams, size_t n_streams) {
+    return (tc_content){streams, n_streams, batch->parts, batch->n_parts};
+}
+
+void tc_batch_open(tc_batch *batch) {
+    size_t n_shares = batch->slot->end / SHARE_BYTES + 1;
+    batch->share_rows = (batch->n_rows + n_shares - 1) / n_shares;
+    batch->state = TC_OPEN;
+}
+
+tc_share tc_batch_share(tc_batch *batch) {
+    size_t first = batch->begun, left = batch->n_rows - first;
+    batch->begun += left < batch->share_rows ? left : batch->share_rows;
+    return (tc_share){first, batch->begun};
+}
+
+void tc_batch_free(tc_batch *batch) {
+    if (batch->state != TC_EMPTY && batch->slot) tc_slot_free(batch->slot);
+    free(batch->parts);
+}

@@ -1,0 +1,307 @@
+#include "cast.h"
+
+#include <float.h>
+#include <string.h>
+
+/* One loop for each pair, which the compiler vectorises: no branches, what does not fit is or-ed together and looked at behind the loop. Checks
+ * that a pair does not need are constants, so that its loop has none. */
+
+#define ANY_PLACE __attribute__((aligned(1), may_alias))
+typedef uint8_t ANY_PLACE any_u8;
+typedef int8_t ANY_PLACE any_i8;
+typedef uint16_t ANY_PLACE any_u16;
+typedef int16_t ANY_PLACE any_i16;
+typedef uint32_t ANY_PLACE any_u32;
+typedef int32_t ANY_PLACE any_i32;
+typedef uint64_t ANY_PLACE any_u64;
+typedef int64_t ANY_PLACE any_i64;
+typedef float ANY_PLACE any_f32;
+typedef double ANY_PLACE any_f64;
+typedef uint8_t ANY_PLACE any_bool;
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float widen_bf16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
+
+/* a where mask is all ones, b where it is zero: compilers make branches of ?: where a side is float arithmetic, and then no vectors. */
+static inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+
+static inline uint32_t mask_if(int is_so) { return (uint32_t)-is_so; }
+
+/* In whole numbers, and tiny ones by a subtraction of normal floats: right in a thread that takes denormal floats for zero too. */
+static inline float widen_f16(uint16_t half) {
+    uint32_t rest = (uint32_t)(half & 0x7fff) << 13, exponent = rest & 0x0f800000u;
+    uint32_t tiny = bits_of(float_of(rest + (113u << 23)) - float_of(113u << 23));
+    uint32_t normal = rest + (112u << 23) + (mask_if(exponent == 0x0f800000u) & (112u << 23)); /* infinity and NaN: to the end */
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    return float_of(choose(mask_if(exponent == 0), tiny, normal) | sign);
+}
+
+static inline uint16_t round_to_bf16(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+static inline uint16_t round_to_f16(float value) {
+    uint32_t sign = (bits_of(value) >> 16) & 0x8000, bits = bits_of(value) & 0x7fffffff;
+    uint32_t normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    uint32_t tiny = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f); /* 0.5 has its last bit where the least float16 has */
+    uint32_t large = 0x7c00 | (mask_if(bits > 0x7f800000) & 0x200);
+    return (uint16_t)(sign | choose(mask_if(bits >= 0x47800000), large, choose(mask_if(bits < 0x38800000), tiny, normal)));
+}
+
+/* The float next to zero of the two, with its last bit set, where neither is exact: rounded on from there, the result is as if rounded once. */
+static inline float round_to_odd(double value) {
+    float nearest = (float)value;
+    double back = (double)nearest;
+    uint32_t is_inexact = (uint32_t)((back < value) | (back > value));
+    uint32_t is_away = (uint32_t)(is_inexact & (__builtin_fabs(back) > __builtin_fabs(value)));
+    return float_of((bits_of(nearest) - is_away) | is_inexact);
+}
+
+/* from, to: short names of dtypes. body: makes `out`, of the target's stored type, of `in`, and ors into `wrong` what does not fit. */
+#define CASTER(from, to, wrong_type, body)                                                                                     \
+    static uint64_t from##_to_##to(const uint8_t *restrict source, uint8_t *restrict target, size_t n) {                       \
+        const STORED_##from *ins = (const STORED_##from *)source;                                                              \
+        STORED_##to *outs = (STORED_##to *)target;                                                                             \
+        wrong_type wrong = 0;                                                                                                  \
+        for (size_t i = 0; i < n; i++) body;                                                                                   \
+        return (uint64_t)wrong;                                                                                                \
+    }
+
+#define STORED_bool any_bool
+#define STORED_u8 any_u8
+#define STORED_i8 any_i8
+#define STORED_u16 any_u16
+#define STORED_i16 any_i16
+#define STORED_u32 any_u32
+#define STORED_i32 any_i32
+#define STORED_u64 any_u64
+#define STORED_i64 any_i64
+#define STORED_f16 any_u16
+#define STORED_bf16 any_u16
+#define STORED_f32 any_f32
+#define STORED_f64 any_f64
+
+/* The type to count what is wrong in, as wide as the source, so that a loop's lanes are of one width. */
+#define WRONG_bool uint8_t
+#define WRONG_u8 uint8_t
+#define WRONG_i8 uint8_t
+#define WRONG_u16 uint16_t
+#define WRONG_i16 uint16_t
+#define WRONG_u32 uint32_t
+#define WRONG_i32 uint32_t
+#define WRONG_u64 uint64_t
+#define WRONG_i64 uint64_t
+
+#define VALUE_bool(in) ((uint8_t)((in) != 0)) /* any byte but 0 is stored truth */
+#define VALUE_u8(in) (in)
+#define VALUE_i8(in) (in)
+#define VALUE_u16(in) (in)
+#define VALUE_i16(in) (in)
+#define VALUE_u32(in) (in)
+#define VALUE_i32(in) (in)
+#define VALUE_u64(in) (in)
+#define VALUE_i64(in) (in)
+
+#define TYPE_bool uint8_t
+#define TYPE_u8 uint8_t
+#define TYPE_i8 int8_t
+#define TYPE_u16 uint16_t
+#define TYPE_i16 int16_t
+#define TYPE_u32 uint32_t
+#define TYPE_i32 int32_t
+#define TYPE_u64 uint64_t
+#define TYPE_i64 int64_t
+
+/* A number that is not the same when it comes back, and one whose sign is taken for a digit or the other way round; of bool all but the last
+ * bit. Without a comparison, which SSE2 has not for 64 bits. */
+#define IS_SIGNED(type) ((TYPE_##type)-1 < 1)
+#define TURNS_SIGN(from, to)                                                                                                   \
+    ((IS_SIGNED(from) && !IS_SIGNED(to)) ||                                                                                    \
+     (!IS_SIGNED(from) && IS_SIGNED(to) && sizeof(TYPE_##from) >= sizeof(TYPE_##to)))
+#define LOST(from, to, in)                                                                                                     \
+    ((in ^ (WRONG_##from)(TYPE_##to)in) | (TURNS_SIGN(from, to) ? in >> (8 * sizeof in - 1) : 0) | (IS_##to ? in & ~1ull : 0))
+#define IS_bool 1
+#define IS_u8 0
+#define IS_i8 0
+#define IS_u16 0
+#define IS_i16 0
+#define IS_u32 0
+#define IS_i32 0
+#define IS_u64 0
+#define IS_i64 0
+
+#define INTEGER(from, to)                                                                                                      \
+    CASTER(from, to, WRONG_##from, {                                                                                           \
+        TYPE_##from in = VALUE_##from(ins[i]);                                                                                 \
+        WRONG_##from bits = (WRONG_##from)in;                                                                                  \
+        wrong |= (WRONG_##from)LOST(from, to, bits);                                                                           \
+        outs[i] = (TYPE_##to)in;                                                                                               \
+    })
+
+/* Whether a float is the integer that it was made of. Up to 32 bits doubles have them all; of 64 bits the float is looked at as an integer
+ * again, which is defined only below the type's end. */
+#define DIFFERS_32(in, back) ((double)(back) != (double)(in))
+#define DIFFERS_bool DIFFERS_32
+#define DIFFERS_u8 DIFFERS_32
+#define DIFFERS_i8 DIFFERS_32
+#define DIFFERS_u16 DIFFERS_32
+#define DIFFERS_i16 DIFFERS_32
+#define DIFFERS_u32 DIFFERS_32
+#define DIFFERS_i32 DIFFERS_32
+#define DIFFERS_64(in, back, type, end) (((double)(back) >= (end)) | ((type)((double)(back) < (end) ? (double)(back) : 0.0) != (in)))
+#define DIFFERS_u64(in, back) DIFFERS_64(in, back, uint64_t, 0x1p64)
+#define DIFFERS_i64(in, back) DIFFERS_64(in, back, int64_t, 0x1p63)
+
+#define OUT_f64(value) ((double)(value))
+#define OUT_f32(value) ((float)(value))
+#define OUT_f16(value) round_to_f16((float)(value))
+#define OUT_bf16(value) round_to_bf16((float)(value))
+#define BACK_f64(out) (out)
+#define BACK_f32(out) (out)
+#define BACK_f16(out) widen_f16(out)
+#define BACK_bf16(out) widen_bf16(out)
+#define HELD_f64 double
+#define HELD_f32 float
+#define HELD_f16 uint16_t
+#define HELD_bf16 uint16_t
+
+/* All integers of the type are floats of the other: nothing to check. */
+#define EXACT(from, to) CASTER(from, to, uint64_t, outs[i] = OUT_##to(VALUE_##from(ins[i])))
+/* Rounded by way of float where the target is a short one: an integer that is exactly one of those is exactly a float. */
+#define TO_FLOAT(from, to)                                                                                                     \
+    CASTER(from, to, uint64_t, {                                                                                               \
+        TYPE_##from in = VALUE_##from(ins[i]);                                                                                 \
+        HELD_##to out = OUT_##to(in);                                                                                          \
+        wrong |= (uint64_t)DIFFERS_##from(in, BACK_##to(out));                                                                 \
+        outs[i] = out;                                                                                                         \
+    })
+
+/* A finite number has become infinite. */
+#define IS_OVER(from, out, in) ((__builtin_fabsf(out) > FLT_MAX) & IS_FINITE_##from(in))
+#define IS_FINITE_f32(in) (__builtin_fabsf(in) <= FLT_MAX)
+#define IS_FINITE_bf16 IS_FINITE_f32
+#define IS_FINITE_f64(in) (__builtin_fabs(in) <= DBL_MAX)
+#define WIDEN(from, to) CASTER(from, to, uint64_t, outs[i] = OUT_##to(BACK_##from(ins[i])))
+#define NARROW(from, to, how)                                                                                                  \
+    CASTER(from, to, uint32_t, {                                                                                               \
+        HELD_##to out = OUT_##to(how(BACK_##from(ins[i])));                                                                    \
+        wrong |= (uint32_t)IS_OVER(from, BACK_##to(out), BACK_##from(ins[i]));                                                       \
+        outs[i] = out;                                                                                                         \
+    })
+
+#define INTEGERS_FROM(from)                                                                                                    \
+    INTEGER(from, bool)                                                                                                        \
+    INTEGER(from, u8)                                                                                                          \
+    INTEGER(from, i8)                                                                                                          \
+    INTEGER(from, u16)                                                                                                         \
+    INTEGER(from, i16)                                                                                                         \
+    INTEGER(from, u32)                                                                                                         \
+    INTEGER(from, i32)                                                                                                         \
+    INTEGER(from, u64)                                                                                                         \
+    INTEGER(from, i64)
+
+INTEGERS_FROM(bool)
+INTEGERS_FROM(u8)
+INTEGERS_FROM(i8)
+INTEGERS_FROM(u16)
+INTEGERS_FROM(i16)
+INTEGERS_FROM(u32)
+INTEGERS_FROM(i32)
+INTEGERS_FROM(u64)
+INTEGERS_FROM(i64)
+
+/* float16 has integers to 2048, bfloat16 to 256, float32 to 2^24, float64 to 2^53. */
+EXACT(bool, f16)
+EXACT(u8, f16)
+EXACT(i8, f16)
+TO_FLOAT(u16, f16)
+TO_FLOAT(i16, f16)
+TO_FLOAT(u32, f16)
+TO_FLOAT(i32, f16)
+TO_FLOAT(u64, f16)
+TO_FLOAT(i64, f16)
+EXACT(bool, bf16)
+EXACT(u8, bf16)
+EXACT(i8, bf16)
+TO_FLOAT(u16, bf16)
+TO_FLOAT(i16, bf16)
+TO_FLOAT(u32, bf16)
+TO_FLOAT(i32, bf16)
+TO_FLOAT(u64, bf16)
+TO_FLOAT(i64, bf16)
+EXACT(bool, f32)
+EXACT(u8, f32)
+EXACT(i8, f32)
+EXACT(u16, f32)
+EXACT(i16, f32)
+TO_FLOAT(u32, f32)
+TO_FLOAT(i32, f32)
+TO_FLOAT(u64, f32)
+TO_FLOAT(i64, f32)
+EXACT(bool, f64)
+EXACT(u8, f64)
+EXACT(i8, f64)
+EXACT(u16, f64)
+EXACT(i16, f64)
+EXACT(u32, f64)
+EXACT(i32, f64)
+TO_FLOAT(u64, f64)
+TO_FLOAT(i64, f64)
+
+WIDEN(f16, f32)
+WIDEN(f16, f64)
+WIDEN(f16, bf16) /* rounds, and nothing that float16 has is too large */
+WIDEN(bf16, f32)
+WIDEN(bf16, f64)
+NARROW(bf16, f16, )
+NARROW(f32, f16, )
+NARROW(f32, bf16, )
+WIDEN(f32, f64)
+NARROW(f64, f16, round_to_odd)
+NARROW(f64, bf16, round_to_odd)
+NARROW(f64, f32, )
+
+#define TO_FLOATS(from) from##_to_f16, from##_to_bf16, from##_to_f32, from##_to_f64
+#define ROW(from)                                                                                                              \
+    {                                                                                                                          \
+        0, from##_to_bool, from##_to_u8, from##_to_i8, from##_to_u16, from##_to_i16, from##_to_u32, from##_to_i32,             \
+            from##_to_u64, from##_to_i64, TO_FLOATS(from)                                                                      \
+    }
+
+static const tc_caster CASTERS[TC_N_DTYPES][TC_N_DTYPES] = {
+    [TC_BOOL] = ROW(bool),
+    [TC_U8] = ROW(u8),
+    [TC_I8] = ROW(i8),
+    [TC_U16] = ROW(u16),
+    [TC_I16] = ROW(i16),
+    [TC_U32] = ROW(u32),
+    [TC_I32] = ROW(i32),
+    [TC_U64] = ROW(u64),
+    [TC_I64] = ROW(i64),
+    [TC_F16] = {[TC_BF16] = f16_to_bf16, [TC_F32] = f16_to_f32, [TC_F64] = f16_to_f64},
+    [TC_BF16] = {[TC_F16] = bf16_to_f16, [TC_F32] = bf16_to_f32, [TC_F64] = bf16_to_f64},
+    [TC_F32] = {[TC_F16] = f32_to_f16, [TC_BF16] = f32_to_bf16, [TC_F64] = f32_to_f64},
+    [TC_F64] = {[TC_F16] = f64_to_f16, [TC_BF16] = f64_to_bf16, [TC_F32] = f64_to_f32},
+};
+
+static const uint8_t DTYPE_BYTES[TC_N_DTYPES] = {
+    [TC_BOOL] = 1, [TC_U8] = 1,  [TC_I8] = 1,  [TC_U16] = 2, [TC_I16] = 2, [TC_U32] = 4, [TC_I32] = 4,
+    [TC_U64] = 8,  [TC_I64] = 8, [TC_F16] = 2, [TC_BF16] = 2, [TC_F32] = 4, [TC_F64] = 8,
+};
+
+tc_caster tc_caster_of(uint32_t from, uint32_t to) { return from != to && from < TC_N_DTYPES && to < TC_N_DTYPES ? CASTERS[from][to] : NULL; }
+
+size_t tc_dtype_bytes(uint32_t dtype) { return dtype < TC_N_DTYPES ? DTYPE_BYTES[dtype] : 0; }

@@ -1,0 +1,88 @@
+/* The gather of streams that are cast: as gather.c's kernels, with a cast where they copy. */
+#include "cast.h"
+
+#include "runs.h"
+
+/* Rows up to SMALL_BYTES are gathered into a buffer that stays in the first cache, and cast from there, many in one call: of 8 bytes each
+ * a call would cost more than the row. */
+enum { AHEAD = 6, GROUP = 32, SMALL_BYTES = 128, BUFFER_BYTES = 4096, PIECE_BYTES = 2048 };
+
+size_t tc_cast_bytes(const tc_stream *stream, size_t n_bytes) {
+    return stream->to == TC_AS_IS ? n_bytes : n_bytes / tc_dtype_bytes(stream->from) * tc_dtype_bytes(stream->to);
+}
+
+/* width: bytes of a row as it is gathered. */
+static uint64_t cast_buffered(const tc_stream *stream, const tc_rows *rows, size_t width, uint8_t *values) {
+    uint8_t buffer[BUFFER_BYTES] __attribute__((aligned(64)));
+    tc_caster cast = tc_caster_of(stream->from, stream->to);
+    tc_stream plain = {.kind = stream->kind, .width = stream->width};
+    size_t step = BUFFER_BYTES / width, n_elements = width / tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, width);
+    uint64_t wrong = 0;
+    for (size_t first = 0; first < rows->n; first += step) {
+        tc_rows some = *rows;
+        some.block += first;
+        some.row += first;
+        some.n = rows->n - first < step ? rows->n - first : step;
+        some.n_breaks = tc_count_breaks(some.block, some.row, some.n);
+        tc_gather(&plain, &some, &(tc_sink){buffer, NULL});
+        wrong |= cast(buffer, values + first * out_bytes, some.n * n_elements);
+    }
+    return wrong;
+}
+
+/* A long run, a piece at a time, with the next piece asked for: the processor's own prefetch ends at each page. */
+static uint64_t cast_long(const tc_stream *stream, uint8_t *to, const uint8_t *from, size_t n_bytes) {
+    tc_caster cast = tc_caster_of(stream->from, stream->to);
+    size_t from_bytes = tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, PIECE_BYTES);
+    uint64_t wrong = 0;
+    for (; n_bytes > PIECE_BYTES; n_bytes -= PIECE_BYTES, from += PIECE_BYTES, to += out_bytes) {
+        ask_lines(from + PIECE_BYTES, n_bytes - PIECE_BYTES < PIECE_BYTES ? n_bytes - PIECE_BYTES : PIECE_BYTES);
+        wrong |= cast(from, to, PIECE_BYTES / from_bytes);
+    }
+    return wrong | cast(from, to, n_bytes / from_bytes);
+}
+
+static uint64_t cast_wide(const tc_stream *stream, const tc_rows *rows, uint8_t *values) {
+    const tc_source *const sources = rows->sources;
+    const uint32_t *const block = rows->block, *const row = rows->row;
+    const size_t n = rows->n, width = stream->width, out_bytes = tc_cast_bytes(stream, width);
+    uint64_t wrong = 0;
+    for (size_t i = 0; i < n && i < GROUP; i++) ask_pages(sources[block[i]].values + row[i] * width, width);
+    for (size_t i = 0, k; i < n; i += k) {
+        k = run_at(rows, i);
+        if (k == 1) { /* the pages of a group of rows are asked for while the group before is read */
+            if (i + GROUP < n) ask_pages(sources[block[i + GROUP]].values + row[i + GROUP] * width, width);
+            if (i + AHEAD < n) ask_lines(sources[block[i + AHEAD]].values + row[i + AHEAD] * width, width);
+        }
+        wrong |= cast_long(stream, values + i * out_bytes, sources[block[i]].values + row[i] * width, k * width);
+    }
+    return wrong;
+}
+
+/* As gather.c: sizes are tc_measure's, each start is read again and so checked again. */
+static int cast_var(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink, uint64_t *wrong) {
+    const size_t n = rows->n, width = stream->width, out_bytes = tc_cast_bytes(stream, width);
+    const int64_t *offsets = sink->offsets;
+    for (size_t i = 0, k; i < n; i += k) {
+        k = run_at(rows, i);
+        if (k == 1 && i + AHEAD < n) {
+            const tc_source *ahead = &rows->sources[rows->block[i + AHEAD]];
+            ask_lines(ahead->values + (size_t)ahead->offsets[rows->row[i + AHEAD]] * width, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * width);
+        }
+        const tc_source *source = &rows->sources[rows->block[i]];
+        uint64_t start = (uint64_t)source->offsets[rows->row[i]], n_elements = (uint64_t)(offsets[i + k] - offsets[i]);
+        if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;
+        *wrong |= cast_long(stream, sink->values + (size_t)offsets[i] * out_bytes, source->values + start * width, n_elements * width);
+    }
+    return 0;
+}
+
+int tc_gather_cast(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink) {
+    uint64_t wrong = 0;
+    int status = 0;
+    if (stream->kind == TC_VAR) status = cast_var(stream, rows, sink, &wrong);
+    else if (stream->kind == TC_BITS) wrong = cast_buffered(stream, rows, 1, sink->values);
+    else if (stream->width > SMALL_BYTES) wrong = cast_wide(stream, rows, sink->values);
+    else if (stream->width) wrong = cast_buffered(stream, rows, stream->width, sink->values);
+    return status ? status : wrong ? TC_MISFIT : 0;
+}

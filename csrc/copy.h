@@ -1,0 +1,24 @@
+/* Copies of a kilobyte and more from memory that is in no cache to memory that is: rows, and runs of rows, from mapped shards to slots.
+ *
+ * The processor's string instruction writes whole lines without reading them first; glibc's memcpy, which does not use it on AMD's processors,
+ * reads them. Measured on a Zen 4, two threads, from a mapped file, times memcpy's speed: rows at random places of 12 KiB 1.20, 4 KiB 1.17, 2 KiB
+ * 1.12, 1 KiB 1.05; runs of 256 KiB 1.2 to 1.4, which is the speed of reading alone.
+ */
+#ifndef TC_COPY_H
+#define TC_COPY_H
+#include <stdint.h>
+#include <string.h>
+
+enum { TC_LONG_COPY = 1024 };
+
+/* Look at the processor. Once a process; before it, and where the instruction is slow, copies are memcpy's. */
+void tc_copy_init(void);
+
+void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes);
+
+static inline void tc_copy(uint8_t *to, const uint8_t *from, size_t n_bytes) {
+    if (n_bytes < TC_LONG_COPY) memcpy(to, from, n_bytes);
+    else tc_copy_long(to, from, n_bytes);
+}
+
+#endif

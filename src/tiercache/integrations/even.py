@@ -1,0 +1,54 @@
+"""Batches made larger by repeating their last record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tiercache.load.buffer import Buffer
+
+
+def with_last_repeated(batch: Any, n: int) -> tuple[Any, int]:
+    """(a batch of n records whose last one stands for those that are missing, how many are).
+
+    Of any batch that tiercache makes: dicts and tuples of tensors, jagged nested tensors, lists and `Buffer`s. What a
+    transform of the user's has made of one, and is none of these, stays as it is.
+    """
+    if isinstance(batch, Mapping):
+        found = {name: with_last_repeated(value, n) for name, value in batch.items()}
+        return {name: value for name, (value, _) in found.items()}, max((m for _, m in found.values()), default=0)
+    if isinstance(batch, tuple):
+        values = [with_last_repeated(value, n) for value in batch]
+        return tuple(value for value, _ in values), max((m for _, m in values), default=0)
+    if not isinstance(batch, torch.Tensor | list | Buffer) or not 0 < _length(batch) < n:
+        return batch, 0
+    n_missing = n - _length(batch)
+    return _longer(batch, n_missing), n_missing
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.size(0) if value.dim() else 0
+    return len(value)
+
+
+def _longer(value: Any, n_more: int) -> Any:
+    if isinstance(value, list):
+        return value + value[-1:] * n_more
+    if isinstance(value, Buffer):
+        return _longer_buffer(value, n_more)
+    if value.is_nested:
+        parts = value.unbind()
+        return torch.nested.nested_tensor([*parts, *parts[-1:] * n_more], layout=value.layout)
+    return torch.cat([value, *[value[-1:]] * n_more])
+
+
+def _longer_buffer(buffer: Buffer, n_more: int) -> Buffer:
+    start, stop = buffer.offsets[-2], buffer.offsets[-1]
+    values = torch.cat([buffer.values, *[buffer.values[int(start) : int(stop)]] * n_more])
+    steps = torch.arange(1, n_more + 1, dtype=buffer.offsets.dtype)
+    offsets = torch.cat([buffer.offsets, stop + steps * (stop - start)])
+    shapes = None if buffer.shapes is None else torch.cat([buffer.shapes, *[buffer.shapes[-1:]] * n_more])
+    return Buffer(values, offsets, shapes)

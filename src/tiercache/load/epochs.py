@@ -1,0 +1,71 @@
+"""What a state names: the order of its epoch, and a rank's share of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from tiercache.load.share import OrderShare
+from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.order.listed import ListedOrder
+from tiercache.order.mixture import MixtureOrder
+
+if TYPE_CHECKING:
+    from tiercache.load.ranks import Rank
+    from tiercache.load.source import Source
+    from tiercache.load.state import RunState
+    from tiercache.order import Order
+
+
+def plan_epoch(source: Source, rank: Rank, batch_size: int, state: RunState) -> OrderShare:
+    """The rank's share of the state's epoch. Costs O(shards), reads nothing.
+
+    Raises:
+        ValueError: the state's offset is outside the epoch, or it names an order that there is not.
+    """
+    order = make_order(source, state)
+    ranks = RankPlan(
+        state.offset, rank.world_size, rank.rank, batch_size, state.drop_last, order.n_records, order.n_streams
+    )
+    return OrderShare(order, ranks, state.seed, state.epoch)
+
+
+def make_order(source: Source, state: RunState) -> Order:
+    """The order of the state's epoch."""
+    layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
+    options = order_options(state)
+    if source.mixture is not None:
+        return MixtureOrder(layout, source.mixture, options, state.epoch)
+    listed = source.listed
+    if listed is not None and not state.shuffle:
+        # Its windows are Windows in all but the class: they know their rows, and need no permutation to find them.
+        return cast("Order", ListedOrder(layout, listed, state.window_bytes))
+    return EpochOrder(layout, options, state.epoch)
+
+
+def order_options(state: RunState) -> OrderOptions:
+    """What the state says of the order. Raises ValueError for what this release does not know."""
+    return OrderOptions(
+        seed=state.seed,
+        shuffle=state.shuffle,
+        group_bytes=state.group_bytes,
+        window_bytes=state.window_bytes,
+        streams=state.streams,
+        placement=state.placement,
+    )
+
+
+def epoch_records(source: Source) -> int:
+    """Records of an epoch, all ranks together."""
+    mixture = source.mixture
+    if mixture is not None:
+        return int(mixture.epoch_records(mixture.part_records(source.shard_records)))
+    return int(source.shard_records.sum())
+
+
+def mixture_values(source: Source) -> dict[str, Any] | None:
+    """How the source's parts are mixed, as plain values for a state; None: they are not."""
+    mixture = source.mixture
+    if mixture is None:
+        return None
+    # Which shards are whose follows from the parts, and changes with their versions.
+    return {"weights": list(mixture.weights), "stop": mixture.stop}

@@ -1,0 +1,226 @@
+"""What a sampler has said so far: drawn by the consumer's thread, planned by another, kept until it is handed out."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from tiercache.order.listed import Locator, count_fitting, listed_window
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.load.plan import Piece
+    from tiercache.load.source import Source
+    from tiercache.order import Window
+    from tiercache.order.listed import ListedWindow
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """A batch that a sampler has said.
+
+    Attributes:
+        numbers: int64[n], n >= 1, of the records, in stored order's count.
+        first_row: records of the epoch before it.
+        snapshot: of the sampler after it; None: it has none.
+    """
+
+    numbers: NDArray[np.int64]
+    first_row: int
+    snapshot: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ListedPiece:
+    """Rows of one window in served order; the attributes of a `Piece`.
+
+    batch_rows: uint32[m], rows of the next m batches, which begin with this piece; the last ones may end in later ones.
+    """
+
+    window: ListedWindow
+    batch_rows: NDArray[np.uint32]
+
+    @property
+    def windows(self) -> tuple[Window | ListedWindow, ...]:
+        """The one."""
+        return (self.window,)
+
+    @property
+    def n_rows(self) -> int:
+        """Of the piece."""
+        return len(self.window.row)
+
+    @property
+    def wanted(self) -> tuple[NDArray[np.bool_], ...]:
+        """All of the window's blocks: it has no others."""
+        return (np.ones(len(self.window.blocks), np.bool_),)
+
+    @property
+    def touched(self) -> tuple[NDArray[np.bool_], ...]:
+        """As wanted."""
+        return self.wanted
+
+    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """As Piece.rows."""
+        return self.window.block, self.window.row
+
+
+class Feed:
+    """A rank's share of an epoch (`load.share.Share`) that a sampler says batch by batch.
+
+    Batches are numbered from 0. `add`, `end` and `let_go` are the consumer's, everything else anyone's; each holds the
+    lock for a moment, and pieces() waits under it until there is more.
+
+    Args:
+        source: that is read.
+        locator: finds its records.
+        window_bytes: raw bytes of blocks that are read at a time, those of shards that are at hand not counted; None:
+            no limit.
+        epoch: its number.
+
+    Attributes:
+        seed: for what is drawn at random for a record.
+        batch_size: records of the longest batch by now.
+    """
+
+    padded = 0
+
+    def __init__(self, source: Source, locator: Locator, window_bytes: int | None, *, epoch: int) -> None:
+        self.epoch = epoch
+        self.seed = 0
+        self.batch_size = 1
+        self._source = source
+        self._locator = locator
+        self._window_bytes = window_bytes
+        self._changed = threading.Condition()
+        self._kept: deque[Drawn] = deque()
+        self._n_let_go = self._n_told = self._n_planned = self._n_closed = 0
+        self._ended = False
+        self._error: Exception | None = None
+
+    @property
+    def n_drawn(self) -> int:
+        """Batches that were added."""
+        with self._changed:
+            return self._n_let_go + len(self._kept)
+
+    @property
+    def n_records(self) -> int:
+        """Of the data set; or of the longest batch, which may repeat records."""
+        return max(self._locator.n_records, self.batch_size)
+
+    @property
+    def n_batches(self) -> int:
+        """By now."""
+        return self.n_drawn
+
+    @property
+    def n_told(self) -> int:
+        """Batches that may be planned."""
+        with self._changed:
+            return self._n_told
+
+    def add(self, drawn: Drawn) -> None:
+        """Append a batch, which is not planned before tell() or end()."""
+        with self._changed:
+            self._kept.append(drawn)
+            self.batch_size = max(self.batch_size, len(drawn.numbers))
+
+    def tell(self) -> None:
+        """Let what was added be planned."""
+        with self._changed:
+            self._n_told = self._n_let_go + len(self._kept)
+            self._changed.notify_all()
+
+    def end(self, error: Exception | None) -> None:
+        """Say that no batch follows; error: why, raised by pieces() after all that were added."""
+        with self._changed:
+            self._ended, self._error = True, error
+            self._n_told = self._n_let_go + len(self._kept)
+            self._changed.notify_all()
+
+    def let_go(self) -> Drawn:
+        """Forget the oldest batch: it was handed out."""
+        with self._changed:
+            self._n_let_go += 1
+            return self._kept.popleft()
+
+    def close(self) -> None:
+        """End whoever waits in pieces(), by CancelledError. Repeatable; pieces() may be called again."""
+        with self._changed:
+            self._n_closed += 1
+            self._changed.notify_all()
+
+    def pieces(self, n_batches: int) -> Iterator[Piece]:
+        """What is served after so many batches: all that was drawn, then what is drawn while it waits. Reads footers.
+
+        Raises:
+            CancelledError: closed.
+            Exception: what ended the sampler, once all that it said before was given.
+        """
+        with self._changed:
+            n_closed = self._n_closed
+        return cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the same attributes
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """Where in the epoch the records of a batch that was not let go lie, int64[n]."""
+        with self._changed:
+            drawn = self._kept[batch - self._n_let_go]
+        return drawn.first_row + np.arange(len(drawn.numbers), dtype=np.int64)
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(shard, block, row in the block) of a position in a batch that was not let go."""
+        with self._changed:
+            kept = list(self._kept)
+        for drawn in kept:
+            if drawn.first_row <= position < drawn.first_row + len(drawn.numbers):
+                found = self._locator.find(drawn.numbers[position - drawn.first_row : position - drawn.first_row + 1])
+                at = int(found.at[0])
+                return int(found.shards[at]), int(found.blocks[at]), int(found.row[0])
+        raise ValueError(f"position {position} was handed out, or was not drawn yet")
+
+    def shards_ahead(self, _n_batches: int, _n_rows: int, n_bytes: int) -> list[int]:
+        """Shards of what was drawn and is not planned yet, in the order in which they are needed; n_bytes at most."""
+        with self._changed:
+            waiting = list(islice(self._kept, max(self._n_planned - self._n_let_go, 0), None))
+        if not waiting:
+            return []
+        found, first = np.unique(self._locator.shards(np.concatenate([w.numbers for w in waiting])), return_index=True)
+        shards = found[np.argsort(first)]
+        near: list[int] = shards[np.cumsum(self._source.shard_bytes[shards]) <= n_bytes].tolist()
+        return near
+
+    def _pieces(self, at: int, n_closed: int) -> Iterator[ListedPiece]:
+        while (batches := self._wait(at, n_closed)) is not None:
+            at += len(batches)
+            sizes = np.array([len(drawn.numbers) for drawn in batches], np.uint32)
+            places = self._locator.find(np.concatenate([drawn.numbers for drawn in batches]))
+            shards = np.unique(places.shards[places.touched()]).tolist()
+            near = [shard for shard in shards if self._source.is_at_hand(shard)]
+            start, n = 0, len(places.row)
+            while start < n:
+                stop = start + count_fitting(places.cut(start, n), self._window_bytes, near)
+                yield ListedPiece(listed_window(start, places.cut(start, stop)), sizes)
+                start, sizes = stop, sizes[:0]
+
+    def _wait(self, at: int, n_closed: int) -> list[Drawn] | None:
+        """Every batch from number `at` on, at least one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_told)
+            if self._n_closed != n_closed:
+                raise CancelledError
+            found = list(islice(self._kept, at - self._n_let_go, self._n_told - self._n_let_go))
+            if found:
+                self._n_planned = at + len(found)
+                return found
+            if self._error is not None:
+                raise self._error
+            return None

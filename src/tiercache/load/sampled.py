@@ -1,0 +1,209 @@
+"""The native path with a user's sampler or batch sampler: it says which records, the rest is as without one.
+
+A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it: not at all
+with `num_workers=0`, `prefetch_factor * num_workers` batches with workers (which are not started). Only samplers that
+are known to have no memory but their own are asked further ahead (`sampling.runs_ahead`).
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tiercache.load.draws import Draws, next_seed
+from tiercache.load.feed import Feed
+from tiercache.load.figures import summarise
+from tiercache.load.iterator import Delivery, NativeIterator
+from tiercache.load.memory import BatchMemory
+from tiercache.load.pipeline import Work
+from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.resources import Machine
+from tiercache.load.sampling import OURS, STATE_KEYS, Lead, SampledEpoch, batch_rows, says_size, tell_epoch
+from tiercache.order import Layout
+from tiercache.order.listed import Locator
+from tiercache.stats import Counters, Waits
+
+if TYPE_CHECKING:
+    from tiercache.load.run import Asked
+    from tiercache.load.source import Source
+
+
+class SampledIterator(Iterator[Any]):
+    """Batches as a sampler says them. Independent of its loader's other iterators; closes itself when dropped."""
+
+    def __init__(self, epoch: SampledEpoch, run: SampledRun, draws: Draws) -> None:
+        self._epoch = epoch
+        self._run = run
+        self._draws = draws
+        epoch.draw(run.lead.at_begin)
+        epoch.feed.tell()
+        # Begun now, where it can be, for torch's loader warns of what it cannot do (pinning) in iter().
+        self._native = run.begin(epoch, draws) if run.says_size else None
+
+    def __next__(self) -> Any:
+        if self._epoch.finished:
+            raise StopIteration
+        self._ask()
+        if self._native is None:
+            self._native = self._run.begin(self._epoch, self._draws)
+        return next(self._native)
+
+    def __iter__(self) -> SampledIterator:
+        return self
+
+    def __len__(self) -> int:
+        return self._run.n_batches()
+
+    def __getstate__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # as torch's iterators say
+
+    def figures(self) -> Mapping[str, float]:
+        """As NativeIterator.figures."""
+        return {} if self._native is None else self._native.figures()
+
+    def close(self) -> None:
+        """End this epoch, early or not. Repeatable."""
+        self._epoch.feed.close()
+        if self._native is not None:
+            self._native.close()
+
+    def _ask(self) -> None:
+        """Have the sampler asked as far ahead as it may be.
+
+        Where that is far, by two batches for each that is taken, so that none waits for long; they are planned together
+        when half of what is ahead is not planned yet: for the first batch one, then more and more.
+        """
+        feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
+        ahead = feed.n_drawn - n_yielded
+        if lead.n_batches == lead.at_begin:  # as torch: one more for each that is taken
+            self._epoch.draw(lead.n_batches + 1 - ahead)
+            feed.tell()
+            return
+        self._epoch.draw(min(2, lead.n_batches - ahead))
+        if 2 * (feed.n_told - n_yielded) <= feed.n_drawn - n_yielded:
+            feed.tell()
+
+
+class SampledRun:
+    """A loader's way through its sampler's epochs: where it stands, one iterator an epoch, and the figures.
+
+    One consumer thread.
+    """
+
+    def __init__(self, source: Source, asked: Asked, index_sampler: Any, lead: Lead) -> None:
+        self.lead = lead
+        self._source = source
+        self._asked = asked
+        self._index_sampler = index_sampler
+        self._locator = Locator(Layout(source.shard_records, source.shard_bytes, source.block_tables))
+        self._machine = Machine(asked.options)
+        self._counters = Counters("padded")
+        self._waits = Waits()
+        self._memory = BatchMemory()
+        self._said: set[str] = set()
+        self._figures_before = dict(source.figures())
+        self._next: Mapping[str, Any] | None = None  # the state to go on from
+        self._epoch: SampledEpoch | None = None  # the newest
+        self._is_fresh = False  # made for its state alone, so that the next iter() takes it
+        self._number = 0  # of the next epoch
+        self._seed = asked.options.seed  # of what is drawn at random for a record
+        self._n_epochs = 0  # that were begun here
+        self._iterator: weakref.ref[SampledIterator] | None = None
+
+    @property
+    def says_size(self) -> bool:
+        """Whether it is known before the first batch how long batches are: memory for them is made in advance."""
+        return says_size(self._index_sampler)
+
+    def rank(self) -> Rank:
+        """One that is served all: which share this process has, its sampler says."""
+        return Rank(0, 1, "sampler", find_rank(self._asked.options).local_ranks)
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands; asks the sampler for its iterator where it has not begun."""
+        if self._epoch is None:
+            self._epoch, self._is_fresh = self._make(), True
+        return self._epoch.state()
+
+    @property
+    def recipe(self) -> tuple[Asked, Mapping[str, Any] | None]:
+        """What makes a run like this one elsewhere: what was asked, and where it stands if it has begun."""
+        return self._asked, self._next if self._epoch is None else self._epoch.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: not a state of a loader with a sampler.
+        """
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ValueError(
+                f"not a state of a loader with a sampler (and num_workers=0): it lacks {missing[0]!r}, "
+                f"it has the keys {sorted(state)}"
+            )
+        self._next, self._epoch, self._is_fresh = state, None, False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers that know of epochs."""
+        self._number = operator.index(epoch)
+        tell_epoch(self._index_sampler, self._number)
+
+    def n_batches(self) -> int:
+        """Batches of an epoch. Raises TypeError where the sampler has no length, as torch's loader does."""
+        return len(self._index_sampler)
+
+    def iterate(self) -> SampledIterator:
+        """The next epoch's batches."""
+        if not (self._is_fresh and self._epoch is not None):
+            self._epoch = self._make()
+        if self._epoch.finished:
+            self._epoch = self._make()
+        self._is_fresh = False
+        iterator = SampledIterator(self._epoch, self, Draws(self._asked.generator, False, 0))
+        self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
+        return iterator
+
+    def begin(self, epoch: SampledEpoch, draws: Draws) -> NativeIterator:
+        """Start gathering what was drawn of an epoch."""
+        work = Work(
+            source=self._source,
+            share=epoch.feed,
+            counters=self._counters,
+            waits=self._waits,
+            serving=self._asked.serving,
+            memory=self._memory,
+            said=self._said,
+        )
+        delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
+        return NativeIterator(epoch, work, self._machine.resources(self.rank()), delivery)
+
+    def stats(self) -> dict[str, Any]:
+        """See DataLoader.stats."""
+        counters = self._counters.snapshot()
+        iterator = self._iterator() if self._iterator is not None else None
+        for name, figure in (iterator.figures() if iterator is not None else {}).items():
+            counters[name] = counters.get(name, 0) + figure
+        now = self._source.figures()
+        fetched = {name: now[name] - self._figures_before.get(name, 0) for name in now}
+        return summarise(counters, self._waits, fetched, threads=self._machine.resources(self.rank()).n_threads)
+
+    def _make(self) -> SampledEpoch:
+        """The next epoch, or the one that a state was taken in. Draws from torch's numbers what iter() draws there."""
+        state, self._next = self._next, None
+        ours = {} if state is None else state.get(OURS, {})
+        number = ours.get("epoch", self._number)
+        feed = Feed(self._source, self._locator, self._asked.options.window_bytes, epoch=number)
+        feed.batch_size = batch_rows(self._index_sampler)
+        epoch = SampledEpoch(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
+        if not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
+            Draws(self._asked.generator, False, 0).begin()
+        if self._seed is None:
+            self._seed = next_seed(self._asked.generator, after_begin=True)
+        feed.seed = self._seed = ours.get("seed", self._seed)
+        self._number, self._n_epochs = number + 1, self._n_epochs + 1
+        if state is not None:
+            epoch.resume(state)
+        return epoch

@@ -1,0 +1,133 @@
+"""What a rank is served of one epoch, as the pipeline asks for it: pure, from an order or from a sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from tiercache.load.plan import pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.load.plan import Piece
+    from tiercache.order import Order, RankPlan
+
+
+class Share(Protocol):
+    """A rank's batches of one epoch, one after the other. Immutable; methods may be called from any thread."""
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+
+    @property
+    def seed(self) -> int:
+        """Of the run: what is drawn at random for a record follows from seed, epoch and position."""
+
+    @property
+    def n_records(self) -> int:
+        """Of the epoch, all ranks together."""
+
+    @property
+    def batch_size(self) -> int:
+        """Records of a full batch."""
+
+    @property
+    def n_batches(self) -> int:
+        """Of this rank, from where the epoch begins for it."""
+
+    @property
+    def padded(self) -> int:
+        """Records of the batches that are served so that all ranks have equally many batches."""
+
+    def pieces(self, n_batches: int) -> Iterator[Piece]:
+        """What is served after so many batches, in order, padding last. Reads footers."""
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """Where in the epoch the records of a batch lie, int64[n], in served order."""
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(shard, block, row in the block) of a position of the epoch. Reads footers."""
+
+    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
+        """Shards that are read after so many batches and then so many rows, in reading order. Reads no footers.
+
+        About n_bytes (stored) of them, fewer where the epoch ends before.
+        """
+
+    def close(self) -> None:
+        """End whoever waits in pieces(), by CancelledError. Repeatable, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderShare:
+    """A rank's share of an order."""
+
+    order: Order
+    ranks: RankPlan
+    seed: int
+    epoch: int
+
+    @property
+    def n_records(self) -> int:
+        """Of the epoch."""
+        return self.ranks.n_records
+
+    @property
+    def batch_size(self) -> int:
+        """Of this rank."""
+        return self.ranks.batch_size
+
+    @property
+    def n_batches(self) -> int:
+        """From the offset on, the same for all ranks."""
+        return self.ranks.n_batches
+
+    @property
+    def padded(self) -> int:
+        """Records of this rank that are no part of the global sequence."""
+        return self.ranks.padded
+
+    def pieces(self, n_batches: int) -> Iterator[Piece]:
+        """See Share."""
+        return pieces(self.order, replace(self.ranks, offset=self.ranks.offset_after(n_batches)))
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """See Share."""
+        return self.ranks.positions(batch)
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """See Share."""
+        stream, at = position % self.order.n_streams, position // self.order.n_streams
+        stretch = self.order.stretch_at(stream, at)
+        blocks, rows = stretch.rows(at - stretch.start, at - stretch.start + 1)
+        ends = np.cumsum([len(window.blocks) for window in stretch.windows])
+        number = int(np.searchsorted(ends, blocks[0], side="right"))
+        window, within = stretch.windows[number], int(blocks[0]) - int(ends[number])  # from the window's end
+        return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
+
+    def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
+        """See Share."""
+        n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
+        offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
+        share_bytes = max(n_bytes // len(streams), 1)
+        runs = [
+            self.order.shards_ahead(stream, -(-(offset - stream) // n_streams), share_bytes).tolist()
+            for stream in streams
+            if self.order.stream_records(stream)
+        ]
+        return interleaved(runs)
+
+    def close(self) -> None:
+        """Nobody waits."""
+
+
+def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
+    """The first of each run, then the second of each, and so on; each number once."""
+    longest = max(map(len, runs), default=0)
+    return list(dict.fromkeys(run[i] for i in range(longest) for run in runs if i < len(run)))

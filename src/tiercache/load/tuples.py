@@ -1,0 +1,84 @@
+"""Records and batches as tuples, for `for image, label in loader`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache.errors import SchemaError
+from tiercache.load.serving import varying
+from tiercache.shard.types import Column, Kind
+
+if TYPE_CHECKING:
+    from tiercache.load.serving import Serving
+    from tiercache.shard.types import Schema
+
+# Where a null is None in a batch too; elsewhere it is a zero or an empty array beside a mask.
+_SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)
+
+
+def tuple_columns(names: Sequence[str], schema: Schema, serving: Serving) -> tuple[str, ...]:
+    """The columns that a tuple of these names needs, in order.
+
+    Args:
+        names: of columns, "<column>.valid" for the mask of a nullable one, "<column>.lengths" of a padded one.
+        schema: the columns that are served.
+        serving: how they are served.
+
+    Raises:
+        SchemaError: no such column, mask or lengths; a nullable column whose nulls would not be seen.
+        TypeError, ValueError: no names, or what is none.
+    """
+    if not names:
+        raise ValueError("as_tuple() needs the name of one column or more")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"as_tuple() takes names of columns, got {name!r}")
+    found: dict[str, Column] = {}
+    for name in names:
+        column = schema.columns[schema.index(_column_of(name, schema))]
+        if name != column.name and name not in _companions(column, serving):
+            kinds = "'<column>.valid' is of a nullable column served with its mask, '<column>.lengths' of a padded one"
+            raise SchemaError(f"there is no {name!r}: {kinds}", column=column.name, expected=kinds, got=name)
+        found[column.name] = column
+    for column in found.values():
+        visible = column.kind in _SHOWS_NULLS and serving.form(column) == "list" and column.name not in serving.decode
+        if serving.has_mask(column) and not visible and f"{column.name}.valid" not in names:
+            way = f"name {column.name + '.valid'!r} too, or give the data set nulls={{{column.name!r}: ...}}"
+            raise SchemaError(f"its nulls would be zeros in a tuple: {way}", column=column.name, expected=way, got="")
+    return tuple(found)
+
+
+def as_tuple(batch: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    """A batch's entries by name."""
+    return tuple([batch[name] for name in names])
+
+
+def record_tuple(record: Mapping[str, Any], names: Sequence[str], schema: Schema) -> tuple[Any, ...]:
+    """A record's values by name; its masks are np.bool_, its lengths int64 or int64[n_varying]."""
+    return tuple([record[name] if name in record else _companion(record, name, schema) for name in names])
+
+
+def _column_of(name: str, schema: Schema) -> str:
+    if name in schema.names:
+        return name
+    return name.removesuffix(".valid").removesuffix(".lengths")
+
+
+def _companions(column: Column, serving: Serving) -> list[str]:
+    names = [f"{column.name}.valid"] if serving.has_mask(column) else []
+    return [*names, f"{column.name}.lengths"] if serving.form(column) == "padded" else names
+
+
+def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:
+    column = schema.columns[schema.index(_column_of(name, schema))]
+    value = record[column.name]
+    if name.endswith(".valid"):
+        return np.bool_(value is not None)
+    if column.kind is not Kind.RAGGED:
+        return np.int64(len(value.encode() if isinstance(value, str) else value or b""))
+    dims = varying(column)
+    lengths = np.array([0 if value is None else value.shape[d] for d in dims], np.int64)
+    return lengths[0] if len(dims) == 1 else lengths

@@ -1,0 +1,255 @@
+"""A part of a mixture: its records as a sequence without end, own epoch after own epoch, for each stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from tiercache._native.permute import RowFinder
+from tiercache.order.epoch import EpochOrder
+from tiercache.order.keys import derive_key
+from tiercache.order.options import Layout, OrderOptions
+from tiercache.order.shares import stream_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.order.options import BlockTable
+    from tiercache.order.shares import Deal
+    from tiercache.order.window import Window
+
+# A part with fewer records a stream than this, in all or in an epoch, is one sequence at which all streams take turns.
+# A stream of its own would be too short, or have no record; and a record more or less than in the next stream changes
+# how often its records come, of 1,024 by 0.1 %.
+OWN_STREAM_RECORDS = 1024
+
+_KEPT_EPOCHS = 4  # streams of a part are in the same own epoch or in neighbouring ones
+
+
+class Run(Protocol):
+    """Draws [start, stop) of a lane that one window serves."""
+
+    @property
+    def start(self) -> int:
+        """The first draw."""
+
+    @property
+    def stop(self) -> int:
+        """The draw after the last."""
+
+    @property
+    def window(self) -> Window:
+        """What they are taken from, in the joined numbering."""
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Places of n draws from one on, n above 0: block in the window and row in it, uint32[n] each."""
+
+
+class MixedPart:
+    """One part: its own orders by own epoch, the last few kept. Threads may share it, as an EpochOrder.
+
+    Args:
+        layout: of all parts, joined.
+        shards: the part's own in it.
+        options: for the part; its streams are those of the mixture.
+        n_drawn: records that an epoch of the mixture takes.
+    """
+
+    def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
+        self.first_shard = shards.start
+        self.n_drawn = n_drawn
+        self.layout = Layout(layout.records[shards], layout.stored_bytes[shards], self._blocks)
+        self.n_records = int(self.layout.records.sum())
+        self.n_stored_bytes = int(self.layout.stored_bytes.sum())
+        has_streams = min(self.n_records, n_drawn) >= OWN_STREAM_RECORDS * options.streams
+        self.options = options if has_streams else replace(options, streams=1)
+        self._joined = layout
+        self._orders: dict[int, EpochOrder] = {}
+        self._windows: dict[int, tuple[Window, Window]] = {}
+
+    @property
+    def n_streams(self) -> int:
+        """Its own streams: as many as the mixture has, or one."""
+        return self.options.streams if self.options.shuffle else 1
+
+    def order(self, own_epoch: int) -> EpochOrder:
+        """The part's order of one of its own epochs."""
+        found = self._orders.get(own_epoch)
+        if found is None:
+            found = EpochOrder(self.layout, self.options, own_epoch)
+            self._orders = {**dict(list(self._orders.items())[1 - _KEPT_EPOCHS :]), own_epoch: found}
+        return found
+
+    def window(self, own_epoch: int, stream: int, position: int) -> Window:
+        """The window at a position of a stream of an own epoch, in the joined numbering; the last one is kept."""
+        own = self.order(own_epoch).stretch_at(stream, position)
+        kept = self._windows.get(stream)
+        if kept is None or kept[0] is not own:
+            shards = own.shards + np.int32(self.first_shard)
+            shards.flags.writeable = False
+            kept = self._windows[stream] = own, replace(own, shards=shards)
+        return kept[1]
+
+    def whole(self) -> Window | None:
+        """The window that is the whole part, if there is one: then every own epoch has the same blocks."""
+        if self.n_streams > 1:
+            return None
+        window = self.window(0, 0, 0)
+        return window if window.stop == self.n_records else None
+
+    def key(self, own_epoch: int) -> bytes | None:
+        """Of the order of the rows of the whole part in an own epoch; None without shuffle."""
+        return derive_key(self.options.seed, "whole", own_epoch) if self.options.shuffle else None
+
+    def _blocks(self, shards: Sequence[int]) -> Sequence[BlockTable]:
+        return self._joined.blocks([self.first_shard + shard for shard in shards])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lane:
+    """What one stream of one epoch of the mixture draws from a part: draws 0 to quota, each a place of its sequence.
+
+    Draw d is number base + d * step of the sequence of the part's own stream, which runs through own epochs of
+    `length` records each.
+    """
+
+    part: MixedPart
+    stream: int
+    base: int
+    step: int
+    quota: int
+    length: int
+    _last: list[Run]
+
+    @staticmethod
+    def of(part: MixedPart, deal: Deal, number: int, stream: int, epoch: int) -> Lane:
+        """The lane of a stream of the mixture in an epoch; number: the part's."""
+        turned, quota = deal.turned(stream, number), deal.quotas(stream)[number]
+        if part.n_streams == deal.n_streams:
+            length = stream_records(part.n_records, part.n_streams, turned)
+            return Lane(part, turned, epoch * quota, 1, quota, length, [])
+        return Lane(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
+
+    def run_at(self, draw: int) -> Run:
+        """The run that holds a draw; the last one is kept."""
+        if not (self._last and self._last[0].start <= draw < self._last[0].stop):
+            self._last[:] = [self._run(draw)]
+        return self._last[0]
+
+    def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
+        """Shards read from a draw on, in reading order, that hold so many stored bytes; None: for all draws left."""
+        left = self.quota - draw
+        if left <= 0:
+            return np.empty(0, np.int64)
+        group_bytes = self.part.options.group_bytes
+        wanted = -(-left * self.step * self.part.n_stored_bytes // self.part.n_records)
+        if n_bytes is not None:
+            wanted = min(wanted, n_bytes)
+        elif group_bytes is None:
+            wanted = self.part.n_stored_bytes
+        else:
+            wanted += group_bytes  # shards count from their group's start, behind this draw
+        own_epoch, position = divmod(self.base + draw * self.step, self.length)
+        found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted).copy()
+        wanted -= int(self.part.layout.stored_bytes[found].sum())
+        if wanted > 0:
+            found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted)])
+            _, first = np.unique(found, return_index=True)
+            found = found[np.sort(first)]
+        found += self.part.first_shard
+        return found
+
+    def _run(self, draw: int) -> Run:
+        whole = self.part.whole()
+        if whole is not None:
+            return _WholeRun(whole, 0, self.quota, self)
+        own_epoch, position = divmod(self.base + draw * self.step, self.length)
+        window = self.part.window(own_epoch, self.stream, position)
+        start, stop = (self._draws_before(own_epoch * self.length + at) for at in (window.start, window.stop))
+        return _WindowRun(window, start, stop, self)
+
+    def _draws_before(self, number: int) -> int:
+        """How many draws come before a number of the sequence."""
+        return min(max(0, -((self.base - number) // self.step)), self.quota)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WindowRun:
+    """Draws from one window of one own epoch."""
+
+    window: Window
+    start: int
+    stop: int
+    lane: Lane
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        lane, window = self.lane, self.window
+        first = (lane.base + draw * lane.step) % lane.length - window.start
+        block, row = window.rows(first, first + (n - 1) * lane.step + 1)
+        return block[:: lane.step], row[:: lane.step]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WholeRun:
+    """Draws from a part that is one window: its blocks stay the same, own epochs turn inside it with keys of their own.
+
+    So a part of a few records that comes again and again does not end a stretch each time.
+    """
+
+    window: Window
+    start: int
+    stop: int
+    lane: Lane
+
+    def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        lane, length = self.lane, self.lane.length
+        block, row = np.empty(n, np.uint32), np.empty(n, np.uint32)
+        done = 0
+        while done < n:
+            own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)
+            here = min(-((position - length) // lane.step), n - done)
+            span = (here - 1) * lane.step + 1
+            blocks, rows = np.empty(span, np.uint32), np.empty(span, np.uint32)
+            RowFinder(self.window.first, lane.part.key(own_epoch)).find(position, blocks, rows)
+            block[done : done + here], row[done : done + here] = blocks[:: lane.step], rows[:: lane.step]
+            done += here
+        return block, row
+
+
+def part_options(
+    options: OrderOptions, weights: Sequence[int], shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> list[OrderOptions]:
+    """Each part's options: a seed of its own, and its share of the sizes, by the stored bytes that it brings.
+
+    So the sizes hold for the mixture as a whole, but for parts that bring little: each has at least half of an equal
+    share, else a part of 1 % would be mixed over windows of a hundredth.
+
+    Args:
+        options: of the mixture.
+        weights: of each part, in records.
+        shards: of each part the records and the stored bytes of its shards, int64[m] each.
+    """
+    brings = [
+        Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))
+        for weight, (records, stored_bytes) in zip(weights, shards, strict=True)
+    ]
+    total = sum(brings)
+    least = Fraction(1, 2 * len(brings))
+
+    def scaled(size: int | None, share: Fraction) -> int | None:
+        return None if size is None else max(int(size * max(share, least)), 1)
+
+    return [
+        replace(
+            options,
+            seed=int.from_bytes(derive_key(options.seed, "part", number)),
+            group_bytes=scaled(options.group_bytes, amount / total),
+            window_bytes=scaled(options.window_bytes, amount / total),
+        )
+        for number, amount in enumerate(brings)
+    ]

@@ -1,0 +1,110 @@
+"""The list of a global batch by stream and position, and runs of it back in order of position: all closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Places of a global batch (positions counted from its start), listed by stream, then by place.
+
+    Place p belongs to the stream whose first place is p % n_streams, and is that stream's number p // n_streams.
+
+    Attributes:
+        n_streams: of the order.
+        first: int64[n_streams], the first place of each stream; one beyond the batch where the stream has none.
+        starts: int64[n_streams + 1], the slot at which each stream's places begin.
+    """
+
+    n_streams: int
+    first: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    def number(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots of places: int64[n] to int64[n]."""
+        if self.n_streams == 1:
+            return places
+        by_place = np.empty(self.n_streams, np.int64)
+        by_place[self.first] = self.starts[:-1]
+        rounds, first = np.divmod(places, self.n_streams)
+        return by_place[first] + rounds
+
+    def take(self, start: int, stop: int) -> Taken:
+        """The places in slots [start, stop), in order. start < stop."""
+        begin = int(np.searchsorted(self.starts, start, side="right")) - 1
+        end = int(np.searchsorted(self.starts, stop, side="left"))
+        lo = np.maximum(start - self.starts[begin:end], 0)
+        hi = np.minimum(stop, self.starts[begin + 1 : end + 1]) - self.starts[begin:end]
+        filled = lo < hi
+        return _taken(self.first[begin:end][filled], (lo[filled], hi[filled]), self.n_streams)
+
+
+def stream_slots(start: int, n: int, n_streams: int) -> Slots:
+    """The list of a global batch: of n positions from start on, of an order of n_streams."""
+    first = (np.arange(n_streams, dtype=np.int64) - start % n_streams) % n_streams
+    rounds, longer = divmod(n, n_streams)
+    starts = np.zeros(n_streams + 1, np.int64)
+    np.cumsum(rounds + (first < longer), out=starts[1:])
+    return Slots(n_streams, first, starts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rounds:
+    """Rows [start, stop) of a taking: from round `first` on, one place of each of some streams a round.
+
+    columns: int64[m], first places of those streams, rising.
+    """
+
+    start: int
+    stop: int
+    first: int
+    columns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """Places that a rank takes of a global batch, rising; any run of them at once.
+
+    All streams but the first and the last are taken whole, so there are few parts, whatever the batch: between two
+    numbers at which a stream begins or ends to be taken, every round takes the same streams.
+    """
+
+    n_streams: int
+    parts: tuple[_Rounds, ...]
+
+    def places(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows [start, stop) of what is taken: int64[stop - start] of places."""
+        found = []
+        for part in self.parts:
+            lo, hi = max(start, part.start), min(stop, part.stop)
+            if lo >= hi:
+                continue
+            rows = np.arange(lo - part.start, hi - part.start, dtype=np.int64)
+            if len(part.columns) == 1:
+                found.append((rows + part.first) * self.n_streams + part.columns[0])
+            else:
+                rounds, column = np.divmod(rows, len(part.columns))
+                found.append((rounds + part.first) * self.n_streams + part.columns[column])
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _taken(first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np.int64]], n_streams: int) -> Taken:
+    """first: int64[m], the first place of each stream; rounds: from which round of each to which it is taken."""
+    turn = np.argsort(first)
+    first, lo, hi = first[turn], rounds[0][turn], rounds[1][turn]
+    parts, start = [], 0
+    for begin, end in pairwise(np.unique(np.concatenate([lo, hi])).tolist()):
+        columns = first[(lo <= begin) & (hi >= end)]
+        if len(columns):
+            stop = start + (end - begin) * len(columns)
+            parts.append(_Rounds(start, stop, begin, columns))
+            start = stop
+    return Taken(n_streams, tuple(parts))

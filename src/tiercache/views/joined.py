@@ -1,0 +1,299 @@
+"""Sources joined: one after the other, or mixed; their shards are numbered through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache.errors import SchemaError
+from tiercache.shard.joining import arrow_join, join
+from tiercache.shard.types import Schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from tiercache.cache import WarmProgress
+    from tiercache.model import Part
+    from tiercache.order import BlockTable
+    from tiercache.order.mixture import MixtureSpec
+    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.values import ColumnValues
+    from tiercache.views.contract import Leaf, Plan, Readable
+
+# Footers of several data sets are asked for side by side, as those of one are.
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What joined sources are made of."""
+
+    below: tuple[Plan, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """As Plan.columns."""
+        return self.below[0].columns
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """As Plan.versions."""
+        return tuple(version for plan in self.below for version in plan.versions)
+
+    def open(self, opened: dict[int, Any]) -> Joined:
+        """As Plan.open."""
+        return Joined([plan.open(opened) for plan in self.below])
+
+
+class Joined:
+    """Several sources as one; implements Readable. Shards and records of a source come after those of the one before.
+
+    Safe from any thread.
+
+    Raises:
+        SchemaError: their columns differ; names the first difference.
+    """
+
+    def __init__(self, below: Sequence[Readable]) -> None:
+        for number, source in enumerate(below[1:], start=1):
+            _check_same(below[0].schema, source.schema, number)
+        self.below = tuple(below)
+        counts = [len(source.shard_records) for source in below]
+        self._first_shard = np.cumsum([0, *counts])
+        self._first_number = np.cumsum([0, *(source.n_records for source in below)])
+        self.n_records = int(self._first_number[-1])
+        self.shard_records = np.concatenate([source.shard_records for source in below])
+        self.shard_bytes = np.concatenate([source.shard_bytes for source in below])
+        self.first_record = np.r_[0, np.cumsum(self.shard_records)]
+
+    @property
+    def plan(self) -> Plan:
+        """As Readable.plan."""
+        return Joint(tuple(source.plan for source in self.below))
+
+    @property
+    def url(self) -> str:
+        """The first one's."""
+        return self.below[0].url
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all of them."""
+        return tuple(part for source in self.below for part in source.parts)
+
+    @property
+    def schema(self) -> Schema:
+        """The columns that are served, in order: the same everywhere."""
+        return self.below[0].schema
+
+    @cached_property
+    def stored_schema(self) -> Schema:
+        """The columns that all of them have with the same type."""
+        others = [{c.name: c for c in source.stored_schema.columns} for source in self.below[1:]]
+        kept = [c for c in self.below[0].stored_schema.columns if all(str(o.get(c.name)) == str(c) for o in others)]
+        return Schema(kept)
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The opened versions below, each once."""
+        return tuple({id(leaf): leaf for source in self.below for leaf in source.leaves}.values())
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Whether none is listed."""
+        return self.listed is None
+
+    @property
+    def mixture(self) -> MixtureSpec | None:
+        """How they are mixed: not."""
+        return None
+
+    @cached_property
+    def listed(self) -> NDArray[np.int64] | None:
+        """Places in stored order as they are served, int64[n], where some source is listed."""
+        if all(source.listed is None for source in self.below):
+            return None
+        runs = []
+        for start, source in zip(self._first_number.tolist(), self.below, strict=False):
+            listed = source.listed
+            runs.append(start + (np.arange(source.n_records) if listed is None else listed))
+        return np.concatenate(runs)
+
+    def of_shard(self, shard: int) -> tuple[Readable, int]:
+        """The source that has a shard, and its number there."""
+        part = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
+        return self.below[part], shard - int(self._first_shard[part])
+
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        """As Source.block_tables."""
+        places = np.array(shards, np.int64)
+        groups = self._by_part(self._first_shard, places)
+        tables: list[Any] = [None] * len(places)
+
+        def read(group: tuple[int, NDArray[np.int64]]) -> Sequence[BlockTable]:
+            part, where = group
+            return self.below[part].block_tables((places[where] - self._first_shard[part]).tolist())
+
+        if len(groups) < 2:
+            found = list(map(read, groups))
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
+                found = list(pool.map(read, groups))
+        for (_, where), of_part in zip(groups, found, strict=True):
+            for place, table in zip(where.tolist(), of_part, strict=True):
+                tables[place] = table
+        return tables
+
+    def stored_rows(
+        self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """As Source.stored_rows."""
+        groups = self._by_part(self._first_shard, shards.astype(np.int64))
+        if len(groups) == 1:
+            part = groups[0][0]
+            return self.below[part].stored_rows(shards - np.int32(self._first_shard[part]), blocks, block, row)
+        out, number, owner = row.copy(), np.zeros(len(shards), np.uint32), np.zeros(len(shards), np.int64)
+        for part, where in groups:
+            number[where], owner[where] = np.arange(len(where)), part
+        owners = owner[block]
+        for part, where in groups:
+            rows = np.flatnonzero(owners == part)
+            of_part = (shards[where] - np.int32(self._first_shard[part]), blocks[where])
+            out[rows] = self.below[part].stored_rows(*of_part, number[block[rows]], row[rows])
+        return out
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """As Source.load."""
+        source, number = self.of_shard(shard)
+        return source.load(number, blocks)
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """As Readable.arrays."""
+        source, number = self.of_shard(shard)
+        return source.arrays(number, block)
+
+    def statistics(self, shard: int) -> str:
+        """As Readable.statistics."""
+        source, number = self.of_shard(shard)
+        return source.statistics(number)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """As Readable.record."""
+        if not 0 <= number < self.n_records:
+            raise IndexError(f"record {number} of a data set of {self.n_records}")
+        part = int(np.searchsorted(self._first_number, number, side="right")) - 1
+        return self.below[part].record(number - int(self._first_number[part]))
+
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """As Readable.values."""
+        if not len(records):
+            return self.below[0].values(records)
+        groups = self.of_parts(records)
+        found = [self.below[part].values(records[where] - self._first_number[part]) for part, where in groups]
+        return join(found, [where for _, where in groups])
+
+    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
+        """As Readable.take_arrow."""
+        groups = self.of_parts(records)
+        found = [self.below[part].take_arrow(records[where] - self._first_number[part]) for part, where in groups]
+        return arrow_join(found, [where for _, where in groups], self.schema)
+
+    def of_parts(self, records: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """(part, which of the records are its own), for each part that has any."""
+        return self._by_part(self._first_number, records)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """As Source.prefetch; of each source its own."""
+        places = np.array(shards, np.int64)
+        for part, where in self._by_part(self._first_shard, places):
+            self.below[part].prefetch((places[where] - self._first_shard[part]).tolist())
+
+    def is_at_hand(self, shard: int) -> bool:
+        """As Source.is_at_hand."""
+        source, number = self.of_shard(shard)
+        return source.is_at_hand(number)
+
+    def is_near(self, shard: int) -> bool:
+        """As Source.is_near."""
+        source, number = self.of_shard(shard)
+        return source.is_near(number)
+
+    def heal(self, shard: int) -> bool:
+        """As Source.heal."""
+        source, number = self.of_shard(shard)
+        return source.heal(number)
+
+    def at_versions(self, versions: Sequence[int]) -> Joined:
+        """The same sources of other versions."""
+        found, start = [], 0
+        for source in self.below:
+            stop = start + len(source.parts)
+            found.append(source.at_versions(versions[start:stop]))
+            start = stop
+        return self._of(found)
+
+    def with_columns(self, columns: Sequence[str]) -> Joined:
+        """The same records with other columns."""
+        return self._of([source.with_columns(columns) for source in self.below])
+
+    def scanning(self, columns: Sequence[str]) -> Joined:
+        """As Readable.scanning."""
+        return self._of([source.scanning(columns) for source in self.below])
+
+    def figures(self) -> Mapping[str, float]:
+        """As Source.figures: of all sources, what they have in common counted once."""
+        sums: dict[str, float] = {}
+        caches: set[int] = set()
+        for leaf in self.leaves:
+            for name, figure in leaf.figures().items():
+                if not (name.startswith("cache_") and id(leaf.cache) in caches):
+                    sums[name] = sums.get(name, 0) + figure
+            caches.add(id(leaf.cache))
+        return sums
+
+    def warm(
+        self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
+    ) -> None:
+        """As Readable.warm; one source after the other, each with its own progress."""
+        places = np.array(shards, np.int64)
+        for part, where in self._by_part(self._first_shard, places):
+            self.below[part].warm(
+                (places[where] - self._first_shard[part]).tolist(), jobs=jobs, on_progress=on_progress
+            )
+
+    def close(self) -> None:
+        """As Readable.close."""
+        for leaf in self.leaves:
+            leaf.close()
+
+    def _of(self, below: Sequence[Readable]) -> Joined:
+        """Other sources, joined in the same way."""
+        return Joined(below)
+
+    def _by_part(self, first: NDArray[np.int64], numbers: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """(part, which of the numbers are its own), for each part that has any. first: each part's first number."""
+        parts = np.searchsorted(first, numbers, side="right") - 1
+        return [(part, np.flatnonzero(parts == part)) for part in np.unique(parts).tolist()]
+
+
+def _check_same(first: Schema, other: Schema, number: int) -> None:
+    """Raise SchemaError for the first difference between the columns of data set 0 and data set `number`."""
+    if set(first.names) == set(other.names) and first.names != other.names:
+        message = (
+            f"data set {number} has the same columns in another order: select_columns({list(first.names)}) it first"
+        )
+        raise SchemaError(message, expected=str(list(first.names)), got=str(list(other.names)))
+    for mine, theirs in zip(first.columns, other.columns, strict=False):
+        if mine.name != theirs.name or str(mine) != str(theirs):
+            message = f"data set {number} has {theirs.name!r}: {theirs} where data set 0 has {mine.name!r}: {mine}"
+            raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
+    if len(first) != len(other):
+        longer = (first if len(first) > len(other) else other).names[min(len(first), len(other))]
+        message = f"data set {number} has {len(other)} columns and data set 0 has {len(first)}: only one has {longer!r}"
+        raise SchemaError(message, column=longer, expected=str(list(first.names)), got=str(list(other.names)))

@@ -1,0 +1,105 @@
+"""Where a selection's rows lie in stored blocks: kept for the blocks that are being read."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.views.selection import Selection
+
+# Tables of so many sets of blocks are kept: the window that is served, and the one that is read ahead.
+KEPT_TABLES = 2
+# Rows are laid out so many at a time: it takes 40 bytes a row for a moment.
+LAID_OUT_ROWS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Blocks, and what a selection has of them; int64[k] each.
+
+    stored: number of the block's first record; place: how many of the selection's records are before it; n_rows: how
+    many of them are in it.
+    """
+
+    stored: NDArray[np.int64]
+    place: NDArray[np.int64]
+    n_rows: NDArray[np.int64]
+
+
+class RowTables:
+    """Translates rows of a selection to rows of their blocks. Safe from any thread, and after a fork.
+
+    Where each block's chosen rows are one run, as with ranges, a row is moved by what is left out before it. Else the
+    rows of all the blocks are laid out once (4 bytes each), and looked up from then on: a search for each row would
+    cost a cache miss for every halving.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self._tables: OrderedDict[bytes, tuple[NDArray[np.int64], NDArray[np.uint32] | None]] = OrderedDict()
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def rows(
+        self, key: bytes, spans: Callable[[], Spans], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """Rows in the stored blocks, uint32[n].
+
+        Args:
+            key: what names the blocks, and their order.
+            spans: of these blocks, asked for if they are new.
+            block: uint32[n], which of them each row is of.
+            row: uint32[n], its number among the selection's rows of that block.
+        """
+        if not len(block):
+            return row
+        shift, laid_out = self._table(key, spans)
+        if laid_out is None:
+            moved: NDArray[np.uint32] = row + shift.astype(np.uint32)[block] if shift.any() else row
+            return moved
+        found: NDArray[np.uint32] = laid_out[shift[block] + row]
+        return found
+
+    def _table(self, key: bytes, spans: Callable[[], Spans]) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            found = self._tables.get(key)
+            if found is not None:
+                self._tables.move_to_end(key)
+                return found
+        made = _lay_out(self._selection, spans())
+        with self._lock:
+            self._tables[key] = made
+            while len(self._tables) > KEPT_TABLES:
+                self._tables.popitem(last=False)
+        return made
+
+
+def _lay_out(selection: Selection, spans: Spans) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
+    """(how far each block's rows are moved, None), or (where each block's rows begin in the layout, the layout)."""
+    filled = spans.n_rows > 0
+    place, n_rows, stored = spans.place[filled], spans.n_rows[filled], spans.stored[filled]
+    shift = np.zeros(len(filled), np.int64)
+    ends = np.searchsorted(selection.first, place + n_rows - 1, side="right")
+    if bool((np.searchsorted(selection.first, place, side="right") == ends).all()):
+        shift[filled] = selection.stored_numbers(place) - stored
+        return shift, None
+    last = np.cumsum(n_rows)
+    shift[filled] = begin = last - n_rows
+    laid_out = np.empty(int(last[-1]), np.uint32)
+    cuts = np.searchsorted(last, np.arange(0, len(laid_out), LAID_OUT_ROWS), side="right").tolist()
+    for lo, hi in pairwise([*dict.fromkeys(cuts), len(last)]):
+        counts, rows = n_rows[lo:hi], slice(int(begin[lo]), int(last[hi - 1]))
+        places = np.arange(rows.start, rows.stop) + np.repeat(place[lo:hi] - begin[lo:hi], counts)
+        laid_out[rows] = selection.stored_numbers(places) - np.repeat(stored[lo:hi], counts)
+    return shift, laid_out

@@ -1,0 +1,184 @@
+"""Which records of a source a view has: runs of record numbers, and the order they are served in. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache.views.spool import Spooled, restore, spool
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# A pickled view stays a few hundred bytes long: what takes more goes by a file.
+INLINE_BYTES = 256
+
+
+class Selection:
+    """Record numbers of a source, each 0 or more, in served order; a number may come more than once. Immutable.
+
+    Stored order is the numbers sorted; in it they are runs of consecutive numbers, so that a range costs the same
+    whatever its length: 16 bytes a run, and 8 a record where the served order is another one.
+
+    starts: int64[k], first number of each run; first: int64[k + 1], numbers in the runs before it; order: int64[n],
+    the place in stored order of each record as served, or None where that is the stored order itself. All read-only.
+    """
+
+    def __init__(self, starts: NDArray[np.int64], first: NDArray[np.int64], order: NDArray[np.int64] | None) -> None:
+        self.starts = _frozen(starts)
+        self.first = _frozen(first)
+        self.order = None if order is None else _frozen(order)
+        self._spooled: Spooled | None = None
+
+    @staticmethod
+    def span(start: int, stop: int) -> Selection:
+        """The numbers [start, stop); none where that is empty."""
+        if stop <= start:
+            return Selection(np.empty(0, np.int64), np.zeros(1, np.int64), None)
+        return Selection(np.array([start], np.int64), np.array([0, stop - start], np.int64), None)
+
+    @staticmethod
+    def of(numbers: NDArray[np.int64]) -> Selection:
+        """These numbers in this order. numbers: int64[n], each 0 or more."""
+        if len(numbers) < 2 or bool((numbers[1:] >= numbers[:-1]).all()):
+            return Selection(*_runs_of(numbers), None)
+        by_number = np.argsort(numbers, kind="stable")
+        order = np.empty(len(numbers), np.int64)
+        order[by_number] = np.arange(len(numbers))
+        return Selection(*_runs_of(numbers[by_number]), order)
+
+    @staticmethod
+    def of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Selection:
+        """Runs of numbers, one after the other, none empty, starts never falling; neighbours become one run."""
+        if not len(starts):
+            return Selection.span(0, 0)
+        heads = np.flatnonzero(np.r_[True, starts[1:] != (starts + lengths)[:-1]])
+        ends = np.cumsum(lengths)
+        return Selection(starts[heads], np.r_[0, ends[np.r_[heads[1:] - 1, len(ends) - 1]]], None)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """Of its arrays."""
+        return self.starts.nbytes + self.first.nbytes + (0 if self.order is None else self.order.nbytes)
+
+    @property
+    def stop(self) -> int:
+        """One more than the largest number; 0 for none."""
+        return int(self.starts[-1] + self.first[-1] - self.first[-2]) if len(self) else 0
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the numbers in served order: 32 hex digits."""
+        found = hashlib.sha256(len(self.starts).to_bytes(8, "little"))
+        for array in (self.starts, self.first, self.order):
+            if array is not None:
+                found.update(np.ascontiguousarray(array, "<i8").data)
+        return found.hexdigest()[:32]
+
+    def is_all(self, n: int) -> bool:
+        """Whether it is every one of n records, in their order."""
+        return len(self) == n and self.order is None and (n == 0 or (len(self.starts) == 1 and self.starts[0] == 0))
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the records served at these places, int64[n] below len()."""
+        return self.stored_numbers(places if self.order is None else self.order[places])
+
+    def number(self, place: int) -> int:
+        """The number of the record served at a place below len(): as `numbers`, 2 us where that takes 6."""
+        if self.order is not None:
+            place = int(self.order[place])
+        run = int(self.first.searchsorted(place, "right")) - 1
+        return int(self.starts[run]) + place - int(self.first[run])
+
+    def stored_numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers at these places of the stored order, int64[n] below len()."""
+        if len(self.starts) == 1:
+            run: Any = 0
+        else:
+            run = np.searchsorted(self.first, places, side="right") - 1
+        numbers: NDArray[np.int64] = self.starts[run] + (places - self.first[run])
+        return numbers
+
+    def n_below(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of the selection's numbers are below each of these, int64[m]: their places in stored order."""
+        if not len(self.starts):
+            return np.zeros(len(numbers), np.int64)
+        run = np.searchsorted(self.starts, numbers, side="left") - 1
+        before = np.maximum(run, 0)
+        lengths = self.first[before + 1] - self.first[before]
+        inside = np.clip(numbers - self.starts[before], 0, lengths)
+        return np.where(run < 0, 0, self.first[before] + inside)
+
+    def compose(self, chosen: Selection) -> Selection:
+        """The selection of a selection. chosen: places of this one, as served."""
+        if self.order is None and chosen.order is None:
+            return self._compose_runs(chosen)
+        places = chosen.numbers(np.arange(len(chosen)))
+        return Selection.of(self.numbers(places))
+
+    def _compose_runs(self, chosen: Selection) -> Selection:
+        """A run of places may lie over several runs of numbers: it is cut where they end."""
+        if not len(chosen):
+            return chosen
+        lengths = np.diff(chosen.first)
+        low, high = chosen.starts, chosen.starts + lengths
+        begin = np.searchsorted(self.first, low, side="right") - 1
+        end = np.searchsorted(self.first, high - 1, side="right") - 1
+        counts = end - begin + 1
+        owner = np.repeat(np.arange(len(low)), counts)
+        run = begin[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        start = np.maximum(low[owner], self.first[run])
+        stop = np.minimum(high[owner], self.first[run + 1])
+        return Selection.of_runs(self.starts[run] + (start - self.first[run]), stop - start)
+
+    def pack(self) -> tuple[Any, ...]:
+        """What `unpack` makes it of again: its arrays where they are small, else the file that they are in.
+
+        The file belongs to this object, and goes when it goes or its process ends: whoever unpacks has it mapped.
+        """
+        if self.n_bytes > INLINE_BYTES:
+            self._spooled = spool(self._spooled, (self.starts, self.first, self.order))
+            if self._spooled is not None:
+                return self._spooled.ticket
+        order = None if self.order is None else self.order.tobytes()
+        return self.starts.tobytes(), self.first.tobytes(), order
+
+    @staticmethod
+    def unpack(packed: tuple[Any, ...]) -> Selection:
+        """The selection of `pack`, of this or another process of the machine. Raises NotFound: its file is gone."""
+        if isinstance(packed[0], str):
+            starts, first, order = restore(packed)
+        else:
+            starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in packed)
+        if starts is None or first is None:
+            raise ValueError("not a packed selection")
+        return Selection(starts, first, order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Selection.unpack, (self.pack(),)
+
+    def __deepcopy__(self, memo: object) -> Selection:
+        return self
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} records, {len(self.starts)} runs{'' if self.order is None else ', listed'})"
+
+
+def _runs_of(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(starts, first) of numbers that never fall."""
+    if not len(numbers):
+        return np.empty(0, np.int64), np.zeros(1, np.int64)
+    heads = np.flatnonzero(np.r_[True, np.diff(numbers) != 1])
+    return numbers[heads], np.r_[heads, len(numbers)]
+
+
+def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    array = np.ascontiguousarray(array, np.int64)
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,281 @@
+"""A view: some records of a source, in the source's stored order or listed; itself a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache.errors import NotFound, ObjectChanged
+from tiercache.order import BlockTable
+from tiercache.views.rows import RowTables, Spans
+from tiercache.views.selection import Selection
+from tiercache.views.steps import Select, Step
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from tiercache.cache import WarmProgress
+    from tiercache.model import Part
+    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.types import Schema
+    from tiercache.shard.values import ColumnValues
+    from tiercache.views.contract import Leaf, Plan, Readable
+
+_NO_BLOCKS = BlockTable(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a view is made of. selection: what the steps choose; None: find out when it is opened."""
+
+    below: Plan
+    steps: tuple[Step, ...]
+    selection: Selection | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """As Plan.columns."""
+        return self.below.columns
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """As Plan.versions."""
+        return self.below.versions
+
+    def open(self, opened: dict[int, Any]) -> View:
+        """As Plan.open."""
+        return View.of(self.below.open(opened), self.steps, self.selection)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A list of numbers says it itself.
+        unsaid = self.selection is not None and self.steps != (Select(self.selection),)
+        packed = self.selection.pack() if self.selection is not None and unsaid else None
+        return _chosen, (self.below, self.steps, packed)
+
+
+def _chosen(below: Plan, steps: tuple[Step, ...], packed: tuple[Any, ...] | None) -> Chosen:
+    try:
+        selection = None if packed is None else Selection.unpack(packed)
+    except NotFound:
+        selection = None  # the steps say it again; what they cannot say, a list of numbers, has a file of its own
+    return Chosen(below, steps, selection)
+
+
+class View:
+    """Some records of a source; implements Readable. Shards keep their numbers and count the view's records only.
+
+    Shards and blocks without such records are never read, nor are their footers. Safe from any thread.
+    """
+
+    def __init__(self, below: Readable, steps: tuple[Step, ...], selection: Selection) -> None:
+        if selection.stop > below.n_records:
+            raise ObjectChanged(
+                "the selection is of more records than there are",
+                url=below.url,
+                expected=selection.stop,
+                found=below.n_records,
+            )
+        self.below = below
+        self.steps = steps
+        self.selection = selection
+        self.n_records = len(selection)
+        # Where what is below is listed itself, its numbers as served are not those that its shards are counted in.
+        listed = below.listed
+        served = selection if listed is None else Selection.of(listed[selection.numbers(np.arange(len(selection)))])
+        self._stored = served
+        self._places = served.n_below(below.first_record)
+        self._tables = RowTables(served)
+
+    @staticmethod
+    def of(below: Readable, steps: Sequence[Step], selection: Selection | None = None) -> View:
+        """The view that steps make, one after the other. selection: what they choose, where that is known."""
+        if selection is not None:
+            return View(below, tuple(steps), selection)
+        view = choose(below, steps[0])
+        for step in steps[1:]:
+            view = choose(view, step)
+        return view
+
+    @property
+    def plan(self) -> Chosen:
+        """As Readable.plan."""
+        return Chosen(self.below.plan, self.steps, self.selection)
+
+    @property
+    def url(self) -> str:
+        """Of what is below."""
+        return self.below.url
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Those below, with the hash of what is chosen of them."""
+        if self.selection.is_all(self.below.n_records):
+            return self.below.parts
+        return tuple(
+            replace(part, selection=_combined(part.selection, self.selection.digest)) for part in self.below.parts
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """The columns that are served, in order."""
+        return self.below.schema
+
+    @property
+    def stored_schema(self) -> Schema:
+        """All columns that there are."""
+        return self.below.stored_schema
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The opened versions below."""
+        return self.below.leaves
+
+    @property
+    def first_record(self) -> NDArray[np.int64]:
+        """int64[n_shards + 1]: the view's records before each shard, in stored order, and all of them."""
+        return self._places
+
+    @cached_property
+    def shard_records(self) -> NDArray[np.int64]:
+        """The view's records in each shard, int64[n_shards]."""
+        return np.diff(self._places)
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """Stored bytes of each whole shard, int64[n_shards]."""
+        return self.below.shard_bytes
+
+    @property
+    def listed(self) -> NDArray[np.int64] | None:
+        """Places in stored order, int64[n], as they are served; None: in stored order."""
+        return self._stored.order
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Whether it is not listed."""
+        return self.listed is None
+
+    @property
+    def mixture(self) -> None:
+        """Nothing is mixed."""
+
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        """The view's records in each block, and raw bytes of the whole block; shards without records have no blocks."""
+        chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
+        found = dict(zip(chosen, self.below.block_tables(chosen), strict=True))
+        return [self._counted(shard, found[shard]) if shard in found else _NO_BLOCKS for shard in shards]
+
+    def stored_rows(
+        self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """Where the view's rows lie in their stored blocks, uint32[n]."""
+        key = shards.tobytes() + blocks.tobytes()
+        rows = self._tables.rows(key, lambda: self._spans(shards, blocks), block, row)
+        return self.below.stored_rows(shards, blocks, block, rows)
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """As Source.load."""
+        return self.below.load(shard, blocks)
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """As Readable.arrays: the whole block."""
+        return self.below.arrays(shard, block)
+
+    def statistics(self, shard: int) -> str:
+        """As Readable.statistics: of the whole shard."""
+        return self.below.statistics(shard)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """As Readable.record."""
+        if not 0 <= number < self.n_records:
+            raise IndexError(f"record {number} of a data set of {self.n_records}")
+        return self.below.record(self.selection.number(number))
+
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """As Readable.values."""
+        return self.below.values(self.selection.numbers(records))
+
+    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
+        """As Readable.take_arrow."""
+        return self.below.take_arrow(self.selection.numbers(records))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """As Source.prefetch, of those that have records."""
+        self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
+
+    def is_at_hand(self, shard: int) -> bool:
+        """As Source.is_at_hand."""
+        return self.below.is_at_hand(shard)
+
+    def is_near(self, shard: int) -> bool:
+        """As Source.is_near."""
+        return self.below.is_near(shard)
+
+    def heal(self, shard: int) -> bool:
+        """As Source.heal."""
+        return self.below.heal(shard)
+
+    def at_versions(self, versions: Sequence[int]) -> View:
+        """The same steps, evaluated on other versions."""
+        return View.of(self.below.at_versions(versions), self.steps)
+
+    def with_columns(self, columns: Sequence[str]) -> View:
+        """The same records with other columns."""
+        return View(self.below.with_columns(columns), self.steps, self.selection)
+
+    def scanning(self, columns: Sequence[str]) -> View:
+        """As Readable.scanning."""
+        return View(self.below.scanning(columns), self.steps, self.selection)
+
+    def figures(self) -> Mapping[str, float]:
+        """As Source.figures."""
+        return self.below.figures()
+
+    def warm(
+        self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
+    ) -> None:
+        """As Readable.warm, of those that have records."""
+        chosen = [shard for shard in shards if self.shard_records[shard]]
+        self.below.warm(chosen, jobs=jobs, on_progress=on_progress)
+
+    def close(self) -> None:
+        """As Readable.close."""
+        self.below.close()
+
+    def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> Spans:
+        """Of k blocks, by shard and number in it."""
+        first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
+        named = np.unique(shards)
+        for shard, table in zip(named.tolist(), self.below.block_tables(named.tolist()), strict=True):
+            where = np.flatnonzero(shards == shard)
+            ends = np.cumsum(table.records)[blocks[where]]
+            n_rows[where] = table.records[blocks[where]]
+            first[where] = ends - n_rows[where] + self.below.first_record[shard]
+        place = self._stored.n_below(first)
+        return Spans(first, place, self._stored.n_below(first + n_rows) - place)
+
+    def _counted(self, shard: int, table: BlockTable) -> BlockTable:
+        bounds = np.r_[0, np.cumsum(table.records)] + self.below.first_record[shard]
+        return BlockTable(np.diff(self._stored.n_below(bounds)), table.raw_bytes)
+
+
+def choose(source: Readable, step: Step) -> View:
+    """The view that a step makes of a source. Views of views become one, and so do lists of numbers."""
+    chosen = step.choose(source)
+    if not isinstance(source, View):
+        return View(source, (step,), chosen)
+    last, selection = source.steps[-1], source.selection.compose(chosen)
+    if not step.is_fixed or not isinstance(last, Select):
+        return View(source.below, (*source.steps, step), selection)
+    listed = selection if len(source.steps) == 1 else last.selection.compose(chosen)
+    return View(source.below, (*source.steps[:-1], Select(listed)), selection)
+
+
+def _combined(before: str | None, digest: str) -> str:
+    return digest if before is None else sha256(f"{before}/{digest}".encode()).hexdigest()[: len(digest)]

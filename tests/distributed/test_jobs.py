@@ -1,0 +1,147 @@
+"""Jobs of 2, 3 and 4 ranks over torch.distributed: what all of them together are served, by content."""
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+from tests.distributed.conftest import append_records
+from tests.distributed.ranks import run_ranks, together
+
+import tiercache as tc
+
+SMALL = {"shuffle_window_bytes": "4KiB", "shuffle_group_bytes": "16KiB"}
+pytestmark = pytest.mark.timeout(300)
+
+N = 1013  # a prime: no batch size and no number of ranks divides it
+WORLDS = [2, 3, 4]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids="{} ranks".format)
+def job(request, packed, tmp_path_factory):
+    """Everything that one job of so many ranks served: {case: (one answer a rank)}."""
+    world, url = request.param, packed(N)
+    first = tc.Dataset(url).version
+    with tc.Writer(url, mode="append") as writer:
+        append_records(writer, N, 37)
+    rank_versions = [first] + [None] * (world - 1)
+    bound = {"url": str(url), "loader": {"batch_size": 7}, "options": {**SMALL}}
+    other = {"rank_options": [{}] * (world - 1)}
+    cases = {
+        "whole": {**bound, "rank_versions": rank_versions, "n_epochs": 2},
+        "dropping": {**bound, "loader": {"batch_size": 7, "drop_last": True}, "n_epochs": 2},
+        "own seeds": {**bound, "rank_options": [{"seed": rank} for rank in range(world)]},
+        "other window": {**bound, "rank_options": [*other["rank_options"], {"shuffle_window_bytes": "8KiB"}]},
+        "other batch": {**bound, "rank_options": [*other["rank_options"], {"loader": {"batch_size": 8}}]},
+        "stopped": {**bound, "stop_after": 9, "options": {**SMALL, "seed": 5}},
+        **{f"{n} records": {**bound, "url": str(packed(n)), "n_epochs": 2} for n in (0, 1, 2, 5)},
+    }
+    cases["0 records"]["loader"] = {"batch_size": 7, "shuffle": False}  # torch's RandomSampler refuses no records
+    folder = tmp_path_factory.mktemp("job")
+    answers = run_ranks("tests.distributed.jobs:serve", world, folder, {"cases": [*cases.values()]})
+    return {"url": url, **dict(zip(cases, zip(*answers, strict=True), strict=True))}
+
+
+def epochs_of(answers):
+    """Of each epoch, the batches of each rank."""
+    return list(zip(*(answer["epochs"] for answer in answers), strict=True))
+
+
+def records_of(parts):
+    return Counter(chain.from_iterable(chain.from_iterable(parts)))
+
+
+def version_of(answer):
+    ((_, version, *_),) = answer["state"]["parts"]
+    return version
+
+
+def test_all_ranks_together_serve_each_record_once(job):
+    epochs = epochs_of(job["whole"])
+    assert len(epochs) == 2
+    for parts in epochs:
+        served = records_of(parts)
+        assert sorted(served) == list(range(N))
+        assert served.total() == N + sum(answer["padded"] for answer in job["whole"]) / 2  # counted over both epochs
+
+
+def test_two_epochs_serve_in_different_orders(job):
+    first, second = epochs_of(job["whole"])
+    assert together(first) != together(second)
+
+
+def test_dropping_the_last_batch_serves_whole_global_batches_of_different_records(job):
+    world = len(job["dropping"])
+    for parts in epochs_of(job["dropping"]):
+        served = records_of(parts)
+        assert set(served.values()) == {1}
+        assert served.total() == (N + 37) // (7 * world) * 7 * world
+
+
+@pytest.mark.parametrize("case", ["whole", "dropping", "own seeds"])
+def test_every_rank_has_as_many_batches_as_it_says(job, case):
+    lengths = {answer["length"] for answer in job[case]}
+    counts = {len(batches) for answer in job[case] for batches in answer["epochs"]}
+    assert lengths == counts
+    assert len(counts) == 1
+
+
+def test_ranks_that_open_after_an_append_read_the_version_of_rank_0(job):
+    assert {version_of(answer) for answer in job["whole"]} == {1}
+    assert {version_of(answer) for answer in job["dropping"]} == {2}
+
+
+@pytest.mark.parametrize("case", ["whole", "dropping", "own seeds", "stopped", "5 records"])
+def test_the_state_is_the_same_on_every_rank(job, case):
+    states = [answer["state"] for answer in job[case]]
+    assert states == [states[0]] * len(states)
+
+
+def test_the_seed_of_rank_0_holds_for_all(job):
+    assert job["own seeds"][0]["state"]["seed"] == 0
+    (parts,) = epochs_of(job["own seeds"])
+    assert sorted(records_of(parts)) == list(range(N + 37))
+
+
+def test_a_different_window_on_one_rank_is_an_error_on_all(job):
+    world = len(job["other window"])
+    assert all("window_bytes" in answer["error"] and "8192" in answer["error"] for answer in job["other window"])
+    assert all(f"rank {world - 1}" in answer["error"] for answer in job["other window"])
+
+
+def test_a_different_batch_size_on_one_rank_is_an_error_on_all(job):
+    assert all("batch_size" in answer["error"] for answer in job["other batch"])
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_tiny_data_sets_give_every_rank_as_many_batches(job, n):
+    answers = job[f"{n} records"]
+    for parts in epochs_of(answers):
+        served = records_of(parts)
+        assert {len(batches) for batches in parts} == {min(n, 1)}
+        assert sorted(served) == list(range(n))
+    world = len(answers)
+    assert sum(answer["padded"] for answer in answers) == 2 * (max(0, world - n) if n else 0)
+
+
+def test_a_rank_says_which_it_is(job):
+    world = len(job["whole"])
+    for rank, answer in enumerate(job["whole"]):
+        assert f"rank {rank} of {world} (from torch.distributed)" in answer["repr"]
+
+
+def test_the_rest_is_served_by_any_other_number_of_ranks(job):
+    (stopped,) = epochs_of(job["stopped"])
+    served = records_of(stopped)
+    assert set(served.values()) == {1}
+    dataset = tc.Dataset(job["url"])
+    for world in (1, 2, 4):
+        rest = Counter()
+        for rank in range(world):
+            options = tc.LoaderOptions(rank=rank, world_size=world)
+            loader = tc.DataLoader(dataset, batch_size=12, shuffle=True, options=options)
+            loader.load_state_dict(job["stopped"][0]["state"])
+            rest.update(chain.from_iterable(batch["id"].tolist() for batch in loader))
+            assert loader.stats()["padded"] == 0
+        assert set(rest.values()) == {1}
+        assert served.keys() ^ rest.keys() == set(range(N + 37))
+    dataset.close()

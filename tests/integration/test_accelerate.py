@@ -1,0 +1,231 @@
+"""tiercache.integrations.accelerate, and Accelerate's own prepare over our data set; in one process and in several."""
+
+import math
+import pickle
+from collections import Counter
+from itertools import chain
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DataLoaderConfiguration
+from tests.distributed.ranks import run_ranks
+
+import tiercache as tc
+from tiercache.integrations.accelerate import PreparedLoader, prepare
+from tiercache.integrations.even import with_last_repeated
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def accelerator():
+    accelerator = accelerate.Accelerator(cpu=True)
+    yield accelerator
+    accelerator.free_memory()  # it holds the loaders, and they hold the shards of their next epoch
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def dataset(packed):
+    dataset = tc.Dataset(packed(101))
+    yield dataset
+    dataset.close()
+
+
+def ids_of(loader):
+    return [batch["id"].tolist() for batch in loader]
+
+
+def test_a_prepared_loader_serves_what_the_loader_would(dataset, accelerator):
+    options = tc.LoaderOptions(seed=3)
+    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=options)
+    prepared = prepare(loader, accelerator)
+    assert ids_of(prepared) + ids_of(prepared) == ids_of(loader) + ids_of(loader)
+    assert len(prepared) == len(loader) == 13
+    assert prepared.stats()["samples"] == 202
+
+
+def test_a_prepared_loader_goes_on_where_the_loader_stands(dataset, accelerator):
+    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    batches = iter(loader)
+    next(batches)
+    assert ids_of(prepare(loader, accelerator)) == ids_of(batches)
+
+
+def test_accelerate_hands_a_prepared_loader_on_as_it_is(dataset, accelerator):
+    prepared = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
+    _, again = accelerator.prepare(torch.nn.Linear(2, 2), prepared)
+    assert again is prepared
+    assert isinstance(again, torch.utils.data.DataLoader)
+    assert again.total_batch_size == 8
+    assert again.total_dataset_length == 101
+
+
+def test_the_state_counts_batches_handed_out(dataset, accelerator):
+    loader = prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True), accelerator)
+    seen, states = [], []
+    for batch in loader:
+        seen.append(batch["id"].tolist())
+        states.append(loader.state_dict())
+    for number, state in enumerate(states, start=1):
+        again = prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True), accelerator)
+        again.load_state_dict(state)
+        assert ids_of(again) == seen[number:]
+
+
+def test_the_last_batch_is_known_as_such(dataset, accelerator):
+    loader = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
+    ends = [accelerator.gradient_state.end_of_dataloader for _ in loader]
+    assert ends == [False] * 12 + [True]
+    assert not accelerator.gradient_state.in_dataloader
+
+
+def test_a_loop_that_is_left_leaves_no_loader_behind(dataset, accelerator):
+    loader = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
+    for _ in loader:
+        break
+    assert not accelerator.gradient_state.in_dataloader
+
+
+def test_a_prepared_loader_is_pickled_with_its_place(dataset, accelerator):
+    loader = prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True), accelerator)
+    batches = iter(loader)
+    next(batches)
+    copy = pickle.loads(pickle.dumps(loader))
+    assert isinstance(copy, PreparedLoader)
+    assert ids_of(copy) == ids_of(batches)
+    copy.dataset.close()
+
+
+def test_without_an_accelerator_the_one_of_the_process_is_meant(dataset, accelerator):
+    assert len(ids_of(prepare(tc.DataLoader(dataset, batch_size=8)))) == 13
+
+
+def test_batches_come_on_the_device_of_the_accelerator(dataset, accelerator, monkeypatch):
+    monkeypatch.setattr(type(accelerator), "device", torch.device("meta"))
+    batch = next(iter(prepare(tc.DataLoader(dataset, batch_size=8), accelerator)))
+    assert {values.device.type for values in batch.values()} == {"meta"}
+
+
+def test_skipping_batches_by_their_indices_says_what_to_do_instead(dataset, accelerator):
+    loader = prepare(tc.DataLoader(dataset, batch_size=8), accelerator)
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        next(iter(accelerator.skip_first_batches(loader, 2)))
+
+
+def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
+    with pytest.raises(TypeError, match=r"takes a tiercache\.DataLoader, got a DataLoader"):
+        prepare(torch.utils.data.DataLoader(dataset), accelerator)
+    with pytest.raises(ValueError, match=r"native path: accelerator\.prepare\(loader\)"):
+        prepare(tc.DataLoader(range(4)), accelerator)
+    with pytest.raises(ValueError, match="has a sampler"):
+        prepare(tc.DataLoader(dataset, sampler=[3, 1, 2]), accelerator)
+
+
+def test_reading_on_one_rank_for_all_is_refused(dataset):
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    with pytest.raises(ValueError, match="dispatch_batches=True reads on one rank alone"):
+        prepare(tc.DataLoader(dataset), accelerator)
+
+
+def test_accelerates_own_prepare_serves_gathered_batches(dataset, accelerator):
+    loader = accelerator.prepare(tc.DataLoader(dataset, batch_size=8, shuffle=True))
+    batches = list(loader)
+    assert sorted(chain.from_iterable(batch["id"].tolist() for batch in batches)) == list(range(101))
+    assert batches[0]["values"].shape == (8, 17)
+
+
+SIZES = [
+    101,
+    100,
+    82,
+    81,
+    80,
+    1,
+]  # of which global batches of 2 * 8 leave 5, 4, 2, 1, 0, 1; of 3 * 8: 5, 4, 10, 9, 8, 1
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+def job(request, packed, tmp_path_factory):
+    """By name, what each rank found."""
+    urls, folder = [str(packed(n)) for n in SIZES], tmp_path_factory.mktemp("job")
+    arguments = {"urls": urls, "batch_size": 8, "folder": str(folder)}
+    answers = run_ranks("tests.integration.accelerate_jobs:serve", request.param, folder, arguments)
+    return {name: [answer[name] for answer in answers] for name in answers[0]}
+
+
+def test_ranks_serve_every_record_in_batches_of_one_size(job):
+    for number, n in enumerate(SIZES):
+        parts = [answer[number] for answer in job["epochs"]]
+        served = Counter(chain.from_iterable(chain.from_iterable(part["batches"] for part in parts)))
+        assert sorted(served) == list(range(n))
+        assert served.total() == n + sum(part["padded"] for part in parts)
+        assert len({tuple(map(len, part["batches"])) for part in parts}) == 1
+        assert all(part["ends"] == [False] * (len(part["ends"]) - 1) + [True] for part in parts)
+
+
+def test_gathering_for_metrics_drops_what_was_repeated(job):
+    n_ranks = len(job["epochs"])
+    for number, n in enumerate(SIZES):
+        last = n % (8 * n_ranks)
+        gathered = [answer[number]["gathered"] for answer in job["epochs"]]
+        assert gathered == [gathered[0]] * n_ranks
+        assert sorted(set(gathered[0])) == list(range(n))
+        # Where several ranks repeat one, the docs say that they are counted twice.
+        several = last > n_ranks and 0 < last % n_ranks < n_ranks - 1
+        assert len(gathered[0]) == n + (n_ranks - last % n_ranks if several else 0)
+
+
+def test_without_even_batches_no_record_is_repeated(job):
+    served = Counter(chain.from_iterable(chain.from_iterable(job["uneven"])))
+    assert sorted(served.elements()) == list(range(101))
+
+
+def test_accelerates_own_prepare_splits_our_data_set_among_ranks(job):
+    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["plain"]))
+    assert sorted(set(served)) == list(range(101))
+    assert all(found["skipped"] == found["batches"][2:] for found in job["plain"])
+
+
+def test_save_state_keeps_the_place_of_every_rank(job):
+    resumed = job["resumed"]
+    assert all(found["again"] == found["rest"] for found in resumed)
+    served = chain.from_iterable(chain.from_iterable(found["before"] + found["again"] for found in resumed))
+    assert sorted(set(served)) == list(range(101))
+
+
+def test_gradients_are_synchronised_at_the_steps_at_which_accelerate_does(job):
+    n_batches = math.ceil(101 / (8 * len(job["steps"])))
+    for steps in job["steps"]:
+        assert steps["ours"] == steps["Accelerate's"]
+        assert steps["ours"][n_batches - 1]
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "nested", "buffer"])
+def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
+    schema = {"id": "int64", "tokens": tc.Ragged("int32", (None,)), "text": "str", "score": "float32?"}
+    tokens = [np.arange(n, dtype="int32") for n in (2, 0, 3)]
+    with tc.Writer(tmp_path / "data", schema=schema) as writer:
+        writer.write_batch({"id": [0, 1, 2], "tokens": tokens, "text": ["a", "", "ccc"], "score": [1.0, None, 3.0]})
+    forms = {"tokens": form} if form != "list" else {}
+    forms |= {"text": "buffer"} if form == "buffer" else {}
+    dataset = tc.Dataset(tmp_path / "data", forms=forms)
+    (batch,) = tc.DataLoader(dataset, batch_size=3)
+    longer, n_repeated = with_last_repeated(batch, 5)
+    assert n_repeated == 2
+    assert longer["id"].tolist() == [0, 1, 2, 2, 2]
+    assert longer["score.valid"].tolist() == [True, False, True, True, True]
+    assert [t.tolist()[:3] if form == "padded" else t.tolist() for t in longer["tokens"]][3:] == [[0, 1, 2], [0, 1, 2]]
+    assert len(longer["text"]) == 5
+    assert bytes(longer["text"][4]) == b"ccc" if form == "buffer" else longer["text"][4] == "ccc"
+    dataset.close()
+
+
+def test_what_is_no_batch_of_ours_is_not_made_longer():
+    thing = object()
+    assert with_last_repeated({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
+    assert with_last_repeated((torch.zeros(2), [1, 2]), 3)[1] == 1

@@ -1,0 +1,253 @@
+"""The next epoch: asked for and begun before this one ends, taken where it comes as expected, dropped where not."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
+
+import tiercache as tc
+from tiercache.load.coming import Coming
+from tiercache.opened import OpenedVersion
+from tiercache.testing.http_server import HttpFaultServer
+
+N = 600
+OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    path = tmp_path_factory.mktemp("coming") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {f"data/{file.relative_to(path).as_posix()}": file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def server(objects):
+    with HttpFaultServer(dict(objects)) as server:
+        yield server
+
+
+def shards_asked_for(server):
+    return [seen.path.rsplit("/", 1)[1] for seen in server.log if "/shards/" in seen.path]
+
+
+def first_shards(dataset, epoch, **options):
+    """Names of the shards of the first window of an epoch."""
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS, **options))
+    loader.set_epoch(epoch)
+    with_next = loader._native
+    loader.state_dict()
+    iterator = iter(loader)
+    piece = next(iterator._work.share.pieces(0))
+    iterator.close()
+    assert with_next is loader._native
+    source = dataset.source
+    return {
+        source.table.info(shard).name.rsplit("/", 1)[1]
+        for window, wanted in zip(piece.windows, piece.wanted, strict=True)
+        for shard in window.shards[wanted].tolist()
+    }
+
+
+def wait_until(is_so):
+    end_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end_s
+        threading.Event().wait(0.01)
+
+
+def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_is_taken(server, tmp_path):
+    data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        wanted = first_shards(dataset, 1)
+        dataset.close()
+        for path in (tmp_path / "cache").rglob("*.shard"):
+            path.unlink()
+        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+        announced = []
+        prefetch = OpenedVersion.prefetch
+
+        def seen(self, shards):
+            announced.append([self.table.info(shard).name.rsplit("/", 1)[1] for shard in shards])
+            prefetch(self, shards)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OpenedVersion, "prefetch", seen)
+            iterator = iter(loader)
+            n_batches = len(loader)
+            for _ in range(n_batches - 1):
+                next(iterator)
+            # All but the last batch: what comes next was announced in time, after what this epoch still needed.
+            wait_until(lambda: any(wanted <= set(names) for names in announced[-2:]))
+            next(iterator)
+            assert next(iterator, None) is None
+        iterator.close()
+        dataset.close()
+
+
+def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path):
+    data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, free_floor=0) as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+        ids_of(loader)
+        iterator = iter(loader)
+        for _ in range(len(loader)):
+            next(iterator)
+        coming = iterator._work.coming
+        wait_until(lambda: coming._ready is not None and coming._ready.done())
+        begun = coming._ready.result()
+        assert begun is not None
+        assert begun.loading  # two epochs came one after the other: a third is expected
+        blocks = {
+            place
+            for one in begun.loading
+            for place in zip(one.window.shards.tolist(), one.window.blocks.tolist(), strict=True)
+        }
+        wait_until(lambda: all(future.done() for one in begun.loading for _, future in one._work))
+        again = []
+        load = OpenedVersion.load
+
+        def seen(self, shard, which):
+            again.extend((shard, block) for block in which)
+            return load(self, shard, which)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OpenedVersion, "load", seen)
+            assert next(iterator, None) is None
+            third = iter(loader)
+            check_batch(next(third))
+            third.close()
+        assert blocks
+        assert not blocks & set(again)
+        dataset.close()
+
+
+def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    loads = []
+    load = OpenedVersion.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
+        iterator = iter(loader)
+        assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(N))
+        iterator._pipeline._planner.join(30)
+        n_first = len(loads)
+        assert len(set(map(str, loads))) == n_first
+        iterator = iter(loader)  # now epochs follow one another
+        for _ in iterator:
+            pass
+        iterator._pipeline._planner.join(30)
+        begun = loader._native._coming._ready.result(30)
+        wait_until(lambda: all(future.done() for one in begun.loading for _, future in one._work))
+        assert len(loads) > 2 * n_first
+    dataset.close()
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("compression", ["none", "zstd:3"])
+def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams, compression):
+    dataset = tc.Dataset(make_dataset(400, compression=compression))
+    options = tc.LoaderOptions(**OPTIONS, streams=streams)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+    epochs, prepared = [], []
+    for _ in range(4):
+        iterator = iter(loader)
+        prepared.append(iterator._work.begun is not None)
+        epochs.append([check_batch(batch) for batch in iterator])
+        iterator._pipeline._planner.join(30)
+    assert prepared == [False, True, True, True]
+    for epoch, found in enumerate(epochs):
+        fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+        fresh.set_epoch(epoch)
+        assert ids_of(fresh) == found
+
+
+def test_blocks_are_not_loaded_again_where_the_next_epoch_was_begun(make_dataset):
+    dataset = tc.Dataset(make_dataset(400, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    loads = []
+    load = OpenedVersion.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
+        for _ in range(3):
+            iterator = iter(loader)
+            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(400))
+            iterator._pipeline._planner.join(30)
+    n_blocks = sum(len(blocks) for _, blocks in loads)
+    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    assert n_blocks <= 4 * sum(len(table.records) for table in tables)  # three epochs, and the beginning of a fourth
+
+
+def test_an_epoch_that_ends_before_anybody_began_the_next_is_not_waited_for(make_dataset):
+    dataset = tc.Dataset(make_dataset(100))
+    loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
+    gate = threading.Event()
+    begin = Coming._begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coming, "_begin", lambda self, *what: (gate.wait(30), begin(self, *what))[1])
+        iterator = iter(loader)
+        start_s = time.monotonic()
+        assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
+        assert time.monotonic() - start_s < 20  # and not the gate's 30 s
+        following = iter(loader)  # nor is iter()
+        gate.set()
+        assert sorted(i for batch in following for i in check_batch(batch)) == list(range(100))
+
+
+def test_another_epoch_than_the_next_begins_afresh(make_dataset):
+    dataset = tc.Dataset(make_dataset(200))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    ids_of(loader)
+    loader.set_epoch(7)
+    found = ids_of(loader)
+    fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    fresh.set_epoch(7)
+    assert ids_of(fresh) == found
+
+
+def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
+    class Share:
+        def pieces(self, _):
+            coming.forget()
+            return iter(())
+
+    coming = Coming("source", "state", lambda _: Share(), is_expected=True)
+    coming.prepare(None, None, 0)
+    assert coming.take("source", "state") == (coming.share, None)
+    coming.prepare(None, None, 0)  # too late
+    assert coming.take("source", "state")[1] is None
+    assert Coming("source", "state", lambda _: Share(), is_expected=True).take("other", "state") is None
+
+
+def test_the_future_of_a_beginning_that_failed_says_nothing():
+    class Share:
+        def pieces(self, _):
+            raise tc.StoreError("away", url="u")
+
+    coming = Coming("source", "state", lambda _: Share(), is_expected=True)
+    coming.prepare(None, None, 0)
+    ready = coming.take("source", "state")[1]
+    assert isinstance(ready, Future)
+    assert ready.result(0) is None
+
+
+def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
+    dataset = tc.Dataset(make_dataset(300))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    for _ in range(3):
+        for batch in itertools.islice(loader, 3):
+            check_batch(batch)
+    assert loader.state_dict()["epoch"] == 2
+    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))

@@ -1,0 +1,220 @@
+"""Pieces of a rank: its batches one after the other, whatever the streams, windows, ranks and sizes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.order.brute import (
+    Ranks,
+    Record,
+    Shards,
+    batches,
+    options,
+    records_of,
+    sequence,
+    shards,
+    uniform,
+)
+
+from tiercache.load.plan import Piece, pieces
+from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan
+
+# Each takes some 6 ms; `make fuzz` draws 5,000 of every kind.
+MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 300))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An epoch, its ranks, and the sizes of pieces."""
+
+    data: Shards
+    how: OrderOptions
+    epoch: int
+    ranks: Ranks
+    sizes: tuple[int, int]
+
+    @property
+    def order(self) -> EpochOrder:
+        return EpochOrder(self.data.layout, self.how, self.epoch)
+
+    def plans(self, offset: int) -> list[RankPlan]:
+        ranks, n_streams = self.ranks, self.how.streams if self.how.shuffle else 1
+        shared = (ranks.batch_size, ranks.drop_last, self.data.n_records, n_streams)
+        return [RankPlan(offset, ranks.world_size, rank, *shared) for rank in range(ranks.world_size)]
+
+
+@st.composite
+def ranks(draw: st.DrawFn) -> Ranks:
+    return Ranks(draw(st.integers(1, 7)), draw(st.integers(1, 12)), draw(st.booleans()))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    sizes = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
+    return Case(draw(shards()), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
+
+
+def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]:
+    """The rank's batches, cut from its pieces one after the other; and the pieces."""
+    every = list(pieces(case.order, plan, *case.sizes))
+    rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
+    size = case.ranks.batch_size
+    found = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return found, every
+
+
+@settings(max_examples=MANY)
+@given(cases(), st.data())
+def test_ranks_serve_the_global_sequence_wherever_they_stop_and_however_many_go_on(
+    case: Case, data: st.DataObject
+) -> None:
+    whole = sequence(case.data, case.how, case.epoch)
+    assert sorted(whole) == case.data.all_records()
+    n_streams = case.how.streams if case.how.shuffle else 1
+    offset = 0
+    for other in (case.ranks, data.draw(ranks())):  # a run that stops, and another that goes on with what is left
+        case = replace(case, ranks=other)
+        plans = case.plans(offset)
+        n_taken = data.draw(st.integers(0, plans[0].n_batches))
+        expected = batches(other, n_streams, offset, len(whole))
+        for plan, own in zip(plans, expected, strict=True):
+            found, _ = served(case, plan)
+            assert len(found) == plan.n_batches == plans[0].n_batches  # of all ranks
+            padding = [[whole[p] for p in plan.positions(plan.n_full).tolist()]] if plan.padded else []
+            assert found == [[whole[p] for p in batch] for batch in own if batch] + padding
+            assert sum(map(len, padding)) == plan.padded
+        offset = plans[0].offset_after(n_taken)
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_what_a_rank_is_served_from_anywhere_is_the_end_of_what_it_is_served(case: Case, data: st.DataObject) -> None:
+    for plan in case.plans(data.draw(st.integers(0, case.data.n_records))):
+        whole, _ = served(case, plan)
+        n_before = data.draw(st.integers(0, plan.n_batches))
+        later = replace(plan, offset=plan.offset_after(n_before))
+        assert served(case, later)[0] == whole[n_before:]
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    for piece in every:
+        block, row = piece.rows()
+        assert len(block) == len(row) == piece.n_rows > 0
+        assert piece.rows()[0] is block
+        assert piece.n_rows <= max(case.sizes[0], case.sizes[1])
+        streams = [window.stream for window in piece.windows]
+        assert streams == sorted(set(streams))  # one window of each stream at a time
+        touched = piece.touched
+        assert sum(int(blocks.sum()) for blocks in touched) == len(set(block.tolist()))
+        for window, wanted, own in zip(piece.windows, piece.wanted, touched, strict=True):
+            assert len(wanted) == len(own) == len(window.blocks)
+            assert (wanted | ~own).all()
+            with_it = [i for i, other in enumerate(every) if any(w is window for w in other.windows)]
+            if not plan.padded:
+                assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
+                assert every[with_it[0]].touched[_place(every[with_it[0]], window)].any()  # and not before
+    assert sum(piece.n_rows for piece in every) == plan.n_served
+
+
+def _place(piece: Piece, window: object) -> int:
+    return next(i for i, other in enumerate(piece.windows) if other is window)
+
+
+@given(cases(), st.data())
+def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in(
+    case: Case, data: st.DataObject
+) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    needed: dict[int, np.ndarray] = {}
+    for piece in every:
+        for window, own in zip(piece.windows, piece.touched, strict=True):
+            needed[id(window)] = needed.get(id(window), np.zeros(len(own), bool)) | own
+    for piece in every[: len(every) - plan.padded]:
+        for window, wanted in zip(piece.windows, piece.wanted, strict=True):
+            if window.stop - window.start <= len(window.blocks):
+                assert wanted.tolist() == needed[id(window)].tolist()
+
+
+def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:
+    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), (3, 64))
+    wanted = [next(iter(served(case, plan)[1])).wanted[0] for plan in case.plans(0)]
+    assert [int(blocks.sum()) for blocks in wanted] == [8] * 4
+    assert np.logical_or.reduce(wanted).all()
+
+
+def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
+    """The blocks that each rank reads."""
+    case = Case(data, how, 0, ranks, (64, 256))
+    found = []
+    for plan in case.plans(0):
+        _, every = served(case, plan)
+        found.append(
+            {
+                (int(window.shards[i]), int(window.blocks[i]))
+                for piece in every
+                for window, wanted in zip(piece.windows, piece.wanted, strict=True)
+                for i in np.flatnonzero(wanted)
+            }
+        )
+    return found
+
+
+@given(shards(), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**64))
+def test_ranks_with_streams_of_their_own_read_each_block_once_save_where_a_cut_falls(
+    data: Shards, world_size: int, streams_each: int, seed: int
+) -> None:
+    how = OrderOptions(seed, True, 400, 150, world_size * streams_each)
+    ranks = Ranks(world_size, 2 * streams_each, drop_last=True)
+    read = touches(data, how, ranks)
+    assert sum(map(len, read)) - len(set().union(*read)) <= world_size - 1
+
+
+def test_two_ranks_of_a_node_read_each_block_once_and_twice_where_streams_are_ignored() -> None:
+    data = uniform(8, 4, 8, 100)
+    own = touches(data, OrderOptions(1, True, 800, 300, streams=2), Ranks(2, 4, drop_last=True))
+    assert [len(blocks) for blocks in own] == [16, 16]
+    assert not own[0] & own[1]
+    shared = touches(data, OrderOptions(1, True, 800, 300, streams=3), Ranks(2, 4, drop_last=True))
+    assert len(shared[0] & shared[1]) > 16
+
+
+def test_a_window_is_in_no_piece_before_its_first_row() -> None:
+    # Rank 1 has of each global batch two records of stream 1, then two of stream 0; every window has one record.
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), (64, 64))
+    _, every = served(case, case.plans(0)[1])
+    assert [piece.n_rows for piece in every] == [1, 2, 2, 2, 1]
+    assert [[window.stream for window in piece.windows] for piece in every] == [[1], [0, 1], [0, 1], [0, 1], [0]]
+
+
+def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
+    # The same ranks, with a window for each stream. The second piece has the last two rows, both of stream 0.
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), (6, 6))
+    _, every = served(case, case.plans(0)[1])
+    assert [piece.n_rows for piece in every] == [6, 2]
+    assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
+
+
+def test_what_lies_behind_is_not_wanted_of_an_unshuffled_window() -> None:
+    data = uniform(2, 10, 100, 10)
+    order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
+    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), 10))
+    assert [wanted.tolist() for wanted in first.wanted] == [[False] * 7 + [True] * 13]
+
+
+def test_pieces_grow_from_a_small_first_one() -> None:
+    footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
+    layout = Layout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=4), 0)
+    plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
+    found = list(itertools.islice(pieces(order, plan), 6))
+    assert [piece.n_rows for piece in found] == [1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 20]
+    assert [window.stream for window in found[-1].windows] == [2, 3]

@@ -1,0 +1,431 @@
+"""Samplers and batch samplers on the native path: they say which records, and stand where torch has them stand."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data import DataLoader as TorchLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import sampler as torchdata_samplers
+
+import tiercache as tc
+from tiercache.load.sampled import SampledRun
+
+# torchdata calls a function that torch 2.13 deprecated; our loader keeps that from its users.
+warnings_of_torchdata = pytest.mark.filterwarnings("ignore:.*set_vital.*:UserWarning")
+
+
+class Counting(Sampler):
+    """A user's sampler: it counts how far it was asked, in which thread."""
+
+    def __init__(self, numbers):
+        self.numbers = list(numbers)
+        self.asked = 0
+        self.threads = set()
+
+    def __iter__(self):
+        for number in self.numbers:
+            self.asked += 1
+            self.threads.add(threading.current_thread())
+            yield number
+
+    def __len__(self):
+        return len(self.numbers)
+
+
+class Stateful(Sampler):
+    """A user's sampler with a state of its own, and an iterator that has none."""
+
+    def __init__(self, n):
+        self.n = n
+        self.at = 0
+
+    def __iter__(self):
+        while self.at < self.n:
+            self.at += 1
+            yield (self.at * 7) % self.n
+        self.at = 0
+
+    def __len__(self):
+        return self.n
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Varied(Sampler):
+    """A batch sampler whose batches are of 1, 2, 3, ... records."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        start, size = 0, 1
+        while start < self.n:
+            yield [(i * 13) % self.n for i in range(start, min(start + size, self.n))]
+            start, size = start + size, size + 1
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+
+N = 150
+SAMPLERS = {
+    "sequential": lambda d: SequentialSampler(d),
+    "random": lambda d: RandomSampler(d),
+    "random-own-generator": lambda d: RandomSampler(d, generator=torch.Generator().manual_seed(3)),
+    "replacement": lambda d: RandomSampler(d, replacement=True, num_samples=200),
+    "subset": lambda d: SubsetRandomSampler(range(10, 90)),
+    "weighted": lambda d: WeightedRandomSampler(np.arange(1, len(d) + 1) / 100, 120),
+    "distributed": lambda d: DistributedSampler(d, num_replicas=3, rank=1, seed=4),
+    "torchdata": lambda d: torchdata_samplers.RandomSampler(d, generator=torch.Generator().manual_seed(3)),
+    "torchdata-distributed": lambda d: torchdata_samplers.StatefulDistributedSampler(d, num_replicas=2, rank=0),
+    "list": lambda d: [5, 3, 3, -1, 149, 0] * 9,
+    "range": lambda d: range(0, 150, 3),
+    "array": lambda d: np.arange(149, -1, -1),
+    "tensor": lambda d: torch.arange(60),
+    "user": lambda d: Counting([7, 1, 1, *range(100)]),
+    "stateful": lambda d: Stateful(N),
+}
+BATCH_SAMPLERS = {
+    "torch": lambda d: BatchSampler(RandomSampler(d), 16, False),
+    "torch-drop": lambda d: BatchSampler(SequentialSampler(d), 16, True),
+    "torchdata": lambda d: torchdata_samplers.BatchSampler(torchdata_samplers.RandomSampler(d), 16, False),
+    "lists": lambda d: [[1, 2, 3], [4], list(range(140)), [149, 0, 149]],
+    "varied": lambda d: Varied(N),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampled") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    opened = tc.Dataset(path)
+    list(opened)  # its files are open before the first test begins, and not a leak of it
+    return opened
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_served_what_torch_serves_and_draws_as_much(dataset, name, drop_last, workers):
+    found, states = [], []
+    for loader_class in (TorchLoader, tc.DataLoader):
+        torch.manual_seed(11)
+        workers_here = workers if loader_class is tc.DataLoader else 0
+        loader = loader_class(
+            dataset,
+            16,
+            sampler=SAMPLERS[name](dataset),
+            drop_last=drop_last,
+            collate_fn=tc.collate if loader_class is TorchLoader else None,
+            num_workers=workers_here,
+        )
+        epochs = [ids_of(loader), ids_of(loader)]
+        found.append((epochs, len(loader)))
+        states.append(torch.get_rng_state())
+    assert found[0] == found[1]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", BATCH_SAMPLERS)
+def test_a_batch_sampler_is_served_what_torch_serves(dataset, name, workers):
+    found = []
+    for loader_class in (TorchLoader, tc.DataLoader):
+        torch.manual_seed(11)
+        loader = loader_class(
+            dataset,
+            batch_sampler=BATCH_SAMPLERS[name](dataset),
+            collate_fn=tc.collate if loader_class is TorchLoader else None,
+            num_workers=0 if loader_class is TorchLoader else workers,
+        )
+        found.append(([ids_of(loader), ids_of(loader)], len(loader), loader.batch_size, loader.drop_last))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("window", ["1KiB", "4KiB", "all"])
+def test_windows_may_be_smaller_than_a_batch(make_dataset, compression, window):
+    dataset = tc.Dataset(make_dataset(500, compression=compression))
+    options = tc.LoaderOptions(shuffle_window_bytes=window)
+    batches = [np.random.default_rng(i).integers(0, 500, 1 + 37 * i).tolist() for i in range(8)]
+    loader = tc.DataLoader(dataset, batch_sampler=batches, options=options)
+    assert isinstance(loader._native, SampledRun)
+    assert ids_of(loader) == batches
+    assert ids_of(loader) == batches
+
+
+@pytest.mark.parametrize(("workers", "factor", "ahead"), [(1, None, 2), (2, 3, 6), (2, 4, 8)])
+def test_a_users_sampler_is_asked_as_far_ahead_as_torch_would_and_in_the_consumers_thread(
+    dataset, workers, factor, ahead
+):
+    sampler = Counting(range(N))
+    loader = tc.DataLoader(dataset, 5, sampler=sampler, num_workers=workers, prefetch_factor=factor)
+    assert isinstance(loader._native, SampledRun)
+    iterator = iter(loader)
+    assert sampler.asked == 5 * ahead
+    for taken in range(1, 6):
+        next(iterator)
+        assert sampler.asked == min(5 * (ahead + taken), N)
+    assert sampler.threads == {threading.current_thread()}
+    iterator.close()
+
+
+def test_without_workers_a_users_sampler_is_asked_when_its_batch_is_asked_for(dataset):
+    sampler = Counting(range(N))
+    loader = tc.DataLoader(dataset, 5, sampler=sampler)
+    iterator = iter(loader)
+    assert sampler.asked == 0
+    for taken in range(1, 4):
+        assert check_batch(next(iterator)) == list(range(5 * taken - 5, 5 * taken))
+        assert sampler.asked == 5 * taken
+
+
+@warnings_of_torchdata
+@pytest.mark.parametrize("name", ["random", "list", "torchdata", "stateful", "distributed", "torchdata-distributed"])
+def test_a_state_of_every_step_resumes_as_it_does_in_torchdatas_loader(dataset, name):
+    def make(loader_class):
+        torch.manual_seed(5)
+        ours = loader_class is tc.DataLoader
+        collate_fn, workers = (None, 2) if ours else (tc.collate, 0)
+        return loader_class(dataset, 16, sampler=SAMPLERS[name](dataset), collate_fn=collate_fn, num_workers=workers)
+
+    def run(loader_class):
+        loader = make(loader_class)
+        states, whole = [loader.state_dict()], []
+        for batch in loader:
+            whole.append(check_batch(batch))
+            states.append(loader.state_dict())
+        states.append(loader.state_dict())
+        resumed = []
+        for state in states:
+            loader = make(loader_class)
+            loader.load_state_dict(state)
+            assert loader.state_dict()["_num_yielded"] == state["_num_yielded"]
+            resumed.append((ids_of(loader), ids_of(loader)))
+        assert not states[-2]["_iterator_finished"]
+        assert states[-1]["_iterator_finished"]
+        return whole, resumed
+
+    theirs, ours = run(StatefulDataLoader), run(tc.DataLoader)
+    assert ours == theirs
+    assert name == "random" or all(ours[1][step][0] == ours[0][step:] for step in range(len(ours[0])))
+
+
+@warnings_of_torchdata
+@pytest.mark.parametrize("name", ["torchdata", "list", "stateful"])
+def test_states_are_torchdatas_own_in_both_directions(dataset, name):
+    def make(loader_class):
+        collate_fn = tc.collate if loader_class is StatefulDataLoader else None
+        workers = 0 if loader_class is StatefulDataLoader else 2
+        return loader_class(dataset, 16, sampler=SAMPLERS[name](dataset), collate_fn=collate_fn, num_workers=workers)
+
+    for source, target in itertools.permutations([StatefulDataLoader, tc.DataLoader]):
+        loader = make(source)
+        iterator = iter(loader)
+        for _ in range(2):
+            next(iterator)
+        state = loader.state_dict()
+        rest = [check_batch(batch) for batch in iterator]
+        resumed = make(target)
+        resumed.load_state_dict(state)
+        assert ids_of(resumed) == rest
+
+
+def test_a_state_of_the_order_or_of_nothing_is_refused(dataset):
+    loader = tc.DataLoader(dataset, 16, sampler=range(20))
+    with pytest.raises(ValueError, match=r"not a state of a loader with a sampler .* it lacks '_index_sampler_state'"):
+        loader.load_state_dict(tc.DataLoader(dataset, 16).state_dict())
+    with pytest.raises(ValueError, match=r"not a state of tiercache\.DataLoader"):
+        tc.DataLoader(dataset, 16).load_state_dict(loader.state_dict())
+    loader.load_state_dict({})
+    assert ids_of(loader) == [list(range(16)), list(range(16, 20))]
+
+
+def failing(numbers, error):
+    def gen():
+        yield from numbers
+        raise error
+
+    class Failing(Sampler):
+        def __iter__(self):
+            return gen()
+
+    return Failing()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_sampler_is_raised_in_its_place(dataset, workers):
+    error = RuntimeError("the sampler broke")
+    loader = tc.DataLoader(dataset, 4, sampler=failing(range(10), error), num_workers=workers)
+    iterator = iter(loader)
+    assert [check_batch(next(iterator)) for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(RuntimeError, match="the sampler broke") as raised:
+        next(iterator)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("batches", "kind", "message"),
+    [
+        ([[1, 2], [150]], IndexError, "record 150 of a data set of 150"),
+        ([[1, 2], [-151]], IndexError, "record -151 of a data set of 150"),
+        ([[1, 2], []], ValueError, "a batch of no records"),
+        ([[1, 2], [0.5]], TypeError, "chosen by integers, the sampler gave float64"),
+        ([[1, 2], [True]], TypeError, "chosen by integers, the sampler gave bool"),
+    ],
+)
+def test_what_is_no_record_is_an_error_in_its_place(dataset, batches, kind, message):
+    iterator = iter(tc.DataLoader(dataset, batch_sampler=batches))
+    assert check_batch(next(iterator)) == [1, 2]
+    with pytest.raises(kind, match=message):
+        next(iterator)
+
+
+def test_a_sampler_without_a_length_has_the_loader_raise_as_torch_does(dataset):
+    loaders = [c(dataset, 4, sampler=failing([], None), num_workers=2) for c in (TorchLoader, tc.DataLoader)]
+    messages = []
+    for loader in loaders:
+        with pytest.raises(TypeError) as raised:
+            len(loader)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_set_epoch_reaches_the_sampler_wherever_it_is(dataset):
+    def sampler():
+        return DistributedSampler(dataset, num_replicas=2, rank=0, seed=1)
+
+    expected = []
+    for epoch in range(2):
+        mine = sampler()
+        mine.set_epoch(epoch)
+        expected.append(list(mine))
+    for loader in (
+        tc.DataLoader(dataset, 8, sampler=sampler()),
+        tc.DataLoader(dataset, batch_sampler=BatchSampler(sampler(), 8, False)),
+    ):
+        for epoch in (1, 0):
+            loader.set_epoch(epoch)
+            assert list(itertools.chain(*ids_of(loader))) == expected[epoch]
+        loader.sampler.set_epoch(1) if hasattr(loader.sampler, "set_epoch") else loader.batch_sampler.sampler.set_epoch(
+            1
+        )
+        assert list(itertools.chain(*ids_of(loader))) == expected[1]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0, "world_size": 2}, {"streams": 2}, {"placement": "global"}, {"shuffle_group_bytes": "1MiB"}]
+)
+def test_options_of_the_order_are_refused_beside_a_sampler(dataset, bad):
+    name = next(iter(bad))
+    with pytest.raises(ValueError, match=f"{name}=.* is of tiercache's own order, and here a sampler says it"):
+        tc.DataLoader(dataset, 4, sampler=range(9), options=tc.LoaderOptions(**bad))
+
+
+def test_options_of_resources_are_taken_beside_a_sampler(dataset):
+    options = tc.LoaderOptions(threads=1, memory_bytes="1MiB")
+    loader = tc.DataLoader(dataset, 4, sampler=range(50), options=options)
+    assert list(itertools.chain(*ids_of(loader))) == list(range(50))
+    assert (loader.stats()["samples"], loader.stats()["threads"]) == (50, 1)
+    assert "from sampler" in repr(loader)
+
+
+def test_a_loader_with_a_sampler_pickles_where_it_stands(dataset):
+    loader = tc.DataLoader(dataset, 16, sampler=torchdata_samplers.RandomSampler(range(N)))
+    iterator = iter(loader)
+    next(iterator)
+    copy = pickle.loads(pickle.dumps(loader))
+    assert ids_of(copy) == [check_batch(batch) for batch in iterator]
+
+
+def test_two_iterators_of_one_loader_are_independent(dataset):
+    loader = tc.DataLoader(dataset, 16, sampler=range(N))
+    first, second = iter(loader), iter(loader)
+    a, b = check_batch(next(first)), check_batch(next(second))
+    assert a == b == list(range(16))
+    assert check_batch(next(first)) == check_batch(next(second)) == list(range(16, 32))
+    first.close()
+    second.close()
+
+
+def test_a_loop_that_is_left_ends_its_threads(dataset):
+    loader = tc.DataLoader(dataset, 4, sampler=range(N))
+    before = threading.active_count()
+    for _ in loader:
+        break
+    assert threading.active_count() == before
+    assert loader.state_dict()["_num_yielded"] == 1
+
+
+def test_a_state_is_cheap_and_plain_where_the_sampler_has_none(dataset):
+    loader = tc.DataLoader(dataset, 16, sampler=range(N))
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    assert len(json.dumps(state)) < 600
+    assert state["_index_sampler_state"] is None
+    iterator.close()
+
+
+def test_columns_of_every_kind_and_appended_shards_come_right(make_dataset):
+    path = make_dataset(100)
+    with tc.Writer(path, mode="append") as writer:
+        writer.write_batch(make_columns(20, 100))
+    batches = [list(range(119, 60, -1)), [0, 119, 0], list(range(0, 120, 7))]
+    assert ids_of(tc.DataLoader(tc.Dataset(path), batch_sampler=batches)) == batches
+
+
+def test_options_beside_a_collate_function_are_refused_with_the_reason(dataset):
+    with pytest.raises(ValueError, match=r"does not take: collate_fn= was given"):
+        tc.DataLoader(dataset, 4, sampler=range(9), collate_fn=list, options=tc.LoaderOptions())
+
+
+def test_views_and_joined_data_sets_are_asked_by_their_own_numbers(dataset):
+    numbers = [5, 3, 3, 149, 20, 7]
+    listed = dataset.select(numbers)
+    assert ids_of(tc.DataLoader(listed, 4, sampler=[5, 0, 1, 2, -1, 3])) == [[7, 5, 3, 3], [7, 149]]
+    part = dataset.skip(40).take(60)
+    joined = part + listed
+    for data in (part, joined, joined.shard(num_shards=2, index=1)):
+        batches = [np.random.default_rng(i).integers(0, len(data), 1 + 7 * i).tolist() for i in range(5)]
+        expected = ids_of(TorchLoader(data, batch_sampler=batches, collate_fn=tc.collate))
+        assert ids_of(tc.DataLoader(data, batch_sampler=batches)) == expected
+
+
+def test_pictures_are_decoded_for_batches_of_any_length(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    with tc.Writer(tmp_path / "pictures", schema={"id": "int64", "picture": tc.Image("png")}) as writer:
+        for i in range(40):
+            encoded = io.BytesIO()
+            image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(encoded, "PNG")
+            writer.write({"id": i, "picture": encoded.getvalue()})
+    pictures = tc.Dataset(tmp_path / "pictures", decode={"picture": tc.DecodeImage(16, crop="random", flip=True)})
+    batches = [[3], list(range(39, -1, -1)) * 2, [7, 7], list(range(11))]
+    loader = tc.DataLoader(pictures, batch_sampler=batches)
+    assert isinstance(loader._native, SampledRun)
+    for batch, numbers in zip(loader, batches, strict=True):
+        assert batch["picture"].shape == (len(numbers), 3, 16, 16)
+        assert batch["picture"][:, 0, 5, 5].tolist() == batch["id"].tolist() == numbers

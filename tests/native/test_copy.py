@@ -1,0 +1,80 @@
+"""Long rows and runs are copied by a kernel of their own, and large batches by several threads: no byte differs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiercache._native import gather
+from tiercache._native.ring import END, Plan, Ring
+
+PAGE = 4096
+MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2 * PAGE),
+    st.integers(0, 200),
+    st.one_of(st.integers(1000, 1100), st.integers(1, 5 * PAGE)),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_rows_of_any_width_arrive_whole_from_any_place_to_any_place(start, target, width, n_rows, is_run):
+    blocks = np.zeros(n_rows, np.uint32)
+    order = np.arange(n_rows) if is_run else np.random.default_rng(width).permutation(n_rows)
+    rows = MEMORY[start : start + n_rows * width].reshape(n_rows, width)
+    out = np.full(target + n_rows * width + 64, 7, np.uint8)
+    addresses = np.array([[rows.ctypes.data, 0, 0]], np.uint64)
+    place = memoryview(out)[target : target + n_rows * width]
+    gather.gather(gather.FIXED, width, addresses, blocks, order.astype(np.uint32), place)
+    assert np.array_equal(out[target : target + n_rows * width].reshape(n_rows, width), rows[order])
+    assert (out[:target] == 7).all()
+    assert (out[target + n_rows * width :] == 7).all()
+
+
+def test_a_target_a_little_behind_its_source_within_a_page_is_no_exception():
+    width, out = 3 * PAGE, np.zeros(8 * PAGE, np.uint8)
+    for behind in range(0, 2 * PAGE, 13):
+        at = (MEMORY.ctypes.data + behind - out.ctypes.data) % PAGE
+        addresses = np.array([[MEMORY.ctypes.data, 0, 0]], np.uint64)
+        one = np.zeros(1, np.uint32)
+        gather.gather(gather.FIXED, width, addresses, one, one, memoryview(out)[at : at + width])
+        assert np.array_equal(out[at : at + width], MEMORY[:width])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
+    """3.4 MB a batch, in shares of 256 KiB; batches end inside plans, plans inside shares."""
+    rng, width, n = np.random.default_rng(1), 9000, 700
+    fixed = rng.integers(0, 256, (n, width), np.uint8)
+    sizes = rng.integers(0, 3000, n)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    values = rng.integers(0, 256, offsets[-1], np.uint8)
+    addresses = np.array(
+        [[[fixed.ctypes.data, 0, 0]], [[values.ctypes.data, offsets.ctypes.data, len(values)]]], np.uint64
+    )
+    streams = np.array([[gather.FIXED, width], [gather.VAR, 1]], np.uint32)
+    orders = [np.arange(n) if is_run else rng.permutation(n) for _ in range(3)]
+    ring = Ring(streams, batch_rows=320, depth=3, n_threads=n_threads)
+    for order in orders:
+        assert ring.push(Plan(addresses, np.zeros(n, np.uint32), order.astype(np.uint32), None))
+    ring.finish()
+    rows = iter(np.concatenate(orders))
+    while not isinstance(slot := ring.take(10), int):
+        memory = np.frombuffer(memoryview(slot), np.uint8)
+        at, (start, head, n_elements) = slot.places(0)[0], slot.places(1)
+        ends = np.frombuffer(memoryview(slot), np.int64, slot.n_rows + 1, head)
+        assert ends[-1] == n_elements
+        for i in range(slot.n_rows):
+            row = next(rows)
+            assert np.array_equal(memory[at + i * width : at + (i + 1) * width], fixed[row])
+            assert np.array_equal(
+                memory[start + ends[i] : start + ends[i + 1]], values[offsets[row] : offsets[row + 1]]
+            )
+    assert slot == END
+    assert next(rows, None) is None
+    ring.close()

@@ -1,0 +1,429 @@
+"""Mixtures: exact shares of each part wherever one looks, no record of a part twice in its own epoch, exact lengths."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.order import BlockTable, Layout, OrderOptions
+from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
+from tiercache.order.shares import Deal, StreamShares
+
+RAW_BYTES = 10  # of a record, in the parts made here
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts as lists of shards as lists of the records of their blocks."""
+
+    parts: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def shards(self) -> list[tuple[int, ...]]:
+        return [shard for part in self.parts for shard in part]
+
+    @property
+    def layout(self) -> Layout:
+        records = np.array([sum(shard) for shard in self.shards], np.int64)
+        return Layout(records, records * RAW_BYTES // 2, self._tables)
+
+    def _tables(self, shards: list[int]) -> list[BlockTable]:
+        blocks = [np.array(self.shards[shard], np.int64) for shard in shards]
+        return [BlockTable(records, records * RAW_BYTES) for records in blocks]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [sum(map(sum, part)) for part in self.parts]
+
+    def spec(self, weights: list, stop: Literal["first", "all"] = "first") -> MixtureSpec:
+        first = np.cumsum([0, *(len(part) for part in self.parts[:-1])])
+        return MixtureSpec(tuple(first.tolist()), tuple(weights), stop)
+
+    def numbers(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(part, first record in the part) by shard and block."""
+        found, shard = {}, 0
+        for number, part in enumerate(self.parts):
+            record = 0
+            for blocks in part:
+                for block, records in enumerate(blocks):
+                    found[shard, block] = number, record
+                    record += records
+                shard += 1
+        return found
+
+    def stream(self, order: MixtureOrder, stream: int, position: int = 0) -> list[tuple[int, int]]:
+        """(part, record in it) from a position of a stream to its end, by iteration."""
+        numbers, found = self.numbers(), []
+        while position < order.stream_records(stream):
+            stretch = order.stretch_at(stream, position)
+            assert stretch.start <= position < stretch.stop
+            places = [
+                numbers[int(shard), int(block)]
+                for window in stretch.windows
+                for shard, block in zip(window.shards, window.blocks, strict=True)
+            ]
+            for block, row in zip(*stretch.rows(position - stretch.start, stretch.stop - stretch.start), strict=True):
+                part, first = places[block]
+                found.append((part, first + int(row)))
+            position = stretch.stop
+        return found
+
+    def epoch(self, spec: MixtureSpec, options: OrderOptions, epoch: int) -> list[tuple[int, int]]:
+        """The global sequence of an epoch."""
+        order = MixtureOrder(self.layout, spec, options, epoch)
+        streams = [self.stream(order, stream) for stream in range(order.n_streams)]
+        return [streams[p % order.n_streams][p // order.n_streams] for p in range(order.n_records)]
+
+
+def even(*sizes: int, shard: int = 40, block: int = 8) -> Parts:
+    """Parts of so many records in shards and blocks of equal size but for the last."""
+
+    def runs(n: int, size: int) -> list[int]:
+        return [min(size, n - at) for at in range(0, n, size)]
+
+    return Parts(tuple(tuple(tuple(runs(n, block)) for n in runs(size, shard)) for size in sizes))
+
+
+def options(
+    streams: int = 1, seed: int = 3, placement: Literal["sticky", "global"] = "sticky", shuffle: bool = True
+) -> OrderOptions:
+    return OrderOptions(seed, shuffle, 400, 300, streams, placement)
+
+
+SHARDS = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=5).map(tuple)
+PARTS = st.lists(SHARDS.filter(lambda part: any(map(sum, part))), min_size=1, max_size=4).map(
+    lambda parts: Parts(tuple(parts))
+)
+WEIGHTS = st.lists(st.integers(1, 12), min_size=4, max_size=4)
+STOPS = st.sampled_from(["first", "all"])
+OPTIONS = st.builds(
+    OrderOptions,
+    st.integers(0, 2**70),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 300)),
+    st.one_of(st.none(), st.integers(1, 300)),
+    st.integers(1, 5),
+    st.sampled_from(["sticky", "global"]),
+)
+
+
+def test_weights_are_what_was_written() -> None:
+    assert MixtureSpec((0, 1, 2), (0.7, 0.2, 0.1)).weights == (7, 2, 1)
+    assert MixtureSpec((0, 1, 2), (70, 20, 10)).weights == (7, 2, 1)
+    assert MixtureSpec((0, 1), (Fraction(1, 3), Fraction(2, 3))).weights == (1, 2)
+    assert MixtureSpec((0, 1), (np.float32(0.1), np.int64(1))).weights == (1, 10)
+
+
+@pytest.mark.parametrize("weight", [0, -1, 0.0, -0.5, math.inf, math.nan, Fraction(-1, 3)])
+def test_a_weight_that_is_not_above_zero_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="a weight is a number above 0"):
+        MixtureSpec((0, 1), (weight, 1))
+
+
+@pytest.mark.parametrize("weight", [True, "1", None, 1j])
+def test_a_weight_that_is_no_number_is_refused(weight: object) -> None:
+    with pytest.raises(TypeError, match="a weight is a number above 0"):
+        MixtureSpec((0, 1), (weight, 1))  # type: ignore[arg-type]
+
+
+def test_a_spec_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="'first' or 'all'"):
+        MixtureSpec((0,), (1,), "last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 parts need as many weights, got 1"):
+        MixtureSpec((0, 1), (1,))
+    with pytest.raises(ValueError, match="rise from 0"):
+        MixtureSpec((1, 2), (1, 1))
+
+
+def test_a_part_without_records_is_refused_by_its_number() -> None:
+    data = Parts((((3, 3),), ((0,), ())))
+    with pytest.raises(ValueError, match="part 1 of the mixture has no records"):
+        MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "first", "all_served"),
+    [
+        ((70, 20, 10), [0.7, 0.2, 0.1], (70, 20, 10), (70, 20, 10)),
+        ((100, 100), [1, 1], (100, 100), (100, 100)),
+        ((100, 300), [1, 1], (100, 100), (300, 300)),
+        ((10, 10), [Fraction(1, 3), Fraction(2, 3)], (5, 10), (10, 20)),
+        ((1000, 1), [0.999, 0.001], (999, 1), (1001, 1)),
+        ((1, 1000), [0.7, 0.3], (1, 0), (2334, 1000)),
+        ((5,), [3], (5,), (5,)),
+    ],
+)
+def test_an_epoch_ends_when_the_first_part_or_all_parts_are_served(
+    sizes: tuple[int, ...], weights: list, first: tuple[int, ...], all_served: tuple[int, ...]
+) -> None:
+    for stop, expected in (("first", first), ("all", all_served)):
+        spec = even(*sizes).spec(weights, stop)
+        assert spec.epoch_shares(sizes) == expected
+        assert spec.epoch_records(sizes) == sum(expected)
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=6), st.data())
+def test_an_epoch_has_the_right_length_for_any_sizes(sizes: list[int], data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(1, 10**6), min_size=len(sizes), max_size=len(sizes)))
+    first = MixtureSpec(tuple(range(len(sizes))), tuple(weights), "first")
+    total = sum(weights)
+    n = first.epoch_records(sizes)
+    assert all(got <= size for got, size in zip(first.epoch_shares(sizes), sizes, strict=True))
+    assert any((n + 1) * weight > size * total for weight, size in zip(weights, sizes, strict=True))
+    every = MixtureSpec(first.first_shards, first.weights, "all")
+    n = every.epoch_records(sizes)
+    assert all(got >= size for got, size in zip(every.epoch_shares(sizes), sizes, strict=True))
+    assert any((n - 1) * weight < size * total for weight, size in zip(weights, sizes, strict=True))
+
+
+@given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())
+def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
+    parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
+) -> None:
+    spec = parts.spec(weights[: len(parts.parts)], stop)
+    epoch = data.draw(st.integers(0, 5))
+    order = MixtureOrder(parts.layout, spec, how, epoch)
+    stream = data.draw(st.integers(0, order.n_streams - 1))
+    whole = parts.stream(order, stream)
+    assert len(whole) == order.stream_records(stream)
+    position = data.draw(st.integers(0, len(whole)))
+    other = MixtureOrder(parts.layout, spec, how, epoch)
+    assert parts.stream(other, stream, position) == whole[position:]
+    if position < len(whole):
+        stretch, again = other.stretch_at(stream, position), order.stretch_at(stream, position)
+        assert (stretch.start, stretch.stop) == (again.start, again.stop)
+        lo = data.draw(st.integers(0, stretch.stop - stretch.start))
+        hi = data.draw(st.integers(lo, stretch.stop - stretch.start))
+        for some, every in zip(stretch.rows(lo, hi), stretch.rows(0, stretch.stop - stretch.start), strict=True):
+            assert np.array_equal(some, every[lo:hi])
+
+
+@given(PARTS, WEIGHTS, STOPS, OPTIONS)
+def test_a_window_is_in_all_stretches_from_its_first_record_to_its_last(
+    parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions
+) -> None:
+    order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 1)
+    for stream in range(order.n_streams):
+        position, present, drawn = 0, {}, {}
+        while position < order.stream_records(stream):
+            stretch = order.stretch_at(stream, position)
+            assert stretch.start == position
+            block, row = stretch.rows(0, stretch.stop - position)
+            ends = np.cumsum([0, *(len(window.blocks) for window in stretch.windows)])
+            for number, window in enumerate(stretch.windows):
+                present.setdefault(window, []).append(position)
+                mine = (block >= ends[number]) & (block < ends[number + 1])
+                inside, at = row[mine], block[mine] - ends[number]
+                if len(inside):
+                    drawn.setdefault(window, []).append(position)
+                if window.row_start is not None:
+                    inside = inside - window.row_start[at]
+                assert np.all(inside < np.diff(window.first)[at])
+            assert len(block) == 0 or block.max() < ends[-1]
+            position = stretch.stop
+        starts = sorted({start for found in present.values() for start in found})
+        for window, found in present.items():
+            touched = drawn[window]
+            assert found[0] == touched[0]
+            assert set(found) >= {start for start in starts if touched[0] <= start <= touched[-1]}
+
+
+@given(PARTS, WEIGHTS, OPTIONS, st.integers(0, 3))
+def test_an_epoch_that_stops_first_repeats_no_record_where_parts_begin_anew(
+    parts: Parts, weights: list[int], how: OrderOptions, epoch: int
+) -> None:
+    """Epoch 0: every part begins. Later, a part that is larger than its share may turn to its next own epoch inside."""
+    spec = parts.spec(weights[: len(parts.parts)], "first")
+    counts = Counter(parts.epoch(spec, how, epoch))
+    assert Counter(part for part, _ in counts.elements()) == {
+        part: n for part, n in enumerate(spec.epoch_shares(parts.sizes)) if n
+    }
+    if epoch == 0:
+        assert max(counts.values()) == 1
+
+
+@given(PARTS, WEIGHTS, OPTIONS)
+def test_an_epoch_that_stops_at_all_serves_every_record(parts: Parts, weights: list[int], how: OrderOptions) -> None:
+    found = set(parts.epoch(parts.spec(weights[: len(parts.parts)], "all"), how, 0))
+    assert found == {(part, record) for part, size in enumerate(parts.sizes) for record in range(size)}
+
+
+def own_epochs(sequence: list[tuple[int, int]], part: int, size: int) -> list[list[int]]:
+    drawn = [record for number, record in sequence if number == part]
+    return [drawn[at : at + size] for at in range(0, len(drawn), size)]
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("sizes", [(50, 200, 7), (200, 3, 1), (64, 64, 64)])
+@pytest.mark.parametrize("stop", ["first", "all"])
+def test_no_record_of_a_part_is_repeated_within_its_own_epoch(
+    stop: Literal["first", "all"], sizes: tuple[int, ...], streams: int
+) -> None:
+    """Parts of fewer than 1,024 records a stream are one sequence, at which streams take turns by their own numbers."""
+    data, spec_weights = even(*sizes), [0.7, 0.2, 0.1]
+    spec = data.spec(spec_weights, stop)
+    lanes: dict[int, dict[int, int]] = {part: {} for part in range(3)}
+    for epoch in range(7):
+        order = MixtureOrder(data.layout, spec, options(streams), epoch)
+        totals = spec.epoch_shares(sizes)
+        deal = Deal(totals, streams)
+        for stream in range(streams):
+            drawn = [0, 0, 0]
+            for part, record in data.stream(order, stream):
+                number = epoch * totals[part] + drawn[part] * streams + deal.turned(stream, part)
+                lanes[part][number] = record
+                drawn[part] += 1
+    for part, size in enumerate(sizes):
+        sequence = [lanes[part][number] for number in range(len(lanes[part]))]  # no number is left out
+        whole = [sequence[at : at + size] for at in range(0, len(sequence), size)]
+        assert all(len(set(own)) == len(own) for own in whole)
+        complete = [own for own in whole if len(own) == size]
+        if size > 7:
+            assert all(one != other for one, other in pairwise(complete))
+
+
+@pytest.mark.parametrize("placement", ["sticky", "global"])
+def test_a_large_part_has_streams_of_its_own_and_repeats_nothing_in_an_own_epoch_of_a_stream(
+    placement: Literal["sticky", "global"],
+) -> None:
+    sizes, streams = (2500, 9001), 2
+    data = even(*sizes, shard=300, block=60)
+    spec = data.spec([1, 1])
+    totals = spec.epoch_shares(sizes)
+    assert totals == (2500, 2500)
+    sequences: dict[tuple[int, int], list[int]] = {}
+    for epoch in range(9):
+        order = MixtureOrder(data.layout, spec, options(streams, placement=placement), epoch)
+        for stream in range(streams):
+            for part, record in data.stream(order, stream):
+                sequences.setdefault((part, stream), []).append(record)
+    for part, size in enumerate(sizes):
+        seen: list[list[set[int]]] = []
+        for stream in range(streams):
+            turned = Deal(totals, streams).turned(stream, part)
+            length, drawn = -((turned - size) // streams), sequences[part, stream]
+            own = [drawn[at : at + length] for at in range(0, len(drawn) - length + 1, length)]
+            assert all(len(set(records)) == length for records in own)
+            seen.append([set(records) for records in own])
+        for one, other in zip(*seen, strict=False):
+            assert not one & other
+            assert one | other == set(range(size))
+        if placement == "sticky":
+            assert all(records == seen[0][0] for records in seen[0])
+
+
+def test_a_part_that_is_larger_than_its_share_goes_on_where_it_stopped() -> None:
+    data = even(30, 300)
+    spec = data.spec([1, 1])
+    drawn = [r for epoch in range(10) for part, r in data.epoch(spec, options(), epoch) if part == 1]
+    assert sorted(drawn) == list(range(300))
+
+
+def test_parts_with_equal_contents_come_in_different_orders() -> None:
+    data = even(200, 200)
+    drawn = data.epoch(data.spec([1, 1]), OrderOptions(3, True, None, None), 0)
+    first, second = ([record for number, record in drawn if number == part] for part in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
+
+
+def test_a_part_of_one_record_that_comes_again_and_again_does_not_end_a_stretch_each_time() -> None:
+    data = even(1, 2000, shard=2000, block=500)
+    order = MixtureOrder(data.layout, data.spec([1, 1], "all"), OrderOptions(1, True, None, None, 4), 3)
+    assert order.n_records == 4000
+    for stream in range(4):
+        stretch = order.stretch_at(stream, 500)
+        assert stretch.start == 0
+        assert stretch.stop >= 998  # the part's last record ends it
+
+
+@given(PARTS, WEIGHTS, STOPS)
+def test_without_shuffle_every_epoch_is_the_mixture_s_records_by_number(
+    parts: Parts, weights: list[int], stop: Literal["first", "all"]
+) -> None:
+    spec = parts.spec(weights[: len(parts.parts)], stop)
+    stored = StoredMixture(spec, parts.sizes)
+    part, record = stored.locate(np.arange(len(stored)))
+    expected = list(zip(part.tolist(), record.tolist(), strict=True))
+    for epoch in (0, 4):
+        assert parts.epoch(spec, options(3, shuffle=False), epoch) == expected
+    for number, size in enumerate(parts.sizes):
+        drawn = [r for k, r in expected if k == number]
+        assert drawn == [i % size for i in range(len(drawn))]
+
+
+def test_records_by_number_are_checked() -> None:
+    stored = StoredMixture(even(4, 4).spec([1, 1]), (4, 4))
+    with pytest.raises(IndexError, match="record 8 of a mixture of 8 records"):
+        stored.locate(np.array([0, 8]))
+    assert len(stored) == 8
+
+
+def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> None:
+    spec = MixtureSpec((0, 1), (10**12 + 39, 10**12 - 11))
+    stored = StoredMixture(spec, (10**12, 10**12))
+    shares = StreamShares(Deal(spec.epoch_shares((10**12, 10**12)), 1), 0)
+    part, record = stored.locate(np.array([len(stored) - 1, 10**12]))
+    for position, k, draw in zip((len(stored) - 1, 10**12), part.tolist(), record.tolist(), strict=True):
+        assert shares.position_of(k, draw) == position
+
+
+@given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())
+def test_what_is_announced_holds_what_is_read(
+    parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
+) -> None:
+    order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 2)
+    stream = data.draw(st.integers(0, order.n_streams - 1))
+    n = order.stream_records(stream)
+    position = data.draw(st.integers(0, n))
+    every = order.shards_ahead(stream, position, None).tolist()
+    assert len(set(every)) == len(every)
+    some = order.shards_ahead(stream, position, 50).tolist()
+    assert set(some) <= set(every)
+    if position == n:
+        assert every == []
+        return
+    near = {int(shard) for window in order.stretch_at(stream, position).windows for shard in window.shards}
+    assert near <= set(every)
+
+
+def test_places_outside_are_refused() -> None:
+    data = even(10, 10)
+    order = MixtureOrder(data.layout, data.spec([1, 1]), options(2), 0)
+    for stream, position in ((0, 10), (0, -1), (2, 0), (-1, 0)):
+        with pytest.raises(ValueError, match=r"outside stream|stream -?\d of 2"):
+            order.stretch_at(stream, position)
+    with pytest.raises(ValueError, match="outside stream"):
+        order.shards_ahead(0, 11, None)
+    with pytest.raises(ValueError, match="no range inside"):
+        order.stretch_at(0, 0).rows(0, 11)
+    with pytest.raises(ValueError, match="an epoch is 0 or more"):
+        MixtureOrder(data.layout, data.spec([1, 1]), options(), -1)
+
+
+def test_windows_are_shared_out_by_what_the_parts_bring() -> None:
+    """By 4,000 bytes in blocks of 100: three quarters; a quarter at least, where a part brings a hundredth."""
+    data = even(30_000, 10_000, shard=2000, block=10)
+    for weights, expected in (([3, 1], (3000, 1000)), ([99, 1], (3900, 1000))):
+        order = MixtureOrder(data.layout, data.spec(weights, "all"), OrderOptions(1, True, None, 4000), 0)
+        stretch = order.stretch_at(0, 20_000)
+        assert tuple(window.raw_bytes for window in stretch.windows) == expected
+
+
+def test_values_stay_the_same_for_ever() -> None:
+    """Runs in progress resume by these values, so a change here breaks users."""
+    data = even(20, 40, 5)
+    found = data.epoch(data.spec([0.5, 0.3, 0.2]), options(2), 3)
+    assert found[:7] == [(2, 0), (0, 5), (0, 9), (1, 36), (1, 35), (0, 1), (0, 4)]
+    large = even(6000, 9000, shard=500, block=100)
+    order = MixtureOrder(large.layout, large.spec([2, 3]), options(2), 1)
+    assert large.stream(order, 1, 2000)[:5] == [(1, 1038), (0, 304), (1, 1081), (0, 330), (1, 1003)]

@@ -1,0 +1,94 @@
+"""How good the shuffle is, as figures of the order alone: what docs/guide/order.md says of groups and windows."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+N = 28_672  # 640 shards of 45 records
+SEEDS = range(6)
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("order_quality")
+
+
+def correlation(quality: ModuleType, *setting: int, **more: int) -> float:
+    """The mean of its size over some seeds and epochs."""
+    orders = [quality.Setting("", *setting, **more).order(N, seed, epoch=seed) for seed in SEEDS]
+    return float(np.mean([abs(quality.rank_correlation(order)) for order in orders]))
+
+
+def clumping(quality: ModuleType, run: int, *setting: int, **more: int) -> float:
+    orders = [quality.Setting("", *setting, **more).order(N, seed, epoch=seed) for seed in SEEDS]
+    return float(np.mean([quality.clumping(order, run) for order in orders]))
+
+
+def test_the_figures_are_one_for_the_stored_order_and_nothing_for_a_full_shuffle(quality: ModuleType) -> None:
+    stored, full = np.arange(N), np.random.default_rng(0).permutation(N)
+    assert quality.rank_correlation(stored) == pytest.approx(1)
+    assert abs(quality.rank_correlation(full)) < 4.5 / N**0.5
+    assert quality.clumping(stored, 32) == pytest.approx(32, rel=0.01)
+    assert quality.clumping(full, 32) == pytest.approx(1, abs=4.5 * (2 / (N // 32)) ** 0.5)
+
+
+def test_an_order_is_all_records_once(quality: ModuleType) -> None:
+    order = quality.Setting("", 20, 640, 320, block_records=7, streams=3).order(N, 1, 2)
+    assert np.array_equal(np.sort(order), np.arange(N))
+
+
+def test_one_group_mixes_as_a_full_shuffle_does(quality: ModuleType) -> None:
+    for n_windows in (1, 320):
+        assert correlation(quality, 1, 640, n_windows) < 3 / N**0.5
+        assert clumping(quality, 32, 1, 640, n_windows) < 1.1
+
+
+def test_with_the_defaults_batches_of_a_sorted_set_of_twenty_groups_are_nearly_as_mixed_as_a_full_shuffle(
+    quality: ModuleType,
+) -> None:
+    """Groups of 32 shards and 16 windows, as 4 GiB, 128 MiB and 256 MiB are: a batch of 32 is as good as one of 25."""
+    assert correlation(quality, 20, 640, 320) < 0.02
+    assert clumping(quality, 32, 20, 640, 320) < 1.4
+    assert clumping(quality, N // 20, 20, 640, 320) < 12
+
+
+def test_more_shards_in_a_group_mix_better_and_the_window_matters_little(quality: ModuleType) -> None:
+    found = [clumping(quality, 32, 20, 20 * shards, 320) for shards in (1, 8, 32, 128)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 20
+    assert abs(clumping(quality, 32, 20, 640, 320) - clumping(quality, 32, 20, 640, 80)) < 0.2
+
+
+def test_streams_mix_what_their_groups_hold_together(quality: ModuleType) -> None:
+    assert clumping(quality, 32, 20, 640, 320, streams=4) < 1.3
+
+
+def test_the_benchmark_of_the_order_has_rows_of_each_stage(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "bench_order.py",
+        "--quick",
+        "--seeds",
+        "2",
+        "--repetitions",
+        "1",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"speed", "resume", "state", "quality", "training"}
+    assert all(row["bytes"] < 1000 for row in rows if row["stage"] == "state")
+    assert {row["case"]: row for row in rows if row["stage"] == "training"}.keys() >= {
+        "numpy's shuffle",
+        "stored order",
+    }

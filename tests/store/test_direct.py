@@ -1,0 +1,99 @@
+"""Large parts of new files go past the page cache where the system can, and every byte arrives in any case."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.store import direct
+from tiercache.store.direct import ALIGN_BYTES, MIN_BYTES, DirectWriter
+from tiercache.store.local import LocalFolder
+
+SIZES = (MIN_BYTES - 1, MIN_BYTES, MIN_BYTES + 1, 2 * MIN_BYTES + ALIGN_BYTES - 1, 3 * MIN_BYTES)
+
+
+def aligned(n_bytes: int, shift: int = 0) -> np.ndarray:
+    """Random bytes that begin `shift` behind a multiple of ALIGN_BYTES."""
+    memory = np.random.default_rng(n_bytes).integers(0, 256, n_bytes + 2 * ALIGN_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGN_BYTES + shift
+    return memory[start : start + n_bytes]
+
+
+def upload(folder: Path, parts: list[np.ndarray]) -> bytes:
+    """What the file holds once the parts were uploaded."""
+    made = LocalFolder(folder).create("a/b")
+    for number, part in enumerate(parts):
+        made.put_part(number, part.data)
+    made.complete()
+    return (folder / "a/b").read_bytes()
+
+
+@pytest.mark.parametrize("n_bytes", SIZES)
+@pytest.mark.parametrize("shift", [0, 1, 512])
+def test_parts_of_any_size_and_place_in_memory_arrive_whole(tmp_path: Path, n_bytes: int, shift: int) -> None:
+    parts = [aligned(n_bytes, shift), aligned(MIN_BYTES, shift), aligned(5)]
+    assert upload(tmp_path, parts) == b"".join(part.tobytes() for part in parts)
+
+
+def test_only_whole_pages_of_large_parts_at_whole_pages_go_directly(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        writer = DirectWriter(file.fileno())
+        if not writer.write(aligned(MIN_BYTES).data, 0):
+            pytest.skip(f"{tmp_path} is on a file system without direct writes")
+        assert writer.write(aligned(MIN_BYTES + 7).data, MIN_BYTES) == MIN_BYTES
+        assert writer.write(aligned(MIN_BYTES - 1).data, 0) == 0
+        assert writer.write(aligned(MIN_BYTES).data, 1) == 0
+        assert writer.write(aligned(MIN_BYTES, shift=8).data, 0) == 0
+        writer.close()
+        writer.close()
+        assert writer.write(aligned(MIN_BYTES).data, 0) == 0
+
+
+@pytest.mark.parametrize("n_written", [0, ALIGN_BYTES, ALIGN_BYTES + 1])
+def test_a_file_system_that_refuses_what_it_opened_gets_the_rest_the_usual_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+) -> None:
+    said = []
+
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        if said or not n_written:
+            raise OSError(errno.EINVAL, "no")
+        said.append(offset)
+        return os.pwrite(fd, data[:n_written], offset)
+
+    class Refusing:
+        """A system whose descriptors take anything once, and then nothing."""
+
+        pwrite, open, close = staticmethod(refuse), staticmethod(os.open), staticmethod(os.close)
+        O_WRONLY = O_CLOEXEC = O_DIRECT = os.O_WRONLY
+
+    monkeypatch.setattr(direct, "os", Refusing)
+    part = aligned(2 * MIN_BYTES)
+    assert upload(tmp_path, [part, part]) == 2 * part.tobytes()
+
+
+def test_a_full_disk_is_an_error_of_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: DirectWriter, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(DirectWriter, "write", full)
+    made = LocalFolder(tmp_path).create("a")
+    with pytest.raises(StoreError, match="No space left"):
+        made.put_part(0, aligned(MIN_BYTES).data)
+    made.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    store = LocalFolder(tmp_path)
+    for end in ("complete", "abort"):
+        made = store.create(end)
+        made.put_part(0, aligned(MIN_BYTES).data)
+        getattr(made, end)()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -1,0 +1,241 @@
+"""Data sets joined and mixed: what they serve, by every way of reading, and what cannot be joined."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from tests.load.conftest import SCHEMA, check_batch, make_columns
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joined")
+    for name, first, n in (("a", 0, 60), ("b", 1000, 45), ("c", 2000, 7)):
+        with tc.Writer(folder / name, schema=SCHEMA, shard_size="4KiB", block_size="512B") as writer:
+            writer.write_batch(make_columns(n, first))
+    return folder
+
+
+@pytest.fixture
+def parts(folder):
+    parts = [tc.Dataset(folder / name) for name in "abc"]
+    yield parts
+    for part in parts:
+        part.close()
+
+
+A, B, C = list(range(60)), list(range(1000, 1045)), list(range(2000, 2007))
+
+
+def native(dataset, **options):
+    return list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=8, **options))))
+
+
+def test_joined_data_sets_are_read_one_after_the_other(parts):
+    joined = tc.concat(parts)
+    assert len(joined) == 112
+    assert [int(r["id"]) for r in joined] == A + B + C
+    assert check_batch(joined[[0, 60, 111, -8, 59]]) == [0, 1000, 2006, 1044, 59]
+    assert pa.Table.from_batches(list(joined.to_arrow(50)))["id"].to_pylist() == A + B + C
+    assert joined.to_pandas()["id"].tolist() == A + B + C
+    assert native(joined) == A + B + C
+    assert sorted(native(joined, shuffle=True)) == A + B + C
+    assert check_batch(pickle.loads(pickle.dumps(joined))[:]) == A + B + C
+    assert "and 2 more" in repr(joined)
+
+
+def test_plus_joins_two_and_sums_do_not_nest(parts):
+    a, b, c = parts
+    assert [int(r["id"]) for r in a + b] == A + B
+    many = a
+    for _ in range(300):
+        many = many + c
+    assert len(many) == 60 + 300 * 7
+    assert int(many[-1]["id"]) == 2006
+    assert len(pickle.dumps(many)) < 5000
+    assert pickle.loads(pickle.dumps(many)).source.leaves[1:] != ()
+    assert len(pickle.loads(pickle.dumps(many)).source.leaves) == 2
+    with pytest.raises(TypeError):
+        _ = a + parts
+
+
+def test_views_of_joined_data_sets_and_joined_views(parts):
+    a, b, c = parts
+    joined = tc.concat([a.skip(55), b.select([3, 1]), c])
+    ids = [*range(55, 60), 1003, 1001, *C]
+    assert [int(r["id"]) for r in joined] == ids
+    assert native(joined) == ids
+    view = joined.select([13, 5, 0, 6, 5])
+    assert check_batch(view[:]) == [2006, 1003, 55, 1001, 1003]
+    assert native(view) == [2006, 1003, 55, 1001, 1003]
+    half = joined.filter(pc.field("id") > 57).shard(2, 0)
+    assert [int(r["id"]) for r in half] == [58, 59, 1003, 1001, 2000, 2001]
+    assert native(tc.concat([joined, view]), shuffle=False) == [*ids, 2006, 1003, 55, 1001, 1003]
+
+
+def test_joined_data_sets_may_lie_in_different_stores_and_caches(parts, tmp_path):
+    url = f"memory://joined-{tmp_path.name}"
+    with tc.Writer(url, schema=SCHEMA, shard_size="4KiB", compression="zstd") as writer:
+        writer.write_batch(make_columns(20, 5000))
+    cache = tc.Cache(tmp_path / "cache", size="64MiB")
+    joined = parts[2] + tc.Dataset(url, cache=cache)
+    assert native(joined) == C + list(range(5000, 5020))
+    joined.warm()
+    assert len(list(cache.entries())) >= 1
+    assert check_batch(joined[[7, 0]]) == [5000, 2000]
+    figures = joined.source.figures()
+    assert set(figures) == {"requests", "bytes_fetched", "cache_hits", "cache_misses"}
+    joined.close()
+    cache.close()
+
+
+def test_figures_of_parts_that_share_a_data_set_are_counted_once(parts):
+    a = parts[0]
+    a[:]
+    assert tc.concat([a.take(3), a.skip(3)]).source.figures() == a.source.figures()
+    assert len(tc.concat([a.take(3), a.skip(3)]).source.leaves) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda a, b: [], ValueError, "no data sets"),
+        (lambda a, b: [a, [1, 2]], TypeError, "ConcatDataset"),
+        (lambda a, b: a, TypeError, "list of tiercache data sets"),
+        (lambda a, b: [a, b.select_columns(["id", "text"])], tc.SchemaError, "only one has|where data set 0 has"),
+        (lambda a, b: [a.select_columns(["id", "text"]), b.select_columns(["text", "id"])], tc.SchemaError, "order"),
+        (lambda a, b: [a.select_columns(["id"]), b.select_columns(["text"])], tc.SchemaError, "'text': str where"),
+        (lambda a, b: [a.as_tuple("id"), b.select_columns(["id"])], tc.SchemaError, "as_tuple"),
+        (lambda a, b: [a, tc.mix([a, b], [1, 1])], ValueError, "mixture"),
+    ],
+)
+@pytest.mark.parametrize("join", [tc.concat, lambda d: tc.mix(d, [1] * len(list(d)))], ids=["concat", "mix"])
+def test_what_cannot_be_joined_is_refused_with_the_first_difference(parts, make, error, said, join):
+    with pytest.raises(error, match=said):
+        join(make(*parts[:2]))
+
+
+def test_serving_and_transforms_must_agree(folder):
+    def open_a(**options):
+        return tc.Dataset(folder / "a", **options)
+
+    with pytest.raises(tc.SchemaError, match="forms='padded', data set 0 None"):
+        open_a() + open_a(forms={"boxes": "padded"})
+    with pytest.raises(tc.SchemaError, match="score"):
+        open_a(nulls={"score": 0.0}) + open_a(nulls={"score": 1.0})
+    with pytest.raises(ValueError, match="another transform"):
+        open_a() + open_a(transform=_id)
+    assert list(open_a(transform=_id).take(2) + open_a(transform=_id).take(1)) == [0, 1, 0]
+    padded = open_a(forms={"boxes": "padded"})
+    assert (padded.take(2) + padded.skip(58))[:]["boxes"].shape[0] == 4
+
+    class Mine(tc.Dataset):
+        def __getitem__(self, index):
+            return index
+
+    with pytest.raises(ValueError, match="Mine"):
+        tc.concat([open_a(), Mine(folder / "a")])
+
+
+def _id(record):
+    return int(record["id"])
+
+
+def test_a_joined_data_set_has_a_version_for_each_part(parts):
+    joined = tc.concat(parts)
+    assert not hasattr(joined, "version")
+    with pytest.raises(AttributeError, match="a version each"):
+        _ = joined.version
+    with pytest.raises(ValueError, match="one by one"):
+        joined.versions()
+    assert (parts[0].take(1) + parts[0]).versions() == parts[0].versions()
+
+
+def test_columns_that_only_some_parts_have_can_not_be_filtered_by(parts, tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"id": "int64", "more": "int64"}) as writer:
+        writer.write_batch({"id": np.arange(3), "more": np.arange(3)})
+    joined = parts[2].select_columns(["id"]) + tc.Dataset(tmp_path / "d", columns=["id"])
+    assert [int(r["id"]) for r in joined.filter(pc.field("id") <= 2000)] == [2000, 0, 1, 2]
+    with pytest.raises(tc.SchemaError, match="more"):
+        joined.filter(pc.field("more") == 1)
+
+
+def test_a_mixture_serves_exact_shares_by_every_way_of_reading(parts):
+    a, b, _ = parts
+    mixed = tc.mix([a, b], weights=[0.25, 0.75], stop="first")
+    ids = [int(r["id"]) for r in mixed]
+    assert len(ids) == len(mixed) == 60
+    assert Counter(i >= 1000 for i in ids) == {True: 45, False: 15}
+    assert [i for i in ids if i >= 1000] == B
+    assert [i for i in ids if i < 1000] == A[:15]
+    for start in range(50):
+        assert 7 - 5 <= sum(i >= 1000 for i in ids[start : start + 10]) <= 7 + 5
+    assert native(mixed) == ids
+    assert check_batch(mixed[:]) == check_batch(mixed[list(range(60))]) == ids
+    assert pa.Table.from_batches(list(mixed.to_arrow(7)))["id"].to_pylist() == ids
+    assert check_batch(pickle.loads(pickle.dumps(mixed))[[5, -1]]) == [ids[5], ids[-1]]
+    through_torch = TorchLoader(mixed, batch_size=8, collate_fn=tc.collate)
+    assert list(itertools.chain(*map(check_batch, through_torch))) == ids
+    sampled = tc.DataLoader(mixed, batch_size=8, sampler=[3, 59, 0])
+    assert list(itertools.chain(*map(check_batch, sampled))) == [ids[3], ids[59], ids[0]]
+
+
+def test_a_mixture_goes_on_in_its_larger_part_from_epoch_to_epoch(parts):
+    a, b, _ = parts
+    mixed = tc.mix([a, b.take(15)], weights=[1, 1], stop="first")
+    loader = tc.DataLoader(mixed, batch_size=5, shuffle=True, options=tc.LoaderOptions(seed=1))
+    assert len(loader) == 6
+    epochs = [list(itertools.chain(*map(check_batch, loader))) for _ in range(4)]
+    assert all(sorted(i for i in epoch if i >= 1000) == B[:15] for epoch in epochs)
+    assert sorted(i for epoch in epochs for i in epoch if i < 1000) == A
+
+
+def test_a_mixture_resumes_at_every_batch_after_an_append(tmp_path, parts):
+    with tc.Writer(tmp_path / "d", schema=SCHEMA, shard_size="4KiB") as writer:
+        writer.write_batch(make_columns(30, 3000))
+
+    def loader():
+        mixed = tc.mix([tc.Dataset(tmp_path / "d"), parts[0].filter(pc.field("flag"))], [2, 1], stop="all")
+        return tc.DataLoader(mixed, batch_size=6, shuffle=True, options=tc.LoaderOptions(seed=2))
+
+    whole, states = [check_batch(batch) for batch in loader()], []
+    first = loader()
+    for _ in first:
+        states.append(first.state_dict())
+    with tc.Writer(tmp_path / "d", mode="append") as writer:
+        writer.write_batch(make_columns(10, 3030))
+    for n, state in enumerate(states[:-1], start=1):
+        again = loader()
+        again.load_state_dict(state)
+        assert [check_batch(batch) for batch in again] == whole[n:]
+
+
+def test_a_mixture_takes_listed_parts_in_stored_order(parts):
+    mixed = tc.mix([parts[0].select([5, 3, 3]), parts[1].take(3)], [1, 1])
+    assert [int(r["id"]) for r in mixed] == native(mixed) == [3, 1000, 3, 1001, 5, 1002]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda a, b: tc.mix([a, b], [1]), ValueError, "2 parts need as many weights, got 1"),
+        (lambda a, b: tc.mix([a, b], [1, 0]), ValueError, "above 0"),
+        (lambda a, b: tc.mix([a, b], [1, "2"]), TypeError, "number above 0"),
+        (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first' or 'all'"),
+        (lambda a, b: tc.mix([a, b.take(0)], [1, 1]), ValueError, "no records"),
+        (lambda a, b: tc.mix([a, b], [1, 1]).take(3), ValueError, "choose from what it is mixed of"),
+        (lambda a, b: tc.mix([a, b], [1, 1]).filter(pc.field("id") > 3), ValueError, "mixed of"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(parts, call, error, said):
+    with pytest.raises(error, match=said):
+        call(*parts[:2])
