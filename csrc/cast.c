@@ -152,7 +152,7 @@ static inline float round_to_odd(double value) {
     })
 
 /* Whether a float is the integer that it was made of. Up to 32 bits doubles have them all; of 64 bits the float is looked at as an integer
- * again, which is defined only below the type's end. */
+ * again, which is defined only inside the type: of float16 it may be infinity on either side. */
 #define DIFFERS_32(in, back) ((double)(back) != (double)(in))
 #define DIFFERS_bool DIFFERS_32
 #define DIFFERS_u8 DIFFERS_32
@@ -161,9 +161,11 @@ static inline float round_to_odd(double value) {
 #define DIFFERS_i16 DIFFERS_32
 #define DIFFERS_u32 DIFFERS_32
 #define DIFFERS_i32 DIFFERS_32
-#define DIFFERS_64(in, back, type, end) (((double)(back) >= (end)) | ((type)((double)(back) < (end) ? (double)(back) : 0.0) != (in)))
-#define DIFFERS_u64(in, back) DIFFERS_64(in, back, uint64_t, 0x1p64)
-#define DIFFERS_i64(in, back) DIFFERS_64(in, back, int64_t, 0x1p63)
+#define IS_WITHIN(value, least, end) (((double)(value) >= (least)) & ((double)(value) < (end)))
+#define DIFFERS_64(in, back, type, least, end)                                                                                 \
+    (!IS_WITHIN(back, least, end) | ((type)(IS_WITHIN(back, least, end) ? (double)(back) : 0.0) != (in)))
+#define DIFFERS_u64(in, back) DIFFERS_64(in, back, uint64_t, 0.0, 0x1p64)
+#define DIFFERS_i64(in, back) DIFFERS_64(in, back, int64_t, -0x1p63, 0x1p63)
 
 #define OUT_f64(value) ((double)(value))
 #define OUT_f32(value) ((float)(value))
@@ -198,7 +200,7 @@ static inline float round_to_odd(double value) {
 #define NARROW(from, to, how)                                                                                                  \
     CASTER(from, to, uint32_t, {                                                                                               \
         HELD_##to out = OUT_##to(how(BACK_##from(ins[i])));                                                                    \
-        wrong |= (uint32_t)IS_OVER(from, BACK_##to(out), BACK_##from(ins[i]));                                                       \
+        wrong |= (uint32_t)IS_OVER(from, BACK_##to(out), BACK_##from(ins[i]));                                 \
         outs[i] = out;                                                                                                         \
     })
 

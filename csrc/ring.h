@@ -1,8 +1,9 @@
 /* Ring: threads that gather batches ahead of one consumer, without Python.
  *
  * A planner pushes parts (rows of a window, in served order); the ring cuts their sequence into batches of batch_rows, or of sizes
- * that are pushed beside the parts (a sampler's); worker threads gather each batch into a slot of memory; the consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs
- * to its taker until tc_slot_release (any thread): the memory is reused only then, and when takers hold all slots new ones are made.
+ * that are pushed beside the parts (a sampler's); threads gather each batch into a slot of memory, a large one together (batch.h); the
+ * consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A slot belongs to its taker until tc_slot_release
+ * (any thread): the memory is reused only then, and when takers hold all slots new ones are made.
  *
  * A consumer that would wait gathers too, so that of n threads n - 1 are workers: asleep, it would have to be woken for each batch, by one
  * worker more than there are cores.

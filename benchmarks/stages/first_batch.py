@@ -27,6 +27,9 @@ def measure(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
 
     n = max(int(N_RECORDS * scale), FEWEST)
     path, found = stored.small_rows(folder / "rows", n), {}
+    for file in path.rglob("*"):  # into the page cache, which large parts are written past
+        if file.is_file():
+            file.read_bytes()
     for _ in range(effort.repetitions):
         for shuffle in ("none", "default", "full"):
             for imported in ("imported", "lazy"):

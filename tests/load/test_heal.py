@@ -130,3 +130,17 @@ def test_a_source_that_is_damaged_is_an_error_that_names_the_shard(server, cache
     with pytest.raises(tc.CorruptShard, match=name.rsplit("/", 1)[1]):
         list(tc.DataLoader(dataset, batch_size=32))
     dataset.close()
+
+
+@pytest.mark.parametrize("how", ["values", "cut"])
+def test_a_rotten_copy_is_fetched_again_under_a_sampler_too(server, cache, how):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    first.warm()
+    first.close()
+    assert damage(cache, how) > len(first.source.table)
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    batches = [list(range(start, N, 97)) for start in range(40)]
+    loader = tc.DataLoader(dataset, batch_sampler=batches, options=tc.LoaderOptions(memory_bytes=1))
+    assert [check_batch(batch) for batch in loader] == batches
+    assert loader.state_dict()["_num_yielded"] == 40
+    dataset.close()

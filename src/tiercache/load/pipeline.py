@@ -148,7 +148,7 @@ class Pipeline:
             return
         with contextlib.suppress(InvalidStateError):  # done before
             self._shared.stop.set_result(None)
-        self._work.share.close()
+            self._work.share.close()  # once: when this is dropped, another pipeline may have gone on with the share
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():

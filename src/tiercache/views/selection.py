@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.views.spool import Spooled, restore, spool
+from tiercache.views.spool import Spool, restore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class Selection:
         self.starts = _frozen(starts)
         self.first = _frozen(first)
         self.order = None if order is None else _frozen(order)
-        self._spooled: Spooled | None = None
+        self._spool = Spool()
 
     @staticmethod
     def span(start: int, stop: int) -> Selection:
@@ -143,9 +143,9 @@ class Selection:
         The file belongs to this object, and goes when it goes or its process ends: whoever unpacks has it mapped.
         """
         if self.n_bytes > INLINE_BYTES:
-            self._spooled = spool(self._spooled, (self.starts, self.first, self.order))
-            if self._spooled is not None:
-                return self._spooled.ticket
+            ticket = self._spool.ticket((self.starts, self.first, self.order))
+            if ticket is not None:
+                return ticket
         order = None if self.order is None else self.order.tobytes()
         return self.starts.tobytes(), self.first.tobytes(), order
 

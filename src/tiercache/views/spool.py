@@ -42,29 +42,34 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class Spooled:
-    """A file of arrays that this process has made, and removes. ticket: what `restore` finds it by; plain values."""
+class Spool:
+    """The file of some arrays, made when its ticket is first asked for; it goes with this object. For any thread."""
+
+    def __init__(self) -> None:
+        self._file: _File | None = None
+
+    def ticket(self, arrays: Arrays) -> tuple[Any, ...] | None:
+        """What `restore` finds the arrays by, plain values; None: no file can be written.
+
+        arrays: the same ones each time. A forked child makes a file of its own: its parent's may go at any time.
+        """
+        with _lock:  # of two threads that pickle at once the second takes the file of the first
+            if self._file is None or self._file.pid != os.getpid():
+                _sweep()
+                try:
+                    self._file = _write(arrays)
+                except OSError:  # a full disk makes pickles large, not wrong
+                    return None
+            return self._file.ticket
+
+
+class _File:
+    """A file that this process has made, and removes."""
 
     def __init__(self, path: Path, fd: int, ticket: tuple[Any, ...]) -> None:
         self.ticket = ticket
         self.pid = os.getpid()
         weakref.finalize(self, _remove, path, fd, self.pid)
-
-
-def spool(before: Spooled | None, arrays: Arrays) -> Spooled | None:
-    """The arrays in a file: `before`, if that is of this process, else a new one.
-
-    None: no file can be written, and they have to go by the pickle itself. A forked child makes its own file: its
-    parent's may go at any time.
-    """
-    with _lock:  # two threads that pickle at once must not make two files, of which the first would go
-        if before is not None and before.pid == os.getpid():
-            return before
-        _sweep()
-        try:
-            return _write(arrays)
-        except OSError:  # a full disk makes pickles large, not wrong
-            return None
 
 
 def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
@@ -102,7 +107,7 @@ def _gone(path: str, lengths: Sequence[int | None]) -> NotFound:
     )
 
 
-def _write(arrays: Arrays) -> Spooled:
+def _write(arrays: Arrays) -> _File:
     while True:
         fd, name = tempfile.mkstemp(prefix=PREFIX)
         path, token = Path(name), secrets.token_bytes(_TOKEN_BYTES)
@@ -119,7 +124,7 @@ def _write(arrays: Arrays) -> Spooled:
         except BaseException:
             _remove(path, fd, os.getpid())
             raise
-        return Spooled(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
+        return _File(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
 
 
 def _remove(path: Path, fd: int, pid: int) -> None:
@@ -133,7 +138,7 @@ def _sweep() -> None:
     """Remove the files of processes that were killed: nobody holds a lock on them."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):  # another user's, gone meanwhile, or in use
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe has no reader
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
