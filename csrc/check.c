@@ -12,7 +12,7 @@ static const int64_t NONE = -1;
 static int kernel;
 
 void tc_gather_init(int crc_kernel) {
-    tc_copy_init();
+    tc_copy_init(crc_kernel);
     tc_crc32c_init();
     kernel = crc_kernel;
 }

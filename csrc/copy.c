@@ -24,10 +24,10 @@ static void copy_pieces(uint8_t *to, const uint8_t *from, size_t n_bytes) {
 
 static int has_quick_string; /* it says so itself: ERMS and FSRM */
 
-void tc_copy_init(void) {
+void tc_copy_init(int kernel) {
     enum { ERMS = 1 << 9, FSRM = 1 << 4 };
     unsigned a, b, c, d;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) has_quick_string = (b & ERMS) && (d & FSRM);
+    if (kernel != 0 && __get_cpuid_count(7, 0, &a, &b, &c, &d)) has_quick_string = (b & ERMS) && (d & FSRM);
 }
 
 static inline void copy_string(uint8_t *to, const uint8_t *from, size_t n_bytes) {
@@ -59,7 +59,7 @@ void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     else copy_pieces(to, from, n_bytes);
 }
 #else
-void tc_copy_init(void) {}
+void tc_copy_init(int kernel) { (void)kernel; }
 
 void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes) { copy_pieces(to, from, n_bytes); }
 #endif

@@ -11,8 +11,9 @@
 
 enum { TC_LONG_COPY = 1024 };
 
-/* Look at the processor. Once a process; before it, and where the instruction is slow, copies are memcpy's. */
-void tc_copy_init(void);
+/* Look at the processor, unless portable kernels are asked for (kernel 0, as in crc32c.h). Once a process; before it, and where the
+ * instruction is slow, copies are memcpy's. */
+void tc_copy_init(int kernel);
 
 void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes);
 

@@ -3,7 +3,8 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 
-enum { LINE = 64 };
+/* A larger arena is not kept: it belongs to batches of 16 MiB and more, whose epochs are long, and would take its memory between them, too. */
+enum { LINE = 64, MOST_SPARE_BYTES = 64 << 20 };
 
 /* An arena that no ring has, for the next ring: making its pages anew took a tenth of an epoch of 30 ms. It describes itself in its first
  * bytes. It goes when nobody has or expects one any more. Without a lock, which a fork might leave locked. */
@@ -52,7 +53,7 @@ void tc_pool_free(tc_pool *pool) {
     if (pool->arena == NULL) return;
     spare *arena = (spare *)pool->arena;
     arena->n_bytes = pool->arena_bytes;
-    unmap(atomic_exchange(&spare_arena, arena));
+    unmap(arena->n_bytes <= MOST_SPARE_BYTES ? atomic_exchange(&spare_arena, arena) : arena);
     tc_pool_let_go();
 }
 

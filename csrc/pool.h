@@ -15,7 +15,8 @@ typedef struct {
 void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes);
 void tc_pool_free(tc_pool *pool);
 
-/* From hold to let_go the memory of a pool that is freed is kept for one of the same size: for those whose rings follow each other. */
+/* From hold to let_go the memory of a pool that is freed is kept, up to 64 MiB, for one of the same size: for those whose rings
+ * follow each other. */
 void tc_pool_hold(void);
 void tc_pool_let_go(void);
 

@@ -76,11 +76,18 @@ static void set_ready(tc_ring *ring, tc_batch *c) {
     if (ring->n_ready_waiting && c == &ring->cells[ring->next_take % ring->depth]) pthread_cond_broadcast(&ring->ready);
 }
 
+/* There is, or may be, something to gather: for a worker, who wakes the next one, and for a consumer that sleeps. */
+static void wake_for_more(tc_ring *ring) {
+    if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
+    if (ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
+}
+
 /* Copy a share of an open cell, with the lock let go meanwhile. Who is the last to have copied one makes the batch ready. */
 static void run_share(tc_ring *ring, tc_batch *c) {
     tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
     tc_share share = tc_batch_share(c);
     if (!tc_batch_has_share(c)) ring->n_open--;
+    else wake_for_more(ring);
     c->n_copying++;
     pthread_mutex_unlock(&ring->lock);
     uint64_t start_ns = now_ns();
@@ -119,7 +126,6 @@ static void begin_next(tc_ring *ring) {
     }
     tc_batch_open(c);
     ring->n_open++;
-    if (ring->n_work_waiting && c->share_rows < c->n_rows) pthread_cond_signal(&ring->work);
     run_share(ring, c);
 }
 
@@ -259,8 +265,7 @@ int tc_ring_push(tc_ring *ring, const tc_plan *plan) {
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
     int status = ring->closing || ring->end_status ? TC_CLOSED : tc_sequence_push(&ring->sequence, plan);
-    if (ring->n_work_waiting) pthread_cond_signal(&ring->work);
-    if (ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready); /* there is something to gather again */
+    wake_for_more(ring);
     pthread_mutex_unlock(&ring->lock);
     return status;
 }
@@ -269,6 +274,7 @@ int tc_ring_push_sizes(tc_ring *ring, const uint32_t *rows, size_t n) {
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
     int status = ring->closing || ring->end_status ? TC_CLOSED : tc_sequence_push_sizes(&ring->sequence, rows, n);
+    wake_for_more(ring);
     pthread_mutex_unlock(&ring->lock);
     return status;
 }

@@ -22,7 +22,8 @@ LONG_SIGNATURES = {("load/loader.py", "__init__")}
 ENVIRONMENT_READERS = {"config.py"}
 SLEEPERS = {"waiting.py"}
 # An `except Exception` is right only where a thread begins: the error is handed to whoever waits for the thread.
-THREAD_TOP = re.compile(r"#.*\btop\b")
+# Or round the user's code, whose errors are handed on as those of a thread.
+THREAD_TOP = re.compile(r"#.*\b(top|the user's code)\b")
 
 
 def name_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import operator
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -98,8 +98,7 @@ class Dataset(Choosing):
     ) -> None:
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
-        if columns is not None:
-            _check_names(columns)
+        columns = None if columns is None else _names(columns)
         if transform is not None and forms:
             raise ValueError("forms says what columns are in a batch, and with a transform that is up to its records")
         place = Place(os.fspath(url), cache, verify, dict(storage_options or {}), checked_casts(cast))
@@ -142,10 +141,10 @@ class Dataset(Choosing):
     @property
     def version(self) -> int:
         """Number of the version that is read. Raises AttributeError where there are several, of data sets joined."""
-        versions = set(self._recipe[0].versions)
-        if len(self._recipe[0].versions) != 1:
-            raise AttributeError(f"data sets that were joined have a version each: {sorted(versions)}")
-        return versions.pop()
+        versions = self._recipe[0].versions
+        if len(versions) != 1:
+            raise AttributeError(f"{len(versions)} data sets that were joined have a version each: {list(versions)}")
+        return versions[0]
 
     @property
     def fingerprint(self) -> str:
@@ -168,7 +167,7 @@ class Dataset(Choosing):
 
         Of a data set that serves tuples the columns are what the tuples are of.
         """
-        _check_names(columns)
+        columns = _names(columns)
         if self.serving.names is not None:
             return self.as_tuple(*columns)
         self.schema.select(columns)
@@ -334,7 +333,7 @@ class Dataset(Choosing):
         return decode_columns(columns, decode, explain)
 
 
-def concat(datasets: Sequence[Dataset]) -> Dataset:
+def concat(datasets: Iterable[Dataset]) -> Dataset:
     """Data sets one after the other, as one: `a + b` of many.
 
     They may lie in different stores and caches, and be views or joined themselves. A loader shuffles over all of them,
@@ -348,12 +347,13 @@ def concat(datasets: Sequence[Dataset]) -> Dataset:
         ValueError: no data sets, a mixture, other transforms, a subclass that says what a record is.
         TypeError: not data sets of tiercache.
     """
-    parts = _check_alike(datasets, "concat")
+    datasets = _alike(datasets, "concat")
+    parts = [dataset.source for dataset in datasets]
     flat = [below for part in parts for below in (part.below if type(part) is Joined else (part,))]
     return _over(Joined(flat), datasets[0])
 
 
-def mix(datasets: Sequence[Dataset], weights: Sequence[float], stop: Literal["first", "all"] = "first") -> Dataset:
+def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["first", "all"] = "first") -> Dataset:
     """Data sets mixed: of any stretch of records each one has its share of them, by weight.
 
     For `tiercache.DataLoader`, natively: each data set is shuffled by itself and has epochs of its own. One that is
@@ -369,7 +369,8 @@ def mix(datasets: Sequence[Dataset], weights: Sequence[float], stop: Literal["fi
         SchemaError, TypeError: as `concat`.
         ValueError: as `concat`; weights that are none; a data set without records.
     """
-    return _over(Mixed(_check_alike(datasets, "mix"), tuple(weights), stop), datasets[0])
+    datasets = _alike(datasets, "mix")
+    return _over(Mixed([dataset.source for dataset in datasets], tuple(weights), stop), datasets[0])
 
 
 def _over(source: Readable, first: Dataset) -> Dataset:
@@ -379,12 +380,17 @@ def _over(source: Readable, first: Dataset) -> Dataset:
     return made
 
 
-def _check_alike(datasets: Sequence[Dataset], what: str) -> list[Readable]:
-    """The sources of data sets that can be joined. Raises as `concat`."""
-    if isinstance(datasets, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
-        raise TypeError(f"{what}() takes a list of tiercache data sets; torch's ConcatDataset joins any others")
+def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
+    """Data sets that can be joined. Raises as `concat`."""
+    datasets = [] if isinstance(given, Dataset) else list(given)
+    if isinstance(given, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
+        others = [type(one).__name__ for one in datasets if not isinstance(one, Dataset)]
+        found = f"one with a {others[0]}" if others else f"the data set alone: {what}([a, b])"
+        raise TypeError(
+            f"{what}() takes a list of tiercache data sets, got {found}; torch's ConcatDataset joins others"
+        )
     if not datasets:
-        raise ValueError(f"{what}() of no data sets")
+        raise ValueError(f"{what}() of no data sets: it takes one or more")
     for number, dataset in enumerate(datasets):
         if _says_what_records_are(type(dataset)):
             why = f"data set {number} is a {type(dataset).__name__}, which says itself what a record is"
@@ -394,7 +400,7 @@ def _check_alike(datasets: Sequence[Dataset], what: str) -> list[Readable]:
         if dataset.transform != datasets[0].transform:
             raise ValueError(f"data set {number} has another transform than data set 0: they need the same function")
         _check_serving(dataset.serving, datasets[0].serving, number)
-    return [dataset.source for dataset in datasets]
+    return datasets
 
 
 def _check_serving(serving: Serving, first: Serving, number: int) -> None:
@@ -407,6 +413,8 @@ def _check_serving(serving: Serving, first: Serving, number: int) -> None:
         for column in sorted({*mine, *theirs}):
             if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
                 message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"
+                if argument == "cast":
+                    message += "; what is joined is stored as the same dtype too"
                 raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
 
 
@@ -414,11 +422,13 @@ def _says_what_records_are(kind: type[Dataset]) -> bool:
     return any(getattr(kind, n) is not getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
 
 
-def _check_names(columns: Sequence[str]) -> None:
+def _names(columns: Iterable[str]) -> tuple[str, ...]:
     if isinstance(columns, str):
         raise TypeError(f"columns is a list of names, got the str {columns!r}")
-    if not columns:
+    names = tuple(columns)
+    if not names:
         raise ValueError("columns is empty: name one or more")
+    return names
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:

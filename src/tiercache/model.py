@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Protocol
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -140,6 +141,13 @@ class Part:
     version: int
     fingerprint: str
     selection: str | None = None
+
+
+class Keeper(Protocol):
+    """Keeps blocks of a data set that nobody reads yet."""
+
+    def forget(self) -> None:
+        """Let go of them. Repeatable, from any thread."""
 
 
 @dataclass(frozen=True, slots=True)

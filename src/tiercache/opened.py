@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import pyarrow as pa
 
 from tiercache.cache import Cache, CachedStore
 from tiercache.errors import CorruptShard
-from tiercache.model import Part, ReadPlan, ShardIdentity, format_bytes
+from tiercache.model import Keeper, Part, ReadPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
 from tiercache.shard import readers
 from tiercache.shard.cast import Casts, Served, served_columns
@@ -127,6 +128,9 @@ class OpenedVersion:
         self.table: ShardTable = read_shards(self.store, self.manifest)
         self.n_records = int(self.table.first_record[-1])
         self._tables: dict[int, BlockTable] = {}
+        # Of this version and others, with any columns, while somebody has them: joined views of one share what is open.
+        self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
+        self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
             _warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
@@ -221,12 +225,13 @@ class OpenedVersion:
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
         """The blocks of each of these shards, from their footers, read side by side. Raises as `load`."""
-        missing = [shard for shard in dict.fromkeys(shards) if shard not in self._tables]
-        if len(self._tables) + len(missing) > MAX_TABLES:
-            self._tables = {shard: self._tables[shard] for shard in shards if shard in self._tables}
+        tables = self._tables  # which another thread may replace
+        missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
+        if len(tables) + len(missing) > MAX_TABLES:
+            self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
-            self._tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
-        return [self._tables[shard] for shard in shards]
+            tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
+        return [tables[shard] for shard in shards]
 
     def stored_rows(
         self,
@@ -347,19 +352,29 @@ class OpenedVersion:
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
         (number,) = versions
-        return OpenedVersion(self.place, number, self._schema.names)
+        names = self._schema.names
+        return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
         """The same version with other columns, shards of its own. Raises SchemaError (a column is not there)."""
-        other = copy.copy(self)
-        other._serve(columns)  # noqa: SLF001 -- of this class
-        return other
+        return self._served_otherwise(columns, _open_shard)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
         """As `with_columns`, to be read once: what the cache has not is read past it, for it would push others out."""
-        other = copy.copy(self)
-        other._serve(columns, _open_past_cache if isinstance(self.store, CachedStore) else _open_shard)  # noqa: SLF001
-        return other
+        return self._served_otherwise(columns, _open_past_cache if isinstance(self.store, CachedStore) else _open_shard)
+
+    def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
+        def make() -> OpenedVersion:
+            other = copy.copy(self)
+            other._serve(columns, open_shard)  # noqa: SLF001 -- of this class
+            return other
+
+        return self._shared((tuple(columns), open_shard), make)
+
+    def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
+        """What somebody has by this key already, or a new one."""
+        found = self._kin.get(key)
+        return self._kin.setdefault(key, make()) if found is None else found
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
@@ -385,6 +400,14 @@ class OpenedVersion:
         """Give shards and connections back; shards in use stay good until they are dropped."""
         self._readers.clear()
         self.store.close()
+        for keeper in self._keepers:
+            found = keeper()
+            if found is not None:
+                found.forget()
+
+    def when_closed(self, keeper: Keeper) -> None:
+        """See Source. Of two threads that call it at once one may go unheard: its keeper then keeps until it goes."""
+        self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
 
     def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
         return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))

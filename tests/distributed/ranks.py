@@ -16,9 +16,8 @@ from typing import Any
 from tiercache.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-LONGEST_S = (
-    240.0  # of a whole job: a bound for hangs. On an idle machine one takes some 4 s, most of it the import of torch
-)
+# Of a whole job: a bound for hangs. On an idle machine one takes some 4 s, most of it the import of torch.
+LONGEST_S = 240.0
 
 
 class Job:

@@ -139,17 +139,12 @@ def test_accelerates_own_prepare_serves_gathered_batches(dataset, accelerator):
     assert batches[0]["values"].shape == (8, 17)
 
 
-SIZES = [
-    101,
-    100,
-    82,
-    81,
-    80,
-    1,
-]  # of which global batches of 2 * 8 leave 5, 4, 2, 1, 0, 1; of 3 * 8: 5, 4, 10, 9, 8, 1
+# Global batches of 2 * 8 leave 5, 4, 2, 1, 0, 1 of them; those of 3 * 8: 5, 4, 10, 9, 8, 1.
+SIZES = [101, 100, 82, 81, 80, 1]
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+# Of two ranks there is little that three do not show, and a rank is two seconds of a processor.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.stress), 3], ids="{} ranks".format)
 def job(request, packed, tmp_path_factory):
     """By name, what each rank found."""
     urls, folder = [str(packed(n)) for n in SIZES], tmp_path_factory.mktemp("job")
@@ -171,13 +166,9 @@ def test_ranks_serve_every_record_in_batches_of_one_size(job):
 def test_gathering_for_metrics_drops_what_was_repeated(job):
     n_ranks = len(job["epochs"])
     for number, n in enumerate(SIZES):
-        last = n % (8 * n_ranks)
         gathered = [answer[number]["gathered"] for answer in job["epochs"]]
         assert gathered == [gathered[0]] * n_ranks
-        assert sorted(set(gathered[0])) == list(range(n))
-        # Where several ranks repeat one, the docs say that they are counted twice.
-        several = last > n_ranks and 0 < last % n_ranks < n_ranks - 1
-        assert len(gathered[0]) == n + (n_ranks - last % n_ranks if several else 0)
+        assert sorted(gathered[0]) == list(range(n))
 
 
 def test_without_even_batches_no_record_is_repeated(job):

@@ -54,6 +54,10 @@ def test_two_processes_share_an_epoch_by_the_native_path(url, tmp_path):
 def test_two_processes_by_the_sampler_that_lightning_puts_in(url, tmp_path):
     answers = fit(url, tmp_path, n_processes=2)
     assert not any(answer["is_ours"] for answer in answers)
+    assert all("from sampler" in answer["loader"] for answer in answers)  # made again, and native still
     n_steps = len(answers[0]["seen"]) // 2
     assert set(served(answers, last=n_steps)) == set(served(answers, first=n_steps)) == set(range(N))
     assert len(served(answers, last=n_steps)) == N + 1
+    for step in (3, 9):  # of the first epoch and of the second
+        rest = fit(url, tmp_path, n_processes=2, resume=f"step={step}.ckpt")
+        assert [answer["seen"] for answer in rest] == [answer["seen"][step:] for answer in answers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -32,6 +33,10 @@ def objects(tmp_path_factory):
 def server(objects):
     with HttpFaultServer(dict(objects)) as server:
         yield server
+        # What is being read when an iterator is closed ends by itself: not when the server has gone, by many retries.
+        for thread in threading.enumerate():
+            if thread.name.startswith("tiercache-load"):
+                thread.join(30)
 
 
 def shards_asked_for(server):
@@ -251,3 +256,105 @@ def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
             check_batch(batch)
     assert loader.state_dict()["epoch"] == 2
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
+
+
+def loading_of(loader):
+    """What the loader has begun of the next epoch."""
+    ready = loader._native._coming._ready
+    return ready.result(30).loading
+
+
+def test_the_first_window_of_an_epoch_that_was_made_ready_goes_when_it_is_served(make_dataset):
+    loader = tc.DataLoader(
+        tc.Dataset(make_dataset(600, compression="zstd:3")),
+        batch_size=16,
+        shuffle=True,
+        options=tc.LoaderOptions(seed=1, shuffle_window_bytes="16KiB"),
+    )
+    iterator = iter(loader)
+    n_batches = len(list(iterator))
+    iterator._pipeline._planner.join(30)
+    first = [weakref.ref(future.result(30)) for one in loading_of(loader) for _, future in one._work]
+    assert first
+    iterator = iter(loader)
+    for _ in range(n_batches - 1):
+        next(iterator)
+    wait_until(lambda: not any(blocks() is not None for blocks in first))
+    iterator.close()
+
+
+@pytest.mark.parametrize("when", ["before it is served", "before it is made ready", "never asked for"])
+def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, when, monkeypatch):
+    dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
+    gate, begun, left = threading.Event(), threading.Event(), threading.Event()
+    load, begin = OpenedVersion.load, Coming._begin
+    futures = []
+
+    def slow(self, *what):
+        assert gate.wait(30)
+        return load(self, *what)
+
+    def made_ready(self, *what):
+        monkeypatch.setattr("tiercache.load.split.MIN_PART_BYTES", 1)
+        monkeypatch.setattr("tiercache.load.split.MAX_PART_BYTES", 1 << 10)  # many parts
+        monkeypatch.setattr(OpenedVersion, "load", slow)
+        found = begin(self, *what)
+        futures.extend(future for one in found.loading for _, future in one._work)
+        begun.set()
+        assert when != "before it is made ready" or left.wait(30)
+        return found
+
+    monkeypatch.setattr(Coming, "_begin", made_ready)
+    iterator = iter(loader)
+    for _ in iterator:
+        pass
+    assert begun.wait(30)
+    if when == "never asked for":
+        planner = iterator._pipeline._planner
+        del loader, iterator
+        planner.join(30)
+    else:
+        iter(loader).close()
+    left.set()
+    assert len(futures) > 8
+    n_threads = 4  # which had begun some
+    wait_until(lambda: sum(future.cancelled() for future in futures) >= len(futures) - n_threads)
+    gate.set()
+
+
+def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
+    gate = threading.Event()
+    slow = Coming("source", "state", lambda _: gate.wait(30), is_expected=True)
+    thread = threading.Thread(target=lambda: slow.share)
+    thread.start()
+    other = Coming("source", "state", lambda _: "share", is_expected=True)
+    other_thread = threading.Thread(target=lambda: other.share, daemon=True)
+    other_thread.start()
+    other_thread.join(10)
+    assert not other_thread.is_alive()
+    gate.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
+def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_path, view):
+    dataset = tc.Dataset(make_dataset(300))
+    with tc.Writer(tmp_path / "other", schema=SCHEMA) as writer:
+        writer.write_batch(make_columns(100, 300))
+    other = tc.Dataset(tmp_path / "other")
+    shown = {
+        "itself": lambda: dataset,
+        "select": lambda: dataset.select(range(7, 250)),
+        "joined": lambda: dataset + other,
+        "mixed": lambda: tc.mix([dataset, other], weights=[0.5, 0.5]),
+    }[view]()
+    loader = tc.DataLoader(shown, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    iterator = iter(loader)
+    found = [check_batch(batch) for batch in iterator]
+    iterator._pipeline._planner.join(30)
+    begun = [weakref.ref(one) for one in loading_of(loader)]
+    assert begun
+    shown.close()
+    assert not any(one() is not None for one in begun)
+    assert len(ids_of(loader)) == len(found)  # it may be used again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -238,3 +239,107 @@ def test_a_planner_that_cannot_be_started_leaves_nothing_behind(make_dataset, mo
         with pytest.raises(KeyboardInterrupt):
             iter(loader)
     assert [i for ids in ids_of(loader) for i in ids] == list(range(100))
+
+
+class Interrupted:
+    """A ring that Ctrl-C strikes just after it gave its batch number `at` (from 1) away."""
+
+    def __init__(self, ring, at):
+        self.ring, self.at, self.n = ring, at, 0
+
+    def take(self, timeout_s):
+        slot = self.ring.take(timeout_s)
+        if isinstance(slot, int):
+            return slot
+        self.n += 1
+        if self.n == self.at:
+            raise KeyboardInterrupt
+        return slot
+
+    def __getattr__(self, name):
+        return getattr(self.ring, name)
+
+
+@pytest.mark.parametrize("columns", [["id", "blob", "text"], ["id"]])
+@pytest.mark.parametrize("begin", [0, 3])
+def test_ctrl_c_between_a_batch_and_its_count_moves_no_later_batch(make_dataset, columns, begin):
+    dataset = tc.Dataset(make_dataset(100), columns=columns)
+
+    def make():
+        return tc.DataLoader(dataset, batch_size=10, shuffle=True, options=tc.LoaderOptions(seed=1))
+
+    whole, loader = [batch["id"].tolist() for batch in make()], make()
+    iterator = iter(loader)
+    for _ in range(begin):
+        next(iterator)
+    state = loader.state_dict()
+    loader = make()
+    loader.load_state_dict(state)
+    iterator = iter(loader)
+    iterator._pipeline._ring = Interrupted(iterator._pipeline._ring, 3)
+    served = []
+    for _ in range(5):
+        with contextlib.suppress(KeyboardInterrupt):
+            batch = next(iterator)["id"].tolist()
+            number = begin + whole[begin:].index(batch)
+            assert loader.state_dict()["offset"] == 10 * (number + 1)
+            served.append(number)
+    assert len(served) == 4
+    again = make()
+    again.load_state_dict(loader.state_dict())
+    assert [batch["id"].tolist() for batch in again] == whole[served[-1] + 1 :]
+    iterator.close()
+
+
+def test_ctrl_c_at_the_end_of_an_epoch_leaves_it_ended(make_dataset, monkeypatch):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10)
+    iterator = iter(loader)
+    for _ in range(10):
+        next(iterator)
+    close = iterator._pipeline.close
+
+    def interrupted(self):
+        monkeypatch.undo()
+        close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(iterator._pipeline), "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    assert next(iterator, None) is None
+    assert loader.state_dict()["epoch"] == 1
+
+
+def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
+    class Late:
+        """A ring whose batches come after a wait in which Ctrl-C struck."""
+
+        def __init__(self, ring):
+            self.ring = ring
+
+        def take(self, timeout_s):
+            if timeout_s == 0.0:
+                return 1  # not ready
+            return self.ring.take(timeout_s)
+
+        def __getattr__(self, name):
+            return getattr(self.ring, name)
+
+    loader = tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10)
+    iterator = iter(loader)
+    iterator._pipeline._ring = Late(iterator._pipeline._ring)
+    found = []
+    for number in range(10):
+        with pytest.MonkeyPatch.context() as patch:
+            if number in (0, 4, 5):
+
+                def struck(*_):
+                    raise KeyboardInterrupt
+
+                patch.setattr(type(loader._native._waits), "add", struck)
+                with pytest.raises(KeyboardInterrupt):
+                    next(iterator)
+        found.append(next(iterator)["id"].tolist())
+        assert loader.state_dict()["offset"] == 10 * (number + 1)
+    assert found == [list(range(first, first + 10)) for first in range(0, 100, 10)]
+    iterator.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from hypothesis import given, settings
@@ -19,12 +20,13 @@ from tests.order.brute import (
     shards,
     uniform,
 )
+from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.load.plan import Piece, pieces
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan
+from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
 
-# Each takes some 6 ms; `make fuzz` draws 5,000 of every kind.
-MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 300))
+# Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
+MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 100))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Case:
     ranks: Ranks
     sizes: tuple[int, int]
 
-    @property
+    @cached_property
     def order(self) -> EpochOrder:
         return EpochOrder(self.data.layout, self.how, self.epoch)
 
@@ -55,7 +57,7 @@ def ranks(draw: st.DrawFn) -> Ranks:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     sizes = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
-    return Case(draw(shards()), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
+    return Case(draw(shards(max_shards=6)), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
 
 
 def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]:
@@ -142,6 +144,41 @@ def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in
         for window, wanted in zip(piece.windows, piece.wanted, strict=True):
             if window.stop - window.start <= len(window.blocks):
                 assert wanted.tolist() == needed[id(window)].tolist()
+
+
+def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: tuple[int, int]) -> list[Piece]:
+    return list(pieces(data.order(epoch), plan, *sizes))
+
+
+@settings(max_examples=SOME)
+@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([(3, 7), (1 << 13, 1 << 20)]), st.data())
+def test_ranks_serve_the_sequence_of_a_mixture(
+    data: Mixed, epoch: int, how: Ranks, sizes: tuple[int, int], draw: st.DataObject
+) -> None:
+    whole = mixed_sequence(data, epoch)
+    offset = draw.draw(st.integers(0, len(whole)))
+    expected = batches(how, data.n_streams, offset, len(whole))
+    for rank, own in enumerate(expected):
+        plan = RankPlan(offset, how.world_size, rank, how.batch_size, how.drop_last, len(whole), data.n_streams)
+        every = mixed_pieces(data, epoch, plan, sizes)
+        rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
+        assert rows[: plan.n_served - plan.padded] == [whole[p] for batch in own for p in batch]
+        assert len(rows) == plan.n_served
+        asked: dict[Window, np.ndarray] = {}
+        for piece in every[: len(every) - plan.padded]:
+            assert len(set(piece.windows)) == len(piece.windows)  # each once, also where streams share it
+            for window, wanted, touched in zip(piece.windows, piece.wanted, piece.touched, strict=True):
+                assert not (touched & ~wanted).any()
+                assert not (wanted & ~asked.setdefault(window, wanted)).any()  # never more than was asked for at first
+
+
+def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> None:
+    data = Mixed(
+        (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
+    )
+    order = data.order(0)
+    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), (100, 100))[0]
+    assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
 
 
 def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.s3_fixtures import s3_server  # noqa: F401
@@ -200,6 +202,25 @@ def test_workers_forked_after_the_parent_has_read_from_s3_work(s3_server):  # no
         assert ids_of(loader) == list(range(100))
     assert dataset[4]["id"] == 4
     dataset.close()
+
+
+@pytest.mark.timeout(600)  # processes that are spawned import torch anew
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, method):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        server.log.clear()
+        stride = np.arange(N).reshape(-1, 4).T.reshape(-1)  # all workers want all shards at once
+        loader = TorchLoader(
+            dataset, 30, sampler=stride.tolist(), num_workers=2, multiprocessing_context=method, collate_fn=tc.collate
+        )
+        assert ids_of(loader) == stride.tolist()
+        sent: collections.Counter[str] = collections.Counter()
+        for seen in server.log:
+            if "/shards/" in seen.path:
+                sent[seen.path] += seen.n_bytes
+        dataset.close()
+    assert sent == {f"/{key}": len(data) for key, data in server.objects.items() if "/shards/" in key}
 
 
 def test_a_child_forked_in_mid_epoch_starts_its_own(server, tmp_path):

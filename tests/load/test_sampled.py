@@ -89,6 +89,16 @@ class Varied(Sampler):
         return sum(1 for _ in self)
 
 
+class Lists(Sampler):
+    """A user's batch sampler, of lists."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 N = 150
 SAMPLERS = {
     "sequential": lambda d: SequentialSampler(d),
@@ -255,7 +265,7 @@ def test_states_are_torchdatas_own_in_both_directions(dataset, name):
 
 def test_a_state_of_the_order_or_of_nothing_is_refused(dataset):
     loader = tc.DataLoader(dataset, 16, sampler=range(20))
-    with pytest.raises(ValueError, match=r"not a state of a loader with a sampler .* it lacks '_index_sampler_state'"):
+    with pytest.raises(ValueError, match=r"the state is of tiercache's own order"):
         loader.load_state_dict(tc.DataLoader(dataset, 16).state_dict())
     with pytest.raises(ValueError, match=r"not a state of tiercache\.DataLoader"):
         tc.DataLoader(dataset, 16).load_state_dict(loader.state_dict())
@@ -352,6 +362,7 @@ def test_options_of_resources_are_taken_beside_a_sampler(dataset):
     assert "from sampler" in repr(loader)
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load.:FutureWarning")  # of torch 2.4 and 2.5, by tensors
 def test_a_loader_with_a_sampler_pickles_where_it_stands(dataset):
     loader = tc.DataLoader(dataset, 16, sampler=torchdata_samplers.RandomSampler(range(N)))
     iterator = iter(loader)
@@ -428,3 +439,56 @@ def test_pictures_are_decoded_for_batches_of_any_length(tmp_path):
     for batch, numbers in zip(loader, batches, strict=True):
         assert batch["picture"].shape == (len(numbers), 3, 16, 16)
         assert batch["picture"][:, 0, 5, 5].tolist() == batch["id"].tolist() == numbers
+
+
+def test_blocks_that_are_mapped_and_in_memory_are_loaded_once_for_the_rest_of_an_epoch(dataset, monkeypatch):
+    loaded = []
+    source, load = type(dataset.source), type(dataset.source).load
+
+    def counting(self, shard, blocks):
+        loaded.append(shard)
+        return load(self, shard, blocks)
+
+    n_shards = len(dataset.source.shard_records)
+    loader = tc.DataLoader(dataset, 1, sampler=Counting(range(N)), num_workers=1)
+    assert list(itertools.chain(*ids_of(loader))) == list(range(N))  # now its shards are open
+    monkeypatch.setattr(source, "load", counting)
+    assert list(itertools.chain(*ids_of(loader))) == list(range(N))
+    assert n_shards <= len(loaded) <= 2 * n_shards  # once to see that it is in memory; N windows would load N times
+
+
+def test_blocks_that_are_not_known_to_be_in_memory_are_loaded_as_they_are_listed(dataset, monkeypatch):
+    monkeypatch.setattr("tiercache.load.feed.is_in_memory", lambda blocks: False)
+    batches = [[n] for n in range(N)]
+    feeds = []
+    monkeypatch.setattr("tiercache.load.feed.whole_window", feeds.append)
+    for _ in range(2):  # in the second epoch its shards are open
+        assert ids_of(tc.DataLoader(dataset, batch_sampler=Lists(batches), num_workers=1)) == batches
+    assert not feeds
+
+
+def test_a_sampler_may_be_told_its_epoch_until_its_first_batch_and_a_state_says_which_it_was(dataset):
+    """Lightning makes the iterator, then tells the epoch; a state of a second epoch goes on in that one."""
+    whole = {}
+    for epoch in (0, 1):
+        loader = tc.DataLoader(dataset, 16, sampler=DistributedSampler(dataset, num_replicas=2, rank=0))
+        iterator = iter(loader)
+        loader.sampler.set_epoch(epoch)
+        whole[epoch] = [check_batch(next(iterator)), check_batch(next(iterator))]
+        state = loader.state_dict()
+        whole[epoch] += [check_batch(batch) for batch in iterator]
+    assert whole[0] != whole[1]
+    resumed = tc.DataLoader(dataset, 16, sampler=DistributedSampler(dataset, num_replicas=2, rank=0))
+    resumed.load_state_dict(state)
+    assert ids_of(resumed) == whole[1][2:]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("n", "replicas"), [(150, 2), (149, 4), (3, 5), (150, 7)])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_distributed_samplers_indices_are_those_that_it_says(dataset, n, replicas, shuffle, drop_last):
+    part = dataset.take(n)
+    for rank in range(replicas):
+        sampler = DistributedSampler(part, replicas, rank, shuffle=shuffle, seed=3, drop_last=drop_last)
+        sampler.set_epoch(2)
+        assert list(itertools.chain(*ids_of(tc.DataLoader(part, 4, sampler=sampler)))) == list(sampler)

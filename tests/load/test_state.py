@@ -71,6 +71,22 @@ def test_a_state_of_one_data_set_is_a_few_hundred_bytes_and_the_same_on_every_ra
     assert (states[0]["format"], states[0]["offset"]) == (STATE_FORMAT, 48)
 
 
+def test_a_state_of_our_order_is_refused_by_a_loader_of_another_way(make_dataset):
+    dataset = tc.Dataset(make_dataset(10))
+    state = tc.DataLoader(dataset, batch_size=4).state_dict()
+    for other in ({"collate_fn": list}, {"sampler": [1, 2]}):
+        loader = tc.DataLoader(dataset, batch_size=4, **other)
+        with pytest.raises(ValueError, match="is of tiercache's own order: it is for a loader over"):
+            loader.load_state_dict(state)
+    with pytest.raises(TypeError, match="takes what state_dict\\(\\) gave, a dict, got None"):
+        tc.DataLoader(dataset).load_state_dict(None)
+
+
+def test_options_that_are_none_are_refused(make_dataset):
+    with pytest.raises(TypeError, match=r"takes a tiercache.LoaderOptions\(...\), got {'seed': 1}"):
+        tc.DataLoader(tc.Dataset(make_dataset(10)), options={"seed": 1})
+
+
 def test_states_of_other_releases_are_told_from_what_is_no_state(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(10)), batch_size=4)
     with pytest.raises(UnsupportedFormat, match="update tiercache"):

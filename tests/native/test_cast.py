@@ -115,6 +115,18 @@ def test_values_that_fit_are_what_numpy_makes_of_them_and_others_are_seen(stored
         cast(values, stored, served, n_rows, misaligned)
 
 
+@pytest.mark.parametrize(("stored", "served"), [pair for pair in PAIRS if pair[0] in INTEGERS])
+def test_each_integer_at_an_edge_is_seen_by_itself(stored, served):
+    info = np.iinfo(STORED[stored])
+    for edge in sorted({e for e in EDGES if info.min <= e <= info.max}):
+        value = np.array([edge], STORED[stored])
+        if fitting(value, stored, served).all():
+            assert same(cast(value, stored, served), expected(value, stored, served), served)
+        else:
+            with pytest.raises(gather.CastError, match="no equal"):
+                cast(value, stored, served)
+
+
 @pytest.mark.parametrize("served", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_every_value_of_the_short_floats_is_cast_right(stored, served):

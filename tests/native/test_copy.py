@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,3 +82,15 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
     assert slot == END
     assert next(rows, None) is None
     ring.close()
+
+
+def test_portable_kernels_copy_the_same():
+    """Forced, for no other run on a processor with the string instruction would try them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not portable"],
+        env={**os.environ, "TIERCACHE_KERNEL": "portable"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes
+from tiercache.waiting import wait_for
 
 REF = 3
 WIDTH = 24
@@ -385,3 +386,13 @@ def test_a_batch_of_no_rows_is_refused():
         ring.push_sizes(np.array([3, 0, 6], np.uint32))
     ring.close()
     assert not ring.push_sizes(np.array([3], np.uint32))
+
+
+def test_sizes_that_come_behind_their_rows_wake_a_worker():
+    ring = Ring(fixed_streams(), batch_rows=4, depth=4, n_threads=2)
+    assert ring.push_sizes(np.array([2], np.uint32))
+    assert ring.push(plan_of(np.zeros((5, WIDTH), np.uint8), np.arange(5)))
+    assert wait_for(lambda: ring.figures()["ready"] == 1, 10)
+    assert ring.push_sizes(np.array([3], np.uint32))
+    assert wait_for(lambda: ring.figures()["ready"] == 2, 10)
+    ring.close()

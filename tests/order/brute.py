@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tiercache._native.permute import permute_one
-from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, Window, derive_key
+from tiercache.order import BlockTable, Layout, Order, OrderOptions, Window, derive_key
 
 Record = tuple[int, int, int]  # shard, block, row
 
@@ -58,9 +58,9 @@ SIZES = st.one_of(st.none(), st.integers(1, 1200))
 
 
 @st.composite
-def shards(draw: st.DrawFn) -> Shards:
+def shards(draw: st.DrawFn, max_shards: int = 10) -> Shards:
     """Any shards: none, empty ones, empty blocks, blocks larger than any window."""
-    blocks = draw(st.lists(BLOCKS, max_size=10))
+    blocks = draw(st.lists(BLOCKS, max_size=max_shards))
     return Shards(blocks, [draw(st.integers(0, 500)) for _ in blocks])
 
 
@@ -123,7 +123,8 @@ def spread(items: list, n_run: int, keys: list[bytes]) -> list:
     ends = [((i + 1) * n + permute_one(keys[0], n_run, 0)) // n_run for i in range(n_run)]
     strata = [sorted(items[a:b], key=rank.__getitem__) for a, b in pairwise([0, *ends])]
     ordered = [stratum for _, stratum in sorted(zip(turn, strata, strict=True), key=lambda pair: pair[0])]
-    return [item for round_ in zip_longest(*ordered) for item in round_ if item is not None]
+    found = [item for round_ in zip_longest(*ordered) for item in round_ if item is not None]
+    return found[::-1] if n % n_run and permute_one(keys[1], 2, 0) else found
 
 
 def stream_windows(data: Shards, how: OrderOptions, epoch: int, stream: int) -> list[tuple[int, list[Record]]]:
@@ -200,7 +201,7 @@ def batches(how: Ranks, n_streams: int, offset: int, n: int) -> list[list[list[i
     return found
 
 
-def read(order: EpochOrder, position: int = 0) -> list[Record]:
+def read(order: Order, position: int = 0) -> list[Record]:
     """Records from a position to the end of the epoch, one by one."""
     n_streams, found = order.n_streams, []
     for p in range(position, order.n_records):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.order.brute import read
+from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.order import BlockTable, Layout, OrderOptions
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
@@ -185,6 +187,26 @@ def test_an_epoch_has_the_right_length_for_any_sizes(sizes: list[int], data: st.
     assert any((n - 1) * weight < size * total for weight, size in zip(weights, sizes, strict=True))
 
 
+@given(mixtures(), st.integers(0, 4))
+def test_an_epoch_is_what_the_rules_say_in_their_plainest_form(data: Mixed, epoch: int) -> None:
+    assert read(data.order(epoch)) == mixed_sequence(data, epoch)
+
+
+def test_two_threads_that_share_a_lane_each_get_the_run_of_their_draw() -> None:
+    """A thread that puts its run in place after another has looked, and before that one takes it."""
+    data = even(400, 400)
+    lane = MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)._keep(0).lanes[0]
+    other = lane.run_at(300)
+
+    class Contended(list):  # what another thread does at each store
+        def __setitem__(self, key: object, value: object) -> None:
+            super().__setitem__(slice(None), [other])
+
+    contended = replace(lane, _last=Contended())
+    run = contended.run_at(0)
+    assert run.start <= 0 < run.stop
+
+
 @given(PARTS, WEIGHTS, STOPS, OPTIONS, st.data())
 def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
@@ -279,7 +301,7 @@ def test_no_record_of_a_part_is_repeated_within_its_own_epoch(
         for stream in range(streams):
             drawn = [0, 0, 0]
             for part, record in data.stream(order, stream):
-                number = epoch * totals[part] + drawn[part] * streams + deal.turned(stream, part)
+                number = epoch * totals[part] + drawn[part] * streams + deal.turns(stream)[part]
                 lanes[part][number] = record
                 drawn[part] += 1
     for part, size in enumerate(sizes):
@@ -309,7 +331,7 @@ def test_a_large_part_has_streams_of_its_own_and_repeats_nothing_in_an_own_epoch
     for part, size in enumerate(sizes):
         seen: list[list[set[int]]] = []
         for stream in range(streams):
-            turned = Deal(totals, streams).turned(stream, part)
+            turned = Deal(totals, streams).turns(stream)[part]
             length, drawn = -((turned - size) // streams), sequences[part, stream]
             own = [drawn[at : at + length] for at in range(0, len(drawn) - length + 1, length)]
             assert all(len(set(records)) == length for records in own)

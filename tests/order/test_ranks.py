@@ -13,7 +13,7 @@ from tests.order.brute import Ranks, batches
 
 from tiercache.order import RankPlan
 
-MANY = max(500, settings.default.max_examples)
+MANY = max(300, settings.default.max_examples)
 Drawn = tuple[int, Ranks, int, int]  # offset, ranks, records, streams
 
 
@@ -85,6 +85,32 @@ def test_the_last_global_batch_is_split_evenly_and_filled_to_one_from_the_rank_s
         if plan.padded:
             filled = [stream for stream in plan.streams if stream < n]
             assert positions(plan)[-1] == [filled[0] if filled else 0]
+
+
+@settings(max_examples=MANY)
+@given(drawn())
+def test_what_is_left_may_fill_the_first_ranks(how: Drawn) -> None:
+    even = plans(how)
+    filled = [replace(plan, fills_first=True) for plan in even]
+    left = even[0].n_left
+    assert [plan.n_batches for plan in filled] == [plan.n_batches for plan in even]
+    assert [positions(plan)[: plan.n_full] for plan in filled] == [positions(plan)[: plan.n_full] for plan in even]
+    if left:
+        longest = max(len(positions(plan)[-1]) for plan in even)
+        last = [[] if plan.padded else positions(plan)[-1] for plan in filled]
+        assert sorted(itertools.chain(*last)) == sorted(
+            itertools.chain(*(positions(plan)[-1] for plan in even if not plan.padded))
+        )
+        shares = [len(share) for share in last]
+        n_whole = left // longest
+        assert shares == [longest] * n_whole + [left % longest] * (n_whole < len(shares)) + [0] * (
+            len(shares) - n_whole - 1
+        )
+    for plan in filled:
+        assert len(positions(plan)) == plan.n_batches
+        assert all(positions(plan))
+        own = set(itertools.chain(*positions(plan)[: plan.n_batches - plan.padded]))
+        assert plan.owns(np.arange(how[2])).tolist() == [p in own for p in range(how[2])]
 
 
 @given(drawn(), st.data())

@@ -132,7 +132,7 @@ def same(got, written, dtype=None) -> bool:
     if written is None or got is None:
         return got is None and written is None
     if isinstance(got, torch.Tensor):
-        got = got.float().numpy()
+        got = got.float().numpy()[()]  # of one element a number, which may be NaN
     if isinstance(written, float) and not isinstance(got, np.ndarray):
         return math.isclose(got, written, rel_tol=0, abs_tol=0) or (math.isnan(got) and math.isnan(written))
     if isinstance(written, np.ndarray):

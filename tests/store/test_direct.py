@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store import direct
+from tiercache.store import direct, local_upload
 from tiercache.store.direct import ALIGN_BYTES, MIN_BYTES, DirectWriter
 from tiercache.store.local import LocalFolder
 
 SIZES = (MIN_BYTES - 1, MIN_BYTES, MIN_BYTES + 1, 2 * MIN_BYTES + ALIGN_BYTES - 1, 3 * MIN_BYTES)
+
+
+@pytest.fixture(autouse=True)
+def from_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays in the cache because it is written first."""
+    monkeypatch.setattr(local_upload, "CACHED_BYTES", 0)
 
 
 def aligned(n_bytes: int, shift: int = 0) -> np.ndarray:
@@ -54,15 +60,39 @@ def test_only_whole_pages_of_large_parts_at_whole_pages_go_directly(tmp_path: Pa
         assert writer.write(aligned(MIN_BYTES).data, 0) == 0
 
 
+def test_what_a_store_writes_first_stays_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def write(self: DirectWriter, data: memoryview, offset: int) -> int:
+        asked.append(offset)
+        return 0
+
+    monkeypatch.setattr(DirectWriter, "write", write)
+    monkeypatch.setattr(local_upload, "CACHED_BYTES", 4 * MIN_BYTES)
+    store = LocalFolder(tmp_path)
+    for key in ("a", "b"):  # two shards
+        made = store.create(key)
+        for number in range(2):
+            made.put_part(number, aligned(MIN_BYTES).data)
+        made.complete()
+    assert asked == []
+    made = store.create("c")
+    for number in range(2):
+        made.put_part(number, aligned(MIN_BYTES).data)
+    made.complete()
+    assert asked == [0, MIN_BYTES]
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EFAULT])
 @pytest.mark.parametrize("n_written", [0, ALIGN_BYTES, ALIGN_BYTES + 1])
 def test_a_file_system_that_refuses_what_it_opened_gets_the_rest_the_usual_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int, refusal: int
 ) -> None:
     said = []
 
     def refuse(fd: int, data: memoryview, offset: int) -> int:
         if said or not n_written:
-            raise OSError(errno.EINVAL, "no")
+            raise OSError(refusal, "no")
         said.append(offset)
         return os.pwrite(fd, data[:n_written], offset)
 

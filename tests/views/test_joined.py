@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 from collections import Counter
 
@@ -103,6 +104,35 @@ def test_figures_of_parts_that_share_a_data_set_are_counted_once(parts):
     a[:]
     assert tc.concat([a.take(3), a.skip(3)]).source.figures() == a.source.figures()
     assert len(tc.concat([a.take(3), a.skip(3)]).source.leaves) == 1
+
+
+def test_joined_views_of_one_data_set_stay_views_of_one(parts):
+    a = parts[0]
+    joined = a.take(3) + a.skip(3)
+    for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
+        assert len(made.source.leaves) == 1
+    assert len(joined.source.at_versions([1, 1]).leaves) == 1
+    assert len(joined.source.scanning(["id"]).leaves) == 1
+    narrow = joined.select_columns(["id"])
+    assert narrow.source.figures() == a.source.figures()
+    assert [int(record["id"]) for record in narrow] == A
+
+
+def test_any_iterable_of_data_sets_is_joined_and_mixed(parts):
+    assert len(tc.concat(part for part in parts)) == 112
+    assert len(tc.mix(iter(parts[:2]), iter([1, 1]))) == len(tc.mix(parts[:2], [1, 1]))
+
+
+def test_labels_with_other_names_are_not_joined(tmp_path):
+    for folder, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"]), ("c", None)):
+        metadata = None if names is None else {"tiercache.classes": json.dumps(names)}
+        schema = pa.schema([pa.field("label", pa.int64(), nullable=False, metadata=metadata)])
+        with tc.Writer(tmp_path / folder, schema=schema) as writer:
+            writer.write_batch({"label": np.arange(2)})
+    a, b, c = (tc.Dataset(tmp_path / folder) for folder in "abc")
+    with pytest.raises(tc.SchemaError, match=r"'label'.*other names"):
+        a + b
+    assert (a + a + c).schema.columns[0].classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,23 @@ def test_a_filter_that_comes_too_late_for_its_file_is_evaluated_again(packed, ow
     assert again.source.parts == parts
 
 
-def test_threads_that_pickle_at_once_share_one_file(packed, own_folder):
+class _Together:
+    """A lock that nobody has before all have come to it."""
+
+    def __init__(self, n):
+        self.barrier, self.lock = threading.Barrier(n), threading.Lock()
+
+    def __enter__(self):
+        self.barrier.wait()
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_threads_that_pickle_at_once_share_one_file(packed, own_folder, monkeypatch):
     view, found = shuffled(packed), []
+    monkeypatch.setattr(spool, "_lock", _Together(8))
     threads = [threading.Thread(target=lambda: found.append(pickle.dumps(view))) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -209,6 +224,7 @@ def test_files_of_processes_that_are_gone_go_with_the_next_pickle(own_folder, en
 
 
 def test_a_sweep_leaves_other_files_alone(own_folder):
+    os.mkfifo(own_folder / f"{spool.PREFIX}pipe")
     (own_folder / "mine.txt").write_text("x")
     (own_folder / f"{spool.PREFIX}link").symlink_to(own_folder / "mine.txt")
     kept = Selection.of(np.random.default_rng(1).permutation(1000))

@@ -6,6 +6,7 @@ import itertools
 import pickle
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -16,6 +17,7 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
+from tiercache import opened
 from tiercache.opened import OpenedVersion
 from tiercache.shard.reader import ShardReader
 from tiercache.views import rows
@@ -113,6 +115,22 @@ def test_every_way_of_reading_a_chain_of_views_gives_the_lists_records(dataset, 
         assert sorted(shuffled) == sorted(ids)
 
 
+def test_block_tables_that_another_thread_pushes_out_are_still_given(packed, monkeypatch):
+    source = tc.Dataset(packed).source
+    expected = [table.records.tolist() for table in source.block_tables([0, 1])]
+    source = tc.Dataset(packed).source
+    monkeypatch.setattr(opened, "MAX_TABLES", 2)
+    read = OpenedVersion._read_table
+
+    def crowded(self, shard):
+        if shard == 0:
+            self.block_tables([2, 3, 4])
+        return read(self, shard)
+
+    monkeypatch.setattr(OpenedVersion, "_read_table", crowded)
+    assert [table.records.tolist() for table in source.block_tables([0, 1])] == expected
+
+
 def test_numbers_outside_a_view_are_refused(dataset):
     view = dataset.skip(10).take(5)
     assert view[-5]["id"] == 10
@@ -148,11 +166,18 @@ def test_shards_are_runs_that_differ_by_one_record_at_most_and_are_everything(da
         (lambda d: d.select([0.5]), TypeError, "integers"),
         (lambda d: d.select(["a"]), TypeError, "integers"),
         (lambda d: d.select([[1, 2]]), TypeError, "dimensions"),
-        (lambda d: d.select(3), TypeError, "dimensions"),
+        (lambda d: d.select(3), TypeError, "the type int"),
         (lambda d: d.select(pc.field("id") == 3), TypeError, r"filter\(\)"),
         (lambda d: d.filter(lambda record: True), TypeError, "pyarrow expression"),
         (lambda d: d.filter("id == 3"), TypeError, "pyarrow expression"),
         (lambda d: d.select([2**63]), IndexError, "150"),
+        (lambda d: d.select(range(10**12)), IndexError, "record 999999999999 of a data set of 150"),
+        (lambda d: d.select(range(10**30, 0, -1)), IndexError, "150"),
+        (lambda d: d.select(range(0, -152, -1)), IndexError, "record -151"),
+        (lambda d: d.select(pa.array([None, *[True] * 149])), TypeError, "one is missing"),
+        (lambda d: d.select([10**30]), TypeError, "64 bits"),
+        (lambda d: d.select_columns([]), ValueError, "columns is empty"),
+        (lambda d: d.select_columns("id"), TypeError, "a list of names"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused_with_what_can(dataset, call, error, said):
@@ -173,6 +198,9 @@ def test_masks_come_in_any_form_and_ranges_too(dataset):
         assert ids_of(dataset.select(form)) == [0, 50, 100]
     assert ids_of(dataset.select(range(3, 6))) == [3, 4, 5]
     assert ids_of(dataset.select(range(6, 0, -2))) == [6, 4, 2]
+    assert ids_of(dataset.select(range(-3, 0))) == [147, 148, 149]
+    assert ids_of(dataset.select(range(10**12, 10**12))) == []
+    assert ids_of(dataset.select(pd.Series(mask, dtype="boolean", index=range(7, N + 7)))) == [0, 50, 100]
     assert dataset.select(range(3, 140)).source.selection.n_bytes == 24
 
 
@@ -187,6 +215,8 @@ def test_columns_transforms_and_subclasses_stay_with_a_view(packed):
     plain = tc.Dataset(packed).take(3)
     assert plain.select_columns(["text", "id"])[1] == {"text": "text 1", "id": 1}
     assert plain.select_columns(["id"]).skip(1).column_names == ["id"]
+    for form in (np.array(["text", "id"]), iter(["text", "id"])):
+        assert plain.select_columns(form).column_names == ["text", "id"]
 
 
 def _text(record):
@@ -194,21 +224,21 @@ def _text(record):
 
 
 def test_shards_without_chosen_records_are_neither_opened_nor_warmed(packed, monkeypatch):
-    opened = []
+    seen = []
     make = ShardReader.__init__
 
     def note(self, store, name, **options):
-        opened.append(name)
+        seen.append(name)
         make(self, store, name, **options)
 
     monkeypatch.setattr(ShardReader, "__init__", note)
     view = tc.Dataset(packed).select([0, N - 1])
     names = [view.source.below.table.info(i).name for i in range(len(view.source.shard_records))]
     for read in (list, lambda v: v[:], lambda v: list(v.to_arrow()), lambda v: list(tc.DataLoader(v, shuffle=True))):
-        opened.clear()
+        seen.clear()
         view.close()
         read(view)
-        assert set(opened) == {names[0], names[-1]}
+        assert set(seen) == {names[0], names[-1]}
     warmed = []
     monkeypatch.setattr(OpenedVersion, "warm", lambda self, shards, **options: warmed.extend(shards))
     view.warm()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -41,7 +42,7 @@ def prepare(loader: DataLoader[Any], accelerator: Accelerator | None = None) -> 
             `dispatch_batches`; ranks that are not those of Accelerate's device mesh.
     """
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"prepare() takes a tiercache.DataLoader, got a {type(loader).__name__}")
+        raise TypeError(f"prepare(loader, accelerator) takes a tiercache.DataLoader, got a {type(loader).__name__}")
     accelerator = Accelerator() if accelerator is None else accelerator
     _check(loader, accelerator)
     prepared = PreparedLoader.__new__(PreparedLoader)
@@ -66,7 +67,9 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
 
     def take_over(self, loader: DataLoader[Any], accelerator: Accelerator) -> None:
         """Go on where loader stands, as accelerator says."""
-        self.__setstate__(loader.__getstate__())
+        state = loader.__getstate__()
+        asked, begun = state["_native"]
+        self.__setstate__({**state, "_native": (replace(asked, fills_first=accelerator.even_batches), begun)})
         # torch forbids to set a batch sampler, and this one is for those who ask Accelerate's loaders for theirs.
         self.__dict__["batch_sampler"] = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
@@ -120,16 +123,12 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         n_global: records of all ranks' last batches, without padding.
         """
         self.end_of_dataloader = True
-        n_ranks = self.batch_sampler.num_processes
-        share, n_longer = divmod(n_global, n_ranks)
-        if not self.batch_sampler.even_batches or not share or not n_longer:
-            self.remainder = n_global % self.total_batch_size
-            return batch
-        # gather_for_metrics cuts what was gathered, rank by rank, at its end: right if only the last rank repeats one.
-        # Of more it would drop others' records, so nothing is dropped, and as many are counted twice.
-        self.remainder = n_global if n_longer == n_ranks - 1 else 0
-        batch, n_repeated = with_last_repeated(batch, math.ceil(n_global / n_ranks))
-        self._n_repeated += n_repeated
+        self.remainder = n_global % self.total_batch_size
+        if self.batch_sampler.even_batches:
+            # gather_for_metrics cuts what was gathered, rank after rank, at its end: the first ranks have full shares
+            # (`fills_first`), so what is repeated stands there.
+            batch, n_repeated = with_last_repeated(batch, math.ceil(n_global / self.batch_sampler.num_processes))
+            self._n_repeated += n_repeated
         return batch
 
 

@@ -7,7 +7,6 @@ import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import TierCacheError
@@ -38,6 +37,17 @@ class Begun:
     loading: tuple[Loading, ...]
 
 
+def drop(ready: Future[Begun | None]) -> None:
+    """Let what is not loaded of a beginning not be loaded: now, or once it is made ready. Repeatable."""
+    ready.add_done_callback(_cancel)
+
+
+def _cancel(ready: Future[Begun | None]) -> None:
+    begun = ready.result()
+    for one in begun.loading if begun is not None else ():
+        one.cancel()
+
+
 class Coming:
     """The epoch after the one that is served, if it comes as expected. Its planner prepares, its loader takes.
 
@@ -55,13 +65,17 @@ class Coming:
         self._is_expected = is_expected
         self._lock = threading.Lock()
         self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
+        self._share: OrderShare | None = None
         self._is_over = False  # taken or forgotten: nothing is to be made ready any more
         self._pid = os.getpid()
 
-    @cached_property
+    @property
     def share(self) -> OrderShare:
         """What the rank is served of it. Planned when first asked for; two threads would plan the same."""
-        return self._plan_epoch(self._state)
+        # Not a cached_property: until Python 3.12 all instances share its lock, which a forked child may inherit held.
+        if self._share is None:
+            self._share = self._plan_epoch(self._state)
+        return self._share
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
         """Shards that it begins with, about n_bytes (stored) of them."""
@@ -104,9 +118,8 @@ class Coming:
         if self._pid != os.getpid():
             return
         ready = self._end()
-        begun = ready.result() if ready is not None and ready.done() else None
-        for one in begun.loading if begun is not None else ():
-            one.cancel()
+        if ready is not None:
+            drop(ready)
 
     def __del__(self) -> None:
         if hasattr(self, "_pid"):

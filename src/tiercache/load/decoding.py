@@ -66,6 +66,7 @@ class DecodedPipeline:
     def __init__(self, work: Work, resources: Resources) -> None:
         load_libraries()  # a missing one is the caller's error, not a thread's
         self._waits = work.waits
+        self._first_batch = work.first_batch
         self._pid = os.getpid()
         ahead = _ahead(work, resources)
         self._line = _Line(ahead)
@@ -111,6 +112,11 @@ class DecodedPipeline:
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(max(0.0, end_s - time.monotonic()))
         _live.discard(self)
+
+    @property
+    def n_taken(self) -> int:
+        """As `Pipeline.n_taken`."""
+        return self._first_batch + self._line.n_taken
 
     @property
     def inherited(self) -> bool:
@@ -195,7 +201,14 @@ class _Line:
         self._ahead = ahead
         self._jobs: deque[_Job] = deque()
         self._opening = self._ended = self._closed = False
+        self._n_added = 0
         self.decode_ns = 0
+
+    @property
+    def n_taken(self) -> int:
+        """Batches that were added and are here no more."""
+        with self._lock:
+            return self._n_added - sum(job.batch is not None for job in self._jobs)
 
     def next_task(self) -> tuple[_Job, int] | None:
         """A picture to decode: (its batch, its number there), number -1: open the next batch. None: the end."""
@@ -218,6 +231,7 @@ class _Line:
             self._ended = self._ended or job.batch is None
             if not self._closed:
                 self._jobs.append(job)
+                self._n_added += job.batch is not None  # else it says the end
             self._room.notify_all()
             self._tell(job)
 

@@ -16,15 +16,24 @@ if TYPE_CHECKING:
     from tiercache.order import Order
 
 
-def plan_epoch(source: Source, rank: Rank, batch_size: int, state: RunState) -> OrderShare:
+def plan_epoch(source: Source, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
     """The rank's share of the state's epoch. Costs O(shards), reads nothing.
+
+    fills_first: as `RankPlan`'s.
 
     Raises:
         ValueError: the state's offset is outside the epoch, or it names an order that there is not.
     """
     order = make_order(source, state)
     ranks = RankPlan(
-        state.offset, rank.world_size, rank.rank, batch_size, state.drop_last, order.n_records, order.n_streams
+        offset=state.offset,
+        world_size=rank.world_size,
+        rank=rank.rank,
+        batch_size=batch_size,
+        drop_last=state.drop_last,
+        n_records=order.n_records,
+        n_streams=order.n_streams,
+        fills_first=fills_first,
     )
     return OrderShare(order, ranks, state.seed, state.epoch)
 

@@ -91,11 +91,16 @@ class NativeIterator(Iterator[Batch]):
         self._pipeline = start_pipeline(work, resources)
 
     def __next__(self) -> Any:
-        # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
-        if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
-            with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
-                return self._take()
-        return self._take()
+        try:
+            # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
+            if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
+                with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
+                    return self._take()
+            return self._take()
+        except KeyboardInterrupt:
+            # Between a batch and its count: that batch is lost, as with torch, but those after it keep their places.
+            self._position.n_yielded = max(self._position.n_yielded, self._pipeline.n_taken)
+            raise
 
     def __iter__(self) -> NativeIterator:
         return self
@@ -181,7 +186,9 @@ class NativeIterator(Iterator[Batch]):
 
 def _pinning() -> Any:
     """What pins a batch; None, with torch's warning, where nothing can be pinned."""
-    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch before 2.6 knows only cuda here
+    accelerator = getattr(torch, "accelerator", None)
+    if accelerator is None:  # torch before 2.6 knows only cuda here, and says nothing
+        return torch.utils.data._utils.pin_memory.pin_memory if torch.cuda.is_available() else None  # noqa: SLF001
     if not accelerator.is_available():
         warnings.warn(
             "'pin_memory' argument is set as true but no accelerator is found, "

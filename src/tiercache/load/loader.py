@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
+from tiercache.load.bulk import BatchSampler
 from tiercache.load.collate import collate
 from tiercache.load.options import LoaderOptions
 from tiercache.load.ranks import Rank
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
-from tiercache.load.sampling import Lead, tell_epoch
+from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
 from tiercache.load.source import Source
 from tiercache.load.state import RunState
 
@@ -46,6 +49,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         options: seed, ranks, shuffle quality and resources of the native path.
 
     Raises:
+        TypeError: options that are no LoaderOptions.
         ValueError: arguments that torch refuses; options for a loader that does not take the native path.
     """
 
@@ -78,6 +82,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             collate_fn = collate if dataset.is_plain else default_collate
         # Of the native path: torch's loader draws nothing when it is made, where torchdata's draws a seed.
         random_state = None if why_not else torch.get_rng_state()
+        self._sampled = sampler is not None or batch_sampler is not None
+        shuffled = bool(shuffle)
+        if shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
+            shuffle, sampler = None, RandomSampler(dataset, generator=generator)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -101,17 +109,17 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 in_order=in_order,
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
+        if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
+            self.batch_sampler.__class__ = BatchSampler  # torchdata makes it, and it may not be replaced after that
         if random_state is not None:
             torch.set_rng_state(random_state)
-        if options is not None and why_not:
-            raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}")
-        self._sampled = sampler is not None or batch_sampler is not None
+        _check_options(options, why_not)
         self._native: NativeRun | SampledRun | None = None
         if not why_not:
             self._native = self._run(
                 Asked(
                     batch_size=int(batch_size or 1),
-                    shuffle=bool(shuffle),
+                    shuffle=shuffled,
                     drop_last=drop_last,
                     timeout_s=timeout,
                     pin_memory=pin_memory,
@@ -126,7 +134,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def __iter__(self) -> Any:
         if self._native is None:
             return super().__iter__()
-        if self.pin_memory and self.pin_memory_device:
+        if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
         return self._native.iterate()
 
@@ -137,15 +145,27 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         """Where the loader stands: plain values, for a checkpoint; on the native path equal on every rank."""
         if isinstance(self._native, NativeRun):
             return self._native.state().to_dict()
-        return super().state_dict() if self._native is None else self._native.state()
+        state: dict[str, Any] = super().state_dict() if self._native is None else self._native.state()
+        epoch = told_epoch(self._index_sampler)
+        return state if epoch is None else {**state, SAMPLER_EPOCH: epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a state was taken, on any number of ranks.
 
         Raises:
+            TypeError: not a dict.
             ValueError: not a state of this kind of loader, or options that differ from it.
             ObjectChanged: the data set is not the one that the state was taken on.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict() takes what state_dict() gave, a dict, got {state_dict!r}")
+        if SAMPLER_EPOCH in state_dict:  # before the sampler is asked for its iterator
+            tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
+        if not isinstance(self._native, NativeRun) and {"parts", "offset"} <= state_dict.keys():
+            raise ValueError(
+                "the state is of tiercache's own order: it is for a loader over a tiercache.Dataset without a sampler, "
+                f"a transform or a collate function, as it was saved by, and this is {self!r}"
+            )
         if self._native is None:
             super().load_state_dict(state_dict)
         elif state_dict == {}:  # as torchdata: of a loader that has not begun
@@ -207,6 +227,16 @@ def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch
     if not dataset.is_plain:
         return "the data set has a transform, or is of a subclass that says what a record is"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
+
+
+def _check_options(options: Any, why_not: str) -> None:
+    """Raise TypeError, ValueError for options that are none, or that nothing here would heed."""
+    if options is None:
+        return
+    if not isinstance(options, LoaderOptions):
+        raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
+    if why_not:
+        raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}; leave it out")
 
 
 def _check_sampled(options: LoaderOptions) -> None:

@@ -115,6 +115,7 @@ class Pipeline:
         threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
+        self._waited: deque[Slot | int] = deque(maxlen=1)  # as well: there for a moment, longer where Ctrl-C struck
         self._taken_rows = self._n_batches = self._n_bytes = 0
         self._pid = os.getpid()
         self._taking = threading.RLock()
@@ -155,9 +156,15 @@ class Pipeline:
             self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
         with self._taking:  # the lists of a batch are filled from the windows
             self._ahead.clear()
+            self._waited.clear()
             self._ring.forget()
             self._shared.pieces.clear()
         _live.discard(self)
+
+    @property
+    def n_taken(self) -> int:
+        """Batches of the share before the next one that take() gives: of one that Ctrl-C lost, only the ring knows."""
+        return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     @property
     def inherited(self) -> bool:
@@ -205,15 +212,18 @@ class Pipeline:
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
         """The next slot of the ring, or a status."""
-        slot = self._ring.take(0.0)
-        if not isinstance(slot, int):
-            self._work.waits.add_none()
-            return slot
-        start_s = time.perf_counter()
-        try:
-            return self._ring.take(timeout_s)
-        finally:
-            self._work.waits.add(time.perf_counter() - start_s)
+        if not self._waited:
+            slot = self._ring.take(0.0)
+            if not isinstance(slot, int):
+                self._work.waits.add_none()
+                return slot
+            start_s = time.perf_counter()
+            try:
+                # In C from the ring into the deque: Ctrl-C in the wait is heard after it, and loses no batch.
+                self._waited.extend(map(self._ring.take, (timeout_s,)))
+            finally:
+                self._work.waits.add(time.perf_counter() - start_s)
+        return self._waited.popleft()
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
         """As _next_slot. While the consumer reads this batch, threads fill the lists of the next one."""
@@ -244,7 +254,7 @@ class Pipeline:
         return slot
 
     def _stop(self, status: int, timeout_s: float) -> None:
-        if status == END:
+        if status == END or (status == CLOSED and self._shared.ended):  # again, where Ctrl-C struck before it was heard
             self._shared.ended = True
             self.close()
             return

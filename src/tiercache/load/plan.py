@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,19 +29,31 @@ _CALL_ROWS = 128
 # A rank that takes fewer rows of a stretch than so many times its blocks leaves one block in seven (e^-2) untouched:
 # it is worth while to find out which. But not to look through more positions than this (10 ms).
 _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
-_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lot:
     """Rows of a piece that lie in one stretch: where they stand in the piece (None: they are all), where they lie.
 
-    at: positions in the stream, rising.
+    at: positions in the stream, rising; first_blocks: the number in the piece of each window's first block.
     """
 
     stretch: Stretch
     places: NDArray[np.int64] | None
     at: NDArray[np.int64]
+    first_blocks: tuple[int, ...]
+
+    def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Where the rows lie: block, counted as in the piece, and row. There are some."""
+        block, row = _rows_at(self.stretch, self.at)
+        counts = [len(window.blocks) for window in self.stretch.windows]
+        first = self.first_blocks[0]
+        if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):  # as in the stretch, but for a number
+            if first:
+                np.add(block, np.uint32(first), out=block)
+            return block, row
+        ranges = [np.arange(at, at + n, dtype=np.uint32) for at, n in zip(self.first_blocks, counts, strict=True)]
+        return np.concatenate(ranges)[block], row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +61,9 @@ class Piece:
     """Rows in served order, over which the windows of the rank's streams do not change. Immutable.
 
     Attributes:
-        windows: of one or several streams. Those that later pieces go on with stand here too, so that a window is in
-            all pieces from its first row's to its last row's, as the same object.
+        windows: of one or several streams, each once (streams of a mixture share those of a small part). Those that
+            later pieces go on with stand here too, so that a window is in all pieces from its first row's to its last
+            row's, as the same object.
         n_rows: of the piece.
         wanted: bool[n_blocks] for each window: the blocks that the pieces of the window need, this one or later ones.
     """
@@ -86,16 +100,11 @@ class Piece:
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         block, row = np.empty(self.n_rows, np.uint32), np.empty(self.n_rows, np.uint32)
-        first_block = 0
         for lot in self._lots:
-            if len(lot.at):
-                found = _rows_at(lot.stretch, lot.at)
-                if first_block:
-                    np.add(found[0], np.uint32(first_block), out=found[0])
-                if lot.places is None:
-                    return found
-                block[lot.places], row[lot.places] = found
-            first_block += sum(len(window.blocks) for window in lot.stretch.windows)
+            found = lot.find()
+            if lot.places is None:
+                return found
+            block[lot.places], row[lot.places] = found
         return block, row
 
 
@@ -170,20 +179,25 @@ class _Cutter:
     def _piece(self, lanes: list[_Lane], start: int, stop: int) -> Piece:
         """The piece of rows [start, stop), which are cut off their lanes."""
         lots: list[_Lot] = []
-        wanted: list[NDArray[np.bool_]] = []
+        wanted: dict[Window, NDArray[np.bool_]] = {}  # with equal blocks, where streams share a window
+        first_blocks: dict[Window, int] = {}
+        n_blocks = 0
         by_stream = {lane.stream: lane for lane in lanes}
         for stream in sorted(self._held):
-            stretch, blocks = self._held[stream]
-            places = at = _NO_ROWS
+            stretch, of_windows = self._held[stream]
+            for window, blocks in zip(stretch.windows, of_windows, strict=True):
+                if window not in wanted:
+                    wanted[window], first_blocks[window] = blocks, n_blocks
+                    n_blocks += len(blocks)
             lane = by_stream.get(stream)
-            if lane is not None:
-                end = int(np.searchsorted(lane.places, stop))
-                taken = slice(lane.n_cut, end)
-                places, at, lane.n_cut = lane.places[taken] - start, lane.at[taken], end
-            lots.append(_Lot(stretch, None if len(at) == stop - start else places, at))
-            wanted += blocks
-        windows = tuple(window for lot in lots for window in lot.stretch.windows)
-        return Piece(windows, stop - start, tuple(wanted), tuple(lots))
+            if lane is None or lane.n_cut == len(lane.at) or lane.places[lane.n_cut] >= stop:
+                continue
+            end = int(np.searchsorted(lane.places, stop))
+            places, at = lane.places[lane.n_cut : end] - start, lane.at[lane.n_cut : end]
+            firsts = tuple(first_blocks[window] for window in stretch.windows)
+            lots.append(_Lot(stretch, None if len(at) == stop - start else places, at, firsts))
+            lane.n_cut = end
+        return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(lots))
 
     def _let_go(self, lanes: list[_Lane], last_position: int | None) -> None:
         """Let go of stretches that are served. last_position: of all lanes, if other rows follow; None: they do not."""
@@ -202,21 +216,23 @@ class _Cutter:
         self, stream: int, stretch: Stretch, position: int, rest: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.bool_], ...]:
         """The blocks of a stretch that the rank needs from a position on. rest: its rows there, if they are known."""
-        n_blocks = [len(window.blocks) for window in stretch.windows]
-        n_left, ranks = stretch.stop - position, self._ranks
-        sharing = max(ranks.world_size // self._order.n_streams, 1) if not ranks.ignores_streams else ranks.world_size
+        window = stretch.windows[0]
+        if window is not stretch:  # a mixture's: stretches that follow go on with its windows, and need other blocks
+            return tuple(np.ones(len(window.blocks), np.bool_) for window in stretch.windows)
+        n_blocks, n_left, ranks = len(window.blocks), stretch.stop - position, self._ranks
+        sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
         n_rows = n_left // sharing if rest is None else len(rest)
-        if n_rows <= _SPARSE_ROWS * sum(n_blocks) and n_left <= _SPARSE_POSITIONS:
+        if n_rows <= _SPARSE_ROWS * n_blocks and n_left <= _SPARSE_POSITIONS:
             if rest is None:
                 rest = np.arange(position, stretch.stop, dtype=np.int64)
                 rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
-            found = np.zeros(sum(n_blocks), np.bool_)
+            found = np.zeros(n_blocks, np.bool_)
             found[_rows_at(stretch, rest)[0]] = True
+        elif window.key is None and isinstance(window, Window):  # what lies behind is not needed
+            found = window.first[1:] > position - window.start
         else:
-            found = np.ones(sum(n_blocks), np.bool_)
-            if isinstance(stretch, Window) and stretch.key is None:  # what lies behind is not needed
-                found = stretch.first[1:] > position - stretch.start
-        return tuple(np.split(found, np.cumsum(n_blocks)[:-1]))
+            found = np.ones(n_blocks, np.bool_)
+        return (found,)
 
 
 def _lanes(positions: NDArray[np.int64], n_streams: int) -> list[_Lane]:

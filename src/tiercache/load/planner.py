@@ -17,6 +17,7 @@ import numpy as np
 
 from tiercache._native.ring import Plan
 from tiercache.load.ahead import Ahead
+from tiercache.load.coming import drop
 from tiercache.load.pressure import Pressure
 from tiercache.load.share import interleaved
 from tiercache.load.streams import form_table
@@ -82,6 +83,9 @@ def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
         if not is_planned and not shared.stop.done():
             shared.error = error
         ring.finish(failed=True)
+    finally:
+        if work.begun is not None:  # closed before it was needed, perhaps before it was there
+            drop(work.begun)
 
 
 class _Planner:
@@ -164,7 +168,8 @@ class _Planner:
         self._count("load_s", start_s)
         self._pushed_rows += len(rows[0])
         self._shared.pieces.append((self._pushed_rows, Pushed(*rows, joined)))
-        if not self._ring.push(Plan(joined.addresses, *rows, joined, joined.checks, self._shared.forms)):
+        checks = joined.checks_for(len(rows[0]))
+        if not self._ring.push(Plan(joined.addresses, *rows, joined, checks, self._shared.forms)):
             raise CancelledError
         if is_first:  # the first batch does not wait for its whole window
             self._near.bring_near(new, serving)

@@ -32,7 +32,8 @@ class Rank:
     local_ranks: int = 1
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world_size} (from {self.origin})"
+        said_by = "alone" if self.origin == "alone" else f"from {self.origin}"
+        return f"rank {self.rank} of {self.world_size} ({said_by})"
 
 
 def find_rank(options: LoaderOptions) -> Rank:
@@ -74,7 +75,10 @@ def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, 
     for other, (_, theirs) in enumerate(gathered):
         for name, value in theirs.items():
             if value != first[name]:
-                raise ValueError(f"{name}={value!r} on rank {other} differs from rank 0's {first[name]!r}")
+                raise ValueError(
+                    f"{name}={value!r} on rank {other} differs from rank 0's {first[name]!r}: all ranks that share an "
+                    "epoch need the same"
+                )
     return agreed
 
 

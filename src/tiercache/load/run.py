@@ -36,6 +36,7 @@ class Asked:
     """What the loader's own arguments say of the native path.
 
     num_workers, persistent_workers: start no process here; but torch's loader then draws its random numbers otherwise.
+    fills_first: as `RankPlan`'s; integrations ask for it.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class Asked:
     serving: Serving = field(default_factory=Serving)
     num_workers: int = 0
     persistent_workers: bool = False
+    fills_first: bool = False
 
 
 class NativeRun:
@@ -152,7 +154,7 @@ class NativeRun:
         draws = self._draw()
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
         rank = self.rank()
-        plan_share = partial(plan_epoch, self._source, rank, self._asked.batch_size)
+        plan_share = partial(plan_epoch, self._source, rank, self._asked.batch_size, self._asked.fills_first)
         found = None if self._coming is None else self._coming.take(self._source, state)
         share, begun = (plan_share(state), None) if found is None else found
         if share.ranks.ignores_streams:
@@ -176,6 +178,7 @@ class NativeRun:
             draws.sample()  # workers are sent their first indices in iter()
         self._position = position  # only now: an iterator that could not be made is no epoch
         self._coming = coming
+        self._source.when_closed(coming)
         self._n_epochs += 1
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator

@@ -72,8 +72,8 @@ class SampledIterator(Iterator[Any]):
     def _ask(self) -> None:
         """Have the sampler asked as far ahead as it may be.
 
-        Where that is far, by two batches for each that is taken, so that none waits for long; they are planned together
-        when half of what is ahead is not planned yet: for the first batch one, then more and more.
+        Where that is far, by two batches for each that is taken, so that none waits for long. They are planned together
+        when half of what is ahead is not planned yet: for the first batch few, then more and more.
         """
         feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
         ahead = feed.n_drawn - n_yielded
@@ -81,7 +81,7 @@ class SampledIterator(Iterator[Any]):
             self._epoch.draw(lead.n_batches + 1 - ahead)
             feed.tell()
             return
-        self._epoch.draw(min(2, lead.n_batches - ahead))
+        self._epoch.draw(min(8 if self._epoch.is_bulk else 2, lead.n_batches - ahead))
         if 2 * (feed.n_told - n_yielded) <= feed.n_drawn - n_yielded:
             feed.tell()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,15 @@ import torch
 from torch.utils import data as torch_data
 from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
-from torchdata.stateful_dataloader.worker import try_to_deserialize, try_to_serialize
+from torchdata.stateful_dataloader.worker import try_to_deserialize
 
 from tiercache._native.finder import wrapped
+from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of
 from tiercache.load.feed import Drawn, Feed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from numpy.typing import NDArray
 
     from tiercache.load.source import Source
@@ -36,6 +38,7 @@ _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED = (
 )
 STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED)
 OURS = "_tiercache"  # beside them: what random crops are keyed by
+SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # and what a DistributedSampler was told, for it has no state
 
 _PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
 _TORCH = (
@@ -45,8 +48,18 @@ _TORCH = (
     torch_data.distributed.DistributedSampler,
     torchdata_samplers.StatefulDistributedSampler,
 )
-_RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler)
-_BATCH = (torch_data.BatchSampler, torchdata_samplers.BatchSampler)
+
+
+class RandomSampler(torchdata_samplers.RandomSampler, torch_data.RandomSampler):  # type: ignore[misc]  # no types
+    """torchdata's sampler, which has a state, known as a random one to whoever looks for torch's class.
+
+    Lightning puts a DistributedSampler in the place of torch's RandomSampler alone. It wraps any other sampler, and
+    then has each process permute the records by numbers of its own, which no state names.
+    """
+
+
+_RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler, RandomSampler)
+_BATCH = (torch_data.BatchSampler, *OF_TORCHDATA)
 
 
 def runs_ahead(sampler: Any) -> bool:
@@ -68,6 +81,15 @@ def tell_epoch(index_sampler: Any, epoch: int) -> None:
         set_epoch = getattr(sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
+
+
+def told_epoch(index_sampler: Any) -> int | None:
+    """The epoch that a batch sampler, or the sampler below it, was told; None: they want to know of none."""
+    for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
+        epoch = getattr(sampler, "epoch", None)
+        if isinstance(epoch, int) and hasattr(sampler, "set_epoch"):
+            return epoch
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +122,9 @@ def says_size(index_sampler: Any) -> bool:
 class SampledEpoch:
     """One way through a sampler: what it has said, where that stands, what has been handed out. One consumer thread.
 
+    The sampler is asked for its iterator when the first batch is drawn, as torch's loader does: until then it may be
+    told its epoch. Lightning resumes so.
+
     Attributes:
         feed: what was drawn, for the pipeline.
         n_yielded: batches handed out since it began or was resumed.
@@ -110,13 +135,14 @@ class SampledEpoch:
         self.feed = feed
         self.finished = False
         self._index_sampler = index_sampler
-        self._iterator = iter(index_sampler)
+        self._iterator: Iterator[Any] | None = None
+        self._begun: Mapping[str, Any] | None = None  # the state to begin from
         self._listed = source.listed
         self._n_records = int(source.shard_records.sum()) if self._listed is None else len(self._listed)
         self._n_before = self._n_handed = self._n_rows = self._first_row = 0
         self._ended = False
-        self._has_state = isinstance(index_sampler, Stateful), isinstance(self._iterator, Stateful)
-        self._snapshot = self._take_snapshot()
+        self._look: Callable[[], tuple[Any, Any]] = _nothing
+        self._snapshot = self._look()
 
     @property
     def n_yielded(self) -> int:
@@ -130,27 +156,29 @@ class SampledEpoch:
             self._snapshot, self._first_row = drawn.snapshot, drawn.first_row + len(drawn.numbers)
             self._n_handed += 1
 
+    @property
+    def is_bulk(self) -> bool:
+        """Whether the sampler gave all its indices at once, so that asking ahead costs next to nothing."""
+        return isinstance(self._iterator, Bulk)
+
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken, as torchdata's loader does: by the sampler's own state, else by skipping."""
+        self._begun = state
         self._n_before = state[_YIELDED]
-        if any(self._has_state):
-            self._index_sampler = try_to_deserialize(self._index_sampler, state[_INDEX_SAMPLER])
-            self._iterator = iter(self._index_sampler)
-            if state[_SAMPLER_ITER] is not None:
-                self._iterator = try_to_deserialize(self._iterator, state[_SAMPLER_ITER])
-        else:
-            self._iterator = islice(self._index_sampler, self._n_before, None)
-        self._has_state = isinstance(self._index_sampler, Stateful), isinstance(self._iterator, Stateful)
         self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
-        self._snapshot = self._take_snapshot()
+        self._snapshot = state[_INDEX_SAMPLER], state[_SAMPLER_ITER]
         self.finished = state[_FINISHED]
+        if self.finished:  # it will not be drawn from, and the sampler's next epoch begins where this one ended
+            self._begin()
 
     def draw(self, n_batches: int) -> None:
         """Ask the sampler for so many batches more; what it raises, and its end, come in their places."""
+        if n_batches > 0 and not self._ended:
+            iterator = self._begin() if self._iterator is None else self._iterator
         for _ in range(0 if self._ended else n_batches):
             try:
-                numbers = self._numbers(next(self._iterator))
-                snapshot = self._take_snapshot()
+                numbers = self._numbers(next(iterator))
+                snapshot = self._look()
             except StopIteration:
                 return self._end(None)
             except Exception as error:  # noqa: BLE001 -- the user's code: raised when its batch is asked for
@@ -161,6 +189,8 @@ class SampledEpoch:
 
     def state(self) -> dict[str, Any]:
         """After the batches handed out, whatever was drawn since; torchdata's keys."""
+        if self._iterator is None and self._begun is None:
+            self._begin()
         index_sampler, sampler_iter = self._snapshot
         n_batches = self._n_before + self._n_handed
         return {
@@ -176,14 +206,29 @@ class SampledEpoch:
             OURS: {"epoch": self.feed.epoch, "seed": self.feed.seed, "rows": self._first_row},
         }
 
+    def _begin(self) -> Iterator[Any]:
+        """Ask the sampler for its iterator, and have it stand where the epoch begins."""
+        state = self._begun
+        bulk = bulk_of(self._index_sampler, self._n_before, None if state is None else state[_SAMPLER_ITER])
+        if bulk is not None:
+            self._iterator, self._look, self._snapshot = bulk, bulk.look, bulk.look()
+            return bulk
+        iterator: Iterator[Any] = iter(self._index_sampler)
+        if state is not None and (isinstance(self._index_sampler, Stateful) or isinstance(iterator, Stateful)):
+            self._index_sampler = try_to_deserialize(self._index_sampler, state[_INDEX_SAMPLER])
+            iterator = iter(self._index_sampler)
+            if state[_SAMPLER_ITER] is not None:
+                iterator = try_to_deserialize(iterator, state[_SAMPLER_ITER])
+        elif state is not None:
+            iterator = islice(self._index_sampler, self._n_before, None)
+        self._iterator = iterator
+        self._look = _snapshots(self._index_sampler, iterator)
+        self._snapshot = self._look()
+        return iterator
+
     def _end(self, error: Exception | None) -> None:
         self._ended = True
         self.feed.end(error)
-
-    def _take_snapshot(self) -> tuple[Any, Any]:
-        # Asking whether an object is Stateful takes 5 us, and torchdata asks for each.
-        sampler = try_to_serialize(self._index_sampler) if self._has_state[0] else None
-        return sampler, try_to_serialize(self._iterator) if self._has_state[1] else None
 
     def _numbers(self, indices: Any) -> NDArray[np.int64]:
         """Record numbers of what a sampler gave for a batch.
@@ -199,3 +244,31 @@ class SampledEpoch:
             raise TypeError(f"records are chosen by integers, the sampler gave {rows.dtype}")
         numbers = wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), self._n_records)
         return numbers if self._listed is None else self._listed[numbers]
+
+
+def _nothing() -> tuple[Any, Any]:
+    """The states of what has none."""
+    return None, None
+
+
+def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any]]:
+    """What gives the states of a sampler and its iterator, as torchdata's loader asks for them.
+
+    Asking whether an object is Stateful takes 5 us, and torchdata asks for each object and batch: 18 us a batch for its
+    BatchSampler, whose iterator's state is put together here in 1 us.
+    """
+    of_sampler, of_iterator = isinstance(index_sampler, Stateful), isinstance(iterator, Stateful)
+    if not of_sampler and not of_iterator:
+        return _nothing
+    if of_sampler or type(iterator) not in BATCH_ITERATORS:
+        return lambda: (
+            index_sampler.state_dict() if of_sampler else None,
+            iterator.state_dict() if of_iterator else None,
+        )
+    below = {"sampler_state": iterator.sampler, "sampler_iter_state": iterator.sampler_iter}  # torchdata's keys
+    stateful = [(key, one) for key, one in below.items() if isinstance(one, Stateful)]
+
+    def look() -> tuple[None, dict[str, Any]]:
+        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: one.state_dict() for key, one in stateful}
+
+    return look

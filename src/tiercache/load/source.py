@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from tiercache.model import Part
+from tiercache.model import Keeper, Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
 
-__all__ = ["Part", "Source"]
+__all__ = ["Keeper", "Part", "Source"]
 
 
 @runtime_checkable
@@ -98,6 +98,9 @@ class Source(Protocol):
 
         False: by now there is none, or it is right. In any case load() reads anew what is there.
         """
+
+    def when_closed(self, keeper: Keeper) -> None:
+        """Call keeper.forget() when this is closed, unless the keeper has gone: it is referred to weakly."""
 
     def at_versions(self, versions: Sequence[int]) -> Source:
         """The same choice, selected and joined in the same way, of other versions: one for each of `parts`.

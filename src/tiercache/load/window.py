@@ -86,6 +86,19 @@ class Joined:
         parts = [loaded.addresses for loaded in self.windows]
         self.addresses: NDArray[np.uint64] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         self._ends = np.cumsum([part.shape[1] for part in parts])
+        self._checks: NDArray[np.uint64] | None = None
+        self._n_asked = 0
+
+    def checks_for(self, n_rows: int) -> NDArray[np.uint64] | None:
+        """As Loaded.checks, of all windows, for so many rows; some of what it names may have been checked since.
+
+        Looking what is left costs 0.2 us a chunk: for a few rows of many blocks more than to look each page up once
+        more. So it is looked up once in as many rows as there are chunks.
+        """
+        self._n_asked += n_rows
+        if self._checks is None or self._n_asked >= self.addresses.shape[0] * self.addresses.shape[1]:
+            self._checks, self._n_asked = self.checks, 0
+        return self._checks
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
@@ -163,6 +176,7 @@ class Loading:
             loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
         finally:
             self.cancel()  # after an error: what has not begun need not
+            self._loaded, self._work = [], []  # an epoch knows how it began to its end, and must not keep this memory
         for number, (places, blocks) in enumerate(loaded):
             addresses[:, places] = blocks.addresses
             holder[places] = number

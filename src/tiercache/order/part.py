@@ -127,9 +127,8 @@ class Lane:
     _last: list[Run]
 
     @staticmethod
-    def of(part: MixedPart, deal: Deal, number: int, stream: int, epoch: int) -> Lane:
-        """The lane of a stream of the mixture in an epoch; number: the part's."""
-        turned, quota = deal.turned(stream, number), deal.quotas(stream)[number]
+    def of(part: MixedPart, deal: Deal, turned: int, quota: int, epoch: int) -> Lane:
+        """The lane of a stream of the mixture in an epoch; turned: the stream's number as the part counts them."""
         if part.n_streams == deal.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return Lane(part, turned, epoch * quota, 1, quota, length, [])
@@ -137,9 +136,12 @@ class Lane:
 
     def run_at(self, draw: int) -> Run:
         """The run that holds a draw; the last one is kept."""
-        if not (self._last and self._last[0].start <= draw < self._last[0].stop):
-            self._last[:] = [self._run(draw)]
-        return self._last[0]
+        for run in self._last:  # one, or none yet; another thread may put its own there meanwhile
+            if run.start <= draw < run.stop:
+                return run
+        run = self._run(draw)
+        self._last[:] = [run]
+        return run
 
     def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
         """Shards read from a draw on, in reading order, that hold so many stored bytes; None: for all draws left."""

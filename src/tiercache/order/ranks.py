@@ -25,8 +25,8 @@ class RankPlan:
 
     Every rank has the same number of batches. What is left after the last full global batch, counted from the offset,
     is dropped with drop_last; otherwise it makes one more global batch, listed the same way and split evenly (shares
-    differ by one at most), and a rank that it leaves empty-handed takes the record at the start of its first stream:
-    padding, no part of the global sequence.
+    differ by one at most), or so that the first ranks have full shares and a later one the rest. A rank that it leaves
+    empty-handed takes the record at the start of its first stream: padding, no part of the global sequence.
 
     Attributes:
         offset: records of the epoch that were served before.
@@ -35,6 +35,8 @@ class RankPlan:
         drop_last: as above.
         n_records: of the epoch.
         n_streams: of the order.
+        fills_first: what is left fills the first ranks, each with as many records as the longest even share has: who
+            makes all shares of that size by repeating records has all repeated ones behind the last rank's own.
     """
 
     offset: int
@@ -44,6 +46,7 @@ class RankPlan:
     drop_last: bool
     n_records: int
     n_streams: int = 1
+    fills_first: bool = False
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError naming the one that is out of range."""
@@ -79,7 +82,8 @@ class RankPlan:
     @property
     def padded(self) -> int:
         """Records of this rank that are padding: 0, or 1 in its last batch."""
-        return int(0 < self.n_left <= self.rank)
+        start, stop = self._last_share
+        return int(self.n_left > 0 and start == stop)
 
     @property
     def n_served(self) -> int:
@@ -168,6 +172,9 @@ class RankPlan:
     @property
     def _last_share(self) -> tuple[int, int]:
         """This rank's slots [start, stop) of what is left; none where it pads."""
+        if self.fills_first:
+            share = -(-self.n_left // self.world_size)
+            return min(self.rank * share, self.n_left), min((self.rank + 1) * share, self.n_left)
         share, longer = divmod(self.n_left, self.world_size)
         start = self.rank * share + min(self.rank, longer)
         return start, start + share + (self.rank < longer)

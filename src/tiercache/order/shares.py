@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,15 +51,15 @@ class Deal:
     totals: tuple[int, ...]
     n_streams: int
 
-    def turned(self, stream: int, part: int) -> int:
-        """The stream's number as the part counts them: 0 is the first to get a record more than others."""
-        return (stream - sum(self.totals[:part])) % self.n_streams
+    def turns(self, stream: int) -> tuple[int, ...]:
+        """The stream's number as each part counts them: 0 is the first to get a record more than others."""
+        before = accumulate(self.totals[:-1], initial=0)
+        return tuple((stream - n_records) % self.n_streams for n_records in before)
 
     def quotas(self, stream: int) -> tuple[int, ...]:
         """Records that a stream takes of each part in an epoch; together ceil((n - stream) / S)."""
-        return tuple(
-            stream_records(total, self.n_streams, self.turned(stream, part)) for part, total in enumerate(self.totals)
-        )
+        of_parts = zip(self.totals, self.turns(stream), strict=True)
+        return tuple(stream_records(total, self.n_streams, turned) for total, turned in of_parts)
 
 
 def stream_records(n_records: int, n_streams: int, stream: int) -> int:

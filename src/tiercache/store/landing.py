@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from threading import Condition, Event
 from typing import Generic, TypeVar
 
@@ -124,17 +125,22 @@ def read_requests(
 
 
 def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:
-    pending = set(futures)
-    while pending:
+    # Not concurrent.futures.wait: a request that close() cancels before a thread took it never ends for that.
+    ended: SimpleQueue[Future[None]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(ended.put)
+    n_pending = len(futures)
+    while n_pending:
         timeout_s = patience.left_s
         if patience.cancel is not None:
             timeout_s = _CANCEL_POLL_S if timeout_s is None else min(timeout_s, _CANCEL_POLL_S)
-        done, pending = wait(pending, None if timeout_s is None else max(timeout_s, 0.0), FIRST_EXCEPTION)
-        for future in done:
-            try:
-                future.result()
-            except CancelledError as error:
-                message = f"{patience.doing}: the store was closed meanwhile"
-                raise StoreError(message, url=patience.url, retryable=True) from error
-        if pending:
+        try:
+            ended.get(timeout=None if timeout_s is None else max(timeout_s, 0.0)).result()
+            n_pending -= 1
+        except Empty:
+            pass
+        except CancelledError as error:
+            message = f"{patience.doing}: the store was closed meanwhile"
+            raise StoreError(message, url=patience.url, retryable=True) from error
+        if n_pending:
             patience.check()

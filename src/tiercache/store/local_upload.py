@@ -9,7 +9,7 @@ from threading import Condition
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Upload
-from tiercache.store.direct import MIN_BYTES, DirectWriter
+from tiercache.store.direct import CACHED_BYTES, MIN_BYTES, DirectWriter
 from tiercache.store.parts import in_order
 from tiercache.store.posix import NewFile, copy_bytes, file_info, os_errors, write_all
 
@@ -70,7 +70,7 @@ class FileUpload(Upload):
         self._end = 0
         self._n_writers = 0
         self._parts: dict[int, ByteRange] = {}
-        self._direct: DirectWriter | None = None  # made for the first large part
+        self._direct: DirectWriter | None = None  # made for the first part that may go past the page cache
         self._open = True
 
     def put_part(self, number: int, data: Buffer) -> None:
@@ -81,11 +81,11 @@ class FileUpload(Upload):
                 raise ValueError(
                     f"{self._key}: part {number}: parts count from 0 and come before complete() or abort()"
                 )
+            if self._direct is None and flat.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
+                self._direct = DirectWriter(self._file.fd)
             place = ByteRange(self._end, self._end + flat.nbytes)
             self._end = place.end
             self._n_writers += 1
-            if self._direct is None and flat.nbytes >= MIN_BYTES:
-                self._direct = DirectWriter(self._file.fd)
         written = False
         try:
             with os_errors(f"put_part {number}", self._url):

@@ -53,12 +53,12 @@ class Choosing:
         n = self.source.n_records
         if isinstance(chosen, pc.Expression) or callable(chosen):
             raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
-        if isinstance(chosen, range) and chosen.step == 1 and 0 <= chosen.start <= chosen.stop <= n:
-            return self._choose(Select(Selection.span(chosen.start, chosen.stop)))
-        # An array of a range is made 100 times faster by its three numbers.
-        given = np.arange(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else np.asarray(chosen)
+        if isinstance(chosen, range):
+            return self._choose(Select(_of_range(chosen, n)))
+        given = np.asarray(chosen)
         if given.ndim != 1:
-            raise TypeError(f"select() takes a list of record numbers or a mask, got {given.ndim} dimensions")
+            found = f"{given.ndim} dimensions" if given.ndim else f"the type {type(chosen).__name__}"
+            raise TypeError(f"select() takes a list or array of record numbers or a mask, got {found}")
         if given.dtype == np.bool_:
             if len(given) != n:
                 raise ValueError(f"a mask of {len(given)} for {n} records: it needs one value a record")
@@ -117,10 +117,25 @@ def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
     """Record numbers, int64[.], 0 <= number < n, negative ones counted from the end. Raises IndexError, TypeError."""
     rows = np.asarray(indices)
     if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
-        raise TypeError(f"records are chosen by integers, got {rows.dtype}")
+        hints = {"O": ": one is missing, or has more than 64 bits"}
+        hints["U"] = f" ({indices!r:.60}): columns are chosen by select_columns([...])"
+        raise TypeError(f"records are chosen by integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
     if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
         raise IndexError(f"record {int(rows.max())} of a data set of {n}")
     return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
+
+
+def _of_range(chosen: range, n: int) -> Selection:
+    """The numbers of a range that has any number of them, without making those that are not there."""
+    if not chosen:
+        return Selection.span(0, 0)
+    for end in (chosen[0], chosen[-1]):
+        if not -n <= end < n:
+            raise IndexError(f"record {end} of a data set of {n}")
+    if chosen.step == 1 and chosen.start >= 0:
+        return Selection.span(chosen.start, chosen.stop)
+    # 100 times faster than from the range itself.
+    return Selection.of(record_numbers(np.arange(chosen.start, chosen.stop, chosen.step), n))
 
 
 def _count(n: int) -> int:

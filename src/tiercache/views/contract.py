@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from tiercache.load.source import Source
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
-    from tiercache.model import Part
-    from tiercache.order import BlockTable
-    from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
 
@@ -55,65 +54,11 @@ class Leaf(Protocol):
         """As Readable.close."""
 
 
-class Readable(Protocol):
-    """load.source.Source, and what reading by index, filters and warming need. Methods are for any thread."""
-
-    @property
-    def url(self) -> str:
-        """As Source.url."""
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """As Source.parts."""
-
-    @property
-    def schema(self) -> Schema:
-        """As Source.schema."""
-
-    @property
-    def shard_records(self) -> NDArray[np.int64]:
-        """As Source.shard_records."""
-
-    @property
-    def shard_bytes(self) -> NDArray[np.int64]:
-        """As Source.shard_bytes."""
-
-    @property
-    def listed(self) -> NDArray[np.int64] | None:
-        """As Source.listed."""
-
-    @property
-    def mixture(self) -> Any:
-        """As Source.mixture."""
-
-    def block_tables(self, shards: Sequence[int]) -> Sequence[BlockTable]:
-        """As Source.block_tables."""
-
-    def stored_rows(
-        self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
-    ) -> NDArray[np.uint32]:
-        """As Source.stored_rows."""
-
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """As Source.load."""
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """As Source.prefetch."""
-
-    def is_at_hand(self, shard: int) -> bool:
-        """As Source.is_at_hand."""
-
-    def is_near(self, shard: int) -> bool:
-        """As Source.is_near."""
-
-    def heal(self, shard: int) -> bool:
-        """As Source.heal."""
+class Readable(Source, Protocol):
+    """A Source, and what reading by index, filters and warming need. Methods are for any thread."""
 
     def at_versions(self, versions: Sequence[int]) -> Readable:
         """As Source.at_versions."""
-
-    def figures(self) -> Mapping[str, float]:
-        """As Source.figures."""
 
     @property
     def plan(self) -> Plan:

@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -33,6 +34,11 @@ CHUNK_BYTES = 32 << 20
 # Shards of a store are read side by side, for their time is round trips; evaluation itself takes what cores there are.
 THREADS = 8
 
+# Arrow takes casts for rising where they turn over, and NaN for a number among others: `~(x <= NaN)`, which is true,
+# would rule out every shard.
+_WEIGHED_WRONG = re.compile(r"\bnan\b|allow_int_overflow=true")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -41,8 +47,8 @@ def matching(source: Readable, expression: pc.Expression) -> Selection:
     """Which records make an expression true (null is not true): their places as served.
 
     Raises:
-        SchemaError: a column that is not there, an expression that cannot be evaluated over its columns or is no
-            condition.
+        SchemaError: a column that is not there, an expression that cannot be evaluated over its columns or their
+            values, or is no condition.
         CorruptShard, StoreError: as reading.
     """
     names = columns_of(source.stored_schema, expression)
@@ -63,11 +69,11 @@ def matching(source: Readable, expression: pc.Expression) -> Selection:
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
     """The columns of a schema that an expression names. Raises SchemaError as `matching`."""
+    if re.search(r"\bFieldPath\(\d", _QUOTED.sub("", str(expression))):
+        raise _cannot(schema, expression, "columns are named, pyarrow.compute.field('label'), not counted")
     empty = _empty(schema.columns)
-    try:
+    with _explained(schema, expression):
         _evaluate(empty, expression)
-    except (pa.ArrowException, TypeError) as error:
-        raise _cannot(schema, expression, str(error)) from error
     return [name for name in schema.names if not _can_do_without(empty, expression, name)]
 
 
@@ -78,6 +84,15 @@ def _can_do_without(empty: pa.Table, expression: pc.Expression, name: str) -> bo
     except pa.ArrowException:
         return False
     return True
+
+
+@contextmanager
+def _explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
+    """What Arrow says against an expression, or against its values (a division by zero), as our error."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError) as error:
+        raise _cannot(schema, expression, str(error)) from error
 
 
 def _cannot(schema: Schema, expression: pc.Expression, said: str) -> SchemaError:
@@ -120,7 +135,7 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
     Only integers are known well enough: a NaN is in nobody's least and greatest, and makes `!=` true.
     """
     numbers = {c.name: c for c in source.schema.columns if c.kind is Kind.SCALAR and pa.types.is_integer(c.arrow.type)}
-    if not numbers or not shards:
+    if not numbers or not shards or _WEIGHED_WRONG.search(_QUOTED.sub("", str(expression))):
         return list(shards)
     form, nowhere = pds.IpcFileFormat(), fs.LocalFileSystem()
     fragments = [
@@ -129,7 +144,10 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
     ]
     schema = _empty(source.schema.columns).schema
     weighed = pds.FileSystemDataset(fragments, schema, form, nowhere)
-    return [int(fragment.path) for fragment in weighed.get_fragments(filter=expression)]
+    try:
+        return [int(fragment.path) for fragment in weighed.get_fragments(filter=expression)]
+    except pa.ArrowInvalid:  # such as a limit beyond 2^63 weighed as a float: nothing is known, and nothing ruled out
+        return list(shards)
 
 
 def _known(numbers: dict[str, Column], statistics: str) -> pc.Expression:
@@ -152,7 +170,8 @@ def _runs_of_shard(source: Readable, expression: pc.Expression, shard: int) -> R
     kept = []
     for blocks in _chunks(table):
         arrays = [source.arrays(shard, block) for block in blocks.tolist()]
-        found = _evaluate(_table(source.schema.columns, arrays), expression)
+        with _explained(source.schema, expression):
+            found = _evaluate(_table(source.schema.columns, arrays), expression)
         rows = _rows(source, shard, blocks, table)
         before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
         block = np.repeat(np.arange(len(blocks)), table.records[blocks])

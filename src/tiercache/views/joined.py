@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Part
+    from tiercache.model import Keeper, Part
     from tiercache.order import BlockTable
     from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.blocks import Blocks
@@ -61,8 +61,9 @@ class Joined:
     """
 
     def __init__(self, below: Sequence[Readable]) -> None:
-        for number, source in enumerate(below[1:], start=1):
-            _check_same(below[0].schema, source.schema, number)
+        schemas = {id(source.schema): (source.schema, number) for number, source in reversed(list(enumerate(below)))}
+        for schema, number in schemas.values():  # views of one data set have one, and a sum of them has many views
+            _check_same(below[0].schema, schema, number)
         self.below = tuple(below)
         counts = [len(source.shard_records) for source in below]
         self._first_shard = np.cumsum([0, *counts])
@@ -272,6 +273,11 @@ class Joined:
         for leaf in self.leaves:
             leaf.close()
 
+    def when_closed(self, keeper: Keeper) -> None:
+        """As Source.when_closed: of any of the sources."""
+        for source in self.below:
+            source.when_closed(keeper)
+
     def _of(self, below: Sequence[Readable]) -> Joined:
         """Other sources, joined in the same way."""
         return Joined(below)
@@ -293,6 +299,9 @@ def _check_same(first: Schema, other: Schema, number: int) -> None:
         if mine.name != theirs.name or str(mine) != str(theirs):
             message = f"data set {number} has {theirs.name!r}: {theirs} where data set 0 has {mine.name!r}: {mine}"
             raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
+        if mine.classes and theirs.classes and mine.classes != theirs.classes:
+            message = f"data set {number} has other names for the numbers of its labels than data set 0"
+            raise SchemaError(message, column=mine.name, expected=str(mine.classes), got=str(theirs.classes))
     if len(first) != len(other):
         longer = (first if len(first) > len(other) else other).names[min(len(first), len(other))]
         message = f"data set {number} has {len(other)} columns and data set 0 has {len(first)}: only one has {longer!r}"

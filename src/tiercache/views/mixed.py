@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tiercache.order.mixture import MixtureSpec, StoredMixture
-from tiercache.views.joined import Joined
+from tiercache.views.joined import Joined, Joint
 from tiercache.views.steps import InStoredOrder
 from tiercache.views.view import choose
 
@@ -19,28 +19,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.shard.values import ColumnValues
-    from tiercache.views.contract import Plan, Readable
+    from tiercache.views.contract import Readable
 
 Stop = Literal["first", "all"]
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
+class Blend(Joint):
     """What a mixture is made of."""
 
-    below: tuple[Plan, ...]
     weights: tuple[Any, ...]
     stop: Stop
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """As Plan.columns."""
-        return self.below[0].columns
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """As Plan.versions."""
-        return tuple(version for plan in self.below for version in plan.versions)
 
     def open(self, opened: dict[int, Any]) -> Mixed:
         """As Plan.open."""

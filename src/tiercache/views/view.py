@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Part
+    from tiercache.model import Keeper, Part
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
@@ -247,6 +247,10 @@ class View:
     def close(self) -> None:
         """As Readable.close."""
         self.below.close()
+
+    def when_closed(self, keeper: Keeper) -> None:
+        """As Source.when_closed."""
+        self.below.when_closed(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> Spans:
         """Of k blocks, by shard and number in it."""

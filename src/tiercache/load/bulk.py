@@ -1,0 +1,156 @@
+"""Samplers whose indices can be had all at once, as an array: no Python for each index.
+
+Asking torch's RandomSampler index by index, in lists that become arrays, takes 0.2 us an index: as much as torch's
+whole loader takes to serve one by `Dataset.__getitems__`. Only exact types are taken, and what they draw is drawn as
+they do; tests compare each with torch's loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils import data as torch_data
+from torchdata.stateful_dataloader import sampler as torchdata_samplers
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# More indices than this are asked for one by one: as an array they would take 512 MiB and more.
+MAX_INDICES = 1 << 26
+
+SAMPLES_YIELDED = "samples_yielded"  # torchdata's key in the state of its BatchSampler's iterator
+
+
+class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
+    """torchdata's, whose state it has, with the loop over a batch's indices in C: 15 us a batch of 256 less."""
+
+    def __next__(self) -> list[Any]:
+        batch = list(islice(self.sampler_iter, self.batch_size))
+        self.samples_yielded += len(batch)
+        if len(batch) < (self.batch_size if self.drop_last else 1):
+            raise StopIteration
+        return batch
+
+
+class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
+    """The batch sampler of a loader that was given none."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return _BatchIterator(self.sampler, self.batch_size, self.drop_last)
+
+
+OF_TORCHDATA = (BatchSampler, torchdata_samplers.BatchSampler)
+BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # noqa: SLF001 -- its exact type
+
+
+class Bulk(Iterator[Any]):
+    """A way through a batch sampler over a sampler of known indices; in the place of the batch sampler's iterator."""
+
+    def __init__(
+        self, numbers: NDArray[np.int64], batch_sampler: Any, start: int, at_end: Callable[[], object]
+    ) -> None:
+        self._numbers = numbers
+        self._size, self._drop_last = batch_sampler.batch_size, batch_sampler.drop_last
+        self._has_state = type(batch_sampler) in OF_TORCHDATA
+        self._at = start
+        self._at_end = at_end
+
+    def __next__(self) -> NDArray[np.int64]:
+        """The next batch's indices, a view."""
+        batch = self._numbers[self._at : self._at + self._size]
+        if len(batch) < (self._size if self._drop_last else 1):
+            self._at_end()
+            raise StopIteration
+        self._at += len(batch)
+        return batch
+
+    def look(self) -> tuple[None, dict[str, Any] | None]:
+        """The states of batch sampler and iterator after the batches given."""
+        return None, {SAMPLES_YIELDED: self._at} if self._has_state else None
+
+
+def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
+    """A fresh way through a batch sampler, or on from where its iterator had a state; draws what it draws.
+
+    Args:
+        batch_sampler: torch's or torchdata's, else None is given.
+        n_before: batches that were served.
+        state: of torchdata's iterator, else None.
+
+    Returns:
+        None: the sampler is to be asked itself. Nothing was drawn.
+    """
+    if type(batch_sampler) in OF_TORCHDATA:
+        start = 0 if state is None else state[SAMPLES_YIELDED]
+    elif type(batch_sampler) is torch_data.BatchSampler:
+        start = n_before * batch_sampler.batch_size
+    else:
+        return None
+    found = _indices(batch_sampler.sampler)
+    return None if found is None else Bulk(found[0], batch_sampler, start, found[1])
+
+
+def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
+    """A sampler's indices, int64[n], and what it does at its end; None: it must be asked. It is not empty."""
+    n = _length(sampler)
+    if not 0 < n <= MAX_INDICES:
+        return None
+    if type(sampler) is torch_data.RandomSampler:
+        return _random(sampler)
+    if type(sampler) is torch_data.SequentialSampler:
+        return np.arange(n), _nothing
+    if type(sampler) is torch_data.distributed.DistributedSampler:
+        return _distributed(sampler), _nothing
+    if type(sampler) is range:
+        return np.arange(sampler.start, sampler.stop, sampler.step), _nothing
+    if type(sampler) not in (list, tuple, np.ndarray, torch.Tensor):
+        return None
+    try:
+        numbers = np.array(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
+    except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, a type that NumPy does not know
+        return None
+    is_plain = numbers.ndim == 1 and numbers.dtype.kind in "iu"
+    return (numbers.astype(np.int64, copy=False), _nothing) if is_plain else None
+
+
+def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
+    """As torch: a seed from torch's numbers where it has no generator; one more permutation at its end, if it has."""
+    n = len(sampler.data_source)
+    if sampler.replacement or sampler.num_samples != n:
+        return None
+    generator = sampler.generator
+    at_end: Callable[[], object] = _nothing
+    if generator is None:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    else:
+        at_end = partial(torch.randperm, n, generator=generator)  # its numbers are passed, not served
+    return torch.randperm(n, generator=generator).numpy(), at_end
+
+
+def _distributed(sampler: Any) -> NDArray[np.int64]:
+    """As torch: the permutation of its seed and epoch, repeated from its start or cut to what ranks share evenly."""
+    n = len(sampler.dataset)
+    if sampler.shuffle:
+        generator = torch.Generator()
+        generator.manual_seed(sampler.seed + sampler.epoch)
+        indices = torch.randperm(n, generator=generator).numpy()
+    else:
+        indices = np.arange(n)
+    return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas]
+
+
+def _nothing() -> None:
+    """At the end of what draws nothing."""
+
+
+def _length(sampler: Any) -> int:
+    try:
+        return len(sampler)
+    except TypeError:
+        return 0
