@@ -15,7 +15,15 @@ SOURCES = {
     "checksum": ["csrc/crc32c.c", "csrc/layout.c", "csrc/guard.c"],
     "finder": [],
     "frames": ["csrc/frames.c"],
-    "gather": ["csrc/gather.c", "csrc/copy.c", "csrc/cast.c", "csrc/cast_rows.c", "csrc/check.c", "csrc/crc32c.c", "csrc/guard.c"],
+    "gather": [
+        "csrc/gather.c",
+        "csrc/copy.c",
+        "csrc/cast.c",
+        "csrc/cast_rows.c",
+        "csrc/check.c",
+        "csrc/crc32c.c",
+        "csrc/guard.c",
+    ],
     "permute": ["csrc/permute.c"],
     "records": [],
     "ring": [

@@ -116,7 +116,7 @@ def test_a_mixture_has_exact_shares_in_any_stretch_and_goes_through_its_parts(pa
         times = [counted[i] for i in part]
         assert max(times) - min(times) <= 1  # a part goes on where it stopped, in epochs of its own
     if stop == "first":
-        assert all(max(Counter(epoch).values()) == 1 for epoch in epochs)
+        assert max(Counter(epochs[0]).values()) == 1  # later a part may begin anew within an epoch: its own next one
     else:
         assert all(set(epoch) >= set(range(150)) for epoch in epochs)
 

@@ -52,8 +52,8 @@ def gather(
 ) -> None:
     """Copy the rows into out, a writable contiguous uint8 buffer owned by the caller and not kept.
 
-    kind: FIXED, BITS or VAR, and for elements that are cast on the way (csrc/cast.h) their dtypes' numbers in its higher
-        bytes: kind | from << 8 | to << 16.
+    kind: FIXED, BITS or VAR, and for elements that are cast on the way (csrc/cast.h) their dtypes' numbers in its
+        higher bytes: kind | from << 8 | to << 16.
     out: FIXED n * width_bytes; BITS n bytes; VAR offsets[n] * width_bytes, with the offsets that measure() gave. Cast,
         it has as many elements of the other dtype.
 
