@@ -93,6 +93,8 @@ $(BIN)/python:
 # The install builds the native modules too, so it counts as a native build.
 $(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
 	@echo 'installing tiercache[$*] into $(VENV) (minutes, the first time)'
+	@# First, and alone: beside boto3 and aiobotocore, which take pip many tries, it also tries builds of torchvision that do not fit torch's.
+	@$(if $(filter dev,$*),$(PIP) install torch torchvision)
 	@$(PIP) install --editable '.[$*]'
 	@touch $@ $(VENV)/stamp-native
 

@@ -363,7 +363,8 @@ def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["fi
     Args:
         datasets: as for `concat`, each with one record or more.
         weights: a number above 0 for each; only their ratio counts, taken exactly (a float as its decimal digits).
-        stop: an epoch ends before a data set would be repeated in it ("first"), or when each was served whole ("all").
+        stop: an epoch ends before it would take more records of a data set than that has ("first"), or when each was
+            served whole ("all").
 
     Raises:
         SchemaError, TypeError: as `concat`.
