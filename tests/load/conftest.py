@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 import tiercache as tc
+from tiercache.testing.http_server import HttpFaultServer
+
+N_REMOTE = 600
 
 SCHEMA = {
     "id": "int64",
@@ -68,3 +72,24 @@ def make_dataset(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A packed data set of N_REMOTE records as objects for an HTTP server."""
+    path = tmp_path_factory.mktemp("remote") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N_REMOTE))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {f"data/{file.relative_to(path).as_posix()}": file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def server(objects: dict[str, bytes]) -> Iterator[HttpFaultServer]:
+    """An HTTP server that has them."""
+    with HttpFaultServer(dict(objects)) as server:
+        yield server
+        # What is being read when an iterator is closed ends by itself: not when the server has gone, by many retries.
+        for thread in threading.enumerate():
+            if thread.name.startswith("tiercache-load"):
+                thread.join(30)

@@ -9,34 +9,14 @@ import weakref
 from concurrent.futures import Future
 
 import pytest
+from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 
 import tiercache as tc
 from tiercache.load.coming import Coming
 from tiercache.opened import OpenedVersion
-from tiercache.testing.http_server import HttpFaultServer
 
-N = 600
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    path = tmp_path_factory.mktemp("coming") / "data"
-    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
-        writer.write_batch(make_columns(N))
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {f"data/{file.relative_to(path).as_posix()}": file.read_bytes() for file in files}
-
-
-@pytest.fixture
-def server(objects):
-    with HttpFaultServer(dict(objects)) as server:
-        yield server
-        # What is being read when an iterator is closed ends by itself: not when the server has gone, by many retries.
-        for thread in threading.enumerate():
-            if thread.name.startswith("tiercache-load"):
-                thread.join(30)
 
 
 def shards_asked_for(server):

@@ -12,14 +12,13 @@ import warnings
 
 import numpy as np
 import pytest
+from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.s3_fixtures import s3_server  # noqa: F401
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.testing.http_server import HttpFaultServer, Misbehave
-
-N = 600
 
 READ_AN_EPOCH = """
 import json, sys
@@ -31,22 +30,6 @@ loader.set_epoch(1)
 ids = [i for batch in loader for i in batch["id"].tolist()]
 print(json.dumps({"ids": ids, **loader.stats()}))
 """
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """A packed data set as a dict of objects for the HTTP server."""
-    path = tmp_path_factory.mktemp("remote") / "data"
-    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
-        writer.write_batch(make_columns(N))
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {f"data/{file.relative_to(path).as_posix()}": file.read_bytes() for file in files}
-
-
-@pytest.fixture
-def server(objects):
-    with HttpFaultServer(dict(objects)) as server:
-        yield server
 
 
 def shard_requests(server: HttpFaultServer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -95,9 +96,8 @@ class Coming:
             ready = self._ready = Future()
         begun = None
         try:
-            begun = self._begin(threads, pressure, ahead_bytes)
-        except TierCacheError:
-            pass  # who asks for the epoch hears of it
+            with contextlib.suppress(TierCacheError):  # who asks for the epoch hears of it
+                begun = self._begin(threads, pressure, ahead_bytes)
         finally:
             ready.set_result(begun)
 
