@@ -11,7 +11,9 @@ from tiercache.shard.types import Column, Kind, Schema
 from tiercache.shard.values import gather_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from tiercache.load.window import Loaded
 
@@ -29,18 +31,13 @@ def bad_cast(schema: Schema, served: Mapping[str, Column], loaded: Loaded, block
         block: its number in the window.
         row: its number in the block.
     """
-    blocks = loaded.held[loaded.holder[block]]
-    first, nowhere = 0, np.zeros(1, np.uint32)
-    for column in schema.columns:
-        n_streams = len(column.streams(0))
+    url = loaded.held[loaded.holder[block]].url
+    for column, addresses in _columns(schema, loaded, block):
         if column.name in served:
-            addresses = np.ascontiguousarray(loaded.addresses[first : first + n_streams, block : block + 1])
-            place = addresses, nowhere, np.array([row], np.uint32)
             try:
-                gather_values(column, *place, url=blocks.url, served=served[column.name])
+                gather_values(column, addresses, *_only(row), url=url, served=served[column.name])
             except SchemaError as error:
                 return error
-        first += n_streams
     return None
 
 
@@ -54,15 +51,25 @@ def bad_value(schema: Schema, loaded: Loaded, block: int, row: int) -> CorruptSh
         row: its number in the block.
     """
     blocks = loaded.held[loaded.holder[block]]
-    first, nowhere = 0, np.zeros(1, np.uint32)
-    for column in schema.columns:
-        n_streams = len(column.streams(0))
+    for column, addresses in _columns(schema, loaded, block):
         if column.kind in _CHECKED:
-            addresses = np.ascontiguousarray(loaded.addresses[first : first + n_streams, block : block + 1])
             try:
-                gather_values(column, addresses, nowhere, np.array([row], np.uint32), url=blocks.url)
+                gather_values(column, addresses, *_only(row), url=blocks.url)
             except CorruptShard as error:
                 place = int(blocks.blocks[loaded.position[block]])
                 return CorruptShard(error.reason, url=blocks.url, block=place, column=column.name)
-        first += n_streams
     return None
+
+
+def _columns(schema: Schema, loaded: Loaded, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
+    """Each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
+    first = 0
+    for column in schema.columns:
+        stop = first + len(column.streams(0))
+        yield column, np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        first = stop
+
+
+def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """(block, row) of one row, where there is one block."""
+    return np.zeros(1, np.uint32), np.array([row], np.uint32)
