@@ -35,3 +35,20 @@ def test_a_call_whose_requests_wait_for_threads_ends_when_the_store_is_closed(de
     assert not thread.is_alive()
     assert "closed meanwhile" in str(errors[0])
     assert errors[0].retryable
+
+
+def test_a_store_that_is_closed_between_two_requests_ends_the_call_and_leaves_no_thread():
+    pool, begun = worker_pool(1), []
+
+    class Requests(list):
+        def __iter__(self):
+            yield self[0]
+            pool.drop()
+            yield from self[1:]
+
+    def read_one(request, landing):
+        begun.append(request)
+
+    with pytest.raises(StoreError, match="closed meanwhile"):
+        read_requests(Requests([1, 2, 3]), read_one, pool, Patience("s3://bucket", "get", None, clock=SYSTEM_CLOCK))
+    assert not {2, 3} & set(begun)

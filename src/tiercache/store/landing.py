@@ -81,6 +81,10 @@ class PerProcess(Generic[T]):
                 self._dispose(made)
         return value
 
+    def is_current(self, value: T) -> bool:
+        """Whether it is this process's value still: nobody has dropped it."""
+        return self._values.get(os.getpid()) is value
+
     def drop(self) -> None:
         """Dispose of this process's value; the next get() makes another."""
         value = self._values.pop(os.getpid(), None)
@@ -115,8 +119,18 @@ def read_requests(
         for request in requests:
             read_one(request, landing)
         return
-    futures = [pool.get().submit(read_one, request, landing) for request in requests]
+    threads = (
+        pool.get()
+    )  # once: of a store that is closed between two requests it would be another pool, left to nobody
+    futures: list[Future[None]] = []
     try:
+        for request in requests:
+            try:
+                futures.append(threads.submit(read_one, request, landing))
+            except RuntimeError as error:
+                if pool.is_current(threads):  # no thread can be started
+                    raise
+                raise _closed(patience) from error
         _wait_all(futures, patience)
     finally:
         landing.close()
@@ -140,7 +154,10 @@ def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:
         except Empty:
             pass
         except CancelledError as error:
-            message = f"{patience.doing}: the store was closed meanwhile"
-            raise StoreError(message, url=patience.url, retryable=True) from error
+            raise _closed(patience) from error
         if n_pending:
             patience.check()
+
+
+def _closed(patience: Patience) -> StoreError:
+    return StoreError(f"{patience.doing}: the store was closed meanwhile", url=patience.url, retryable=True)
