@@ -73,7 +73,7 @@ assert sum(map(is_mapped, places)) == 1
 
 
 def test_a_ring_of_another_size_takes_the_place_of_what_was_kept():
-    # Memory that can be written to, for a thread's heap is 64 MiB of mere addresses; and a stack more, 8 MiB, tells nothing.
+    # Memory that can be written to: a thread's heap is 64 MiB of mere addresses, a stack more, 8 MiB, tells nothing.
     run("""
 def writable_bytes():
     spans = [line.split()[0].split("-") for line in open("/proc/self/maps") if " rw" in line]
