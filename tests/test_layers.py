@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tiercache"
 LAYERS = {
     "errors": 0,
     "model": 0,
+    "points": 0,
     "stats": 0,
     "version": 0,
     "config": 1,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -158,3 +162,36 @@ class ReadPlan:
     shards: tuple[tuple[str, ShardIdentity], ...] = field(default=())
     epoch: int = 0
     position: int = 0
+
+
+# A position in a ReadingPlan that is not reached as far as it looks.
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadingPlan:
+    """When a job reads each shard, by its own clock: stored bytes of shards read since its epoch began.
+
+    Attributes:
+        owner: for people: "rank 0 of 2, epoch 3, seed 7".
+        shards: int64[m], numbers of shards, each once, rising.
+        first: int64[m], the clock when a shard is read first in this epoch; NEVER: not in this epoch.
+        last: int64[m], the clock when it has been read for the last time in this epoch; NEVER with first.
+        then: int64[m], the clock when it is read first in a later epoch; NEVER: not as far as was looked.
+    """
+
+    owner: str
+    shards: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    then: NDArray[np.int64]
+
+
+class Following(Protocol):
+    """A published ReadingPlan, which others on the machine see while its owner lives. Safe from any thread."""
+
+    def advance(self, clock: int) -> None:
+        """Say how far the job is. Cheap: a write to memory."""
+
+    def close(self) -> None:
+        """Withdraw it. Repeatable."""
