@@ -1,24 +1,35 @@
-"""Writes the golden shards of format version 0: `python tests/shard/make_golden.py`, from the repository's root.
+"""Wrote the golden files of format version 1, once: `python tests/shard/make_golden.py`, from the repository's root.
 
-Tests only read them. While the version is 0 they may be written again, by a commit whose title says so; from version
-1 on never.
+Version 1 is frozen: the files are never written again, and this refuses to. Tests read them and take from here what
+they must give; test_golden.py holds their SHA-256. A later format version gets a folder and a script of its own.
 """
 
 import datetime as dt
 import decimal
 import json
-from dataclasses import asdict
+import shutil
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+sys.path.insert(0, str(Path(__file__).parent))
+import later
+
+import tiercache as tc
+from tiercache.shard.layout import pack_head
+from tiercache.shard.manifest import read_version
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.spec import STORED
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
 from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
-FOLDER = Path(__file__).parents[1] / "golden" / "v0"
+FOLDER = Path(__file__).parents[1] / "golden" / "v1"
 COMPRESSIONS = ("none", "zstd", "auto")
 SCHEMA = Schema.of(
     {
@@ -42,6 +53,42 @@ SCHEMA = Schema.of(
         "price": pa.field("price", pa.decimal128(9, 2)),
     }
 )
+ARROW_TYPES = {
+    "date": pa.date32(),
+    "time": pa.time64("us"),
+    "span": pa.duration("ms"),
+    "fixed": pa.binary(3),
+    "words": pa.list_(pa.string()),
+    "large": pa.large_list(pa.float64()),
+    "pair": pa.list_(pa.string(), 2),
+    "choice": pa.dictionary(pa.int8(), pa.string()),
+    "text_view": pa.string_view(),
+    "nothing": pa.null(),
+    "wide_price": pa.decimal256(40, 3),
+}
+# Every dtype, alone and in arrays, nullable and not; a chunk of several pages; other Arrow types; nulls only.
+WIDE = Schema.of(
+    {
+        **{dtype: dtype for dtype in STORED},
+        **{f"{dtype}?": f"{dtype}?" for dtype in STORED},
+        **{f"tensor {dtype}": Tensor(dtype, (2,)) for dtype in STORED},
+        **{f"ragged {dtype}": Ragged(dtype, (None,), nullable=True) for dtype in STORED},
+        "pages": Tensor("uint8", (9000,)),
+        "blob": "bytes?",
+        "facts": "json?",
+        "nulls only": "str?",
+        **{name: pa.field(name, kind) for name, kind in ARROW_TYPES.items()},
+    }
+)
+ROWS = Schema.of({"id": "int64", "caption": "str?", "tokens": Tensor("uint16", (4,))})
+# What each version of the golden data set holds: numbers of records.
+VERSIONS = {
+    1: range(7),
+    2: range(9),
+    3: range(14),
+    4: range(100, 105),
+    5: (*range(100, 105), 200),
+}
 
 
 def record(i: int) -> dict[str, Any]:
@@ -68,24 +115,141 @@ def record(i: int) -> dict[str, Any]:
     }
 
 
+def wide_record(i: int) -> dict[str, Any]:
+    """Record i of WIDE: the least, the greatest, zero, and for floats what is no number, by turns."""
+    numbers = {dtype: edge(dtype, i) for dtype in STORED}
+    return {
+        **numbers,
+        **{f"{dtype}?": None if i % 3 == 1 else number for dtype, number in numbers.items()},
+        **{f"tensor {dtype}": array(dtype, [number, edge(dtype, i + 1)]) for dtype, number in numbers.items()},
+        **{f"ragged {dtype}": None if i == 5 else array(dtype, [n] * (i % 3)) for dtype, n in numbers.items()},
+        "pages": (np.arange(9000) * (i + 1) % 251).astype(np.uint8),
+        "blob": (None, b"", b"\0\xff", b"x" * 300)[i % 4],
+        "facts": (None, {}, [], "text", 2**53 + 1, {"b": 1, "a": [True, None]})[i % 6],
+        "nulls only": None,
+        "date": (dt.date(1, 1, 1), dt.date(9999, 12, 31), None)[i % 3],
+        "time": dt.time(23, 59, 59, 999999),
+        "span": dt.timedelta(milliseconds=-i),
+        "fixed": (b"abc", b"\0\0\0", None)[i % 3],
+        "words": ([], None, ["", None, "ß"])[i % 3],
+        "large": [0.5] * i,
+        "pair": ([str(i), None], None)[i % 2],
+        "choice": ("red", "green", None)[i % 3],
+        "text_view": ("short", "longer than twelve bytes", None)[i % 3],
+        "nothing": None,
+        "wide_price": decimal.Decimal(10) ** 36 + i,
+    }
+
+
+def edge(dtype: str, i: int) -> Any:
+    """The i-th interesting value of a dtype."""
+    if dtype == "bool":
+        return i % 2 == 0
+    if "float" in dtype:
+        return (0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf"), float("nan"))[i % 7]
+    limits = np.iinfo(dtype)
+    return (0, limits.min, limits.max, 1)[i % 4]
+
+
+def array(dtype: str, numbers: list[Any]) -> np.ndarray:
+    """Numbers as an array; bfloat16 as the float32 that it is written from."""
+    return np.array(numbers, "float32" if dtype == "bfloat16" else dtype)
+
+
+def row(i: int) -> dict[str, Any]:
+    """Record i of the golden data sets."""
+    return {"id": i, "caption": None if i % 3 == 2 else f"caption {i}", "tokens": np.arange(4, dtype=np.uint16) * i}
+
+
 RECORDS = [record(i) for i in range(5)]
+WIDE_RECORDS = [wide_record(i) for i in range(12)]
 
 
-def write(compression: str) -> tuple[dict[str, Any], bytes]:
+def write(compression: str, schema: Schema = SCHEMA, records: list[dict[str, Any]] = RECORDS, block: int = 600) -> Any:
     """(the shard's row, its bytes)."""
     store = MemoryStore(f"golden-{compression}")
-    options = ShardOptions(block_bytes=600, compression=compression, metadata={"made by": "make_golden.py"})
-    writer = ShardWriter(store, SCHEMA, options, writer_id="golden")
-    for one in RECORDS:
+    options = ShardOptions(block_bytes=block, compression=compression, metadata={"made by": "make_golden.py"})
+    writer = ShardWriter(store, schema, options, writer_id="golden")
+    for one in records:
         writer.write(one)
     (info,) = writer.finish()
     return asdict(info), store.get(info.name)
 
 
-if __name__ == "__main__":
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for compression in COMPRESSIONS:
-        rows[compression], data = write(compression)
-        (FOLDER / f"{compression}.tcs").write_bytes(data)
+def tables(data: bytes) -> pa.Table:
+    """All of a shard's blocks as plain Arrow."""
+    store = MemoryStore("golden-tables")
+    store.put("shard", data)
+    reader = ShardReader(store, "shard")
+    n_blocks, n_columns = reader.footer.n_blocks, len(reader.schema)
+    schema = pa.schema([pa.field(c.name, c.storage_type) for c in reader.schema.columns])
+    blocks = reader.load(range(n_blocks), range(n_columns))
+    batches = []
+    for block in range(n_blocks):
+        arrays = [blocks.array(block, column) for column in range(n_columns)]
+        plain = [a.storage if isinstance(a, pa.ExtensionArray) else a for a in arrays]
+        batches.append(pa.RecordBatch.from_arrays(plain, schema=schema))
+    return pa.Table.from_batches(batches, schema)
+
+
+def empty_shard() -> tuple[dict[str, Any], bytes]:
+    """A shard of no blocks, which no writer of ours makes and every reader takes."""
+    info, data = write("none")
+    store = MemoryStore("golden-empty")
+    store.put("shard", data)
+    footer = ShardReader(store, "shard").footer
+    none = replace(
+        footer,
+        n_records=0,
+        n_blocks=0,
+        block_first=footer.block_first[:1],
+        chunks=footer.chunks[:0],
+        nodes=footer.nodes[:0],
+        buffers=footer.buffers[:0],
+        pages=footer.pages[:0],
+        statistics={},
+    )
+    return later.sealed(pack_head(footer.shard_id), none, info["name"])
+
+
+def make_dataset(folder: Path) -> None:
+    """Five versions: created with several shards, appended to twice, overwritten, appended to."""
+    url, held = str(folder), set()
+    for number, records in VERSIONS.items():
+        mode = {1: "create", 4: "overwrite"}.get(number, "append")
+        size = 250 if number in (1, 3) else "1MiB"
+        with tc.Writer(url, schema=ROWS, mode=mode, shard_size=size, block_size=100) as writer:
+            for i in records if mode == "overwrite" else [i for i in records if i not in held]:
+                writer.write(row(i))
+        held |= set(records)
+
+
+def main() -> None:
+    """Write all of them."""
+    if FOLDER.exists():
+        sys.exit(f"{FOLDER} exists: the golden files of version 1 are written once and must be readable for ever")
+    FOLDER.mkdir(parents=True)
+    shards = {name: write(name) for name in COMPRESSIONS}
+    shards["wide"] = write("none", WIDE, WIDE_RECORDS, 110_000)
+    shards["wide-zstd"] = write("zstd", WIDE, WIDE_RECORDS, 110_000)
+    shards["empty"] = empty_shard()
+    shards["later"] = later.shard(*shards["none"])
+    for name, (_, data) in shards.items():
+        (FOLDER / f"{name}.tcs").write_bytes(data)
+        with pa.OSFile(str(FOLDER / f"{name}.arrow"), "wb") as sink:
+            table = tables(data)
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+    rows = {name: info for name, (info, _) in shards.items()}
     (FOLDER / "infos.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    make_dataset(FOLDER / "dataset")
+    tc.Writer(str(FOLDER / "nothing"), schema=ROWS).close()
+    shutil.copytree(FOLDER / "dataset", FOLDER / "later")
+    later.dataset(FOLDER / "later")
+    store = LocalFolder(FOLDER / "dataset")
+    facts = {number: read_version(store, number).fingerprint for number in VERSIONS}
+    (FOLDER / "fingerprints.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

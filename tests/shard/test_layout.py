@@ -67,21 +67,13 @@ def test_a_tail_is_read_as_it_was_written():
     assert Tail.parse(tail.pack(), tail.file_bytes, "u") == tail
 
 
-def test_flags_that_mean_nothing_are_refused():
-    head = bytearray(pack_head(bytes(16)))
-    head[12] = 1
-    head[60:] = crc32c(head[:60]).to_bytes(4, "little")
-    with pytest.raises(CorruptShard, match="flags 0x1"):
-        parse_head(bytes(head), "u")
-
-
 def test_a_newer_head_or_tail_is_told_apart_from_a_damaged_one():
     head, tail = bytearray(pack_head(bytes(16))), Tail(64, 10, 10, 0)
     head[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
     with pytest.raises(CorruptShard, match="CRC-32C"):
         parse_head(bytes(head), "u")
     head[60:] = crc32c(head[:60]).to_bytes(4, "little")
-    with pytest.raises(UnsupportedFormat, match="shard format 1; this release reads up to 0") as caught:
+    with pytest.raises(UnsupportedFormat, match="the shard has format 2, which a later tiercache knows") as caught:
         parse_head(bytes(head), "u")
     assert (caught.value.found, caught.value.supported) == (FORMAT_VERSION + 1, FORMAT_VERSION)
     data = bytearray(tail.pack())
@@ -89,7 +81,7 @@ def test_a_newer_head_or_tail_is_told_apart_from_a_damaged_one():
     with pytest.raises(CorruptShard, match="CRC-32C"):
         Tail.parse(bytes(data), tail.file_bytes, "u")
     data[52:56] = crc32c(data[:52]).to_bytes(4, "little")
-    with pytest.raises(UnsupportedFormat, match="shard format 7"):
+    with pytest.raises(UnsupportedFormat, match="format 7"):
         Tail.parse(bytes(data), tail.file_bytes, "u")
 
 
@@ -142,7 +134,7 @@ def test_a_wrong_number_in_a_sealed_footer_is_found_or_harmless(shard, data):
             reader = ShardReader(store, "shard", verify=verify)
             reader.load(range(reader.footer.n_blocks), range(len(SCHEMA)))
             got = [repr(v) for v in take(reader)]
-        except CorruptShard:
+        except (CorruptShard, UnsupportedFormat):  # a codec that is not known yet is no damage
             continue
         assert verify == "never" or got == rows
 

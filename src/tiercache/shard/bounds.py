@@ -29,7 +29,11 @@ def n_pages(raw_bytes: Table, codecs: Table) -> U64:
 
 
 def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
-    """Chunks lie one after another between head and footer, with codecs, lengths and pages that agree."""
+    """Chunks lie one after another between head and footer, with codecs, lengths and pages that agree.
+
+    Raises:
+        UnknownCodecError: a codec that this release does not know.
+    """
     flat = chunks.ravel()
     offset, stored, raw, codecs = flat["offset"], flat["stored"], flat["raw"], flat["codec"]
     limit = np.uint64(footer_offset)
@@ -41,8 +45,9 @@ def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
         or (offset[1:] < (offset + stored)[:-1]).any()
     ):
         return "chunks are not aligned, or overlap"
-    if not np.isin(codecs, (codec.RAW, codec.ZSTD)).all():
-        return f"a chunk has an unknown codec ({sorted(set(codecs.tolist()))})"
+    if not np.isin(codecs, codec.CODECS).all():
+        unknown = sorted(set(codecs.tolist()) - set(codec.CODECS))
+        raise codec.UnknownCodecError(f"codec {', '.join(map(str, unknown))}")
     if ((codecs == codec.RAW) & (raw != stored)).any():
         return "a raw chunk has two lengths"
     if ((codecs == codec.ZSTD) & (raw > np.uint64(codec.ZSTD_LIMIT_BYTES))).any():

@@ -9,8 +9,11 @@ import zstandard
 
 from tiercache.shard.spec import Kind
 
+# Numbers of codecs are never given to another one. Each has its 32 bits of a chunk's row, so a later one may keep the
+# number of a dictionary in the upper half; whatever it does there, this release sees a codec that it does not know.
 RAW = 0
 ZSTD = 1
+CODECS = (RAW, ZSTD)
 DEFAULT_LEVEL = 3
 FOOTER_LEVEL = 3
 MAX_LEVEL = 22
@@ -32,6 +35,14 @@ _here = threading.local()
 
 class CodecError(ValueError):
     """A frame that cannot be what was written."""
+
+
+class UnknownCodecError(ValueError):
+    """A codec of a later release. needed: which, in words."""
+
+    def __init__(self, needed: str) -> None:
+        super().__init__(f"no such codec here: {needed}")
+        self.needed = needed
 
 
 def compress(data: Any, level: int) -> bytes:

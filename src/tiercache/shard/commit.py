@@ -27,7 +27,14 @@ from tiercache.shard import manifest, segments
 from tiercache.shard.difference import check_same_schema
 from tiercache.shard.segments import SegmentRef
 from tiercache.shard.types import Schema
-from tiercache.shard.versions import Version, VersionKind, encode_version, fingerprint_of, version_key
+from tiercache.shard.versions import (
+    Version,
+    VersionKind,
+    check_writable,
+    encode_version,
+    fingerprint_of,
+    version_key,
+)
 from tiercache.store.contract import Store
 
 # A loss means that another append landed: a hundred in a row is a crowd, not bad luck.
@@ -93,6 +100,7 @@ class Commit:
             CommitConflict: somebody else committed first, or a data set is there already (create).
             NotFound: there is no data set to append to.
             SchemaError: an append's schema is not that of the data set.
+            UnsupportedFormat: only a later release may write to the data set.
             StoreError: the store's; with .maybe_done, .number, .nonce: the commit may have happened, call land() again.
         """
         if self._landed is None:
@@ -153,6 +161,8 @@ class Commit:
 
     def _next(self, base: Version | None) -> Version:
         request = self._request
+        if base is not None:
+            check_writable(base, self._store.url)
         refs = self._segments(base)
         number = base.number + 1 if base else 1
         dataset_id = base.dataset_id if base else secrets.token_hex(16)

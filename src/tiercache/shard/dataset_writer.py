@@ -22,7 +22,7 @@ from tiercache.shard.commit import (
 from tiercache.shard.difference import check_same_schema
 from tiercache.shard.spec import UserType
 from tiercache.shard.types import Schema
-from tiercache.shard.versions import Version, VersionKind
+from tiercache.shard.versions import Version, VersionKind, check_writable
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import open_store
 
@@ -63,6 +63,7 @@ class Writer:
             CommitConflict: mode is "create" and a data set is there.
             NotFound: mode is "append" and none is.
             SchemaError: schema cannot be, or is not that of the data set to append to.
+            UnsupportedFormat: only a later release may write to the data set.
             ValueError: another argument cannot be.
             StoreError: the store's.
         """
@@ -78,6 +79,8 @@ class Writer:
         self._parent = find_latest(self._store)
         if mode == "create" and self._parent is not None:
             raise data_set_exists(self._store, self._parent)
+        if self._parent is not None:
+            check_writable(self._parent, self._store.url)
         if mode == "append":
             if self._parent is None:
                 raise nothing_to_append_to(self._store)

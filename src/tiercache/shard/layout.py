@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
+from tiercache.errors import CorruptShard, SchemaError
 from tiercache.shard import codec
 from tiercache.shard.bounds import (
     ALIGN_BYTES,
@@ -29,7 +29,16 @@ from tiercache.shard.bounds import (
     check_chunks,
     check_nodes,
 )
-from tiercache.shard.types import Schema
+from tiercache.shard.needs import (
+    FORMAT_VERSION,
+    RELEASE,
+    SHARD_FEATURES,
+    SOFTWARE,
+    check_features,
+    check_format,
+    names_of_bits,
+)
+from tiercache.shard.types import Schema, UnknownKindError
 
 __all__ = [
     "ALIGN_BYTES",
@@ -45,18 +54,20 @@ __all__ = [
     "parse_head",
 ]
 
-FORMAT_VERSION = 0
 HEAD_MAGIC = b"\x89TCSHRD\n"
 TAIL_MAGIC = b"TCSEND\r\n"
 # A footer is read into memory whole. At 1 MiB a block this is a shard of some 10 TiB of one column; the writer rolls
 # over long before.
 FOOTER_LIMIT_BYTES = 1 << 30
 
-_HEAD = struct.Struct("<8sII16s28xI")
-_TAIL = struct.Struct("<QQQIIQ12xI8s")
+# Bytes that are skipped (x) are zeros today, and passed by: a later release may say there what may be passed by.
+_HEAD = struct.Struct("<8sI4x16s28xI")
+_TAIL = struct.Struct("<QQQIIQIHH4xI8s")
 _PREFIX = struct.Struct("<16sQQII")
 _SECTION = struct.Struct("<QQ")
 _SECTIONS = ("json", "schema", "blocks", "chunks", "nodes", "buffers", "pages")
+# Sections of later releases come after these, and are passed by; so many in all.
+_MAX_SECTIONS = 1024
 
 CHUNK_ROW = np.dtype(
     [
@@ -80,7 +91,7 @@ def align(n_bytes: int) -> int:
 
 def pack_head(shard_id: bytes) -> bytes:
     """The first 64 bytes of a shard."""
-    body = _HEAD.pack(HEAD_MAGIC, FORMAT_VERSION, 0, shard_id, 0)[:-4]
+    body = _HEAD.pack(HEAD_MAGIC, FORMAT_VERSION, shard_id, 0)[:-4]
     return body + struct.pack("<I", crc32c(body))
 
 
@@ -94,12 +105,10 @@ def parse_head(data: bytes, url: str) -> bytes:
         raise CorruptShard(
             f"does not begin with {HEAD_MAGIC!r}: not a shard, or its first bytes are damaged", url=url, part="head"
         )
-    _, version, flags, shard_id, crc = _HEAD.unpack(data)
+    _, version, shard_id, crc = _HEAD.unpack(data)
     if crc != crc32c(data[:-4]):
         raise CorruptShard("CRC-32C does not match", url=url, part="head")
-    _check_version(version, url)
-    if flags:
-        raise CorruptShard(f"flags {flags:#x} mean nothing in version {version}", url=url, part="head")
+    check_format(version, "", what="shard", url=url)
     return bytes(shard_id)
 
 
@@ -126,6 +135,8 @@ class Tail:
             self.footer_crc,
             FORMAT_VERSION,
             self.file_bytes,
+            SHARD_FEATURES,
+            *RELEASE,
         )
         body = _TAIL.pack(*fields, 0, TAIL_MAGIC)[:-12]
         return body + struct.pack("<I", crc32c(body)) + TAIL_MAGIC
@@ -139,28 +150,22 @@ class Tail:
         """
         if len(data) != TAIL_BYTES or data[-8:] != TAIL_MAGIC:
             raise CorruptShard("does not end as a shard: not one, cut short, or appended to", url=url, part="tail")
-        offset, stored, raw, footer_crc, version, n_bytes, crc, _ = _TAIL.unpack(data)
+        offset, stored, raw, footer_crc, version, n_bytes, features, major, minor, crc, _ = _TAIL.unpack(data)
         if crc != crc32c(data[:-12]):
             raise CorruptShard("CRC-32C does not match", url=url, part="tail")
-        _check_version(version, url)
+        release = f"{major}.{minor}" if major or minor else ""
+        check_format(version, release, what="shard", url=url)
+        check_features(names_of_bits(features), release, what="shard", url=url)
         tail = Tail(offset, stored, raw, footer_crc)
         if n_bytes != file_bytes or tail.file_bytes != file_bytes:
             raise CorruptShard(
                 f"says that the shard has {n_bytes} bytes, but it has {file_bytes}", url=url, part="tail"
             )
-        if offset < HEAD_BYTES or raw > FOOTER_LIMIT_BYTES or stored > FOOTER_LIMIT_BYTES:
+        if offset < HEAD_BYTES or offset % ALIGN_BYTES or raw > FOOTER_LIMIT_BYTES or stored > FOOTER_LIMIT_BYTES:
             raise CorruptShard(
                 f"a footer of {stored} bytes at {offset} ({raw} decoded) cannot be", url=url, part="tail"
             )
         return tail
-
-
-def _check_version(version: int, url: str) -> None:
-    if version > FORMAT_VERSION:
-        message = (
-            f"written in shard format {version}; this release reads up to {FORMAT_VERSION}: install a newer tiercache"
-        )
-        raise UnsupportedFormat(message, url=url, found=version, supported=FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ class Footer:
 
     block_first: uint64[n_blocks + 1], the first record of each block and n_records; chunks: CHUNK_ROW[n_blocks,
     n_columns]; nodes: uint64[., 2] (length, nulls) and buffers: uint64[., 2] (offset in the raw chunk, length), both
-    depth first, block by block; pages: uint32[.], CRC-32C of each 64 KiB of each raw chunk.
+    depth first, block by block; pages: uint32[.], CRC-32C of each 64 KiB of each raw chunk. n_later_sections: how many
+    more sections a later release has added, which this one passes by; they are not packed again.
     """
 
     schema: Schema
@@ -183,6 +189,7 @@ class Footer:
     pages: npt.NDArray[np.uint32]
     statistics: Mapping[str, Any]
     metadata: Mapping[str, Any]
+    n_later_sections: int = 0
 
     @cached_property
     def block_records(self) -> U64:
@@ -202,7 +209,7 @@ class Footer:
 
     def pack(self) -> tuple[bytes, int]:
         """(stored bytes, length before compression)."""
-        facts = {"statistics": self.statistics, "metadata": self.metadata}
+        facts = {"statistics": self.statistics, "metadata": self.metadata, "software": SOFTWARE}
         sections = [
             json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(),
             self.schema.to_bytes(),
@@ -226,12 +233,17 @@ class Footer:
 
         Raises:
             CorruptShard: anything does not match.
+            UnsupportedFormat: a codec or a kind of column that this release does not know.
         """
         if len(stored) != tail.footer_bytes or crc32c(stored) != tail.footer_crc:
             raise CorruptShard("CRC-32C does not match", url=url, part="footer")
         try:
             raw = codec.decompress(stored, tail.footer_raw_bytes)
             return _Sections(raw, tail.footer_offset).footer()
+        except (codec.UnknownCodecError, UnknownKindError) as error:
+            # The sums are right, so nothing is damaged: who wrote it should have named a feature in the tail.
+            check_features([error.needed], "", what="shard", url=url)
+            raise
         except (codec.CodecError, SchemaError, _BadFooter) as error:
             raise CorruptShard(str(error), url=url, part="footer") from error
 
@@ -250,9 +262,11 @@ class _Sections:
         self.footer_offset = footer_offset
         self.shard_id, self.n_records, self.n_blocks, self.n_columns, n_sections = _PREFIX.unpack_from(raw)
         table_end = _PREFIX.size + _SECTION.size * n_sections
-        if n_sections != len(_SECTIONS) or table_end > len(raw):
-            self.fail(f"it has {n_sections} sections, not {len(_SECTIONS)}")
-        self.sections = {name: self._section(i, table_end) for i, name in enumerate(_SECTIONS)}
+        if not len(_SECTIONS) <= n_sections <= _MAX_SECTIONS or table_end > len(raw):
+            self.fail(f"it has {n_sections} sections, not {len(_SECTIONS)} or (of a later release) more")
+        self.n_later = n_sections - len(_SECTIONS)
+        found = [self._section(i, table_end) for i in range(n_sections)]
+        self.sections = dict(zip(_SECTIONS, found, strict=False))
 
     @staticmethod
     def fail(message: str) -> NoReturn:
@@ -261,7 +275,8 @@ class _Sections:
     def _section(self, number: int, table_end: int) -> memoryview:
         offset, length = _SECTION.unpack_from(self.raw, _PREFIX.size + _SECTION.size * number)
         if offset < table_end or offset % ALIGN_BYTES or offset > len(self.raw) or length > len(self.raw) - offset:
-            self.fail(f"section {_SECTIONS[number]!r} [{offset}, +{length}) is not inside its {len(self.raw)} bytes")
+            name = _SECTIONS[number] if number < len(_SECTIONS) else number
+            self.fail(f"section {name!r} [{offset}, +{length}) is not inside its {len(self.raw)} bytes")
         return self.raw[offset : offset + length]
 
     def _array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -288,6 +303,7 @@ class _Sections:
             nodes=self._array("nodes", "<u8", (-1, 2)),
             buffers=self._array("buffers", "<u8", (-1, 2)),
             pages=self._array("pages", "<u4", (-1,)),
+            n_later_sections=self.n_later,
             **facts,
         )
         self._check(footer)

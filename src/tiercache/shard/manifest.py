@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
+from tiercache.shard.needs import check_features
 from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
+from tiercache.shard.types import UnknownKindError
 from tiercache.shard.versions import MAX_NUMBER, VERSIONS_FOLDER, Version, parse_version, version_key
 from tiercache.store.contract import Store
 
@@ -118,6 +120,9 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
     version = parse_version(data, number=number, url=url)
     try:
         len(version.schema)
+    except UnknownKindError as error:
+        check_features([error.needed], version.release, what="data set", url=url)
+        raise
     except SchemaError as error:
         raise CorruptShard(f"the schema cannot be read: {error}", url=url, part="version") from error
     return version

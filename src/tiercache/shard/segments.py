@@ -107,6 +107,16 @@ class ShardTable:
             stats_json=self.arrow["statistics"][i].as_py(),
         )
 
+    def objects(self, dataset_id: str, shards: NDArray[np.int64]) -> list[tuple[str, ShardIdentity]]:
+        """Key and identity of each of these shards, int64[m], in their order: 2 us each, where info() takes 20."""
+        rows = pa.array(shards)
+        keys, ids = self.names.take(rows).to_pylist(), self.shard_ids.take(rows).to_pylist()
+        sizes, sums = self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
+        return [
+            (key, ShardIdentity(dataset_id, shard_id.hex(), n_bytes, crc))
+            for key, shard_id, n_bytes, crc in zip(keys, ids, sizes, sums, strict=True)
+        ]
+
     def infos(self) -> Iterator[ShardInfo]:
         """All of them, in order."""
         return map(self.info, range(len(self)))
@@ -192,13 +202,14 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
-    """The rows of a segment's file, whose CRC is right; zero-copy over data.
+    """The rows of a segment's file, whose CRC is right; zero-copy over data. Columns of later releases are left out.
 
     Raises:
         CorruptShard: what it says cannot be, or is not what ref says.
     """
     try:
         table = pa.ipc.open_file(data).read_all()
+        table = table.select(range(min(len(_SCHEMA), table.num_columns)))
         problem = "another schema" if not table.schema.equals(_SCHEMA) else _problem(table)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="segment") from error

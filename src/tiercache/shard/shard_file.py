@@ -113,12 +113,13 @@ class ShardFile:
         """Append a block. parts: one of each column, of equal length."""
         for number, column in enumerate(self._schema.columns):
             encoded = encode(column, parts[number])
-            raw_bytes = self._add_chunk(encoded, self._codecs[number])
-            self._statistics[number].add(parts[number], encoded.nodes[0][1], raw_bytes)
+            raw_bytes, stored_bytes = self._add_chunk(encoded, self._codecs[number])
+            self._statistics[number].add(parts[number], encoded.nodes[0][1], raw_bytes, stored_bytes)
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
-    def _add_chunk(self, encoded: Encoded, column_codec: ColumnCodec) -> int:
+    def _add_chunk(self, encoded: Encoded, column_codec: ColumnCodec) -> tuple[int, int]:
+        """Append a chunk. Returns its length decoded, and stored."""
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
         raw, crc, sums = self._lay_out(encoded)
         frame = column_codec.encode(raw)
@@ -133,7 +134,7 @@ class ShardFile:
         kind = codec.RAW if frame is None else codec.ZSTD
         self._chunks.append((offset, stored_bytes, raw_bytes, kind, crc, first_node, first_buffer, first_page))
         self._out.append(bytes(align(stored_bytes) - stored_bytes))
-        return raw_bytes
+        return raw_bytes, stored_bytes
 
     def _lay_out(self, encoded: Encoded) -> tuple[_Bytes, int, npt.NDArray[np.uint32]]:
         """Copy a chunk's buffers, each aligned, to where the file's next bytes go, and note them.

@@ -35,6 +35,15 @@ _BYTE_KINDS = {
 register_extension_types()
 
 
+class UnknownKindError(SchemaError):
+    """A kind of column that a later release has."""
+
+    @property
+    def needed(self) -> str:
+        """What a release must know to read it."""
+        return f"kind {self.facts['kind']!r} of column {self.column!r}"
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """One run of Arrow buffers that the gather kernel understands.
@@ -369,6 +378,8 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
     """The column that our own metadata names, if the field's storage agrees with it."""
     try:
         facts = json.loads(said)
+        if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
+            raise UnknownKindError(f"no such kind here: {facts['kind']!r}", column=name, kind=facts["kind"])
         kind, shape = Kind(facts["kind"]), tuple(facts.get("shape", ()))
         dtype, encoding = facts.get("dtype"), facts.get("encoding")
         users: dict[Kind, UserType] = {Kind.SCALAR: dtype, Kind.BOOL: "bool"}
@@ -379,6 +390,8 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
         elif kind is Kind.IMAGE:
             users[kind] = Image(encoding)
         plain = _column_of(name, users.get(kind, kind.value))
+    except UnknownKindError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"cannot read the type {said!r}: {error}", column=name) from error
     storage = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type

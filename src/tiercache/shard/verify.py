@@ -15,7 +15,7 @@ from tiercache.shard import codec
 from tiercache.shard.blocks import Blocks, check_offsets
 from tiercache.shard.bounds import n_pages
 from tiercache.shard.chunks import LoadedChunks
-from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, parse_head
+from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, parse_head
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.source import Bytes, Source, address_of, aligned_empty
 from tiercache.shard.types import VAR, Kind
@@ -106,15 +106,23 @@ class _Verification:
 
     def _block(self, footer: Footer, block: int) -> Iterator[Finding]:
         last = footer.chunks[block, -1]
-        start = self._position
-        memory = self._read_to(int(last["offset"] + last["stored"]))
+        start, end = self._position, 0
+        memory = self._read_to(align(int(last["offset"] + last["stored"])))
         for number, column in enumerate(footer.schema.columns):
             row = footer.chunks[block, number]
             first = int(row["offset"]) - start
+            yield from self._gap(footer, block, memory[end:first])
+            end = first + int(row["stored"])
             try:
                 self._chunk(footer, block, number, memory[first : first + int(row["stored"])])
             except CorruptShard as error:
                 yield replace(finding_of(error, "chunk"), block=block, column=column.name)
+        yield from self._gap(footer, block, memory[end:])
+
+    def _gap(self, footer: Footer, block: int, between: Bytes) -> Iterator[Finding]:
+        """Bytes between chunks are zeros, unless a later release put there what a section of its own speaks of."""
+        if not footer.n_later_sections and between.any():
+            yield Finding(self._source.url, "chunk", "the bytes between chunks are not zeros", block)
 
     def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> None:
         row = footer.chunks[block, number]

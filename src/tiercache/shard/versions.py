@@ -13,36 +13,38 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, UnsupportedFormat
+from tiercache.errors import CorruptShard
+from tiercache.shard.needs import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
 from tiercache.shard.segments import SegmentRef
 from tiercache.shard.types import Schema
 
-VERSION_FORMAT = 0
 VERSIONS_FOLDER = "_tiercache/versions/"
 VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
-_KINDS = ("create", "append", "overwrite")
+_KIND = re.compile("[a-z][a-z-]{0,31}")
 MAX_NUMBER = 2**63 - 1
 _HEX32, _HEX64 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 _TEXT = re.compile(r"[^\0]{1,200}")
 _SEGMENT_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
-_FACTS = {"format", "dataset_id", "number", "parent", "kind", "schema", "writer", "nonce", "created"}
-_FIELDS = _FACTS | {"fingerprint", "records", "bytes", "segments"}
+_RELEASE = re.compile(r"[0-9]{1,5}\.[0-9]{1,5}")
+_FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Version:
     """One version.
 
-    schema_bytes: an Arrow IPC schema message; created: UTC, ISO 8601; nonce: random, of the commit that made it.
+    kind: for people; a later release may have more than are in VersionKind. schema_bytes: an Arrow IPC schema message;
+    created: UTC, ISO 8601; nonce: random, of the commit that made it. needs_to_write: features that a release must have
+    to append to it, to overwrite it or to remove old shards; what reading needs was seen to when it was read.
     """
 
     dataset_id: str
     number: int
     parent: int | None
-    kind: VersionKind
+    kind: str
     schema_bytes: bytes
     writer: str
     nonce: str
@@ -51,7 +53,9 @@ class Version:
     n_records: int
     n_bytes: int
     segments: tuple[SegmentRef, ...]
-    format: int = VERSION_FORMAT
+    software: str = SOFTWARE
+    release: str = RELEASE_TEXT
+    needs_to_write: tuple[str, ...] = ()
 
     @cached_property
     def schema(self) -> Schema:
@@ -78,7 +82,11 @@ def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records:
 def encode_version(version: Version) -> bytes:
     """Its canonical text: sorted keys, no spaces, ASCII, the CRC-32C of the text without it, a newline."""
     body: dict[str, object] = {
-        "format": version.format,
+        "format": FORMAT_VERSION,
+        "release": version.release,
+        "needs_to_read": [],
+        "needs_to_write": list(version.needs_to_write),
+        "software": version.software,
         "dataset_id": version.dataset_id,
         "number": version.number,
         "parent": version.parent,
@@ -106,13 +114,7 @@ def parse_version(data: bytes, *, number: int, url: str) -> Version:
         UnsupportedFormat: written by a newer release.
     """
     body = _checked_body(data, url)
-    if isinstance(body.get("format"), int) and body["format"] > VERSION_FORMAT:
-        raise UnsupportedFormat(
-            f"the data set has format {body['format']}, this release reads up to {VERSION_FORMAT}: use a newer one",
-            url=url,
-            found=body["format"],
-            supported=VERSION_FORMAT,
-        )
+    _check_readable(body, url)
     try:
         version = _version_of(body)
         problem = _problem(version, number)
@@ -143,16 +145,33 @@ def _checked_body(data: bytes, url: str) -> dict[str, Any]:
     return body
 
 
+def _check_readable(body: Mapping[str, Any], url: str) -> None:
+    """See that this release reads it; these three keys mean the same in every later format."""
+    try:
+        found, release = _int(body, "format"), body.get("release")
+        known = release if isinstance(release, str) and _RELEASE.fullmatch(release) else ""
+        check_format(found, known, what="data set", url=url)
+        check_features(_features(body, "needs_to_read"), known, what="data set", url=url)
+    except (ValueError, KeyError) as error:
+        raise CorruptShard(f"format, release or needs_to_read: {error}", url=url, part="version") from error
+
+
+def check_writable(version: Version, url: str) -> None:
+    """See that this release may append to, overwrite or clean up a data set. url: of the data set.
+
+    Raises:
+        UnsupportedFormat: it has not the features that a later release made it with.
+    """
+    check_features(version.needs_to_write, version.release, what="data set", url=url, doing="writing to")
+
+
 def _version_of(body: Mapping[str, Any]) -> Version:
-    if body.keys() != _FIELDS:
-        raise ValueError(f"missing or unknown fields: {', '.join(sorted(body.keys() ^ _FIELDS))}")
-    if body["kind"] not in _KINDS:
-        raise ValueError(f"kind is one of {', '.join(_KINDS)}, got {body['kind']!r}")
+    """Keys that are not asked for are a later release's, which may be passed by."""
     return Version(
         dataset_id=_text(body, "dataset_id", _HEX32),
         number=_int(body, "number"),
         parent=None if body["parent"] is None else _int(body, "parent"),
-        kind=cast("VersionKind", body["kind"]),
+        kind=_text(body, "kind", _KIND),
         schema_bytes=base64.b64decode(_text(body, "schema", re.compile(r"[A-Za-z0-9+/]+=*")), validate=True),
         writer=_text(body, "writer", _TEXT),
         nonce=_text(body, "nonce", _HEX32),
@@ -161,7 +180,9 @@ def _version_of(body: Mapping[str, Any]) -> Version:
         n_records=_int(body, "records"),
         n_bytes=_int(body, "bytes"),
         segments=tuple(map(_segment_of, body["segments"])),
-        format=_int(body, "format"),
+        software=_text(body, "software", _TEXT),
+        release=_text(body, "release", _RELEASE),
+        needs_to_write=_features(body, "needs_to_write"),
     )
 
 
@@ -187,6 +208,13 @@ def _text(body: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise ValueError(f"{name} cannot be {value!r}")
     return value
+
+
+def _features(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = body[name]
+    if not isinstance(value, list) or not all(isinstance(one, str) and _FEATURE.fullmatch(one) for one in value):
+        raise ValueError(f"{name} is a list of names of features, got {value!r}")
+    return tuple(value)
 
 
 def _problem(version: Version, number: int) -> str:

@@ -1,0 +1,135 @@
+"""Files as a later release may write them within format version 1: with parts that this one does not know.
+
+What may be passed by: other bytes where zeros are called for, more sections and keys, chunks that are aligned to 4096
+with other bytes between them, more columns in a segment, other kinds of versions. What must not be: see test_needs.py.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache._native.checksum import crc32c
+from tiercache.model import ShardInfo
+from tiercache.shard import codec, segments
+from tiercache.shard.layout import Footer, Tail, align
+from tiercache.shard.manifest import read_version
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.versions import version_key
+from tiercache.store.local import LocalFolder
+from tiercache.store.memory import MemoryStore
+
+SECTIONS = 7
+MORE_SECTIONS = (b"", b"a bloom filter", bytes(range(256)))
+
+
+def resum_tail(tail: bytes | bytearray) -> bytes:
+    """A tail with the CRC-32C of what it holds."""
+    return bytes(tail[:52]) + struct.pack("<I", crc32c(tail[:52])) + bytes(tail[56:])
+
+
+def resum_head(head: bytes | bytearray) -> bytes:
+    """The same of a head."""
+    return bytes(head[:60]) + struct.pack("<I", crc32c(head[:60]))
+
+
+def sealed(chunks: bytes, footer: Footer, name: str, raw: bytes | None = None) -> tuple[dict[str, Any], bytes]:
+    """(row, bytes) of a shard of head and chunks, and a footer; raw: the footer's content, if not as packed today."""
+    stored, raw_bytes = footer.pack() if raw is None else (codec.compress(raw, 3), len(raw))
+    tail = Tail(len(chunks), len(stored), raw_bytes, crc32c(stored))
+    data = chunks + stored + tail.pack()
+    info = ShardInfo(
+        name, footer.shard_id.hex(), footer.n_records, len(data), crc32c(data), len(chunks), len(stored), "{}"
+    )
+    return asdict(info), data
+
+
+def content_with(footer: Footer, facts: dict[str, Any], more: tuple[bytes, ...]) -> bytes:
+    """A footer's content with more keys in its JSON section, and more sections behind its own."""
+    stored, raw_bytes = footer.pack()
+    raw = bytes(codec.decompress(stored, raw_bytes))
+    rows = [struct.unpack_from("<QQ", raw, 40 + 16 * i) for i in range(SECTIONS)]
+    sections = [raw[offset : offset + length] for offset, length in rows]
+    known = json.loads(sections[0]) | facts
+    for column in known["statistics"].values():
+        column["distinct"] = 3
+    sections[0] = json.dumps(known).encode()
+    sections += more
+    out = bytearray(raw[:36] + struct.pack("<I", len(sections)))
+    offset = align(40 + 16 * len(sections))
+    for section in sections:
+        out += struct.pack("<QQ", offset, len(section))
+        offset = align(offset + len(section))
+    for section in sections:
+        out += bytes(align(len(out)) - len(out)) + section
+    return bytes(out) + bytes(align(len(out)) - len(out))
+
+
+def shard(info: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    """(row, bytes) of the same shard with everything in it that a reader of today must pass by."""
+    store = MemoryStore("golden-later")
+    store.put("shard", data)
+    footer = ShardReader(store, "shard").footer
+    head = bytearray(data[:64])
+    head[12:16] = head[32:36] = b"new!"
+    out = bytearray(resum_head(head))
+    moved = footer.chunks.copy()
+    for place in np.ndindex(*moved.shape):
+        row = footer.chunks[place]
+        out += b"\xee" * (-len(out) % 4096)
+        moved[place]["offset"] = len(out)
+        out += data[int(row["offset"]) : int(row["offset"] + row["stored"])]
+    out += b"\xee" * (-len(out) % 64)
+    footer = Footer(**{**_fields(footer), "chunks": moved})
+    raw = content_with(footer, {"row_groups": {"of": [1, 2.5, None]}}, MORE_SECTIONS)
+    found, whole = sealed(bytes(out), footer, info["name"], raw)
+    tail = bytearray(whole[-64:])
+    tail[48:52] = b"more"
+    whole = whole[:-64] + resum_tail(tail)
+    return found | {"crc32c": crc32c(whole)}, whole
+
+
+def _fields(footer: Footer) -> dict[str, Any]:
+    return {name: getattr(footer, name) for name in Footer.__dataclass_fields__}
+
+
+def version_text(body: dict[str, Any]) -> bytes:
+    """The text of a version, by docs/format.md alone."""
+    body = {key: value for key, value in body.items() if key != "crc32c"}
+    body["crc32c"] = crc32c(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def segment(data: bytes) -> bytes:
+    """A segment with two more columns, one of them with nulls and of a type that ours has not."""
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    more = pa.array(["a", None] * table.num_rows, pa.string())[: table.num_rows].dictionary_encode()
+    table = table.append_column("sha256", pa.array([bytes(32)] * table.num_rows, pa.binary(32)))
+    table = table.append_column("rack", more)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema.with_metadata({"later": "yes"})) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def dataset(folder: Path) -> None:
+    """Give the newest version of a data set what a reader of today must pass by, and a writer must not."""
+    store = LocalFolder(folder)
+    number = max(int(path.stem) for path in (folder / "_tiercache/versions").glob("*.json"))
+    version = read_version(store, number)
+    body = json.loads(store.get(version_key(number)))
+    for line, ref in zip(body["segments"], version.segments, strict=True):
+        data = segment(store.get(ref.key))
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.arrow"
+        line |= {"name": name, "bytes": len(data), "crc32c": crc32c(data), "index": "0" * 32}
+        store.put(segments.SEGMENTS_FOLDER + name, data)
+    body |= {"kind": "drop-shards", "row_ids": {"first": 0, "names": ["ä", None]}, "needs_to_write": ["row-ids"]}
+    body |= {"release": "1.4", "software": "tiercache 1.4.2"}
+    path = folder / version_key(number)
+    path.unlink()
+    path.write_bytes(version_text(body))

@@ -1,0 +1,310 @@
+"""What a later release may add to format version 1: passed by, or refused by naming the release that knows it."""
+
+import json
+import re
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import tiercache as tc
+from tiercache import __version__
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, UnsupportedFormat
+from tiercache.shard import codec, layout, segments
+from tiercache.shard.commit import commit
+from tiercache.shard.layout import Footer, Tail, pack_head, parse_head
+from tiercache.shard.manifest import latest, read_version
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Schema
+from tiercache.shard.verify import verify_shard
+from tiercache.shard.versions import encode_version, parse_version, version_key
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.memory import MemoryStore
+
+sys.path.insert(0, str(Path(__file__).parent))
+import later
+
+SCHEMA = Schema.of({"id": "int64", "text": "str"})
+
+
+@pytest.fixture
+def shard() -> tuple[dict, bytes]:
+    store = MemoryStore("needs-shard")
+    with ShardWriter(store, SCHEMA, ShardOptions(block_bytes=60, compression={"id": "none", "text": "zstd"})) as writer:
+        for i in range(5):
+            writer.write({"id": i, "text": "x" * i})
+    (info,) = writer.finish()
+    return {name: getattr(info, name) for name in info.__slots__}, store.get(info.name)
+
+
+def opened(data: bytes) -> ShardReader:
+    store = MemoryStore("needs-open")
+    store.put("shard", data)
+    return ShardReader(store, "shard")
+
+
+def with_tail(data: bytes, at: int, value: bytes) -> bytes:
+    tail = bytearray(data[-64:])
+    tail[at : at + len(value)] = value
+    return data[:-64] + later.resum_tail(tail)
+
+
+def test_a_shard_says_the_first_release_that_reads_it_and_which_software_wrote_it(shard):
+    _, data = shard
+    features, major, minor = struct.unpack_from("<IHH", data, len(data) - 24)
+    assert (features, (major, minor)) == (0, (0, 1))
+    footer_offset, stored, raw = struct.unpack_from("<QQQ", data, len(data) - 64)
+    content = bytes(codec.decompress(data[footer_offset : footer_offset + stored], raw))
+    offset, length = struct.unpack_from("<QQ", content, 40)
+    assert json.loads(content[offset : offset + length])["software"] == f"tiercache {__version__}"
+
+
+def test_unknown_features_of_a_shard_are_refused_by_the_release_that_has_them(shard):
+    _, data = shard
+    changed = with_tail(data, 40, struct.pack("<IHH", 0b1001, 1, 7))
+    with pytest.raises(UnsupportedFormat, match=r"bit 0, feature bit 3, which tiercache 1\.7 and later") as error:
+        opened(changed)
+    assert error.value.facts["needs"] == ("feature bit 0", "feature bit 3")
+    assert error.value.facts["release"] == "1.7"
+    store = MemoryStore("needs-verify")
+    store.put("shard", changed)
+    assert [finding.part for finding in verify_shard(store, "shard")] == ["footer"]
+
+
+def test_a_later_format_is_refused_by_the_release_that_reads_it(shard):
+    _, data = shard
+    changed = with_tail(with_tail(data, 28, b"\2"), 44, struct.pack("<HH", 2, 0))
+    with pytest.raises(UnsupportedFormat, match=r"format 2, which tiercache 2\.0 and later know; this is") as error:
+        opened(changed)
+    assert (error.value.found, error.value.supported) == (2, 1)
+
+
+def test_a_shard_of_the_format_before_the_first_says_to_pack_again(shard):
+    _, data = shard
+    with pytest.raises(UnsupportedFormat, match=r"format 0, of builds before the first release.*pack the data again"):
+        opened(with_tail(data, 28, b"\0"))
+
+
+@pytest.mark.parametrize("at", range(48, 52))
+def test_bytes_of_the_tail_that_are_zeros_today_are_passed_by(shard, at):
+    _, data = shard
+    assert opened(with_tail(data, at, b"\xff")).n_records == 5
+
+
+@pytest.mark.parametrize("at", [*range(12, 16), *range(32, 60)])
+def test_bytes_of_the_head_that_are_zeros_today_are_passed_by(at):
+    head = bytearray(pack_head(bytes(range(16))))
+    head[at] = 0xFF
+    assert parse_head(later.resum_head(head), "u") == bytes(range(16))
+
+
+@pytest.mark.parametrize("more", [(), (b"",), (b"x" * 1000, b"")])
+def test_more_sections_and_keys_of_a_footer_are_passed_by(shard, more):
+    info, data = shard
+    footer = opened(data).footer
+    raw = later.content_with(footer, {"new": [1.5]}, more)
+    _, changed = later.sealed(data[: info["footer_offset"]], footer, "shard", raw)
+    reader = opened(changed)
+    assert reader.footer.n_later_sections == len(more)
+    assert np.array_equal(reader.footer.chunks, footer.chunks)
+    assert reader.footer.statistics["id"]["distinct"] == 3
+
+
+def test_fewer_sections_than_version_1_has_are_corruption(shard, monkeypatch):
+    info, data = shard
+    footer = opened(data).footer
+    raw = bytearray(later.content_with(footer, {}, ()))
+    raw[36] = 6
+    _, changed = later.sealed(data[: info["footer_offset"]], footer, "shard", bytes(raw))
+    with pytest.raises(CorruptShard, match="6 sections"):
+        opened(changed)
+
+
+def test_a_later_section_outside_the_footer_is_corruption(shard):
+    info, data = shard
+    footer = opened(data).footer
+    raw = bytearray(later.content_with(footer, {}, (b"more",)))
+    struct.pack_into("<Q", raw, 40 + 16 * 7 + 8, 2**63)
+    _, changed = later.sealed(data[: info["footer_offset"]], footer, "shard", bytes(raw))
+    with pytest.raises(CorruptShard, match="section 7"):
+        opened(changed)
+
+
+@pytest.mark.parametrize("number", [2, 1 << 16, 2**32 - 1])
+def test_a_codec_of_a_later_release_is_refused_and_is_no_damage(shard, number):
+    info, data = shard
+    footer = opened(data).footer
+    chunks = footer.chunks.copy()
+    chunks["codec"][1, 1] = number
+    _, changed = later.sealed(data[: info["footer_offset"]], replace(footer, chunks=chunks), "shard")
+    with pytest.raises(UnsupportedFormat, match=f"needs codec {number}, which a later tiercache knows"):
+        opened(changed)
+
+
+def schema_with_kind(kind: str) -> bytes:
+    said = {b"tiercache.type": json.dumps({"kind": kind, "rate": 44100}).encode()}
+    return bytes(pa.schema([pa.field("sound", pa.large_binary(), nullable=False, metadata=said)]).serialize())
+
+
+def test_a_kind_of_column_of_a_later_release_is_refused_and_is_no_damage(shard):
+    class Later(Schema):
+        def to_bytes(self) -> bytes:
+            return schema_with_kind("audio")
+
+    _, data = shard
+    footer = replace(opened(data).footer, schema=Later(SCHEMA.columns))
+    _, changed = later.sealed(data[:64], footer, "shard")
+    with pytest.raises(UnsupportedFormat, match="needs kind 'audio' of column 'sound'"):
+        opened(changed)
+
+
+def test_what_a_type_says_beyond_what_is_known_is_passed_by():
+    assert str(Schema.from_bytes(schema_with_kind("bytes")).columns[0]) == "bytes"
+
+
+def test_bytes_between_chunks_are_passed_by_when_read_and_found_by_verify_unless_a_section_may_speak_of_them(shard):
+    info, data = shard
+    footer = opened(data).footer
+    row = footer.chunks[0, 1]
+    at = int(row["offset"] + row["stored"])
+    assert at % 64
+    for place in (at, layout.align(at) - 1):
+        changed = bytearray(data)
+        changed[place] = 7
+        store = MemoryStore("needs-gap")
+        store.put("shard", bytes(changed))
+        assert ShardReader(store, "shard").n_records == 5
+        (finding,) = verify_shard(store, "shard")
+        assert (finding.part, finding.block, finding.message) == ("chunk", 0, "the bytes between chunks are not zeros")
+    raw = later.content_with(footer, {}, (b"",))
+    _, whole = later.sealed(bytes(changed[: info["footer_offset"]]), footer, "shard", raw)
+    store.put("later", whole)
+    assert list(verify_shard(store, "later")) == []
+
+
+def test_a_footer_that_is_not_aligned_is_corruption():
+    tail = Tail(96, 10, 10, 0)
+    with pytest.raises(CorruptShard, match="cannot be"):
+        Tail.parse(tail.pack(), tail.file_bytes, "u")
+
+
+@pytest.fixture
+def store(shard) -> MemoryStore:
+    info, data = shard
+    store = MemoryStore(f"needs-{id(shard)}")
+    store.put(info["name"], data)
+    commit(store, [tc.model.ShardInfo(**info)], schema=SCHEMA, mode="create")
+    return store
+
+
+def changed_version(store: MemoryStore, **changes: object) -> bytes:
+    body = json.loads(store.get(version_key(1)))
+    return later.version_text({key: value for key, value in (body | changes).items() if value is not ...})
+
+
+def test_the_text_of_a_version_is_what_its_specification_makes_of_it(store):
+    assert changed_version(store) == store.get(version_key(1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"new": {"a": [1, 2.5, None, "ä"]}}, {"kind": "merge"}, {"needs_to_write": ["row-ids"]}, {"zz": 2**80}]
+)
+def test_what_a_version_says_beyond_what_is_known_is_passed_by(store, changes):
+    version = parse_version(changed_version(store, **changes), number=1, url="u")
+    assert version.n_records == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"needs_to_read": ["row-deletes", "encryption"], "release": "1.9"},
+            "encryption, row-deletes, which",
+        ),
+        (
+            {"format": 2, "release": "3.0", "segments": ..., "needs_to_read": ...},
+            "format 2, which tiercache 3.0",
+        ),
+        ({"format": 2, "release": 7}, "format 2, which a later tiercache knows"),
+        ({"format": 0}, "pack the data again"),
+    ],
+)
+def test_a_version_that_needs_a_later_release_is_refused_by_its_name(store, changes, text):
+    with pytest.raises(UnsupportedFormat, match=re.escape(text)):
+        parse_version(changed_version(store, **changes), number=1, url="u")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"needs_to_read": "all"},
+        {"needs_to_read": [1]},
+        {"needs_to_read": ["Not A Name"]},
+        {"needs_to_read": ...},
+        {"needs_to_write": ...},
+        {"release": "soon"},
+        {"format": "1"},
+        {"format": True},
+        {"kind": "Append!"},
+        {"software": ""},
+    ],
+)
+def test_a_version_whose_demands_cannot_be_read_is_corruption(store, changes):
+    with pytest.raises(CorruptShard):
+        parse_version(changed_version(store, **changes), number=1, url="u")
+
+
+def test_a_data_set_that_only_a_later_release_may_write_to_is_read_and_left_alone(store, shard):
+    info, _ = shard
+    version = replace(read_version(store, 1), number=2, parent=1, needs_to_write=("row-ids",), release="1.4")
+    facts = version.dataset_id, 2, version.schema_bytes, version.n_records, [s.digest for s in version.segments]
+    fingerprint = tc.shard.versions.fingerprint_of(*facts)
+    store.put(version_key(2), encode_version(replace(version, fingerprint=fingerprint)))
+    assert latest(store).number == 2
+    for mode in ("append", "overwrite"):
+        with pytest.raises(UnsupportedFormat, match=r"writing to this data set needs row-ids, which tiercache 1\.4"):
+            commit(store, [tc.model.ShardInfo(**info)], schema=SCHEMA, mode=mode)
+    assert latest(store).number == 2
+
+
+def test_a_writer_is_refused_before_it_has_written_anything(tmp_path):
+    with tc.Writer(str(tmp_path), schema=SCHEMA) as writer:
+        writer.write({"id": 1, "text": "a"})
+    path = tmp_path / version_key(1)
+    body = json.loads(path.read_text()) | {"needs_to_write": ["row-ids"]}
+    path.unlink()
+    path.write_bytes(later.version_text(body))
+    for mode in ("append", "overwrite"):
+        with pytest.raises(UnsupportedFormat, match="writing to this data set needs row-ids"):
+            tc.Writer(str(tmp_path), schema=SCHEMA, mode=mode)
+
+
+def test_more_columns_of_a_segment_are_left_out_and_fewer_or_others_are_corruption(store):
+    (ref,) = read_version(store, 1).segments
+    data = store.get(ref.key)
+    table = segments.parse_segment(pa.py_buffer(later.segment(data)), ref, url="u")
+    assert table.column_names == [field.name for field in segments._SCHEMA]
+    whole = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    for other in (whole.select(range(7)), whole.select([1, 0, *range(2, 8)]), whole.rename_columns(["n"] * 8)):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, other.schema) as writer:
+            writer.write_table(other)
+        with pytest.raises(CorruptShard, match="another schema"):
+            segments.parse_segment(sink.getvalue(), ref, url="u")
+
+
+def test_statistics_say_what_a_column_takes_in_the_file_where_that_is_not_what_it_decodes_to(shard):
+    info, data = shard
+    footer = opened(data).footer
+    found = json.loads(info["stats_json"])
+    for number, name in enumerate(SCHEMA.names):
+        stored = int(footer.chunks["stored"][:, number].sum())
+        assert found[name].get("stored", found[name]["bytes"]) == stored
+        assert ("stored" in found[name]) == (name == "text")
+    assert isinstance(footer, Footer)
+    assert crc32c(data) == info["crc32c"]
