@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tiercache import config
+from tiercache.cache.policy import POLICIES
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +84,36 @@ def test_a_file_that_is_no_toml_is_named_with_its_line(tmp_path):
         config.load()
 
 
+def test_the_cache_can_be_set_in_file_and_environment(tmp_path, monkeypatch):
+    write(tmp_path / "work" / "tiercache.toml", 'cache_policy = "s3fifo"\ncache_trace = "traces/now"')
+    monkeypatch.setenv("TIERCACHE_CACHE_SHARED", "group")
+    settings = config.load()
+    assert (settings.cache_policy, settings.cache_shared) == ("s3fifo", "group")
+    assert settings.cache_trace == tmp_path / "work" / "traces" / "now", "relative to the file's folder"
+    monkeypatch.setenv("TIERCACHE_CACHE_TRACE", "here")
+    assert config.load().cache_trace == tmp_path / "work" / "deep" / "here"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("cache_policy", "best"), ("cache_shared", "world")])
+def test_what_the_cache_does_not_know_is_an_error_that_names_the_variable(monkeypatch, setting, value):
+    monkeypatch.setenv(f"TIERCACHE_{setting.upper()}", value)
+    with pytest.raises(ValueError, match=f"TIERCACHE_{setting.upper()}: {setting}: .*'(plan|group)'"):
+        config.load()
+
+
+def test_the_configuration_knows_the_policies_that_there_are():
+    annotation = config.Settings.model_fields["cache_policy"].annotation
+    assert set(get_args(annotation)) == set(POLICIES)
+
+
 def test_an_unknown_key_is_an_error_that_names_what_was_meant(tmp_path):
     path = write(tmp_path / "work" / "tiercache.toml", 'cache_sise = "2GB"')
     with pytest.raises(ValueError, match=rf"{path}: no setting is called 'cache_sise'; did you mean 'cache_size'"):
         config.load()
     write(path, "[prices]\nstandard = 1")
-    with pytest.raises(ValueError, match="'prices'; there are cache_dir, cache_size"):
+    with pytest.raises(
+        ValueError, match="'prices'; there are cache_dir, cache_policy, cache_shared, cache_size, cache_trace"
+    ):
         config.load()
     with pytest.raises(ValueError, match=r"argument: .*'cache_folder'"):
         config.load("/", cache_folder="x")

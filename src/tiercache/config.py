@@ -13,7 +13,7 @@ import os
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -48,13 +48,21 @@ def _default_cache_dir() -> Path:
 class Settings(BaseModel):
     """All settings, checked.
 
-    cache_dir: folder of the default cache; cache_size: its budget ("200GB", "80%"), None: the cache decides.
+    Attributes:
+        cache_dir: folder of the default cache.
+        cache_size: its budget ("200GB", "80%"); None: the cache decides.
+        cache_policy: what it gives up first when it is full.
+        cache_shared: "group": others of the folder's group may read it, and a folder of theirs is read; None: nobody.
+        cache_trace: file to which every opening of a copy is appended, for `tiercache simulate`; None: none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cache_dir: Path = Field(default_factory=_default_cache_dir)
     cache_size: str | None = None
+    cache_policy: Literal["plan", "resident", "s3fifo", "lru"] = "plan"
+    cache_shared: Literal["group"] | None = None
+    cache_trace: Path | None = None
 
     @field_validator("cache_size", mode="before")
     @classmethod
@@ -82,7 +90,7 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
     def add(name: str, value: object, origin: str, folder: Path) -> None:
         if name not in Settings.model_fields:
             raise ValueError(f"{origin}: no setting is called {name!r}; {_suggestion(name)}")
-        is_path = Settings.model_fields[name].annotation is Path
+        is_path = Settings.model_fields[name].annotation in (Path, Path | None)
         values[name] = folder / Path(value).expanduser() if is_path and isinstance(value, str | os.PathLike) else value
         origins[name] = origin
 

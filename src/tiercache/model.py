@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class ShardIdentity:
 class ShardInfo:
     """A row of a data set's segment: one shard. name: relative to the data set's URL; crc32c: of the whole file.
 
-    stats_json: per-column statistics as JSON text: {column: {"min":, "max":, "nulls":, "bytes":}}.
+    stats_json: per-column statistics as JSON text: {column: {"min":, "max":, "nulls":, "bytes":, "stored":}}.
     """
 
     name: str
@@ -152,16 +152,6 @@ class Keeper(Protocol):
 
     def forget(self) -> None:
         """Let go of them. Repeatable, from any thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """What a loader will read next: shards in reading order, with identities; epoch and position are for people."""
-
-    owner: str
-    shards: tuple[tuple[str, ShardIdentity], ...] = field(default=())
-    epoch: int = 0
-    position: int = 0
 
 
 # A position in a ReadingPlan that is not reached as far as it looks.

@@ -6,7 +6,6 @@ What the loader knows a data set by.
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.cache import Cache, CachedStore
+from tiercache.cache.copy_names import CopyNames
 from tiercache.errors import CorruptShard
-from tiercache.model import Keeper, Part, ReadPlan, ShardIdentity, format_bytes
+from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
 from tiercache.shard import readers
 from tiercache.shard.cast import Casts, Served, served_columns
@@ -27,6 +27,7 @@ from tiercache.shard.joining import arrow_join, join, none_of
 from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
+from tiercache.shard.projection import column_ranges
 from tiercache.shard.reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
+    from tiercache.model import Following
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.layout import Footer
     from tiercache.shard.segments import ShardTable
@@ -127,7 +129,7 @@ class OpenedVersion:
         self.stored_schema: Schema = self.manifest.schema
         self.table: ShardTable = read_shards(self.store, self.manifest)
         self.n_records = int(self.table.first_record[-1])
-        self._tables: dict[int, BlockTable] = {}
+        self._names = CopyNames(self.manifest, self.table)
         # Of this version and others, with any columns, while somebody has them: joined views of one share what is open.
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
@@ -137,6 +139,8 @@ class OpenedVersion:
 
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _open_shard) -> None:
         self._schema = self.stored_schema.select(columns)
+        self._tables: dict[int, BlockTable] = {}
+        self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns, where they are known
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
         self.plan = Stored(self.place, self.version, self._schema.names)
         self._served = served_columns(self._schema, self.place.casts)
@@ -229,6 +233,7 @@ class OpenedVersion:
         missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
         if len(tables) + len(missing) > MAX_TABLES:
             self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
+            self._ranges = {shard: self._ranges.get(shard) for shard in tables}
         with ThreadPoolExecutor(min(FOOTER_THREADS, max(len(missing), 1)), "tiercache-footer") as pool:
             tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
@@ -322,15 +327,30 @@ class OpenedVersion:
         with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
             return list(pool.map(self._take, shards, rows))
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether it is read through a cache."""
+        return isinstance(self.store, CachedStore)
+
+    def publish(self, plan: ReadingPlan) -> Following | None:
+        """See Source. The segments, which are mapped, are in use as long as it is."""
+        if not isinstance(self.store, CachedStore) or self.cache is None:
+            return None
+        following = self.store.publish(*self._names.planned(plan))
+        if int(self.table.n_bytes.sum()) <= self.cache.limit_bytes:
+            return following
+        return readers.Letting(following, self._readers, plan)
+
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Tell the cache what comes, and start fetching what is not here."""
+        """Start fetching what is served of these shards and is not here."""
         if not isinstance(self.store, CachedStore):
             return
+        # One that is open asks for what it needs. If it was refused it is read by ranges to its end: fetched as a whole
+        # where there is room by now, what was read of it would come twice.
         coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
-        wanted = tuple((self.table.info(shard).name, self.identity(shard)) for shard in coming)
-        self.store.announce(ReadPlan(f"{os.getpid()}", wanted))
-        for key, identity in wanted:
-            self.store.fetch_ahead(key, identity)
+        objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
+        for shard, (key, identity) in zip(coming, objects, strict=True):
+            self.store.fetch_ahead(key, identity, self._ranges.get(shard))
 
     def is_at_hand(self, shard: int) -> bool:
         """Whether the shard is open, and what is served of it lies in a mapping as it is."""
@@ -344,9 +364,10 @@ class OpenedVersion:
         return healed
 
     def is_near(self, shard: int) -> bool:
-        """Whether the shard lies on this machine, whole: in a local folder, in the cache, or open in a mapping."""
+        """Whether what is served of the shard lies on this machine: in a local folder, or in the cache."""
         if isinstance(self.store, CachedStore):
-            return shard in self._readers or self.store.is_here(self.table.info(shard).name, self.identity(shard))
+            (key, identity), ranges = self._object(shard), self._ranges.get(shard)
+            return self.is_at_hand(shard) or self.store.is_here(key, identity, ranges)
         return isinstance(self.inner, LocalStore | MemoryStore)
 
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
@@ -414,15 +435,20 @@ class OpenedVersion:
 
     def _read_table(self, shard: int) -> BlockTable:
         footer = self._footer(shard)
+        if self.is_cached:
+            self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
         return BlockTable(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
 
     def _footer(self, shard: int) -> Footer:
         if isinstance(self.store, CachedStore) and shard not in self._readers:
             info = self.table.info(shard)
-            if not self.store.is_here(info.name, self.identity(shard)):
+            if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
                 return read_footer_alone(self.inner, info.name, info)
         return self._read(shard, lambda reader: reader.footer)
+
+    def _object(self, shard: int) -> tuple[str, ShardIdentity]:
+        return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
         """What read gives; once more where the cache's copy was to blame, or may be another than the one read."""

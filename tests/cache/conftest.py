@@ -77,8 +77,10 @@ class World:
         (path,) = self.copies()
         return path
 
-    def temps(self, name="cache") -> list[Path]:
-        return sorted((self.root / name / "copies").glob("*.tmp"))
+    def parts(self, name="cache") -> list[Path]:
+        """Copies in part, and maps that are left."""
+        copies = self.root / name / "copies"
+        return sorted([*copies.glob("*.part"), *copies.glob("*.map")])
 
     def n_reads(self, keys="*") -> int:
         return self.inner.n_calls("read_into", keys)

@@ -1,13 +1,19 @@
 """Warming, pinning, looking, and the default cache."""
 
+import contextlib
 import gc
+import os
+import pickle
 import threading
 
+import numpy as np
 import pytest
 
 from tiercache.cache import Cache
 from tiercache.cache.machine import Room
+from tiercache.cache.record import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
+from tiercache.model import ByteRange, ReadingPlan
 from tiercache.testing import Fault, FaultKind, FaultStore, GateStore
 
 
@@ -67,7 +73,7 @@ def test_an_interrupted_warming_cancels_its_fetches_and_leaves_no_thread(world):
     with gated.stop_at("before_read_into", "s4") as gate, pytest.raises(KeyboardInterrupt):
         world.cache().warm(gated, pairs, jobs=2, on_progress=interrupt)
     assert not [t for t in threading.enumerate() if t.name.startswith("tiercache")]
-    assert world.temps() == []
+    assert world.parts() == []
     assert world.cache().warm(world.inner, pairs).n_wanted == 5
 
 
@@ -84,9 +90,9 @@ def test_warming_ends_with_a_look_at_every_copy(world):
 
 def test_a_full_resident_cache_cannot_be_warmed_further(world):
     pairs = pairs_of(world, 4, 100_000)
-    cache = world.cache("250KB")
+    cache = world.cache("250KB", policy="resident")
     cache.warm(world.inner, pairs[:2])
-    with pytest.raises(CacheFull, match="evict some or enlarge"):
+    with pytest.raises(CacheFull, match="evict some, enlarge"):
         cache.warm(world.inner, pairs[2:3])
 
 
@@ -116,7 +122,7 @@ def test_entries_name_what_they_are_copies_of(world):
     (entry,) = cache.entries()
     assert entry.source == f"{world.inner.url}/train/a"
     assert (entry.dataset_id, entry.shard_id) == (identity.dataset_id, identity.shard_id)
-    assert (entry.n_bytes, entry.pinned, entry.uses) == (12_288, False, 0)
+    assert (entry.n_bytes, entry.pinned, entry.uses) == (16_384, False, 0)
 
 
 def test_stats_have_the_names_of_the_interface(world):
@@ -125,28 +131,28 @@ def test_stats_have_the_names_of_the_interface(world):
     world.fetch(world.store(cache), "a")
     stats = cache.stats()
     assert stats == {
-        "bytes_used": 12_288,
+        "bytes_used": 16_384,
         "limit_bytes": 10_000_000,
         "pinned_bytes": 0,
         "hits": 0,
         "misses": 1,
         "evicted": 0,
         "bytes_fetched": 10_000,
+        "bytes_hit": 0,
+        "evicted_early": 0,
+        "quarantined": 0,
+        "poisoned": 0,
     }
     status = cache.status()
     assert (status["path"], status["policy"], status["n_copies"]) == (str(world.root / "cache"), "plan", 1)
 
 
 def test_a_closed_cache_opens_itself_again_and_leases_outlive_it(world):
-    import os
-
-    from tiercache.model import ByteRange
-
     identity = world.put("a")
     cache = world.cache()
     store = world.store(cache)
     with store.open_local("a", identity) as lease:
-        assert lease.wait([ByteRange(0, 1)])
+        assert lease.wait([ByteRange(0, 10_000)])
         cache.close()
         cache.close()
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
@@ -156,8 +162,6 @@ def test_a_closed_cache_opens_itself_again_and_leases_outlive_it(world):
 
 
 def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
-    from tiercache.model import ByteRange
-
     identity = world.put("a")
     gated = GateStore(world.inner)
     cache = world.cache()
@@ -170,9 +174,9 @@ def test_closing_in_mid_fetch_ends_the_wait_without_a_copy(world):
         assert fetch.cancel.wait(10)
         gate.open()
         closing.join()
-        with pytest.raises(StoreError, match="cancel"):
+        with contextlib.suppress(StoreError):  # the first bytes may have come before it was told to end
             lease.wait([ByteRange(0, 1)])
-    assert world.temps() == []
+    assert world.copies() == []
 
 
 def test_a_cache_that_is_forgotten_closes_itself(world):
@@ -217,3 +221,82 @@ def test_warming_what_is_here_already_needs_no_room(world):
     full = world.cache(free_floor="100%")
     assert full.warm(world.inner, pairs).n_fetched == 0
     assert full.pin(world.inner, pairs).n_fetched == 0
+
+
+def test_status_says_who_holds_what(world):
+    identity = world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+    with store.open_local("a", identity) as lease:
+        assert lease.wait([ByteRange(0, 10_000)])
+        (holder,) = cache.status()["holders"]
+        assert holder["pid"] == os.getpid()
+        assert holder["command"]
+        # Where locks lie, or the system lists none, the owner is known all the same.
+        assert set(holder["names"]) <= {world.copy("a").name}
+    assert cache.status()["holders"][0]["names"] == ()
+
+
+def test_status_counts_what_all_processes_did_together(world):
+    world.put("a")
+    first, second = world.cache(), world.cache()
+    for cache in (first, second, second):
+        world.fetch(world.store(cache), "a")
+    first.close()
+    status = second.status()
+    assert (status["figures"]["hits"], status["figures"]["misses"], status["hit_ratio"]) == (2, 1, 2 / 3)
+    assert (status["figures"]["bytes_hit"], status["figures"]["bytes_fetched"]) == (20_000, 10_000)
+    assert (status["hits"], status["misses"]) == (2, 0), "of this process"
+    assert world.cache(name="new").status()["hit_ratio"] is None
+
+
+def test_status_counts_copies_in_part_and_plans(world):
+    n_bytes = 4 << 20
+    world.put("a", n_bytes)
+    cache = world.cache()
+    store = world.store(cache)
+    with store.open_local("a", world.identity("a")) as lease:
+        assert lease.wait([ByteRange(0, 9000)])
+    names = np.frombuffer(bytes.fromhex(name_of_identity(world.identity("a"))), np.uint8).reshape(1, 20)
+    one = np.zeros(1, np.int64)
+    plan = cache.publish(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
+    status = cache.status()
+    assert (status["n_copies"], status["n_parts"]) == (0, 1)
+    assert len(status["plans"]) == 1
+    assert "rank 0 of 1" in status["plans"][0]
+    plan.close()
+    assert cache.status()["plans"] == []
+
+
+def test_evicting_to_a_target_takes_what_was_not_used_for_longest(world):
+    pairs = pairs_of(world)
+    cache = world.cache()
+    cache.warm(world.inner, pairs, jobs=1)
+    world.fetch(world.store(cache), "s0")
+    one = cache.entries()[0].n_bytes
+    assert cache.evict(target_bytes=3 * one) == 2 * one
+    assert {entry.source[-2:] for entry in cache.entries()} == {"s0", "s3", "s4"}
+    assert cache.evict(target_bytes=3 * one) == 0
+    assert cache.evict(lambda entry: entry.source.endswith("s0"), target_bytes=0) == one
+    assert cache.evict(target_bytes=0) == 2 * one
+
+
+def test_the_default_cache_takes_policy_and_sharing_from_the_configuration(world, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
+    monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "s3fifo")
+    monkeypatch.setenv("TIERCACHE_CACHE_SHARED", "group")
+    cache = Cache.default()
+    status = cache.status()
+    assert (status["policy"], status["shared"]) == ("s3fifo", "group")
+    assert (world.root / "mine").stat().st_mode & 0o7777 == 0o2750
+    assert Cache.default() is cache
+    monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "lru")
+    assert Cache.default() is not cache
+
+
+def test_a_pickled_cache_is_the_same_cache(world):
+    cache = world.cache(policy="lru", shared="group")
+    copy = pickle.loads(pickle.dumps(cache))
+    world.caches.append(copy)
+    names = ("path", "policy", "free_floor", "shared", "limit_bytes")
+    assert [copy.status()[name] for name in names] == [cache.status()[name] for name in names]

@@ -8,7 +8,7 @@ import pytest
 
 from tiercache.cache.record import Record, name_of_identity, name_of_object
 from tiercache.errors import NotFound
-from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.store import LocalStore, Store
 from tiercache.testing import Gate, GateStore
 
@@ -131,7 +131,7 @@ def test_an_object_that_is_not_there_is_not_found(world):
     (world.root / "source" / "a").unlink()
     with store.open_local("a", identity) as lease, pytest.raises(NotFound):
         lease.wait([ByteRange(0, 1)])
-    assert world.temps() == []
+    assert world.parts() == []
 
 
 def test_an_object_that_nothing_tells_from_a_later_one_is_not_cached():
@@ -178,8 +178,8 @@ def test_what_is_no_record_is_none(text):
 def test_copies_are_read_only_and_leave_no_temporary_file(world):
     world.put("a")
     world.fetch(world.store(), "a")
-    assert world.copy("a").stat().st_mode & 0o777 == 0o444
-    assert world.temps() == []
+    assert world.copy("a").stat().st_mode & 0o777 == 0o400
+    assert world.parts() == []
     assert list((world.root / "cache" / "locks").iterdir()) == []
 
 
@@ -210,12 +210,6 @@ def test_uses_survive_the_process(world):
     assert entry.uses == 3
 
 
-def test_an_announced_plan_is_a_hint(world):
-    store = world.store()
-    store.announce(ReadPlan("me"))
-    assert store.plan == ReadPlan("me")
-
-
 def test_a_copy_that_was_found_wrong_is_removed_and_fetched_again(world):
     identity = world.put("a")
     store = world.store()
@@ -228,7 +222,7 @@ def test_a_copy_that_was_found_wrong_is_removed_and_fetched_again(world):
     assert world.copies() == []
     assert store.distrust("a", identity) is True
     world.fetch(store, "a")
-    assert world.caches[0].stats()["bytes_used"] == 12288
+    assert world.caches[0].stats()["bytes_used"] == 16384
 
 
 def test_the_catalog_that_sqlite_opens_is_a_wal_database_on_a_local_disk(world):

@@ -2,12 +2,17 @@
 
 import mmap
 import os
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tiercache.cache import evictor
 from tiercache.cache.record import name_of_identity
-from tiercache.model import ByteRange
+from tiercache.cache.replay import Trace, replay
+from tiercache.catalog import charge_bytes
+from tiercache.model import NEVER, ByteRange, ReadingPlan
 
 WHOLE = [ByteRange(0, 10_000)]
 
@@ -22,7 +27,7 @@ def test_a_leased_copy_is_not_evicted(world, locks):
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
     if locks == "locks hold":
         assert freed == 0
-        assert cache.evict() == 12_288
+        assert cache.evict() == 16_384
 
 
 def test_a_mapped_copy_stays_readable_whatever_happens_to_its_name(world):
@@ -82,7 +87,7 @@ def test_a_copy_without_record_is_checked_on_first_use_and_gets_one(world):
     world.fetch(world.store(cache), "a")
     assert world.n_reads() == 1
     assert cache.entries()[0].source.endswith("/a")
-    assert cache.evict() == 12_288
+    assert cache.evict() == 16_384
 
 
 def test_a_copy_without_record_that_is_wrong_is_fetched_again(world):
@@ -151,8 +156,212 @@ def test_evicting_a_selection_takes_only_that(world):
     for key in ("train/a", "train/b", "test/a"):
         world.put(key)
         world.fetch(store, key)
-    assert cache.evict(lambda entry: "/train/" in entry.source) == 2 * 12_288
+    assert cache.evict(lambda entry: "/train/" in entry.source) == 2 * 16_384
     (left,) = cache.entries()
     assert left.source.endswith("test/a")
-    assert cache.evict([left.name]) == 12_288
+    assert cache.evict([left.name]) == 16_384
     assert cache.stats()["evicted"] == 3
+
+
+# -- by plan -----------------------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 40_000
+CHARGE = charge_bytes(SHARD_BYTES)
+
+
+def name_rows(world, keys):
+    names = [name_of_identity(world.identity(key)) for key in keys]
+    return np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, 20)
+
+
+def put_shards(world, keys):
+    for key in keys:
+        world.put(key, SHARD_BYTES)
+
+
+def publish(world, cache, uses):
+    """A plan: by key (first, last, then)."""
+    first, last, then = (np.array(column, np.int64) for column in zip(*uses.values(), strict=True))
+    return cache.publish(name_rows(world, uses), ReadingPlan("test", np.arange(len(uses)), first, last, then))
+
+
+def cached(cache):
+    return {entry.source[-1] for entry in cache.entries()}
+
+
+def shards_cache(world, n_shards, **options):
+    """A cache that has room for n_shards and what their maps take while they come."""
+    return world.cache(n_shards * CHARGE + 3 * 4096, **options)
+
+
+def test_plan_evicts_what_is_needed_furthest_from_now(world):
+    put_shards(world, "abcd")
+    cache = shards_cache(world, 3)
+    store = world.store(cache)
+    with closing(publish(world, cache, {"a": (0, 1, 30), "b": (1, 2, 90), "c": (2, 3, 60), "d": (3, 4, 50)})) as plan:
+        for clock, key in enumerate("abc", start=1):
+            world.fetch(store, key)
+            plan.advance(clock)
+        world.fetch(store, "d")
+        assert cached(cache) == {"a", "c", "d"}
+
+
+def test_what_is_needed_again_later_than_all_that_is_here_is_read_past(world):
+    put_shards(world, "abc")
+    cache = shards_cache(world, 2)
+    store = world.store(cache)
+    with closing(publish(world, cache, {"a": (0, 1, 30), "b": (1, 2, 40), "c": (2, 3, 50)})) as plan:
+        for clock, key in enumerate("ab", start=1):
+            world.fetch(store, key)
+            plan.advance(clock)
+        assert world.read(store, "c") is None
+        assert cached(cache) == {"a", "b"}
+        assert cache.stats()["evicted"] == 0
+
+
+def test_a_plans_copies_push_out_what_no_plan_names_and_not_the_other_way_round(world):
+    put_shards(world, "abcde")
+    cache = shards_cache(world, 3)
+    store = world.store(cache)
+    for key in "de":
+        world.fetch(store, key)
+    with closing(publish(world, cache, {"a": (0, 1, 30), "b": (1, 2, 40), "c": (2, 3, NEVER)})) as plan:
+        for clock, key in enumerate("abc", start=1):
+            world.fetch(store, key)
+            plan.advance(clock)
+        assert cached(cache) == {"a", "b", "c"}
+        assert world.read(store, "d") is None
+    world.fetch(store, "d")
+    assert "d" in cached(cache)
+
+
+def test_what_a_job_reads_now_is_not_evicted_for_another(world):
+    put_shards(world, "abc")
+    cache = shards_cache(world, 2)
+    store = world.store(cache)
+    with closing(publish(world, cache, {"a": (0, 100, 900), "b": (0, 100, 800)})):
+        world.fetch(store, "a")
+        world.fetch(store, "b")
+        with closing(publish(world, cache, {"c": (0, 1, 2)})):
+            assert world.read(store, "c") is None
+        assert cached(cache) == {"a", "b"}
+
+
+def test_jobs_of_two_caches_on_one_folder_spare_what_the_other_needs_soon(world):
+    put_shards(world, "abc")
+    mine, yours = shards_cache(world, 2), shards_cache(world, 2)
+    with closing(publish(world, yours, {"a": (5, 6, 7), "b": (500, 501, 502)})):
+        for key in "ab":
+            world.fetch(world.store(yours), key)
+        with closing(publish(world, mine, {"c": (0, 1, 100)})):
+            world.fetch(world.store(mine), "c")
+        assert cached(mine) == {"a", "c"}
+
+
+# -- by queues ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_queues_of_s3fifo_survive_the_process(world):
+    put_shards(world, "abcd")
+    for keys in ("a", "a", "a", "b", "c"):
+        cache = shards_cache(world, 3, policy="s3fifo")
+        world.fetch(world.store(cache), keys)
+        cache.close()
+    cache = shards_cache(world, 3, policy="s3fifo")
+    world.fetch(world.store(cache), "d")
+    assert cached(cache) == {"a", "c", "d"}, "a was used twice, b came next"
+
+
+def test_what_is_wanted_again_soon_after_it_was_evicted_is_counted(world):
+    put_shards(world, "abc")
+    cache = shards_cache(world, 2, policy="lru")
+    store = world.store(cache)
+    for key in "abca":
+        world.fetch(store, key)
+    stats = cache.stats()
+    assert (stats["evicted"], stats["evicted_early"]) == (2, 1)
+
+
+def test_what_a_person_evicts_is_not_evicted_early(world):
+    put_shards(world, "a")
+    cache = world.cache()
+    for _ in range(2):
+        world.fetch(world.store(cache), "a")
+        cache.evict()
+    assert cache.stats()["evicted_early"] == 0
+
+
+def test_the_figures_of_closed_processes_are_kept(world):
+    put_shards(world, "abc")
+    for _ in range(2):
+        cache = shards_cache(world, 2, policy="lru")
+        for key in "abc":
+            world.fetch(world.store(cache), key)
+        cache.close()
+    figures = cache._open().writing.accounts.figures()
+    assert figures["evicted"] == 4
+    assert figures["misses"] == 6
+
+
+def test_lru_frees_a_hundredth_of_the_cache_at_once(world):
+    n_small = 250
+    for i in range(n_small + 1):
+        world.put(f"s{i:03}", 4096)
+    cache = world.cache(n_small * 8192 + 4096, policy="lru")
+    store = world.store(cache)
+    for i in range(n_small + 1):
+        world.fetch(store, f"s{i:03}")
+    assert 3 <= cache.stats()["evicted"] <= 5
+
+
+def test_a_copy_that_is_leased_is_passed_over_and_the_next_one_goes(world, locks):
+    put_shards(world, "abcd")
+    for policy in ("lru", "s3fifo", "plan"):
+        cache = shards_cache(world, 3, name=policy, policy=policy)
+        store = world.store(cache)
+        for key in "abc":
+            world.fetch(store, key)
+        with store.open_local("a", world.identity("a")) as lease:
+            assert lease.wait([ByteRange(0, SHARD_BYTES)])
+            cache._open().writing.evictor._uses.clear()
+            world.fetch(store, "d")
+        if locks == "locks hold":
+            assert cached(cache) == {"a", "c", "d"}
+
+
+def test_a_pin_of_another_process_is_seen_when_its_copy_would_go(world):
+    put_shards(world, "abcd")
+    mine, yours = shards_cache(world, 3, policy="lru"), shards_cache(world, 3, policy="lru")
+    store = world.store(mine)
+    for key in "abc":
+        world.fetch(store, key)
+    mine._open().writing.evictor._pinned()
+    yours.pin(world.store(yours), [("a", world.identity("a"))])
+    mine._open().writing.evictor._uses.clear()
+    world.fetch(store, "d")
+    assert "a" in cached(mine)
+    yours.unpin()
+    for key in "bc":
+        world.fetch(store, key)
+    world.fetch(store, "d")
+    assert "a" not in cached(mine)
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "resident"])
+def test_a_cache_hits_as_the_simulator_says(world, policy, monkeypatch):
+    monkeypatch.setattr(evictor, "WATERMARK_SHARE", 0.0)
+    keys = [f"k{i:02}" for i in range(40)]
+    for key in keys:
+        world.put(key, 4096)
+    order = np.random.default_rng(5).zipf(1.3, 400) % 40
+    size = 20 * 8192 + 4096  # and the map of one that comes
+    cache = world.cache(size, policy=policy)
+    store = world.store(cache)
+    hits = []
+    for i in order.tolist():
+        before = cache.counters["hits"]
+        world.read(store, keys[i])
+        hits.append(cache.counters["hits"] > before)
+        cache._open().writing.evictor.flush_uses()  # not in batches: the simulator knows the order of every use
+    expected = replay(Trace.of(order, 8192), policy, size).served > 0
+    assert hits == expected.tolist()

@@ -1,35 +1,207 @@
-"""Policies by property: the orders are right whatever the snapshot."""
+"""Policies by property: what they decide is right whatever the snapshot."""
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cache.policy import POLICIES, Resident, lru, replaces, resident
-
-copies = st.lists(
-    st.builds(Resident, st.text("abcdef", min_size=1), st.integers(0, 1 << 40), st.integers(0, 50), st.booleans()),
-    unique_by=lambda c: c.name,
-    max_size=20,
+from tiercache.cache import policy as policy_module
+from tiercache.cache.policy import (
+    POLICIES,
+    UNPLANNED,
+    Ask,
+    Snapshot,
+    lru,
+    plan,
+    replaces,
+    resident,
+    s3fifo,
 )
+from tiercache.model import NEVER
+
+next_uses = st.one_of(st.integers(0, 50), st.sampled_from([NEVER, UNPLANNED]))
+thens = st.one_of(st.integers(1, 50), st.sampled_from([NEVER, UNPLANNED]))
 
 
-@given(copies)
-def test_resident_gives_up_nothing(snapshot):
-    assert resident(snapshot) == ()
+@st.composite
+def snapshots(draw, max_size=12):
+    n = draw(st.integers(0, max_size))
+
+    def column(values):
+        return draw(st.lists(values, min_size=n, max_size=n))
+
+    return Snapshot(
+        charge_bytes=np.array(column(st.integers(1, 20)), np.int64),
+        last_use=np.array(draw(st.permutations(range(n))), np.int64),
+        main=np.array(column(st.booleans()), np.bool_),
+        freq=np.array(column(st.integers(0, 3)), np.int64),
+        turn=np.array(draw(st.permutations(range(n))), np.int64),
+        keep=np.array(column(st.booleans()), np.bool_),
+        next_use=np.array(column(next_uses), np.int64),
+        limit_bytes=draw(st.integers(1, 200)),
+        has_evicted=draw(st.booleans()),
+    )
 
 
-@given(copies)
-def test_lru_gives_up_everything_unpinned_longest_unused_first(snapshot):
-    order = lru(snapshot)
-    last_use = {c.name: c.last_use for c in snapshot}
-    assert set(order) == {c.name for c in snapshot if not c.pinned}
-    assert [last_use[name] for name in order] == sorted(last_use[name] for name in order)
+asks = st.builds(Ask, st.integers(-5, 60), st.integers(0, 60), thens)
+replacing = pytest.mark.parametrize("policy", [lru, s3fifo, plan], ids=lambda p: p.__name__)
 
 
-@given(copies, st.randoms())
-def test_the_order_does_not_depend_on_the_order_of_the_snapshot(snapshot, random):
-    shuffled = random.sample(snapshot, len(snapshot))
-    assert lru(shuffled) == lru(snapshot)
+def shuffled(copies, order):
+    columns = {name: getattr(copies, name)[order] for name in Snapshot.__slots__ if name not in FACTS}
+    return Snapshot(**columns, **{name: getattr(copies, name) for name in FACTS})
 
 
-def test_only_lru_replaces_for_now():
-    assert {name for name in POLICIES if replaces(name)} == {"lru"}
+FACTS = ("limit_bytes", "has_evicted")
+
+
+@given(snapshots(), asks)
+def test_resident_gives_up_nothing_and_admits_what_fits(copies, ask):
+    decision = resident(copies, ask)
+    assert decision.victims == ()
+    assert decision.admit == (ask.need_bytes <= 0)
+
+
+@replacing
+@given(copies=snapshots(), ask=asks)
+def test_victims_suffice_go_once_and_are_never_kept_or_in_use(policy, copies, ask):
+    decision = policy(copies, ask)
+    victims = list(decision.victims)
+    assert len(set(victims)) == len(victims)
+    assert not copies.keep[victims].any()
+    if not decision.admit:
+        assert victims == []
+    else:
+        assert copies.charge_bytes[victims].sum() >= ask.need_bytes
+    if policy is plan:
+        assert (copies.next_use[victims] > 0).all()
+
+
+@replacing
+@given(copies=snapshots(), ask=asks)
+def test_no_victim_is_named_that_is_not_needed(policy, copies, ask):
+    sizes = copies.charge_bytes[list(policy(copies, ask).victims)]
+    assert sizes[:-1].sum() < max(ask.need_bytes, ask.want_bytes, 1)
+
+
+@given(snapshots(), asks)
+def test_lru_and_s3fifo_refuse_only_where_everything_together_is_too_little(copies, ask):
+    enough = copies.charge_bytes[~copies.keep].sum() >= ask.need_bytes
+    assert lru(copies, ask).admit == enough
+    assert s3fifo(copies, ask).admit == enough
+
+
+@given(snapshots(), asks)
+def test_lru_gives_up_the_longest_unused_first(copies, ask):
+    victims = list(lru(copies, ask).victims)
+    by_use = sorted(np.flatnonzero(~copies.keep).tolist(), key=lambda row: copies.last_use[row])
+    assert victims == by_use[: len(victims)]
+
+
+@given(snapshots(), asks)
+def test_plan_gives_up_what_no_plan_names_and_then_the_furthest_needed_first(copies, ask):
+    uses = copies.next_use[list(plan(copies, ask).victims)].tolist()
+    assert uses == sorted(uses, reverse=True)
+    left = np.delete(copies.next_use[~copies.keep], [])
+    if uses:
+        n_later = int((left > uses[-1]).sum())
+        assert n_later <= len(uses), "nothing that is needed later stays"
+
+
+@given(snapshots(), asks)
+def test_plan_takes_room_only_from_what_is_needed_later_or_by_nobody(copies, ask):
+    for use in copies.next_use[list(plan(copies, ask).victims)]:
+        assert use == UNPLANNED or use > ask.then
+
+
+@given(snapshots(), asks)
+def test_plan_refuses_only_where_those_that_may_go_are_too_little(copies, ask):
+    may_go = ~copies.keep & ((copies.next_use == UNPLANNED) | ((copies.next_use > ask.then) & (copies.next_use > 0)))
+    assert plan(copies, ask).admit == (copies.charge_bytes[may_go].sum() >= ask.need_bytes)
+
+
+def test_what_a_plan_sees_no_use_of_does_not_push_out_its_like():
+    """One job reads every shard once: then plan is resident, not a queue that gives up what it has just fetched."""
+    copies = example(next_use=[NEVER, NEVER])
+    assert not plan(copies, Ask(10, then=NEVER)).admit
+    assert plan(copies, Ask(10, then=100)).admit
+
+
+def test_what_a_plan_names_pushes_out_what_none_names():
+    copies = example(next_use=[UNPLANNED, 5])
+    assert plan(copies, Ask(10, then=NEVER)).victims == (0,)
+    assert not plan(copies, Ask(20, then=NEVER)).admit
+
+
+def example(next_use, **columns):
+    n = len(next_use)
+    given_ = {
+        "charge_bytes": np.full(n, 10),
+        "last_use": np.arange(n),
+        "main": np.zeros(n, np.bool_),
+        "freq": np.zeros(n, np.int64),
+        "turn": np.arange(n),
+        "keep": np.zeros(n, np.bool_),
+        "limit_bytes": 10 * n,
+        "has_evicted": True,
+    }
+    return Snapshot(next_use=np.array(next_use, np.int64), **given_ | columns)
+
+
+@replacing
+@given(copies=snapshots(), ask=asks, random=st.randoms(use_true_random=False))
+def test_the_decision_does_not_depend_on_the_order_of_the_snapshot(policy, copies, ask, random):
+    order = np.array(random.sample(range(len(copies.turn)), len(copies.turn)), np.int64)
+    decision, other = policy(copies, ask), policy(shuffled(copies, order), ask)
+    assert list(decision.victims) == [int(order[row]) for row in other.victims]
+    assert {m.row for m in decision.moves} == {int(order[m.row]) for m in other.moves}
+
+
+@replacing
+@given(copies=snapshots(), ask=asks)
+def test_looking_further_names_the_same_victims_first(policy, copies, ask):
+    short, long = policy(copies, ask), policy(copies, Ask(ask.need_bytes, ask.want_bytes + 40, ask.then))
+    assert long.admit == short.admit
+    assert long.victims[: len(short.victims)] == short.victims
+
+
+@given(snapshots(max_size=20), asks)
+def test_large_snapshots_are_decided_as_small_ones_are(copies, ask):
+    """Of many copies the furthest needed are found before the rest is sorted."""
+    expected = plan(copies, ask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "_FEW_ROWS", 2)
+        patch.setattr(policy_module, "_ROWS_AT_A_TIME", 2)
+        assert plan(copies, ask) == expected
+
+
+def test_s3fifo_gives_what_was_used_twice_a_place_in_the_main_queue():
+    copies = example([UNPLANNED] * 4, freq=np.array([2, 1, 0, 0]))
+    decision = s3fifo(copies, Ask(10))
+    assert decision.victims == (1,)
+    assert [(m.row, m.main, m.freq, m.n_before) for m in decision.moves] == [(0, True, 0, 0)]
+
+
+def test_s3fifo_gives_what_was_used_in_the_main_queue_another_turn():
+    copies = example([UNPLANNED] * 3, freq=np.array([3, 0, 0]), main=np.ones(3, np.bool_))
+    decision = s3fifo(copies, Ask(10))
+    assert decision.victims == (1,)
+    assert [(m.row, m.freq) for m in decision.moves] == [(0, 2)]
+
+
+def test_s3fifo_takes_from_the_main_queue_only_while_that_is_larger_than_its_share():
+    main = np.array([False] * 2 + [True] * 8)
+    assert s3fifo(example([UNPLANNED] * 10, main=main), Ask(30)).victims == (0, 1, 2)
+    main = np.ones(10, np.bool_)
+    assert s3fifo(example([UNPLANNED] * 10, main=main), Ask(30)).victims == (0, 1, 2)
+
+
+def test_before_anything_was_evicted_the_small_queue_keeps_only_its_share():
+    copies = example([UNPLANNED] * 20, has_evicted=False)
+    decision = s3fifo(copies, Ask(10))
+    assert decision.victims == (0,)
+    assert [m.row for m in decision.moves] == list(range(2, 20))
+
+
+def test_all_policies_but_resident_replace():
+    assert {name for name in POLICIES if replaces(name)} == {"plan", "s3fifo", "lru"}

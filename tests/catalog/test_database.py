@@ -2,9 +2,12 @@
 
 import os
 import sqlite3
+import stat
+from threading import Thread
 
 import pytest
 
+from tiercache.cache.machine import is_disk_full
 from tiercache.catalog import Database
 
 # From Python 3.12 on: what these tests are about.
@@ -114,3 +117,92 @@ def test_no_connection_is_open_while_the_process_forks(database):
     if pid == 0:
         os._exit(0 if database._connection is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+@pytest.mark.parametrize("wal", [True, False])
+def test_nobody_else_may_read_the_file_or_what_lies_beside_it(tmp_path, umask, wal):
+    before = os.umask(umask)
+    try:
+        database = Database(tmp_path / "c.sqlite", wal=wal, make_folder=lambda: None, prepare=prepare)
+        add(database, 1)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        database.close()
+    finally:
+        os.umask(before)
+    assert set(modes.values()) == {0o600}
+    assert ("c.sqlite-wal" in modes) == wal
+    (tmp_path / "c.sqlite").chmod(0o666)
+    assert values(database) == ["new", 1]
+    assert stat.S_IMODE((tmp_path / "c.sqlite").stat().st_mode) == 0o600
+    database.close()
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_under_its_name_gives_way_and_its_target_is_left_alone(database, tmp_path, suffix, is_there):
+    add(database, 1)
+    database.close()
+    target = tmp_path / "target"
+    if is_there:
+        target.write_text("keep")
+    link = tmp_path / ("c.lock" if suffix == ".lock" else f"c.sqlite{suffix}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    add(database, 2)
+    assert values(database)[-1] == 2
+    assert target.exists() == is_there
+    assert not is_there or target.read_text() == "keep"
+
+
+def test_threads_that_waited_together_for_a_busy_file_give_up_together(database, monkeypatch):
+    """One after the other each would wait as long again, and the last of thirty for minutes."""
+    monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.3)
+    add(database, 1)
+    database.close()
+    other = sqlite3.connect(database.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    tries, errors = [], []
+    really_attempt = database._attempt
+
+    def attempt(work):
+        tries.append(work)
+        return really_attempt(work)
+
+    monkeypatch.setattr(database, "_attempt", attempt)
+
+    def work():
+        try:
+            add(database, 2)
+        except sqlite3.OperationalError as error:
+            errors.append(str(error))
+
+    with database._lock:  # so that all have come before the first of them tries
+        threads = [Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        monkeypatch.setattr(database, "_gave_up", None)
+    for thread in threads:
+        thread.join()
+    other.execute("ROLLBACK")
+    other.close()
+    assert len(errors) == 8
+    assert all("locked" in error for error in errors)
+    assert len(tries) < 8
+    add(database, 3)
+    assert values(database) == ["new", 1, 3]
+
+
+def test_a_disk_that_is_full_is_told_and_the_file_is_kept(database, monkeypatch):
+    add(database, 1)
+
+    def work(db):
+        db.execute("PRAGMA max_page_count = 3")
+        db.executemany("INSERT INTO t VALUES (?)", [("x" * 1000,)] * 100)
+
+    with pytest.raises(sqlite3.OperationalError, match="full") as caught:
+        database.run(work)
+    assert is_disk_full(caught.value)
+    assert not is_disk_full(sqlite3.OperationalError("locked"))
+    database.close()
+    assert values(database) == ["new", 1]

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+
 COMMAND = [sys.executable, "-m", "tiercache.cli"]
 
 
@@ -39,6 +41,32 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, jobs):
         "tiercache: interrupted: nothing was committed and nothing needs to be cleaned up; run the same command again\n"
     )
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_a_warming_that_is_stopped_says_how_to_go_on_and_goes_on_there(data_set, tmp_path):
+    objects = {p.relative_to(data_set).as_posix(): p.read_bytes() for p in data_set.rglob("*") if p.is_file()}
+    shards = sorted(name for name in objects if name.endswith(".tcs"))
+    cache = ["--cache", str(tmp_path / "cache"), "--cache-size", "100MB"]
+    with HttpFaultServer(objects) as server:
+        server.when(lambda _method, path: Misbehave("stall") if path.endswith(shards[-1]) else None)
+        command = [*COMMAND, "warm", server.url, *cache, "-j", "1"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while not any(seen.path.endswith(shards[-2]) for seen in server.log):
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors == (
+            "tiercache: interrupted: what was fetched stays in the cache; the same command goes on from there\n"
+        )
+        server.when(lambda _method, _path: None)
+        server.release()
+        before = len(server.log)
+        done = run("warm", server.url, *cache, "--json")
+        again = {seen.path.lstrip("/") for seen in server.log[before:]} & set(shards)
+    assert done.returncode == 0, done.stderr
+    assert again <= set(shards[-2:])
+    assert json.loads(done.stdout.splitlines()[-1])["fetched"] == len(again)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(data_set):

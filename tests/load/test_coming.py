@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from tests.load.conftest import N_REMOTE as N
@@ -16,6 +17,7 @@ import tiercache as tc
 from tiercache.load.coming import Coming
 from tiercache.opened import OpenedVersion
 
+SOURCE = SimpleNamespace(is_cached=False)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
 
 
@@ -208,12 +210,13 @@ def test_what_is_forgotten_while_it_is_made_ready_is_not_taken():
             coming.forget()
             return iter(())
 
-    coming = Coming("source", "state", lambda _: Share(), is_expected=True)
+    coming = Coming(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    assert coming.take("source", "state") == (coming.share, None)
+    taken = coming.take(SOURCE, "state")
+    assert (taken.share, taken.begun) == (coming.share, None)
     coming.prepare(None, None, 0)  # too late
-    assert coming.take("source", "state")[1] is None
-    assert Coming("source", "state", lambda _: Share(), is_expected=True).take("other", "state") is None
+    assert coming.take(SOURCE, "state").begun is None
+    assert Coming(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
 def test_the_future_of_a_beginning_that_failed_says_nothing():
@@ -221,9 +224,9 @@ def test_the_future_of_a_beginning_that_failed_says_nothing():
         def pieces(self, _):
             raise tc.StoreError("away", url="u")
 
-    coming = Coming("source", "state", lambda _: Share(), is_expected=True)
+    coming = Coming(SOURCE, "state", lambda _: Share(), is_expected=True)
     coming.prepare(None, None, 0)
-    ready = coming.take("source", "state")[1]
+    ready = coming.take(SOURCE, "state").begun
     assert isinstance(ready, Future)
     assert ready.result(0) is None
 
@@ -305,10 +308,10 @@ def test_what_was_begun_of_an_epoch_that_is_left_is_not_loaded(make_dataset, whe
 
 def test_planning_one_loader_s_next_epoch_waits_for_no_other_s():
     gate = threading.Event()
-    slow = Coming("source", "state", lambda _: gate.wait(30), is_expected=True)
+    slow = Coming(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
     thread = threading.Thread(target=lambda: slow.share)
     thread.start()
-    other = Coming("source", "state", lambda _: "share", is_expected=True)
+    other = Coming(SOURCE, "state", lambda _: "share", is_expected=True)
     other_thread = threading.Thread(target=lambda: other.share, daemon=True)
     other_thread.start()
     other_thread.join(10)

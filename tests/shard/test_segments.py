@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tiercache.model import ByteRange, ReadPlan
+    from tiercache.model import ByteRange
     from tiercache.store import Store
 
 DATASET_ID = "d" * 32
@@ -187,9 +187,6 @@ class CopyStore(CountingStore):
         self.asked.append(identity)
         self.leases.append(CopyLease(self.path, self.comes))
         return self.leases[-1]
-
-    def announce(self, plan: ReadPlan) -> None:
-        pass
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
         return False

@@ -3,6 +3,6 @@
 from tiercache.cache.admin import Entry
 from tiercache.cache.cache import Cache
 from tiercache.cache.store import CachedStore
-from tiercache.cache.warm import WarmProgress, WarmReport
+from tiercache.cache.warm import WarmPlan, WarmProgress, WarmReport
 
-__all__ = ["Cache", "CachedStore", "Entry", "WarmProgress", "WarmReport"]
+__all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport"]

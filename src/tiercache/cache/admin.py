@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tiercache.cache.download import checksum_of
-from tiercache.cache.machine import room
-from tiercache.cache.record import Record, Wanted
-from tiercache.catalog import CopyRow, charge_bytes
+from tiercache.cache import poison
+from tiercache.cache.holders import Holder, command_of, holders_of
+from tiercache.cache.machine import Owner, room
+from tiercache.cache.record import Record
+from tiercache.catalog import CopyRow
 from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:
+    from tiercache.cache.folder import Folder
     from tiercache.cache.opened import Opened, Writing
     from tiercache.cache.store import CachedStore
     from tiercache.model import ShardIdentity
@@ -22,9 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached copy. name: its own, a hash; source: URL without credentials, "" where unknown.
+    """A cached copy, or one in part. name: its own, a hash; source: URL without credentials, "" where unknown.
 
-    n_bytes: what it takes of the budget; last_use: a count, not a time; dataset_id: None for objects of no data set.
+    n_bytes: what it takes of the budget; last_use: a count, not a time; dataset_id: None for objects of no data set;
+    used_s: see Folder.touched_s; in_part: not all of it is here.
     """
 
     name: str
@@ -35,22 +40,25 @@ class Entry:
     last_use: int
     dataset_id: str | None = None
     shard_id: str | None = None
+    used_s: float = 0.0
+    in_part: bool = False
 
 
 Selection: TypeAlias = Iterable[str] | Callable[[Entry], bool] | None
 
 
 def entries(opened: Opened) -> list[Entry]:
-    """All copies, least recently used first."""
+    """All copies, those in part too, least recently used first."""
     if opened.writing is None:
         rows = [
-            CopyRow(name, charge_bytes(n_bytes), _record(opened, name), 0, 0)
-            for name, n_bytes in sorted(opened.folder.sizes().items())
+            CopyRow(name, charge, _record(opened, name), 0, 0) for name, charge in sorted(opened.folder.sizes().items())
         ]
     else:
         opened.writing.evictor.flush_uses()
         rows = opened.writing.accounts.rows()
-    return [_entry(opened, row) for row in rows if opened.folder.has_copy(row.name)]
+    whole, parts = frozenset(opened.folder.names("")), frozenset(opened.folder.names(".part"))
+    rows = [row for row in rows if row.name in whole or row.name in parts]
+    return [_entry(opened, row, in_part=row.name not in whole) for row in rows]
 
 
 def _record(opened: Opened, name: str) -> str:
@@ -58,9 +66,10 @@ def _record(opened: Opened, name: str) -> str:
     return "" if record is None else record.to_json()
 
 
-def _entry(opened: Opened, row: CopyRow) -> Entry:
+def _entry(opened: Opened, row: CopyRow, *, in_part: bool) -> Entry:
     record = Record.from_json(row.record)
     entry = Entry(row.name, "", row.charge_bytes, opened.folder.is_pinned(row.name), row.uses, row.last_use)
+    entry = replace(entry, used_s=opened.folder.touched_s(row.name), in_part=in_part)
     if record is None:
         return entry
     return replace(entry, source=record.source, dataset_id=record.dataset_id, shard_id=record.shard_id)
@@ -88,20 +97,30 @@ def writable(opened: Opened) -> Writing:
     return opened.writing
 
 
-def evict(opened: Opened, selection: Selection) -> int:
-    """Delete copies; returns bytes freed."""
+def evict(opened: Opened, selection: Selection, target_bytes: int | None = None) -> int:
+    """Delete copies, least recently used first, until no more than target_bytes are used; returns bytes freed."""
     writing = writable(opened)
     names = {entry.name for entry in selected(opened, selection)}
-    return writing.evictor.evict(row for row in writing.accounts.rows() if row.name in names)
+    rows = [row for row in writing.accounts.rows() if row.name in names]
+    need_bytes = math.inf if target_bytes is None else writing.accounts.sums()[0] - target_bytes
+    return writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0
 
 
 def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
-    """Delete copies of objects without identity; one that is being read stays until the policy takes it."""
-    if opened.writing is None:
+    """Delete copies of objects without identity at these URLs and below; one that is being read stays for now."""
+    if opened.writing is None or not sources:
         return
-    gone = set(sources)
-    rows = [(row, Record.from_json(row.record)) for row in opened.writing.accounts.rows()]
-    opened.writing.evictor.evict(r for r, record in rows if record and not record.shard_id and record.source in gone)
+    # One look at the books for all: what their URLs have in common, as JSON has it.
+    common = json.dumps(os.path.commonprefix(list(sources)))[1:-1]  # noqa: RUF071 - of texts, not of paths
+    rows = [(row, Record.from_json(row.record)) for row in opened.writing.accounts.rows_with(common)]
+    exact, below = set(sources), tuple(f"{source}/" for source in sources)
+
+    def is_gone(record: Record | None) -> bool:
+        if record is None or record.shard_id:
+            return False
+        return record.source in exact or record.source.startswith(below)
+
+    opened.writing.evictor.evict(row for row, record in rows if is_gone(record))
 
 
 def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]]) -> None:
@@ -123,36 +142,17 @@ def unpin(opened: Opened, selection: Selection) -> int:
     return sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
 
 
-def distrust(opened: Opened, wanted: Wanted) -> bool:
-    """Check a copy against its checksum and remove it if it is wrong. True: it is not here (any more)."""
-    fd = opened.folder.open_copy(wanted.name)
-    if fd is None:
-        return True
-    record = opened.folder.read_record(wanted.name)
-    expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
-    try:
-        if os.fstat(fd).st_size == wanted.n_bytes and checksum_of(fd, wanted.n_bytes) == expected:
-            return False
-    except OSError as error:
-        # Cannot be read: as bad as wrong.
-        if isinstance(error, StoreError):
-            raise
-    finally:
-        os.close(fd)
-    opened.discard(wanted.name)
-    return True
-
-
 def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
     """The figures of interface.md."""
     if opened.writing is not None:
         with suppress(OSError):  # somebody deleted the folder: what cannot be made again holds nothing
             opened.writing.owners.ensure()
+            opened.writing.quarantine.settle()
     used, _, limit = (0, 0, limit_bytes) if opened.writing is None else opened.writing.accounts.sums()
     if opened.writing is None:
-        used = sum(charge_bytes(n_bytes) for n_bytes in opened.folder.sizes().values())
+        used = sum(opened.folder.sizes().values())
     sizes = opened.folder.sizes()
-    pinned = sum(charge_bytes(sizes[name]) for name in opened.folder.names(".pin") if name in sizes)
+    pinned = sum(sizes[name] for name in opened.folder.names(".pin") if name in sizes)
     counts = {name: int(n) for name, n in opened.counters.snapshot().items()}
     return {"bytes_used": used, "limit_bytes": limit, "pinned_bytes": pinned} | counts
 
@@ -161,13 +161,57 @@ def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
     """stats() and the state of folder and disk."""
     figures = stats(opened, limit_bytes)  # first: it makes a deleted folder again
     disk = room(opened.folder.root)
-    reserved = 0 if opened.writing is None else opened.writing.accounts.sums()[1]
-    return figures | {
-        "n_copies": len(opened.folder.sizes()),
-        "reserved_bytes": reserved,
-        "disk_free_bytes": disk.free_bytes,
-        "disk_total_bytes": disk.total_bytes,
-        "network_file_system": opened.folder.network,
-        "writable": opened.writing is not None,
-        "bypassed": opened.writing is not None and opened.writing.breaker.is_open,
-    }
+    writing, folder = opened.writing, opened.folder
+    n_copies = len(folder.names(""))
+    return (
+        figures
+        | {
+            "n_copies": n_copies,
+            "n_parts": len(folder.sizes()) - n_copies,
+            "reserved_bytes": 0 if writing is None else writing.accounts.sums()[1],
+            "disk_free_bytes": disk.free_bytes,
+            "disk_total_bytes": disk.total_bytes,
+            "network_file_system": folder.network,
+            "writable": writing is not None,
+            "bypassed": writing is not None and writing.breaker.is_open,
+            "holders": [asdict(holder) for holder in holders(opened)],
+            "plans": [] if writing is None else writing.plans.labels(),
+            "poisoned_now": {name: asdict(one) for name, one in poison.poisons(folder).items()},
+            "reports": [] if writing is None else writing.quarantine.reports(),
+        }
+        | _of_all(opened)
+    )
+
+
+def _of_all(opened: Opened) -> dict[str, Any]:
+    """What all processes together counted since the catalog was made."""
+    if opened.writing is not None:
+        opened.writing.evictor.flush_uses()
+    figures = {} if opened.writing is None else opened.writing.accounts.figures()
+    n_hits, n_misses = figures.get("hits", 0), figures.get("misses", 0)
+    return {"figures": figures, "hit_ratio": n_hits / (n_hits + n_misses) if n_hits + n_misses else None}
+
+
+def holders(opened: Opened) -> list[Holder]:
+    """The processes that have the cache open or read copies, by number.
+
+    Which copies each holds is known where the system lists locks, and where the process that took one still runs.
+    """
+    folder = opened.folder
+    inodes = {}
+    for name in folder.sizes():
+        with suppress(OSError):
+            inodes[name] = _inode(folder, name)
+    found = {holder.pid: holder for holder in holders_of(folder.copies, inodes)}
+    if opened.writing is not None:
+        for owner in [Owner.parse(text) for text in opened.writing.owners.limits()]:
+            if owner is not None and owner.runs():
+                found.setdefault(owner.pid, Holder(owner.pid, command_of(owner.pid)))
+    return [found[pid] for pid in sorted(found)]
+
+
+def _inode(folder: Folder, name: str) -> int:
+    try:
+        return os.lstat(folder.copy_path(name)).st_ino
+    except FileNotFoundError:
+        return os.lstat(folder.copy_path(f"{name}.part")).st_ino

@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import weakref
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache import config
-from tiercache.cache import admin
+from tiercache.cache import admin, check
+from tiercache.cache.breaker import Breaker
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.machine import room
 from tiercache.cache.notices import Notices
 from tiercache.cache.opened import CacheOptions, Opened
 from tiercache.cache.store import CachedStore
-from tiercache.cache.warm import WarmProgress, WarmReport, warm
+from tiercache.cache.warm import WarmOptions, WarmPlan, WarmProgress, WarmReport, plan_warm, warm
 from tiercache.model import ShardIdentity, parse_bytes
 from tiercache.stats import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.cache.admin import Entry
+    from tiercache.cache.check import CheckProgress, Report
     from tiercache.cache.lease import CopyLease
     from tiercache.cache.record import Wanted
-    from tiercache.store import Store
+    from tiercache.cache.warm import Ranges
+    from tiercache.model import ByteRange, Following, ReadingPlan
+    from tiercache.store import Span, Store
 
-_COUNTERS = ("hits", "misses", "evicted", "bytes_fetched")
+# Nothing is wanted in part.
+_WHOLE: Ranges = MappingProxyType({})
+_COUNTERS = (
+    "hits",
+    "misses",
+    "evicted",
+    "bytes_fetched",
+    "bytes_hit",
+    "evicted_early",
+    "quarantined",
+    "poisoned",
+)
+
+
+class _Unheard:
+    """A plan that could not be published: the job reads on, and the cache decides without it."""
+
+    def advance(self, clock: int) -> None:
+        """Nobody hears it."""
+
+    def close(self) -> None:
+        """Nothing to withdraw."""
 
 
 class Cache:
@@ -38,23 +68,33 @@ class Cache:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, size: int | str, policy: str = "plan", free_floor: str = "5%"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        size: int | str,
+        policy: str = "plan",
+        free_floor: str = "5%",
+        shared: Literal["group"] | None = None,
     ) -> None:
         """Open or make the cache in a folder of its own.
 
         Args:
             path: the folder; it must be empty, new, or a cache already.
             size: budget in bytes, "200GB", or "80%" of the disk.
-            policy: "plan", "resident" or "lru".
+            policy: "plan", "resident", "s3fifo" or "lru".
             free_floor: what always stays free of the disk: "5%", "10GB".
+            shared: "group": others of the folder's group may read what is here, and a folder that another user shares
+                is read, and trusted. None: private, or as the folder's mode says (docs/guide/cache.md).
 
         Raises:
             ValueError: something else lies in the folder, or an argument that cannot be.
+            PermissionError: the folder is another user's; the message says whose, and what to do.
             OSError: the folder cannot be made.
         """
-        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, free_floor)
+        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, free_floor, shared)
         self.counters = Counters(*_COUNTERS)
         self._notices = Notices()
+        self._reopening = Breaker()
         self._lock = RLock()
         self._opened: Opened | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
@@ -71,14 +111,16 @@ class Cache:
         folder = Path(settings.cache_dir).expanduser().absolute()
         limit: int | str
         if settings.cache_size is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            limit = default_size_bytes(folder, room(folder).free_bytes // 2)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            limit = default_size_bytes(folder, room(folder).free_bytes // 2, shared=settings.cache_shared)
         else:
             limit = settings.cache_size
+        policy, shared = settings.cache_policy, settings.cache_shared
+        key = (str(folder), limit, policy, shared)
         with _defaults_lock:
-            cache = _defaults.get((str(folder), limit))
+            cache = _defaults.get(key)
             if cache is None:
-                cache = _defaults[str(folder), limit] = cls(folder, size=limit)
+                cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared)
         return cache
 
     def __repr__(self) -> str:
@@ -120,42 +162,94 @@ class Cache:
                     self._finalizer.detach()  # the parent's
                 self._opened = Opened(self._options, self.counters, self._notices, keep=weakref.ref(self))
                 self._finalizer = weakref.finalize(self, self._opened.close)
+                if self._opened.waits_for_room:
+                    self._reopening.trip()
             return self._opened
+
+    def _while_reading(self) -> Opened | None:
+        """As _open(), for the steps of a training, which no cache may end: None where it cannot be opened (again).
+
+        That is a process that was forked, or a cache that was closed, while its disk fails or its folder is taken away.
+        """
+        opened = self._opened
+        if opened is not None and opened.pid == os.getpid():
+            if opened.waits_for_room and self._reopening.allows():
+                opened.write_after_all()
+            return opened
+        if not self._reopening.allows():
+            return None
+        try:
+            opened = self._open()
+        except (OSError, ValueError, sqlite3.Error) as error:
+            self._reopening.trip()
+            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); reading past it")
+            return None
+        if not opened.waits_for_room:
+            self._reopening.mend()
+        return opened
 
     def _renew_locks(self) -> None:
         """In a forked child, where a thread of the parent may have held them."""
         self._lock, self._notices, self.counters = RLock(), Notices(), Counters(*_COUNTERS)
+        self._reopening = Breaker()
 
     # -- for CachedStore --------------------------------------------------------------------------------------------
 
-    def open(self, wanted: Wanted, store: Store) -> CopyLease | None:
-        """A lease on a copy, there or to come; None: read past the cache."""
-        return self._open().open(wanted, store)
+    def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+        """A lease on a copy, there or to come; None: read past the cache. tell: told once whether it is a hit."""
+        opened = self._while_reading()
+        if opened is None:
+            tell(False)
+            return None
+        return opened.open(wanted, store, tell)
 
-    def fetch_ahead(self, wanted: Wanted, store: Store) -> None:
-        """Start fetching a copy that will be wanted."""
-        self._open().fetch_ahead(wanted, store)
+    def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+        """Start fetching what will be wanted of a copy; None: all of it."""
+        opened = self._while_reading()
+        if opened is not None:
+            opened.fetch_ahead(wanted, store, ranges)
 
-    def has_copy(self, wanted: Wanted) -> bool:
-        """Whether a copy is there; it may be gone, or found to be wrong, when it is opened."""
-        return self._open().folder.has_copy(wanted.name)
+    def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
+        """Whether these ranges of a copy (None: all) are there; it may be gone, or found wrong, when it is opened."""
+        opened = self._while_reading()
+        return opened is not None and opened.is_here(wanted, ranges)
 
-    def peek(self, wanted: Wanted) -> CopyLease | None:
-        """A lease on a copy that is there."""
-        return self._open().hit(wanted.name, wanted.n_bytes)
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
+        """Let all who use the folder know when this job reads which copies; names: uint8[m, 20]. See cache/plans.py."""
+        opened = self._while_reading()
+        if opened is not None:
+            try:
+                published = opened.publish(names, plan)
+                if published is not None:
+                    return published
+            except (OSError, sqlite3.Error) as error:
+                self._notices.warn("plan", f"cache {self.path}: a reading plan cannot be published ({error})")
+        return _Unheard()
+
+    def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
+        """Fill spans from what is there of a copy; False: it is not there, or is wrong."""
+        opened = self._while_reading()
+        return opened is not None and opened.read(wanted, spans)
 
     def distrust(self, wanted: Wanted) -> bool:
-        """Check a copy against its checksum; a wrong one is removed. True: it was wrong, or is gone."""
-        return admin.distrust(self._open(), wanted)
+        """Check a copy against its checksum; a wrong one is put into quarantine. True: it was wrong, or is gone."""
+        opened = self._while_reading()
+        return opened is None or check.distrust(opened, wanted)
 
     def drop_objects(self, sources: Sequence[str]) -> None:
-        """Evict copies of objects without identity."""
-        admin.drop_objects(self._open(), sources)
+        """Evict copies of objects without identity at these URLs (redacted) and below."""
+        opened = self._while_reading()
+        if opened is not None:
+            admin.drop_objects(opened, sources)
 
     # -- for people -------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """bytes_used, limit_bytes, pinned_bytes, and hits, misses, evicted, bytes_fetched of this process."""
+        """bytes_used, limit_bytes, pinned_bytes, and what this process counted.
+
+        That is hits, misses, bytes_hit, bytes_fetched, evicted, evicted_early (fetched again soon after), quarantined
+        (found to be wrong) and poisoned (wrong at their source).
+        """
         return admin.stats(self._open(), self.limit_bytes)
 
     @property
@@ -167,11 +261,18 @@ class Cache:
         return parse_bytes(self._options.size, whole_bytes=room(opened.folder.root).total_bytes)
 
     def status(self) -> dict[str, Any]:
-        """stats() and what else a person may ask: path, policy, copies, reserved bytes, free disk, what is wrong."""
+        """stats() and what else a person may ask.
+
+        path, policy, free_floor, shared; n_copies, n_parts, reserved_bytes, disk_free_bytes, disk_total_bytes,
+        network_file_system, writable, bypassed; figures and hit_ratio of all processes since the catalog was made;
+        holders (see Holder); plans: who reads, by each plan that lives; poisoned_now and reports: what is known to be
+        bad at its source, and what was found to be wrong here.
+        """
         return admin.status(self._open(), self.limit_bytes) | {
             "path": str(self._options.path),
             "policy": self._options.policy,
             "free_floor": self._options.free_floor,
+            "shared": self._options.shared,
         }
 
     def entries(self) -> list[Entry]:
@@ -184,18 +285,27 @@ class Cache:
         wanted: Iterable[tuple[str, ShardIdentity | None]],
         *,
         jobs: int = 4,
+        ranges: Ranges = _WHOLE,
         on_progress: Callable[[WarmProgress], None] | None = None,
     ) -> WarmReport:
         """Fetch copies of the wanted objects of store (a cached one or its inner) that are not here, jobs at a time.
 
-        Interrupted, it goes on where it stopped. It ends with a look at every copy.
+        Interrupted, it goes on where it stopped. It ends with a look at every copy. Of objects that ranges names, by
+        key, only these are fetched.
 
         Raises:
             CacheFull: they do not fit beside what is pinned, leased, or kept by the policy. Where that is certain from
                 the start nothing was fetched.
             StoreError, CorruptShard: of the source.
         """
-        return warm(self._open(), self._cached(store), list(wanted), jobs=jobs, on_progress=on_progress)
+        options = WarmOptions(jobs, on_progress, ranges)
+        return warm(self._open(), self._cached(store), list(wanted), options=options)
+
+    def plan_warm(
+        self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
+    ) -> WarmPlan:
+        """What warm() would fetch, in its order, and whether there is room for it. Raises StoreError of the source."""
+        return plan_warm(self._open(), self._cached(store), list(wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
         """Warm and hold: pinned copies are never evicted. Raises as warm()."""
@@ -208,23 +318,58 @@ class Cache:
         """Let copies go; returns how many were pinned. selection: names, a predicate on Entry, or None for all."""
         return admin.unpin(self._open(), selection)
 
-    def evict(self, selection: admin.Selection = None) -> int:
+    def evict(self, selection: admin.Selection = None, *, target_bytes: int | None = None) -> int:
         """Delete copies but those that are pinned, leased, or of unknown source; returns bytes freed.
 
-        selection: names, a predicate on Entry, or None for all.
+        Args:
+            selection: names, a predicate on Entry, or None for all.
+            target_bytes: go on only until the cache holds no more than this, least recently used first; None: all go.
         """
-        return admin.evict(self._open(), selection)
+        return admin.evict(self._open(), selection, target_bytes)
+
+    def verify(
+        self,
+        *,
+        names: Iterable[str] | None = None,
+        repair: bool = False,
+        store: Store | None = None,
+        jobs: int = 4,
+        on_progress: Callable[[CheckProgress], None] | None = None,
+    ) -> Report:
+        """Read every copy, and every copy in part, and compare it with what is on record of it, jobs at a time.
+
+        Args:
+            names: of the copies that are meant (see entries()); None: all.
+            repair: put what is wrong into quarantine: it is fetched again when it is next used.
+            store: fetch what came from this store (a cached one or its inner) again at once.
+            jobs: how many copies are read at a time.
+            on_progress: called in the calling thread after each copy.
+
+        Raises:
+            ValueError: a number of jobs that cannot be, or a store without repair.
+        """
+        if store is not None and not repair:
+            raise ValueError("verify(store=...) fetches wrong copies again: it needs repair=True")
+        cached = None if store is None else self._cached(store)
+        chosen = None if names is None else frozenset(names)
+        return check.check(self._open(), check.CheckOptions(jobs, repair, cached, chosen, on_progress))
 
     def _cached(self, store: Store) -> CachedStore:
         return store if isinstance(store, CachedStore) else self.store(store)
 
 
 def _rebuild(options: CacheOptions) -> Cache:
-    return Cache(options.path, size=options.size, policy=options.policy, free_floor=options.free_floor)
+    return Cache(
+        options.path,
+        size=options.size,
+        policy=options.policy,
+        free_floor=options.free_floor,
+        shared=options.shared,
+    )
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()
-_defaults: weakref.WeakValueDictionary[tuple[str, int | str], Cache] = weakref.WeakValueDictionary()
+_defaults: weakref.WeakValueDictionary[tuple[object, ...], Cache] = weakref.WeakValueDictionary()
 _defaults_lock = RLock()
 
 

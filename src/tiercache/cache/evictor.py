@@ -5,26 +5,36 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.machine import room
-from tiercache.cache.policy import POLICIES, Policy, Resident, lru, replaces
-from tiercache.catalog import Accounts, CopyRow, charge_bytes
+from tiercache.cache.names import Names
+from tiercache.cache.policy import POLICIES, UNPLANNED, Ask, Decision, Policy, Snapshot, gives_way, lru, replaces
+from tiercache.cache.shelf import Books, Shelf
+from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.model import parse_bytes
+from tiercache.points import reach
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Set
 
     from tiercache.cache.folder import Folder
+    from tiercache.cache.plans import Plans, Uses
     from tiercache.stats import Counters
 
 # The record beside a copy, a pin, a lock file, SQLite's journal: files that the accounts do not count.
 SPARE_FILES = 8
-# What is leased cannot go, and the policy does not know: each round goes further down its list.
-MAX_ROUNDS = 3
+# What is leased cannot go, and the policy does not know: each round looks four times further down its list.
+MAX_ROUNDS = 9
+WIDER = 4
+# lru and s3fifo make room for a while at once; plan gives up exactly what is needed: all it holds will be needed.
+WATERMARK_SHARE = 0.01
 # Copies deleted by hand, or by a process that died before it booked them out, leave the books too high. Before room is
 # refused the folder is looked at again, but a full cache refuses often, and a look takes milliseconds.
 LOOK_AGAIN_S = 60.0
@@ -32,20 +42,29 @@ LOOK_AGAIN_S = 60.0
 ROOM_WAIT_S = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How room is made. policy: a name of POLICIES; free_floor: what stays free of the disk, in bytes or "5%"."""
+
+    policy: str
+    free_floor: int | str
+
+
 class Evictor:
     """Reserves room and deletes copies. Safe from any thread.
 
-    One lock guards the uses that are not booked yet; the other is held while reserve() makes room, files deleted.
+    One lock guards the uses that are not booked yet, one the books in memory; the third is held while reserve() makes
+    room, files deleted.
     """
 
-    def __init__(
-        self, folder: Folder, accounts: Accounts, counters: Counters, *, policy: str, free_floor: int | str
-    ) -> None:
-        self._folder, self._accounts, self._counters = folder, accounts, counters
-        self._policy_name, self._free_floor = policy, free_floor
-        self._policy: Policy = POLICIES[policy]
-        self._uses_lock, self._room_lock = Lock(), Lock()
+    def __init__(self, folder: Folder, accounts: Accounts, counters: Counters, plans: Plans, rules: Rules) -> None:
+        self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
+        self._rules, self._policy = rules, POLICIES[rules.policy]
+        self._uses_lock, self._look_lock, self._room_lock = Lock(), Lock(), Lock()
         self._uses: dict[str, int] = {}
+        self._booked = counters.snapshot()
+        self._shelf = Shelf(accounts)
+        self._pins: set[str] | None = None
         self._looked_s = SYSTEM_CLOCK.monotonic()
 
     # -- uses -------------------------------------------------------------------------------------------------------
@@ -57,11 +76,16 @@ class Evictor:
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Book the uses."""
+        """Book the uses, and what the counters have counted."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
+            counts, before = self._counters.snapshot(), self._booked
+            self._booked = counts
         if uses:
             self._accounts.add_uses(uses)
+        figures = {name: int(counts.get(name, 0) - before.get(name, 0)) for name in FIGURES}
+        if any(figures.values()):
+            self._accounts.add_figures(figures)
 
     # -- room -------------------------------------------------------------------------------------------------------
 
@@ -70,26 +94,36 @@ class Evictor:
         disk = room(self._folder.root)
         if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
             return -disk.total_bytes
-        return disk.free_bytes - parse_bytes(self._free_floor, whole_bytes=disk.total_bytes)
+        return disk.free_bytes - parse_bytes(self._rules.free_floor, whole_bytes=disk.total_bytes)
 
-    def lack_bytes(self, n_bytes: int) -> int:
-        """How many bytes must go before a copy of n_bytes can be reserved; 0 or less: none."""
-        return self._accounts.lack_bytes(n_bytes, spare_bytes=self.spare_bytes)
+    def lack_bytes(self, charge_bytes: int) -> int:
+        """How many bytes must go before charge_bytes can be reserved; 0 or less: none."""
+        return self._accounts.lack_bytes(charge_bytes, spare_bytes=self.spare_bytes)
 
-    def freeable_bytes(self, spare: Set[str]) -> int:
-        """What the policy could give up at most, without spare."""
-        return sum(row.charge_bytes for row in self._victims(self._policy, spare))
+    def freeable_bytes(self, wanted: Set[str]) -> int:
+        """What the policy could give up at most for copies of these names, and none of them."""
+        if not replaces(self._rules.policy):
+            return 0
+        with self._look_lock:
+            _, copies, (coming, after) = self._look(wanted, wanted)
+        if self._rules.policy != "plan":
+            return int(copies.charge_bytes[~copies.keep].sum())
+        then = int(np.where(coming == UNPLANNED, UNPLANNED, after).min(initial=UNPLANNED))
+        next_use, n_bytes = (c[~copies.keep].tolist() for c in (copies.next_use, copies.charge_bytes))
+        return sum(n for n, use in zip(n_bytes, next_use, strict=True) if use > 0 and gives_way(use, then))
 
-    def would_refuse(self, name: str, n_bytes: int) -> bool:
-        """Whether there is certainly no room: the policy replaces nothing, and nobody is fetching that very copy."""
-        if replaces(self._policy_name) or self._has_room(n_bytes):
+    def would_refuse(self, name: str, charge_bytes: int) -> bool:
+        """Whether there is certainly no room: the policy gives up too little, and nobody is fetching that very copy."""
+        if self._has_room(charge_bytes) or self._accounts.is_reserved(name):
             return False
-        return not self._accounts.is_reserved(name)
-
-    def _has_room(self, n_bytes: int) -> bool:
-        if self.lack_bytes(n_bytes) <= 0:
+        if not replaces(self._rules.policy):
             return True
-        return self._look_again() and self.lack_bytes(n_bytes) <= 0
+        return not self._decide(name, Ask(self.lack_bytes(charge_bytes)), {name})[1].admit
+
+    def _has_room(self, charge_bytes: int) -> bool:
+        if self.lack_bytes(charge_bytes) <= 0:
+            return True
+        return self._look_again() and self.lack_bytes(charge_bytes) <= 0
 
     def _look_again(self) -> bool:
         """Make the books agree with the files, if that was not done lately."""
@@ -100,18 +134,29 @@ class Evictor:
         self._accounts.reconcile()
         return True
 
-    def reserve(self, name: str, n_bytes: int, *, spare: Set[str] = frozenset()) -> bool:
-        """Reserve room for a copy, evicting what the policy gives up but none of spare; False: no room."""
-        if self._accounts.reserve(name, n_bytes, spare_bytes=self.spare_bytes):
-            return True
+    def reserve(self, name: str, charge_bytes: int, *, spare: Set[str] = frozenset()) -> bool:
+        """Reserve room for bytes of a copy, evicting what the policy gives up but none of spare; False: no room."""
+        if not self._reserve_here(name, charge_bytes) and not self._reserve_by_force(name, charge_bytes, spare):
+            return False
+        if self._accounts.is_ghost(name):
+            self._counters.add("evicted_early")
+        return True
+
+    def _reserve_here(self, name: str, charge_bytes: int) -> bool:
+        return self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes)
+
+    def _reserve_by_force(self, name: str, charge_bytes: int, spare: Set[str]) -> bool:
         self._look_again()
+        kept, wider = {name, *spare}, 1
         with self._making_room():
             for _ in range(MAX_ROUNDS):
-                if self._accounts.reserve(name, n_bytes, spare_bytes=self.spare_bytes):
+                if self._reserve_here(name, charge_bytes):
                     return True
-                if not self._free(self.lack_bytes(n_bytes), spare):
-                    break
-            return self._accounts.reserve(name, n_bytes, spare_bytes=self.spare_bytes)
+                lack_bytes = self.lack_bytes(charge_bytes)  # none, where somebody has just given room back
+                if lack_bytes > 0 and not self._free(name, lack_bytes, kept, wider):
+                    return False
+                wider *= WIDER
+            return self._reserve_here(name, charge_bytes)
 
     @contextmanager
     def _making_room(self) -> Iterator[None]:
@@ -124,29 +169,74 @@ class Evictor:
             finally:
                 lock.give_back()
 
-    def free_disk(self, n_bytes: int, *, spare: Set[str] = frozenset()) -> None:
-        """Evict what the policy gives up for n_bytes, whatever the books say: the disk itself is full."""
-        self._free(charge_bytes(n_bytes), spare)
+    def free_disk(self, charge_bytes: int, *, spare: Set[str] = frozenset()) -> None:
+        """Evict for charge_bytes what no plan names, whatever the books say: the disk itself is full."""
+        if replaces(self._rules.policy):
+            with self._making_room():
+                self._free("", charge_bytes, set(spare), 1)
 
     def shrink(self, need_bytes: int) -> None:
-        """Evict least recently used copies for a limit that has become smaller, whatever the policy."""
-        self.evict(self._victims(lru, frozenset()), need_bytes=need_bytes)
+        """Evict for a limit that has become smaller, whatever the policy: as much of need_bytes as can go."""
+        policy = self._policy if replaces(self._rules.policy) else lru
+        books, decision = self._decide("", Ask(0, need_bytes, then=-1), set(), policy)
+        self._carry_out(books, decision, need_bytes)
 
-    def _free(self, need_bytes: int, spare: Set[str]) -> bool:
-        """Evict in the policy's order until need_bytes are freed; nothing is touched where that cannot be reached."""
-        if not replaces(self._policy_name):
-            return False
-        victims = self._victims(self._policy, spare)
-        if sum(row.charge_bytes for row in victims) < need_bytes:
-            return False
-        return self.evict(victims, need_bytes=need_bytes) > 0
+    # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def _victims(self, policy: Policy, spare: Set[str]) -> list[CopyRow]:
-        """What the policy gives up, in its order: only what can be fetched again, and none of spare."""
+    def _free(self, name: str, need_bytes: int, kept: set[str], wider: int) -> bool:
+        """Evict for need_bytes of name; what turns out to be in use is added to kept. False: there is nothing to try.
+
+        Nothing is touched where need_bytes cannot be reached.
+        """
+        until = need_bytes
+        if self._rules.policy != "plan":
+            until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
+        books, decision = self._decide(name, Ask(need_bytes, max(until, need_bytes * wider)), kept)
+        if decision.admit:
+            kept |= self._carry_out(books, decision, until)
+        return bool(decision.victims)
+
+    def _decide(self, name: str, ask: Ask, kept: Set[str], policy: Policy | None = None) -> tuple[Books, Decision]:
+        """What the policy says to room for name: "" for nobody in particular."""
+        with self._look_lock:
+            books, copies, (coming, after) = self._look(kept, [name] if name else [])
+            if name:
+                ask = Ask(ask.need_bytes, ask.want_bytes, UNPLANNED if coming[0] == UNPLANNED else int(after[0]))
+            return books, (policy or self._policy)(copies, ask)
+
+    def _look(self, kept: Iterable[str], wanted: Iterable[str]) -> tuple[Books, Snapshot, Uses]:
+        """The books, the snapshot for the policy, and when wanted are needed."""
         self.flush_uses()
-        rows = {row.name: row for row in self._accounts.rows() if row.record and row.name not in spare}
-        copies = [Resident(r.name, r.charge_bytes, r.last_use, self._folder.is_pinned(r.name)) for r in rows.values()]
-        return [rows[name] for name in policy(copies)]
+        books = self._shelf.look()
+        keep = books.among([*kept, *self._pinned()]) | ~books.recorded
+        (next_use, _), uses = self._plans.uses(books.names, Names.of_texts(wanted))
+        columns = (books.charge_bytes, books.last_use, books.main, books.freq, books.turn)
+        return books, Snapshot(*columns, keep, next_use, books.limit_bytes, books.has_evicted), uses
+
+    def _pinned(self) -> set[str]:
+        """Names that a person holds. Pins made elsewhere meanwhile are seen when their copy would be deleted."""
+        if self._pins is None:
+            self._pins = set(self._folder.names(".pin"))
+        self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
+        return self._pins
+
+    def _carry_out(self, books: Books, decision: Decision, until_bytes: int) -> set[str]:
+        """Evict the decided victims until enough is free; returns those that could not go."""
+        names = [books.names.text(row) for row in decision.victims]
+        sizes = books.charge_bytes[list(decision.victims)].tolist()
+        tried: list[str] = []
+        gone = self._delete_until(zip(names, sizes, strict=True), until_bytes, tried)
+        stayed = set(tried) - set(gone)
+        moves = [(books.names.text(m.row), m.main, m.freq) for m in decision.moves if m.n_before < len(tried)]
+        # Who is being read has earned a place: at the head of its queue it would be asked again every time.
+        held = [(name, True, 1) for name in stayed if not self._folder.is_pinned(name)]
+        if self._policy is not lru and (moves or held):
+            self._accounts.requeue([*moves, *held])
+        if self._pins is not None:
+            # A new set: another thread may be going through the old one.
+            self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
+        self._book_out(gone, evicted=True)
+        return stayed
 
     # -- deleting ---------------------------------------------------------------------------------------------------
 
@@ -155,37 +245,51 @@ class Evictor:
 
         None that is pinned, leased, being fetched, or whose source is not on record.
         """
+        charges = {row.name: row.charge_bytes for row in rows if row.record}
+        gone = self._delete_until(charges.items(), need_bytes, [])
+        self._book_out(gone, evicted=False)
+        return sum(charges[name] for name in gone)
+
+    def _delete_until(self, charges: Iterable[tuple[str, int]], need_bytes: float, tried: list[str]) -> list[str]:
+        """Delete copies, in order, until need_bytes are free; those that are gone. tried: gets all that were asked."""
         gone, freed_bytes = [], 0
-        for row in rows:
+        for name, charge_bytes in charges:
             if freed_bytes >= need_bytes:
                 break
-            if self._delete(row):
-                gone.append(row.name)
-                freed_bytes += row.charge_bytes
-        if gone:
-            self._accounts.remove(gone)
-            self._counters.add("evicted", len(gone))
-        return freed_bytes
+            tried.append(name)
+            if self._delete(name):
+                gone.append(name)
+                freed_bytes += charge_bytes
+        return gone
 
-    def _delete(self, row: CopyRow) -> bool:
-        """Delete one copy if nobody holds it and it can be fetched again.
+    def _book_out(self, gone: list[str], *, evicted: bool) -> None:
+        if gone:
+            reach("evict.deleted")
+            self._accounts.remove(gone, evicted=evicted)
+            self._counters.add("evicted", len(gone))
+            reach("evict.booked")
+
+    def _delete(self, name: str) -> bool:
+        """Delete one copy, whole or in part, if nobody holds it.
 
         Under its name's lock, so that no fetcher publishes between our looking and our deleting.
         """
-        if not row.record:
-            return False
-        lock = NameLock(self._folder.locks / row.name)
+        lock = NameLock(self._folder.locks / name)
         if not lock.try_take():
             return False
         try:
-            fd = self._folder.open_copy(row.name)
+            reach("evict.locked")
+            fd = self._folder.open_copy(name)
             if fd is None:
-                return not self._folder.has_copy(row.name)  # deleted by hand: it only has to be booked out
+                fd = self._folder.open_to_write(f"{name}.part")
+            if fd is None:
+                return self._folder.charge_of(name) is None  # deleted by hand: it only has to be booked out
             try:
                 # A pin is written under a reader's lock: after our lock it is there to be seen, or comes too late.
-                if not try_exclusive(fd) or self._folder.is_pinned(row.name):
+                if not try_exclusive(fd) or self._folder.is_pinned(name):
                     return False
-                self._folder.remove_copy(row.name)
+                self._folder.remove_copy(name)
+                reach("evict.removed")
             finally:
                 os.close(fd)
         finally:

@@ -1,4 +1,4 @@
-"""A reader's hold on a cached copy, there already or still to come."""
+"""A reader's hold on a cached copy: whole, in part, or still to come."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tiercache.cache.locks import try_shared
+from tiercache.cache.verified import read_held
+from tiercache.errors import CorruptShard
+from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tiercache.cache.fetch import Fetch
     from tiercache.cache.folder import Folder
-    from tiercache.model import ByteRange
+    from tiercache.cache.partial import Held
+    from tiercache.store import Span
 
 
 def open_leased(folder: Folder, name: str, n_bytes: int) -> int | None:
@@ -41,22 +45,40 @@ def open_leased(folder: Folder, name: str, n_bytes: int) -> int | None:
 
 
 class CopyLease:
-    """A Lease on a copy. The copy is there from the start, or comes with a fetch that the lease has joined.
+    """A Lease on a copy, which is here, here in part, or comes with a fetch.
 
-    Any thread may use it. After a fork the child's lease has a lock of its own under the same descriptor; one whose
-    fetch was still running is not to be had in the child: wait() returns False there.
+    The file behind it never becomes another one: where a part is given up, what is missing of it does not come by this
+    lease. Any thread may use it. After a fork the child's lease has a lock of its own under the same descriptor; it
+    asks for nothing more there: what is not here is not to be had by it.
     """
 
-    def __init__(self, n_bytes: int, *, fd: int = -1, fetch: Fetch | None = None) -> None:
-        """Take over fd, which is locked for reading, or the place that was taken in fetch."""
-        self._n_bytes, self._fd, self._fetch = n_bytes, fd, fetch
+    def __init__(
+        self,
+        n_bytes: int,
+        held: Held | None = None,
+        *,
+        join: Callable[[], Fetch] | None = None,
+        tell: Callable[[bool], object] | None = None,
+    ) -> None:
+        """Take over held.
+
+        Args:
+            n_bytes: of the whole object.
+            held: None: nothing of it is here.
+            join: gives the fetch that brings what is missing, with a place in it taken; None: nothing is missing.
+            tell: told once, True where the first ranges asked for are here already.
+        """
+        self._n_bytes, self._join, self._tell = n_bytes, join, tell
+        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)
+        self._fetch: Fetch | None = None
+        self._has_place = False
         self._lock = Lock()
         self._pid = os.getpid()
         _leases.add(self)
 
     @property
     def fd(self) -> int:
-        """The descriptor; -1 before the copy is here and after close()."""
+        """The descriptor; -1 before anything is here and after close()."""
         return self._fd
 
     @property
@@ -64,47 +86,121 @@ class CopyLease:
         """Size of the whole object."""
         return self._n_bytes
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it was here when the lease was made."""
+        return self._fd >= 0 and self._presence is None
+
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether the copy is here and holds the ranges."""
+        """Whether these bytes are here."""
         fetch = self._fetch
-        if fetch is not None and self._pid == os.getpid() and fetch.is_done:
+        if self._fd < 0 and fetch is not None:
             self._settle(fetch)
-        return self._fd >= 0 and all(wanted.end <= self._n_bytes for wanted in ranges)
+        presence = self._presence
+        if self._fd < 0:
+            return False
+        if presence is None:
+            return all(wanted.end <= self._n_bytes for wanted in ranges)
+        return presence.covers(ranges)
+
+    def read(self, spans: Sequence[Span]) -> bool:
+        """Fill spans from what was a part when the lease was taken, each unit held against its map.
+
+        False: it was whole, or these bytes are not here, or wrong; then spans are undefined. It needs no name, so that
+        what is here can be read after the copy was removed.
+        """
+        fd, presence = self._fd, self._presence
+        if fd < 0 or presence is None or not presence.covers([wanted for wanted, _ in spans]):
+            return False
+        return read_held(fd, presence, spans)
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching the copy, or join who is. Copies are fetched whole."""
-        fetch = self._fetch
-        if fetch is not None and ranges and self._pid == os.getpid():
-            fetch.start()
+        """Start fetching what is missing, or join who is."""
+        if ranges and not self._is_settled(ranges):
+            self._ask(ranges, urgent=False)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until the copy is here; False: it will not be (no room, disk fault, the fetch was a forked parent's).
+        """Wait until these bytes are here; False: they will not be.
+
+        No room, a disk fault, a source that is bad, or the fetch was a forked parent's.
 
         Raises:
             StoreError: the source failed, or deadline_s passed.
-            CorruptShard: the source's bytes are, twice, not what the identity says.
         """
-        fetch = self._fetch
-        if fetch is not None and self._pid == os.getpid():
-            fetch.start()
-            fetch.wait(deadline_s)
+        fetch = self._ending() if self._is_settled(ranges) else self._ask(ranges, urgent=True)
+        if fetch is None:
+            return self.present(ranges)
+        try:
+            fetch.wait(ranges, deadline_s)
             self._settle(fetch)
-        return self.present(ranges)
+        except CorruptShard:
+            is_here = False  # bad at its source: whoever reads it by ranges hears which block
+        else:
+            is_here = self.present(ranges)
+        if not is_here:
+            self._join = None  # refused: asking again, block by block, would cost each of them milliseconds
+        return is_here
+
+    def _is_settled(self, ranges: Sequence[ByteRange]) -> bool:
+        """Whether these bytes are here; the first answer is told."""
+        is_here = self.present(ranges)
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            tell(is_here)
+        return is_here
+
+    def _ending(self) -> Fetch | None:
+        """The fetch that is about to give a part its name: all bytes are here, and are being checked as a whole."""
+        presence, fetch = self._presence, self._fetch
+        is_all_here = presence is not None and presence.covers([ByteRange(0, self._n_bytes)])
+        return fetch if is_all_here and self._pid == os.getpid() else None
+
+    def _ask(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
+        """Ask the fetch of this copy, or the next one; None: nobody brings these."""
+        join = self._join
+        if join is None or self._pid != os.getpid() or any(wanted.end > self._n_bytes for wanted in ranges):
+            return None
+        while True:
+            fetch = self._fetch
+            if fetch is not None and fetch.ask(ranges, urgent=urgent):
+                return fetch
+            fetch = join()
+            is_asked = fetch.ask(ranges, urgent=urgent)
+            self._take(fetch)
+            if is_asked:
+                return fetch
+
+    def _take(self, fetch: Fetch) -> None:
+        """Make this the fetch that is asked from now on; the place in it is kept while we have no hold on the file."""
+        with self._lock:
+            before, had_place = self._fetch, self._has_place
+            self._fetch, self._has_place = fetch, self._fd < 0
+        if before is not None and had_place:
+            before.leave()
+        if not self._has_place:
+            fetch.leave()
 
     def _settle(self, fetch: Fetch) -> None:
-        """Take our own descriptor from a finished fetch."""
+        """Take our own hold on the file from a fetch, if we have none and it has one by now."""
         with self._lock:
-            if self._fetch is fetch:
-                self._fetch = None
-                self._fd = fetch.claim()
+            if self._fd >= 0 or self._fetch is not fetch or not self._has_place or self._pid != os.getpid():
+                return
+            held, is_over = fetch.claim()
+            if held is not None:
+                self._presence, self._fd = held.presence, held.fd
+            self._has_place = not is_over
 
     def close(self) -> None:
         """Give the copy back."""
         with self._lock:
-            fd, fetch, self._fd, self._fetch = self._fd, self._fetch, -1, None
+            fd, presence, fetch, had_place = self._fd, self._presence, self._fetch, self._has_place
+            self._fd, self._presence, self._fetch, self._has_place = -1, None, None, False
+            self._join = None
         if fd >= 0:
             os.close(fd)  # never LOCK_UN: closing ends this hold and no other
-        if fetch is not None and self._pid == os.getpid():
+        if presence is not None:
+            presence.close()
+        if fetch is not None and had_place and self._pid == os.getpid():
             fetch.leave()
 
     def __enter__(self) -> CopyLease:

@@ -11,6 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from tiercache.cache.inherit import close_private, keep_private
+from tiercache.catalog.files import open_file, read_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ class NameLock:
     def try_take(self) -> bool:
         """Take it if nobody has it."""
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = open_file(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 taken = try_exclusive(fd)
                 # Its last holder may have removed the file between open() and flock(): then this is a lock on nothing.
@@ -68,10 +69,15 @@ class NameLock:
             if not taken:
                 return False
 
+    @property
+    def is_held(self) -> bool:
+        """Whether we have it."""
+        return self._fd is not None
+
     def holder(self) -> str:
         """Who has it, for people."""
         try:
-            note = json.loads(self.path.read_text(encoding="utf-8"))
+            note = json.loads(read_text(self.path))
             return f"process {note['pid']} on {note['host']} (lock {self.path})"
         except (OSError, ValueError, KeyError, TypeError):
             return f"another process (lock {self.path})"

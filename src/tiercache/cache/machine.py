@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import secrets
 import socket
+import sqlite3
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,6 +46,13 @@ def room(path: Path) -> Room:
     status = os.statvfs(path)
     n_free_files = status.f_favail if status.f_files else None
     return Room(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or this user's share of it, has no room left."""
+    if isinstance(error, sqlite3.DatabaseError):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def network_file_system(path: Path) -> str | None:

@@ -6,41 +6,60 @@ import os
 import sqlite3
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
+from tiercache import config
+from tiercache.cache import leftovers, poison
 from tiercache.cache.breaker import Breaker
-from tiercache.cache.evictor import Evictor
+from tiercache.cache.check import distrust
+from tiercache.cache.evictor import Evictor, Rules
 from tiercache.cache.fetch import Fetcher
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.locks import NameLock
-from tiercache.cache.machine import boot_id, room
+from tiercache.cache.machine import boot_id, is_disk_full, room
 from tiercache.cache.owners import Owners
+from tiercache.cache.partial import Held, hold_part
+from tiercache.cache.plans import Plans
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.publisher import Publisher
-from tiercache.catalog import Accounts
+from tiercache.cache.quarantine import Quarantine
+from tiercache.cache.trace import Tracer
+from tiercache.cache.units import bytes_of
+from tiercache.cache.verified import holds_what_was_sent, read_plain, read_verified
+from tiercache.catalog import Accounts, charge_bytes
 from tiercache.model import ByteRange, format_bytes, parse_bytes
+from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from tiercache.cache.notices import Notices
     from tiercache.cache.record import Wanted
+    from tiercache.model import Following, ReadingPlan
     from tiercache.stats import Counters
-    from tiercache.store import Store
+    from tiercache.store import Span, Store
 
 USES_PER_FLUSH = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """How a cache was asked for. size: bytes, "200GB" or "80%" of the disk; free_floor: what stays free of the disk."""
+    """How a cache was asked for. size: bytes, "200GB" or "80%" of the disk; free_floor: what stays free of the disk.
+
+    shared: "group": the folder's group may read it, and somebody else's folder is trusted; None: as the folder is.
+    """
 
     path: Path
     size: int | str
     policy: str = "plan"
     free_floor: str = "5%"
+    shared: Literal["group"] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for what cannot be."""
@@ -48,6 +67,8 @@ class CacheOptions:
         parse_bytes(self.free_floor, whole_bytes=1)
         if self.policy not in POLICIES:
             raise ValueError(f"no policy is called {self.policy!r}; there are {', '.join(sorted(POLICIES))}")
+        if self.shared not in (None, "group"):
+            raise ValueError(f"shared is None or 'group', got {self.shared!r}")
 
 
 class Writing:
@@ -61,32 +82,53 @@ class Writing:
         self.owners = Owners(folder, self.limit_bytes)
         me = str(self.owners.me)
         self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
-        self.evictor = Evictor(folder, self.accounts, counters, policy=options.policy, free_floor=options.free_floor)
+        self.plans = Plans(folder, self.owners)
+        rules = Rules(options.policy, options.free_floor)
+        self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
+        self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
         self.breaker = Breaker()
-        self.publisher = Publisher(folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters)
+        self.publisher = Publisher(
+            folder, self.owners, self.accounts, self.evictor, self.quarantine, self.breaker, notices, counters
+        )
         self.fetcher = Fetcher(self.publisher.run, keep)
 
     def sweep(self) -> None:
         """Put right what others left: files of the dead, records without copies, books that disagree with the files."""
         self.owners.bury_all()
+        leftovers.sweep(self.folder)
         self.accounts.reconcile()
         self.publisher.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
-        for name in {*self.folder.names(".json"), *self.folder.names(".pin")} - sizes.keys():
+        beside = {name for kind in (".json", ".pin", ".map") for name in self.folder.names(kind)}
+        doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
+        for name in doubtful:
             self._sweep_beside(name)
+        if doubtful:
+            self.accounts.reconcile()
         for path in self.folder.locks.iterdir():
             lock = NameLock(path)
             if lock.try_take():
                 lock.give_back()
+        self.quarantine.sweep()
+        poison.sweep(self.folder)
 
     def _sweep_beside(self, name: str) -> None:
-        """Remove record and pin of a copy that is not there, unless it is just being published."""
+        """Remove what is no use beside a copy, or without one, unless it is just being published.
+
+        A part that has become a copy, its map where that was not to stay, a part or a map alone, record and pin of
+        nothing.
+        """
         lock = NameLock(self.folder.locks / name)
         if lock.try_take():
             try:
-                if not self.folder.has_copy(name) and not self.accounts.is_reserved(name):
+                is_whole = self.folder.has_copy(name)
+                if is_whole or not self.folder.has_part(name):
+                    record = self.folder.read_record(name)
+                    self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
+                if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
                     self.folder.remove_record(name)
                     self.folder.unpin(name)
+                    self.accounts.remove([name])  # a part alone was on the books while it lay here
             finally:
                 lock.give_back()
 
@@ -104,9 +146,11 @@ class Writing:
             self.evictor.shrink(used + reserved - limit)
 
     def close(self) -> None:
-        """Stop the fetches, book the uses, give the owner file up."""
+        """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
         self.fetcher.close()
+        self.plans.close()
         with suppress(OSError, sqlite3.Error):
+            self.quarantine.close()
             self.evictor.flush_uses()
             self.accounts.unregister()
         self.accounts.close()
@@ -126,21 +170,44 @@ class Opened:
         """
         self.pid = os.getpid()
         self._distrusted: set[str] = set()
-        self.folder = Folder(options.path)
+        # Parts that were found wrong though the disk holds what was sent; those of which a second one was, and when.
+        self._suspected: set[str] = set()
+        self._given_up: dict[str, float] = {}
+        self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
+        self._tracer = self._open_trace(config.load().cache_trace)
         self.writing: Writing | None = None
+        self.waits_for_room = False
+        self._open_to_write = partial(self._open_writing, options, keep)
         if self.folder.network:
             notices.warn(
                 "network",
                 f"cache {options.path}: lies on {self.folder.network}, which other machines share; using the folder "
                 f"{self.folder.root.name} of this machine alone. A local disk is faster",
             )
+        if self.folder.owner is not None:
+            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; serving what it holds")
+            return
         try:
-            self.writing = self._open_writing(options, keep)
+            self.writing = self._open_to_write()
         except (OSError, sqlite3.Error) as error:
             if not (self.folder.copies).is_dir():
                 raise
             notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); serving what it holds")
+            self.waits_for_room = is_disk_full(error)
+
+    def _open_trace(self, path: Path | None) -> Tracer | None:
+        try:
+            return None if path is None else Tracer(path)
+        except OSError as error:
+            self.notices.warn("trace", f"cache {self.folder.root}: no trace is written to {path}: {error}")
+            return None
+
+    def write_after_all(self) -> None:
+        """Try again to open what needs a folder that can be written: the disk was full when the cache was opened."""
+        with suppress(OSError, sqlite3.Error):
+            self.writing = self._open_to_write()
+            self.waits_for_room = False
 
     def _open_writing(self, options: CacheOptions, keep: Callable[[], object]) -> Writing:
         writing = Writing(self.folder, options, self.counters, self.notices, keep=keep)
@@ -152,17 +219,24 @@ class Opened:
             raise
         return writing
 
+    # -- what is here -----------------------------------------------------------------------------------------------
+
     def hit(self, name: str, n_bytes: int) -> CopyLease | None:
-        """A lease on a copy that is there; None: a miss. No SQLite but a flush after every USES_PER_FLUSH copies."""
-        writing = self.writing
+        """A lease on a whole copy that is there; None: a miss. No SQLite but a flush after USES_PER_FLUSH copies."""
         lease = self.look(name, n_bytes)
-        if lease is not None and writing is not None:
-            try:
-                if writing.evictor.note_use(name) >= USES_PER_FLUSH:
-                    writing.evictor.flush_uses()
-            except (OSError, sqlite3.Error) as error:
-                writing.publisher.disk_failed(error)
+        if lease is not None:
+            self._note_use(name)
         return lease
+
+    def _note_use(self, name: str) -> None:
+        writing = self.writing
+        if writing is None:
+            return
+        try:
+            if writing.evictor.note_use(name) >= USES_PER_FLUSH:
+                writing.evictor.flush_uses()
+        except (OSError, sqlite3.Error) as error:
+            writing.publisher.disk_failed(error)
 
     def look(self, name: str, n_bytes: int) -> CopyLease | None:
         """As hit(), but no use of the copy."""
@@ -172,14 +246,164 @@ class Opened:
         try:
             fd = open_leased(self.folder, name, n_bytes)
         except OSError as error:
-            if writing is not None:
-                writing.publisher.disk_failed(error)
+            self._disk_failed(error)
             return None
         if fd is None:
             return None
         if writing is not None and writing.breaker.is_open:
             writing.breaker.mend()
-        return CopyLease(n_bytes, fd=fd)
+        return CopyLease(n_bytes, Held(fd))
+
+    def _look_at_part(self, wanted: Wanted) -> Held | None:
+        """A hold on the part of a copy that is there."""
+        if wanted.name in self._distrusted:
+            return None
+        try:
+            return hold_part(self.folder, wanted.name, wanted.n_bytes)
+        except OSError as error:
+            self._disk_failed(error)
+            return None
+
+    def _disk_failed(self, error: Exception) -> None:
+        if self.writing is not None:
+            self.writing.publisher.disk_failed(error)
+
+    def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
+        """Whether these ranges of a copy are there; None: all of it. It counts as no use."""
+        if self.folder.size_of(wanted.name) == wanted.n_bytes:
+            return True
+        held = None if ranges is None else self._look_at_part(wanted)
+        if held is None or ranges is None:
+            return False
+        try:
+            return held.presence is None or held.presence.covers(ranges)
+        finally:
+            held.close()
+
+    def peek(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> CopyLease | None:
+        """A lease on what is there, if that is all of ranges."""
+        lease = self.hit(wanted.name, wanted.n_bytes)
+        if lease is None:
+            held = self._look_at_part(wanted)
+            lease = None if held is None else CopyLease(wanted.n_bytes, held)
+        if lease is None or lease.present(ranges):
+            return lease
+        lease.close()
+        return None
+
+    def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
+        """Fill spans from what is there; False: it is not, or is wrong, and then gone.
+
+        What has no identity has no checksums inside either: each unit is held against the map.
+        """
+        lease = self.peek(wanted, [span for span, _ in spans])
+        if lease is None:
+            return False
+        with lease:
+            if wanted.identity is not None:
+                return read_plain(lease.fd, spans)
+            if read_verified(self.folder, wanted.name, lease.fd, wanted.n_bytes, spans):
+                return True
+            is_whole = lease.is_whole
+        if is_whole:
+            distrust(self, wanted)
+        else:
+            self.distrust_part(wanted)
+        return False
+
+    # -- what is to come --------------------------------------------------------------------------------------------
+
+    def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
+        """A lease on a copy, there or to come; None: read past the cache. tell: told whether it is a hit, once."""
+        writing = self.writing
+        if writing is None or writing.breaker.allows():
+            lease = self.hit(wanted.name, wanted.n_bytes)
+            if lease is not None:
+                self._count(wanted, tell, wanted.n_bytes)
+                return lease
+            if not self._is_bad(wanted.name):
+                lease = self._open_part(wanted, store, tell)
+                if lease is not None:
+                    return lease
+        self._count(wanted, tell, 0)
+        return None
+
+    def _open_part(self, wanted: Wanted, store: Store, tell: Callable[[bool], object]) -> CopyLease | None:
+        """A lease on a part, or on nothing yet; None: there is neither that nor room for it.
+
+        Whether a part is a hit shows when its reader asks for the first ranges.
+        """
+        held, writing = self._look_at_part(wanted), self.writing
+        if held is None and (writing is None or not self._admits(writing, wanted)):
+            return None
+        join = None if writing is None else partial(writing.fetcher.join, wanted, store)
+        if held is None:
+            self._count(wanted, tell, 0)
+            return CopyLease(wanted.n_bytes, join=join)
+        self._note_use(wanted.name)
+        presence = held.presence
+
+        def tell_when_asked(is_here: bool) -> None:
+            there = 0 if presence is None or not is_here else bytes_of(presence.mask(), wanted.n_bytes)
+            self._count(wanted, tell, there)
+
+        return CopyLease(wanted.n_bytes, held, join=join, tell=tell_when_asked)
+
+    def _count(self, wanted: Wanted, tell: Callable[[bool], object], hit_bytes: int) -> None:
+        """Count a hit of so many bytes, or a miss; of an empty copy it is a hit if its file is there."""
+        is_hit = hit_bytes > 0 or wanted.n_bytes == 0
+        if is_hit:
+            self.counters.add("hits")
+            self.counters.add("bytes_hit", hit_bytes)
+        else:
+            self.counters.add("misses")
+        if self._tracer is not None:
+            self._trace(wanted, is_hit=is_hit)
+        tell(is_hit)
+
+    def _trace(self, wanted: Wanted, *, is_hit: bool) -> None:
+        tracer = self._tracer
+        try:
+            if tracer is not None:
+                tracer.add(wanted.name, wanted.n_bytes, hit=is_hit)
+        except OSError as error:
+            self._tracer = None
+            self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
+
+    def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
+        """Start fetching what is not here of ranges (None: all). Nobody waits for it, and it counts as no use."""
+        writing = self.writing
+        if writing is None or not writing.breaker.allows() or self.is_here(wanted, ranges) or self._is_bad(wanted.name):
+            return
+        asked = [ByteRange(0, wanted.n_bytes)] if ranges is None else list(ranges)
+        need_bytes = wanted.n_bytes if ranges is None else sum(wanted.n_bytes for wanted in asked)
+        if self._admits(writing, wanted, need_bytes):
+            with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
+                lease.want(asked)
+
+    def _admits(self, writing: Writing, wanted: Wanted, need_bytes: int | None = None) -> bool:
+        need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
+        try:
+            writing.owners.ensure()  # of a deleted folder one cannot ask how much room it has
+            writing.quarantine.settle()
+            coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
+            return coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes))
+        except (OSError, sqlite3.Error) as error:
+            writing.publisher.disk_failed(error)
+            return False
+
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following | None:
+        """Let all who use the folder know when this job reads which copies; None: it is only read. Raises OSError."""
+        return None if self.writing is None else self.writing.plans.publish(names, plan)
+
+    # -- what is wrong ----------------------------------------------------------------------------------------------
+
+    def _is_bad(self, name: str) -> bool:
+        """Whether the object is known to be bad at its source."""
+        given_up_s = self._given_up.get(name)
+        if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < poison.POISON_S:
+            return True
+        return poison.poison_of(self.folder, name) is not None
 
     def discard(self, name: str) -> None:
         """Remove a copy that is wrong; where it cannot be removed it is never served by this process again."""
@@ -191,36 +415,35 @@ class Opened:
             self.notices.warn("discard", f"cache {self.folder.root}: a damaged copy cannot be removed: {error}")
         self._distrusted.add(name)
 
-    def open(self, wanted: Wanted, store: Store) -> CopyLease | None:
-        """A lease on a copy, there or to come; None: read past the cache."""
-        writing = self.writing
-        lease = None
-        if writing is None or writing.breaker.allows():
-            lease = self.hit(wanted.name, wanted.n_bytes)
-            if lease is None and writing is not None and self._admits(writing, wanted):
-                lease = CopyLease(wanted.n_bytes, fetch=writing.fetcher.join(wanted, store))
-        self.counters.add("hits" if lease is not None and lease.fd >= 0 else "misses")
-        return lease
+    def distrust_part(self, wanted: Wanted) -> bool:
+        """Hear that a reader found a part of a copy wrong. True: it is gone, open it again.
 
-    def fetch_ahead(self, wanted: Wanted, store: Store) -> None:
-        """Start fetching a copy that is not here, if it is admitted. Nobody waits for it, and it counts as no use."""
-        writing = self.writing
-        if writing is None or not writing.breaker.allows() or self.folder.has_copy(wanted.name):
-            return
-        if self._admits(writing, wanted):
-            with CopyLease(wanted.n_bytes, fetch=writing.fetcher.join(wanted, store)) as lease:
-                lease.want([ByteRange(0, wanted.n_bytes)])
-
-    def _admits(self, writing: Writing, wanted: Wanted) -> bool:
+        A part has no checksum of the whole. Where the disk holds what was sent, sending may have gone wrong, so it is
+        fetched once more; found wrong again (False) it is bad at its source, and read past the cache for a while.
+        """
+        held = self._look_at_part(wanted)
+        if held is None:
+            return True
         try:
-            writing.owners.ensure()  # of a deleted folder one cannot ask how much room it has
-            coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
-            return coming or not writing.evictor.would_refuse(wanted.name, wanted.n_bytes)
-        except (OSError, sqlite3.Error) as error:
-            writing.publisher.disk_failed(error)
-            return False
+            is_as_sent = holds_what_was_sent(held)
+        finally:
+            held.close()
+        if is_as_sent and wanted.name in self._suspected:
+            self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
+            self.counters.add("poisoned")
+        elif is_as_sent:
+            self._suspected.add(wanted.name)
+        else:
+            self.counters.add("quarantined")
+        if self.writing is not None:
+            self.writing.fetcher.abandon(wanted.name)
+        self.discard(wanted.name)
+        return wanted.name not in self._given_up
 
     def close(self) -> None:
         """Give everything back. In a forked child: nothing, it is the parent's."""
+        tracer, self._tracer = self._tracer, None
+        if tracer is not None:
+            tracer.close()
         if self.writing is not None and self.pid == os.getpid():
             self.writing.close()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from tiercache.cache.inherit import close_private, keep_private
 from tiercache.cache.locks import try_exclusive
 from tiercache.cache.machine import Owner
+from tiercache.catalog.files import open_file, read_text
+from tiercache.points import reach
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
@@ -28,13 +30,18 @@ class Owners:
         _open_here.add(str(self.me))
 
     def _make(self) -> int:
-        fd = os.open(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT, self._folder.rights.file)
         try:
+            reach("owner.made")
             try_exclusive(fd)
+            reach("owner.locked")
             os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
-        except OSError:
+        except BaseException:
             os.close(fd)
+            with suppress(OSError):
+                self._folder.remove_file("owners", str(self.me))
             raise
+        reach("owner.written")
         return keep_private(fd)
 
     def ensure(self) -> None:
@@ -60,7 +67,7 @@ class Owners:
 
     def _is_locked(self, text: str) -> bool:
         try:
-            fd = os.open(self._folder.owners / text, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_file(self._folder.owners / text, os.O_RDONLY)
         except OSError:
             return False
         try:
@@ -69,18 +76,15 @@ class Owners:
             os.close(fd)
 
     def bury(self, text: str) -> None:
-        """Remove what a dead owner has left: its files in the making, and its owner file."""
+        """Remove the file of a dead owner. What it was fetching stays, in part: whoever wants it next goes on there."""
         with suppress(FileNotFoundError):
-            for file, owner, _ in self._folder.temps():
-                if owner == text:
-                    self._folder.remove_temp(file)
+            reach("owner.buried")
             if Owner.parse(text) is not None:
-                (self._folder.owners / text).unlink()
+                self._folder.remove_file("owners", text)
 
     def bury_all(self) -> None:
         """Remove what all dead owners have left."""
-        left = {owner for _, owner, _ in self._folder.temps()}
-        for text in left | {file.name for file in self._folder.owners.iterdir()}:
+        for text in [file.name for file in self._folder.owners.iterdir()]:
             if not self.alive(text):
                 self.bury(text)
 
@@ -90,7 +94,7 @@ class Owners:
         with suppress(FileNotFoundError):
             for file in self._folder.owners.iterdir():
                 with suppress(OSError, ValueError, KeyError, TypeError):
-                    note = json.loads(file.read_text(encoding="ascii"))
+                    note = json.loads(read_text(file))
                     if self.alive(file.name):
                         limits[file.name] = int(note["limit_bytes"])
         return limits
@@ -98,19 +102,15 @@ class Owners:
     # -- what else the accounts ask ---------------------------------------------------------------------------------
 
     def coming(self) -> list[tuple[str, str, int]]:
-        """(owner, name, final size in bytes) of each file in the making: it has its size from the start."""
-        coming = []
-        for file, owner, name in self._folder.temps():
-            with suppress(FileNotFoundError):
-                coming.append((owner, name, (self._folder.copies / file).stat().st_size))
-        return coming
+        """Nothing: each owner that lives notes what it has reserved in new books itself, when it next uses them."""
+        return []
 
-    def size_of(self, name: str) -> int | None:
-        """Size in bytes of a copy; None: it is not there."""
-        return self._folder.size_of(name)
+    def charge_of(self, name: str) -> int | None:
+        """What a copy, or a copy in part, takes of the budget in bytes; None: it is not there."""
+        return self._folder.charge_of(name)
 
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of each copy, by name."""
+    def charges(self) -> dict[str, int]:
+        """What every copy, and every copy in part, takes of the budget in bytes, by name."""
         return self._folder.sizes()
 
     def record(self, name: str) -> str:
@@ -122,5 +122,5 @@ class Owners:
         """Give the owner file up. Once only."""
         _open_here.discard(str(self.me))
         with suppress(OSError):
-            (self._folder.owners / str(self.me)).unlink()
+            self._folder.remove_file("owners", str(self.me))
         close_private(self._fd)

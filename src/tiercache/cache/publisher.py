@@ -1,20 +1,26 @@
-"""From "wanted" to "published": the steps of one fetch, in one process, against all others."""
+"""From "wanted" to "there": the steps of one fetch, in one process, beside all others."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from tiercache.cache import poison
 from tiercache.cache.download import Download, checksum_of
-from tiercache.cache.inherit import close_private, keep_private
+from tiercache.cache.growth import Growth
 from tiercache.cache.lease import open_leased
-from tiercache.cache.locks import NameLock, try_shared
-from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
+from tiercache.cache.locks import NameLock
+from tiercache.cache.machine import is_disk_full
+from tiercache.cache.partial import Held, Part, hold_part, map_bytes
+from tiercache.cache.units import n_units
+from tiercache.catalog import charge_bytes
+from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.errors import CorruptShard, StoreError
+from tiercache.points import reach
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -24,15 +30,16 @@ if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
     from tiercache.cache.notices import Notices
     from tiercache.cache.owners import Owners
+    from tiercache.cache.quarantine import Quarantine
     from tiercache.cache.record import Wanted
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
-    from tiercache.store import Store
 
 # Waiting for another process's fetch: a minute, and the time its bytes take at a slow 2 MB/s. Then we fetch too.
 LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A part that loses its name while it grows (where locks lie, or by somebody's hand) is begun again this often.
+MAX_BEGINNINGS = 3
 
 
 @dataclass(slots=True)
@@ -46,58 +53,104 @@ class Publisher:
     owners: Owners
     accounts: Accounts
     evictor: Evictor
+    quarantine: Quarantine
     breaker: Breaker
     notices: Notices
     counters: Counters
     unrecorded: set[str] = field(default_factory=set)
 
-    def run(self, fetch: Fetch) -> int:
-        """A descriptor of the copy under a reader's lock; -1: there is no room for it, or the disk fails.
+    def run(self, fetch: Fetch) -> None:
+        """Bring what is asked of a fetch; what there is no room for, or the disk fails for, is refused.
 
         Raises:
             StoreError, CorruptShard: of the source.
         """
         try:
-            fd = self._run_locked(fetch)
+            try:
+                self._run_locked(fetch)
+            except (OSError, sqlite3.Error) as error:
+                if isinstance(error, StoreError) or not is_disk_full(error):
+                    raise
+                # A record, a name, the books: all that the downloads are not told of. What is there by now stays.
+                self.evictor.free_disk(charge_bytes(fetch.wanted.n_bytes), spare=fetch.spare)
+                self._run_locked(fetch)
         except StoreError:
             raise  # NotFound is an OSError too
         except (OSError, sqlite3.Error) as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
-                self._disk_is_full()  # what it holds can be read all the same
-            else:
-                self.disk_failed(error)
-            return -1
-        if fd >= 0:
+            self.disk_failed(error)
+        else:
             self.breaker.mend()
-        return fd
 
     def disk_failed(self, error: Exception) -> None:
-        """Bypass the cache for a while, and say so once."""
+        """Bypass the cache for a while, and say so once; what a disk that is merely full holds can still be read."""
+        if is_disk_full(error):
+            self.disk_is_full()
+            return
         self.breaker.trip()
         self.notices.warn("disk", f"cache {self.folder.root}: {error}; reading past it until the disk works again")
 
-    def _disk_is_full(self) -> None:
+    def disk_is_full(self) -> None:
+        """Say so once."""
         self.notices.warn("full", f"cache {self.folder.root}: the disk is full; reading past the cache")
 
-    def _run_locked(self, fetch: Fetch) -> int:
+    def _run_locked(self, fetch: Fetch) -> None:
+        """One process fetches a name; the others watch its map, and take over when it is gone.
+
+        Without the lock, after a long wait or where locks lie, some bytes are fetched twice and nothing else happens.
+        """
         wanted = fetch.wanted
         self.owners.ensure()
         lock = NameLock(self.folder.locks / wanted.name)
         deadline_s = LOCK_WAIT_S + wanted.n_bytes / SLOWEST_BYTES_S
-
-        def ours_or_there() -> bool:
-            if lock.try_take():
-                return True
-            fetch.step = f"waiting for {lock.holder()}"
-            return self.folder.has_copy(wanted.name)
-
         try:
-            # Whether it was got does not matter for what follows: without it the copy is fetched twice, published once.
-            wait_for(ours_or_there, deadline_s, cancel=fetch.cancel)
-            fd = self._existing(wanted)
-            return self._fetch(fetch) if fd is None else fd
+            while not fetch.close_if_done():
+                is_there = wait_for(lambda: self._watch(fetch, lock), deadline_s, cancel=fetch.cancel)
+                if fetch.cancel.is_set():
+                    raise StoreError("cancelled", url=wanted.source, retryable=True)
+                if not is_there or lock.is_held:
+                    self._bring(fetch)
+                    return
         finally:
             lock.give_back()
+
+    def _watch(self, fetch: Fetch, lock: NameLock) -> bool:
+        """Whether we may fetch, or all that is asked for is there by somebody else's work; tell who waits."""
+        if lock.try_take():
+            return True
+        fetch.step = f"waiting for {lock.holder()}"
+        wanted = fetch.wanted
+        fd = None if wanted.name in self.unrecorded else open_leased(self.folder, wanted.name, wanted.n_bytes)
+        if fd is not None:
+            fetch.offer(Held(fd), np.ones(n_units(wanted.n_bytes), bool))
+            return True
+        held = hold_part(self.folder, wanted.name, wanted.n_bytes)
+        if held is None or held.presence is None:
+            return False
+        present = held.presence.mask()
+        fetch.offer(held, present)
+        # What is all there will have its name in a moment.
+        return not present.all() and not fetch.open_units()[0].any()
+
+    # -- what is there already --------------------------------------------------------------------------------------
+
+    def _bring(self, fetch: Fetch) -> None:
+        """Serve from the copy that is there, or let its part grow; once more where the bytes were wrong."""
+        if self._offer_copy(fetch):
+            return
+        found = 0
+        for _ in range(2):
+            wrong = self._grow(fetch)
+            if wrong is None:
+                return
+            found = wrong
+        self._remember_poison(fetch.wanted, found)
+        raise _wrong_sum(fetch.wanted, found)
+
+    def _offer_copy(self, fetch: Fetch) -> bool:
+        fd = self._existing(fetch.wanted)
+        if fd is not None:
+            fetch.offer(Held(fd), np.ones(n_units(fetch.wanted.n_bytes), bool))
+        return fd is not None and fetch.close_if_done()
 
     def _existing(self, wanted: Wanted) -> int | None:
         """The copy that is there, if it is right; a wrong one is removed."""
@@ -125,94 +178,142 @@ class Publisher:
             self.remove(wanted.name)
 
     def remove(self, name: str) -> None:
-        """Remove a copy that is not what its name says. Readers keep what they have open."""
-        self.folder.remove_copy(name)
-        self.accounts.remove([name])
+        """Remove a copy, or a part, that is not what its name says. Readers keep what they have open."""
+        with self.quarantine.unlinking(name):
+            self.folder.remove_copy(name)
+            self.accounts.remove([name])
         self.unrecorded.discard(name)
 
-    def _fetch(self, fetch: Fetch) -> int:
-        """Reserve, download, publish; once more where the disk was full after all."""
-        wanted = fetch.wanted
-        for _ in range(2):
-            if not self.evictor.reserve(wanted.name, wanted.n_bytes, spare=fetch.spare):
-                return -1
+    # -- what has to come -------------------------------------------------------------------------------------------
+
+    def _grow(self, fetch: Fetch) -> int | None:
+        """Let the part grow as long as something is asked for, and publish it when it is whole.
+
+        Returns:
+            None: the fetch is closed. Else the CRC-32C of a whole that is wrong, and gone.
+        """
+        for _ in range(MAX_BEGINNINGS):
+            growth = Growth(self, fetch)
             try:
-                return self._download(fetch)
-            except OSError as error:
-                if isinstance(error, StoreError) or error.errno not in _FULL:
+                return self._let_grow(fetch, growth)
+            except FileNotFoundError as error:
+                if isinstance(error, StoreError):
+                    growth.end(error)
                     raise
-            finally:
-                self.accounts.release(wanted.name)
-            self.evictor.free_disk(wanted.n_bytes, spare=fetch.spare)
-        self._disk_is_full()
-        return -1
-
-    def _download(self, fetch: Fetch) -> int:
-        """Fetch into a new file, check it and give it its name; the file is gone again after every failure."""
-        wanted = fetch.wanted
-        fd, temp = self.folder.new_temp(wanted.name, self.owners.me)
-        keep_private(fd)
-        try:
-            os.ftruncate(fd, wanted.n_bytes)  # from its size a lost catalog knows what was reserved
-            fetch.step = f"being fetched by process {os.getpid()}"
-            whole = self._checked(fetch, fd)
-            os.fchmod(fd, 0o444)
-            lease_fd = os.open(temp, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                # Before it has its name, so that nobody can evict it before its readers have it.
-                try_shared(lease_fd)
-                # Where locks lie somebody else may have been first: then that copy is the one that is counted.
-                other_fd = None if self._enter(wanted, whole, temp) else self._existing(wanted)
-            except BaseException:
-                os.close(lease_fd)
+            except BaseException as error:
+                growth.end(error)
                 raise
-            if other_fd is None:
-                return lease_fd
-            os.close(lease_fd)
-            return other_fd
-        finally:
-            close_private(fd)
-            with suppress(FileNotFoundError):
-                Path(temp).unlink()
+            finally:
+                growth.close()
+            fetch.forget()
+            self.owners.ensure()
+            growth.drop()
+        fetch.refuse(fetch.open_units()[0])  # somebody deletes parts as fast as we make them
+        return None
 
-    def _enter(self, wanted: Wanted, whole: int, temp: str | None = None) -> bool:
+    def _let_grow(self, fetch: Fetch, growth: Growth) -> int | None:
+        """As _grow(), of one part."""
+        download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
+        while True:
+            while fetch.open_units()[0].any():
+                self._run_download(growth, download)
+            if growth.is_whole:
+                wrong = self._publish(fetch, growth.part(), download.whole_sum())
+                if wrong is not None:
+                    fetch.forget()
+                elif not fetch.close_if_done():
+                    continue
+                return wrong
+            if fetch.close_if_done():
+                growth.book()
+                return None
+
+    def _run_download(self, growth: Growth, download: Download) -> None:
+        """Download; where the disk was full after all make room and try once more, then refuse what is missing."""
+        fetch = growth.fetch
+        for is_last in (False, True):
+            try:
+                download.run()
+            except OSError as error:
+                if isinstance(error, StoreError) or not is_disk_full(error):
+                    raise
+                if is_last:
+                    fetch.refuse(fetch.open_units()[0])
+                    self.disk_is_full()
+                else:
+                    self.evictor.free_disk(growth.reserved_bytes, spare=fetch.spare | {fetch.wanted.name})
+            else:
+                return
+
+    # -- from part to copy ------------------------------------------------------------------------------------------
+
+    def _publish(self, fetch: Fetch, part: Part, whole: int | None) -> int | None:
+        """Check a part that is whole, give it its name, and book it; its CRC-32C, and it is gone, if it is wrong."""
+        wanted = fetch.wanted
+        if whole is None:
+            whole = checksum_of(part.fd, wanted.n_bytes)
+        if wanted.crc32c is not None and whole != wanted.crc32c:
+            self.remove(wanted.name)
+            self.accounts.release(wanted.name)
+            return whole
+        reach("publish.checked")
+        part.seal(self.folder.rights.copy)
+        reach("publish.sealed")
+        was_first = self._enter(wanted, whole, part)
+        if not was_first:  # where locks lie: then that copy is the one that is counted
+            self._offer_copy(fetch)
+        if self.quarantine.awaits(wanted.name):
+            self.quarantine.compare(wanted.name)
+        return None
+
+    def _enter(self, wanted: Wanted, whole: int, part: Part | None = None) -> bool:
         """Write the record, then the name, then the books: after a crash in between whoever comes next puts it right.
 
         False: another copy had the name already.
         """
         record = wanted.record(whole)
-        self.folder.write_record(wanted.name, record)
-        was_first = temp is None or self.folder.publish(temp, wanted.name)
-        self.accounts.publish(wanted.name, record.to_json(), wanted.n_bytes)
+        if part is None or self.folder.read_record(wanted.name) != record:
+            self.folder.write_record(wanted.name, record)
+            reach("publish.recorded")
+        was_first = part is None or self.folder.give_name(part.fd, wanted.name)
+        if part is not None:
+            reach("publish.named")
+            keep_map = wanted.identity is None  # no footer of its own says what its units should be
+            part.forget_name(keep_map=keep_map)
+            reach("publish.unparted")
+        self.book(wanted, record.to_json(), self.charge_of_copy(wanted))
+        reach("publish.booked")
         self.unrecorded.discard(wanted.name)
         return was_first
 
-    def _checked(self, fetch: Fetch, fd: int) -> int:
-        """Download until the bytes are what they should be, at most twice; returns their checksum."""
+    def book(self, wanted: Wanted, record: str, charge: int) -> None:
+        """Set a copy's row on the books.
+
+        Where locks lie two processes may have let one part grow, and each reserved half of it: then all of it is
+        reserved once more, and where there is no room for that it goes.
+        """
         try:
-            return self._attempt(fetch, fd)
-        except (NotFound, ObjectChanged):
-            raise
-        except (StoreError, CorruptShard) as error:
-            if fetch.cancel.is_set() or (isinstance(error, StoreError) and error.retryable):
-                raise  # the back end has tried again already
-        return self._attempt(fetch, fd)
+            self.accounts.book(wanted.name, record, charge)
+        except RuntimeError:
+            if self.evictor.reserve(wanted.name, charge, spare=frozenset([wanted.name])):
+                self.accounts.book(wanted.name, record, charge)
+            else:
+                self.remove(wanted.name)
+                self.accounts.release(wanted.name)
 
-    def _attempt(self, fetch: Fetch, fd: int) -> int:
-        wanted, store = fetch.wanted, fetch.store
-        whole = Download(wanted, store, fd, fetch.cancel).run()
-        self.counters.add("bytes_fetched", wanted.n_bytes)
-        if wanted.crc32c is not None and whole != wanted.crc32c:
-            raise CorruptShard(
-                f"fetched bytes have CRC-32C {whole:08x}, expected {wanted.crc32c:08x}", url=wanted.source
-            )
-        if wanted.identity is None and wanted.if_match is None:
-            _check_unchanged(wanted, store)
-        return whole
+    def charge_of_copy(self, wanted: Wanted) -> int:
+        """What the whole copy takes, with its record, and its map where that is kept."""
+        kept = charge_bytes(map_bytes(wanted.n_bytes)) - BLOCK_BYTES if wanted.identity is None else 0
+        return charge_bytes(wanted.n_bytes) + kept
+
+    def _remember_poison(self, wanted: Wanted, found: int) -> None:
+        self.counters.add("poisoned")
+        if wanted.crc32c is not None:
+            poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, found))
 
 
-def _check_unchanged(wanted: Wanted, store: Store) -> None:
-    """Where no strong ETag could guard the reading, the object must look the same after it."""
-    info = store.head(wanted.key)
-    if (info.n_bytes, info.etag) != (wanted.n_bytes, wanted.etag):
-        raise ObjectChanged(url=wanted.source, expected=wanted.etag, found=info.etag)
+def _wrong_sum(wanted: Wanted, found: int) -> CorruptShard:
+    expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
+    return CorruptShard(
+        f"bad at its source: fetched bytes have CRC-32C {found:08x}, twice, expected {expected}", url=wanted.source
+    )

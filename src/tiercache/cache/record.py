@@ -16,15 +16,16 @@ NAME = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a copy came from and how it is checked. Written only of bytes that passed the check.
+    """Where a copy came from and how it is checked.
 
-    source: without credentials; crc32c: of the whole file; dataset_id, shard_id: of what has an identity; etag: of what
+    source: without credentials; crc32c: of the whole file, None while there is only a part of what nobody knows the sum
+    of; dataset_id, shard_id: of what has an identity; etag: of what
     has none.
     """
 
     source: str
     n_bytes: int
-    crc32c: int
+    crc32c: int | None = None
     dataset_id: str | None = None
     shard_id: str | None = None
     etag: str | None = None
@@ -43,7 +44,7 @@ class Record:
             record = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
-        facts: tuple[object, ...] = (record.source, record.n_bytes, record.crc32c)
+        facts: tuple[object, ...] = (record.source, record.n_bytes, record.crc32c or 0)
         return record if [type(fact) for fact in facts] == [str, int, int] else None
 
 
@@ -67,7 +68,7 @@ class Wanted:
         """The ETag to read under; a weak one promises nothing about bytes and is never sent."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
-    def record(self, crc32c: int) -> Record:
+    def record(self, crc32c: int | None) -> Record:
         """What is to be written beside the copy."""
         identity = self.identity
         dataset_id, shard_id = (None, None) if identity is None else (identity.dataset_id, identity.shard_id)
@@ -83,9 +84,10 @@ def name_of_identity(identity: ShardIdentity) -> str:
 def name_of_object(url: str, info: ObjectInfo) -> str | None:
     """Name of a copy of an object without identity; None: nothing tells this object from a later one under its name.
 
-    url: redacted.
+    url: redacted. A weak ETag may be the same for two states of an object: it counts only beside a date.
     """
-    state = info.version or info.etag or (None if info.modified_s is None else str(info.modified_s))
+    dated = None if info.modified_s is None else f"{info.etag or ''} {info.modified_s}"
+    state = info.version or (dated if (info.etag or "W/").startswith("W/") else info.etag)
     return None if state is None else _hash(("object", url, state, str(info.n_bytes)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from threading import Event, Lock
 from typing import TYPE_CHECKING
@@ -13,8 +12,11 @@ from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redac
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from tiercache.cache.cache import Cache
-    from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+    from tiercache.model import ByteRange, Following, ObjectInfo, ReadingPlan, ShardIdentity
 
 N_KNOWN = 4096
 
@@ -29,7 +31,6 @@ class CachedStore(Store):
     def __init__(self, cache: Cache, inner: Store) -> None:
         self.cache, self.inner = cache, inner
         self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
-        self.plan: ReadPlan | None = None
         self._lock = Lock()
         self._known: OrderedDict[str, Wanted] = OrderedDict()
 
@@ -46,30 +47,40 @@ class CachedStore(Store):
         wanted = self.wanted(key, identity)
         if wanted is None:
             return None
-        lease = self.cache.open(wanted, self.inner)
-        self.counters.add("cache_hits" if lease is not None and lease.fd >= 0 else "cache_misses")
-        return lease
+        return self.cache.open(wanted, self.inner, self._tell)
 
-    def announce(self, plan: ReadPlan) -> None:
-        """Remember what a reader will want next; none of the present policies looks ahead."""
-        self.plan = plan
+    def _tell(self, is_hit: bool) -> None:
+        self.counters.add("cache_hits" if is_hit else "cache_misses")
 
-    def fetch_ahead(self, key: str, identity: ShardIdentity) -> None:
-        """Start fetching a copy that a reader will open soon; returns at once."""
+    def fetch_ahead(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
+        """Start fetching what a reader will open soon; returns at once. ranges: of the object; None: all of it."""
         wanted = self.wanted(key, identity)
         if wanted is not None:
-            self.cache.fetch_ahead(wanted, self.inner)
+            self.cache.fetch_ahead(wanted, self.inner, ranges)
 
-    def is_here(self, key: str, identity: ShardIdentity) -> bool:
-        """Whether a copy is here now."""
+    def is_here(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
+        """Whether these ranges of the object are here now; None: all of it."""
         wanted = self.wanted(key, identity)
-        return wanted is not None and self.cache.has_copy(wanted)
+        return wanted is not None and self.cache.is_here(wanted, ranges)
+
+    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
+        """Let all who use the cache's folder know when this job reads which copies.
+
+        Args:
+            names: uint8[m, 20], names of copies (record.name_of_identity, as bytes) in the order of plan.shards.
+            plan: when each is read.
+        """
+        return self.cache.publish(names, plan)
 
     def wanted(self, key: str, identity: ShardIdentity | None = None) -> Wanted | None:
         """What is to be cached under key; None: nothing tells this object from the next one of that name.
 
         Without identity the store is asked. Raises NotFound.
         """
+        if identity is not None:
+            known = self._known.get(key)  # a hit takes a third less without a name to be computed
+            if known is not None and known.identity == identity:
+                return known
         check_key(key)
         source = f"{redact(self.url)}/{key}"
         if identity is not None:
@@ -110,12 +121,9 @@ class CachedStore(Store):
         with self._lock:
             wanted = self._known.get(key)
         guarded = wanted is not None and (if_match is not None and wanted.etag == if_match)
-        if wanted is not None and (guarded or (if_match is None and wanted.identity is not None)):
-            lease = self.cache.peek(wanted)
-            if lease is not None:
-                with lease:
-                    if _read_spans(lease.fd, spans):
-                        return
+        is_ours = wanted is not None and (guarded or (if_match is None and wanted.identity is not None))
+        if wanted is not None and is_ours and self.cache.read(wanted, spans):
+            return
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
 
     def head(self, key: str) -> ObjectInfo:
@@ -180,21 +188,3 @@ class CachedStore(Store):
     def close(self) -> None:
         """Close the inner store. The cache stays open: other stores may use it."""
         self.inner.close()
-
-
-def _read_spans(fd: int, spans: Sequence[Span]) -> bool:
-    """Read every span from a file; False: it could not be."""
-    return all(_read_range(fd, wanted, buffer) for wanted, buffer in spans)
-
-
-def _read_range(fd: int, wanted: ByteRange, buffer: memoryview) -> bool:
-    done = 0
-    while done < wanted.n_bytes:
-        try:
-            n_read = os.preadv(fd, [buffer[done:]], wanted.start + done)
-        except OSError:
-            return False
-        if not n_read:
-            return False
-        done += n_read
-    return True

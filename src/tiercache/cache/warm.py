@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
 
 from tiercache.cache.admin import writable
+from tiercache.cache.partial import charge_of, hold_part
+from tiercache.cache.units import UNIT_BYTES, mask_of, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.errors import CacheFull, StoreError
-from tiercache.model import ShardIdentity, format_bytes
+from tiercache.model import ByteRange, format_bytes
+from tiercache.points import reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +24,12 @@ if TYPE_CHECKING:
     from tiercache.cache.opened import Opened, Writing
     from tiercache.cache.record import Wanted
     from tiercache.cache.store import CachedStore
+    from tiercache.cache.units import Mask
+    from tiercache.model import ShardIdentity
+
+
+Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
+"""By key: what of an object is enough. Those without an entry are wanted whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,15 @@ class WarmProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmOptions:
+    """How warming goes on. jobs: fetches at a time; ranges: see Ranges; on_progress: called with every copy."""
+
+    jobs: int = 4
+    on_progress: Callable[[WarmProgress], None] | None = None
+    ranges: Ranges = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class WarmReport:
     """What warming did: copies asked for, how many of them were fetched now, and their bytes."""
 
@@ -42,59 +61,188 @@ class WarmReport:
     bytes_fetched: int
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A copy that is to be here. ranges: what of it is enough, rising; None: all."""
+
+    wanted: Wanted
+    ranges: tuple[ByteRange, ...] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """What of the object is asked for."""
+        return sum(wanted.n_bytes for wanted in self.whole_or_ranges)
+
+    @property
+    def whole_or_ranges(self) -> tuple[ByteRange, ...]:
+        """What of the object is asked for."""
+        return (ByteRange(0, self.wanted.n_bytes),) if self.ranges is None else self.ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A goal that is not here. n_bytes: to be fetched for it; charge_bytes: of the budget."""
+
+    goal: Goal
+    n_bytes: int
+    charge_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPlan:
+    """What is asked for, each copy once, and what of it is missing, in the order of fetching.
+
+    Attributes:
+        freeable_bytes: what the policy could give up for it, but none of what is asked for; 0 where there is room.
+        fits: whether there is room, or can be made.
+    """
+
+    goals: tuple[Goal, ...]
+    missing: tuple[Missing, ...]
+    freeable_bytes: int
+    fits: bool
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Of everything that is asked for."""
+        return sum(goal.n_bytes for goal in self.goals)
+
+    @property
+    def missing_bytes(self) -> int:
+        """To be fetched."""
+        return sum(missing.n_bytes for missing in self.missing)
+
+    @property
+    def need_bytes(self) -> int:
+        """Of the budget, for what is missing."""
+        return sum(missing.charge_bytes for missing in self.missing)
+
+
+def plan_warm(
+    opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]], ranges: Ranges
+) -> WarmPlan:
+    """See what is missing of pairs, by one look at the folder and one at the books, however many there are.
+
+    Raises:
+        StoreError: of an object that cannot be cached, or of the store where it must be asked for an identity.
+    """
+    goals: dict[str, Goal] = {}
+    for key, identity in pairs:
+        one = store.wanted(key, identity)
+        if one is None:
+            raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
+        goals[one.name] = Goal(one, tuple(ranges[key]) if key in ranges else None)
+    here = _Here(opened)
+    missing = tuple(lack for goal in goals.values() if (lack := here.lack(goal)) is not None)
+    plan = WarmPlan(tuple(goals.values()), missing, freeable_bytes=0, fits=not missing)
+    if not missing or opened.writing is None:
+        return plan
+    evictor = opened.writing.evictor
+    lack_bytes = evictor.lack_bytes(plan.need_bytes)
+    freeable_bytes = evictor.freeable_bytes(goals.keys()) if lack_bytes > 0 else 0
+    return replace(plan, freeable_bytes=freeable_bytes, fits=lack_bytes <= freeable_bytes)
+
+
+class _Here:
+    """One look at what is in the folder: a listing, and not a question for each copy."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+        self._names = frozenset(opened.folder.names(""))
+        self._parts = frozenset(opened.folder.names(".part"))
+        # Copies that something must be found out about before they are served.
+        self._doubted = frozenset() if opened.writing is None else frozenset(opened.writing.publisher.unrecorded)
+
+    def lack(self, goal: Goal) -> Missing | None:
+        """What is missing of what is asked for; None: nothing."""
+        name, n_bytes = goal.wanted.name, goal.wanted.n_bytes
+        if name in self._names and (name not in self._doubted or _is_here(self._opened, goal)):
+            return None
+        if goal.ranges is None and name not in self._parts:
+            return Missing(goal, n_bytes, charge_bytes(n_bytes))
+        present = self._present(name, n_bytes)
+        missing = mask_of(goal.whole_or_ranges, n_bytes) & ~present
+        if goal.ranges is not None and not missing.any():
+            return None
+        # A part that has everything but its name is missing all the same.
+        return Missing(goal, min(int(missing.sum()) * UNIT_BYTES, n_bytes), _charge(goal, present))
+
+    def _present(self, name: str, n_bytes: int) -> Mask:
+        """The units that are here in part."""
+        held = hold_part(self._opened.folder, name, n_bytes) if name in self._parts else None
+        present = np.zeros(n_units(n_bytes), bool) if held is None or held.presence is None else held.presence.mask()
+        if held is not None:
+            held.close()
+        return present
+
+
+def _charge(goal: Goal, present: Mask) -> int:
+    """What a goal adds to the budget, where these units of it are here."""
+    n_bytes, before = goal.wanted.n_bytes, charge_of(present, goal.wanted.n_bytes)
+    if goal.ranges is None:
+        return max(charge_bytes(n_bytes) - before, 0)
+    return charge_of(mask_of(goal.ranges, n_bytes) | present, n_bytes) - before
+
+
 def warm(
     opened: Opened,
     store: CachedStore,
     pairs: Sequence[tuple[str, ShardIdentity | None]],
     *,
-    jobs: int,
-    on_progress: Callable[[WarmProgress], None] | None = None,
+    options: WarmOptions,
 ) -> WarmReport:
     """Fetch what is missing of pairs. See Cache.warm."""
-    if jobs < 1:
-        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    if options.jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {options.jobs}")
     writing = writable(opened)
-    wanted = {}
-    for key, identity in pairs:
-        one = store.wanted(key, identity)
-        if one is None:
-            raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
-        wanted[one.name] = one
-    missing = [one for one in wanted.values() if not _is_here(opened, one)]
     writing.accounts.reconcile()
-    if missing:
-        _check_room(writing, wanted, missing)
-    round_ = _Round(writing, store, frozenset(wanted), missing)
-    tell = on_progress or (lambda _: None)
-    n_done, bytes_done = len(wanted) - len(missing), sum(w.n_bytes for w in wanted.values())
-    bytes_wanted, bytes_done = bytes_done, bytes_done - sum(w.n_bytes for w in missing)
-    tell(WarmProgress(n_done, len(wanted), bytes_done, bytes_wanted))
-    for one in round_.run(jobs):
-        n_done, bytes_done = n_done + 1, bytes_done + one.n_bytes
-        tell(WarmProgress(n_done, len(wanted), bytes_done, bytes_wanted, one.key))
-    lost = [one.source for one in wanted.values() if not _is_here(opened, one)]
+    plan = plan_warm(opened, store, pairs, options.ranges)
+    if not plan.fits:
+        raise _full(writing, plan.need_bytes, plan.freeable_bytes)
+    plan = _without_cut_copies(opened, plan)
+    reach("warm.planned")
+    round_ = _Round(writing, store, plan)
+    _run(round_, plan, options)
+    lost = [goal.wanted.source for goal in plan.goals if not _is_here(opened, goal)]
     if lost:
         raise StoreError(
-            f"{len(lost)} of {len(wanted)} copies are gone again after warming", url=lost[0], retryable=True
+            f"{len(lost)} of {len(plan.goals)} copies are gone again after warming", url=lost[0], retryable=True
         )
-    return WarmReport(len(wanted), round_.n_fetched, round_.bytes_fetched)
+    return WarmReport(len(plan.goals), round_.n_fetched, round_.bytes_fetched)
 
 
-def _is_here(opened: Opened, wanted: Wanted) -> bool:
-    lease = opened.look(wanted.name, wanted.n_bytes)
+def _without_cut_copies(opened: Opened, plan: WarmPlan) -> WarmPlan:
+    """The plan, in which copies of another size are missing too: a power failure cut them off, or they are no files.
+
+    Asking for each size takes 2 us a copy: not for a plan that a person only looks at.
+    """
+    missing = {one.goal.wanted.name for one in plan.missing}
+    found = list(plan.missing)
+    for goal in plan.goals:
+        name, n_bytes = goal.wanted.name, goal.wanted.n_bytes
+        if name not in missing and opened.folder.size_of(name) not in (n_bytes, None):
+            found.append(Missing(goal, n_bytes, charge_bytes(n_bytes)))
+    return replace(plan, missing=tuple(found))
+
+
+def _run(round_: _Round, plan: WarmPlan, options: WarmOptions) -> None:
+    tell = options.on_progress or (lambda _: None)
+    n_wanted, bytes_wanted = len(plan.goals), plan.wanted_bytes
+    n_done, bytes_done = n_wanted - len(plan.missing), bytes_wanted - plan.missing_bytes
+    tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted))
+    for one in round_.run(options.jobs):
+        n_done, bytes_done = n_done + 1, bytes_done + one.n_bytes
+        tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted, one.goal.wanted.key))
+
+
+def _is_here(opened: Opened, goal: Goal) -> bool:
+    if goal.ranges is not None and opened.is_here(goal.wanted, goal.ranges):
+        return True
+    lease = opened.look(goal.wanted.name, goal.wanted.n_bytes)
     if lease is None:
         return False
     lease.close()
     return True
-
-
-def _check_room(writing: Writing, wanted: Mapping[str, Wanted], missing: Sequence[Wanted]) -> None:
-    """Raise CacheFull before the first byte is fetched, where it is certain that not all will fit."""
-    need_bytes = sum(charge_bytes(one.n_bytes) for one in missing)
-    lack_bytes = writing.evictor.lack_bytes(need_bytes)
-    freeable = writing.evictor.freeable_bytes(frozenset(wanted))
-    if lack_bytes > freeable:
-        raise _full(writing, need_bytes, freeable)
 
 
 def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
@@ -102,7 +250,8 @@ def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
     return CacheFull(
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are asked for, but of {format_bytes(limit)} "
         f"{format_bytes(used + reserved)} are taken, {format_bytes(freeable_bytes)} of them can go, and the disk has "
-        f"{format_bytes(max(writing.evictor.spare_bytes(), 0))} above its floor: evict some or enlarge the cache",
+        f"{format_bytes(max(writing.evictor.spare_bytes(), 0))} above its floor: evict some, enlarge the cache, or ask "
+        "for less (--first, --share)",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,
         limit_bytes=limit,
@@ -112,20 +261,21 @@ def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
 class _Round:
     """The fetches of one call. Threads take copies from a queue and put what became of them into another."""
 
-    def __init__(self, writing: Writing, store: CachedStore, names: frozenset[str], missing: Sequence[Wanted]) -> None:
-        self._writing, self._store, self._names = writing, store, names
-        self._todo: SimpleQueue[Wanted] = SimpleQueue()
-        for one in missing:
-            self._todo.put(one)
-        self._n_missing = len(missing)
-        self._done: SimpleQueue[tuple[Wanted, bool, BaseException | None]] = SimpleQueue()
+    def __init__(self, writing: Writing, store: CachedStore, plan: WarmPlan) -> None:
+        self._writing, self._store = writing, store
+        self._names = frozenset(goal.wanted.name for goal in plan.goals)
+        self._todo: SimpleQueue[Missing] = SimpleQueue()
+        for missing in plan.missing:
+            self._todo.put(missing)
+        self._n_missing = len(plan.missing)
+        self._done: SimpleQueue[tuple[Missing, bool, BaseException | None]] = SimpleQueue()
         self._stop = Event()
         self._running: set[Fetch] = set()
         self.n_fetched = 0
         self.bytes_fetched = 0
 
-    def run(self, jobs: int) -> Iterator[Wanted]:
-        """Give each copy once it is here. On the first error, or when the caller stops, everything is cancelled."""
+    def run(self, jobs: int) -> Iterator[Missing]:
+        """Give each of the missing once it is here. On the first error, or when the caller stops, all are cancelled."""
         threads = [
             Thread(target=self._work, name="tiercache-warm", daemon=True) for _ in range(min(jobs, self._n_missing))
         ]
@@ -133,13 +283,13 @@ class _Round:
             thread.start()
         try:
             for _ in range(self._n_missing):
-                wanted, fetched, error = self._done.get()
+                missing, fetched, error = self._done.get()
                 if error is not None:
                     raise error
                 if fetched:
                     self.n_fetched += 1
-                    self.bytes_fetched += wanted.n_bytes
-                yield wanted
+                    self.bytes_fetched += missing.n_bytes
+                yield missing
         finally:
             self._stop.set()
             for fetch in list(self._running):
@@ -150,34 +300,50 @@ class _Round:
     def _work(self) -> None:
         while not self._stop.is_set():
             try:
-                wanted = self._todo.get_nowait()
+                missing = self._todo.get_nowait()
             except Empty:
                 return
             try:
-                self._done.put((wanted, self._fetch(wanted), None))
+                self._done.put((missing, self._fetch(missing.goal), None))
             except BaseException as error:  # noqa: BLE001 - thread top: run() raises it
                 self._stop.set()
-                self._done.put((wanted, False, error))
+                self._done.put((missing, False, error))
 
-    def _fetch(self, wanted: Wanted) -> bool:
-        """Bring one copy here; False: somebody else did."""
-        fetcher = self._writing.fetcher
-        fetch = fetcher.join(wanted, self._store.inner)
-        mine = fetch.take_up()
-        if mine:
-            fetch.spare = self._names
-            self._running.add(fetch)
-            try:
-                fetcher.run(fetch)
-            finally:
-                self._running.discard(fetch)
+    def _fetch(self, goal: Goal) -> bool:
+        """Bring what is asked for of one copy here; False: somebody else did."""
+        wanted, ranges = goal.wanted, goal.whole_or_ranges
+        fetch, mine = self._join(wanted, ranges)
         try:
-            fetch.wait(None)
+            if mine:
+                self._run(fetch)
+            fetch.wait(ranges, None)
         finally:
-            fd = fetch.claim()
-        if fd < 0 and self._writing.breaker.is_open:
+            held, has_left = fetch.claim()
+            if not has_left:
+                fetch.leave()
+            is_here = held is not None and (held.presence is None or held.presence.covers(ranges))
+            if held is not None:
+                held.close()
+        reach("warm.fetched")
+        if not is_here and self._writing.breaker.is_open:
             raise StoreError("not cached: the cache's disk fails", url=wanted.source, retryable=True)
-        if fd < 0:
-            raise _full(self._writing, charge_bytes(wanted.n_bytes), 0)
-        os.close(fd)
+        if not is_here:
+            raise _full(self._writing, charge_bytes(goal.n_bytes), 0)
         return mine
+
+    def _join(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> tuple[Fetch, bool]:
+        """A fetch that was asked for ranges, with a place in it taken; and whether it is ours to run."""
+        while True:
+            fetch = self._writing.fetcher.join(wanted, self._store.inner)
+            mine = fetch.take_up()
+            if fetch.ask(ranges, urgent=True):
+                return fetch, mine
+            fetch.leave()  # it has ended since we joined it
+
+    def _run(self, fetch: Fetch) -> None:
+        fetch.spare = self._names
+        self._running.add(fetch)
+        try:
+            self._writing.fetcher.run(fetch)
+        finally:
+            self._running.discard(fetch)

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from tiercache.catalog import tables
 from tiercache.catalog.database import Database
+from tiercache.catalog.tables import BLOCK_BYTES, Changes, CopyRow
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-BLOCK_BYTES = 4096
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE copies (
-    name TEXT PRIMARY KEY, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0), record TEXT NOT NULL,
-    uses INTEGER NOT NULL DEFAULT 0, last_use INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE reservations (
-    owner TEXT NOT NULL, name TEXT NOT NULL, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0),
-    PRIMARY KEY (owner, name)
-) WITHOUT ROWID;
-CREATE TABLE openers (owner TEXT PRIMARY KEY, limit_bytes INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TRIGGER copy_in AFTER INSERT ON copies BEGIN
-    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'used'; END;
-CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN
-    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'used'; END;
-CREATE TRIGGER reservation_in AFTER INSERT ON reservations BEGIN
-    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'reserved'; END;
-CREATE TRIGGER reservation_out AFTER DELETE ON reservations BEGIN
-    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'reserved'; END;
-INSERT INTO meta VALUES ('used', 0), ('reserved', 0), ('clock', 0);
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRow:
-    """A copy on the books. record: JSON, "" where the source is not known; last_use: a count, not a time."""
-
-    name: str
-    charge_bytes: int
-    record: str
-    uses: int
-    last_use: int
+# As much is remembered of what was evicted as the main queue of s3fifo holds (Yang et al., SOSP 2023).
+GHOSTS_SHARE = 0.9
 
 
 class Files(Protocol):
@@ -63,44 +33,45 @@ class Files(Protocol):
         """What each owner that lives keeps to, in bytes."""
 
     def coming(self) -> Iterable[tuple[str, str, int]]:
-        """(owner, name, final size in bytes) of each file in the making."""
+        """(owner, name, charge in bytes of what may still come) of each fetch that runs."""
 
-    def size_of(self, name: str) -> int | None:
-        """Size in bytes of a copy; None: it is not there."""
+    def charge_of(self, name: str) -> int | None:
+        """What a copy, or a part of one, takes on disk now, as a charge in bytes; None: it is not there."""
 
-    def sizes(self) -> Mapping[str, int]:
-        """Size in bytes of each copy, by name."""
+    def charges(self) -> Mapping[str, int]:
+        """The charge in bytes of each copy and part, by name."""
 
     def record(self, name: str) -> str:
         """The record beside a copy, "" where there is none."""
 
 
 def charge_bytes(n_bytes: int) -> int:
-    """What a file of n_bytes takes on disk, in whole blocks."""
-    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    """What a file of n_bytes and its record take on disk: whole blocks, and one for the record."""
+    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
 
 
 class Accounts:
     """The books of one cache folder, for one owner (a process that has the folder open).
 
-    Every method is one short transaction that many processes may race for, and safe from any thread. Bytes are counted
-    in whole blocks. No reservation commits that would take copies and reservations together beyond the limit.
+    Every method is one short transaction that many processes may race for, and safe from any thread. Bytes are charges
+    (charge_bytes). No reservation commits that would take copies and reservations together beyond the limit, and no
+    booking that takes more than was reserved for it.
     """
 
     def __init__(self, path: Path, owner: str, files: Files, *, wal: bool, boot: str) -> None:
         self._owner, self._files, self._boot = owner, files, boot
         self._own_limit_bytes: int | None = None
+        # What this owner has reserved, should the file be lost: changed only inside run(), which holds its lock.
+        self._held: dict[str, int] = {}
         self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        for statement in _SCHEMA.split(";\n"):
-            if statement.strip():
-                db.execute(statement)
-        db.execute("INSERT INTO meta VALUES ('boot', ?)", (self._boot,))
+        tables.make(db, self._boot)
         db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
-        for owner, name, n_bytes in self._files.coming():
-            if owner == self._owner or self._files.alive(owner):
-                db.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?)", (owner, name, charge_bytes(n_bytes)))
+        for owner, name, charge in self._files.coming():
+            if owner != self._owner and self._files.alive(owner):
+                db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
+        self._come_back(db)
         self._take_in(db)
 
     def close(self) -> None:
@@ -121,17 +92,20 @@ class Accounts:
 
     def unregister(self) -> None:
         """Forget the owner and what it had reserved."""
+
+        def work(db: sqlite3.Connection) -> None:
+            self._held.clear()
+            self._forget(db, self._owner)
+
         self._own_limit_bytes = None
-        self._database.run(lambda db: self._forget(db, self._owner))
+        self._database.run(work)
 
     def limit_bytes(self) -> int:
         """The smallest limit of all who live."""
         return self._database.run(self._limit)
 
     def _limit(self, db: sqlite3.Connection) -> int:
-        # Somebody deleted the folder, and another process made the books anew before we had our owner file again.
-        if self._own_limit_bytes is not None:
-            db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
+        self._come_back(db)
         for owner, limit_bytes in db.execute("SELECT owner, limit_bytes FROM openers ORDER BY limit_bytes").fetchall():
             if owner == self._owner or self._files.alive(owner):
                 return int(limit_bytes)
@@ -139,47 +113,64 @@ class Accounts:
             self._forget(db, owner)
         return 0
 
+    def _come_back(self, db: sqlite3.Connection) -> None:
+        """Note our limit and reservations in books that another process made anew after somebody deleted the file."""
+        if self._own_limit_bytes is not None:
+            db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
+        rows = [(self._owner, name, charge) for name, charge in self._held.items()]
+        db.executemany("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", rows)
+
     def _forget(self, db: sqlite3.Connection, owner: str) -> None:
         db.execute("DELETE FROM openers WHERE owner = ?", (owner,))
         query = "DELETE FROM reservations WHERE owner = ? RETURNING name"
         for (name,) in db.execute(query, (owner,)).fetchall():
-            # It may have died between naming the copy and booking it.
-            n_bytes = self._files.size_of(name)
-            if n_bytes is not None and not self._is_booked(db, name):
-                self._insert(db, name, self._files.record(name), n_bytes)
+            self._measure(db, name)  # it may have died between writing bytes and booking them
 
-    def _is_booked(self, db: sqlite3.Connection, name: str) -> bool:
-        return db.execute("SELECT 1 FROM copies WHERE name = ?", (name,)).fetchone() is not None
+    def _measure(self, db: sqlite3.Connection, name: str) -> None:
+        charge = self._files.charge_of(name)
+        if charge is not None:
+            tables.set_copy(db, name, self._files.record(name), charge)
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
-    def reserve(self, name: str, n_bytes: int, *, spare_bytes: Callable[[], int]) -> bool:
-        """Reserve room for a copy before it is fetched, once for an owner and name; False: there is no room.
+    def reserve(self, name: str, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> bool:
+        """Reserve room for bytes to be added to a copy or a part, before they are fetched.
 
-        spare_bytes: what the disk has free above the floor that must stay free.
+        An owner holds one reservation for a name: a second call replaces it by one of the new size, and where there is
+        no room for that (False) the first one stays.
+
+        Args:
+            name: of the copy.
+            charge_bytes: what will be added, as a charge.
+            spare_bytes: what the disk has free above the floor that must stay free.
         """
+        before = self._held.get(name)
 
         def work(db: sqlite3.Connection) -> bool:
-            self._release(db, name)
-            if self._lack(db, n_bytes, spare_bytes) > 0:
+            self._held.pop(name, None)
+            self._delete_reservation(db, name)
+            if self._lack(db, charge_bytes, spare_bytes) > 0:
+                if before is not None:
+                    self._held[name] = before
+                    self._come_back(db)
                 return False
-            row = (self._owner, name, charge_bytes(n_bytes))
-            db.execute("INSERT INTO reservations VALUES (?, ?, ?)", row)
+            db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self._owner, name, charge_bytes))
             self._check_budget(db)
+            self._held[name] = charge_bytes
             return True
 
         return self._database.run(work)
 
-    def lack_bytes(self, n_bytes: int, *, spare_bytes: Callable[[], int]) -> int:
-        """How many bytes must go before a copy of n_bytes can be reserved; 0 or less: it can be now."""
-        return self._database.run(lambda db: self._lack(db, n_bytes, spare_bytes))
+    def lack_bytes(self, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> int:
+        """How many bytes must go before charge_bytes can be reserved; 0 or less: they can be now."""
+        return self._database.run(lambda db: self._lack(db, charge_bytes, spare_bytes))
 
-    def _lack(self, db: sqlite3.Connection, n_bytes: int, spare_bytes: Callable[[], int]) -> int:
+    def _lack(self, db: sqlite3.Connection, charge_bytes: int, spare_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
         self._release_dead(db)
-        used, reserved = self._sums(db)
+        used, reserved = tables.sums(db)
         # Of what is reserved some is on disk already: counting all of it against the free space errs on the safe side.
-        return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes(n_bytes)
+        return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
 
     def _release_dead(self, db: sqlite3.Connection) -> None:
         owners = [o for (o,) in db.execute("SELECT DISTINCT owner FROM reservations WHERE owner <> ?", (self._owner,))]
@@ -188,80 +179,94 @@ class Accounts:
                 self._files.bury(owner)
                 self._forget(db, owner)
 
-    def _sums(self, db: sqlite3.Connection) -> tuple[int, int]:
-        sums = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
-        return int(sums["used"]), int(sums["reserved"])
-
     def _check_budget(self, db: sqlite3.Connection) -> None:
-        used, reserved = self._sums(db)
+        used, reserved = tables.sums(db)
         limit = self._limit(db)
         if used + reserved > limit:
             raise RuntimeError(f"the cache's books would exceed the budget: {used} + {reserved} > {limit} bytes")
 
-    def publish(self, name: str, record: str, n_bytes: int) -> None:
-        """Turn a reservation into a copy. Without one (the catalog was lost meanwhile) the file is there all the same.
+    def book(self, name: str, record: str, charge_bytes: int) -> None:
+        """Set the row of a copy or a part, and give this owner's reservation for the name back.
+
+        What is there without a reservation (the catalog was lost, or the file was found) is booked all the same.
+
+        Args:
+            name: of the copy.
+            record: JSON, "" where the source is not known.
+            charge_bytes: all that the copy or part takes, as a charge.
 
         Raises:
-            RuntimeError: it takes more than was reserved for it.
+            RuntimeError: it takes more than its row and the reservations for it: nothing is booked.
         """
 
         def work(db: sqlite3.Connection) -> None:
-            before = sum(self._sums(db))
-            held = self._release(db, name)
-            db.execute("DELETE FROM copies WHERE name = ?", (name,))
-            self._insert(db, name, record, n_bytes)
-            if held and sum(self._sums(db)) > before:
-                raise RuntimeError("publishing a copy took more bytes than were reserved for it")
+            own = self._delete_reservation(db, name)
+            most = (tables.charge_of(db, name) or 0) + own
+            query = "SELECT total(charge_bytes) FROM reservations WHERE name = ?"
+            others = int(db.execute(query, (name,)).fetchone()[0])
+            if own and charge_bytes > most + others:
+                raise RuntimeError(
+                    f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most + others} ({name})"
+                )
+            # Where locks lie two may write one part at once: what the other has reserved, the other will book.
+            tables.set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
+            self._held.pop(name, None)
 
         self._database.run(work)
 
-    def _insert(self, db: sqlite3.Connection, name: str, record: str, n_bytes: int) -> None:
-        db.execute(
-            "INSERT INTO copies (name, charge_bytes, record, last_use) VALUES (?, ?, ?, ?)",
-            (name, charge_bytes(n_bytes), record, self._tick(db, 1)),
-        )
-
-    def _tick(self, db: sqlite3.Connection, n: int) -> int:
-        return int(
-            db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0]
-        )
-
     def release(self, name: str) -> None:
         """Give a reservation back. Harmless when there is none."""
-        self._database.run(lambda db: self._release(db, name))
 
-    def _release(self, db: sqlite3.Connection, name: str) -> int:
-        query = "DELETE FROM reservations WHERE owner = ? AND name = ?"
-        return db.execute(query, (self._owner, name)).rowcount
+        def work(db: sqlite3.Connection) -> None:
+            self._held.pop(name, None)
+            self._delete_reservation(db, name)
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Take copies off the books whose files are gone.
+        self._database.run(work)
+
+    def _delete_reservation(self, db: sqlite3.Connection, name: str) -> int:
+        query = "DELETE FROM reservations WHERE owner = ? AND name = ? RETURNING charge_bytes"
+        return sum(charge for (charge,) in db.execute(query, (self._owner, name)).fetchall())
+
+    def remove(self, names: Iterable[str], *, evicted: bool = False) -> None:
+        """Take copies off the books whose files are gone. evicted: they are ghosts now, remembered for a while.
 
         The race with a publisher: (1) we delete the file, (2) it is fetched again, named and booked, (3) we book it
         out. A publisher names before it books, so a file that is not there now will be booked after us.
         """
 
         def work(db: sqlite3.Connection) -> None:
-            rows = [(name,) for name in names if self._files.size_of(name) is None]
-            db.executemany("DELETE FROM copies WHERE name = ?", rows)
+            tables.drop_copies(db, [name for name in names if self._files.charge_of(name) is None], evicted=evicted)
+            tables.forget_gone(db, int(self._limit(db) * GHOSTS_SHARE))
 
         self._database.run(work)
+
+    # -- uses, queues and figures -----------------------------------------------------------------------------------
 
     def add_uses(self, uses: Mapping[str, int]) -> None:
         """Add uses by name; the mapping's order is the order of last use."""
+        self._database.run(lambda db: tables.add_uses(db, uses))
 
-        def work(db: sqlite3.Connection) -> None:
-            first = self._tick(db, len(uses)) - len(uses) + 1
-            rows = [(n, first + i, name) for i, (name, n) in enumerate(uses.items())]
-            db.executemany("UPDATE copies SET uses = uses + ?, last_use = ? WHERE name = ?", rows)
+    def requeue(self, moves: Iterable[tuple[str, bool, int]]) -> None:
+        """Put copies at the end of a queue of s3fifo, in order. moves: (name, into the main queue, freq)."""
+        self._database.run(lambda db: tables.requeue(db, moves))
 
-        self._database.run(work)
+    def is_ghost(self, name: str) -> bool:
+        """Whether name was evicted lately."""
+        return self._database.run(lambda db: tables.is_ghost(db, name))
+
+    def add_figures(self, figures: Mapping[str, int]) -> None:
+        """Add to the sums of all processes, by name."""
+        self._database.run(lambda db: tables.add_figures(db, figures))
+
+    def figures(self) -> dict[str, int]:
+        """The sums of FIGURES since the catalog was made, of all processes that have booked theirs."""
+        return self._database.run(tables.figures)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
     def sums(self) -> tuple[int, int, int]:
         """Bytes of copies, bytes reserved, and the limit."""
-        return self._database.run(lambda db: (*self._sums(db), self._limit(db)))
+        return self._database.run(lambda db: (*tables.sums(db), self._limit(db)))
 
     def is_reserved(self, name: str) -> bool:
         """Whether somebody is fetching name."""
@@ -270,8 +275,15 @@ class Accounts:
 
     def rows(self) -> list[CopyRow]:
         """All copies on the books, least recently used first."""
-        query = "SELECT name, charge_bytes, record, uses, last_use FROM copies ORDER BY last_use, name"
-        return self._database.run(lambda db: [CopyRow(*row) for row in db.execute(query)])
+        return self._database.run(tables.rows)
+
+    def rows_with(self, text: str) -> list[CopyRow]:
+        """Copies whose record has text in it."""
+        return self._database.run(lambda db: tables.rows_with(db, text))
+
+    def changes(self, since: tuple[str, int]) -> Changes:
+        """What changed on the books since an earlier answer's `since`; ("", 0): all that is on them."""
+        return self._database.run(lambda db: tables.changes(db, since, self._limit(db)))
 
     def unrecorded(self) -> set[str]:
         """Names of copies without a record."""
@@ -298,12 +310,15 @@ class Accounts:
                 self._forget(db, owner)
 
     def _take_in(self, db: sqlite3.Connection) -> None:
-        # A copy that is being published now counts twice until its publisher turns the reservation into it: too much
-        # for a moment is better than too little for ever, should the publisher die.
+        # What is being fetched now counts twice until its fetcher books it: too much for a moment is better than too
+        # little for ever, should the fetcher die.
         self._forget_dead(db)
         self._release_dead(db)
-        sizes = self._files.sizes()
-        known = {name for (name,) in db.execute("SELECT name FROM copies")}
-        db.executemany("DELETE FROM copies WHERE name = ?", [(name,) for name in known - sizes.keys()])
-        for name in sorted(sizes.keys() - known):
-            self._insert(db, name, self._files.record(name), sizes[name])
+        charges = self._files.charges()
+        known = {row.name: row.charge_bytes for row in tables.rows(db)}
+        tables.drop_copies(db, known.keys() - charges.keys(), evicted=False)
+        growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
+        for name in sorted(charges):
+            # A part that somebody grows is booked by who does; one whose fetcher died is larger than its row says.
+            if name not in known or (name not in growing and charges[name] != known[name]):
+                tables.set_copy(db, name, self._files.record(name), charges[name])

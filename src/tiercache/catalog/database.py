@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
 import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
-from tiercache.waiting import wait_for
+from tiercache.catalog.files import PRIVATE, open_file
+from tiercache.points import reach
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,10 +31,13 @@ _LOST = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_ERROR,
 )
+_SUFFIXES = ("", "-wal", "-shm", "-journal")
 
 
 class Database:
     """A connection to one SQLite file, made when first needed and again when the file was replaced or damaged.
+
+    The file and what SQLite puts beside it are 0600 and never reached through a link.
 
     run() holds the lock for one transaction; everything else is quick. There is no open connection while the process
     forks: SQLite keeps file locks by process, and a child would believe that it holds what its parent holds.
@@ -56,6 +62,7 @@ class Database:
         self._lock = RLock()
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
+        self._gave_up: tuple[float, sqlite3.DatabaseError] | None = None
         _databases.add(self)
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -66,11 +73,19 @@ class Database:
         Raises:
             sqlite3.Error: the file is busy for too long, or cannot be made.
         """
+        came_s = SYSTEM_CLOCK.monotonic()
         with self._lock:
+            # Who has waited here while another thread waited for the file in vain has waited long enough: thirty
+            # threads would else give up one after the other, BUSY_S apart.
+            if self._gave_up is not None and came_s < self._gave_up[0]:
+                raise sqlite3.OperationalError(f"{self._gave_up[1]} ({self.path})") from self._gave_up[1]
             try:
                 return self._attempt(work)
             except sqlite3.DatabaseError as error:
-                if (error.sqlite_errorcode & 0xFF) not in _LOST:
+                code = error.sqlite_errorcode & 0xFF
+                if code == sqlite3.SQLITE_BUSY:
+                    self._gave_up = SYSTEM_CLOCK.monotonic(), error
+                if code not in _LOST:
                     raise
             self.replace()
             return self._attempt(work)
@@ -80,7 +95,9 @@ class Database:
         connection.execute("BEGIN IMMEDIATE")
         try:
             answer = work(connection)
+            reach("catalog.changed")
             connection.execute("COMMIT")
+            reach("catalog.committed")
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
@@ -93,6 +110,8 @@ class Database:
         self.close()
         self._make_folder()
         with self._door():
+            self._guard_files()
+            reach("catalog.guarded")
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 self._set_up(connection)
@@ -102,6 +121,24 @@ class Database:
             self._connection, self._inode = connection, _inode(self.path)
         return connection
 
+    def _guard_files(self) -> None:
+        """Make the file with its rights, before SQLite would with the umask's; clear away links under its names.
+
+        A file that is there is not opened here: closing it would take away the POSIX locks that another connection of
+        this process holds on it. SQLite gives its other files the rights of the first.
+        """
+        for suffix in _SUFFIXES:
+            path = Path(f"{self.path}{suffix}")
+            with suppress(FileNotFoundError):
+                mode = path.lstat().st_mode
+                if stat.S_ISLNK(mode):
+                    path.unlink()
+                elif stat.S_IMODE(mode) != PRIVATE:
+                    with suppress(PermissionError):  # a file system that keeps no rights
+                        path.chmod(PRIVATE)
+        with suppress(FileExistsError):
+            os.close(open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+
     def _set_up(self, connection: sqlite3.Connection) -> None:
         # Not synced: after a power loss the machine has another boot id, and the owner of the tables makes them anew.
         connection.execute("PRAGMA synchronous=OFF")
@@ -109,12 +146,13 @@ class Database:
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             self._prepare(connection)
+            reach("catalog.prepared")
         connection.execute("COMMIT")
 
     @contextmanager
     def _door(self) -> Iterator[None]:
         """One process at a time opens or replaces the file, so that a database never meets its predecessor's log."""
-        fd = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         try:
             wait_for(lambda: _try_lock(fd), BUSY_S)
             yield
@@ -128,9 +166,11 @@ class Database:
         self._make_folder()
         with self._door():
             if damaged == _inode(self.path):
-                for suffix in ("", "-wal", "-shm", "-journal"):
+                for suffix in _SUFFIXES:
                     with suppress(FileNotFoundError):
                         Path(f"{self.path}{suffix}").unlink()
+                    if not suffix:
+                        reach("catalog.removed")
 
     def close(self) -> None:
         """Close the connection; the next run() opens another."""

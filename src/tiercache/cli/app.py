@@ -14,6 +14,7 @@ from tiercache.cli.failures import reports_failures
 from tiercache.cli.head import head
 from tiercache.cli.listing import info, ls
 from tiercache.cli.pack import pack
+from tiercache.cli.simulate import simulate
 from tiercache.cli.status import status
 from tiercache.cli.verify import verify
 from tiercache.cli.warm import pin, warm
@@ -34,12 +35,13 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (ls, _AGAIN),
     (info, _AGAIN),
     (head, _AGAIN),
-    (verify, _AGAIN),
+    (verify, "what was repaired is repaired, nothing else was changed; run the same command again"),
     (warm, "what was fetched stays in the cache; the same command goes on from there"),
     (evict, "what was evicted is gone from the cache, nothing else; the same command goes on from there"),
     (pin, "what was pinned stays pinned; the same command goes on from there"),
     (unpin, "what was unpinned stays so; the same command goes on from there"),
     (status, _AGAIN),
+    (simulate, _AGAIN),
     (demo, "everything it made is gone; run it again"),
     (export, "a file that is not whole is not left behind; run the same command again with --overwrite"),
 )

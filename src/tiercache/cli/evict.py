@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
-from tiercache.cache import Entry
+from tiercache.cache import Cache, Entry
 from tiercache.cli.failures import PARTLY
 from tiercache.cli.opening import opened_store
 from tiercache.cli.options import (
@@ -22,6 +24,8 @@ from tiercache.cli.options import (
     StorageOptions,
     Verbose,
     Yes,
+    parse_age,
+    parse_size,
 )
 from tiercache.cli.output import Output, count
 from tiercache.cli.status import data_set_url
@@ -33,11 +37,53 @@ from tiercache.shard.manifest import latest
 from tiercache.store import Store, redact
 
 
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """What evict is about: of the scope's copies those that pass all of these. Sizes in bytes, ages in seconds."""
+
+    of_scope: Callable[[Entry], bool] = lambda _entry: True
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    older_than_s: float | None = None
+    larger_than_bytes: int | None = None
+
+    def takes(self, entry: Entry, now_s: float) -> bool:
+        """Whether the copy passes, pinned or not."""
+        if not self.of_scope(entry) or not passes(entry, self.include, self.exclude):
+            return False
+        if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
+            return False
+        return self.older_than_s is None or now_s - entry.used_s > self.older_than_s
+
+
+def least_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
+    """The first of these, least recently used first, without which no more than target_bytes are used; None: all."""
+    if target_bytes is None:
+        return list(entries)
+    chosen = []
+    for entry in entries:
+        if used_bytes <= target_bytes:
+            break
+        chosen.append(entry)
+        used_bytes -= entry.n_bytes
+    return chosen
+
+
 def evict(
     url: Annotated[str | None, typer.Argument(metavar="[URL]", help="The data set whose copies go.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: all copies.")] = False,
     include: Include = None,
     exclude: Exclude = None,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="AGE", help="Only what nobody has read for so long: 7d.")
+    ] = None,
+    larger_than: Annotated[
+        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only larger copies: 100MB.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="SIZE", help="No more than needed for the cache to hold this: 200GB, or 50%."),
+    ] = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
@@ -47,35 +93,73 @@ def evict(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
 ) -> None:
-    """Delete cached copies. Pinned ones, and those that are being read, stay; a store is never touched."""
+    """Delete cached copies, least recently used first. Pinned ones, and those that are being read, stay.
+
+    A store is never touched: what goes here can be fetched again.
+    """
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("evict takes a URL or --all")
+    doomed = Doomed(
+        include=include,
+        exclude=exclude,
+        older_than_s=None if older_than is None else parse_age("--older-than", older_than),
+        larger_than_bytes=None if larger_than is None else parse_size("--larger-than", larger_than),
+    )
     with opened_cache(cache_dir, cache_size) as cache:
-        of_scope = _scope(url, storage_option)
-        found = [e for e in cache.entries() if of_scope(e) and _passes(e, include, exclude)]
-        chosen = [entry for entry in found if not entry.pinned]
-        n_pinned = len(found) - len(chosen)
-        n_bytes = sum(entry.n_bytes for entry in chosen)
-        what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
-        if dry_run:
-            facts: dict[str, Any] = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
-            for entry in chosen:
-                output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
-            output.summary(facts, f"would evict {what}")
-            return
-        if chosen and not yes:
-            _ask(f"Evict {what} from {cache.path}?")
-        freed_bytes = cache.evict([entry.name for entry in chosen])
-        names = {entry.name for entry in chosen}
-        left = sum(entry.name in names for entry in cache.entries())
-        facts = {"copies": len(chosen) - left, "bytes": freed_bytes, "left": left, "pinned": n_pinned}
-        kept = f"; {count(left, 'copy', 'copies')} in use stayed" if left else ""
-        kept += f"; {count(n_pinned, 'pinned copy', 'pinned copies')} stayed" if n_pinned else ""
-        gone = f"{count(len(chosen) - left, 'copy', 'copies')}, {format_bytes(freed_bytes)}"
-        output.summary(facts, f"evicted {gone}{kept}")
+        target_bytes = None if to is None else parse_size("--to", to, whole_bytes=cache.limit_bytes)
+        doomed = replace(doomed, of_scope=in_scope(url, storage_option))
+        left = _evict(output, cache, doomed, target_bytes, _Manner(yes, dry_run))
     if left:
         raise typer.Exit(PARTLY)
+
+
+@dataclass(frozen=True, slots=True)
+class _Manner:
+    yes: bool
+    dry_run: bool
+
+
+def _evict(output: Output, cache: Cache, doomed: Doomed, target_bytes: int | None, manner: _Manner) -> int:
+    """Evict, or say what would go; returns how many copies stayed that should have gone."""
+    now_s = time.time()
+    found = [entry for entry in cache.entries() if doomed.takes(entry, now_s)]
+    free = [entry for entry in found if not entry.pinned]
+    chosen = least_used(free, cache.stats()["bytes_used"], target_bytes)
+    n_pinned, n_bytes = len(found) - len(free), sum(entry.n_bytes for entry in chosen)
+    what = f"{count(len(chosen), 'copy', 'copies')}, {format_bytes(n_bytes)}"
+    if manner.dry_run:
+        facts: dict[str, Any] = {"copies": len(chosen), "bytes": n_bytes, "pinned": n_pinned, "dry_run": True}
+        for entry in chosen:
+            output.event("copy", entry_facts(entry), f"{entry.source or entry.name}  {format_bytes(entry.n_bytes)}")
+        output.summary(facts, f"would evict {what}")
+        return 0
+    if chosen and not manner.yes:
+        _ask(f"Evict {what} from {cache.path}?")
+    names = {entry.name for entry in free}
+    if chosen:
+        cache.evict(names, target_bytes=target_bytes)
+    here = {entry.name: entry.n_bytes for entry in cache.entries()}
+    gone = [entry for entry in free if entry.name not in here]
+    left = _left(free, gone, here, target_bytes)
+    facts = {
+        "copies": len(gone),
+        "bytes": sum(entry.n_bytes for entry in gone),
+        "left": left,
+        "pinned": n_pinned,
+        "bytes_used": sum(here.values()),
+    }
+    kept = f"; {count(left, 'copy', 'copies')} in use stayed" if left else ""
+    kept += f"; {count(n_pinned, 'pinned copy', 'pinned copies')} stayed" if n_pinned else ""
+    output.summary(facts, f"evicted {count(len(gone), 'copy', 'copies')}, {format_bytes(facts['bytes'])}{kept}")
+    return left
+
+
+def _left(free: Sequence[Entry], gone: Sequence[Entry], here: Mapping[str, int], target_bytes: int | None) -> int:
+    """How many copies stayed that should have gone; none where the target is reached without them."""
+    if target_bytes is not None and sum(here.values()) <= target_bytes:
+        return 0
+    return len(free) - len(gone)
 
 
 def unpin(
@@ -96,8 +180,8 @@ def unpin(
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
     with opened_cache(cache_dir, cache_size) as cache:
-        of_scope = _scope(url, storage_option)
-        chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and _passes(e, include, exclude)]
+        of_scope = in_scope(url, storage_option)
+        chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and passes(e, include, exclude)]
         n = len(chosen) if dry_run else cache.unpin(chosen)
         facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
         output.summary(facts, f"{'would unpin' if dry_run else 'unpinned'} {count(n, 'copy', 'copies')}")
@@ -108,6 +192,7 @@ def entry_facts(entry: Entry) -> dict[str, Any]:
     return {
         "source": entry.source,
         "bytes": entry.n_bytes,
+        "in_part": entry.in_part,
         "pinned": entry.pinned,
         "uses": entry.uses,
         "dataset_id": entry.dataset_id,
@@ -115,7 +200,7 @@ def entry_facts(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _scope(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
+def in_scope(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
     """Whether an entry belongs to the data set at url: by its id where that can be asked for, else by its source.
 
     A copy of the same data set that came from a mirror is found by the id; a data set that is gone, by the URL.
@@ -135,7 +220,8 @@ def _dataset_id(store: Store) -> str | None:
         return None
 
 
-def _passes(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+def passes(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    """Whether the copy's path inside its data set passes the globs."""
     path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
     return selected(path, include or (), exclude or ())
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from tiercache.model import parse_bytes
+from tiercache.model import parse_bytes, parse_duration
 from tiercache.shard.types import Image, Ragged, Tensor, UserType
 
 Url: TypeAlias = Annotated[str, typer.Argument(metavar="URL", help="The data set: a local path or any store's URL.")]
@@ -38,6 +38,26 @@ CacheDir: TypeAlias = Annotated[
 ]
 CacheSize: TypeAlias = Annotated[
     str | None, typer.Option("--cache-size", metavar="SIZE", help="Its budget: 200GB, or 80% of the disk.")
+]
+FilesFrom: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--files-from", "-f", metavar="FILE", help="Only those named in FILE, one a line; -: standard input."),
+]
+Seed: TypeAlias = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Of the training's shuffled order, as LoaderOptions has it.")
+]
+Placement: TypeAlias = Annotated[
+    str | None, typer.Option("--placement", metavar="HOW", help="Of the training: sticky (the default) or global.")
+]
+Streams: TypeAlias = Annotated[
+    int | None, typer.Option("--streams", metavar="N", help="Of the training; by default one for each rank.")
+]
+ShuffleGroup: TypeAlias = Annotated[
+    str | None, typer.Option("--shuffle-group", metavar="SIZE", help="Of the training, or all; by default 4GiB.")
+]
+BatchSize: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, metavar="N", help="Of one rank, where it is no multiple of the streams."),
 ]
 
 _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
@@ -132,3 +152,30 @@ def check_size(option: str, text: str | None) -> str | None:
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
     return text
+
+
+def parse_rate(option: str, text: str) -> int:
+    """Bytes a second of "200MB/s" or "200MB". Raises ValueError naming the option."""
+    try:
+        rate = parse_bytes(text.strip().removesuffix("/s"))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}, and /s after it if you like") from error
+    if rate < 1:
+        raise ValueError(f"{option} must be 1 byte a second or more, got {text!r}")
+    return rate
+
+
+def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
+    """Bytes of a size. Raises ValueError naming the option."""
+    try:
+        return parse_bytes(text, whole_bytes=whole_bytes)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def parse_age(option: str, text: str) -> float:
+    """Seconds of "7d". Raises ValueError naming the option."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error

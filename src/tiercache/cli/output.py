@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Advance: TypeAlias = Callable[[int, int], None]
-"""Called with what is done and the total, in bytes."""
+"""Called with what is done and the total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +54,20 @@ class Output:
         if self.as_json or not self.quiet:
             self.event("summary", facts, text)
 
+    def progress(self, doing: str) -> AbstractContextManager[Advance]:
+        """A bar on standard error while the block runs, if that is a terminal and nobody asked for quiet. Of bytes."""
+        return self._bar(doing, DownloadColumn(binary_units=True), TransferSpeedColumn())
+
+    def counting(self, doing: str) -> AbstractContextManager[Advance]:
+        """The same, of anything that is counted."""
+        return self._bar(doing, MofNCompleteColumn())
+
     @contextmanager
-    def progress(self, doing: str) -> Iterator[Advance]:
-        """A bar on standard error while the block runs, if that is a terminal and nobody asked for quiet."""
+    def _bar(self, doing: str, *figures: ProgressColumn) -> Iterator[Advance]:
         if self.quiet or not sys.stderr.isatty():
             yield _no_progress
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(doing, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,48 +5,74 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from tiercache import config
+from tiercache.cli.copies import CopiesAsked, verify_copies
 from tiercache.cli.failures import CORRUPT, PARTLY
 from tiercache.cli.opening import OpenDataSet, opened_store
 from tiercache.cli.options import (
+    CacheDir,
+    CacheSize,
     Exclude,
     Include,
     Jobs,
     Json,
     Quiet,
     StorageOptions,
-    Url,
     Verbose,
     Version,
     parse_share,
 )
 from tiercache.cli.output import Output, count
+from tiercache.cli.warm import opened_cache
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo, format_bytes
 from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
 from tiercache.shard.verify import Finding, finding_of
 
+MaybeUrl: TypeAlias = Annotated[
+    str | None, typer.Argument(metavar="[URL]", help="The data set: a local path or any store's URL.")
+]
+
 
 def verify(
-    url: Url,
+    url: MaybeUrl = None,
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="SHARE", help="Only so many of the shards, at random: 5%.")
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
     at: Version = None,
+    cached: Annotated[
+        bool,
+        typer.Option("--cached", help="Check the data set's copies in the cache instead; without a URL all copies."),
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="The same, and fetch damaged copies again.")] = False,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
     jobs: Jobs = 4,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
 ) -> None:
-    """Check every byte of a version, its segments and its shards. Ends with 4 if anything is damaged."""
+    """Check every byte of a version, its segments and its shards, or of copies in the cache.
+
+    Ends with 4 if anything is damaged, and still is.
+    """
     output = Output(as_json, quiet)
+    jobs = jobs or config.available_cpus()
+    if cached or repair or cache_dir is not None:
+        if sample is not None or at is not None:
+            raise ValueError("--sample and --at are for data sets, not for copies in the cache")
+        with opened_cache(cache_dir, cache_size) as cache:
+            verify_copies(output, cache, CopiesAsked(url, include, exclude, repair, jobs, storage_option))
+        return
+    if url is None:
+        raise ValueError("verify takes a URL, or --cached, --repair or --cache DIR for copies in the cache")
     with opened_store(url, storage_option) as store:
         try:
             data_set = OpenDataSet(store, *open_whole(store, at))
@@ -58,7 +84,7 @@ def verify(
             raise typer.Exit(CORRUPT) from None
         chosen = data_set.select(include, exclude)
         infos = [data_set.shards.info(i) for i in _sampled(chosen, 1.0 if sample is None else parse_share(sample))]
-        checks = _check_all(output, data_set, infos, jobs or config.available_cpus())
+        checks = _check_all(output, data_set, infos, jobs)
     _finish(output, data_set, checks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,28 +11,51 @@ import typer
 
 from tiercache import config
 from tiercache.cache import Cache, CachedStore, WarmReport
-from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
+from tiercache.cli.choosing import Choice, OrderFlags, PartFlags, read_names
+from tiercache.cli.opening import open_data_set, opened_store
 from tiercache.cli.options import (
+    BatchSize,
     CacheDir,
     CacheSize,
+    Columns,
     DryRun,
     Exclude,
+    FilesFrom,
     Include,
     Jobs,
     Json,
+    Placement,
     Quiet,
+    Seed,
+    ShuffleGroup,
     StorageOptions,
+    Streams,
     Url,
     Verbose,
     Version,
     check_size,
-    parse_share,
+    parse_columns,
 )
 from tiercache.cli.output import Output, count
-from tiercache.model import ShardIdentity, format_bytes
+from tiercache.cli.projection import projected
+from tiercache.model import ByteRange, ShardIdentity, format_bytes
 from tiercache.store import LocalStore, Store
 
-Share = Annotated[str, typer.Option("--share", metavar="SHARE", help="Only so much of it, from the start: 25%.")]
+Share = Annotated[
+    str | None, typer.Option("--share", metavar="SHARE", help="Only so much of what is chosen, its first bytes: 25%.")
+]
+First = Annotated[str | None, typer.Option("--first", metavar="SIZE", help="The same, as a size: 200GB.")]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", metavar="N", help="The same: what is read in so long, at --rate.")
+]
+Rate = Annotated[
+    str | None, typer.Option("--rate", metavar="SIZE/s", help="How fast the training reads, stored bytes: 500MB/s.")
+]
+Epoch = Annotated[int | None, typer.Option("--epoch", min=0, metavar="N", help="Which epoch of the training; 0.")]
+Rank = Annotated[
+    list[str] | None,
+    typer.Option("--rank", metavar="R/W", help="What this rank of so many reads: 3/8, or 0-3/8; may be given again."),
+]
 
 
 def refuse_local(store: Store, folder: str | None) -> None:
@@ -52,76 +75,89 @@ def opened_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What of which data set, as the flags say it."""
+    """What of which data set, as the flags say it. columns: None: all."""
 
     url: str
-    share: str
-    include: Sequence[str] | None
-    exclude: Sequence[str] | None
+    choice: Choice
     at: int | None
+    columns: list[str] | None
     storage_options: Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Objects that are to be in a cache: keys and identities."""
+    """Objects that are to be in a cache: keys and identities; of those in ranges, only these."""
 
     cache: Cache
     store: CachedStore
     objects: list[tuple[str, ShardIdentity]]
-    facts: dict[str, Any]
-    text: str
+    ranges: Mapping[str, Sequence[ByteRange]]
 
-    def missing(self) -> list[ShardIdentity]:
-        """Those that are not in the cache."""
-        names = {entry.name for entry in self.cache.entries()}
-        named = ((identity, self.store.wanted(key, identity)) for key, identity in self.objects)
-        return [identity for identity, wanted in named if wanted is not None and wanted.name not in names]
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As JSON has them."""
+        return {"url": self.store.url, "objects": len(self.objects), "bytes": self._n_bytes}
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        parts = f" ({len(self.ranges):,} of them in part)" if self.ranges else ""
+        return f"{count(len(self.objects), 'object')}{parts}, {format_bytes(self._n_bytes)}"
+
+    @property
+    def _n_bytes(self) -> int:
+        return sum(
+            sum(r.n_bytes for r in self.ranges[key]) if key in self.ranges else identity.n_bytes
+            for key, identity in self.objects
+        )
 
     def fetch(self, output: Output, doing: str, jobs: int) -> WarmReport:
         """Have all of them in the cache, with a bar that says what is being done."""
         jobs = jobs or config.available_cpus()
         with output.progress(doing) as advance:
             return self.cache.warm(
-                self.store, self.objects, jobs=jobs, on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted)
+                self.store,
+                self.objects,
+                ranges=self.ranges,
+                jobs=jobs,
+                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
             )
 
 
 @contextmanager
-def _wanted(asked: _Asked, cache: Cache, cache_dir: str | None) -> Iterator[_Wanted]:
+def _wanted(asked: _Asked, cache: Cache, cache_dir: str | None, output: Output) -> Iterator[_Wanted]:
     """What is asked for, while the data set's store is open."""
     with opened_store(asked.url, asked.storage_options) as inner:
         refuse_local(inner, cache_dir)
         data_set = open_data_set(inner, asked.at)
-        objects = wanted_of(data_set, parse_share(asked.share), asked.include, asked.exclude)
-        n_bytes = sum(identity.n_bytes for _, identity in objects)
-        facts: dict[str, Any] = {"url": inner.url, "objects": len(objects), "bytes": n_bytes}
-        yield _Wanted(
-            cache, cache.store(inner), objects, facts, f"{count(len(objects), 'object')}, {format_bytes(n_bytes)}"
-        )
-
-
-def wanted_of(
-    data_set: OpenDataSet, share: float, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> list[tuple[str, ShardIdentity]]:
-    """Keys and identities of a data set's segments and of the first chosen shards, until share of their bytes."""
-    dataset_id = data_set.version.dataset_id
-    wanted = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
-    infos = [data_set.shards.info(i) for i in data_set.select(include, exclude)]
-    left_bytes = share * sum(info.n_bytes for info in infos)
-    for info in infos:
-        if left_bytes <= 0:
-            break
-        left_bytes -= info.n_bytes
-        wanted.append((info.name, info.identity(dataset_id)))
-    return wanted
+        shards = asked.choice.shards(data_set.shards)
+        dataset_id = data_set.version.dataset_id
+        objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
+        objects += data_set.shards.objects(dataset_id, shards)
+        ranges: Mapping[str, Sequence[ByteRange]] = {}
+        if asked.columns is not None:
+            with output.counting("reading footers") as advance:
+                ranges = projected(data_set, shards, asked.columns, advance)
+        yield _Wanted(cache, cache.store(inner), objects, ranges)
 
 
 def warm(
     url: Url,
-    share: Share = "100%",
+    share: Share = None,
+    first: First = None,
+    minutes: Minutes = None,
+    rate: Rate = None,
     include: Include = None,
     exclude: Exclude = None,
+    files_from: FilesFrom = None,
+    columns: Columns = None,
+    seed: Seed = None,
+    epoch: Epoch = None,
+    rank: Rank = None,
+    streams: Streams = None,
+    placement: Placement = None,
+    shuffle_group: ShuffleGroup = None,
+    batch_size: BatchSize = None,
     at: Version = None,
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
@@ -132,15 +168,22 @@ def warm(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
 ) -> None:
-    """Fetch a data set, or a part of it, into the cache; ends well only when everything asked for is there."""
+    """Fetch a data set, or a part of it, into the cache. Ends with 0 only when all of it is there.
+
+    With --seed in the order in which a training reads it: --rank says whose part, --first or --minutes how far.
+    """
     output = Output(as_json, quiet)
-    asked = _Asked(url, share, include, exclude, at, storage_option)
-    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir) as wanted:
+    order = OrderFlags(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
+    part, size = PartFlags(share, first, minutes, rate).limits()
+    choice = Choice(include, exclude, read_names(files_from), order, part, size)
+    asked = _Asked(url, choice, at, parse_columns(columns), storage_option)
+    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir, output) as wanted:
         if dry_run:
-            missing = wanted.missing()
-            missing_bytes = sum(identity.n_bytes for identity in missing)
-            facts = wanted.facts | {"fetched": len(missing), "bytes_fetched": missing_bytes, "dry_run": True}
-            output.summary(facts, f"would fetch {count(len(missing), 'object')}, {format_bytes(missing_bytes)}")
+            plan = cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
+            facts = {"fetched": len(plan.missing), "bytes_fetched": plan.missing_bytes, "fits": plan.fits}
+            short = "" if plan.fits else "; the cache has no room for them"
+            missing = f"{count(len(plan.missing), 'object')}, {format_bytes(plan.missing_bytes)}"
+            output.summary(wanted.facts | facts | {"dry_run": True}, f"would fetch {missing}{short}")
             return
         report = wanted.fetch(output, "warming", jobs)
         facts = wanted.facts | {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
@@ -150,9 +193,11 @@ def warm(
 
 def pin(
     url: Url,
-    share: Share = "100%",
+    share: Share = None,
+    first: First = None,
     include: Include = None,
     exclude: Exclude = None,
+    files_from: FilesFrom = None,
     at: Version = None,
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
@@ -165,8 +210,10 @@ def pin(
 ) -> None:
     """Fetch a data set, or a part of it, into the cache, and hold it there until unpin."""
     output = Output(as_json, quiet)
-    asked = _Asked(url, share, include, exclude, at, storage_option)
-    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir) as wanted:
+    part, size = PartFlags(share, first).limits()
+    choice = Choice(include, exclude, read_names(files_from), share=part, first_bytes=size)
+    asked = _Asked(url, choice, at, None, storage_option)
+    with opened_cache(cache_dir, cache_size) as cache, _wanted(asked, cache, cache_dir, output) as wanted:
         if dry_run:
             output.summary(wanted.facts | {"dry_run": True}, f"would pin {wanted.text}")
             return

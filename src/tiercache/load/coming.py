@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import TierCacheError
+from tiercache.load.publishing import Publishing
 from tiercache.load.share import interleaved
 from tiercache.load.window import Loading, loading_pool
 
@@ -49,6 +50,15 @@ def _cancel(ready: Future[Begun | None]) -> None:
         one.cancel()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """An epoch that came as expected: what is served of it, its beginning if that is being prepared, and its plan."""
+
+    share: OrderShare
+    begun: Future[Begun | None] | None
+    publishing: Publishing
+
+
 class Coming:
     """The epoch after the one that is served, if it comes as expected. Its planner prepares, its loader takes.
 
@@ -64,6 +74,7 @@ class Coming:
         self._state = state
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
+        self.publishing = Publishing(source, state, plan_epoch)
         self._lock = threading.Lock()
         self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
         self._share: OrderShare | None = None
@@ -101,8 +112,8 @@ class Coming:
         finally:
             ready.set_result(begun)
 
-    def take(self, source: Source, state: RunState) -> tuple[OrderShare, Future[Begun | None] | None] | None:
-        """The epoch, once, if that is where the loader goes on: its share, and its beginning if it is being prepared.
+    def take(self, source: Source, state: RunState) -> Taken | None:
+        """The epoch, once, if that is where the loader goes on.
 
         None: the loader goes on elsewhere, or in a forked child.
         """
@@ -110,14 +121,18 @@ class Coming:
             return None
         ready = self._end()
         if source is not self._source or state != self._state:
+            self.publishing.close()
             return None
-        return self.share, ready
+        taken = Taken(self.share, ready, self.publishing)
+        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the other one is the loader's now
+        return taken
 
     def forget(self) -> None:
         """Drop what was made ready: a copy that it may read from is gone, or nobody wants it."""
         if self._pid != os.getpid():
             return
         ready = self._end()
+        self.publishing.close()
         if ready is not None:
             drop(ready)
 
@@ -132,6 +147,8 @@ class Coming:
         return ready
 
     def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> Begun | None:
+        self.publishing.begin(self.share)
+        self.publishing.complete()
         rest = self.share.pieces(0)
         first = next(rest, None)
         if first is None:

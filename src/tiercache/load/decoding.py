@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from tiercache.images.options import DecodeImage
     from tiercache.load.buffer import Buffer
+    from tiercache.load.damage import Place
     from tiercache.load.serving import Form
 
 # Batches ahead: enough to hide a stall of the consumer, and for each thread some pictures of other batches than the
@@ -69,11 +70,11 @@ class DecodedPipeline:
         self._first_batch = work.first_batch
         self._pid = os.getpid()
         ahead = _ahead(work, resources)
-        self._line = _Line(ahead)
+        self._line = _Line(ahead, goes_on=work.damage is not None)
         self._gathered = Pipeline(_as_buffers(work), _gathering(resources))
         work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.serving.decode)
         opener = _Opener(work, self._gathered)
-        self._n_rows = self._n_batches = self._n_bytes = 0
+        self._n_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
         self._threads = [
             threading.Thread(target=_decode, args=(self._line, opener), name=f"tiercache-decode-{i}", daemon=True)
             for i in range(resources.n_threads)
@@ -98,6 +99,7 @@ class DecodedPipeline:
         self._n_rows += job.n_rows
         self._n_batches += 1
         self._n_bytes += job.n_bytes
+        self._n_skipped += len(job.replaced)
         return job.batch
 
     def close(self) -> None:
@@ -131,7 +133,8 @@ class DecodedPipeline:
     def figures(self) -> dict[str, float]:
         """As `Pipeline.figures`, of batches handed out; decode_ns of all threads."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
-        return {**self._gathered.figures(), **handed_out, "decode_ns": self._line.decode_ns}
+        decoded = {"skipped": self._n_skipped, "decode_ns": self._line.decode_ns}
+        return {**self._gathered.figures(), **handed_out, **decoded}
 
     def __del__(self) -> None:
         if hasattr(self, "_threads"):
@@ -172,6 +175,7 @@ class _Job:
     number: int = 0
     n_rows: int = 0
     n_bytes: int = 0
+    replaced: Mapping[int, Place] = field(default_factory=dict)
     error: Exception | None = None
     failed_at: int = -1
     n_begun: int = 0
@@ -192,13 +196,17 @@ class _Line:
 
     One lock guards everything. It is re-entrant: the collector may drop a pipeline, and so close it, in a thread that
     holds it.
+
+    Args:
+        ahead: batches.
+        goes_on: whether pictures are decoded after one that cannot be, to find all such at once.
     """
 
-    def __init__(self, ahead: int) -> None:
+    def __init__(self, ahead: int, *, goes_on: bool = False) -> None:
         lock = threading.RLock()
         self._lock = lock
         self._ready, self._room = threading.Condition(lock), threading.Condition(lock)
-        self._ahead = ahead
+        self._ahead, self._goes_on = ahead, goes_on
         self._jobs: deque[_Job] = deque()
         self._opening = self._ended = self._closed = False
         self._n_added = 0
@@ -241,6 +249,7 @@ class _Line:
             self.decode_ns += took_ns
             if error is not None:
                 job.fail(task, error)
+            if error is not None and not self._goes_on:
                 job.n_done += job.n_tasks - job.n_begun  # nobody will see the rest
                 job.n_begun = job.n_tasks
                 self._ended = True
@@ -308,17 +317,23 @@ class _Opener:
             batch[name], out = self._room(options, n_rows)
             columns.append(_Pictures(name, options, encoded, draws, out))
         _let_go(batch, decode.keys(), int(n_bytes))
-        job = _Job(batch, columns, self.number, n_rows, int(n_bytes))
+        job = _Job(batch, columns, self.number, n_rows, int(n_bytes), self.gathered.replaced)
         self.number += 1
         return job
 
     def error_of(self, job: _Job, task: int, said: DecodeError) -> Exception:
         """What the consumer is told of a picture that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
-        position = int(self.work.share.positions(job.number)[index])
-        record = record_number(self.work.source, *self.work.share.place(position))
+        place = job.replaced.get(index)
+        if place is None:
+            place = self.work.share.place(int(self.work.share.positions(job.number)[index]))
+        record = record_number(self.work.source, *place)
         error = broken_picture(self.work.source, job.columns[column].name, record, str(said))
         error.__cause__ = said.with_traceback(None)  # whose frames would hold the batch's memory
+        damage = self.work.damage
+        if damage is not None:
+            error.facts["place"] = stored = damage.stored(place)
+            damage.add(stored)  # for what goes on after it: no batch is begun anew for each
         return error
 
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from tiercache.load.damage import Damage
 from tiercache.load.share import OrderShare
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
 from tiercache.order.listed import ListedOrder
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from tiercache.order import Order
 
 
-def plan_epoch(source: Source, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
+def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
     """The rank's share of the state's epoch. Costs O(shards), reads nothing.
 
-    fills_first: as `RankPlan`'s.
+    read: what is read, or what of it is passed by; fills_first: as `RankPlan`'s.
 
     Raises:
         ValueError: the state's offset is outside the epoch, or it names an order that there is not.
     """
-    order = make_order(source, state)
+    order = make_order(read, state)
     ranks = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
@@ -35,12 +36,13 @@ def plan_epoch(source: Source, rank: Rank, batch_size: int, fills_first: bool, s
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.epoch)
+    return OrderShare(order, ranks, state.seed, state.epoch, read if isinstance(read, Damage) else None)
 
 
-def make_order(source: Source, state: RunState) -> Order:
+def make_order(read: Source | Damage, state: RunState) -> Order:
     """The order of the state's epoch."""
-    layout = Layout(source.shard_records, source.shard_bytes, source.block_tables)
+    source = read.source if isinstance(read, Damage) else read
+    layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
     options = order_options(state)
     if source.mixture is not None:
         return MixtureOrder(layout, source.mixture, options, state.epoch)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from tiercache.load.ahead import is_in_memory
+from tiercache.load.mending import mended
 from tiercache.order.listed import Locator, count_fitting, listed_window, whole_window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.load.damage import Damage, Place
     from tiercache.load.plan import Piece
     from tiercache.load.source import Source
     from tiercache.order import Window
@@ -89,6 +91,8 @@ class Feed:
         window_bytes: raw bytes of blocks that are read at a time, those of shards that are at hand not counted; None:
             no limit.
         epoch: its number.
+        first_row: of the epoch, with which the first batch begins.
+        damage: what of the source is passed by; None: nothing is.
 
     Attributes:
         seed: for what is drawn at random for a record.
@@ -97,13 +101,25 @@ class Feed:
 
     padded = 0
 
-    def __init__(self, source: Source, locator: Locator, window_bytes: int | None, *, epoch: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        locator: Locator,
+        window_bytes: int | None,
+        *,
+        epoch: int,
+        first_row: int = 0,
+        damage: Damage | None = None,
+    ) -> None:
         self.epoch = epoch
         self.seed = 0
         self.batch_size = 1
         self._source = source
         self._locator = locator
         self._window_bytes = window_bytes
+        self._damage = damage
+        self._first_row = first_row
+        self._let: Drawn | None = None  # let go last
         self._changed = threading.Condition()
         self._kept: deque[Drawn] = deque()
         self._n_let_go = self._n_told = self._n_planned = self._n_closed = 0
@@ -155,7 +171,8 @@ class Feed:
         """Forget the oldest batch: it was handed out."""
         with self._changed:
             self._n_let_go += 1
-            return self._kept.popleft()
+            self._let = self._kept.popleft()
+            return self._let
 
     def close(self) -> None:
         """End whoever waits in pieces(), by CancelledError. Repeatable; pieces() may be called again."""
@@ -172,7 +189,10 @@ class Feed:
         """
         with self._changed:
             n_closed = self._n_closed
-        return cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the same attributes
+            # Whoever begins in the middle of an epoch has handed out all before.
+            first_row = self._first_row if self._let is None else self._let.first_row + len(self._let.numbers)
+        found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the same attributes
+        return found if self._damage is None else mended(found, self._damage, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Where in the epoch the records of a batch that was not let go lie, int64[n]."""
@@ -186,10 +206,29 @@ class Feed:
             kept = list(self._kept)
         for drawn in kept:
             if drawn.first_row <= position < drawn.first_row + len(drawn.numbers):
-                found = self._locator.find(drawn.numbers[position - drawn.first_row : position - drawn.first_row + 1])
-                at = int(found.at[0])
-                return int(found.shards[at]), int(found.blocks[at]), int(found.row[0])
+                return self._place_of(drawn.numbers[position - drawn.first_row])
         raise ValueError(f"position {position} was handed out, or was not drawn yet")
+
+    def before(self, first_row: int) -> Iterator[Place]:
+        """Records before a row of the epoch, latest first, back to the batch that was handed out last."""
+        for drawn in reversed(self._drawn()):
+            for number in drawn.numbers[: max(first_row - drawn.first_row, 0)][::-1]:
+                yield self._place_of(number)
+
+    def after(self, first_row: int) -> Iterator[Place]:
+        """Records from a row of the epoch on, as far as they were drawn by now."""
+        for drawn in self._drawn():
+            for number in drawn.numbers[max(first_row - drawn.first_row, 0) :]:
+                yield self._place_of(number)
+
+    def _drawn(self) -> list[Drawn]:
+        with self._changed:
+            return [*([] if self._let is None else [self._let]), *self._kept]
+
+    def _place_of(self, number: np.int64) -> Place:
+        found = self._locator.find(np.array([number], np.int64))
+        at = int(found.at[0])
+        return int(found.shards[at]), int(found.blocks[at]), int(found.row[0])
 
     def shards_ahead(self, _n_batches: int, _n_rows: int, n_bytes: int) -> list[int]:
         """Shards of what was drawn and is not planned yet, in the order in which they are needed; n_bytes at most."""
@@ -255,3 +294,19 @@ class Feed:
             if self._error is not None:
                 raise self._error
             return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A mending.Walk through what a sampler said. first_row: of the epoch, with which pieces begin."""
+
+    feed: Feed
+    first_row: int
+
+    def before(self, n_rows: int) -> Iterator[Place]:
+        """As Feed.before."""
+        return self.feed.before(self.first_row + n_rows)
+
+    def after(self, n_rows: int) -> Iterator[Place]:
+        """As Feed.after."""
+        return self.feed.after(self.first_row + n_rows)

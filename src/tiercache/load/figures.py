@@ -23,7 +23,7 @@ def summarise(
     """The dict that `DataLoader.stats()` gives.
 
     Args:
-        counters: samples, batches, bytes_served, padded, wall_s, plan_s, load_s, gather_ns (of all
+        counters: samples, batches, bytes_served, padded, skipped, wall_s, plan_s, load_s, gather_ns (of all
             threads), decode_ns (of all threads, where pictures are decoded) of this loader.
         waits: of the consumer.
         fetched: requests, bytes_fetched, cache_hits, cache_misses of the data set in this process, since the loader
@@ -51,6 +51,7 @@ def summarise(
         "cache_misses": int(fetched.get("cache_misses", 0)),
         "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
         "padded": int(counters.get("padded", 0)),
+        "skipped": int(counters.get("skipped", 0)),
         "held_bytes": held_bytes() + lent_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
         "stages": stages,

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
@@ -19,6 +19,9 @@ from tiercache.load.pipeline import Resources, Work
 from tiercache.load.state import RunState
 from tiercache.load.tuples import as_tuple
 from tiercache.order import RankPlan
+
+if TYPE_CHECKING:
+    from tiercache.load.damage import Damaged
 
 logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
@@ -87,6 +90,7 @@ class NativeIterator(Iterator[Batch]):
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: set[int] = set()  # shards
+        self._passed_by: set[Damaged] = set()
         self._draws = delivery.draws
         self._pipeline = start_pipeline(work, resources)
 
@@ -124,6 +128,11 @@ class NativeIterator(Iterator[Batch]):
     def close(self) -> None:
         """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
         self._pipeline.close()
+        publishing, coming = self._work.publishing, self._work.coming
+        if publishing is not None and coming is not None and self._position.finished:
+            coming.publishing.succeed(publishing)  # no moment without a plan, if an epoch follows
+        elif publishing is not None:
+            publishing.close()
         if not self._counted and not self._pipeline.inherited:
             self._count(self.figures())
             self._counted = True
@@ -141,7 +150,7 @@ class NativeIterator(Iterator[Batch]):
         except TimeoutError as error:
             raise RuntimeError(f"DataLoader timed out after {self._timeout_s:g} seconds") from error
         except CorruptShard as error:
-            batch = self._take_healed(error)
+            batch = self._take_past(error)
         if batch is None:
             self._position.finished = True
             self._draws.exhaust()
@@ -155,23 +164,19 @@ class NativeIterator(Iterator[Batch]):
             batch = self._pin(batch)
         return batch if self._names is None else as_tuple(batch, self._names)
 
-    def _take_healed(self, error: CorruptShard) -> Batch | None:
-        """The batch that could not be made, read again where a local copy was to blame.
+    def _take_past(self, error: CorruptShard) -> Batch | None:
+        """The batch that could not be made: read again where a local copy was to blame, else without what is damaged.
 
         The order is a function of the position, so a second pipeline goes on where the first one failed.
 
         Raises:
-            CorruptShard: the error, where the copy is what the source sent.
+            CorruptShard: the error, where what was read is what the source sent and damage is not passed by.
         """
+        damage = self._work.damage
         while True:
-            shard = self._pipeline.damaged_shard
-            healed = shard is not None and self._work.source.heal(shard)
-            # Once in any case: what was read may be a copy that another loader or process has replaced since.
-            if shard is None or (not healed and shard in self._read_again):
-                raise error
-            self._read_again.add(shard)
-            if healed:  # as text: whoever keeps log records would keep the error, and by its frames all that we have
-                logger.warning("a damaged local copy is fetched again: %s", str(error))
+            healed = self._may_read_again(error)
+            if healed is None:
+                self._pass_by(error)
             self._count(self._pipeline.figures())
             if self._work.coming is not None:
                 self._work.coming.forget()
@@ -180,8 +185,31 @@ class NativeIterator(Iterator[Batch]):
             try:
                 return self._pipeline.take(self._timeout_s)
             except CorruptShard as again:
-                if healed or self._pipeline.damaged_shard is not None:  # else the first says more: it names the block
+                # Else the first says more: it names the block.
+                if healed or damage is not None or self._pipeline.damaged_shard is not None:
                     error = again
+
+    def _may_read_again(self, error: CorruptShard) -> bool | None:
+        """Whether a copy was replaced, so that what failed may be read now; None: it was read again before.
+
+        Once it is in any case: what was read may be a copy that another loader or process has replaced since.
+        """
+        shard = self._pipeline.damaged_shard
+        healed = shard is not None and self._work.source.heal(shard)
+        if shard is None or (not healed and shard in self._read_again):
+            return None
+        self._read_again.add(shard)
+        if healed:  # as text: whoever keeps log records would keep the error, and by its frames all that we have
+            logger.warning("a damaged local copy is fetched again: %s", str(error))
+        return healed
+
+    def _pass_by(self, error: CorruptShard) -> None:
+        """Let what is damaged be replaced from here on. Raises the error where it is not to be, or was before."""
+        place: Damaged | None = error.facts.get("place")
+        if self._work.damage is None or place is None or place in self._passed_by:
+            raise error
+        self._passed_by.add(place)
+        self._work.damage.learn(place, error)
 
 
 def _pinning() -> Any:

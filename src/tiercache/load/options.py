@@ -33,6 +33,8 @@ class LoaderOptions:
             ranks, 256 MiB at most.
         threads: that gather, the consumer's own among them while it waits; None: the machine's cores, shared by its
             ranks.
+        on_corrupt: what becomes of a record that is damaged at its source, an image that cannot be decoded among them:
+            "raise" CorruptShard, or serve the "previous" record of this rank's sequence in its place.
     """
 
     seed: int | None = None
@@ -45,6 +47,7 @@ class LoaderOptions:
     shuffle_window_bytes: int | str = "256MiB"
     memory_bytes: int | str | None = None
     threads: int | None = None
+    on_corrupt: Literal["raise", "previous"] = "raise"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -62,6 +65,8 @@ class LoaderOptions:
             raise ValueError(f"streams must be 1 to {MAX_STREAMS}, got {self.streams}")
         if self.placement not in ("sticky", "global"):
             raise ValueError(f"placement must be 'sticky' or 'global', got {self.placement!r}")
+        if self.on_corrupt not in ("raise", "previous"):
+            raise ValueError(f"on_corrupt must be 'raise' or 'previous', got {self.on_corrupt!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be 1 or more, got {self.threads}")
         for name in ("shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 
     from tiercache._native.ring import Slot
     from tiercache.load.coming import Begun, Coming
+    from tiercache.load.damage import Damage, Place
+    from tiercache.load.publishing import Publishing
     from tiercache.load.share import Share
     from tiercache.load.source import Source
+    from tiercache.load.window import Loaded
     from tiercache.stats import Counters, Waits
 
 # Batches ahead: more hide longer stalls of the consumer. But what is ahead should still be in the processor's last
@@ -73,7 +76,8 @@ class Work:
 
     first_batch: of the share, from which on it is served; memory: for decoded batches, kept from epoch to epoch by
     whoever begins the epochs; said: what the run has warned of; begun: how this epoch begins, if the one before makes
-    that ready; coming: the epoch that may follow.
+    that ready; coming: the epoch that may follow; damage: what is passed by, None: damage is an error;
+    publishing: the epoch's plan, None: nobody knows what comes.
     """
 
     source: Source
@@ -86,6 +90,8 @@ class Work:
     said: set[str] = field(default_factory=set)
     begun: Future[Begun | None] | None = None
     coming: Coming | None = None
+    damage: Damage | None = None
+    publishing: Publishing | None = None
 
 
 class Pipeline:
@@ -116,7 +122,8 @@ class Pipeline:
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
         self._waited: deque[Slot | int] = deque(maxlen=1)  # as well: there for a moment, longer where Ctrl-C struck
-        self._taken_rows = self._n_batches = self._n_bytes = 0
+        self._taken_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
+        self.replaced: dict[int, Place] = {}  # rows of the batch that was taken last, and what stands in their places
         self._pid = os.getpid()
         self._taking = threading.RLock()
         self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
@@ -172,12 +179,13 @@ class Pipeline:
         return self._pid != os.getpid()
 
     def figures(self) -> dict[str, float]:
-        """samples, batches and bytes_served of take(); gather_ns of all threads."""
+        """samples, batches, bytes_served and skipped (records replaced) of take(); gather_ns of all threads."""
         ring = self._ring.figures()
         return {
             "samples": self._taken_rows,
             "batches": self._n_batches,
             "bytes_served": self._n_bytes,
+            "skipped": self._n_skipped,
             "gather_ns": ring["gather_ns"],
         }
 
@@ -202,6 +210,8 @@ class Pipeline:
             raise self._failed(error) from error
         if self._assembler.object_columns:
             batch = self._with_objects(batch, slot)
+        self.replaced = self._replaced(slot.n_rows) if self._shared.mended else {}
+        self._n_skipped += len(self.replaced)
         self._taken_rows += slot.n_rows
         self._n_batches += 1
         self._n_bytes += slot.n_bytes
@@ -209,6 +219,18 @@ class Pipeline:
         while done and done[0][0] <= self._taken_rows:
             done.popleft()
         return batch
+
+    def _replaced(self, n_rows: int) -> dict[int, Place]:
+        """Which of the next rows were replaced, counted from the first of them, and by which record."""
+        found: dict[int, Place] = {}
+        start, stop, mended = self._taken_rows, self._taken_rows + n_rows, self._shared.mended
+        for first, piece in list(mended):  # the planner appends at any time
+            rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
+            rows = rows[: np.searchsorted(rows, stop - first)]
+            found.update((first + row - start, piece.place(row)) for row in rows.tolist())
+        while mended and mended[0][0] + mended[0][1].n_rows <= stop:
+            mended.popleft()
+        return found
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
         """The next slot of the ring, or a status."""
@@ -270,7 +292,7 @@ class Pipeline:
         """The batch with its ARROW columns, in the schema's order."""
         places = list(self._places(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
-            values = [loaded.value(block, row, index) for loaded, block, row in places]
+            values = [_value(loaded, block, row, index) for loaded, block, row in places]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
                 batch[f"{name}.valid"] = valid_mask(values)
@@ -313,11 +335,26 @@ class Pipeline:
                         url=blocks.url,
                         block=blocks.blocks[loaded.position[block]],
                         column=names[number],
+                        place=_stored_place(loaded, block, row),
                     )
             wrong = bad_value(source.schema, loaded, block, row)
             if wrong is not None:
+                wrong.facts["place"] = _stored_place(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)
+
+
+def _value(loaded: Loaded, block: int, row: int, index: int) -> object:
+    """As Loaded.value."""
+    try:
+        return loaded.value(block, row, index)
+    except CorruptShard as error:  # Arrow looks at a column of a block as a whole
+        error.facts["place"] = *_stored_place(loaded, block, row)[:2], None
+        raise
+
+
+def _stored_place(loaded: Loaded, block: int, row: int) -> Place:
+    return int(loaded.window.shards[block]), int(loaded.window.blocks[block]), row
 
 
 def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:

@@ -18,8 +18,9 @@ import numpy as np
 from tiercache._native.ring import Plan
 from tiercache.load.ahead import Ahead
 from tiercache.load.coming import drop
+from tiercache.load.mending import Mended
 from tiercache.load.pressure import Pressure
-from tiercache.load.share import interleaved
+from tiercache.load.share import OrderShare, interleaved
 from tiercache.load.streams import form_table
 from tiercache.load.window import Joined, Loaded, Loading
 
@@ -54,12 +55,14 @@ class Pushed:
 class Shared:
     """What planner and consumer share.
 
-    pieces: pushed, oldest first, with the sequence's row after their last; stop: done when the planner shall end, so
+    pieces: pushed, oldest first, with the sequence's row after their last; mended: pieces in which records were
+    replaced, with the sequence's row before their first; stop: done when the planner shall end, so
     that it can be waited for beside a window; ended: the consumer has had the last batch; forms: what lists of bytes
     may refer to, kept as long as they are filled.
     """
 
     pieces: deque[tuple[int, Pushed]] = field(default_factory=deque)
+    mended: deque[tuple[int, Mended]] = field(default_factory=deque)
     error: Exception | None = None
     stop: Future[None] = field(default_factory=Future)
     ended: bool = False
@@ -70,6 +73,8 @@ def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
     """The planner thread: push each piece of the epoch, then make the next epoch's beginning ready."""
     is_planned = False
     try:
+        if work.publishing is not None and isinstance(work.share, OrderShare):
+            work.publishing.begin(work.share, work.first_batch)
         planner = _Planner(work, ring, shared, threads)
         planner.push_all()
         ring.finish()
@@ -99,7 +104,7 @@ class _Planner:
         self._ring = ring
         self._shared = shared
         self._threads = threads
-        self._pushed_rows = 0
+        self._pushed_rows = self._last_rows = 0  # pushed last
         self._held: dict[int, Loaded] = {}  # by the window's id: each holds its window
         self._loading: dict[int, Loading] = {}  # begun by the epoch before
         self._joined: Joined | None = None
@@ -115,6 +120,9 @@ class _Planner:
         for piece in self._pieces():
             if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
                 raise CancelledError
+            served: object = piece
+            if isinstance(served, Mended):
+                self._shared.mended.append((self._pushed_rows, served))
             if self.pressure.fits(piece):
                 self._push(piece)
                 continue
@@ -125,7 +133,9 @@ class _Planner:
 
     def has_room(self) -> bool:
         """Wait until all but what was pushed last is served. False: closed before the end of the epoch."""
-        return (self._ring.wait_room(1) or self._shared.ended) and (self._shared.ended or not self._shared.stop.done())
+        has_room = self._ring.wait_room(1)
+        self._advance()
+        return (has_room or self._shared.ended) and (self._shared.ended or not self._shared.stop.done())
 
     def let_go(self) -> None:
         """Hold nothing any more: what is not served yet, the ring holds."""
@@ -153,6 +163,7 @@ class _Planner:
             rows = self._rows(part)
         if not self._ring.wait_room(1):  # within a window too: its rows in served order take 8 bytes each
             raise CancelledError
+        self._advance()
         start_s = time.perf_counter()
         loading = self._begin(missing)
         self._count("load_s", start_s)
@@ -166,14 +177,22 @@ class _Planner:
         for read in self._near.bring_near(new, serving) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
-        self._pushed_rows += len(rows[0])
+        self._last_rows = len(rows[0])
+        self._pushed_rows += self._last_rows
         self._shared.pieces.append((self._pushed_rows, Pushed(*rows, joined)))
         checks = joined.checks_for(len(rows[0]))
         if not self._ring.push(Plan(joined.addresses, *rows, joined, checks, self._shared.forms)):
             raise CancelledError
         if is_first:  # the first batch does not wait for its whole window
             self._near.bring_near(new, serving)
+            if self._work.publishing is not None:
+                self._work.publishing.complete()
         self._serving = part.windows
+
+    def _advance(self) -> None:
+        """All but what was pushed last is served: the cache may take back what was read for it."""
+        if self._work.publishing is not None:
+            self._work.publishing.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
     def _let_go_of_others(self, part: Piece | Slice) -> list[tuple[Window, NDArray[np.bool_]]]:
         """Hold only what the part needs, before more is loaded: its memory may be needed. What is missing."""

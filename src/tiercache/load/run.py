@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tiercache.load.coming import Coming
+from tiercache.load.coming import Coming, Taken
+from tiercache.load.damage import damage_of
 from tiercache.load.draws import Draws, next_seed
 from tiercache.load.epochs import epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.figures import summarise
@@ -20,6 +21,7 @@ from tiercache.load.iterator import Delivery, NativeIterator, Position
 from tiercache.load.memory import BatchMemory
 from tiercache.load.options import LoaderOptions
 from tiercache.load.pipeline import Work
+from tiercache.load.publishing import Publishing
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.resources import Machine
 from tiercache.load.serving import Serving
@@ -74,6 +76,7 @@ class NativeRun:
         self._memory = BatchMemory()
         self._said: set[str] = set()
         self._n_epochs = 0  # that iter() began
+        self._damage = damage_of(source, asked.options)
         self._machine = Machine(asked.options)
         self._figures_before = dict(source.figures())
 
@@ -154,9 +157,12 @@ class NativeRun:
         draws = self._draw()
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
         rank = self.rank()
-        plan_share = partial(plan_epoch, self._source, rank, self._asked.batch_size, self._asked.fills_first)
+        read = self._source if self._damage is None else self._damage
+        plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)
         found = None if self._coming is None else self._coming.take(self._source, state)
-        share, begun = (plan_share(state), None) if found is None else found
+        if found is None:
+            found = Taken(plan_share(state), None, Publishing(self._source, state, plan_share))
+        share = found.share
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = Position(state, share.ranks)
@@ -169,8 +175,10 @@ class NativeRun:
             serving=self._asked.serving,
             memory=self._memory,
             said=self._said,
-            begun=begun,
+            begun=found.begun,
             coming=coming,
+            damage=self._damage,
+            publishing=found.publishing,
         )
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
         iterator = NativeIterator(position, work, self._machine.resources(rank), delivery)
@@ -225,6 +233,7 @@ class NativeRun:
         if source is not self._source:
             fetched, begins = self._fetched(), source.figures()
             self._source = source
+            self._damage = damage_of(source, self._options)
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
     def _begin(self, *, drawn: bool) -> RunState:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tiercache.load.damage import damage_of
 from tiercache.load.draws import Draws, next_seed
 from tiercache.load.feed import Feed
 from tiercache.load.figures import summarise
@@ -97,7 +98,9 @@ class SampledRun:
         self._source = source
         self._asked = asked
         self._index_sampler = index_sampler
-        self._locator = Locator(Layout(source.shard_records, source.shard_bytes, source.block_tables))
+        self._damage = damage_of(source, asked.options)
+        block_tables = source.block_tables if self._damage is None else self._damage.block_tables
+        self._locator = Locator(Layout(source.shard_records, source.shard_bytes, block_tables))
         self._machine = Machine(asked.options)
         self._counters = Counters("padded")
         self._waits = Waits()
@@ -176,6 +179,7 @@ class SampledRun:
             serving=self._asked.serving,
             memory=self._memory,
             said=self._said,
+            damage=self._damage,
         )
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
         return NativeIterator(epoch, work, self._machine.resources(self.rank()), delivery)
@@ -195,7 +199,9 @@ class SampledRun:
         state, self._next = self._next, None
         ours = {} if state is None else state.get(OURS, {})
         number = ours.get("epoch", self._number)
-        feed = Feed(self._source, self._locator, self._asked.options.window_bytes, epoch=number)
+        window_bytes = self._asked.options.window_bytes
+        rows = ours.get("rows", 0)
+        feed = Feed(self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage)
         feed.batch_size = batch_rows(self._index_sampler)
         epoch = SampledEpoch(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
         if not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):

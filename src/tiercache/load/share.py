@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from tiercache.load.mending import mended
 from tiercache.load.plan import pieces
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.damage import Damage, Place
     from tiercache.load.plan import Piece
     from tiercache.order import Order, RankPlan
 
@@ -66,12 +68,13 @@ class Share(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's share of an order."""
+    """A rank's share of an order. damage: what of the source is passed by; None: nothing is."""
 
     order: Order
     ranks: RankPlan
     seed: int
     epoch: int
+    damage: Damage | None = None
 
     @property
     def n_records(self) -> int:
@@ -95,7 +98,9 @@ class OrderShare:
 
     def pieces(self, n_batches: int) -> Iterator[Piece]:
         """See Share."""
-        return pieces(self.order, replace(self.ranks, offset=self.ranks.offset_after(n_batches)))
+        ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
+        found = pieces(self.order, ranks)
+        return found if self.damage is None else mended(found, self.damage, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """See Share."""
@@ -125,6 +130,28 @@ class OrderShare:
 
     def close(self) -> None:
         """Nobody waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A mending.Walk through a share whose pieces begin where `ranks` does."""
+
+    share: OrderShare
+    ranks: RankPlan
+
+    def before(self, n_rows: int) -> Iterator[Place]:
+        """Back to the begin of the epoch, also where a resumed run began later."""
+        ranks, place = self.ranks, self.share.place
+        for row in reversed(range(n_rows)):
+            yield place(int(ranks.positions_between(row, row + 1)[0]))
+        while ranks.offset >= ranks.global_batch:
+            ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
+            yield from map(place, ranks.positions(0)[::-1].tolist())
+
+    def after(self, n_rows: int) -> Iterator[Place]:
+        """To the end of the epoch."""
+        for row in range(n_rows, self.ranks.n_served):
+            yield self.share.place(int(self.ranks.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from tiercache.model import Keeper, Part
+from tiercache.model import Following, Keeper, Part, ReadingPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,17 @@ class Source(Protocol):
     @property
     def mixture(self) -> Any:
         """How parts are mixed (order.MixtureSpec); None: they follow one another."""
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether any of it is read through a cache, which publish() tells what comes."""
+
+    def publish(self, plan: ReadingPlan) -> Following | None:
+        """Let the cache know when shards are read, until what this gives is closed; None: there is no cache.
+
+        Raises:
+            OSError: the plan cannot be written.
+        """
 
     def block_tables(self, shards: Sequence[int]) -> Sequence[BlockTable]:
         """The blocks of each of these shards, from their footers, read side by side.

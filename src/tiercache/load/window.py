@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from tiercache.errors import CorruptShard
 from tiercache.load.split import split
 
 if TYPE_CHECKING:
@@ -195,4 +196,9 @@ class Loading:
             future.cancel()
 
     def _load(self, places: NDArray[np.int64]) -> Blocks:
-        return self._source.load(int(self.window.shards[places[0]]), self.window.blocks[places].tolist())
+        shard = int(self.window.shards[places[0]])
+        try:
+            return self._source.load(shard, self.window.blocks[places].tolist())
+        except CorruptShard as error:
+            error.facts["place"] = shard, error.facts["block"], None  # for those who go on without it
+            raise

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tiercache.order.groups import Groups
     from tiercache.order.window import Window
 
 
@@ -78,4 +79,11 @@ class Order(Protocol):
 
         Raises:
             ValueError: the position is outside the stream.
+        """
+
+    def groups(self, stream: int) -> Groups:
+        """Which shards a stream reads over which of its positions. Reads no footers.
+
+        Raises:
+            ValueError: there is no such stream.
         """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from tiercache.order.groups import Groups, each_alone
 from tiercache.order.keys import derive_key, permutation
 from tiercache.order.streams import Split, Stream
 from tiercache.order.window import RAMP_MIN_WINDOWS, Window, cut, ramp, sums
@@ -144,6 +145,15 @@ class EpochOrder:
             return shards[begin:]
         wanted = min(int(stored[begin]) + n_bytes, int(stored[-1]))
         return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
+
+    def groups(self, stream: int) -> Groups:
+        """See Order.groups. Without shuffle each shard is a group: it is let go of where its own records end."""
+        self.stream_records(stream)  # raises
+        found = self._keep(stream).stream
+        if not self.options.shuffle:
+            return each_alone(found.rows[:-1], found.rows[1:], found.shards, np.diff(found.stored))
+        positions, stored = found.group_starts, found.stored[found.cuts]
+        return Groups(positions[:-1], positions[1:], found.cuts, found.shards, np.diff(stored))
 
     def _keep(self, stream: int) -> _Kept:
         kept = self._kept.get(stream)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.order.groups import Groups, each_alone
 from tiercache.order.window import sums
 
 if TYPE_CHECKING:
@@ -292,6 +293,22 @@ class ListedOrder:
         if n_bytes is None or not len(shards):
             return shards
         return shards[: max(int(np.searchsorted(np.cumsum(self._stored_bytes[shards]), n_bytes)) + 1, 1)]
+
+    def groups(self, stream: int) -> Groups:
+        """See Order.groups: each shard is one, from its first record to its last, 50 ns a record."""
+        self._check(stream, 0)
+        n_shards = len(self._stored_bytes)
+        first, last = np.full(n_shards, self.n_records), np.full(n_shards, -1)
+        for start in range(0, self.n_records, MAX_WINDOW_ROWS):
+            shards = self._locator.shards(self._numbers[start : start + MAX_WINDOW_ROWS])
+            at = np.arange(start, start + len(shards))
+            last[shards] = at  # the last of equal ones holds
+            begins = np.empty(n_shards, np.int64)
+            begins[shards[::-1]] = at[::-1]
+            first[shards] = np.minimum(first[shards], begins[shards])
+        read = np.flatnonzero(last >= 0)
+        read = read[np.argsort(first[read])]
+        return each_alone(first[read], last[read] + 1, read, self._stored_bytes[read])
 
     def _check(self, stream: int, position: int) -> None:
         if stream != 0 or not 0 <= position <= self.n_records:

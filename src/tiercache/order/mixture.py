@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Rational, Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tiercache.order.groups import Groups, together
 from tiercache.order.part import Lane, MixedPart, Run, part_options
 from tiercache.order.shares import Deal, StreamShares, apportion, stream_records
 
@@ -281,6 +282,17 @@ class MixtureOrder:
         # All lists are read side by side, each to its end.
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
         return np.concatenate(lists)[np.argsort(when, kind="stable")]
+
+    def groups(self, stream: int) -> Groups:
+        """See Order.groups: those of each part, one part after the other."""
+        self.stream_records(stream)  # raises
+        kept = self._keep(stream)
+        found = []
+        for part, lane in enumerate(kept.lanes):
+            of_part = lane.groups()
+            ends = [kept.shares.positions_of(part, draws) for draws in (of_part.starts, of_part.stops - 1)]
+            found.append(replace(of_part, starts=ends[0], stops=ends[1] + 1))
+        return together(found)
 
     def _keep(self, stream: int) -> _Stream:
         kept = self._streams.get(stream)

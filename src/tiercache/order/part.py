@@ -10,6 +10,7 @@ import numpy as np
 
 from tiercache._native.permute import RowFinder
 from tiercache.order.epoch import EpochOrder
+from tiercache.order.groups import Groups, together
 from tiercache.order.keys import derive_key
 from tiercache.order.options import Layout, OrderOptions
 from tiercache.order.shares import stream_records
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 # A stream of its own would be too short, or have no record; and a record more or less than in the next stream changes
 # how often its records come, of 1,024 by 0.1 %.
 OWN_STREAM_RECORDS = 1024
+
+# A part that begins anew more often than so in one epoch of the mixture has all its shards in use throughout.
+MAX_TURNS = 8
 
 _KEPT_EPOCHS = 4  # streams of a part are in the same own epoch or in neighbouring ones
 
@@ -165,6 +169,30 @@ class Lane:
             found = found[np.sort(first)]
         found += self.part.first_shard
         return found
+
+    def groups(self) -> Groups:
+        """Groups of the part's shards, in the joined numbering, over the draws that they serve."""
+        if not self.quota:
+            return together([])
+        first_epoch, last_epoch = (n // self.length for n in (self.base, self.base + (self.quota - 1) * self.step))
+        if last_epoch - first_epoch > MAX_TURNS:
+            return self._all_throughout(last_epoch - first_epoch)
+        found = []
+        for own_epoch in range(first_epoch, last_epoch + 1):
+            own = self.part.order(own_epoch).groups(self.stream)
+            draws = [self._many_draws_before(own_epoch * self.length + at) for at in (own.starts, own.stops)]
+            found.append(own.where(*draws))
+        groups = together(found)
+        return replace(groups, shards=groups.shards + self.part.first_shard)
+
+    def _all_throughout(self, n_turns: int) -> Groups:
+        shards = np.flatnonzero(self.part.layout.records) + self.part.first_shard
+        starts, stops, cuts = (np.array(bound, np.int64) for bound in ([0], [self.quota], [0, len(shards)]))
+        stored_bytes = min(self.part.n_stored_bytes * n_turns, np.iinfo(np.int64).max)
+        return Groups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
+
+    def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
     def _run(self, draw: int) -> Run:
         whole = self.part.whole()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,8 +82,8 @@ class _Split:
         """How many of the first items go left; all of n_left at the end."""
         return (items * self.n_left + self.phase) // self.n_items if self.n_items else 0
 
-    def item_of(self, child: int, number: int) -> int:
-        """Which item the child's item of a number is."""
+    def item_of(self, child: int, number: Any) -> Any:
+        """Which item the child's item of a number is: an integer, or an array of them."""
         if child == self.left:
             return -((self.phase - (number + 1) * self.n_items) // self.n_left) - 1
         return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
@@ -122,7 +122,14 @@ class StreamShares:
         node, number = part, draw
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
-        return number
+        return int(number)
+
+    def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`position_of` of many draws, int64[n]."""
+        node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
+        while split := self._above.get(node):
+            node, number = split.node, split.item_of(node, number)
+        return number.astype(np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Part and number of the draw of any positions, int64[n] each."""

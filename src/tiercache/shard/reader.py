@@ -107,7 +107,7 @@ class ShardReader:
         return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
 
     def mapped(self, columns: Sequence[int]) -> Blocks | None:
-        """All blocks of these columns as they lie in the mapping of a local copy that is here whole.
+        """All blocks of these columns as they lie in the mapping of a local copy that has all of them.
 
         None: there is no such copy, some chunks are not raw, or every read is to be checked.
         """

@@ -7,16 +7,50 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tiercache.errors import CorruptShard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tiercache.model import Following, ReadingPlan
     from tiercache.shard.mapped import MappedRecords
     from tiercache.shard.reader import ShardReader
 
 # Open shards: each costs two descriptors and a mapping. Of the usual 1,024 descriptors this leaves half to the user.
 MAX_READERS = 256
+
+
+class Letting:
+    """A published plan (`model.Following`) by which shards are let go when they have been read for the last time.
+
+    A shard that is open is held in the cache: where the cache is smaller than the data set, nothing else has room.
+
+    Args:
+        following: what is told too.
+        readers: whose shards they are.
+        plan: of their numbers.
+    """
+
+    def __init__(self, following: Following, readers: Readers, plan: ReadingPlan) -> None:
+        self._following = following
+        self._readers = readers
+        order = np.argsort(plan.last, kind="stable")
+        self._shards, self._last = plan.shards[order], plan.last[order]
+        self._n_done = 0
+
+    def advance(self, clock: int) -> None:
+        """As Following.advance."""
+        self._following.advance(clock)
+        n_done = int(np.searchsorted(self._last, clock, side="right"))
+        for shard in self._shards[self._n_done : n_done].tolist():
+            self._readers.drop(shard)
+        self._n_done = max(n_done, self._n_done)
+
+    def close(self) -> None:
+        """As Following.close."""
+        self._following.close()
 
 
 class Readers:

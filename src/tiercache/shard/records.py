@@ -61,9 +61,10 @@ class RecordReader:
 
     def _needs_blocks(self, number: int, block: Ids) -> bool:
         """Whether to read a column chunk by chunk: nothing of them can be read alone, or they are here and mapped."""
-        if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_here:
+        ids = block * self._n_columns + number
+        if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_here(np.unique(ids)):
             return True
-        return not (self._rows["codec"][block * self._n_columns + number] == codec.RAW).any()
+        return not (self._rows["codec"][ids] == codec.RAW).any()
 
     def _take_blocks(
         self, columns: Sequence[int], block: Ids, row: Numbers, deadline_s: float | None

@@ -52,6 +52,8 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     """
     place = Location.parse(url)
     if place.chain:
+        if place.scheme == "tiercache":  # integrations/fsspec.py: a cache round the cache
+            raise ValueError(f"{place.shown}: data sets go through the cache by themselves; leave tiercache:: out")
         check_scheme(place.scheme)
         return FsspecStore(place.full, place.shown, storage_options)
     if place.scheme in ("", "memory") and storage_options:

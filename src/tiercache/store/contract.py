@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from threading import Event
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -197,9 +197,6 @@ class LocalStore(Protocol):
 
         identity: what the manifest says the object is; a copy that does not match is a miss. Raises NotFound.
         """
-
-    def announce(self, plan: ReadPlan) -> None:
-        """Hear what a reader will want next. A hint: may be ignored."""
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Hear that key's local copy was found to be wrong.

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from threading import Event
 from typing import Any, TypeVar
 
@@ -37,19 +38,36 @@ class FsspecStore(Store):
     """
 
     def __init__(
-        self, full_url: str, url: str, options: Mapping[str, Any], *, policy: RetryPolicy | None = None
+        self,
+        full_url: str,
+        url: str,
+        options: Mapping[str, Any],
+        *,
+        policy: RetryPolicy | None = None,
+        make: Callable[[], Any] | None = None,
     ) -> None:
+        """Open nothing yet.
+
+        Args:
+            full_url: of the folder, secrets included; where make is given: the folder in make's own words.
+            url: what may be shown of it.
+            options: of the file system.
+            policy: of retries.
+            make: gives the file system, one that nobody else uses and that keeps no listings; picklable.
+        """
         self._full_url, self._options, self._policy = full_url, dict(options), policy or RetryPolicy()
+        self._make = make
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
-        self._files_here: PerProcess[Files] = PerProcess(lambda: _open_files(full_url, options), lambda f: f.close())
+        opened = partial(_open_files, full_url, options) if make is None else partial(_made_files, make, full_url)
+        self._files_here: PerProcess[Files] = PerProcess(opened, lambda f: f.close())
 
     def __repr__(self) -> str:
         return f"FsspecStore({self.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._full_url, self.url, self._options, self._policy)
+        return _rebuild, (self._full_url, self.url, self._options, self._policy, self._make)
 
     @property
     def _files(self) -> Files:
@@ -285,13 +303,14 @@ def check_scheme(scheme: str) -> None:
         raise ValueError(f"no store for {scheme}://{meant}")
 
 
-def _rebuild(full_url: str, url: str, options: Mapping[str, Any], policy: RetryPolicy) -> FsspecStore:
-    return FsspecStore(full_url, url, options, policy=policy)
+def _rebuild(
+    full_url: str, url: str, options: Mapping[str, Any], policy: RetryPolicy, make: Callable[[], Any] | None
+) -> FsspecStore:
+    return FsspecStore(full_url, url, options, policy=policy, make=make)
 
 
 def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
     core = importlib.import_module("fsspec.core")
-    asyn = importlib.import_module("fsspec.asyn")
     scheme = full_url.partition("://")[0]
     more = {"auto_mkdir": True} if scheme in ("file", "local") else {}
     # No cached instances (they are shared beyond us) and no cached listings (others write too).
@@ -302,6 +321,15 @@ def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
         raise StoreError(f"the file system cannot be opened: {error}", url=redact(full_url)) from None
     if fs.protocol == "dir":
         root = ""  # it is the folder itself, and its names are relative to it
-    if scheme in ("s3", "s3a"):
-        return S3Files(fs, root, lambda coroutine, *args: asyn.sync(fs.loop, coroutine, *args))
-    return PlainFiles(fs, root)
+    return _files_of(fs, root)
+
+
+def _made_files(make: Callable[[], Any], root: str) -> Files:
+    return _files_of(make(), root)
+
+
+def _files_of(fs: Any, root: str) -> Files:
+    if "s3" not in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+        return PlainFiles(fs, root)
+    asyn = importlib.import_module("fsspec.asyn")
+    return S3Files(fs, root, lambda coroutine, *args: asyn.sync(fs.loop, coroutine, *args))

@@ -24,10 +24,17 @@ _MARKS = (
     "ino",
     "mtime",
     "LastModified",
+    "Last-Modified",
     "last_modified",
     "modified",
     "created",
+    "Content-MD5",
+    "Digest",
+    "generation",
+    "blob_id",
 )
+# An ETag that promises nothing about bytes: a store may give the same one to two states of an object.
+_WEAK = "W/"
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 
 
@@ -338,11 +345,25 @@ def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
 
 
 def described(key: str, about: Mapping[str, Any]) -> ObjectInfo:
-    """An info() of fsspec in our words. The ETag is the file system's, or made of all that changes with a file."""
+    """An info() of fsspec in our words.
+
+    The ETag is the file system's; where it gives none, or a weak one, it is made of all that changes with a file. None:
+    nothing does, or only a weak ETag.
+    """
     marks = [about[name] for name in _MARKS if about.get(name) is not None]
     given = next((about[name] for name in ("ETag", "etag") if isinstance(about.get(name), str)), None)
-    made = '"' + "-".join(str(mark).replace('"', "") for mark in [*marks, about["size"]]) + '"'
-    return ObjectInfo(key, int(about["size"]), etag=given or made, modified_s=_time(about))
+    if given is None or given.startswith(_WEAK):
+        firm = [mark for mark in marks if mark != given]
+        made = '"' + "-".join(str(mark).replace('"', "") for mark in [*marks, about["size"]]) + '"'
+        given = made if firm else None
+    return ObjectInfo(key, _size(about), etag=given, modified_s=_time(about))
+
+
+def _size(about: Mapping[str, Any]) -> int:
+    size = about["size"]
+    if size is None:
+        raise OSError("the file system does not say how large it is")
+    return int(size)
 
 
 def _time(about: Mapping[str, Any]) -> float | None:

@@ -11,7 +11,7 @@ from threading import Event
 from typing import TypeAlias
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
-from tiercache.model import ByteRange, ObjectInfo, ReadPlan, ShardIdentity
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
 from tiercache.store.local_upload import FileLease, FileUpload
@@ -187,9 +187,6 @@ class LocalFolder(Store):
             if identity is not None and identity.n_bytes != n_bytes:
                 return None
             return FileLease(os.dup(fd), n_bytes)
-
-    def announce(self, plan: ReadPlan) -> None:
-        """Ignored: a local folder has nothing to fetch."""
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
         """False: the file is the object itself, there is nothing to fetch it from."""

@@ -5,7 +5,7 @@ The suites need pytest (`tiercache.testing.suite`), so they are not imported her
 
 from __future__ import annotations
 
-from tiercache.testing.clock import FakeClock
+from tiercache.testing.clock import FakeClock, JumpingClock
 from tiercache.testing.faults import CountingStore, Fault, FaultKind, FaultStore, Gate, GateStore, LatencyStore
 from tiercache.testing.wrapper import WrapperStore
 
@@ -17,6 +17,7 @@ __all__ = [
     "FaultStore",
     "Gate",
     "GateStore",
+    "JumpingClock",
     "LatencyStore",
     "WrapperStore",
 ]

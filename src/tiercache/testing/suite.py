@@ -23,7 +23,7 @@ from threading import Barrier
 import pytest
 
 from tiercache.errors import NotFound
-from tiercache.model import ByteRange, ReadPlan, ShardIdentity
+from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store.contract import Lease, LocalStore, Store
 from tiercache.testing.reading import BAD_KEYS, ReadSuite, pattern
 
@@ -254,7 +254,3 @@ class LocalStoreSuite:
         store.delete(["l"])
         assert os.pread(lease.fd, 1000, 0) == data
         lease.close()
-
-    def test_a_plan_may_be_announced(self, store: Store) -> None:
-        assert isinstance(store, LocalStore)
-        store.announce(ReadPlan("test"))

@@ -13,13 +13,14 @@ import numpy as np
 from tiercache.errors import SchemaError
 from tiercache.shard.joining import arrow_join, join
 from tiercache.shard.types import Schema
+from tiercache.views.plans import Followings, merged, part_of, root_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Keeper, Part
+    from tiercache.model import Following, Keeper, Part, ReadingPlan
     from tiercache.order import BlockTable
     from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.blocks import Blocks
@@ -208,6 +209,21 @@ class Joined:
     def of_parts(self, records: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
         """(part, which of the records are its own), for each part that has any."""
         return self._by_part(self._first_number, records)
+
+    @property
+    def is_cached(self) -> bool:
+        """As Source.is_cached: any of them."""
+        return any(source.is_cached for source in self.below)
+
+    def publish(self, plan: ReadingPlan) -> Following | None:
+        """As Source.publish; one plan for all views of one source, which may be many."""
+        plans: dict[int, tuple[Readable, list[ReadingPlan]]] = {}
+        for part, where in self._by_part(self._first_shard, plan.shards):
+            own = part_of(plan, where, int(self._first_shard[part]))
+            root = root_of(self.below[part])
+            plans.setdefault(id(root), (root, []))[1].append(own)
+        found = [root.publish(merged(of_root)) for root, of_root in plans.values()]
+        return Followings(tuple(one for one in found if one is not None))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch; of each source its own."""

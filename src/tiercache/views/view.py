@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import Keeper, Part
+    from tiercache.model import Following, Keeper, Part, ReadingPlan
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
@@ -204,6 +204,15 @@ class View:
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
         """As Readable.take_arrow."""
         return self.below.take_arrow(self.selection.numbers(records))
+
+    @property
+    def is_cached(self) -> bool:
+        """As Source.is_cached."""
+        return self.below.is_cached
+
+    def publish(self, plan: ReadingPlan) -> Following | None:
+        """As Source.publish; shards keep their numbers."""
+        return self.below.publish(plan)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch, of those that have records."""

@@ -1,0 +1,179 @@
+"""What a hit of the cache costs, that records of cached copies cost nothing more, and how many readers go on at once.
+
+    python benchmarks/bench_cache.py [--only hit records readers] [--repetitions 7] [--quick]
+
+hit: a lookup, a lease and a mapping in an open data set, given back again, beside open, flock, fstat, mmap and close by
+hand in Python and in C. The required figure is a median under 20 us.
+records: shuffled epochs by the loader, of copies in the cache and of the same files in a local folder, in turns.
+readers: hits a second of 1 to 32 threads and processes, beside the same by hand.
+
+Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))  # for processes that are started from here
+
+import tiercache as tc
+from cachebench.data import Sizes, pack
+from cachebench.hits import by_hand, in_c, paths_of, through_cache
+from cachebench.readers import objects_of, opened, rate_of_processes, rate_of_threads, spread_us
+from peers.report import put
+from rows import OUT, spread, table, write_rows
+from tiercache.cache import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+REQUIRED_US = 20.0
+READERS = (1, 2, 8, 32)
+MARKS = ("<!-- cache hits: begin -->", "<!-- cache hits: end -->")
+Row = dict[str, Any]
+
+
+def warmed(folder: Path, url: str) -> None:
+    """A cache with the whole data set in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    cache, store = opened(str(folder), url)
+    cache.warm(store, objects_of(url))
+    cache.close()
+
+
+def hit(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
+    """Times of single hits, the ways in turns."""
+    objects = objects_of(url)
+    cache, store = opened(str(folder), url)
+    paths = paths_of(folder, objects)
+    ways = {
+        "through the cache": through_cache(store, objects),
+        "by hand, Python": by_hand(paths),
+        "by hand, C": in_c(paths, given.folder),
+    }
+    times: dict[str, list[np.ndarray]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(0, len(objects))
+    for _ in range(given.repetitions):
+        for name, way in ways.items():
+            times[name].append(_each(way, len(objects)))
+    cache.close()
+    rows = [{"stage": "hit", "case": name, **spread_us(np.concatenate(found))} for name, found in times.items()]
+    floor = rows[1]["median"]
+    return [row | {"of_floor": row["median"] / floor, "required_us": REQUIRED_US} for row in rows]
+
+
+def _each(way: Callable[[int, int], None], n: int) -> np.ndarray:
+    times, clock = np.zeros(n), time.perf_counter
+    for number in range(n):
+        started_s = clock()
+        way(number, number + 1)
+        times[number] = clock() - started_s
+    return times
+
+
+def records(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
+    """Records a second of shuffled epochs, both ways in turns."""
+    cache = Cache(folder, size="1TB", policy="resident", free_floor="0%")
+    ways = {"through the cache": tc.Dataset(url, cache=cache), "local folder": tc.Dataset(url, cache=False)}
+    options = tc.LoaderOptions(seed=1, rank=0, world_size=1)
+    loaders = {n: tc.DataLoader(one, batch_size=256, shuffle=True, options=options) for n, one in ways.items()}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for repetition in range(given.repetitions + 1):
+        # Who comes second finds the processor's caches full of the other's data.
+        for name, loader in list(loaders.items())[:: 1 if repetition % 2 else -1]:
+            started_s = time.perf_counter()
+            n = sum(len(batch["id"]) for batch in loader)
+            if repetition:  # the first epoch checks the pages
+                rates[name].append(n / (time.perf_counter() - started_s))
+    for one in ways.values():
+        one.close()
+    cache.close()
+    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+    return [{"stage": "records", "case": name, **spread(found), "ratio": ratio} for name, found in rates.items()]
+
+
+def readers(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
+    """Hits a second of many readers."""
+    objects, min_s = objects_of(url), 0.05 if given.quick else 0.5
+    cache, store = opened(str(folder), url)
+    in_threads = {"cache": through_cache(store, objects), "by hand": by_hand(paths_of(folder, objects))}
+    rows = []
+    for n in READERS[:2] if given.quick else READERS:
+        found: dict[tuple[str, str], list[float]] = {}
+        for _ in range(min(given.repetitions, 3)):
+            for how, way in in_threads.items():
+                found.setdefault(("threads", how), []).append(rate_of_threads(way, len(objects), n, min_s))
+                rate = rate_of_processes(how, str(folder), url, n, min_s)
+                found.setdefault(("processes", how), []).append(rate)
+        rows += [
+            {"stage": "readers", "kind": kind, "case": how, "n": n, **spread(rates)}
+            for (kind, how), rates in found.items()
+        ]
+    cache.close()
+    return _scaled(rows)
+
+
+def _scaled(rows: Sequence[Row]) -> list[Row]:
+    """Each row with its rate over that of one reader of its kind."""
+    alone = {(row["kind"], row["case"]): row["median"] for row in rows if row["n"] == 1}
+    return [row | {"of_one": row["median"] / alone[row["kind"], row["case"]]} for row in rows]
+
+
+def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """What a person wants to see."""
+    for row in rows:
+        if row["stage"] == "hit":
+            figure = f"{row['median']:.1f} us (p99 {row['p99']:.1f})"
+            yield ["hit", row["case"], figure, f"{row['of_floor']:.2f} x by hand in Python"]
+        elif row["stage"] == "records":
+            yield [
+                "records",
+                row["case"],
+                f"{row['median'] / 1e3:,.0f} thousand/s",
+                f"cache : folder {row['ratio']:.2f}",
+            ]
+        else:
+            figure = f"{row['median'] / 1e3:,.1f} thousand hits/s"
+            yield [f"{row['n']} {row['kind']}", row["case"], figure, f"{row['of_one']:.2f} x one"]
+
+
+STAGES = {"hit": hit, "records": records, "readers": readers}
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--shards", type=int, default=320)
+    parser.add_argument("--folder", type=Path, default=OUT, help="where data, cache and rows go")
+    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    given = parser.parse_args()
+    if given.quick:
+        given.shards, given.repetitions = 20, 2
+    packed = pack(given.folder / "cache_hits", "hits", Sizes(given.shards, 512 << 10))
+    folder, url = given.folder / "cache_hits" / "cache", str(packed.folder)
+    warmed(folder, url)
+    rows = [row for name in given.only for row in STAGES[name](given, folder, url)]
+    write_rows(given.folder / "cache.jsonl", rows)
+    found = list(lines(rows))
+    print(table(["stage", "way", "median", "beside"], found))
+    if given.into:
+        marks = [
+            "| " + " | ".join(cells) + " |" for cells in (["stage", "way", "median", "beside"], ["---"] * 4, *found)
+        ]
+        put(given.into, "\n".join(marks) + "\n", MARKS)
+
+
+if __name__ == "__main__":
+    main()

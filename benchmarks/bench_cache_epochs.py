@@ -1,0 +1,209 @@
+"""Bytes fetched per epoch of a data set that is larger than the cache, by policy, beside what no cache can beat.
+
+    python benchmarks/bench_cache_epochs.py [--only one two nodes jobs peers] [--resume] [--into FILE]
+
+A data set of 320 shards is read by the real loader, shuffled in groups of 4 shards (as 4 GiB of 320) and windows of
+one shard's size, through the real cache from a real store (HTTP on loopback; --store s3: SeaweedFS). Each epoch of each
+rank is a process of its own, so that nothing but the cache's folder outlives it, and two windows are the most that is
+in memory. The server counts the bytes.
+
+one, two: one node, one or two ranks, a cache that holds a share f of the data set; no cache can fetch less than 1 - f.
+nodes: 2, 4, 8 nodes with a cache each, shards dealt anew in each epoch (placement="global"), beside Belady's MIN.
+jobs: two jobs side by side, one of them a mixture, beside what the simulator says of the trace.
+peers (when asked for): MosaicML Streaming and LitData with their cache limits on the same records and budget, in their
+environments; they copy from a folder.
+
+Rows go to cache_epochs.jsonl as they are found; --resume takes those that are there. --quick is small, to see that it
+runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # for processes that are started from here
+
+from cachebench.bounds import belady, lru_share
+from cachebench.data import Packed, Served, Sizes, pack, serving, serving_s3
+from cachebench.jobs import Job, Nursery
+from cachebench.ledger import Rows
+from cachebench.peers import epochs_of, peer_job
+from cachebench.report import put_into, show
+from cachebench.simulated import shares_of_trace
+from rows import OUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+POLICIES = ("plan", "resident", "s3fifo", "lru")
+SHARES = (0.1, 0.25, 0.5, 0.75)
+NODES = (2, 4, 8)
+# Not the peers: they need environments of their own.
+PARTS = ("one", "two", "nodes", "jobs")
+PEER_SHARES = (0.25, 0.75)
+Case = dict[str, Any]
+
+
+class Bench:
+    """One run: the data, its server, and processes to read it."""
+
+    def __init__(self, given: argparse.Namespace, stack: ExitStack) -> None:
+        self.given, self.folder = given, given.folder / "cache_epochs"
+        sizes = Sizes(given.shards, given.shard_kib << 10)
+        self.main = pack(self.folder, "main", sizes)
+        self.other = pack(self.folder, "other", replace(sizes, n_shards=given.shards // 2))
+        serve = serving if given.store == "http" else serving_s3
+        self.served: Served = stack.enter_context(serve(self.main, self.other))
+        self.nursery = Nursery()
+
+    def job(self, case: Case, *packed: Packed, cache: str = "cache") -> Job:
+        """A job over these data sets, with the case's cache."""
+        room = sum(one.budget(case["f"]) for one in packed)
+        return Job(
+            urls=tuple(self.served.url(one) for one in packed),
+            cache_dir=str(self.folder / cache),
+            cache_bytes=room,
+            policy=case["policy"],
+            epoch=0,
+            group_bytes=self.given.group_shards * self.given.shard_kib << 10,
+            window_bytes=self.given.shard_kib << 10,
+            storage_options=self.served.storage_options,
+        )
+
+    def epochs(self, jobs: Sequence[Job], n_epochs: int) -> list[Case]:
+        """Run the jobs side by side, epoch after epoch, with caches that begin empty. Figures of each epoch."""
+        for job in jobs:
+            shutil.rmtree(job.cache_dir, ignore_errors=True)
+        found = []
+        for epoch in range(n_epochs):
+            self.served.taken()
+            each = self.nursery.run([replace(job, epoch=epoch) for job in jobs])
+            taken = self.served.taken()
+            sent = sum(n for key, n in taken.items() if key) if taken else sum(one["fetched_bytes"] for one in each)
+            for job, one in zip(jobs, each, strict=True):
+                # Records of a mixture come from two data sets that both number them from 0.
+                twice = len(job.urls) == 1 and one["n_distinct"] != one["n_records"]
+                if twice or one["used_bytes"] > one["limit_bytes"]:
+                    raise RuntimeError(f"a record came twice, or the cache grew beyond its budget: {one}")
+            found.append({"bytes": sent, "other_bytes": taken.get("", 0), "ranks": each})
+        return found
+
+
+def summary(found: Sequence[Case], n_cold: int, n_bytes: int) -> Case:
+    """What of some epochs goes into a row."""
+    ranks = [rank for epoch in found[n_cold:] for rank in epoch["ranks"]]
+    shares = [epoch["bytes"] / n_bytes for epoch in found]
+    return {
+        "share": mean(shares[n_cold:]),
+        "epochs": shares,
+        "wall_s": mean(max(rank["wall_s"] for rank in epoch["ranks"]) for epoch in found[n_cold:]),
+        "private_mib": max(rank["private_bytes"] for rank in ranks) / 2**20,
+        "hits": sum(rank["hits"] for rank in ranks),
+        "misses": sum(rank["misses"] for rank in ranks),
+        "evicted": sum(rank["counters"].get("evicted", 0) for rank in ranks),
+        "evicted_early": sum(rank["counters"].get("evicted_early", 0) for rank in ranks),
+    }
+
+
+def one_node(bench: Bench, case: Case) -> Case:
+    """One node, case["ranks"] ranks that share its cache."""
+    job, n_ranks = bench.job(case, bench.main), case["ranks"]
+    jobs = [replace(job, rank=rank, world_size=n_ranks) for rank in range(n_ranks)]
+    found = summary(bench.epochs(jobs, 1 + bench.given.epochs), 1, bench.main.n_bytes)
+    return found | {"bound": 1 - case["f"], "bound_of": "1 - f", "expected_of_lru": lru_share(case["f"])}
+
+
+def nodes(bench: Bench, case: Case) -> Case:
+    """Some nodes, a rank and a cache each."""
+    n_nodes = case["nodes"]
+    n_cold, n_epochs = (1 if bench.given.quick else n_nodes), bench.given.epochs
+    jobs = [
+        replace(bench.job(case, bench.main, cache=f"cache-{rank}"), rank=rank, world_size=n_nodes, placement="global")
+        for rank in range(n_nodes)
+    ]
+    found = summary(bench.epochs(jobs, n_cold + n_epochs), n_cold, bench.main.n_bytes)
+    bound = belady(bench.main, jobs, n_cold, n_epochs, case["f"])
+    return found | {"bound": bound, "bound_of": "MIN"}
+
+
+def jobs(bench: Bench, case: Case) -> Case:
+    """A job on the one data set, beside one on a mixture of both, in one cache."""
+    trace = bench.folder / "trace"
+    trace.unlink(missing_ok=True)
+    job = replace(bench.job(case, bench.main, bench.other), trace=str(trace))
+    both = [replace(job, urls=job.urls[:1]), replace(job, seed=2)]
+    n_bytes = bench.main.n_bytes + bench.other.n_bytes
+    epochs = bench.epochs(both, 1 + bench.given.epochs)
+    sizes = n_bytes, int(n_bytes * case["f"])
+    return summary(epochs, 1, n_bytes) | shares_of_trace(trace, epochs, 1, sizes, case["policy"])
+
+
+def peers(bench: Bench, case: Case) -> Case:
+    """Another library's own cache, with the same budget for the same records."""
+    job = peer_job(case["policy"], bench.main, case["f"], bench.folder)
+    return epochs_of(job | {"group_shards": bench.given.group_shards}, case["f"], 1 + bench.given.epochs)
+
+
+RUNS = {"one": one_node, "two": one_node, "nodes": nodes, "jobs": jobs, "peers": peers}
+
+
+def cases(given: argparse.Namespace) -> Iterator[Case]:
+    """What is to be run."""
+    quick = given.quick
+    shares = (0.25,) if quick else SHARES
+    policies = ("plan", "lru") if quick else POLICIES
+    yield from ({"part": "one", "ranks": 1, "policy": p, "f": f} for p in policies for f in shares)
+    yield from ({"part": "two", "ranks": 2, "policy": "plan", "f": f} for f in shares)
+    yield from ({"part": "two", "ranks": 2, "policy": p, "f": 0.25} for p in policies[1:])
+    for n in (2,) if quick else NODES:
+        yield from ({"part": "nodes", "nodes": n, "policy": p, "f": 0.25} for p in policies[:2])
+    yield from ({"part": "jobs", "policy": p, "f": 0.25} for p in policies)
+    yield from ({"part": "peers", "policy": p, "f": f} for p in ("mosaic", "lit") for f in PEER_SHARES)
+
+
+def main() -> None:
+    """Measure, print, write rows, and put a table into a document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=PARTS)
+    parser.add_argument("--policy", nargs="+", default=None, help="only these")
+    parser.add_argument("--shards", type=int, default=320)
+    parser.add_argument("--shard-kib", type=int, default=512)
+    parser.add_argument("--group-shards", type=int, default=4, help="that are read at a time")
+    parser.add_argument("--epochs", type=int, default=3, help="that are measured, after those that fill the cache")
+    parser.add_argument("--store", choices=("http", "s3"), default="http")
+    parser.add_argument("--folder", type=Path, default=OUT, help="where data, caches and rows go")
+    parser.add_argument("--resume", action="store_true", help="keep rows that are there")
+    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    given = parser.parse_args()
+    if given.quick:
+        given.shards, given.shard_kib, given.epochs = 24, 64, 1
+    rows = Rows(given.folder / "cache_epochs.jsonl", resume=given.resume)
+    with ExitStack() as stack:
+        bench = Bench(given, stack)
+        facts = {"shards": given.shards, "shard_kib": given.shard_kib, "store": given.store, "n_epochs": given.epochs}
+        facts["group_shards"] = given.group_shards
+        for case in cases(given):
+            wanted = case["part"] in given.only and (given.policy is None or case["policy"] in given.policy)
+            if wanted and not rows.has(case | facts):
+                row = rows.add(case | facts, RUNS[case["part"]](bench, case))
+                print(
+                    json.dumps({k: row.get(k) for k in ("part", "policy", "f", "ranks", "nodes", "share", "bound")}),
+                    flush=True,
+                )
+    text = show(rows.all())
+    print(text)
+    if given.into:
+        put_into(given.into, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the benchmarks of the cache are made of."""

@@ -1,0 +1,88 @@
+"""Hits of the cache, and the same by hand: in Python, and in C without the interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import mmap
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiercache.cache.record import name_of_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tiercache.cache.store import CachedStore
+    from tiercache.model import ShardIdentity
+
+SOURCE = Path(__file__).with_name("hit.c")
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+Objects = list[tuple[str, "ShardIdentity"]]
+
+
+def through_cache(store: CachedStore, objects: Objects) -> Callable[[int, int], None]:
+    """Looks up, leases, maps and lets go of copies [first, last)."""
+
+    def hit(first: int, last: int) -> None:
+        for key, identity in objects[first:last]:
+            lease = store.open_local(key, identity)
+            if lease is None or lease.fd < 0:
+                raise RuntimeError(f"{key} is not in the cache")
+            mapped = mmap.mmap(lease.fd, identity.n_bytes, prot=mmap.PROT_READ)
+            mapped.close()
+            lease.close()
+
+    return hit
+
+
+def by_hand(paths: Sequence[str]) -> Callable[[int, int], None]:
+    """open, flock, fstat, mmap, close in Python."""
+
+    def hit(first: int, last: int) -> None:
+        for path in paths[first:last]:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                found = os.fstat(fd)
+                mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ).close()
+            finally:
+                os.close(fd)
+
+    return hit
+
+
+def in_c(paths: Sequence[str], folder: Path) -> Callable[[int, int], None]:
+    """The same in C. folder: where the compiled code lies."""
+    library = _build(folder)
+    encoded = (ctypes.c_char_p * len(paths))(*(path.encode() for path in paths))
+    size = ctypes.sizeof(ctypes.c_char_p)
+
+    def hit(first: int, last: int) -> None:
+        place = ctypes.addressof(encoded) + first * size
+        if library.hits(place, last - first) != last - first:
+            raise OSError("a copy could not be opened and mapped")
+
+    return hit
+
+
+def paths_of(folder: Path, objects: Objects) -> list[str]:
+    """Where the copies lie."""
+    return [str(folder / "copies" / name_of_identity(identity)) for _, identity in objects]
+
+
+def _build(folder: Path) -> ctypes.CDLL:
+    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    target = folder / f"hit-{digest}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(SOURCE), "-o", str(partial)], check=True)
+        partial.rename(target)
+    library = ctypes.CDLL(str(target))
+    library.hits.argtypes, library.hits.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_long
+    return library

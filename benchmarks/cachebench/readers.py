@@ -1,0 +1,111 @@
+"""Many readers of one cache at once: threads of a process, or processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachebench.hits import by_hand, paths_of, through_cache
+from tiercache.cache import Cache
+from tiercache.shard.manifest import latest, read_shards
+from tiercache.store import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    import numpy as np
+
+    from cachebench.hits import Objects
+    from tiercache.cache.store import CachedStore
+
+STEP = 16
+START_S = 60.0
+
+
+def objects_of(url: str) -> Objects:
+    """Keys and identities of the shards of a data set."""
+    store = open_store(url)
+    version = latest(store)
+    return [(info.name, info.identity(version.dataset_id)) for info in read_shards(store, version).infos()]
+
+
+def opened(folder: str, url: str) -> tuple[Cache, CachedStore]:
+    """A cache that holds the whole of a data set, and the data set's store through it."""
+    cache = Cache(folder, size="1TB", policy="resident", free_floor="0%")
+    return cache, cache.store(open_store(url))
+
+
+def timed(hit: Callable[[int, int], None], n_objects: int, min_s: float, first: int = 0) -> tuple[int, float]:
+    """Hits one after another for some time: (how many, seconds)."""
+    at, n, started_s = first % n_objects, 0, time.perf_counter()
+    while True:
+        last = min(at + STEP, n_objects)
+        hit(at, last)
+        n += last - at
+        at = last % n_objects
+        took_s = time.perf_counter() - started_s
+        if took_s >= min_s:
+            return n, took_s
+
+
+def rate_of_threads(hit: Callable[[int, int], None], n_objects: int, n_threads: int, min_s: float) -> float:
+    """Hits a second of some threads together."""
+    gate, rates = threading.Barrier(n_threads), [0.0] * n_threads
+
+    def read(number: int) -> None:
+        gate.wait()
+        n, took_s = timed(hit, n_objects, min_s, number * n_objects // n_threads)
+        rates[number] = n / took_s
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates)
+
+
+def _child(how: str, folder: str, url: str, min_s: float, number: int, pipe: Connection) -> None:
+    objects = objects_of(url)
+    cache, store = opened(folder, url)
+    hit = through_cache(store, objects) if how == "cache" else by_hand(paths_of(Path(folder), objects))
+    hit(0, len(objects))
+    pipe.send("ready")
+    pipe.recv()
+    n, took_s = timed(hit, len(objects), min_s, number * 7)
+    pipe.send(n / took_s)
+    cache.close()
+
+
+def rate_of_processes(how: str, folder: str, url: str, n_processes: int, min_s: float) -> float:
+    """Hits a second of some processes together. how: "cache" or "by hand"."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cachebench.readers"])
+    pipes, processes = [], []
+    for number in range(n_processes):
+        here, there = context.Pipe()
+        process = context.Process(target=_child, args=(how, folder, url, min_s, number, there))
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    for pipe in pipes:
+        if not pipe.poll(START_S) or pipe.recv() != "ready":
+            raise RuntimeError("a reader did not start")
+    for pipe in pipes:
+        pipe.send("go")
+    rate = sum(pipe.recv() for pipe in pipes)
+    for process in processes:
+        process.join()
+    return float(rate)
+
+
+def spread_us(times: np.ndarray) -> dict[str, float]:
+    """Least, median, and 99th percentile of some times in seconds, in microseconds."""
+    times.sort()
+    n = len(times)
+    return {"min": times[0] * 1e6, "median": times[n // 2] * 1e6, "p99": times[n * 99 // 100] * 1e6}

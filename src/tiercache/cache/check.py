@@ -1,0 +1,345 @@
+"""Are the copies what they should be? Reads them all against their records, and puts right what is not."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache._native.checksum import crc32c, crc32c_pages
+from tiercache.cache.locks import NameLock, try_shared
+from tiercache.cache.partial import hold_part
+from tiercache.cache.record import Record, Wanted
+from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, runs_of
+from tiercache.errors import CorruptShard, StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.shard.verify import verify_shard
+from tiercache.store import LocalFolder, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tiercache.cache.opened import Opened
+    from tiercache.cache.partial import Held
+    from tiercache.cache.store import CachedStore
+
+_MOST_FINDINGS = 4
+
+
+class State(StrEnum):
+    """What a check says of a copy."""
+
+    OK = "ok"
+    DAMAGED = "damaged"
+    UNREADABLE = "unreadable"
+    UNKNOWN = "unknown"
+    """Nothing beside the copy says what it should be; it is checked when it is next used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found of one copy.
+
+    Attributes:
+        name: its own, a hash.
+        source: URL without credentials, "" where unknown.
+        n_bytes: bytes that were read; of a copy in part those that are there.
+        state: see State.
+        in_part: whether it is a copy in part.
+        where: what is wrong, for people; empty where nothing is.
+        removed: whether it was taken away; repaired: whether it was fetched again too, and is right now.
+    """
+
+    name: str
+    source: str
+    n_bytes: int
+    state: State
+    in_part: bool = False
+    where: tuple[str, ...] = ()
+    removed: bool = False
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckProgress:
+    """How far a check is. last: what was found of the copy that was just read."""
+
+    n_done: int
+    n_all: int
+    last: Checked
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found of all copies, by name."""
+
+    checked: tuple[Checked, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that were read."""
+        return sum(one.n_bytes for one in self.checked)
+
+    @property
+    def wrong(self) -> tuple[Checked, ...]:
+        """The copies that are damaged or cannot be read, repaired since or not."""
+        return tuple(one for one in self.checked if one.state in (State.DAMAGED, State.UNREADABLE))
+
+    @property
+    def is_right(self) -> bool:
+        """Whether no wrong copy is left."""
+        return all(one.removed for one in self.wrong)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """How to check; see Cache.verify."""
+
+    jobs: int = 4
+    repair: bool = False
+    store: CachedStore | None = None
+    names: frozenset[str] | None = None
+    on_progress: Callable[[CheckProgress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
+
+
+def check(opened: Opened, options: CheckOptions) -> Report:
+    """Read every copy that is here. See Cache.verify."""
+    here = opened.folder.sizes().keys()
+    names = sorted(here if options.names is None else here & options.names)
+    found: list[Checked] = []
+    pool = ThreadPoolExecutor(options.jobs, "tiercache-verify")
+    try:
+        mender = _Mender(opened, options.store) if options.repair else None
+        for number, one in enumerate(pool.map(lambda name: _check_one(opened, name, mender), names)):
+            if one is not None:
+                found.append(one)
+                if options.on_progress is not None:
+                    options.on_progress(CheckProgress(number + 1, len(names), one))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return Report(tuple(found))
+
+
+def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | None:
+    """What there is to say of a copy; None: it is gone."""
+    fd = opened.folder.open_copy(name)
+    if fd is None:
+        return _check_part(opened, name, mender)
+    try:
+        try_shared(fd)  # so that it is not evicted meanwhile
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is no use: what nobody reads should look its age
+        record = opened.folder.read_record(name)
+        checked, found = _check_copy(fd, name, record)
+        if checked.state is State.DAMAGED and record is not None and record.shard_id is not None:
+            checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
+        if mender is None or checked.state in (State.OK, State.UNKNOWN):
+            return checked
+        return mender.mend(checked, fd, record, found)
+    finally:
+        os.close(fd)
+
+
+def _check_copy(fd: int, name: str, record: Record | None) -> tuple[Checked, int | None]:
+    """What is found of a whole copy, and its CRC-32C if that was computed."""
+    n_bytes = os.fstat(fd).st_size
+    if record is None or record.crc32c is None:
+        return Checked(name, "" if record is None else record.source, 0, State.UNKNOWN), None
+    right = Checked(name, record.source, n_bytes, State.OK)
+    if n_bytes != record.n_bytes:
+        said = f"it has {n_bytes:,} bytes, {record.n_bytes:,} are right"
+        return replace(right, state=State.DAMAGED, where=(said,)), None
+    whole, offset = sum_of(fd, n_bytes)
+    if offset < n_bytes:
+        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at {offset}",)), None
+    if whole != record.crc32c:
+        said = f"its CRC-32C is {whole:08x}, {record.crc32c:08x} is right"
+        return replace(right, state=State.DAMAGED, where=(said,)), whole
+    return right, whole
+
+
+def sum_of(fd: int, n_bytes: int) -> tuple[int, int]:
+    """CRC-32C of the first n_bytes of a file, and how far it could be read: less than n_bytes where that failed."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
+    whole, offset = 0, 0
+    while offset < n_bytes:
+        try:
+            n_read = os.preadv(fd, [buffer[: min(len(buffer), n_bytes - offset)]], offset)
+        except OSError:
+            break
+        if not n_read:
+            break
+        whole = crc32c(buffer[:n_read], whole)
+        offset += n_read
+    return whole, offset
+
+
+def _findings(opened: Opened, name: str) -> list[str]:
+    """Which blocks of a cached shard are damaged, by its own checksums."""
+    found: list[str] = []
+    with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
+        for one in islice(verify_shard(folder, name), _MOST_FINDINGS):
+            places = [one.part, "" if one.block is None else f"block {one.block}", one.column or ""]
+            found.append(f"{', '.join(place for place in places if place)}: {one.message}")
+    return found
+
+
+def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | None:
+    try:
+        n_bytes = os.lstat(opened.folder.copy_path(f"{name}.part")).st_size
+    except OSError:
+        return None
+    record = opened.folder.read_record(name)
+    unknown = Checked(name, "" if record is None else record.source, 0, State.UNKNOWN, in_part=True)
+    held = hold_part(opened.folder, name, n_bytes)
+    if held is None:  # of an earlier boot, or in the making: who goes on with it checks it first
+        return unknown
+    try:
+        n_read, wrong = _check_units(held, n_bytes)
+    finally:
+        held.close()
+    if not wrong:
+        return replace(unknown, n_bytes=n_read, state=State.OK)
+    checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=tuple(wrong))
+    return checked if mender is None else mender.drop_part(checked)
+
+
+def _check_units(held: Held, n_bytes: int) -> tuple[int, list[str]]:
+    """Bytes that are there of a part, and where they are not what its map says."""
+    presence, n_read, wrong = held.presence, 0, []
+    if presence is None:
+        return 0, []
+    step = PIECE_BYTES // UNIT_BYTES
+    for first, last in _pieces(runs_of(presence.mask()), step):
+        start, end = first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)
+        try:
+            data = np.frombuffer(os.pread(held.fd, end - start, start), np.uint8)
+        except OSError:
+            wrong.append(f"it cannot be read from {start} to {end}")
+            continue
+        sums = np.empty(last - first, np.uint32)
+        if len(data) == end - start:
+            crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
+        expected = presence.sums(first, last)
+        if len(data) < end - start or len(expected) < len(sums):
+            wrong.append(f"it is cut off between {start} and {end}")
+        elif (sums != expected).any():
+            bad = first + int(np.flatnonzero(sums != expected)[0])
+            wrong.append(f"{int((sums != expected).sum())} units are damaged, the first at {bad * UNIT_BYTES}")
+        n_read += len(data)
+    return n_read, wrong
+
+
+def _pieces(runs: list[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
+    for first, last in runs:
+        for begin in range(first, last, step):
+            yield begin, min(begin + step, last)
+
+
+class _Mender:
+    """Takes wrong copies away and fetches them again, where it has a store that they came from."""
+
+    def __init__(self, opened: Opened, store: CachedStore | None) -> None:
+        self._opened, self._store = opened, store
+
+    def mend(self, checked: Checked, fd: int, record: Record | None, found: int | None) -> Checked:
+        """Put a wrong copy into quarantine and fetch it again; what could not be done is said in where."""
+        try:
+            removed = put_aside(self._opened, checked.name, fd, "; ".join(checked.where), found)
+        except (OSError, sqlite3.Error) as error:
+            return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+        if not removed or record is None or self._store is None:
+            return replace(checked, removed=removed)
+        try:
+            verdict = self._fetch(self._store, checked.name, record)
+        except (StoreError, CorruptShard, OSError, sqlite3.Error) as error:
+            verdict = f"it could not be fetched again: {error}"
+        done = verdict is None
+        return replace(checked, removed=True, repaired=done, where=(*checked.where, *([] if done else [str(verdict)])))
+
+    def _fetch(self, store: CachedStore, name: str, record: Record) -> str | None:
+        """Fetch a copy again; None: it is here and right, else why not."""
+        prefix = f"{redact(store.url)}/"
+        if not record.source.startswith(prefix):
+            return f"it came from another store than {store.url}"
+        wanted = wanted_of(store, record.source.removeprefix(prefix), record)
+        if wanted is None or wanted.name != name:
+            return "its source has changed since: nobody will ask for this copy"
+        lease = self._opened.open(wanted, store.inner)
+        if lease is None:
+            return "the cache has no room for it"
+        with lease:
+            if not lease.wait([ByteRange(0, wanted.n_bytes)]):
+                return "it is bad at its source too, or the cache has no room for it"
+        writing = self._opened.writing
+        if writing is not None:
+            writing.quarantine.compare(name)
+        return None
+
+    def drop_part(self, checked: Checked) -> Checked:
+        """Delete a part that is wrong: it starts again when it is next wanted."""
+        writing = self._opened.writing
+        lock = NameLock(self._opened.folder.locks / checked.name)
+        try:
+            if writing is None or not lock.try_take():
+                return checked
+            self._opened.folder.remove_copy(checked.name)
+            writing.accounts.remove([checked.name])
+        except (OSError, sqlite3.Error) as error:
+            return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+        finally:
+            lock.give_back()
+        return replace(checked, removed=True)
+
+
+def wanted_of(store: CachedStore, key: str, record: Record) -> Wanted | None:
+    """What has to be asked for to get the copy of a record again."""
+    if record.dataset_id is None or record.shard_id is None or record.crc32c is None:
+        return store.wanted(key)
+    return store.wanted(key, ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c))
+
+
+def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int | None) -> bool:
+    """Put a wrong copy into quarantine; False: it is gone, or this folder is only read, where it is served no more.
+
+    Raises:
+        OSError, sqlite3.Error: the disk or the catalog fails.
+    """
+    if opened.writing is None:
+        opened.discard(name)
+        return False
+    return opened.writing.quarantine.take(name, fd, reason=reason, found_crc32c=found_crc32c)
+
+
+def distrust(opened: Opened, wanted: Wanted) -> bool:
+    """Check a copy that a reader found wrong, and put it aside if it is. True: it is not here (any more)."""
+    fd = opened.folder.open_copy(wanted.name)
+    if fd is None:
+        return opened.distrust_part(wanted)
+    record = opened.folder.read_record(wanted.name)
+    expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
+    try:
+        found, offset = sum_of(fd, wanted.n_bytes)
+        is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
+        if is_whole and found == expected:
+            return False
+        reason = f"a reader found it wrong; its CRC-32C is {found:08x}" if is_whole else f"it can be read to {offset}"
+        try:
+            put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
+        except (OSError, sqlite3.Error):
+            opened.discard(wanted.name)
+    finally:
+        os.close(fd)
+    return True

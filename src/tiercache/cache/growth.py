@@ -1,0 +1,121 @@
+"""The room and the part of one fetch: reserved before bytes, made when the first are admitted, booked at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.cache.partial import Part, charge_of
+from tiercache.cache.units import Mask, n_units
+from tiercache.errors import ObjectChanged
+from tiercache.points import reach
+
+if TYPE_CHECKING:
+    from tiercache.cache.fetch import Fetch
+    from tiercache.cache.publisher import Publisher
+
+
+class Growth:
+    """A part while one fetch lets it grow. admit() and part() are called with the download's lock held, or before it.
+
+    The reservation covers what the part will take beyond what the books say of it, and is replaced as that becomes
+    more.
+    """
+
+    def __init__(self, publisher: Publisher, fetch: Fetch) -> None:
+        """Find the part that is there, and offer it to whoever waits. Raises OSError."""
+        self._publisher, self.fetch = publisher, fetch
+        self._wanted = fetch.wanted
+        self.reserved_bytes = 0
+        self._booked_bytes = 0
+        fetch.step = f"being fetched by process {os.getpid()}"
+        self._part = Part.open(publisher.folder, self._wanted.name, self._wanted.n_bytes)
+        self.present: Mask = np.zeros(n_units(self._wanted.n_bytes), bool)
+        if self._part is not None:
+            self.present = self._part.present
+            self._begin(self._part)
+
+    def _begin(self, part: Part) -> None:
+        """Have the books know a part that is there, and its readers too; where that fails it is closed."""
+        try:
+            self._make_known(part)
+        except BaseException:  # a disk that is full for the record, say: it is begun again when there is room
+            part.close()
+            raise
+
+    def _make_known(self, part: Part) -> None:
+        folder, name = self._publisher.folder, self._wanted.name
+        if folder.read_record(name) is None:
+            folder.write_record(name, self._wanted.record(self._wanted.crc32c))
+            reach("fetch.recorded")
+        if part.present.any():
+            self._booked_bytes = charge_of(part.present, part.n_bytes)
+            self._publisher.book(self._wanted, self._record(), self._booked_bytes)
+        self.fetch.offer(part.hold(), part.present)
+
+    def _record(self) -> str:
+        return self._wanted.record(self._wanted.crc32c).to_json()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all units are there."""
+        return self._part is not None and bool(self.present.all())
+
+    def admit(self, units: Mask) -> bool:
+        """Reserve room for a part of these units; False: there is none."""
+        need_bytes = max(charge_of(units, self._wanted.n_bytes) - self._booked_bytes, 0)
+        evictor, name = self._publisher.evictor, self._wanted.name
+        if not evictor.reserve(name, need_bytes, spare=self.fetch.spare | {name}):
+            return False
+        self.reserved_bytes = need_bytes
+        reach("fetch.reserved")
+        return True
+
+    def part(self) -> Part:
+        """The part to write to, made at the first call. Raises OSError."""
+        part = self._part
+        if part is None:
+            folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
+            try:
+                part = Part.create(folder, name, n_bytes)
+            except FileExistsError:  # where locks lie somebody else has begun one since we looked
+                found = Part.open(folder, name, n_bytes)
+                if found is None:
+                    raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
+                part = found
+            self._begin(part)
+            self._part, self.present = part, part.present
+        return part
+
+    def book(self) -> None:
+        """Set the part's row on the books to what it is by now; one without a unit goes."""
+        if self._part is None or not self._part.has_name:  # somebody found it wrong, and removed it
+            self._publisher.accounts.release(self._wanted.name)
+        elif self.present.any():
+            self._publisher.book(self._wanted, self._record(), charge_of(self.present, self._wanted.n_bytes))
+            reach("fetch.booked")
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Remove the part, and what the books know of it."""
+        self._publisher.remove(self._wanted.name)
+        self._publisher.accounts.release(self._wanted.name)
+
+    def end(self, error: BaseException) -> None:
+        """After an error: what has come stays, for whoever goes on with it, unless the object is another one by now."""
+        with suppress(OSError, sqlite3.Error):  # what failed first is what is told
+            if isinstance(error, ObjectChanged):
+                self.drop()
+            else:
+                self.book()
+
+    def close(self) -> None:
+        """Close the part."""
+        if self._part is not None:
+            self._part.close()

@@ -1,0 +1,38 @@
+"""Files that somebody was writing when he died: they never got their names, and nobody looks at them again."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tiercache.cache.machine import pid_namespace, start_time
+from tiercache.catalog.files import maker_of
+
+if TYPE_CHECKING:
+    from tiercache.cache.folder import Folder
+
+# A small file is written in microseconds. What is older has lost its writer, even if his number runs again.
+OLD_S = 600.0
+
+
+def sweep(folder: Folder) -> None:
+    """Remove files in the making whose writers do not run any more, or have been at it for OLD_S. Raises OSError."""
+    for below in ("", *folder.BELOW):
+        with suppress(FileNotFoundError):
+            for file in os.listdir(folder.root / below):  # noqa: PTH208 - names, thousands of them
+                if file.startswith(".") and _is_left(folder, below, file):
+                    folder.remove_file(below, file)
+
+
+def _is_left(folder: Folder, below: str, file: str) -> bool:
+    maker = maker_of(file)
+    if maker is None:
+        return False
+    if maker[0] == pid_namespace() and start_time(maker[1]) is None:
+        return True
+    try:
+        return abs(time.time() - (folder.root / below / file).lstat().st_mtime) > OLD_S
+    except FileNotFoundError:
+        return False

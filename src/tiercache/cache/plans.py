@@ -1,0 +1,323 @@
+"""Plan files: what every job of this machine will read next, so that the cache keeps what is needed soonest.
+
+A file `plans/OWNER.RANDOM.plan` holds one ReadingPlan as a table sorted by the names of copies::
+
+    0   8  magic
+    8   8  m, rows of the table
+    16  8  the job's clock: stored bytes of shards read since its epoch began; the owner writes it as it goes on
+    24  8  bytes of the label behind the table
+    32 32  0
+    64  44 m  name (20 bytes), first, last, then (int64 each, see model.ReadingPlan)
+        .. label: who reads, for people
+
+Its owner keeps it locked. It is void, and swept by whoever meets it, when lock and owner are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from tiercache.cache.inherit import close_private, keep_private
+from tiercache.cache.locks import try_exclusive, try_shared
+from tiercache.cache.names import NAME_BYTES, Names
+from tiercache.cache.partial import write_all
+from tiercache.cache.policy import UNPLANNED
+from tiercache.catalog.files import open_file
+from tiercache.model import NEVER
+from tiercache.points import reach
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.cache.folder import Folder
+    from tiercache.cache.owners import Owners
+    from tiercache.model import Following, ReadingPlan
+
+_MAGIC = b"tcplan\x00\x01"
+_HEADER = struct.Struct("<8sQQQ32x")
+_CLOCK_AT = 16
+_CLOCK = struct.Struct("<Q")
+_ROW = np.dtype([("name", np.uint8, NAME_BYTES), ("first", "<i8"), ("last", "<i8"), ("then", "<i8")])
+_SUFFIX, _TEMP_SUFFIX = ".plan", ".new"
+
+
+# The next use of some copies and the one after it, int64[n] each: see Table.uses().
+Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A plan by names, sorted; first, last, then: int64[m] as in a ReadingPlan."""
+
+    names: Names
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    then: NDArray[np.int64]
+    label: str = ""
+
+    @classmethod
+    def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> Table:
+        """The table of a plan. names: uint8[m, 20], of its shards. Shards that are one copy become one row."""
+        found = Names.of(names)
+        order = found.order()
+        found = found.take(order)
+        first, last, then = (np.asarray(column, np.int64)[order] for column in (plan.first, plan.last, plan.then))
+        starts = np.flatnonzero(found.is_new())
+        if len(starts) < len(found):
+            found = found.take(starts)
+            first, then = np.minimum.reduceat(first, starts), np.minimum.reduceat(then, starts)
+            # In use until the last of them has been read; NEVER belongs to those that are not read in this epoch.
+            last = np.maximum.reduceat(np.where(last == NEVER, -1, last), starts)
+            last = np.where(first == NEVER, NEVER, last)
+        return cls(found, first, last, then, plan.owner)
+
+    def uses(self, rows: NDArray[np.int64], clock: int) -> Uses:
+        """The next use of each row and the one after it, in bytes still to read: int64[n] each.
+
+        0: it is in use; NEVER: not seen by the plan; UNPLANNED: for rows of -1.
+        """
+        unplanned = rows < 0
+        if unplanned.all():
+            coming = np.full(len(rows), UNPLANNED, np.int64)
+            return coming, coming
+        first, last, then = self.first[rows], self.last[rows], self.then[rows]
+        over = (first == NEVER) | (clock >= last)
+        later = np.where(then == NEVER, NEVER, np.maximum(then - clock, 1))
+        coming = np.where(over, later, np.maximum(first - clock, 0))
+        after = np.where(over, NEVER, later)
+        coming[unplanned] = after[unplanned] = UNPLANNED
+        return coming, after
+
+
+def encode(table: Table) -> bytes:
+    """The bytes of a plan file, at clock 0."""
+    rows = np.empty(len(table.names), _ROW)
+    rows["name"] = table.names.raw
+    rows["first"], rows["last"], rows["then"] = table.first, table.last, table.then
+    label = table.label.encode()
+    return _HEADER.pack(_MAGIC, len(rows), 0, len(label)) + rows.tobytes() + label
+
+
+def decode(data: bytes) -> Table | None:
+    """The table of a plan file; None: it is not one."""
+    if len(data) < _HEADER.size:
+        return None
+    magic, m, _, n_label = _HEADER.unpack_from(data)
+    end = _HEADER.size + m * _ROW.itemsize
+    if magic != _MAGIC or len(data) != end + n_label:
+        return None
+    rows = np.frombuffer(data, _ROW, m, _HEADER.size)
+    # Whoever may write here may write nonsense: it must not overflow what is computed from it.
+    first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
+    return Table(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"))
+
+
+_NO_USES = np.empty(0, np.int64)
+_NOTHING = Table(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_USES, _NO_USES)
+
+
+class Plans:
+    """The live plans of a folder. Safe from any thread; the lock guards the plans that are known here."""
+
+    def __init__(self, folder: Folder, owners: Owners) -> None:
+        """Sweep what dead jobs have left."""
+        self._folder, self._owners = folder, owners
+        self._lock = Lock()
+        self._read: dict[str, _Read] = {}
+        self._published: weakref.WeakSet[Published] = weakref.WeakSet()
+        with self._lock, suppress(OSError):
+            self._refresh()
+
+    def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> Following:
+        """Let all who use the folder know when this job reads which copies.
+
+        Args:
+            names: uint8[m, 20], names of the copies of plan.shards.
+            plan: when each is read.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: names and plan are not of one length.
+        """
+        lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"a plan needs shards, names, first, last and then of one length, got {lengths}")
+        published = Published(self._folder, str(self._owners.me), encode(Table.of(names, plan)))
+        self._published.add(published)
+        return published
+
+    def uses(self, *asked: Names) -> list[Uses]:
+        """The next use of each copy and the one after it, over all live plans, for each table of names.
+
+        See Table.uses(). The first table may be asked about again and again: where its names stand is remembered.
+        """
+        with self._lock:
+            plans = self._refresh()
+            return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
+
+    def next_use(self, names: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Bytes that a job still reads before it needs each copy; UNPLANNED: no plan names it.
+
+        names: uint8[n, 20]. Returns int64[n].
+        """
+        return self.uses(Names.of(names))[0][0]
+
+    def then(self, names: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The same to the use after the next one."""
+        return self.uses(Names.of(names))[0][1]
+
+    def labels(self) -> list[str]:
+        """Who reads, for people: of each live plan."""
+        with self._lock:
+            return sorted(plan.table.label for plan in self._refresh())
+
+    def close(self) -> None:
+        """Withdraw what was published here, and close what was read."""
+        for published in list(self._published):
+            published.close()
+        with self._lock:
+            while self._read:
+                close_private(self._read.popitem()[1].fd)
+
+    # -- who lives --------------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> list[_Read]:
+        """The live plans. Dead ones are swept: they would keep copies for nobody."""
+        try:
+            with os.scandir(self._folder.plans) as entries:
+                files = {entry.name for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            files = set()  # somebody deleted the folder
+        for file in self._read.keys() - files:
+            close_private(self._read.pop(file).fd)
+        for file in files:
+            if file.endswith(_TEMP_SUFFIX):
+                if not self._owners.alive(file.split(".")[0]):
+                    self._sweep(file)
+            elif file.endswith(_SUFFIX):
+                self._look(file)
+        return list(self._read.values())
+
+    def _look(self, file: str) -> None:
+        read = self._read.get(file)
+        if read is None:
+            with suppress(OSError):  # withdrawn meanwhile, or nothing that can be read: it is no plan
+                read = self._read[file] = _Read.open(self._folder, file)
+        # Where locks lie it always seems free: then the owner decides.
+        if read is not None and not self._is_locked(file) and not self._owners.alive(file.split(".")[0]):
+            close_private(self._read.pop(file).fd)
+            self._sweep(file)
+
+    def _is_locked(self, file: str) -> bool:
+        try:
+            fd = open_file(f"{self._folder.plans}/{file}", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not try_shared(fd)
+        finally:
+            os.close(fd)
+
+    def _sweep(self, file: str) -> None:
+        with suppress(OSError):  # somebody else's folder, or a disk that fails: it is void all the same
+            self._folder.remove_file("plans", file)
+        reach("plan.swept")
+
+
+def _merged(plans: list[Uses], names: Names) -> Uses:
+    """The two nearest of all plans' uses."""
+    if not plans:
+        nobody = np.full(len(names), UNPLANNED, np.int64)
+        return nobody, nobody
+    coming, after = plans[0]
+    for its, its_after in plans[1:]:
+        # The second smallest of four: whose use comes later is the one after the other's, or an own second one is.
+        after = np.minimum(np.minimum(after, its_after), np.maximum(coming, its))
+        coming = np.minimum(coming, its)
+    return coming, after
+
+
+class _Read:
+    """A plan file that somebody published, open for reading. The clock is read, not mapped: nothing here can SIGBUS."""
+
+    def __init__(self, fd: int, table: Table) -> None:
+        self.fd, self.table = fd, table
+        self._names: Names | None = None
+        self._rows = _NO_USES
+
+    @classmethod
+    def open(cls, folder: Folder, file: str) -> _Read:
+        """Raises OSError. A file that is not a plan gives an empty table: it is swept when its owner is gone."""
+        fd = open_file(folder.plans / file, os.O_RDONLY)
+        try:
+            data = os.pread(fd, os.fstat(fd).st_size, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(keep_private(fd), decode(data) or _NOTHING)
+
+    def uses(self, names: Names, *, keep: bool) -> Uses:
+        """See Table.uses(), at the owner's clock now. keep: remember where the names stand."""
+        rows = self._rows if self._names is names else self.table.names.rows_of(names)
+        if keep:
+            self._names, self._rows = names, rows
+        data = os.pread(self.fd, _CLOCK.size, _CLOCK_AT)
+        (clock,) = _CLOCK.unpack(data) if len(data) == _CLOCK.size else (0,)
+        return self.table.uses(rows, min(clock, NEVER))
+
+
+class Published:
+    """A plan of this process in the folder. Safe from any thread."""
+
+    def __init__(self, folder: Folder, owner: str, data: bytes) -> None:
+        """Write it, locked before it has its name. Raises OSError."""
+        stem = f"{owner}.{secrets.token_hex(4)}"
+        temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
+        fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder.rights.file))
+        try:
+            try_exclusive(fd)
+            write_all(fd, memoryview(data), 0)
+            reach("plan.written")
+            temp.rename(folder.plans / file)
+            reach("plan.named")
+        except BaseException:
+            close_private(fd)
+            with suppress(OSError):
+                temp.unlink()
+            raise
+        self._fd, self._pid = fd, os.getpid()
+        self._lock = Lock()
+        self._finalizer = weakref.finalize(self, _withdraw, folder, file, fd, self._pid)
+
+    def advance(self, clock: int) -> None:
+        """Say how far the job is: eight bytes into the page cache."""
+        if os.getpid() != self._pid:
+            return  # a fork's: the lock may be held for ever by a thread that did not come along
+        with self._lock:
+            if self._finalizer.alive:
+                with suppress(OSError):  # a plan that lags is only a worse plan
+                    os.pwrite(self._fd, _CLOCK.pack(clock), _CLOCK_AT)
+
+    def close(self) -> None:
+        """Withdraw it. Repeatable."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                self._finalizer()
+
+
+def _withdraw(folder: Folder, file: str, fd: int, pid: int) -> None:
+    if os.getpid() != pid:
+        return  # a fork's: the file is the parent's, and the descriptor is closed already
+    with suppress(OSError):
+        folder.remove_file("plans", file)
+    reach("plan.withdrawn")
+    close_private(fd)

@@ -1,0 +1,277 @@
+"""Copies that were found to be wrong: never served again, compared with what is fetched in their place, then deleted.
+
+::
+
+    quarantine/NAME-RANDOM.json  what is known; written before the copy is moved, and again when it was compared
+    quarantine/NAME-RANDOM.bad   the wrong copy, until then
+
+A crash leaves one of three things, and the next sweep ends each: a note without a copy (it was not moved yet), a copy
+with a note that waits (it is compared with the one that is there by now, or deleted), a copy whose note is finished (it
+is deleted).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from tiercache.cache.difference import Difference, difference_of
+from tiercache.cache.holders import is_locked
+from tiercache.cache.locks import NameLock
+from tiercache.cache.record import NAME
+from tiercache.catalog import charge_bytes
+from tiercache.catalog.files import open_file, read_text, replace_whole
+from tiercache.points import reach
+from tiercache.waiting import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tiercache.cache.folder import Folder
+    from tiercache.cache.owners import Owners
+    from tiercache.catalog import Accounts
+    from tiercache.stats import Counters
+
+# A wrong copy waits so long for a right one to be compared with; a report is kept for people to find it on Monday.
+WAIT_S = 3600.0
+KEEP_S = 30 * 86400.0
+# Bad memory makes many wrong copies: their bytes are room that good ones lack, and 64 reports tell the story.
+MOST_COPIES = 8
+MOST_REPORTS = 64
+LOCK_WAIT_S = 10.0
+
+
+class Quarantine:
+    """The quarantine of one folder, as one process sees it. Safe from any thread; the lock guards the two tables.
+
+    The budget: what lies here, or was deleted because it was wrong and is still held by a reader, stays reserved by
+    this process until nobody holds it any more. The free floor needs no such count: statvfs(2) sees those blocks as
+    taken. Nor does eviction: it deletes nothing that anybody holds.
+    """
+
+    def __init__(self, folder: Folder, owners: Owners, accounts: Accounts, counters: Counters) -> None:
+        self._folder, self._owners, self._accounts, self._counters = folder, owners, accounts, counters
+        self._lock = Lock()
+        self._waiting: set[str] = set()
+        self._unlinked: dict[str, int] = {}
+
+    # -- in ---------------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, fd: int, *, reason: str, found_crc32c: int | None = None) -> bool:
+        """Move a copy here that was found to be wrong; False: another process has done it, or it is gone.
+
+        The race with another reader who found the same: (1) both check the file, (2) the other moves it and a right
+        copy takes its place, (3) we move that. So it is moved only while it is the file that was checked.
+
+        Args:
+            name: of the copy.
+            fd: the file that was checked, open; not kept.
+            reason: what was wrong, for people.
+            found_crc32c: of the whole file, None where it could not be read.
+
+        Raises:
+            OSError, sqlite3.Error: the disk or the catalog fails; the copy may still be there.
+        """
+        lock = NameLock(self._folder.locks / name)
+        try:
+            wait_for(lock.try_take, LOCK_WAIT_S)  # without it all is right too, but for a second download
+            status = os.fstat(fd)
+            if not self._is(name, status):
+                return False
+            self._make_room()
+            stem = f"{name}-{secrets.token_hex(4)}"
+            self._write(stem, self._facts(name, status.st_size, reason, found_crc32c))
+            reach("quarantine.noted")
+            if not self._folder.set_aside(name, f"{stem}.bad"):
+                return False
+            reach("quarantine.moved")
+            # Its record, its map, its books: of the name, which a right copy will take.
+            self._folder.remove_copy(name)
+            reach("quarantine.unrecorded")
+            self._accounts.remove([name])
+            self._hold(stem, status.st_size)
+        finally:
+            lock.give_back()
+        self._counters.add("quarantined")
+        return True
+
+    def _facts(self, name: str, n_bytes: int, reason: str, found_crc32c: int | None) -> dict[str, Any]:
+        record = self._folder.read_record(name)
+        return {
+            "name": name,
+            "source": "" if record is None else record.source,
+            "reason": reason,
+            "n_bytes": n_bytes,
+            "expected_crc32c": None if record is None else record.crc32c,
+            "found_crc32c": found_crc32c,
+            "when_s": int(time.time()),
+            "owner": str(self._owners.me),
+            "compared": False,
+        }
+
+    def _is(self, name: str, status: os.stat_result) -> bool:
+        try:
+            there = os.lstat(self._folder.copy_path(name))
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (status.st_dev, status.st_ino)
+
+    def _hold(self, stem: str, n_bytes: int) -> None:
+        """Reserve what the wrong copy still takes of the disk; where there is no room for it, it is not counted."""
+        with self._lock:
+            self._waiting.add(stem)
+        self._accounts.reserve(stem, charge_bytes(n_bytes), spare_bytes=lambda: 1 << 62)
+
+    def _make_room(self) -> None:
+        copies = self._stems(".bad")
+        for stem in copies[: max(len(copies) - MOST_COPIES + 1, 0)]:
+            self._end(stem, "not compared: too many wrong copies waited")
+
+    # -- out --------------------------------------------------------------------------------------------------------
+
+    def awaits(self, name: str) -> bool:
+        """Whether this process has put a copy of that name here, which waits for a right one. No I/O."""
+        with self._lock:
+            return any(stem.startswith(name) for stem in self._waiting)
+
+    def compare(self, name: str) -> list[Difference]:
+        """Compare the wrong copies of that name with the one that is there now, report, and delete them.
+
+        Raises:
+            OSError, sqlite3.Error: the disk or the catalog fails; a sweep will go on.
+        """
+        found: list[Difference] = []
+        good = self._folder.open_copy(name)
+        if good is None:
+            return found
+        try:
+            for stem in self._stems(".bad"):
+                if stem.startswith(f"{name}-"):
+                    with suppress(FileNotFoundError):  # another process was faster
+                        found.append(self._compare_one(stem, good))
+        finally:
+            os.close(good)
+        return found
+
+    def _compare_one(self, stem: str, good: int) -> Difference:
+        bad = open_file(self._folder.quarantine / f"{stem}.bad", os.O_RDONLY)
+        try:
+            difference = difference_of(bad, good)
+            reach("quarantine.compared")
+            self._end(stem, str(difference), difference)
+        finally:
+            os.close(bad)
+        return difference
+
+    def _end(self, stem: str, verdict: str, difference: Difference | None = None) -> None:
+        """Write the last word on a wrong copy and delete it."""
+        facts = self._read(stem) or {"name": stem[:40]}
+        if not facts.get("compared"):
+            facts |= {"compared": True, "verdict": verdict} | ({} if difference is None else difference.facts())
+            self._write(stem, facts)
+        reach("quarantine.reported")
+        with suppress(FileNotFoundError):
+            inode = (self._folder.quarantine / f"{stem}.bad").lstat().st_ino
+            self._folder.remove_file("quarantine", f"{stem}.bad")
+            reach("quarantine.deleted")
+            with self._lock:
+                self._waiting.discard(stem)
+                self._unlinked[stem] = inode
+        self.settle()
+
+    @contextmanager
+    def unlinking(self, name: str) -> Iterator[None]:
+        """Delete a copy, whole or in part, inside this: what its readers keep of the disk goes on counting."""
+        inode, charge = 0, self._folder.charge_of(name) or 0
+        for kind in ("", ".part"):
+            with suppress(OSError):
+                inode = inode or os.lstat(self._folder.copy_path(f"{name}{kind}")).st_ino
+        yield
+        if inode and is_locked(inode):
+            stem = f"{name}-{secrets.token_hex(4)}"
+            self._accounts.reserve(stem, charge, spare_bytes=lambda: 1 << 62)
+            with self._lock:
+                self._unlinked[stem] = inode
+
+    def settle(self) -> None:
+        """Give back what was reserved for deleted copies that nobody holds any more. Cheap where there are none."""
+        with self._lock:
+            unlinked = dict(self._unlinked)
+            for stem in [s for s in self._waiting if not os.path.lexists(self._folder.quarantine / f"{s}.bad")]:
+                unlinked[stem] = 0  # compared and deleted by another process
+                self._waiting.discard(stem)
+        for stem, inode in unlinked.items():
+            if not is_locked(inode):
+                self._accounts.release(stem)
+                with self._lock:
+                    self._unlinked.pop(stem, None)
+
+    def close(self) -> None:
+        """End what waits for a copy that this process will not fetch any more. Raises as compare()."""
+        with self._lock:
+            waiting = sorted(self._waiting)
+        for stem in waiting:
+            self._end(stem, "not compared: the cache was closed before it was fetched again")
+
+    # -- looking, and what others left ------------------------------------------------------------------------------
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What is known of all wrong copies, oldest first."""
+        found = [self._read(stem) for stem in self._stems(".json")]
+        return [facts for facts in found if facts is not None]
+
+    def sweep(self) -> None:
+        """End what a crash left half done; forget what is old, or more than MOST_REPORTS."""
+        for stem in self._stems(".bad"):
+            with suppress(FileNotFoundError):
+                facts = self._read(stem) or {}
+                if facts.get("compared"):
+                    self._end(stem, "")
+                elif not self.compare(stem[:40]) and not self._is_awaited(stem, facts):
+                    self._end(stem, "not compared: it was not fetched again in time")
+        copies, notes = set(self._stems(".bad")), self._stems(".json")
+        for i, stem in enumerate(notes):
+            with suppress(FileNotFoundError):
+                facts = self._read(stem) or {"compared": True}
+                is_lost = stem not in copies and not facts.get("compared") and not self._is_alive(facts)
+                if is_lost or self._age_s(f"{stem}.json") > KEEP_S or i < len(notes) - MOST_REPORTS:
+                    self._folder.remove_file("quarantine", f"{stem}.json")
+
+    def _is_awaited(self, stem: str, facts: dict[str, Any]) -> bool:
+        return self._is_alive(facts) and self._age_s(f"{stem}.json") < WAIT_S
+
+    def _is_alive(self, facts: dict[str, Any]) -> bool:
+        """Whether the process that found a wrong copy still has the cache open."""
+        owner = str(facts.get("owner"))
+        return owner == str(self._owners.me) or self._owners.alive(owner)
+
+    def _age_s(self, file: str) -> float:
+        # Both ways: what a clock that was set back makes too young is as old as it is far ahead.
+        return abs(time.time() - (self._folder.quarantine / file).lstat().st_mtime)
+
+    def _stems(self, suffix: str) -> list[str]:
+        """What lies here with that suffix, oldest first."""
+        found: list[tuple[float, str]] = []
+        with suppress(OSError), os.scandir(self._folder.quarantine) as entries:
+            for entry in entries:
+                stem = entry.name.removesuffix(suffix)
+                if stem != entry.name and NAME.fullmatch(stem.partition("-")[0]):
+                    with suppress(FileNotFoundError):
+                        found.append((entry.stat(follow_symlinks=False).st_mtime, stem))
+        return [stem for _, stem in sorted(found)]
+
+    def _write(self, stem: str, facts: dict[str, Any]) -> None:
+        text = json.dumps({"format": 0} | facts, indent=1) + "\n"
+        replace_whole(self._folder.quarantine / f"{stem}.json", text, self._folder.rights.file)
+
+    def _read(self, stem: str) -> dict[str, Any] | None:
+        try:
+            facts = json.loads(read_text(self._folder.quarantine / f"{stem}.json"))
+        except (OSError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) else None

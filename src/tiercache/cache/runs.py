@@ -1,0 +1,259 @@
+"""Each policy on a trace, access by access: what replay.py runs. The decisions are policy.py's."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from tiercache.cache.policy import (
+    UNPLANNED,
+    Ask,
+    Candidate,
+    Entry,
+    Fifo,
+    Queues,
+    Snapshot,
+    n_first_small,
+    plan,
+    push_out,
+    small_limit_bytes,
+)
+from tiercache.catalog import GHOSTS_SHARE
+from tiercache.model import NEVER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from tiercache.cache.replay import Trace
+
+# Marks the accesses that hit (a byte each); returns how many copies were evicted.
+Run: TypeAlias = "Callable[[Trace, int, bytearray], int]"
+
+
+def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each access's object is accessed next: int64[k], NEVER: not again."""
+    order = np.argsort(names, kind="stable")
+    after = np.full(len(names), NEVER, np.int64)
+    same = names[order[1:]] == names[order[:-1]]
+    after[order[:-1][same]] = order[1:][same]
+    return after
+
+
+def _resident(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    held: set[int] = set()
+    free = size_bytes
+    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+        if name in held:
+            hit[i] = 1
+        elif n_bytes <= free:
+            held.add(name)
+            free -= n_bytes
+    return 0
+
+
+def _lru(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    held: dict[int, int] = {}  # least recently used first
+    free, n_evicted = size_bytes, 0
+    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+        if name in held:
+            hit[i] = 1
+            held[name] = held.pop(name)
+            continue
+        if n_bytes > free:
+            victims = push_out(((who, n, UNPLANNED) for who, n in held.items()), Ask(n_bytes - free))
+            if victims is None:
+                continue
+            free += sum(map(held.pop, victims))
+            n_evicted += len(victims)
+        held[name] = n_bytes
+        free -= n_bytes
+    return n_evicted
+
+
+def _s3fifo(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    held: dict[int, Entry] = {}
+    ghosts = _Ghosts(int(size_bytes * GHOSTS_SHARE))
+    queues = Queues(size_bytes)
+    free, n_evicted = size_bytes, 0
+    for i, (name, n_bytes) in enumerate(zip(trace.names.tolist(), trace.n_bytes.tolist(), strict=True)):
+        entry = held.get(name)
+        if entry is not None:
+            hit[i] = 1
+            entry[2] += 1
+            continue
+        if n_bytes > size_bytes:
+            continue
+        was_ghost = ghosts.pop(name)
+        if n_bytes > free and not n_evicted:
+            queues = _after_first_fill(list(held.values()), size_bytes)
+        while n_bytes > free and (out := queues.evict()) is not None:
+            del held[out.entry[0]]
+            free += out.entry[1]
+            n_evicted += 1
+            if out.was_small:
+                ghosts.add(out.entry)
+        held[name] = entry = [name, n_bytes, 0]
+        (queues.main if was_ghost else queues.small).put(entry)
+        free -= n_bytes
+    return n_evicted
+
+
+def _after_first_fill(entries: list[Entry], size_bytes: int) -> Queues:
+    n_small = n_first_small(np.array([entry[1] for entry in entries]), small_limit_bytes(size_bytes))
+    small, main = entries[:n_small], entries[n_small:]
+    return Queues(size_bytes, Fifo(small, sum(e[1] for e in small)), Fifo(main, sum(e[1] for e in main)))
+
+
+class _Ghosts:
+    """What was evicted from the small queue lately, bounded by its bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._bytes: dict[int, int] = {}
+        self._free = most_bytes
+
+    def pop(self, name: int) -> bool:
+        n_bytes = self._bytes.pop(name, None)
+        self._free += n_bytes or 0
+        return n_bytes is not None
+
+    def add(self, entry: Entry) -> None:
+        self._bytes[entry[0]] = entry[1]
+        self._free -= entry[1]
+        while self._free < 0:
+            self._free += self._bytes.pop(next(iter(self._bytes)))
+
+
+def _plan(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    if len(np.unique(trace.job)) > 1:
+        return _plan_of_jobs(trace, size_bytes, hit)
+    return _plan_of_one(trace, size_bytes, hit, bypass=True)
+
+
+def _belady(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    return _plan_of_one(trace, size_bytes, hit, bypass=False)
+
+
+def _plan_of_one(trace: Trace, size_bytes: int, hit: bytearray, *, bypass: bool) -> int:
+    columns = (trace.names.tolist(), trace.n_bytes.tolist(), next_positions(trace.names).tolist())
+    held = _Furthest()
+    free, n_evicted = size_bytes, 0
+    for i, (name, n_bytes, at) in enumerate(zip(*columns, strict=True)):
+        if held.use(name, at):
+            hit[i] = 1
+            continue
+        if n_bytes > free:
+            victims = None
+            if n_bytes <= size_bytes:
+                victims = push_out(held.candidates(), Ask(n_bytes - free, then=at if bypass else -1))
+            free += held.end(victims)
+            if victims is None:
+                continue
+            n_evicted += len(victims)
+        held.add(name, n_bytes, at)
+        free -= n_bytes
+    return n_evicted
+
+
+class _Furthest:
+    """Copies by their next use, the furthest first."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[int, int]] = {}  # name: (next use, bytes)
+        self._heap: list[tuple[int, int]] = []
+        self._shown: list[tuple[int, int]] = []
+
+    def add(self, name: int, n_bytes: int, at: int) -> None:
+        self._held[name] = (at, n_bytes)
+        heapq.heappush(self._heap, (-at, name))
+
+    def use(self, name: int, at: int) -> bool:
+        """Note a use and when the next one is; False: it is not here."""
+        its = self._held.get(name)
+        if its is not None:
+            self.add(name, its[1], at)
+        return its is not None
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All, the furthest first. Followed by end()."""
+        while self._heap:
+            pair = heapq.heappop(self._heap)
+            late, name = pair
+            its = self._held.get(name)
+            if its is not None and its[0] == -late:
+                self._shown.append(pair)
+                yield name, its[1], its[0]
+
+    def end(self, victims: tuple[int, ...] | None) -> int:
+        """Let the victims go; returns their bytes."""
+        freed_bytes = sum(self._held.pop(name)[1] for name in victims or ())
+        for pair in self._shown[len(victims or ()) :]:
+            heapq.heappush(self._heap, pair)
+        self._shown.clear()
+        return freed_bytes
+
+
+def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:
+    names, row_of = np.unique(trace.names, return_inverse=True)
+    _, job_of = np.unique(trace.job, return_inverse=True)
+    uses = _Uses(trace, row_of, job_of)
+    n_bytes_of, held = np.zeros(len(names), np.int64), np.zeros(len(names), np.bool_)
+    free, n_evicted = size_bytes, 0
+    for i, (row, n_bytes) in enumerate(zip(row_of.tolist(), trace.n_bytes.tolist(), strict=True)):
+        uses.read(i)
+        if held[row]:
+            hit[i] = 1
+            continue
+        if n_bytes > free:
+            rows = np.flatnonzero(held)
+            then = int(uses.next_use(np.array([row]))[0])
+            copies = _snapshot(n_bytes_of[rows], uses.next_use(rows), size_bytes)
+            decision = plan(copies, Ask(n_bytes - free, then=then))
+            if not decision.admit or n_bytes > size_bytes:
+                continue
+            victims = rows[list(decision.victims)]
+            held[victims] = False
+            free += int(n_bytes_of[victims].sum())
+            n_evicted += len(victims)
+        held[row], n_bytes_of[row] = True, n_bytes
+        free -= n_bytes
+    return n_evicted
+
+
+def _snapshot(n_bytes: NDArray[np.int64], next_use: NDArray[np.int64], size_bytes: int) -> Snapshot:
+    n = len(n_bytes)
+    nothing, none = np.zeros(n, np.int64), np.zeros(n, np.bool_)
+    return Snapshot(n_bytes, nothing, none, nothing, np.arange(n), none, next_use, size_bytes, True)
+
+
+class _Uses:
+    """When each of several jobs needs each object next, by its own clock."""
+
+    def __init__(self, trace: Trace, row_of: NDArray[np.int64], job_of: NDArray[np.int64]) -> None:
+        n_rows, n_jobs = int(row_of.max(initial=-1)) + 1, int(job_of.max(initial=-1)) + 1
+        self._job, self._row, self._clock = job_of, row_of, trace.clock
+        self._next_at = next_positions(job_of * n_rows + row_of)
+        self._next = np.full((n_jobs, n_rows), NEVER, np.int64)
+        # Backwards, so that the first use of each is the one that stays.
+        self._next[job_of[::-1], row_of[::-1]] = trace.clock[::-1]
+        self._now = np.zeros(n_jobs, np.int64)
+
+    def read(self, i: int) -> None:
+        """Access i happens."""
+        job, at = self._job[i], self._next_at[i]
+        self._now[job] = self._clock[i]
+        self._next[job, self._row[i]] = NEVER if at == NEVER else self._clock[at]
+
+    def next_use(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes that a job still reads before it needs each: int64[len(rows)]."""
+        later = self._next[:, rows]
+        left = np.where(later == NEVER, NEVER, np.maximum(later - self._now[:, None], 1))
+        nearest: NDArray[np.int64] = left.min(axis=0)
+        return nearest
+
+
+RUNS: dict[str, Run] = {"plan": _plan, "resident": _resident, "s3fifo": _s3fifo, "lru": _lru, "belady": _belady}

@@ -1,0 +1,64 @@
+"""Traces of a cache: one line an opening, appended by every process that is asked to, read for the simulator."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.cache.replay import Trace
+from tiercache.catalog.files import open_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIELDS = 5
+
+
+class Tracer:
+    """Appends to a trace. Safe from any thread and process: a line is one write of less than a page."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file. Raises OSError."""
+        self._fd = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def add(self, name: str, n_bytes: int, *, hit: bool) -> None:
+        """Append an opening: name of the copy, bytes of the object. 3 us here. Raises OSError."""
+        line = f"{time.time():.6f} {os.getpid()} {name} {n_bytes} {int(hit)}\n"
+        os.write(self._fd, line.encode())
+
+    def close(self) -> None:
+        """Close the file. Once only."""
+        os.close(self._fd)
+
+
+def read_trace(path: Path) -> Trace:
+    """The trace of a file, in the order of time. Each process is a job; a line that a crash cut off is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a trace; says which line.
+    """
+    text = path.read_text(encoding="ascii", errors="replace")
+    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+    times, names, sizes, jobs = [], [], [], []
+    for n, line in enumerate(lines, start=1):
+        fields = line.split()
+        try:
+            if len(fields) != _FIELDS:
+                raise ValueError(f"{len(fields)} fields")
+            times.append(float(fields[0]))
+            jobs.append(int(fields[1]))
+            names.append(fields[2])
+            sizes.append(int(fields[3]))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {n}: {error}; a line of a trace is 'seconds process name bytes hit', as "
+                f"TIERCACHE_CACHE_TRACE has them written, got {line[:80]!r}"
+            ) from None
+    _, numbers = np.unique(np.array(names, dtype=str), return_inverse=True)
+    order = np.argsort(np.array(times), kind="stable")
+    columns = (numbers, np.array(sizes, np.int64), np.array(jobs, np.int64))
+    return Trace.of(*(column.astype(np.int64)[order] for column in columns))

@@ -1,0 +1,80 @@
+"""Reading a copy that has no checksums inside: each 4 KiB unit that is read is held against the map beside the copy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache._native.checksum import crc32c_pages
+from tiercache.cache.partial import open_map, read_all
+from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, ranges_of
+from tiercache.model import ByteRange
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tiercache.cache.folder import Folder
+    from tiercache.cache.partial import Held, Presence
+    from tiercache.store import Span
+
+
+def read_plain(fd: int, spans: Sequence[Span]) -> bool:
+    """Fill every span from a file; False: it could not be."""
+    return all(read_all(fd, buffer, wanted.start) for wanted, buffer in spans)
+
+
+def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Sequence[Span]) -> bool:
+    """Fill every span from a copy, whole or in part; False: it could not be read, or is not what was fetched.
+
+    Args:
+        folder, name: where its map lies.
+        fd: of the copy, held for the call.
+        n_bytes: of the copy.
+        spans: inside it; undefined where the answer is False.
+    """
+    presence = open_map(folder, name, fd, n_bytes)
+    if presence is None:
+        return False
+    try:
+        return read_held(fd, presence, spans)
+    finally:
+        presence.close()
+
+
+def read_held(fd: int, presence: Presence, spans: Sequence[Span]) -> bool:
+    """As read_verified(), by a map that is open."""
+    return all(_read_span(fd, presence, wanted, buffer) for wanted, buffer in spans)
+
+
+def _read_span(fd: int, presence: Presence, wanted: ByteRange, buffer: memoryview) -> bool:
+    if wanted.end > presence.n_bytes:
+        return False
+    for start in range(wanted.start // UNIT_BYTES * UNIT_BYTES, wanted.end, PIECE_BYTES):
+        end = min(start + PIECE_BYTES, -(-wanted.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+        data = np.empty(end - start, np.uint8)
+        if not read_all(fd, data.data, start) or not _is_right(presence, start, data):
+            return False
+        begin, stop = max(start, wanted.start), min(end, wanted.end)
+        buffer[begin - wanted.start : stop - wanted.start] = data.data[begin - start : stop - start]
+    return True
+
+
+def _is_right(presence: Presence, start: int, data: np.ndarray) -> bool:
+    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
+    crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
+    first = start // UNIT_BYTES
+    return np.array_equal(presence.sums(first, first + len(sums)), sums)
+
+
+def holds_what_was_sent(held: Held) -> bool:
+    """Whether each unit that is there of a part is what came from its source; False too where it cannot be read."""
+    presence = held.presence
+    if presence is None:
+        return True
+    for span in ranges_of(presence.mask(), presence.n_bytes):
+        for start in range(span.start, span.end, PIECE_BYTES):
+            data = np.empty(min(PIECE_BYTES, span.end - start), np.uint8)
+            if not read_all(held.fd, data.data, start) or not _is_right(presence, start, data):
+                return False
+    return True

@@ -1,0 +1,233 @@
+"""The tables of the accounts, and what is done to them inside a transaction. Plain functions on a connection."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable, Mapping
+
+BLOCK_BYTES = 4096
+FIGURES = (
+    "hits",
+    "misses",
+    "bytes_hit",
+    "bytes_fetched",
+    "evicted",
+    "evicted_early",
+    "quarantined",
+    "poisoned",
+)
+# Two bits a copy count its uses for s3fifo: more of them change little (Yang et al., SOSP 2023, section 4.1).
+MOST_FREQ = 3
+# Names that are gone are remembered by how they left: evicted from the small queue of s3fifo (its ghosts), evicted from
+# the main one, or lost otherwise (deleted by hand, damaged). Who keeps the books in memory needs to hear of them all.
+_GONE = ("small", "main", "lost")
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE copies (
+    name TEXT PRIMARY KEY, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0), record TEXT NOT NULL,
+    uses INTEGER NOT NULL DEFAULT 0, last_use INTEGER NOT NULL DEFAULT 0,
+    main INTEGER NOT NULL DEFAULT 0, freq INTEGER NOT NULL DEFAULT 0, turn INTEGER NOT NULL DEFAULT 0,
+    changed INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX copies_changed ON copies (changed);
+CREATE TABLE gone (
+    name TEXT PRIMARY KEY, kind TEXT NOT NULL, charge_bytes INTEGER NOT NULL, changed INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX gone_changed ON gone (kind, changed);
+CREATE TABLE reservations (
+    owner TEXT NOT NULL, name TEXT NOT NULL, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0),
+    PRIMARY KEY (owner, name)
+) WITHOUT ROWID;
+CREATE TABLE openers (owner TEXT PRIMARY KEY, limit_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE figures (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER copy_in AFTER INSERT ON copies BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER copy_grows AFTER UPDATE OF charge_bytes ON copies BEGIN
+    UPDATE meta SET value = value + new.charge_bytes - old.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER reservation_in AFTER INSERT ON reservations BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'reserved'; END;
+CREATE TRIGGER reservation_out AFTER DELETE ON reservations BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'reserved'; END;
+CREATE TRIGGER ghost_in AFTER INSERT ON gone BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'gone ' || new.kind; END;
+CREATE TRIGGER ghost_out AFTER DELETE ON gone BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'gone ' || old.kind; END;
+INSERT INTO meta VALUES ('used', 0), ('reserved', 0), ('clock', 0), ('forgotten', 0), ('evicted', 0);
+INSERT INTO meta VALUES ('gone small', 0), ('gone main', 0), ('gone lost', 0);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRow:
+    """A copy, or a part of one, on the books.
+
+    record: JSON, "" where the source is not known; last_use: a count, not a time. For s3fifo: main: it stands in the
+    main queue, else in the small one; freq: uses since it came there, MOST_FREQ at most; turn: its place in the queue,
+    a count, the smallest is its head.
+    """
+
+    name: str
+    charge_bytes: int
+    record: str
+    uses: int
+    last_use: int
+    main: bool = False
+    freq: int = 0
+    turn: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What changed on the books between two looks.
+
+    since: what to ask with the next time; whole: rows are all that there are, and nothing known before counts.
+    gone: names that left; has_evicted: whether anything ever was evicted; limit_bytes: the smallest of all who live.
+    """
+
+    since: tuple[str, int]
+    whole: bool
+    rows: tuple[CopyRow, ...]
+    gone: tuple[str, ...]
+    has_evicted: bool
+    limit_bytes: int
+
+
+_ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
+
+
+def make(db: sqlite3.Connection, boot: str) -> None:
+    """Make the tables of a new file. boot: of the machine; books of another boot are not believed."""
+    # A trigger has a ";" inside: no statement ends before one at the end of its line, and a trigger's is "END;".
+    for statement in _SCHEMA.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+    db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot, secrets.token_hex(8)))
+    db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
+
+
+def meta(db: sqlite3.Connection, key: str) -> int:
+    """One number that the tables keep."""
+    return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+
+def sums(db: sqlite3.Connection) -> tuple[int, int]:
+    """Bytes of copies, and bytes reserved."""
+    found = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
+    return int(found["used"]), int(found["reserved"])
+
+
+def tick(db: sqlite3.Connection, n: int) -> int:
+    """Let the books' clock go on by n; its time then."""
+    return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
+
+
+def charge_of(db: sqlite3.Connection, name: str) -> int | None:
+    """What a copy is charged on the books; None: it is not on them."""
+    row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
+    return None if row is None else int(row[0])
+
+
+def set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
+    """Set a copy's row; a new one enters its queue: the main one if it was evicted lately, else the small one."""
+    now = tick(db, 1)
+    query = "UPDATE copies SET charge_bytes = ?, record = ?, changed = ? WHERE name = ?"
+    if db.execute(query, (charge_bytes, record, now, name)).rowcount:
+        return
+    row = db.execute("DELETE FROM gone WHERE name = ? RETURNING kind", (name,)).fetchone()
+    is_ghost = row is not None and row[0] == "small"
+    db.execute(
+        "INSERT INTO copies (name, charge_bytes, record, last_use, main, turn, changed) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (name, charge_bytes, record, now, is_ghost, now, now),
+    )
+
+
+def drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
+    """Take copies off the books, and remember that they were there."""
+    for name in names:
+        row = db.execute("DELETE FROM copies WHERE name = ? RETURNING charge_bytes, main", (name,)).fetchone()
+        if row is not None:
+            kind = ("main" if row[1] else "small") if evicted else "lost"
+            db.execute("INSERT INTO gone VALUES (?, ?, ?, ?)", (name, kind, row[0], tick(db, 1)))
+            if evicted:
+                db.execute("UPDATE meta SET value = value + 1 WHERE key = 'evicted'")
+
+
+def forget_gone(db: sqlite3.Connection, most_bytes: int) -> None:
+    """Forget what left longest ago, beyond most_bytes of each kind."""
+    query = "DELETE FROM gone WHERE name = (SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1)"
+    for kind in _GONE:
+        while meta(db, f"gone {kind}") > most_bytes:
+            (last,) = db.execute(f"{query} RETURNING changed", (kind,)).fetchone()
+            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", (last,))
+
+
+def is_ghost(db: sqlite3.Connection, name: str) -> bool:
+    """Whether a name was evicted lately."""
+    return db.execute("SELECT 1 FROM gone WHERE name = ? AND kind <> 'lost'", (name,)).fetchone() is not None
+
+
+def add_uses(db: sqlite3.Connection, uses: Mapping[str, int]) -> None:
+    """Add uses by name; the mapping's order is the order of last use."""
+    first = tick(db, len(uses)) - len(uses) + 1
+    db.executemany(
+        "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4",
+        [(n, MOST_FREQ, first + i, name) for i, (name, n) in enumerate(uses.items())],
+    )
+
+
+def requeue(db: sqlite3.Connection, moves: Iterable[tuple[str, bool, int]]) -> None:
+    """Put copies at the end of a queue, in order. moves: (name, into the main queue, freq)."""
+    for name, main, freq in moves:
+        now = tick(db, 1)
+        query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
+        db.execute(query, (main, freq, now, name))
+
+
+def _copy_row(row: tuple[Any, ...]) -> CopyRow:
+    name, charge_bytes, record, uses, last_use, main, freq, turn = row
+    return CopyRow(name, charge_bytes, record, uses, last_use, bool(main), freq, turn)
+
+
+def rows(db: sqlite3.Connection) -> list[CopyRow]:
+    """All copies on the books, least recently used first."""
+    query = f"SELECT {_ROW} FROM copies ORDER BY last_use, name"  # noqa: S608 - our own columns
+    return [_copy_row(row) for row in db.execute(query)]
+
+
+def rows_with(db: sqlite3.Connection, text: str) -> list[CopyRow]:
+    """Copies whose record has text in it. SQLite looks: 100,000 records take it 40 ms, and us 2 s."""
+    query = f"SELECT {_ROW} FROM copies WHERE instr(record, ?)"  # noqa: S608 - our own columns
+    return [_copy_row(row) for row in db.execute(query, (text,))]
+
+
+def changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) -> Changes:
+    """What changed since: of the answer to an earlier question, ("", 0) for all."""
+    (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
+    whole = since[0] != catalog or since[1] < meta(db, "forgotten")
+    seen = 0 if whole else since[1]
+    query = f"SELECT {_ROW} FROM copies WHERE changed > ?"  # noqa: S608 - our own columns
+    found = tuple(_copy_row(row) for row in db.execute(query, (seen,)))
+    query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
+    gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
+    return Changes((catalog, meta(db, "clock")), whole, found, gone, meta(db, "evicted") > 0, limit_bytes)
+
+
+def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
+    """Add to the sums by name."""
+    db.executemany(
+        "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2",
+        list(figures.items()),
+    )
+
+
+def figures(db: sqlite3.Connection) -> dict[str, int]:
+    """The sums by name."""
+    return dict(db.execute("SELECT name, value FROM figures").fetchall())

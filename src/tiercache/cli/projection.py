@@ -1,0 +1,44 @@
+"""Which bytes of shards hold some columns: from their footers, which are read side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from tiercache.shard.opening import read_footer_alone
+from tiercache.shard.projection import column_ranges
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tiercache.cli.opening import OpenDataSet
+    from tiercache.cli.output import Advance
+    from tiercache.model import ByteRange
+
+# Footers are some KiB: their time is round trips.
+FOOTER_THREADS = 16
+
+
+def projected(
+    data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
+) -> Mapping[str, tuple[ByteRange, ...]]:
+    """Ranges of the shards that hold the columns, by name of the shard; those that are all but whole are left out.
+
+    Raises:
+        SchemaError: no such column.
+        NotFound, StoreError, CorruptShard: of a footer.
+    """
+    schema = data_set.version.schema
+    numbers = [schema.index(name) for name in schema.select(columns).names]
+    infos = [data_set.shards.info(i) for i in shards.tolist()]
+    ranges: dict[str, tuple[ByteRange, ...]] = {}
+    with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
+        footers = pool.map(lambda info: read_footer_alone(data_set.store, info.name, info), infos)
+        for n_done, (info, footer) in enumerate(zip(infos, footers, strict=True), start=1):
+            found = column_ranges(footer, info, numbers)
+            if found is not None:
+                ranges[info.name] = found
+            advance(n_done, len(infos))
+    return ranges

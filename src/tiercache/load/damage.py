@@ -1,0 +1,178 @@
+"""What of a source cannot be read, as far as a run has found out: records, blocks, shards that are to be passed by.
+
+Only of runs that go on past damage (`LoaderOptions(on_corrupt="previous")`). Nothing is looked for: damage is what
+loading, gathering and decoding stumbled over, and what else is wrong in the same shard.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from tiercache._native import gather
+from tiercache.errors import CorruptShard
+from tiercache.load.streams import gather_streams
+from tiercache.order import BlockTable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.load.options import LoaderOptions
+    from tiercache.load.source import Source
+    from tiercache.shard.blocks import Blocks
+
+    Rows: TypeAlias = NDArray[np.int64] | None  # of a block, rising; None: all of them
+
+# Where a record lies: shard, block in it, row in that. As a place of damage: None for what is damaged as a whole.
+Place: TypeAlias = tuple[int, int, int]
+Damaged: TypeAlias = tuple[int, int | None, int | None]
+
+_ROWS_AT_A_TIME = 1024  # to be looked at for the next bad one: 1 ms in a block without any, little in a bad page
+_NO_ROWS = np.empty(0, np.int64)
+
+
+class Damage:
+    """Records that cannot be read, by shard, block and row as they are stored. It only grows.
+
+    Safe from any thread: what is asked for is replaced under the lock, and never changed.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._blocks: dict[tuple[int, int], Rows] = {}
+        self._shards: frozenset[int] = frozenset()  # wholly damaged, their blocks counted as they are or stood in for
+        self._stand_ins: dict[int, BlockTable] = {}
+        self._surveyed: set[int] = set()
+        self._warned: set[int] = set()
+        self.shards = np.empty(0, np.int64)  # in which something is damaged
+
+    def __bool__(self) -> bool:
+        return len(self.shards) > 0
+
+    def rows(self, shard: int, block: int) -> Rows:
+        """Which rows of a block cannot be read; None: none can."""
+        return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
+
+    def is_bad(self, place: Place) -> bool:
+        """Whether a record cannot be read. place: as the order counts rows, of a view its own."""
+        shard, block, row = self.stored(place)
+        rows = self.rows(shard, block)
+        return rows is None or row in rows
+
+    def stored(self, place: Place) -> Place:
+        """A place of the order as it is stored: rows of a view count all of their block's."""
+        shard, block, row = place
+        if shard in self._shards:  # what a view chooses of it cannot be found any more, nor does it matter
+            return place
+        where = np.array([shard], np.int32), np.array([block], np.int32)
+        found = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
+        return shard, block, int(found[0])
+
+    def add(self, place: Damaged) -> None:
+        """Let a record, a block (no row) or a shard (no block) be damaged. place: as it is stored."""
+        shard, block, row = place
+        self._add(shard, block, None if row is None else np.array([row], np.int64))
+
+    def learn(self, place: Damaged, error: CorruptShard) -> None:
+        """Hear what somebody stumbled over: look through its shard, once, and warn of it, once.
+
+        Raises:
+            StoreError: the shard cannot be looked through.
+        """
+        shard = place[0]
+        if shard not in self._surveyed:
+            self._surveyed.add(shard)
+            for block, rows in self._survey(shard).items():
+                self._add(shard, block, rows)
+        if place[1] is not None:
+            self.add(place)
+        self._warn(shard, error)
+
+    def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
+        """As Source.block_tables. Of a shard whose footer cannot be read one block of all its records, all damaged."""
+        found = dict(self._stand_ins)
+        left = [shard for shard in dict.fromkeys(shards) if shard not in found]
+        try:
+            found.update(zip(left, self.source.block_tables(left), strict=True))
+        except CorruptShard:
+            found.update((shard, self._table(shard)) for shard in left)
+        return [found[shard] for shard in shards]
+
+    def _add(self, shard: int, block: int | None, rows: Rows) -> None:
+        if self._pid != os.getpid():  # a forked child may have got the lock held
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:
+            if block is None:
+                self._shards = self._shards | {shard}
+            else:
+                known = self._blocks.get((shard, block), _NO_ROWS)
+                both = None if rows is None or known is None else np.union1d(known, rows)
+                self._blocks = {**self._blocks, (shard, block): both}
+            self.shards = np.union1d(self.shards, [shard])
+
+    def _table(self, shard: int) -> BlockTable:
+        try:
+            return self.source.block_tables([shard])[0]
+        except CorruptShard as error:
+            counts = self.source.shard_records[shard : shard + 1], self.source.shard_bytes[shard : shard + 1]
+            table = self._stand_ins[shard] = BlockTable(*counts)
+            self.add((shard, None, None))
+            self._warn(shard, error)
+            return table
+
+    def _survey(self, shard: int) -> dict[int, Rows]:
+        """What of a shard cannot be read. Costs reading and checking it once, block by block."""
+        found: dict[int, Rows] = {}
+        for block in range(len(self.block_tables([shard])[0].records)):
+            if shard in self._shards:
+                break
+            try:
+                rows = _bad_rows(self.source.load(shard, [block]), gather_streams(self.source.schema))
+            except CorruptShard:
+                rows = None
+            if rows is None or len(rows):
+                found[block] = rows
+        return found
+
+    def _warn(self, shard: int, error: CorruptShard) -> None:
+        if shard in self._warned:
+            return
+        self._warned.add(shard)
+        warnings.warn(
+            f"{error}; its records that cannot be read are replaced by the ones before them (on_corrupt='previous'), "
+            "and counted in stats()['skipped']",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def damage_of(source: Source, options: LoaderOptions) -> Damage | None:
+    """Where a run keeps what it passes by; None: damage is an error."""
+    return Damage(source) if options.on_corrupt == "previous" else None
+
+
+def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
+    """Rows of the one block that was loaded which must not be served; None: it cannot be read at all."""
+    blocks.forget_checks()  # the file may have been damaged since
+    checks, n_rows = blocks.checks, int(blocks.n_rows[0])
+    found: set[int] = set()
+    try:
+        for number, (kind, width) in enumerate(streams.tolist()):
+            stream = kind, width, blocks.addresses[number], None if checks is None else checks[number]
+            start = 0
+            while start < n_rows:
+                rows = np.arange(start, min(start + _ROWS_AT_A_TIME, n_rows), dtype=np.uint32)
+                bad = gather.locate(*stream, np.zeros(len(rows), np.uint32), rows)
+                start += len(rows) if bad is None else bad[0] + 1
+                if bad is not None:
+                    found.add(start - 1)
+    except OSError:
+        return None
+    return np.array(sorted(found), np.int64)

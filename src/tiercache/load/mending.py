@@ -1,0 +1,203 @@
+"""Pieces in which every record that cannot be read is replaced by the one before it in the rank's sequence.
+
+Which record that is follows from the sequence and from what is damaged, so a resumed run serves the same. Where there
+is none before it, it is the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+
+from tiercache.errors import CorruptShard
+from tiercache.order.listed import ListedWindow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from tiercache.load.damage import Damage, Place
+    from tiercache.load.plan import Piece
+    from tiercache.order import Window
+
+_NOTHING = np.empty(0, np.uint32)
+
+
+class Walk(Protocol):
+    """A rank's records, one by one, counted in rows from where pieces begin. Places as the order counts rows."""
+
+    def before(self, n_rows: int) -> Iterator[Place]:
+        """Records before the row that comes after so many, latest first; and before where pieces begin."""
+
+    def after(self, n_rows: int) -> Iterator[Place]:
+        """The record at that row, and those after it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mended:
+    """A piece with other records in the places of some; the attributes of a `Piece`.
+
+    replaced: int64[m], rising, which of its rows.
+    """
+
+    windows: tuple[Window, ...]
+    wanted: tuple[NDArray[np.bool_], ...]
+    batch_rows: NDArray[np.uint32] | None
+    block: NDArray[np.uint32]
+    row: NDArray[np.uint32]
+    replaced: NDArray[np.int64]
+
+    @property
+    def n_rows(self) -> int:
+        """Of the piece."""
+        return len(self.row)
+
+    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """As Piece.rows."""
+        return self.block, self.row
+
+    def place(self, index: int) -> Place:
+        """Where the record of a row lies, as the order counts rows."""
+        return _place(self.windows, int(self.block[index]), int(self.row[index]))
+
+
+def mended(pieces: Iterable[Piece], damage: Damage, walk: Walk) -> Iterator[Piece]:
+    """The pieces, mended where that is needed; the others as they are.
+
+    Raises:
+        CorruptShard: no record of the rank can be read.
+    """
+    mender, n_rows = _Mender(damage, walk), 0
+    for piece in pieces:
+        yield mender.mend(piece, n_rows) if damage else piece
+        n_rows += piece.n_rows
+
+
+@dataclass(slots=True)
+class _Without:
+    """A window without its blocks that cannot be read: made once, so that it is the same object in all its pieces."""
+
+    window: Window
+    kept: NDArray[np.bool_]
+    left: Window
+
+
+@dataclass(slots=True)
+class _Mender:
+    """What is kept from piece to piece.
+
+    last: the last good record up to the end of the last piece, if that had damage; None: ask `walk`.
+    """
+
+    damage: Damage
+    walk: Walk
+    last: Place | None = None
+    _without: dict[int, _Without] = field(default_factory=dict)
+    _alone: tuple[Place, ListedWindow] | None = None
+
+    def mend(self, piece: Piece, n_before: int) -> Piece:
+        """The piece that begins after n_before rows."""
+        shards = np.concatenate([window.shards for window in piece.windows])
+        blocks = np.concatenate([window.blocks for window in piece.windows])
+        suspects = np.flatnonzero(np.isin(shards, self.damage.shards))
+        if not len(suspects):
+            self.last, self._without = None, {}  # the record before the next piece is this one's last
+            return piece
+        bad = self._bad(piece, shards, blocks, suspects)
+        good = np.flatnonzero(~bad)
+        block, row = (values.copy() for values in piece.rows())
+        stand_in = np.maximum.accumulate(np.where(bad, -1, np.arange(len(bad))))
+        inside = np.flatnonzero(bad & (stand_in >= 0))
+        block[inside], row[inside] = block[stand_in[inside]], row[stand_in[inside]]
+        n_first = int(good[0]) if len(good) else len(bad)
+        place = self._before(n_before) if n_first else None
+        if n_first and place is None and len(good):
+            block[:n_first], row[:n_first] = block[n_first], row[n_first]
+        elif n_first and place is None:
+            place = self._after(n_before + len(bad))
+        self.last = _place(piece.windows, int(block[good[-1]]), int(row[good[-1]])) if len(good) else place
+        windows, wanted, numbers = self._left(piece)
+        block = numbers[block].astype(np.uint32)
+        if place is not None:
+            window = self._window_of(place)
+            block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), place[2]
+            windows, wanted = (*windows, cast("Window", window)), (*wanted, np.ones(1, np.bool_))
+        return cast("Piece", Mended(windows, wanted, piece.batch_rows, block, row, np.flatnonzero(bad)))
+
+    def _bad(
+        self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which rows of a piece cannot be read."""
+        block, row = piece.rows()
+        whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
+        for number in suspects.tolist():
+            rows = self.damage.rows(int(shards[number]), int(blocks[number]))
+            if rows is None:
+                whole[number] = True
+            else:
+                keys.append((number << 32) + rows)
+        bad: NDArray[np.bool_] = whole[block]
+        wrong = np.concatenate(keys)
+        if len(wrong):
+            some = np.zeros(len(shards), np.bool_)
+            some[wrong >> 32] = True
+            at = np.flatnonzero(some[block])
+            chosen = np.flatnonzero(some)  # a view cannot say where its rows of a shard without a footer lie
+            numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
+            stored = self.damage.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
+            bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
+        return bad
+
+    def _before(self, n_rows: int) -> Place | None:
+        if self.last is not None and not self.damage.is_bad(self.last):
+            return self.last
+        return next((p for p in self.walk.before(n_rows) if not self.damage.is_bad(p)), None)
+
+    def _after(self, n_rows: int) -> Place:
+        found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
+        if found is None:
+            raise CorruptShard("none of the records that this rank is served can be read", url=self.damage.source.url)
+        return found
+
+    def _left(self, piece: Piece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+        """The windows without blocks that cannot be read, what is wanted of them, and each block's number by then."""
+        going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
+        self._without = going
+        kept = np.concatenate([one.kept for one in going.values()])
+        numbers = np.cumsum(kept) - 1
+        pairs = [
+            (one.left, wanted[one.kept])
+            for one, wanted in zip(going.values(), piece.wanted, strict=True)
+            if len(one.left.blocks)
+        ]
+        return tuple(window for window, _ in pairs), tuple(wanted for _, wanted in pairs), numbers
+
+    def _cut(self, window: Window) -> _Without:
+        kept = np.ones(len(window.blocks), np.bool_)
+        for number in np.flatnonzero(np.isin(window.shards, self.damage.shards)).tolist():
+            kept[number] = self.damage.rows(int(window.shards[number]), int(window.blocks[number])) is not None
+        if kept.all():
+            return _Without(window, kept, window)
+        parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
+        left = ListedWindow(window.start, window.stop, *parts, _NOTHING, _NOTHING)
+        return _Without(window, kept, cast("Window", left))
+
+    def _window_of(self, place: Place) -> ListedWindow:
+        """A window of the one block that a record lies in; the last one is kept."""
+        shard, block, _ = place
+        if self._alone is None or self._alone[0][:2] != (shard, block):
+            raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]
+            numbers = np.array([shard], np.int32), np.array([block], np.int32)
+            self._alone = place, ListedWindow(0, 0, *numbers, raw_bytes, _NOTHING, _NOTHING)
+        return self._alone[1]
+
+
+def _place(windows: tuple[Window, ...], block: int, row: int) -> Place:
+    for window in windows:
+        if block < len(window.blocks):
+            return int(window.shards[block]), int(window.blocks[block]), row
+        block -= len(window.blocks)
+    raise IndexError(f"block {block} behind the last of a piece")

@@ -1,0 +1,85 @@
+"""Which shards a stream reads over which of its positions: known without footers, so that a cache can look ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.order.window import sums
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """What a stream reads, group of shards by group. Immutable.
+
+    Every record of the stream lies in a shard of a group that has its position. Iterating gives (start, stop, shards).
+
+    Attributes:
+        starts, stops: int64[g], positions [start, stop) of the stream over which the shards of each group are in use;
+            groups may overlap, none is empty.
+        cuts: int64[g + 1]: group i reads shards[cuts[i]:cuts[i + 1]].
+        shards: int64[m], by data-set index, in reading order.
+        stored_bytes: int64[g], of what the stream reads of each group.
+    """
+
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    stored_bytes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        bounds = zip(
+            self.starts.tolist(), self.stops.tolist(), self.cuts.tolist(), self.cuts[1:].tolist(), strict=False
+        )
+        for start, stop, first, last in bounds:
+            yield start, stop, self.shards[first:last]
+
+    def where(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Groups:
+        """The same groups over other positions, with their share of the bytes; those that have none left are dropped.
+
+        starts, stops: int64[g], numbers in a sequence that takes some of the stream's records.
+        """
+        kept = np.flatnonzero(stops > starts)
+        share = (stops[kept] - starts[kept]) / (self.stops[kept] - self.starts[kept])
+        sizes = np.diff(self.cuts)
+        chosen = np.zeros(len(self), np.bool_)
+        chosen[kept] = True
+        return Groups(
+            starts[kept],
+            stops[kept],
+            sums(sizes[kept]),
+            self.shards[np.repeat(chosen, sizes)],
+            (self.stored_bytes[kept] * share).astype(np.int64),
+        )
+
+
+def each_alone(
+    starts: NDArray[np.int64], stops: NDArray[np.int64], shards: NDArray[np.int64], stored_bytes: NDArray[np.int64]
+) -> Groups:
+    """Groups of one shard each, int64[m] all."""
+    return Groups(starts, stops, np.arange(len(shards) + 1), shards, stored_bytes)
+
+
+def together(parts: Sequence[Groups]) -> Groups:
+    """Groups of several, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    nothing = np.empty(0, np.int64)
+    return Groups(
+        np.concatenate([nothing, *(part.starts for part in parts)]),
+        np.concatenate([nothing, *(part.stops for part in parts)]),
+        sums(np.concatenate([nothing, *(np.diff(part.cuts) for part in parts)])),
+        np.concatenate([nothing, *(part.shards for part in parts)]),
+        np.concatenate([nothing, *(part.stored_bytes for part in parts)]),
+    )

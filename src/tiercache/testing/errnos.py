@@ -1,0 +1,166 @@
+"""The n-th system call of a kind fails, below one folder, whoever makes it: ours or SQLite's.
+
+A process is started with the shim before libc (`environment()`), imports what it needs, and forks a child for each
+position, which arms the shim and works::
+
+    subprocess.run([...], env=environment(build_shim(tmp_path)) | ...)
+    ...
+    shim = Shim.loaded()
+    for position in positions("pwrite"):
+        struck = failing(work, folder, position)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
+
+_FULL, _DISK, _RIGHTS = ("ENOSPC", "EDQUOT"), ("EIO",), ("EACCES", "EROFS")
+
+# What each kind of call may fail with; the order is that of the enum in errnos.c.
+KINDS: dict[str, tuple[str, ...]] = {
+    "open": ("EMFILE", "EACCES", "ENOSPC", "EIO", "EROFS"),
+    "opendir": ("EMFILE", "EACCES", "EIO"),
+    "read": _DISK,
+    "pread": _DISK,
+    "write": (*_FULL, *_DISK),
+    "pwrite": (*_FULL, *_DISK),
+    "truncate": (*_FULL, *_DISK),
+    "link": (*_FULL, *_DISK, "EACCES", "EPERM"),
+    "unlink": (*_DISK, *_RIGHTS),
+    "rename": (*_FULL, *_DISK, "EACCES"),
+    "mkdir": (*_FULL, *_DISK, *_RIGHTS),
+    "chmod": (*_DISK, "EROFS"),
+    "chown": ("EPERM",),
+    "stat": (*_DISK, "EACCES"),
+    "access": ("EACCES",),
+    "flock": ("ENOLCK", "EIO", "EWOULDBLOCK"),
+    "lock": ("ENOLCK", "EIO", "EACCES"),
+    "sync": (*_DISK, "ENOSPC"),
+    "mmap": ("ENOMEM", "EACCES", "ENODEV"),
+    "statvfs": _DISK,
+    "fallocate": (*_FULL, "EOPNOTSUPP", "EIO"),
+    "utime": (*_DISK, *_RIGHTS),
+}
+FOR_EVER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Calls nth, nth + 1, ... nth + times - 1 of a kind, counted from 1, fail. times: FOR_EVER for all from nth on."""
+
+    kind: str
+    error: str
+    nth: int
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What a position did. n_struck: calls that failed; where: the first of them, "pwrite64(/path)"."""
+
+    position: Position
+    ended: Ended
+    n_struck: int
+    where: str
+
+
+def build_shim(folder: Path, compiler: str = "cc") -> Path:
+    """Compile the shim into folder; returns the library. Raises CalledProcessError with the compiler's words."""
+    source, library = Path(__file__).with_name("errnos.c"), folder / "errnos.so"
+    command = [compiler, "-std=c11", "-O2", "-fPIC", "-shared", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return library
+
+
+def preload(shim: Path) -> dict[str, str]:
+    """What to add to the environment of a process that the shim shall stand before."""
+    return {"LD_PRELOAD": str(shim)}
+
+
+class Shim:
+    """The shim in this process. Counts are of this process; a forked child arms its own."""
+
+    def __init__(self) -> None:
+        """Raises RuntimeError where the process was started without it."""
+        self._library = ctypes.CDLL(None)
+        if not hasattr(self._library, "tc_errno_arm"):
+            raise RuntimeError("this process was started without the shim: put preload(shim) into its environment")
+        self._library.tc_errno_count.restype = ctypes.c_long
+        self._library.tc_errno_struck.restype = ctypes.c_long
+        self._library.tc_errno_where.restype = ctypes.c_char_p
+        self._library.tc_errno_arm.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_int,
+            ctypes.c_long,
+            ctypes.c_long,
+            ctypes.c_int,
+        ]
+
+    def arm(self, folder: Path, position: Position) -> None:
+        """Count calls below folder from now on, and let some fail."""
+        number = getattr(errno, position.error)
+        kind = list(KINDS).index(position.kind)
+        self._library.tc_errno_arm(bytes(folder), kind, position.nth, position.times, number)
+
+    def count_only(self, folder: Path) -> None:
+        """Count calls below folder from now on; none fails."""
+        self._library.tc_errno_arm(bytes(folder), -1, 1, 0, 0)
+
+    def disarm(self) -> None:
+        """Let all calls through, uncounted; what was counted stays to be read."""
+        self._library.tc_errno_disarm()
+
+    def counts(self) -> dict[str, int]:
+        """Calls of each kind since arm()."""
+        return {kind: int(self._library.tc_errno_count(i)) for i, kind in enumerate(KINDS)}
+
+    def struck(self) -> tuple[int, str]:
+        """How many calls failed since arm(), and the first of them."""
+        where: bytes = self._library.tc_errno_where()
+        return int(self._library.tc_errno_struck()), where.decode(errors="replace")
+
+
+def counted(
+    work: Callable[[Tell], object], folder: Path, *, deadline_s: float = DEADLINE_S
+) -> tuple[Mapping[str, int], Ended]:
+    """Calls of each kind below folder that work(tell) makes in a forked child, where none fails."""
+
+    def child(tell: Tell) -> None:
+        shim = Shim()
+        shim.count_only(folder)
+        work(tell)
+        shim.disarm()
+        for kind, n in shim.counts().items():
+            tell(f"count {kind} {n}")
+
+    ended = run_forked(child, deadline_s=deadline_s)
+    counts = [line.split(" ") for line in ended.lines if line.startswith("count ")]
+    return {kind: int(n) for _, kind, n in counts}, ended
+
+
+def failing(
+    work: Callable[[Tell], object], folder: Path, position: Position, *, deadline_s: float = DEADLINE_S
+) -> Failed:
+    """Do work(tell) in a forked child in which calls below folder fail. .n_struck is 0 where it made fewer."""
+
+    def child(tell: Tell) -> None:
+        shim = Shim()
+        shim.arm(folder, position)
+        try:
+            work(tell)
+        finally:
+            shim.disarm()
+            tell("struck {} {}".format(*shim.struck()))
+
+    ended = run_forked(child, deadline_s=deadline_s)
+    notes = [line.split(" ", 2) for line in ended.lines if line.startswith("struck ")]
+    _, n_struck, where = notes[-1] if notes else ("", "0", "")
+    lines = tuple(line for line in ended.lines if not line.startswith("struck "))
+    return Failed(position, Ended(ended.code, lines, ended.hung, ended.error), int(n_struck), where)

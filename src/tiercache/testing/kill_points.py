@@ -1,0 +1,129 @@
+"""SIGKILL at points by name: which there are in the source, a child that dies at one, and the proof that it did.
+
+Usage::
+
+    names = points_in(Path(tiercache.__file__).parent)
+    struck = strike(work, Strike("fetch.reserved", nth=2))
+    assert struck.hit, "the fault did not strike"
+    check(struck.lines)  # the outside record: what work told before and after each promise
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from tiercache import points
+from tiercache.testing.forks import DEADLINE_S, Ended, ForkedChild, Tell, run_forked
+
+_NAME = re.compile(r"[a-z_]+\.[a-z_]+")
+_STRUCK, _REACHED = "struck ", "reached "
+
+
+def points_in(package: Path) -> dict[str, str]:
+    """Every point named in the source below a folder, and its "file:line".
+
+    Raises:
+        ValueError: a name is not a literal "area.step", or stands in two places; the text says where.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and _called(node) == "reach"):
+                continue
+            place = f"{path.relative_to(package).as_posix()}:{node.lineno}"
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(f'{place}: a point is named by a literal "area.step" of small letters and _')
+            if name in found:
+                raise ValueError(f"{place}: point {name!r} stands in {found[name]} too; each name stands once")
+            found[name] = place
+    return found
+
+
+def _called(node: ast.Call) -> str:
+    function = node.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """Die at the n-th time that a point is reached, counted from 1."""
+
+    point: str
+    nth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """What a strike did. hit: the child died by SIGKILL at that very point, at that very time; lines: what it told."""
+
+    strike: Strike
+    ended: Ended
+    hit: bool
+    lines: tuple[str, ...]
+
+
+class _Killer:
+    """The hook of a child. Any thread may come: the lock makes the n-th the n-th."""
+
+    def __init__(self, strike: Strike, tell: Tell) -> None:
+        self._strike, self._tell = strike, tell
+        self._lock = Lock()
+        self._n_hits = 0
+
+    def __call__(self, name: str) -> None:
+        if name != self._strike.point:
+            return
+        with self._lock:
+            self._n_hits += 1
+            if self._n_hits == self._strike.nth:
+                self._tell(f"{_STRUCK}{name} {self._n_hits}")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StruckChild:
+    """A child that works until it dies at a point. finish() once."""
+
+    def __init__(self, work: Callable[[Tell], object], strike: Strike) -> None:
+        """Fork now. Raises RuntimeError where this process has threads."""
+        self._strike = strike
+
+        def child(tell: Tell) -> None:
+            points.set_hook(_Killer(strike, tell))
+            work(tell)
+
+        self._child = ForkedChild(child)
+
+    def finish(self, deadline_s: float = DEADLINE_S) -> Struck:
+        """Wait for its end, and say whether the fault struck."""
+        ended = self._child.wait(deadline_s)
+        note = f"{_STRUCK}{self._strike.point} {self._strike.nth}"
+        hit = not ended.hung and ended.code == -signal.SIGKILL and note in ended.lines
+        lines = tuple(line for line in ended.lines if not line.startswith(_STRUCK))
+        return Struck(self._strike, ended, hit, lines)
+
+
+def strike(work: Callable[[Tell], object], at: Strike, *, deadline_s: float = DEADLINE_S) -> Struck:
+    """Do work(tell) in a forked child that dies at a point; where it never gets there, .hit is False."""
+    return StruckChild(work, at).finish(deadline_s)
+
+
+def reached(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> tuple[Mapping[str, int], Ended]:
+    """How often work(tell) reaches each point, in a forked child that lives; and how the child ended."""
+
+    def child(tell: Tell) -> None:
+        points.set_hook(lambda name: tell(_REACHED + name))
+        work(tell)
+
+    ended = run_forked(child, deadline_s=deadline_s)
+    names = [line.removeprefix(_REACHED) for line in ended.lines if line.startswith(_REACHED)]
+    others = tuple(line for line in ended.lines if not line.startswith(_REACHED))
+    return Counter(names), Ended(ended.code, others, ended.hung, ended.error)

@@ -1,0 +1,64 @@
+"""Reading plans of joined sources: each source's own part of one, and one for all that share shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.model import NEVER, Following, ReadingPlan
+from tiercache.views.view import View
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.views.contract import Readable
+
+
+@dataclass(frozen=True, slots=True)
+class Followings:
+    """Several published plans as one (`model.Following`)."""
+
+    every: tuple[Following, ...]
+
+    def advance(self, clock: int) -> None:
+        """As Following.advance, of each."""
+        for one in self.every:
+            one.advance(clock)
+
+    def close(self) -> None:
+        """As Following.close, of each."""
+        for one in self.every:
+            one.close()
+
+
+def root_of(source: Readable) -> Readable:
+    """What a view is made over, whose numbers its shards have; another source itself."""
+    while isinstance(source, View):
+        source = source.below
+    return source
+
+
+def part_of(plan: ReadingPlan, where: NDArray[np.int64], first_shard: int) -> ReadingPlan:
+    """Rows of a plan, with shards counted from first_shard. The clock stays the job's."""
+    return ReadingPlan(
+        plan.owner, plan.shards[where] - first_shard, plan.first[where], plan.last[where], plan.then[where]
+    )
+
+
+def merged(plans: Sequence[ReadingPlan]) -> ReadingPlan:
+    """Plans of one job for the same source as one: a shard of several is in use from its first to its last use."""
+    if len(plans) == 1:
+        return plans[0]
+    every = np.concatenate([plan.shards for plan in plans])
+    shards, at = np.unique(every, return_inverse=True)
+    first, then = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
+    last = np.full(len(shards), -1, np.int64)
+    np.minimum.at(first, at, np.concatenate([plan.first for plan in plans]))
+    np.minimum.at(then, at, np.concatenate([plan.then for plan in plans]))
+    ends = np.concatenate([plan.last for plan in plans])
+    np.maximum.at(last, at, np.where(ends == NEVER, -1, ends))
+    return ReadingPlan(plans[0].owner, shards, first, np.where(first == NEVER, NEVER, last), then)

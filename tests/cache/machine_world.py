@@ -1,0 +1,201 @@
+"""What the state machine drives: a source that changes, caches on one folder, and what must be read."""
+
+import os
+import random
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from tiercache._native.checksum import crc32c
+from tiercache.cache import Cache
+from tiercache.cache.record import name_of_identity
+from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.store import LocalFolder
+from tiercache.testing import JumpingClock
+from tiercache.testing.folder_check import Expected, FolderCheck
+from tiercache.waiting import wait_for
+
+KEYS = ("a", "b", "c", "d", "e")
+SIZES = (0, 1, 4096, 9_000, 70_000)
+LIMITS = (60_000, 200_000, 2_000_000)
+WAIT_S = 30.0
+
+
+class MachineWorld:
+    """One example: made in a folder of its own, removed by close().
+
+    objects: what the source holds now; identities: what a manifest said of each key, newest last, with the bytes that
+    it meant. Bytes that the machine itself has turned are in rotten: a reader that meets them says so, as a shard's
+    reader does, and must then get right ones.
+    """
+
+    def __init__(self) -> None:
+        warnings.simplefilter("ignore", RuntimeWarning)  # notices: two sizes, a damaged copy that cannot be removed
+        self.root = Path(tempfile.mkdtemp(prefix="tiercache-machine-"))
+        self.outside = self.root / "outside"
+        self.outside.write_bytes(b"not the cache's")
+        self.folder = self.root / "cache"
+        self.source = LocalFolder(self.root / "source")
+        self.objects: dict[str, bytes] = {}
+        self.identities: dict[str, list[tuple[ShardIdentity, bytes]]] = {key: [] for key in KEYS}
+        self.caches: list[Cache] = []
+        self.pins: set[str] = set()
+        self.rotten: set[str] = set()
+        self.foreign: dict[str, bytes] = {}
+        self.books_are_old = False
+        self.excess_bytes = 0
+        self.clock = JumpingClock().__enter__()
+        self.open_cache(LIMITS[-1], "lru")
+
+    def close(self) -> None:
+        for cache in self.caches:
+            cache.close()
+        self.clock.__exit__()
+        shutil.rmtree(self.root)
+
+    # -- the source -------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: bytes) -> None:
+        self.source.put(key, data)
+        self.objects[key] = data
+        identity = ShardIdentity("d" * 32, key.encode().hex(), len(data), crc32c(data))
+        if identity not in [known for known, _ in self.identities[key]]:
+            self.identities[key].append((identity, data))
+
+    def delete(self, key: str) -> None:
+        self.source.delete([key])
+        self.objects.pop(key, None)
+
+    def expected_data(self) -> dict[str, bytes]:
+        pairs = [pair for known in self.identities.values() for pair in known]
+        named = {name_of_identity(identity): data for identity, data in pairs}
+        return {name: data for name, data in named.items() if name not in self.rotten}
+
+    # -- caches -----------------------------------------------------------------------------------------------------
+
+    def open_cache(self, size: int, policy: str) -> Cache:
+        self.limit_may_have_changed = True
+        cache = Cache(self.folder, size=size, policy=policy, free_floor="0%")
+        self.caches.append(cache)
+        return cache
+
+    def quiet(self) -> None:
+        """Wait until nothing is being fetched: nobody waits for what was fetched ahead.
+
+        Each cache gives back itself what it had reserved for deleted files that were still held, when it is next used.
+        """
+
+        def is_quiet() -> bool:
+            used = [cache for cache in self.caches if cache._opened is not None] or self.caches[:1]
+            if any(cache._opened.writing.fetcher._threads for cache in used if cache._opened and cache._opened.writing):
+                return False
+            return [cache.status()["reserved_bytes"] for cache in used][-1] == 0
+
+        assert wait_for(is_quiet, WAIT_S), "something stays reserved"
+
+    def read(self, cache: Cache, key: str, identity: ShardIdentity, data: bytes, wanted: ByteRange) -> None:
+        """Read as a shard's reader does: what is wrong is distrusted, and read once more.
+
+        Nothing comes where the source has other bytes by now and no copy of the old ones is left.
+        """
+        for is_last in (False, True):
+            found = self._read_once(cache, key, identity, wanted)
+            if found is None:
+                assert self.objects.get(key) != data or is_last, "the source has it, and it was not to be had"
+                return
+            if found == data[wanted.start : wanted.end]:
+                return
+            name = name_of_identity(identity)
+            is_past = self.objects.get(key) != data
+            assert name in self.rotten or is_past, f"{key}: wrong bytes that nobody turned"
+            cache.store(self.source).distrust(key, identity)
+            self.rotten.discard(name)
+            if is_last:
+                assert is_past, f"{key}: wrong bytes again"
+
+    def _read_once(self, cache: Cache, key: str, identity: ShardIdentity, wanted: ByteRange) -> bytes | None:
+        store = cache.store(self.source)
+        try:
+            lease = store.open_local(key, identity)
+            if lease is not None:
+                with lease:
+                    lease.want([wanted])
+                    if lease.wait([wanted], deadline_s=WAIT_S):
+                        return os.pread(lease.fd, wanted.n_bytes, wanted.start)
+            buffer = bytearray(wanted.n_bytes)
+            store.read_into(key, [(wanted, memoryview(buffer))])
+            return bytes(buffer)
+        except (NotFound, ObjectChanged, CorruptShard, StoreError):
+            return None
+
+    def read_object(self, cache: Cache, key: str) -> bytes | None:
+        """An object of no data set, whole; None: it is not there."""
+        store = cache.store(self.source)
+        try:
+            lease = store.open_local(key)
+            n_bytes = store.head(key).n_bytes
+        except NotFound:
+            return None
+        wanted = ByteRange(0, n_bytes)
+        if lease is not None:
+            with lease:
+                if lease.wait([wanted], deadline_s=WAIT_S):
+                    return os.pread(lease.fd, n_bytes, 0)
+        return store.get(key)
+
+    # -- by hand ----------------------------------------------------------------------------------------------------
+
+    def files(self) -> list[Path]:
+        """What lies in the copies' folder and is the cache's."""
+        copies = self.folder / "copies"
+        found = sorted(copies.iterdir()) if copies.is_dir() else []
+        return [path for path in found if path.relative_to(self.folder).as_posix() not in self.foreign]
+
+    def turn_a_bit(self, path: Path, at: float) -> None:
+        data = bytearray(path.read_bytes())
+        if not data:
+            return
+        path.chmod(0o600)
+        data[min(int(at * len(data)), len(data) - 1)] ^= 1
+        path.write_bytes(data)
+        if path.suffix == "":
+            path.chmod(0o400)
+
+    def plant(self) -> None:
+        """Files that no cache has fetched: one that looks like a copy but has no record, one beside, a link."""
+        copies = self.folder / "copies"
+        if self.foreign or not copies.is_dir():
+            return
+        self.foreign = {"copies/" + "0" * 40: b"a copy that nobody can fetch again", "copies/mine.txt": b"mine"}
+        for file, data in self.foreign.items():
+            (self.folder / file).write_bytes(data)
+        (copies / ("f" * 40)).symlink_to(self.outside)
+        self.books_are_old = True
+
+    # -- what holds at any time -------------------------------------------------------------------------------------
+
+    def breaches(self, look: FolderCheck) -> list[str]:
+        """More than the limit is only what was there before it, and pinned, held, or nobody's: it cannot grow."""
+        taken_bytes, limit_bytes = look.taken()
+        excess_bytes, before_bytes = max(taken_bytes - (limit_bytes or taken_bytes), 0), self.excess_bytes
+        self.excess_bytes = excess_bytes
+        if self.limit_may_have_changed:
+            self.limit_may_have_changed = False
+            return []
+        return [f"{excess_bytes} bytes over the limit, {before_bytes} before"] if excess_bytes > before_bytes else []
+
+    def problems(self) -> list[str]:
+        self.quiet()
+        look = FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten))
+        found = [*look.wrong_bytes(), *self.breaches(look), *look.lost_foreign()]
+        if self.outside.read_bytes() != b"not the cache's":
+            found.append("a file outside of the cache was changed")
+        if not self.books_are_old:
+            found += look.wrong_books()
+        return found
+
+
+def random_bytes(seed: int, n_bytes: int) -> bytes:
+    return random.Random(f"{seed}/{n_bytes}").randbytes(n_bytes)

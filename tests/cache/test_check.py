@@ -1,0 +1,178 @@
+"""Every copy read against what is on record of it, and put right."""
+
+import os
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+from tiercache.cache.check import State
+from tiercache.model import ByteRange
+from tiercache.testing import Fault, FaultKind, FaultStore
+
+
+def turn(path, at):
+    """Turn a bit of a file, as a rotten disk would."""
+    mode = path.stat().st_mode
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(mode)
+
+
+def copy_of(world, key):
+    (path,) = [p for p in world.copies() if p.read_bytes() == world.data[key]]
+    return path
+
+
+@pytest.fixture
+def store(world):
+    store = world.store()
+    for key in "abc":
+        world.put(key)
+        world.fetch(store, key)
+    return store
+
+
+def states(report):
+    return {one.source.rpartition("/")[2]: one.state for one in report.checked}
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_cache_that_is_right_is_found_right(world, store, jobs):
+    seen = []
+    report = store.cache.verify(jobs=jobs, on_progress=seen.append)
+    assert report.is_right
+    assert (len(report.checked), report.n_bytes, report.wrong) == (3, 30_000, ())
+    assert [(p.n_done, p.n_all) for p in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
+    turn(copy_of(world, "b"), 7000)
+    cut = copy_of(world, "c")
+    cut.chmod(0o600)
+    os.truncate(cut, 5000)
+    report = store.cache.verify()
+    assert states(report) == {"a": State.OK, "b": State.DAMAGED, "c": State.DAMAGED}
+    assert not report.is_right
+    said = {one.source[-1]: one.where[0] for one in report.wrong}
+    assert f"{world.identity('b').crc32c:08x} is right" in said["b"]
+    assert said["c"] == "it has 5,000 bytes, 10,000 are right"
+    assert len(world.copies()) == 3
+
+
+def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monkeypatch):
+    really_read, inode = os.preadv, copy_of(world, "b").stat().st_ino
+
+    def read(fd, buffers, offset):
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(5, "input/output error")
+        return really_read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    (one,) = store.cache.verify().wrong
+    assert (one.state, one.where) == (State.UNREADABLE, ("it cannot be read at 0",))
+
+
+def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
+    path = copy_of(world, "a")
+    path.with_name(f"{path.name}.json").unlink()
+    report = store.cache.verify()
+    assert [one.state for one in report.checked if not one.source] == [State.UNKNOWN]
+    assert report.is_right
+
+
+def test_repairing_takes_it_away_and_a_store_brings_it_back(world, store):
+    turn(copy_of(world, "b"), 7000)
+    turn(copy_of(world, "c"), 10)
+    report = store.cache.verify(repair=True, store=world.inner)
+    assert report.is_right
+    assert all(one.repaired for one in report.wrong)
+    assert {p.read_bytes() for p in world.copies()} == set(world.data.values())
+    assert {r["first_offset"] for r in store.cache.status()["reports"]} == {7000, 10}
+    assert store.cache.verify().wrong == ()
+
+
+def test_repairing_without_a_store_leaves_the_fetching_to_the_next_reader(world, store):
+    turn(copy_of(world, "b"), 7000)
+    (one,) = store.cache.verify(repair=True).wrong
+    assert (one.removed, one.repaired, len(world.copies())) == (True, False, 2)
+    world.fetch(store, "b")
+    assert len(world.copies()) == 3
+
+
+def test_what_cannot_be_fetched_again_is_said(world, store):
+    turn(copy_of(world, "b"), 7000)
+    (world.root / "source" / "b").unlink()
+    (one,) = store.cache.verify(repair=True, store=world.inner).wrong
+    assert (one.removed, one.repaired) == (True, False)
+    assert "could not be fetched again" in one.where[-1]
+    turn(copy_of(world, "c"), 7000)
+    (one,) = store.cache.verify(repair=True, store=tc.store.MemoryStore("other")).wrong
+    assert "another store" in one.where[-1]
+
+
+def test_what_is_bad_at_its_source_is_said(world, store):
+    turn(copy_of(world, "b"), 7000)
+    bad = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)])
+    (one,) = store.cache.verify(repair=True, store=bad).wrong
+    assert (one.removed, one.repaired) == (True, False)
+    assert "bad at its source" in one.where[-1]
+
+
+def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
+    world.put("a")
+    world.put("b")
+    store = world.store()
+    for key in "ab":
+        with store.open_local(key) as lease:
+            assert lease.wait([ByteRange(0, 10_000)])
+    turn(copy_of(world, "a"), 1)
+    turn(copy_of(world, "b"), 1)
+    (world.root / "source" / "b").write_bytes(b"new")
+    found = {one.source[-1]: one for one in store.cache.verify(repair=True, store=world.inner).wrong}
+    assert found["a"].repaired
+    assert not found["b"].repaired
+    assert "changed since" in found["b"].where[-1]
+
+
+def test_copies_in_part_are_checked_unit_by_unit(world):
+    n_bytes = 4 << 20
+    world.put("a", n_bytes)
+    store = world.store()
+    with store.open_local("a", world.identity("a")) as lease:
+        assert lease.wait([ByteRange(0, 9000), ByteRange(1 << 20, (1 << 20) + 5)])
+    store.cache.close()
+    (one,) = store.cache.verify().checked
+    assert (one.state, one.in_part, one.n_bytes) == (State.OK, True, 4 * 4096)
+    (part,) = (p for p in world.parts() if p.suffix == ".part")
+    turn(part, (1 << 20) + 3)
+    (one,) = store.cache.verify().wrong
+    assert one.where == (f"1 units are damaged, the first at {1 << 20}",)
+    (one,) = store.cache.verify(repair=True).wrong
+    assert (one.removed, world.parts()) == (True, [])
+    assert store.cache.stats()["bytes_used"] == 0
+    world.fetch(store, "a")
+
+
+def test_of_a_damaged_shard_the_block_is_named(world, tmp_path):
+    with tc.Writer(tmp_path / "set", shard_size="64KB", block_size="16KB", compression="none") as writer:
+        writer.write_batch({"id": np.arange(20_000), "x": np.random.default_rng(0).random(20_000)})
+    cache = world.cache()
+    with closing(tc.Dataset(str(tmp_path / "set"), cache=cache)) as dataset:
+        dataset.warm()
+    path = max(world.copies(), key=lambda p: p.stat().st_size)
+    turn(path, 20_000)
+    (one,) = cache.verify().wrong
+    assert any("block" in text for text in one.where[1:]), one.where
+
+
+def test_arguments_that_cannot_be_are_errors(world, store):
+    with pytest.raises(ValueError, match="jobs must be 1 or more"):
+        store.cache.verify(jobs=0)
+    with pytest.raises(ValueError, match="repair=True"):
+        store.cache.verify(store=world.inner)

@@ -1,0 +1,62 @@
+"""A disk that fails at the n-th call of each kind: what is read is right, no reader is told, the next run is clean."""
+
+import json
+import shutil
+
+import pytest
+from tests.testing.warm_process import run_warm
+
+from tiercache.testing.errnos import KINDS, build_shim, preload
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler cc")
+
+# Kinds that a cache's life makes no use of now; should it once, the rounds meet them.
+UNUSED = {"access", "sync", "fallocate", "chown"}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    return build_shim(tmp_path_factory.mktemp("shim"))
+
+
+def rounds(shim, folder, *arguments, timeout_s=170):
+    command = ["-m", "tests.stress.errno_rounds", str(folder), *arguments]
+    done = run_warm(command, timeout_s=timeout_s, more=preload(shim))
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(report):
+    assert report["problems"] == []
+    assert {kind for kind, n in report["calls"].items() if n} >= KINDS.keys() - UNUSED
+
+
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+def test_a_call_that_fails_somewhere_spoils_nothing(shim, tmp_path, for_ever):
+    report = rounds(shim, tmp_path, "--stride", "149", *(["--for-ever"] if for_ever else []))
+    check(report)
+    assert report["n_struck"] > 20
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(5400)
+def test_every_call_fails_once_with_every_error_and_spoils_nothing(shim, tmp_path, capsys):
+    report = rounds(shim, tmp_path, timeout_s=5000)
+    tell(report, "each call once, with each error", capsys)
+    check(report)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(5400)
+def test_every_call_and_all_after_it_fail_and_spoil_nothing(shim, tmp_path, capsys):
+    report = rounds(shim, tmp_path, "--for-ever", timeout_s=5000)
+    tell(report, "each call and all after it", capsys)
+    check(report)
+
+
+def tell(report, what, capsys):
+    with capsys.disabled():
+        print(
+            f"\nerrnos, {what}: {report['n_struck']} positions struck in {report['seconds']:.0f} s, of a life's calls "
+            f"{ {kind: n for kind, n in report['calls'].items() if n} }; {len(report['problems'])} problems"
+        )

@@ -1,0 +1,70 @@
+"""Who holds a file, as the kernel says."""
+
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiercache.cache import holders
+from tiercache.cache.holders import command_of, holders_of, is_locked, locked_inodes
+
+pytestmark = pytest.mark.skipif(not os.access("/proc/locks", os.R_OK), reason="no /proc/locks here")
+
+HOLD = """
+import fcntl, sys
+files = [open(path) for path in sys.argv[1:]]
+for file in files:
+    fcntl.flock(file, fcntl.LOCK_SH)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_is_seen_until_descriptor_and_mapping_are_gone(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 5000)
+    with (tmp_path / "a").open("rb") as file:
+        inode = os.fstat(file.fileno()).st_ino
+        assert not is_locked(inode)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        (tmp_path / "a").unlink()
+        assert os.getpid() in locked_inodes()[inode]
+    assert is_locked(inode), "the mapping holds the open file, and its lock"
+    mapped.close()
+    assert not is_locked(inode)
+
+
+def test_processes_are_told_with_their_command_and_what_they_hold(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x")
+    inodes = {name: (tmp_path / name).stat().st_ino for name in "abc"}
+    command = [sys.executable, "-c", HOLD, tmp_path / "a", tmp_path / "c"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        (found,) = holders_of(tmp_path, inodes)
+        assert (found.pid, found.names) == (child.pid, ("a", "c"))
+        assert sys.executable in found.command
+        child.stdin.close()
+    assert holders_of(tmp_path, inodes) == []
+
+
+def test_an_inode_number_of_another_disk_is_nobodys(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a").write_bytes(b"x")
+    with (tmp_path / "a").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        inode = os.fstat(file.fileno()).st_ino
+        assert holders_of(tmp_path / "here", {"a": inode}) == []
+        assert len(holders_of(tmp_path, {"a": inode})) == 1
+
+
+def test_without_proc_nobody_is_seen_and_nothing_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(holders, "_LOCKS", Path(tmp_path / "nothing"))
+    assert locked_inodes() is None
+    assert not is_locked(1)
+    assert holders_of(tmp_path, {"a": 1}) == []
+    assert command_of(1 << 30) == ""

@@ -1,0 +1,63 @@
+"""SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.testing.warm_process import run_warm
+
+import tiercache
+from tiercache.testing.kill_points import points_in
+
+N_TIMES = 2  # that each point is struck by `make test`
+N_ROUNDS = 10_000  # of `make stress`
+N_PROCESSES = 4  # one of them with locks that lie
+
+
+def rounds(folder, n_rounds, seed, *, locks="hold", timeout_s=170):
+    """The report of that many struck rounds."""
+    arguments = ["--rounds", str(n_rounds), "--seed", str(seed), "--locks", locks]
+    done = run_warm(["-m", "tests.stress.kill_rounds", str(folder), *arguments], timeout_s=timeout_s)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(report, n_rounds):
+    assert report["problems"] == []
+    assert report["never_reached"] == [], "no job of tests/stress/jobs.py gets there"
+    assert sum(report["struck"].values()) == n_rounds
+    assert report["struck"].keys() == points_in(Path(tiercache.__file__).parent).keys()
+
+
+@pytest.mark.parametrize(("locks", "n_times"), [("hold", N_TIMES), ("lie", 1)])
+def test_a_process_that_dies_at_any_point_leaves_nothing_wrong(tmp_path, locks, n_times):
+    n_rounds = n_times * len(points_in(Path(tiercache.__file__).parent))
+    report = rounds(tmp_path, n_rounds, seed=5, locks=locks)
+    check(report, n_rounds)
+    assert min(report["struck"].values()) == n_times
+    assert report["witnessed"] > 0
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(5400)
+def test_ten_thousand_deaths_leave_nothing_wrong(tmp_path, capsys):
+    n_each = N_ROUNDS // N_PROCESSES
+
+    def one(number):
+        locks = "lie" if number == N_PROCESSES - 1 else "hold"
+        return rounds(tmp_path / str(number), n_each, seed=100 + number, locks=locks, timeout_s=5000)
+
+    with ThreadPoolExecutor(N_PROCESSES) as pool:
+        reports = list(pool.map(one, range(N_PROCESSES)))
+    with capsys.disabled():
+        print()
+        for report in reports:
+            print(
+                f"kill points: {report['n_struck']} rounds struck {len(report['struck'])} points, each at least "
+                f"{min(report['struck'].values())} times; {report['witnessed']} with a witness; "
+                f"{report['missed']} missed; "
+                f"{report['rounds_per_s']} rounds a second; {len(report['problems'])} problems"
+            )
+    for report in reports:
+        check(report, n_each)

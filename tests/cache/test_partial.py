@@ -1,0 +1,287 @@
+"""Copies in part: what is there is used, by every process; what is missing comes, once."""
+
+import errno
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import tiercache as tc
+from tiercache.cache import partial
+from tiercache.errors import ObjectChanged, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import LocalFolder
+from tiercache.testing import Fault, FaultStore, GateStore, WrapperStore
+
+UNIT = 4096
+MIB = 1 << 20
+
+
+def wait(lease, *ranges):
+    return lease.wait([ByteRange(*r) for r in ranges], deadline_s=30)
+
+
+def let_end(cache):
+    """Wait until nothing is being fetched: a reader goes on before its part is on the books."""
+    while cache._open().writing.fetcher._table:
+        pass
+
+
+def test_only_what_is_asked_for_is_fetched_reserved_and_kept(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache("100MB")
+    with world.store(cache).open_local("a", identity) as lease:
+        assert wait(lease, (MIB, MIB + 1), (3 * MIB, 3 * MIB + UNIT))
+        assert not lease.present([ByteRange(0, 1)])
+        assert lease.present([ByteRange(MIB, MIB + UNIT)])
+        let_end(cache)
+        assert os.pread(lease.fd, 10, MIB) == world.data["a"][MIB : MIB + 10]
+    cache.close()
+    assert cache.stats()["bytes_fetched"] == 2 * UNIT
+    assert cache.stats()["bytes_used"] <= 2 * UNIT + 4 * UNIT  # two of the map, one for the record
+    with world.store(cache).open_local("a", identity) as lease:
+        assert wait(lease, (MIB, MIB + UNIT))
+    assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1)
+
+
+def test_a_reader_waits_for_its_own_bytes_only(world):
+    identity = world.put("a", 20 * MIB)
+    gated = GateStore(world.inner)
+    store = world.cache("100MB").store(gated)
+    gates = [gated.stop_at("before_read_into") for _ in range(3)]
+    with store.open_local("a", identity) as whole, store.open_local("a", identity) as tail:
+        whole.want([ByteRange(0, 20 * MIB)])
+        for gate in gates:
+            gate.wait_reached()
+        # Three of three pieces are held up; the reader of the last bytes is served as soon as the third goes on.
+        gates[2].open()
+        late = [g for g in gates if g is not gates[2]]
+        done = ThreadPoolExecutor(1)
+        ranges = [(0, 1), (8 * MIB, 8 * MIB + 1), (20 * MIB - 1, 20 * MIB)]
+        assert any(done.submit(lambda r=r: try_wait(tail, r)).result() for r in ranges)
+        assert not whole.present([ByteRange(0, 20 * MIB)])
+        for gate in late:
+            gate.open()
+        assert wait(whole, (0, 20 * MIB))
+        done.shutdown()
+    assert len(world.copies()) == 1
+
+
+def try_wait(lease, wanted):
+    try:
+        return lease.wait([ByteRange(*wanted)], deadline_s=0.5)
+    except StoreError:
+        return False
+
+
+def test_what_somebody_waits_for_comes_before_what_was_only_wanted(world):
+    identity = world.put("a", 64 * MIB)
+    order = []
+
+    class Watch(WrapperStore):
+        def read_into(self, key, spans, **options):
+            order.append(min(span.start for span, _ in spans))
+            return super().read_into(key, spans, **options)
+
+    gated = GateStore(Watch(world.inner))
+    store = world.cache("200MB").store(gated)
+    gates = [gated.stop_at("before_read_into") for _ in range(4)]
+    with store.open_local("a", identity) as lease:
+        lease.want([ByteRange(0, 64 * MIB)])
+        for gate in gates:
+            gate.wait_reached()
+        asker = threading.Thread(target=wait, args=(lease, (64 * MIB - UNIT, 64 * MIB)))
+        asker.start()
+        fetch = lease._fetch
+        while not fetch.open_units()[1].any():
+            pass
+        for gate in gates:
+            gate.open()
+        asker.join()
+        assert wait(lease, (0, 64 * MIB))
+    assert order.index(64 * MIB - UNIT) == 4
+    assert len(order) == 9
+
+
+def test_threads_that_want_different_parts_share_one_fetch_and_no_byte_comes_twice(world):
+    identity = world.put("a", 8 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+
+    def read(number):
+        start = number * 7 % 8 * MIB
+        with store.open_local("a", identity) as lease:
+            assert wait(lease, (start, start + MIB))
+            return os.pread(lease.fd, MIB, start) == world.data["a"][start : start + MIB]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(32)))
+    assert cache.stats()["bytes_fetched"] == 8 * MIB
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(world):
+    identity = world.put("a", 40 * MIB)
+    source = FaultStore(world.inner, [Fault("read_into", nth=4, times=9)])
+    cache = world.cache("100MB")
+    with cache.store(source).open_local("a", identity) as lease, pytest.raises(StoreError, match="scripted"):
+        wait(lease, (0, 40 * MIB))
+    came = int(cache.stats()["bytes_fetched"])
+    assert 0 < came < 40 * MIB
+    cache.close()
+    other = world.cache("100MB")
+    world.fetch(world.store(other), "a")
+    assert came + other.stats()["bytes_fetched"] == 40 * MIB
+    assert world.parts() == []
+    assert other.stats()["bytes_used"] == 40 * MIB + UNIT
+
+
+def test_a_process_that_is_killed_leaves_its_bytes_to_the_next(world):
+    identity = world.put("a", 24 * MIB)
+    pid = os.fork()
+    if pid == 0:
+        gated = GateStore(world.inner)
+        gates = [gated.stop_at("after_read_into") for _ in range(2)]
+        lease = world.cache("100MB").store(gated).open_local("a", identity)
+        lease.want([ByteRange(0, 24 * MIB)])
+        for gate in gates:
+            gate.wait_reached()
+        while not any(try_wait(lease, (start * MIB, start * MIB + 1)) for start in (0, 8, 16)):
+            pass  # two of three pieces are held up
+        os._exit(9)
+    os.waitpid(pid, 0)
+    cache = world.cache("100MB")
+    world.fetch(world.store(cache), "a")
+    assert 0 < cache.stats()["bytes_fetched"] <= 16 * MIB
+
+
+def test_an_object_that_changed_under_a_part_of_it_is_not_gone_on_with(world):
+    world.put("a", 4 * MIB)
+    store = world.store(world.cache("100MB"))
+    with store.open_local("a") as lease:
+        assert wait(lease, (0, 1))
+        world.put("a", 4 * MIB + 1)
+        with pytest.raises((StoreError, ObjectChanged)):
+            wait(lease, (2 * MIB, 2 * MIB + 1))
+        assert not lease.present([ByteRange(2 * MIB, 2 * MIB + 1)])
+    assert world.parts() == []
+
+
+def test_room_is_refused_for_what_is_too_much_and_the_rest_is_served(world):
+    identity = world.put("a", 2 * MIB)
+    world.put("b", 2 * MIB)
+    cache = world.cache("3MiB", policy="resident")
+    store = world.store(cache)
+    with store.open_local("a", identity) as lease:
+        assert wait(lease, (0, UNIT))
+        world.fetch(store, "b")
+        assert not wait(lease, (0, 2 * MIB))
+        assert lease.present([ByteRange(0, UNIT)])
+    let_end(cache)
+    assert cache.status()["reserved_bytes"] == 0
+    assert 2 * MIB < cache.stats()["bytes_used"] <= 3 * MIB
+
+
+def test_a_part_whose_disk_is_full_keeps_what_it_has(world, monkeypatch):
+    identity = world.put("a", 2 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    with store.open_local("a", identity) as lease:
+        assert wait(lease, (0, UNIT))
+        write = partial.write_all
+
+        def refuse(fd, data, offset):
+            if len(data) >= UNIT:
+                raise OSError(errno.ENOSPC, "full")
+            write(fd, data, offset)
+
+        monkeypatch.setattr(partial, "write_all", refuse)
+        with pytest.warns(RuntimeWarning, match="disk is full"):
+            assert (wait(lease, (MIB, MIB + UNIT)), let_end(cache)) == (False, None)
+        monkeypatch.setattr(partial, "write_all", write)
+        assert os.pread(lease.fd, UNIT, 0) == world.data["a"][:UNIT]
+    world.fetch(store, "a")
+    assert cache.stats()["bytes_fetched"] == 2 * MIB
+    assert cache.status()["reserved_bytes"] == 0
+
+
+def test_a_part_in_use_is_not_evicted_and_one_that_is_not_is(world, locks):
+    identity = world.put("a", 2 * MIB)
+    cache = world.cache("100MB")
+    with world.store(cache).open_local("a", identity) as lease:
+        assert wait(lease, (0, UNIT))
+        let_end(cache)
+        if locks == "locks hold":
+            assert cache.evict() == 0
+    if locks == "locks hold":
+        assert cache.evict() > 0
+        assert world.parts() == []
+        assert cache.stats()["bytes_used"] == 0
+
+
+# -- between processes --
+
+
+class Log(WrapperStore):
+    """Writes a line into a file, which all processes share, for every range that is read."""
+
+    def __init__(self, inner, log):
+        super().__init__(inner)
+        self.log = log
+
+    def read_into(self, key, spans, **options):
+        fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, f"{sum(span.n_bytes for span, _ in spans)}\n".encode())
+        os.close(fd)
+        return super().read_into(key, spans, **options)
+
+
+def read_in_pieces(path, source, log, identity, number, barrier):
+    """In a child: read all of a shard, beginning somewhere else than the others; ends with 0 if all was right."""
+    data = (source / "a").read_bytes()
+    n_pieces = 16
+    with tc.Cache(path, size="200MB", free_floor=0) as cache:
+        barrier.wait()
+        right = True
+        with cache.store(Log(LocalFolder(source), log)).open_local("a", identity) as lease:
+            for step in range(n_pieces):
+                start = (number * 4 + step) % n_pieces * len(data) // n_pieces
+                end = start + len(data) // n_pieces
+                right &= lease.wait([ByteRange(start, end)], deadline_s=60)
+                right &= os.pread(lease.fd, end - start, start) == data[start:end]
+    os._exit(0 if right else 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_processes_that_read_one_shard_fetch_each_byte_about_once(world, locks):
+    identity = world.put("a", 32 * MIB)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    arguments = world.root / "cache", world.root / "source", world.root / "log", identity
+    children = [context.Process(target=read_in_pieces, args=(*arguments, number, barrier)) for number in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+        child.close()
+    fetched = sum(map(int, (world.root / "log").read_text().split()))
+    if locks == "locks hold":
+        assert fetched == 32 * MIB
+    assert len(world.copies()) == 1
+    assert world.cache("200MB").stats()["bytes_used"] == 32 * MIB + UNIT
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_keeps_its_lease_on_a_part_and_asks_for_nothing_more_by_it(world):
+    identity = world.put("a", 2 * MIB)
+    store = world.store(world.cache("100MB"))
+    with store.open_local("a", identity) as lease:
+        assert wait(lease, (0, UNIT))
+        pid = os.fork()
+        if pid == 0:
+            is_right = wait(lease, (0, UNIT)) and os.pread(lease.fd, UNIT, 0) == world.data["a"][:UNIT]
+            os._exit(0 if is_right and not wait(lease, (MIB, MIB + 1)) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert wait(lease, (MIB, MIB + 1))

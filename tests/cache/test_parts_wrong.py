@@ -1,0 +1,124 @@
+"""Copies in part, and copies without checksums inside, whose bytes are wrong; and what is told of openings."""
+
+import os
+
+import pytest
+
+from tiercache.cache.record import name_of_identity
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.testing import Fault, FaultKind, FaultStore
+
+UNIT = 4096
+MIB = 1 << 20
+
+
+def wait(lease, *ranges):
+    return lease.wait([ByteRange(*r) for r in ranges], deadline_s=30)
+
+
+def test_bytes_of_a_part_that_a_reader_finds_wrong_are_fetched_once_more_and_then_read_past(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+
+    def read():
+        with store.open_local("a", identity) as lease:
+            return wait(lease, (0, UNIT))
+
+    assert read()
+    assert store.distrust("a", identity) is True
+    assert world.parts() == []
+    assert read()
+    assert store.distrust("a", identity) is False
+    assert store.open_local("a", identity) is None
+    assert cache.stats()["poisoned"] == 1
+
+
+def test_a_part_that_rots_on_disk_is_not_blamed_on_its_source(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    for _ in range(3):
+        with store.open_local("a", identity) as lease:
+            assert wait(lease, (0, UNIT))
+        (part,) = [path for path in world.parts() if path.suffix == ".part"]
+        with part.open("r+b") as file:
+            file.write(b"rot")
+        assert store.distrust("a", identity) is True
+    assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
+
+
+def test_an_object_that_is_bad_at_its_source_is_remembered_and_read_past(world):
+    identity = world.put("a")
+    source = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=2)])
+    cache = world.cache()
+    with cache.store(source).open_local("a", identity) as lease:
+        assert not wait(lease, (0, 10_000))
+    assert cache.stats()["poisoned"] == 1
+    assert cache.store(source).open_local("a", identity) is None
+    assert world.n_reads() == 2
+    assert (world.copies(), world.parts()) == ([], [])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_has_no_checksums_inside_is_checked_as_it_is_read(world, whole):
+    n_bytes = 10_000 if whole else 4 * MIB
+    world.put("a", n_bytes)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    etag = store.head("a").etag
+    with store.open_local("a") as lease:
+        assert wait(lease, (5000, 9000))
+    n_reads = world.n_reads()
+
+    def read():
+        data = bytearray(3000)
+        store.read_into("a", [(ByteRange(5500, 8500), memoryview(data))], if_match=etag)
+        return bytes(data) == world.data["a"][5500:8500]
+
+    assert read()
+    assert world.n_reads() == n_reads
+    path = world.copy("a") if whole else next(p for p in world.parts() if p.suffix == ".part")
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(6000)
+        file.write(b"rot")
+    assert read()
+    assert world.n_reads() == n_reads + 1
+    assert world.copies() == []
+    assert cache.stats()["quarantined"] == 1
+
+
+def test_what_an_earlier_process_left_half_named_is_put_right(world):
+    world.put("a")
+    cache = world.cache()
+    world.fetch(world.store(cache), "a")
+    copy = world.copy("a")
+    os.link(copy, f"{copy}.part")
+    copy.with_name(f"{copy.name}.map").write_bytes(b"left over")
+    copy.with_name("b" * 40 + ".part").write_bytes(b"without a map")
+    copy.with_name("c" * 40 + ".map").write_bytes(b"without a part")
+    cache.close()
+    cache = world.cache()
+    assert world.parts() == []
+    assert cache.stats()["bytes_used"] == 4 * UNIT
+
+
+def test_openings_are_traced_where_the_configuration_says_so(world, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(world.root / "trace"))
+    identity = world.put("a")
+    store = world.store()
+    world.fetch(store, "a")
+    world.fetch(store, "a")
+    lines = [line.split()[2:] for line in (world.root / "trace").read_text().splitlines()]
+    assert lines == [[name_of_identity(identity), "10000", "0"], [name_of_identity(identity), "10000", "1"]]
+
+
+def test_identities_that_differ_in_size_are_never_one_part(world):
+    identity = world.put("a", 2 * MIB)
+    store = world.store(world.cache("100MB"))
+    with store.open_local("a", identity) as lease:
+        assert wait(lease, (0, 1))
+    longer = ShardIdentity(identity.dataset_id, identity.shard_id, identity.n_bytes + 1, identity.crc32c)
+    with store.open_local("a", longer) as lease:
+        assert not lease.present([ByteRange(0, 1)])

@@ -1,0 +1,254 @@
+"""Plan files: what jobs publish is what all see, as long as they live."""
+
+import fcntl
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.cache.folder import Folder
+from tiercache.cache.names import Names
+from tiercache.cache.owners import Owners
+from tiercache.cache.plans import Plans, Table, decode, encode
+from tiercache.cache.policy import UNPLANNED
+from tiercache.model import NEVER, ReadingPlan
+
+
+def names_of(*numbers):
+    """Names that share no bytes in their order with their numbers."""
+    return np.random.default_rng(7).integers(0, 256, (64, 20), np.uint8)[list(numbers)]
+
+
+def plan_of(rows, owner="rank 0"):
+    """A plan of (first, last, then) by shard number."""
+    first, last, then = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+    return ReadingPlan(owner, np.arange(len(rows)), first, last, then)
+
+
+@pytest.fixture(params=["locks hold", "locks lie"])
+def locks(request, monkeypatch):
+    if request.param == "locks lie":
+        monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
+    return request.param
+
+
+class Side:
+    """A process that has the folder open, as far as plans are concerned."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.owners = Owners(folder, 1 << 30)
+        self.plans = Plans(folder, self.owners)
+
+    def close(self):
+        self.plans.close()
+        self.owners.close()
+
+
+@pytest.fixture
+def open_side(tmp_path):
+    sides = []
+
+    def open_():
+        sides.append(Side(Folder(tmp_path / "c")))
+        return sides[-1]
+
+    yield open_
+    for side in sides:
+        side.close()
+
+
+def files(side):
+    return sorted(path.name for path in side.folder.plans.iterdir())
+
+
+def test_without_plans_nothing_is_planned(open_side):
+    side = open_side()
+    assert side.plans.next_use(names_of(1, 2)).tolist() == [UNPLANNED] * 2
+    assert side.plans.then(names_of(1, 2)).tolist() == [UNPLANNED] * 2
+    assert side.plans.next_use(names_of()).tolist() == []
+
+
+def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side, locks):
+    mine, yours = open_side(), open_side()
+    rows = [(0, 10, 100), (10, 30, 120), (30, 40, NEVER), (NEVER, NEVER, 150), (NEVER, NEVER, NEVER)]
+    following = mine.plans.publish(names_of(0, 1, 2, 3, 4), plan_of(rows))
+    seen = names_of(4, 3, 2, 1, 0, 9)
+    assert yours.plans.next_use(seen).tolist() == [NEVER, 150, 30, 10, 0, UNPLANNED]
+    assert yours.plans.then(seen).tolist() == [NEVER, NEVER, NEVER, 120, 100, UNPLANNED]
+    following.advance(10)
+    assert yours.plans.next_use(seen).tolist() == [NEVER, 140, 20, 0, 90, UNPLANNED]
+    following.advance(40)
+    assert yours.plans.next_use(seen).tolist() == [NEVER, 110, NEVER, 80, 60, UNPLANNED]
+    following.close()
+    following.close()
+    following.advance(50)
+    assert yours.plans.next_use(seen).tolist() == [UNPLANNED] * 6
+    assert files(mine) == []
+
+
+def test_plans_are_merged_by_the_nearest_use_of_any_job(open_side):
+    one, two = open_side(), open_side()
+    first = one.plans.publish(names_of(0, 1), plan_of([(5, 10, 200), (60, 70, 90)], "one"))
+    second = two.plans.publish(names_of(1, 2), plan_of([(20, 30, 80), (7, 9, 99)], "two"))
+    for side in (one, two):
+        assert side.plans.next_use(names_of(0, 1, 2)).tolist() == [5, 20, 7]
+        assert side.plans.then(names_of(0, 1, 2)).tolist() == [200, 60, 99]
+        assert side.plans.labels() == ["one", "two"]
+    second.advance(30)
+    assert one.plans.next_use(names_of(1)).tolist() == [50]
+    assert one.plans.then(names_of(1)).tolist() == [60]
+    first.close()
+    assert one.plans.next_use(names_of(0, 1, 2)).tolist() == [UNPLANNED, 50, 69]
+
+
+@st.composite
+def uses_of_a_shard(draw):
+    """(first, last, then): a shard is read again only after it was read for the last time in this epoch."""
+    first = draw(st.one_of(st.integers(0, 40), st.just(NEVER)))
+    last = NEVER if first == NEVER else first + draw(st.integers(0, 20))
+    then = draw(st.one_of(st.integers(0, 40), st.just(NEVER)))
+    return first, last, then if NEVER in (then, last) else last + then
+
+
+rows_of_a_plan = st.lists(uses_of_a_shard(), min_size=1, max_size=8)
+
+
+def uses_one_by_one(row, clock):
+    """When a shard is used from now on, in order, told row by row and not by arrays."""
+    first, last, then = row
+    coming = []
+    if first != NEVER and clock < last:
+        coming.append(max(first - clock, 0))
+    if then != NEVER:
+        coming.append(max(then - clock, 1))
+    return coming
+
+
+@given(st.lists(st.tuples(rows_of_a_plan, st.integers(0, 60)), max_size=4))
+def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_plans):
+    side = Side(Folder(tmp_path_factory.getbasetemp() / "merged"))
+    try:
+        followings = []
+        for rows, clock in given_plans:
+            followings.append(side.plans.publish(names_of(*range(len(rows))), plan_of(rows)))
+            followings[-1].advance(clock)
+        next_use = side.plans.next_use(names_of(*range(9))).tolist()
+        then = side.plans.then(names_of(*range(9))).tolist()
+        for i in range(9):
+            its = [(rows[i], clock) for rows, clock in given_plans if i < len(rows)]
+            if not its:
+                assert (next_use[i], then[i]) == (UNPLANNED, UNPLANNED)
+                continue
+            coming = sorted(use for row, clock in its for use in uses_one_by_one(row, clock))
+            assert [next_use[i], then[i]] == [*coming, NEVER, NEVER][:2]
+    finally:
+        side.close()
+
+
+def test_shards_that_are_one_copy_are_in_use_until_the_last_is_read(open_side):
+    side = open_side()
+    rows = [(40, 50, 200), (10, 20, 300), (NEVER, NEVER, 150)]
+    following = side.plans.publish(names_of(5, 5, 5), plan_of(rows))
+    assert side.plans.next_use(names_of(5)).tolist() == [10]
+    following.advance(30)
+    assert side.plans.next_use(names_of(5)).tolist() == [0]
+    following.advance(60)
+    assert side.plans.next_use(names_of(5)).tolist() == [90]
+
+
+def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, locks, open_side):
+    side = open_side()
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_plans import Side, Folder, names_of, plan_of
+side = Side(Folder(Path({str(tmp_path / "c")!r})))
+following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)], "killed"))
+print("published", flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "published\n"
+        assert side.plans.next_use(names_of(1)).tolist() == [5]
+        child.stdin.close()
+        child.wait()
+    assert side.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+    assert files(side) == []
+
+
+def test_a_plan_that_is_forgotten_is_withdrawn(open_side):
+    side = open_side()
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    assert len(files(side)) == 1
+    del following
+    gc.collect()
+    assert files(side) == []
+
+
+def test_a_forked_child_neither_withdraws_nor_advances_the_plan_of_its_parent(open_side):
+    side = open_side()
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 70)]))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            following.advance(50)
+            following.close()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert side.plans.next_use(names_of(1)).tolist() == [5]
+    assert len(files(side)) == 1
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda d: d[:-1], lambda d: b"x" + d[1:], lambda d: b"", lambda d: d[:8] + b"\xff" * 16 + d[24:]]
+)
+def test_a_file_that_is_no_plan_is_no_plan(open_side, spoil):
+    side = open_side()
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    (file,) = side.folder.plans.iterdir()
+    data = file.read_bytes()
+    for path in (file, side.folder.plans / "of-nobody.plan", side.folder.plans / "of-nobody.new"):
+        path.write_bytes(spoil(data))
+    other = open_side()
+    assert other.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+    assert files(side) == [file.name], "what nobody owns is swept"
+    following.close()
+
+
+def test_numbers_that_no_plan_has_do_not_overflow():
+    rows = [(-(1 << 63), (1 << 63) - 1, -5)]
+    table = decode(encode(Table.of(names_of(3), plan_of(rows))))
+    coming, after = table.uses(np.array([0]), 100)
+    assert coming.tolist() == [0]
+    assert after.tolist() == [1]
+
+
+def test_a_folder_that_was_deleted_has_no_plans(open_side):
+    side = open_side()
+    side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    side.folder.plans.rename(side.folder.root / "away")
+    assert side.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+
+
+def test_names_and_uses_of_different_number_are_an_error(open_side):
+    with pytest.raises(ValueError, match="of one length"):
+        open_side().plans.publish(names_of(1, 2), plan_of([(5, 6, 7)]))
+
+
+def test_names_with_one_head_are_told_apart():
+    raw = np.zeros((4, 20), np.uint8)
+    raw[:, 19] = [1, 2, 3, 4]
+    table = Names.of(raw[[0, 2]])
+    assert table.rows_of(Names.of(raw)).tolist() == [0, -1, 1, -1]

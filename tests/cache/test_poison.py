@@ -1,0 +1,58 @@
+"""What is known to be bad at its source, for a while, whatever the clock does."""
+
+import os
+import time
+
+import pytest
+
+from tiercache.cache import poison
+from tiercache.cache.folder import Folder
+from tiercache.cache.poison import POISON_S, Poison
+
+NAME = "a" * 40
+BAD = Poison("s3://bucket/x", 1, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "c")
+
+
+def test_what_is_remembered_is_known_until_it_is_forgotten(folder):
+    assert poison.poison_of(folder, NAME) is None
+    poison.remember(folder, NAME, BAD)
+    assert poison.poison_of(folder, NAME) == BAD
+    assert poison.poisons(folder) == {NAME: BAD}
+    assert poison.forget(folder, NAME) is True
+    assert poison.forget(folder, NAME) is False
+    assert poison.poisons(folder) == {}
+
+
+@pytest.mark.parametrize(("jump_s", "holds"), [(POISON_S - 5, True), (POISON_S + 5, False), (-60, True), (-9e6, False)])
+def test_it_holds_for_ten_minutes_and_not_for_ever_where_the_clock_is_set_back(folder, monkeypatch, jump_s, holds):
+    poison.remember(folder, NAME, BAD)
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + jump_s)
+    assert (poison.poison_of(folder, NAME) is not None) is holds
+    poison.sweep(folder)
+    assert (folder.poison / f"{NAME}.json").exists() is holds
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 0}', '{"url": 1, "expected": "x", "found": 2}'])
+def test_a_torn_note_says_nothing(folder, text):
+    (folder.poison / f"{NAME}.json").write_text(text)
+    assert poison.poison_of(folder, NAME) is None
+    assert poison.poisons(folder) == {}
+
+
+def test_strangers_files_and_links_are_left_alone(folder, tmp_path):
+    (folder.poison / "readme.json").write_text("x")
+    (tmp_path / "target").write_text("x")
+    (folder.poison / f"{NAME}.json").symlink_to(tmp_path / "target")
+    assert poison.poison_of(folder, NAME) is None
+    os.utime(folder.poison / "readme.json", (0, 0))
+    poison.sweep(folder)
+    assert (folder.poison / "readme.json").exists()
+    poison.remember(folder, NAME, BAD)
+    assert poison.poison_of(folder, NAME) == BAD
+    assert (tmp_path / "target").read_text() == "x"

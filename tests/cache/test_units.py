@@ -1,0 +1,207 @@
+"""The units of a file, and the two files that a copy in part is made of."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache._native.checksum import crc32c
+from tiercache.cache import partial, units
+from tiercache.cache.folder import Folder
+from tiercache.cache.partial import Part, charge_of, hold_part, map_bytes
+from tiercache.model import ByteRange
+
+UNIT = units.UNIT_BYTES
+MIB = 1 << 20
+NAME = "a" * 40
+
+
+# -- units: against sets of bytes --
+
+sizes = st.integers(0, 40 * UNIT)
+
+
+@st.composite
+def ranges_in(draw):
+    n_bytes = draw(sizes)
+    edges = st.integers(0, n_bytes + UNIT)
+    pairs = draw(st.lists(st.tuples(edges, edges), max_size=6))
+    return n_bytes, [ByteRange(min(pair), max(pair)) for pair in pairs]
+
+
+def units_by_byte(ranges, n_bytes):
+    """The units of every single byte."""
+    found = {byte // UNIT for r in ranges for byte in range(r.start, min(r.end, n_bytes), UNIT)}
+    found |= {(min(r.end, n_bytes) - 1) // UNIT for r in ranges if min(r.end, n_bytes) > r.start}
+    return found | ({0} if not n_bytes and ranges else set())
+
+
+@given(ranges_in())
+def test_the_units_of_ranges_are_those_that_hold_a_byte_of_them(case):
+    n_bytes, ranges = case
+    mask = units.mask_of(ranges, n_bytes)
+    assert len(mask) == max(-(-n_bytes // UNIT), 1)
+    assert set(np.flatnonzero(mask).tolist()) == units_by_byte(ranges, n_bytes)
+    assert units.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
+    assert not units.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
+
+
+@given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))
+def test_pieces_hold_each_unit_once_in_order_and_are_no_longer_than_they_may(case, piece_bytes):
+    n_bytes, ranges = case
+    mask = units.mask_of(ranges, n_bytes)
+    left, bytes_seen, last = mask.copy(), 0, -1
+    while piece := units.first_piece(left, n_bytes, piece_bytes):
+        assert sum(r.n_bytes for r in piece) <= piece_bytes
+        for found in piece:
+            assert found.start % UNIT == 0
+            assert found.start >= last
+            last = found.end
+            bytes_seen += found.n_bytes
+        taken = units.mask_of(piece, n_bytes)
+        assert not (taken & ~left).any()
+        left &= ~taken
+    assert not left.any()
+    assert bytes_seen == units.bytes_of(mask, n_bytes)
+    assert units.ranges_of(mask, n_bytes) == units.first_piece(mask, n_bytes, 1 << 30)
+
+
+@given(ranges_in(), st.data())
+def test_what_is_fetched_is_what_is_missing_and_all_the_rest_where_that_is_little(case, data):
+    n_bytes, ranges = case
+    present = units.mask_of(data.draw(ranges_in())[1], n_bytes)
+    wanted = units.mask_of(ranges, n_bytes)
+    fetched = units.to_fetch(present, wanted, n_bytes)
+    missing = wanted & ~present
+    assert not (fetched & present).any()
+    assert (fetched >= missing).all()
+    # All of these files are below LITTLE_BYTES: whatever is fetched, the file is whole after it.
+    assert (fetched | present).all() or not missing.any()
+
+
+def test_the_rest_of_a_large_file_is_fetched_along_only_where_it_is_little():
+    n_bytes = 64 * MIB
+    nothing = np.zeros(units.n_units(n_bytes), bool)
+    half = units.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
+    assert (units.to_fetch(nothing, half, n_bytes) == half).all()
+    most = units.mask_of([ByteRange(0, 63 * MIB)], n_bytes)
+    assert units.to_fetch(nothing, most, n_bytes).all()
+
+
+# -- the two files --
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "cache")
+
+
+def noise(n_bytes, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n_bytes, np.uint8)
+
+
+def forget_boot(monkeypatch):
+    monkeypatch.setattr(partial, "boot_id", lambda: "another-boot")
+
+
+def test_what_was_written_to_a_part_is_there_for_those_who_hold_it(folder):
+    data = noise(10 * UNIT + 5)
+    part = Part.create(folder, NAME, len(data))
+    held = part.hold()
+    assert not held.presence.covers([ByteRange(0, 1)])
+    assert part.write(2 * UNIT, data[2 * UNIT : 4 * UNIT]) == crc32c(data[2 * UNIT : 4 * UNIT])
+    part.write(10 * UNIT, data[10 * UNIT :])
+    assert held.presence.covers([ByteRange(2 * UNIT, 4 * UNIT), ByteRange(10 * UNIT + 1, len(data))])
+    assert not held.presence.covers([ByteRange(4 * UNIT - 1, 4 * UNIT + 1)])
+    assert os.pread(held.fd, UNIT, 3 * UNIT) == data[3 * UNIT : 4 * UNIT].tobytes()
+    other = hold_part(folder, NAME, len(data))
+    assert set(np.flatnonzero(other.presence.mask()).tolist()) == {2, 3, 10}
+    for open_file in (other, held, part):
+        open_file.close()
+
+
+def test_a_unit_that_is_there_is_never_written_again(folder):
+    """Where locks lie another process may be serving it already."""
+    part = Part.create(folder, NAME, 3 * UNIT)
+    part.write(UNIT, np.zeros(UNIT, np.uint8))
+    part.write(0, np.ones(3 * UNIT, np.uint8))
+    assert os.pread(part.fd, 3 * UNIT, 0) == b"\1" * UNIT + b"\0" * UNIT + b"\1" * UNIT
+    part.close()
+
+
+def test_a_part_is_no_larger_on_disk_than_it_is_charged(folder):
+    n_bytes = 4 * MIB
+    part = Part.create(folder, NAME, n_bytes)
+    for unit in range(0, 512, 2):
+        part.write(unit * UNIT, noise(UNIT))
+    os.fsync(part.fd)
+    on_disk = sum((folder.copies / f"{NAME}{kind}").stat().st_blocks * 512 for kind in (".part", ".map"))
+    assert on_disk <= charge_of(part.present, n_bytes) - UNIT
+    part.close()
+
+
+@pytest.mark.parametrize("damage", ["nothing", "data lost", "sums lost", "cut"])
+def test_after_a_power_failure_a_part_is_trusted_only_where_its_bytes_are_what_was_written(folder, monkeypatch, damage):
+    data = noise(5 * UNIT)
+    part = Part.create(folder, NAME, len(data))
+    part.write(UNIT, data[UNIT : 3 * UNIT])
+    part.close()
+    path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
+    if damage == "data lost":
+        with path.open("r+b") as file:
+            file.seek(2 * UNIT)
+            file.write(b"\0" * UNIT)
+    elif damage == "sums lost":
+        os.truncate(map_path, 72)
+        os.truncate(map_path, map_bytes(len(data)))
+    elif damage == "cut":
+        os.truncate(path, 2 * UNIT)
+        os.truncate(path, len(data))
+    forget_boot(monkeypatch)
+    assert hold_part(folder, NAME, len(data)) is None, "nobody is served before it was read back"
+    again = Part.open(folder, NAME, len(data))
+    if damage == "nothing":
+        assert np.flatnonzero(again.present).tolist() == [1, 2]
+        held = hold_part(folder, NAME, len(data))
+        held.close()
+        again.close()
+    else:
+        assert again is None
+        assert list(folder.copies.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["no map", "no part", "torn map", "short map", "another part", "another size"])
+def test_what_is_no_part_and_its_map_is_removed_and_started_again(folder, monkeypatch, damage):
+    monkeypatch.setattr(partial, "SETTLE_S", 0.01)
+    part = Part.create(folder, NAME, 5 * UNIT)
+    part.write(0, noise(UNIT))
+    part.close()
+    path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
+    if damage == "no map":
+        map_path.unlink()
+    elif damage == "no part":
+        path.unlink()
+    elif damage == "torn map":
+        map_path.write_bytes(b"\0" * map_bytes(5 * UNIT))
+    elif damage == "short map":
+        os.truncate(map_path, 70)
+    elif damage == "another part":
+        path.rename(path.with_suffix(".kept"))
+        path.write_bytes(b"\0" * 5 * UNIT)
+    n_bytes = 6 * UNIT if damage == "another size" else 5 * UNIT
+    assert hold_part(folder, NAME, n_bytes) is None
+    assert Part.open(folder, NAME, n_bytes) is None
+    assert [p.suffix for p in folder.copies.iterdir()] == ([".kept"] if damage == "another part" else [])
+
+
+def test_a_part_that_was_sealed_but_not_named_can_be_gone_on_with(folder):
+    part = Part.create(folder, NAME, 2 * UNIT)
+    part.write(0, noise(UNIT))
+    part.seal(0o400)
+    part.close()
+    part = Part.open(folder, NAME, 2 * UNIT)
+    part.write(UNIT, noise(UNIT))
+    assert part.present.all()
+    part.close()

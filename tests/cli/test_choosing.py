@@ -1,0 +1,175 @@
+"""Which shards a verb is about: the order of a training without its loader, shares, lists, ranks."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.cli.choosing import Choice, OrderFlags, PartFlags, parse_ranks, read_names
+from tiercache.cli.training import Training, epoch_reads, first_bytes, read_first
+from tiercache.load.share import OrderShare
+from tiercache.model import ShardInfo
+from tiercache.order import EpochOrder, Layout, RankPlan
+from tiercache.shard.segments import ShardTable, new_segment, parse_segment
+
+
+def table(sizes, records=None):
+    records = records or [10] * len(sizes)
+    infos = [
+        ShardInfo(f"shards/{i:04d}.tcs", f"{i:032x}", n, size, i, size - 20, 10)
+        for i, (n, size) in enumerate(zip(records, sizes, strict=True))
+    ]
+    ref, data = new_segment(infos)
+    return ShardTable([parse_segment(pa.py_buffer(data), ref, url="x")])
+
+
+shards = st.lists(st.tuples(st.integers(0, 50), st.integers(100, 10_000)), min_size=1, max_size=40)
+
+
+@given(
+    shards=shards,
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 3),
+    world_size=st.integers(1, 6),
+    placement=st.sampled_from(["sticky", "global"]),
+    group_bytes=st.sampled_from([None, 5000, 1 << 30]),
+)
+def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everything(
+    shards, seed, epoch, world_size, placement, group_bytes
+):
+    records, sizes = np.array(shards, np.int64).T.copy()
+    training = Training(seed, epoch, tuple(range(world_size)), world_size, placement=placement, group_bytes=group_bytes)
+    reads = epoch_reads(records, sizes, training)
+    order = EpochOrder(Layout(records, sizes, lambda _: []), training.options, epoch)
+    for rank, mine in reads.items():
+        plan = RankPlan(0, world_size, rank, 4, False, order.n_records, order.n_streams)
+        expected = OrderShare(order, plan, seed, epoch).shards_ahead(0, 0, 1 << 60)
+        assert mine.shards.tolist() == expected
+        assert mine.clock.tolist() == (np.cumsum(sizes[mine.shards]) - sizes[mine.shards]).tolist()
+    assert sorted(read_first(list(reads.values())).tolist()) == np.flatnonzero(records).tolist()
+
+
+def test_a_rank_with_several_streams_reads_them_side_by_side():
+    records, sizes = np.full(40, 10), np.full(40, 1000)
+    mine = epoch_reads(records, sizes, Training(3, ranks=(1,), world_size=2, streams=8))[1].shards.tolist()
+    order = EpochOrder(Layout(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
+    streams = [order.shards_ahead(s, 0, None).tolist() for s in range(4, 8)]
+    assert [mine[:4], mine[4:8]] == [[run[i] for run in streams] for i in range(2)]
+
+
+def test_without_a_seed_every_rank_reads_everything_in_stored_order():
+    records, sizes = np.full(5, 10), np.full(5, 1000)
+    reads = epoch_reads(records, sizes, Training(ranks=(0, 2), world_size=3))
+    assert [r.shards.tolist() for r in reads.values()] == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_nobody_reads_nothing():
+    assert read_first([]).tolist() == []
+    empty = np.zeros(0, np.int64)
+    assert epoch_reads(empty, empty, Training(1))[0].shards.tolist() == []
+
+
+@given(sizes=st.lists(st.integers(1, 1000), max_size=20), n_bytes=st.integers(0, 20_000))
+def test_the_first_bytes_are_the_fewest_first_shards_that_hold_them(sizes, n_bytes):
+    sizes = np.array(sizes, np.int64)
+    chosen = first_bytes(np.arange(len(sizes)), sizes, n_bytes)
+    assert chosen.tolist() == list(range(len(chosen)))
+    total = int(sizes[chosen].sum())
+    assert total >= min(n_bytes, int(sizes.sum()))
+    assert len(chosen) == 0 or total - int(sizes[chosen[-1]]) < n_bytes
+
+
+class TestChoice:
+    def test_the_whole_data_set_in_stored_order_is_the_default(self):
+        assert Choice().shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
+
+    def test_a_share_is_taken_of_what_the_globs_leave_in_the_order_of_the_training(self):
+        found = table([100] * 20)
+        training = Training(5, ranks=(1,), world_size=2)
+        whole = epoch_reads(found.n_records, found.n_bytes, training)[1].shards.tolist()
+        even = [i for i in whole if i % 2 == 0]
+        choice = Choice(include=["*[02468].tcs"], training=training, share=0.5)
+        assert choice.shards(found).tolist() == even[: -(-len(even) // 2)]
+        assert Choice(training=training, first_bytes=250).shards(found).tolist() == whole[:3]
+
+    def test_a_list_is_followed_in_its_own_order_and_a_training_keeps_its_own(self):
+        found = table([100] * 9)
+        names = [f"shards/{i:04d}.tcs" for i in (7, 2, 7, 4)]
+        assert Choice(files=names).shards(found).tolist() == [7, 2, 4]
+        training = Training(5)
+        order = epoch_reads(found.n_records, found.n_bytes, training)[0].shards.tolist()
+        assert Choice(files=names, training=training).shards(found).tolist() == [i for i in order if i in (2, 4, 7)]
+        assert Choice(files=[]).shards(found).tolist() == []
+
+    def test_a_name_that_is_not_there_is_an_error_that_says_which(self):
+        with pytest.raises(ValueError, match="--files-from: the data set has no shard 'shards/9"):
+            Choice(files=["shards/0000.tcs", "shards/9.tcs"]).shards(table([100]))
+
+
+class TestFlags:
+    def test_ranks_are_one_or_some_of_so_many(self):
+        assert parse_ranks(["3/8"]) == ((3,), 8)
+        assert parse_ranks(["0-2/8", "2/8", "7/8"]) == ((0, 1, 2, 7), 8)
+
+    @pytest.mark.parametrize("texts", [["8/8"], ["x"], ["2-1/8"], ["1"], ["1/0"], ["0/2", "0/4"], ["-1/4"]])
+    def test_what_is_no_rank_is_an_error(self, texts):
+        with pytest.raises(ValueError, match="--rank"):
+            parse_ranks(texts)
+
+    def test_without_any_flag_there_is_no_training(self):
+        assert OrderFlags().training() is None
+        assert OrderFlags(seed=3).training() == Training(3)
+        assert OrderFlags(7, 2, ["1/4"], 8, "global", "all", 32).training() == Training(
+            7, 2, (1,), 4, 8, "global", None, 32
+        )
+
+    @pytest.mark.parametrize(
+        ("flags", "named"),
+        [({"epoch": 1}, "--epoch"), ({"ranks": ["0/2"]}, "--rank"), ({"group": "1GiB"}, "--shuffle-group")],
+    )
+    def test_a_flag_of_the_order_needs_the_seed(self, flags, named):
+        with pytest.raises(ValueError, match=f"{named} needs --seed"):
+            OrderFlags(**flags).training()
+
+    def test_an_order_that_cannot_be_is_an_error(self):
+        with pytest.raises(ValueError, match="--placement is sticky or global, got 'here'"):
+            OrderFlags(1, placement="here").training()
+        with pytest.raises(ValueError, match="not a size"):
+            OrderFlags(1, group="big").training()
+        with pytest.raises(ValueError, match="streams must be"):
+            Choice(training=Training(1, streams=-1)).shards(table([100]))
+        with pytest.raises(ValueError, match="a rank is from 0 to 1 of 2"):
+            Training(1, ranks=(2,), world_size=2)
+
+    def test_how_much_is_said_in_one_way(self):
+        assert PartFlags().limits() == (1.0, None)
+        assert PartFlags(share="25%").limits() == (0.25, None)
+        assert PartFlags(first="3KB").limits() == (1.0, 3000)
+        assert PartFlags(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
+        with pytest.raises(ValueError, match="--share and --first say the same thing"):
+            PartFlags(share="1%", first="1KB").limits()
+
+    @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
+    def test_minutes_and_rate_go_together(self, flags):
+        with pytest.raises(ValueError, match="--minutes and --rate go together"):
+            PartFlags(**flags).limits()
+
+    @pytest.mark.parametrize(("minutes", "rate"), [(-1.0, "1MB"), (1.0, "0"), (1.0, "fast"), (float("nan"), "1MB")])
+    def test_minutes_and_rate_that_cannot_be_are_errors(self, minutes, rate):
+        with pytest.raises(ValueError, match=r"--minutes|--rate"):
+            PartFlags(minutes=minutes, rate=rate).limits()
+
+
+def test_names_are_read_a_line_each(tmp_path):
+    (tmp_path / "list").write_text("a\n\n  b c \n")
+    assert read_names(str(tmp_path / "list")) == ["a", "b c"]
+    assert read_names(None) is None
+
+
+def test_keys_and_identities_of_many_shards_are_those_of_each():
+    found = table([100, 200, 300])
+    dataset_id = "d" * 32
+    expected = [(found.info(i).name, found.info(i).identity(dataset_id)) for i in (2, 0)]
+    assert found.objects(dataset_id, np.array([2, 0])) == expected
+    assert found.objects(dataset_id, np.zeros(0, np.int64)) == []

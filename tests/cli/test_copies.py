@@ -1,0 +1,234 @@
+"""evict's selections, status's facts, and verify and its repair of cached copies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tiercache.cache import Cache, Entry
+from tiercache.cli.evict import Doomed, least_used
+from tiercache.cli.status import by_data_set, summary_of
+from tiercache.dataset import Dataset
+from tiercache.store import open_store
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
+
+
+@pytest.fixture
+def warmed(tiercache, data_set, cache, tmp_path):
+    """The copies of a data set that is in the cache, largest first."""
+    tiercache("warm", data_set, *cache)
+    copies = [p for p in (tmp_path / "cache" / "copies").iterdir() if "." not in p.name]
+    return sorted(copies, key=lambda path: path.stat().st_size)[::-1]
+
+
+def damage(path, offset=100):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    path.chmod(0o400)
+
+
+def age(path, seconds):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def entry(name, n_bytes=10, **more):
+    return Entry(name, f"s3://b/{name}", n_bytes, pinned=False, uses=0, last_use=0, **more)
+
+
+class TestEvict:
+    def test_only_what_nobody_has_read_for_long_goes(self, tiercache, cache, warmed):
+        for path in warmed[:2]:
+            age(path, 8 * 86400)
+        assert tiercache("evict", "--all", *cache, "--older-than", "9d", "--yes", "--json").events[-1]["copies"] == 0
+        done = tiercache("evict", "--all", *cache, "--older-than", "7d", "--yes", "--json").events[-1]
+        assert done["copies"] == 2
+        assert [path.exists() for path in warmed] == [False, False] + [True] * (len(warmed) - 2)
+
+    def test_only_larger_copies_go(self, tiercache, cache, warmed):
+        sizes = [path.stat().st_size for path in warmed]
+        limit = -(-sizes[-1] // 4096 + -1) * 4096
+        would = tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--dry-run", "--json").events[-1]
+        assert 0 < would["copies"] < len(warmed)
+        assert would["bytes"] >= would["copies"] * limit
+        tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--yes")
+        assert sum(path.exists() for path in warmed) == len(warmed) - would["copies"]
+
+    def test_a_target_is_reached_and_no_more_than_that_goes(self, tiercache, cache, warmed):
+        used = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
+        largest = max(path.stat().st_size for path in warmed) + 8192
+        target = used // 2
+        would = tiercache("evict", "--all", *cache, "--to", str(target), "--dry-run", "--json").events[-1]
+        done = tiercache("evict", "--all", *cache, "--to", str(target), "--yes", "--json").events[-1]
+        assert (done["copies"], done["bytes"], done["left"]) == (would["copies"], would["bytes"], 0)
+        left = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
+        assert left == done["bytes_used"] <= target < left + largest
+        again = tiercache("evict", "--all", *cache, "--to", str(target), "--yes")
+        assert again.out == "evicted 0 copies, 0 B\n"
+
+    def test_a_target_may_be_a_share_of_the_budget(self, tiercache, cache, warmed):
+        assert tiercache("evict", "--all", *cache, "--to", "50%", "-y", "--json").events[-1]["copies"] == 0
+        assert tiercache("evict", "--all", *cache, "--to", "0%", "-y", "--json").events[-1]["copies"] == len(warmed)
+
+    def test_copies_in_use_are_left_and_the_code_is_3(self, tiercache, data_set, cache, warmed, tmp_path):
+        with Cache(tmp_path / "cache", size="100MB") as held:
+            store = held.store(open_store(str(data_set)))
+            dataset = Dataset(str(data_set), cache=held)
+            dataset[0]
+            done = tiercache("evict", "--all", *cache, "--yes", code=3)
+            assert "in use stayed" in done.out
+            dataset.close()
+            store.close()
+        assert tiercache("evict", "--all", *cache, "--yes", "--json").events[-1]["left"] == 0
+
+    def test_ages_and_sizes_that_cannot_be_are_wrong_usage(self, tiercache, cache):
+        for flag in ("--older-than", "--larger-than", "--to"):
+            assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
+
+    def test_the_least_recently_used_go_first(self):
+        copies = [entry(name) for name in "abcd"]
+        assert [e.name for e in least_used(copies, 40, 25)] == ["a", "b"]
+        assert [e.name for e in least_used(copies, 40, 40)] == []
+        assert [e.name for e in least_used(copies, 40, None)] == list("abcd")
+
+    def test_a_clock_that_was_set_back_makes_nothing_old(self):
+        assert not Doomed(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=500.0)
+        assert Doomed(older_than_s=10).takes(entry("a", used_s=1000.0), now_s=1011.0)
+
+
+class TestStatus:
+    def test_parts_are_counted_beside_copies(self):
+        rows = by_data_set([entry("a"), entry("a", in_part=True)])
+        assert [(row["copies"], row["parts"], row["bytes"]) for row in rows] == [(1, 1, 20)]
+
+    def test_a_part_stands_in_the_table(self, tiercache, cache, tmp_path):
+        rows = [{"small": i, "large": os.urandom(2000).hex()} for i in range(200)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        tiercache("pack", tmp_path / "a.jsonl", tmp_path / "wide", "--block-size", "100KB")
+        tiercache("warm", tmp_path / "wide", *cache, "--columns", "small")
+        row, summary = tiercache("status", *cache, "--json").events
+        assert (row["parts"], summary["n_parts"]) == (1, 1)
+        assert tiercache("status", *cache).out.splitlines()[0].split() == [
+            *("data", "set", "copies", "in", "part", "size", "pinned")
+        ]
+        evicted = tiercache("evict", "--all", *cache, "--yes", "--json").events[-1]
+        assert evicted["copies"] == row["copies"] + row["parts"]
+        assert tiercache("status", *cache, "--json").events[-1]["bytes_used"] == 0
+
+    def test_hits_of_all_processes_are_summed(self, tiercache, data_set, cache, warmed, tmp_path):
+        for _ in range(2):
+            with Cache(tmp_path / "cache", size="100MB") as used:
+                dataset = Dataset(str(data_set), cache=used)
+                dataset[list(range(20))]
+                dataset.close()
+        done = tiercache("status", *cache, "--json").events[-1]
+        assert done["hits"] >= 2 * (len(warmed) - 1)
+        assert 0 < done["hit_ratio"] <= 1
+        assert " found their copy here, " in tiercache("status", *cache).out
+
+    def test_the_summary_names_what_is_wrong(self):
+        facts = {
+            "path": "/c",
+            "bytes_used": 5,
+            "limit_bytes": 10,
+            "pinned_bytes": 0,
+            "reserved_bytes": 2,
+            "hit_ratio": 0.75,
+            "figures": {
+                "hits": 3,
+                "misses": 1,
+                "bytes_fetched": 7,
+                "evicted_early": 2,
+                "quarantined": 1,
+                "poisoned": 0,
+            },
+            "writable": False,
+            "bypassed": True,
+            "network_file_system": "nfs",
+        }
+        assert summary_of(facts) == (
+            "/c: 5 B of 10 B, 0 B pinned; 2 B on the way; 75.0% of 4 opens found their copy here, 7 B fetched; "
+            "2 evicted too early; 1 quarantined; it cannot be written and only serves what it holds; its disk has "
+            "failed and it is passed by for now; it lies on nfs"
+        )
+
+    def test_who_reads_is_named_with_what_he_holds(self, data_set, cache, warmed, tmp_path):
+        command = [sys.executable, "-m", "tiercache.cli", "status", *cache]
+        with Cache(tmp_path / "cache", size="100MB") as held:
+            dataset = Dataset(str(data_set), cache=held)
+            dataset[0]
+            done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            dataset.close()
+        holders = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "holder"]
+        assert [(holder["pid"], holder["copies"] > 0) for holder in holders] == [(os.getpid(), True)]
+        assert any(source.startswith(str(data_set)) for source in holders[0]["sources"])
+        assert f"{os.getpid()}" in text
+
+
+class TestVerify:
+    def test_whole_copies_are_whole(self, tiercache, data_set, cache, warmed):
+        done = tiercache("verify", *cache, "--json").events[-1]
+        assert (done["copies"], done["damaged"]) == (len(warmed), 0)
+        assert done["bytes"] == sum(path.stat().st_size for path in warmed)
+        assert tiercache("verify", data_set, *cache).out.endswith(": nothing is damaged\n")
+
+    def test_a_damaged_copy_is_named_and_stays_without_repair(self, tiercache, data_set, cache, warmed):
+        damage(warmed[0])
+        copy, summary = tiercache("verify", *cache, "--json", code=4).events
+        assert (copy["event"], copy["name"], copy["state"]) == ("copy", warmed[0].name, "damaged")
+        assert copy["source"].startswith(str(data_set))
+        assert (summary["damaged"], summary["repaired"], summary["removed"]) == (1, 0, 0)
+        assert warmed[0].exists()
+        assert "1 damaged" in tiercache("verify", data_set, *cache, code=4).out
+
+    @pytest.mark.parametrize("with_url", [True, False])
+    def test_repair_fetches_it_again(self, tiercache, data_set, cache, warmed, with_url):
+        right = warmed[0].read_bytes()
+        damage(warmed[0])
+        url = [data_set] if with_url else []
+        done = tiercache("verify", *url, *cache, "--repair")
+        assert done.out.endswith(": 1 damaged, 1 of them repaired\n")
+        assert warmed[0].read_bytes() == right
+        assert tiercache("verify", *cache, "--json").events[-1]["damaged"] == 0
+        events = tiercache("status", *cache, "--json").events
+        assert [e["source"] for e in events if e["event"] == "quarantined"] != []
+        assert events[-1]["quarantined"] == 1
+        assert "quarantined 2" in tiercache("status", *cache).out
+
+    def test_what_cannot_be_fetched_again_is_removed_and_the_code_is_3(self, tiercache, data_set, cache, warmed):
+        damage(warmed[0])
+        for shard in (data_set / "shards").iterdir():
+            shard.unlink()
+        done = tiercache("verify", data_set, *cache, "--repair", code=3)
+        assert ": 1 damaged, 1 removed" in done.out
+        assert not warmed[0].exists()
+
+    def test_only_copies_of_the_data_set_and_the_globs_are_read(
+        self, tiercache, data_set, photos, cache, warmed, tmp_path
+    ):
+        tiercache("pack", photos, tmp_path / "other")
+        tiercache("warm", tmp_path / "other", *cache)
+        both = tiercache("verify", *cache, "--json").events[-1]["copies"]
+        assert tiercache("verify", data_set, *cache, "--json").events[-1]["copies"] == len(warmed) < both
+        assert tiercache("verify", data_set, *cache, "--include", "*-000000.tcs", "--json").events[-1]["copies"] == 1
+
+    def test_the_configured_cache_is_checked_on_demand(self, tiercache, photos, tmp_path, monkeypatch):
+        monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
+        tiercache("pack", photos, "memory://test-cli-verify")
+        tiercache("warm", "memory://test-cli-verify")
+        for flag in ("--cached", "--repair"):
+            assert tiercache("verify", "memory://test-cli-verify", flag, "--json").events[-1]["copies"] == 2
+
+    def test_flags_of_the_other_verify_are_wrong_usage(self, tiercache, data_set, cache):
+        assert "verify takes a URL, or --cached" in tiercache("verify", code=2).err
+        assert "--sample and --at are for data sets" in tiercache("verify", *cache, "--sample", "5%", code=2).err

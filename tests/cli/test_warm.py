@@ -1,0 +1,234 @@
+"""warm and pin: what is asked for, in which order, in part; planning that asks nothing for each shard."""
+
+import json
+import os
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiercache.cache import Cache
+from tiercache.cli.training import Training, epoch_reads
+from tiercache.dataset import Dataset
+from tiercache.load.loader import DataLoader
+from tiercache.load.options import LoaderOptions
+from tiercache.model import ShardInfo
+from tiercache.shard.commit import commit
+from tiercache.shard.manifest import latest, read_shards
+from tiercache.shard.types import Schema
+from tiercache.store import MemoryStore, open_store
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return "--cache", str(tmp_path / "cache"), "--cache-size", "100MB"
+
+
+def shards_of(url):
+    with closing(open_store(url)) as store:
+        return read_shards(store, latest(store))
+
+
+def cached(tiercache, cache, url):
+    """Names of the shards that are in the cache, by evict's dry run."""
+    events = tiercache("evict", url, *cache, "--dry-run", "--json").events
+    return {e["source"].removeprefix(f"{url}/") for e in events[:-1] if e["source"].endswith(".tcs")}
+
+
+def names(table, shards):
+    known = table.names.to_pylist()
+    return [known[i] for i in shards]
+
+
+class TestWhatATrainingReads:
+    def test_one_rank_gets_its_part_and_all_ranks_get_everything(self, tiercache, data_set, cache):
+        table = shards_of(data_set)
+        tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "1/3")
+        training = Training(7, ranks=(0, 1, 2), world_size=3)
+        reads = epoch_reads(table.n_records, table.n_bytes, training)
+        assert cached(tiercache, cache, data_set) == set(names(table, reads[1].shards.tolist()))
+        tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "0-1/3", "--rank", "2/3")
+        assert cached(tiercache, cache, data_set) == set(table.names.to_pylist())
+
+    def test_the_first_bytes_are_those_that_its_epoch_reads_first(self, tiercache, data_set, cache):
+        table = shards_of(data_set)
+        order = epoch_reads(table.n_records, table.n_bytes, Training(7, epoch=2))[0].shards
+        size = int(table.n_bytes[order[:2]].sum())
+        tiercache("warm", data_set, *cache, "--seed", "7", "--epoch", "2", "--first", str(size))
+        assert cached(tiercache, cache, data_set) == set(names(table, order[:2].tolist()))
+
+    @pytest.mark.parametrize("epoch", [0, 1])
+    def test_what_is_warmed_first_is_what_the_loader_reads_first(self, tiercache, data_set, cache, epoch):
+        flags = "--seed", "7", "--shuffle-group", "1B", "--epoch", str(epoch), "--first", "1B"
+        tiercache("warm", data_set, *cache, *flags)
+        dataset = Dataset(str(data_set), columns=["path"])
+        loader = DataLoader(dataset, batch_size=1, shuffle=True, options=LoaderOptions(seed=7, shuffle_group_bytes=1))
+        loader.set_epoch(epoch)
+        first = next(iter(loader))["path"][0]
+        number = dataset[list(range(20))]["path"].index(first)
+        table = shards_of(data_set)
+        shard = int(np.searchsorted(table.first_record, number, side="right")) - 1
+        assert cached(tiercache, cache, data_set) == set(names(table, [shard]))
+        dataset.close()
+
+    def test_minutes_at_a_rate_are_a_size(self, tiercache, data_set, cache):
+        flags = "--seed", "7", "--dry-run", "--json"
+        minutes = tiercache("warm", data_set, *cache, *flags, "--minutes", "0.5", "--rate", "200B/s").events[-1]
+        size = tiercache("warm", data_set, *cache, *flags, "--first", "6000").events[-1]
+        assert minutes == size
+        assert size["objects"] < tiercache("warm", data_set, *cache, *flags).events[-1]["objects"]
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--rank", "0/2"], "--rank needs --seed"),
+            (["--seed", "1", "--rank", "2/2"], "--rank takes RANK/RANKS"),
+            (["--minutes", "3"], "--minutes and --rate go together"),
+            (["--share", "5%", "--first", "1GB"], "say the same thing"),
+            (["--seed", "1", "--placement", "far"], "--placement is sticky or global"),
+        ],
+    )
+    def test_flags_that_do_not_fit_are_wrong_usage(self, tiercache, data_set, cache, flags, message):
+        assert message in tiercache("warm", data_set, *cache, *flags, code=2).err
+
+
+class TestAList:
+    def test_only_what_a_file_names_is_fetched(self, tiercache, data_set, cache, tmp_path):
+        chosen = sorted(shards_of(data_set).names.to_pylist())[1:3]
+        (tmp_path / "list").write_text("\n".join(chosen))
+        tiercache("warm", data_set, *cache, "--files-from", tmp_path / "list")
+        assert cached(tiercache, cache, data_set) == set(chosen)
+        tiercache("pin", data_set, *cache, "-f", tmp_path / "list")
+        assert tiercache("status", *cache, "--json").events[-1]["pinned_bytes"] > 0
+
+    def test_standard_input_is_a_list_too(self, tiercache, data_set, cache):
+        chosen = shards_of(data_set).names.to_pylist()[0]
+        tiercache("warm", data_set, *cache, "-f", "-", stdin=f"{chosen}\n")
+        assert cached(tiercache, cache, data_set) == {chosen}
+
+    def test_an_unknown_name_is_wrong_usage_and_a_missing_list_fails(self, tiercache, data_set, cache, tmp_path):
+        (tmp_path / "list").write_text("shards/none.tcs\n")
+        done = tiercache("warm", data_set, *cache, "-f", tmp_path / "list", code=2)
+        assert "no shard 'shards/none.tcs'" in done.err
+        assert "No such file" in tiercache("warm", data_set, *cache, "-f", tmp_path / "gone", code=1).err
+
+
+class TestColumns:
+    @pytest.fixture
+    def wide(self, tiercache, tmp_path):
+        """A data set of which one column is small."""
+        rows = [{"small": i, "large": os.urandom(2000).hex()} for i in range(400)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        tiercache("pack", tmp_path / "a.jsonl", tmp_path / "wide", "--shard-size", "400KB", "--block-size", "100KB")
+        return tmp_path / "wide"
+
+    def test_a_projection_is_fetched_in_part_and_only_once(self, tiercache, wide, cache):
+        whole = tiercache("warm", wide, *cache, "--dry-run", "--json").events[-1]["bytes"]
+        would = tiercache("warm", wide, *cache, "--columns", "small", "--dry-run", "--json").events[-1]
+        done = tiercache("warm", wide, *cache, "--columns", "small", "--json").events[-1]
+        assert would["bytes"] == done["bytes"] < whole / 5
+        assert done["fetched"] == would["fetched"] > 1
+        again = tiercache("warm", wide, *cache, "--columns", "small", "--json").events[-1]
+        assert (again["fetched"], again["bytes_fetched"]) == (0, 0)
+        assert tiercache("status", *cache, "--json").events[-1]["bytes_used"] < whole / 3
+
+    def test_a_warmed_projection_is_read_without_its_source(self, tiercache, wide, cache, tmp_path):
+        tiercache("warm", wide, *cache, "--columns", "small")
+        for shard in (wide / "shards").iterdir():
+            shard.unlink()
+        with Cache(tmp_path / "cache", size="100MB") as opened:
+            dataset = Dataset(str(wide), cache=opened, columns=["small"])
+            assert dataset[list(range(400))]["small"].tolist() == list(range(400))
+            dataset.close()
+
+    def test_the_rest_of_a_part_is_all_that_is_fetched_later(self, tiercache, wide, cache):
+        tiercache("warm", wide, *cache, "--columns", "small")
+        assert tiercache("warm", wide, *cache, "--json").events[-1]["fetched"] > 1
+        assert tiercache("warm", wide, *cache, "--columns", "small", "--json").events[-1]["fetched"] == 0
+
+    def test_all_columns_are_the_whole(self, tiercache, wide, cache):
+        names = "small,large"
+        whole = tiercache("warm", wide, *cache, "--dry-run", "--json").events[-1]
+        assert tiercache("warm", wide, *cache, "--columns", names, "--dry-run", "--json").events[-1] == whole
+
+    def test_an_unknown_column_is_an_error(self, tiercache, wide, cache):
+        assert "no such column" in tiercache("warm", wide, *cache, "--columns", "x", code=1).err
+
+
+def test_an_object_that_is_bad_at_its_source_ends_with_4_and_is_named_by_status(tiercache, data_set, cache):
+    bad = sorted((data_set / "shards").iterdir())[1]
+    data = bytearray(bad.read_bytes())
+    data[100] ^= 1
+    bad.chmod(0o600)
+    bad.write_bytes(data)
+    for _ in range(2):
+        assert str(bad) in tiercache("warm", data_set, *cache, "-j", "1", code=4).err
+    poisoned = [e for e in tiercache("status", *cache, "--json").events if e["event"] == "poisoned"]
+    assert [e["url"] for e in poisoned] == [str(bad)]
+    assert f"poisoned: {bad}: wrong at its source" in tiercache("status", *cache).out
+    n_shards = len(list(bad.parent.iterdir()))
+    assert tiercache("warm", data_set, *cache, "--exclude", bad.name, "--json").events[-1]["objects"] == n_shards
+
+
+def test_a_dry_run_says_whether_there_is_room(tiercache, data_set, tmp_path):
+    small = "--cache", str(tmp_path / "small"), "--cache-size", "20KB"
+    would = tiercache("warm", data_set, *small, "--dry-run", "--json").events[-1]
+    assert (would["fits"], would["fetched"]) == (False, would["objects"])
+    assert "; the cache has no room for them\n" in tiercache("warm", data_set, *small, "--dry-run").out
+
+
+def test_what_is_in_the_cache_already_is_not_asked_for_again_after_an_interrupted_run(tiercache, data_set, cache):
+    tiercache("warm", data_set, *cache, "--share", "50%")
+    first = tiercache("warm", data_set, *cache, "--dry-run", "--json").events[-1]
+    assert 0 < first["fetched"] < first["objects"]
+    assert tiercache("warm", data_set, *cache, "--json").events[-1]["fetched"] == first["fetched"]
+
+
+class TestPlanningCost:
+    """The plan of many shards is made of one listing and a few statements, and of nothing for each shard."""
+
+    @pytest.mark.parametrize("room", [2.0, 0.5])  # for all shards, and not
+    def test_no_call_and_no_statement_is_made_for_a_single_shard(self, tmp_path, monkeypatch, room):
+        few, many = (self.calls_of_a_plan(tmp_path, n, room, monkeypatch) for n in (50, 500))
+        assert sorted(many) == sorted(few)
+        assert many.count("scandir") <= 4
+
+    def calls_of_a_plan(self, tmp_path, n_shards, room, monkeypatch):
+        store = MemoryStore(f"plan-{n_shards}-{tmp_path.name}")
+        n_bytes = 1 << 19
+        infos = [
+            ShardInfo(f"shards/{i:06d}.tcs", f"{i:032x}", 100, n_bytes, i, n_bytes - 200, 168) for i in range(n_shards)
+        ]
+        version = commit(store, infos, schema=Schema.of({"x": "int64"}), mode="create")
+        objects = read_shards(store, version).objects(version.dataset_id, np.arange(n_shards))
+        folder = tmp_path / f"cache-{n_shards}"
+        with Cache(folder, size="1GiB") as cache:
+            for key, identity in objects[::10]:  # copies that are here, and booked at the next opening
+                put_copy(cache, cache.store(store).wanted(key, identity))
+        with Cache(folder, size=int(room * n_shards * n_bytes)) as cache:
+            cache.plan_warm(cache.store(store), objects)
+            calls = counted_calls(cache, monkeypatch)
+            plan = cache.plan_warm(cache.store(store), objects)
+            monkeypatch.undo()
+        assert (len(plan.missing), plan.fits) == (n_shards - len(objects[::10]), room > 1)
+        return calls
+
+
+def put_copy(cache, wanted):
+    """A copy with a size and no bytes."""
+    path = cache.path / "copies" / wanted.name
+    path.touch()
+    os.truncate(path, wanted.n_bytes)
+    Path(f"{path}.json").write_text(wanted.record(wanted.crc32c).to_json())
+
+
+def counted_calls(cache, monkeypatch):
+    """A list that system calls on files, and SQL, are added to from now on."""
+    calls = []
+    for name in ("open", "stat", "lstat", "scandir", "listdir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
+    database = cache._open().writing.accounts._database
+    database.run(lambda db: db.set_trace_callback(lambda sql: calls.append(" ".join(sql.split()[:4]))))
+    return calls

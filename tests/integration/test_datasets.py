@@ -1,0 +1,132 @@
+"""Hugging Face datasets over `tiercache::`: files by name and by wildcard, prepared and streamed."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import multiprocessing
+import random
+from typing import ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+import tiercache as tc
+
+datasets = pytest.importorskip("datasets", reason="`make integration` has it")
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+N_ROWS = 20_000
+
+
+class CountedLocal(LocalFileSystem):
+    """Local files under a protocol of their own, so that nobody opens them past fsspec; counts what is read."""
+
+    protocol = "countedlocal"
+    local_file = False
+    reads: ClassVar[list[int]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        # datasets drops a "/" after "://".
+        return super()._strip_protocol("/" + str(path).removeprefix("countedlocal://").lstrip("/"))
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        data = super().cat_file(path, start, end, **kwargs)
+        self.reads.append(len(data))
+        return data
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """Two Parquet files, by wildcard, and a cache and home of the test's own."""
+    fsspec.register_implementation("countedlocal", CountedLocal, clobber=True)
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "64MiB")
+    chance = random.Random(1)
+    monkeypatch.setattr(importlib.import_module("tqdm").tqdm, "monitor_interval", 0)  # it leaves a thread
+    for number in range(2):
+        ids = range(number * N_ROWS, (number + 1) * N_ROWS)
+        out = io.BytesIO()
+        texts = [chance.randbytes(100).hex() for _ in ids]
+        pq.write_table(pa.table({"id": ids, "text": texts}), out, compression="none", row_group_size=N_ROWS // 4)
+        (tmp_path / f"part-{number}.parquet").write_bytes(out.getvalue())
+    CountedLocal.reads.clear()
+    yield f"tiercache://{tmp_path}/*.parquet::countedlocal://"
+    tiercache = fsspec.get_filesystem_class("tiercache")
+    for fs in list(tiercache._cache.values()):
+        fs.close()
+    for kind in (tiercache, CountedLocal):
+        kind.clear_instance_cache()
+
+
+def read_bytes():
+    n_bytes = sum(CountedLocal.reads)
+    CountedLocal.reads.clear()
+    return n_bytes
+
+
+@pytest.mark.parametrize("chain", ["tiercache::countedlocal://{}", "tiercache://{}::countedlocal://"])
+def test_files_are_prepared_through_the_cache(url, tmp_path, chain):
+    """Their own copy is made once for each cache_dir: another home finds the bytes here."""
+    url = chain.format(f"{tmp_path}/*.parquet")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    for home, expected_bytes in (("first", size), ("second", 0)):
+        rows = datasets.load_dataset("parquet", data_files=url, split="train", cache_dir=str(tmp_path / home))
+        assert rows["id"][:] == list(range(2 * N_ROWS))
+        assert read_bytes() == expected_bytes
+
+
+@pytest.mark.parametrize("wildcard", [True, False], ids=["by wildcard", "by name"])
+def test_files_are_streamed_through_the_cache(url, wildcard, tmp_path):
+    """By the long form of the URL: datasets takes "tiercache" alone before the "::" for a local file."""
+    files = url if wildcard else [url.replace("*", f"part-{number}") for number in range(2)]
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    for is_first in (True, False):
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        assert [row["id"] for row in rows] == list(range(2 * N_ROWS))
+        assert read_bytes() <= (1.1 * size if is_first else 0)
+
+
+def test_columns_that_are_streamed_are_those_that_are_fetched(url, tmp_path):
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True, columns=["id"])
+    assert sum(row["id"] for row in rows) == sum(range(2 * N_ROWS))
+    assert 0 < read_bytes() < size / 2
+
+
+def test_a_data_set_is_saved_and_loaded_through_the_cache(url, tmp_path):
+    rows = datasets.Dataset.from_dict({"id": list(range(1000))})
+    target = f"tiercache::countedlocal://{tmp_path}/saved"
+    rows.save_to_disk(target)
+    for _ in range(2):
+        assert datasets.load_from_disk(target)["id"][:] == list(range(1000))
+
+
+def _sum_there(url, sent):
+    fsspec.register_implementation("countedlocal", CountedLocal, clobber=True)
+    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
+    sent.put((sum(row["id"] for row in rows), read_bytes()))
+
+
+def test_another_process_streams_what_the_first_has_fetched(url):
+    rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
+    assert sum(row["id"] for row in rows) == sum(range(2 * N_ROWS))
+    context = multiprocessing.get_context("spawn")
+    sent = context.Queue()
+    child = context.Process(target=_sum_there, args=(url, sent))
+    child.start()
+    assert sent.get(timeout=120) == (sum(range(2 * N_ROWS)), 0)
+    child.join()
+    sent.close()
+    sent.join_thread()
+
+
+def test_a_missing_file_is_said_to_be_missing(url):
+    with pytest.raises(FileNotFoundError):
+        datasets.load_dataset("parquet", data_files=url.replace("*", "none"), split="train")
+    assert tc.Cache.default().entries() == []

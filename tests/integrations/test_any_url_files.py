@@ -1,0 +1,239 @@
+"""Files of `tiercache::`, threads and processes, and a cache that cannot do what it is asked."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import pickle
+import random
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.integrations.conftest import DATA
+
+import tiercache as tc
+from tiercache.integrations.files import CachedFile
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("read"), st.integers(-1, 40_000)),
+        st.tuples(st.just("read1"), st.integers(0, 20_000)),
+        st.tuples(st.just("readinto"), st.integers(0, 40_000)),
+        st.tuples(st.just("seek"), st.integers(0, 60_000)),
+        st.tuples(st.just("back"), st.integers(0, 60_000)),
+        st.tuples(st.just("readline"), st.integers(-1, 100)),
+        st.tuples(st.just("peek"), st.integers(0, 100)),
+    ),
+    max_size=12,
+)
+
+
+@given(steps=STEPS)
+def test_a_file_reads_as_its_bytes_would(model, steps):
+    fs, path, data = model
+    plain = io.BufferedReader(io.BytesIO(data))
+    with fs.open(path) as file:
+        for verb, n in steps:
+            if verb == "readinto":
+                ours, theirs = bytearray(n), bytearray(n)
+                assert file.readinto(ours) == plain.readinto(theirs)
+                assert ours == theirs
+            elif verb == "read1":
+                got = file.read1(n)
+                assert data[file.tell() - len(got) : file.tell()] == got
+                plain.seek(file.tell())
+            elif verb == "peek":
+                assert file.peek(n)[:1] == plain.peek(n)[:1]
+            elif verb in ("seek", "back"):
+                offset = (n, 0) if verb == "seek" else (-min(n, len(data)), 2)
+                assert file.seek(*offset) == plain.seek(*offset)
+            else:
+                assert getattr(file, verb)(n) == getattr(plain, verb)(n)
+            assert file.tell() == plain.tell()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A file that is long beside the buffer, with lines; one for all examples."""
+    folder = tmp_path_factory.mktemp("model")
+    data = b"".join(b"%d\n" % number for number in range(9000))
+    (folder / "x").write_bytes(data)
+    with tc.Cache(folder / "cache", size="8MiB", free_floor="0") as cache:
+        fs = fsspec.filesystem("tiercache", target_protocol="file", cache=cache, skip_instance_cache=True)
+        fs.cat_file(str(folder / "x"))
+        fs.close()
+        yield fs, str(folder / "x"), data
+        fs.close()
+
+
+def test_text_lines_and_compression_are_fsspecs(fs, source):
+    with fs.open("/b/t.txt.gz", "wt", compression="infer", encoding="latin-1") as file:
+        file.write("grün\nrot\n")
+    with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
+        assert list(file) == ["grün\n", "rot\n"]
+    assert fs.read_text("/b/t.txt.gz", compression="infer", encoding="latin-1") == "grün\nrot\n"
+    with fsspec.open("tiercache::counted://b/t.txt.gz", compression="infer", cache=fs._cache) as file:
+        assert file.read() == "grün\nrot\n".encode("latin-1")
+    type(fs).clear_instance_cache()
+
+
+def test_a_pickled_file_goes_on_where_it_was(source, cache, path):
+    fs = fsspec.filesystem("tiercache", target_protocol="counted", cache_dir=str(cache.path), cache_size="64MiB")
+    with fs.open(path) as file:
+        file.seek(123)
+        with pickle.loads(pickle.dumps(file)) as other:
+            assert other.tell() == 123
+            assert other.read(100) == DATA[123:223]
+            assert other.fs == fs
+    fs.close()
+    type(fs).clear_instance_cache()
+
+
+def test_a_file_says_what_it_is(fs, path):
+    with fs.open(path) as file:
+        assert isinstance(file, CachedFile)
+        assert (file.size, file.mode, file.path, file.loc) == (len(DATA), "rb", path, 0)
+        assert file.full_name == "tiercache::counted:///b/x"
+        assert file.info()["size"] == file.details["size"] == len(DATA)
+        assert file.readable()
+        assert file.seekable()
+        assert not file.writable()
+    with pytest.raises(ValueError, match="closed"):
+        file.read(1)
+    with fs.open(path) as file, pytest.raises(ValueError, match="not negative"):
+        file.seek(-1)
+
+
+def test_threads_read_one_object_and_fetch_it_about_once(fs, source, path):
+    def read(seed):
+        chance = random.Random(seed)
+        with fs.open(path) as file:
+            for _ in range(50):
+                start, n = chance.randrange(len(DATA)), chance.randrange(30_000)
+                file.seek(start)
+                assert file.read(n) == DATA[start : start + n]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(8)))
+    # What lies between two pieces that are asked for together is read for nothing: store/spans.py.
+    assert fs._cache.stats()["bytes_fetched"] <= len(DATA)
+    assert source.n_bytes_read() < 2 * len(DATA)
+
+
+def test_threads_share_an_open_file(fs, path):
+    with fs.open(path) as file, ThreadPoolExecutor(8) as pool:
+        pieces = list(pool.map(lambda _: file.read(5000), range(200)))
+        assert sorted(pieces) == sorted(DATA[start : start + 5000] for start in range(0, len(DATA), 5000))
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+def in_child(work):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - the parent is told by the exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_reads_open_files_on_and_opens_others(fs, source, path):
+    source.pipe_file("/b/y", DATA[::-1])
+    with fs.open(path) as opened:
+        assert opened.read(50_000) == DATA[:50_000]
+
+        def work():
+            assert opened.read(50_000) == DATA[50_000:100_000]
+            assert fs.cat_file("/b/y") == DATA[::-1]
+            assert fs.cat_file(path) == DATA
+
+        assert in_child(work)
+        assert opened.read(50_000) == DATA[50_000:100_000]
+    assert fs.cat_file("/b/y") == DATA[::-1]
+
+
+def _read_there(fs, path, sent):
+    data = fs.cat_file(path)
+    stats = fs._cache.stats()
+    fs.close()
+    sent.put((data, stats["bytes_fetched"]))
+
+
+def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path):
+    (tmp_path / "x").write_bytes(DATA)
+    fs = make("file")
+    assert fs.cat_file(str(tmp_path / "x")) == DATA
+    context = multiprocessing.get_context("spawn")
+    sent = context.Queue()
+    child = context.Process(target=_read_there, args=(fs, str(tmp_path / "x"), sent))
+    child.start()
+    assert sent.get(timeout=60) == (DATA, 0)
+    child.join()
+    sent.close()
+    sent.join_thread()
+
+
+# -- when the cache cannot ------------------------------------------------------------------------------------------
+
+
+def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, source, path, tmp_path):
+    with tc.Cache(tmp_path / "small", size="64KiB", free_floor="0") as small:
+        fs = make(cache=small)
+        with fs.open(path) as file:
+            pieces = [file.read(1000) for _ in range(1000)]
+        assert b"".join(pieces) == DATA
+        assert len(source.reads) < 20
+        with fs.open(path) as file:
+            source.pipe_file(path, DATA[::-1])
+            with pytest.raises(tc.ObjectChanged):
+                file.read()
+
+
+def test_a_copy_that_somebody_cut_off_or_changed_is_fetched_again(fs, cache, path):
+    for damage in (lambda file: file.truncate(100_000), lambda file: file.write(b"wrong")):
+        assert fs.cat_file(path) == DATA
+        with fs.open(path) as opened:
+            copy = cache.path / "copies" / cache.entries()[0].name
+            copy.chmod(0o600)
+            with copy.open("r+b") as file:
+                damage(file)
+            assert opened.read() == DATA
+        assert fs.cat_file(path) == DATA
+
+
+def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(source, path, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
+    with pytest.warns(RuntimeWarning, match="no cache"):
+        assert fs.cat_file(path) == DATA
+    assert fs.cat_file(path) == DATA
+    named = fsspec.filesystem(
+        "tiercache", target_protocol="counted", cache_dir=tmp_path / "file" / "cache", skip_instance_cache=True
+    )
+    with pytest.raises(OSError, match="file"):
+        named.cat_file(path)
+    named.pipe_file("/b/new", b"a write is done where the cache is not to be had")
+    assert source.cat_file("/b/new") == b"a write is done where the cache is not to be had"
+
+
+def test_the_default_cache_is_the_configured_one(source, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
+    fs = fsspec.filesystem("tiercache", target_protocol="counted", skip_instance_cache=True)
+    assert fs.cat_file(path) == DATA
+    assert fs._cache.path == tmp_path / "configured"
+    fs.close()

@@ -1,0 +1,122 @@
+"""The pure pieces of `tiercache::`: fetching ahead, paths and places, and what tells two states of an object apart."""
+
+from __future__ import annotations
+
+import pickle
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.integrations.conftest import CountedFileSystem
+
+from tiercache.cache.record import name_of_object
+from tiercache.integrations.reading import LEAST_AHEAD_BYTES, SMALL_BYTES, Ahead
+from tiercache.integrations.target import Target, place_of
+from tiercache.integrations.verbs import bare, literal
+from tiercache.model import ByteRange, ObjectInfo
+from tiercache.store import FsspecStore
+from tiercache.store.fsspec_files import described
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 1 << 20)), max_size=50), st.integers(1, 1 << 23))
+def test_no_more_is_fetched_ahead_than_was_read_in_a_row(reads, most_bytes):
+    ahead, end, run_bytes = Ahead(most_bytes), 0, 0
+    for goes_on, n_bytes in reads:
+        start = end if goes_on else end + 1
+        run_bytes = n_bytes + (run_bytes if goes_on else 0)
+        end = start + n_bytes
+        assert ahead.after(ByteRange(start, end)) <= min(max(run_bytes, LEAST_AHEAD_BYTES), most_bytes)
+
+
+def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahead_of():
+    for n_bytes, expected in ((SMALL_BYTES, 3), (SMALL_BYTES + 1, 8)):
+        ahead = Ahead()
+        asked = [ahead.after(ByteRange(i * n_bytes, (i + 1) * n_bytes)) for i in range(10)]
+        assert next(number for number, n in enumerate(asked, start=1) if n) == expected
+        assert ahead.after(ByteRange(0, n_bytes)) == 0, "it does not go on"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("bucket/a/b", ("bucket", "a/b")),
+        ("/tmp/a/b", ("/tmp", "a/b")),
+        ("name", ("", "name")),
+        ("https://host:8/a/b", ("https://host:8", "a/b")),
+        ("http://user:pw@host/a", ("http://user:pw@host", "a")),
+        ("https://host/a?sig=x", None),
+        ("bucket/a?versionId=1", None),
+        ("arn:aws:s3:eu:1:accesspoint/a/b", None),
+        ("bucket/a//b", None),
+        ("bucket/../b", None),
+        ("/name", None),  # a store of "/" would look for it in the working directory
+        ("bucket/a\\b", None),
+        ("", None),
+    ],
+)
+def test_a_path_is_a_bucket_or_top_folder_and_a_key(path, expected):
+    assert place_of(path) == expected
+
+
+def test_a_chain_before_a_path_is_taken_off():
+    assert bare("tiercache::s3://b/k/") == "s3://b/k/"
+    assert bare("tiercache://b/k") == "b/k"
+    assert bare(["tiercache::s3://b/k", "b/l"]) == ["s3://b/k", "b/l"]
+    assert bare({"tiercache://b": 1}) == {"b": 1}
+    assert bare("b/tiercache::x") == "b/tiercache::x"
+    assert [literal(p) for p in ("a/b", "a/b*", "a/*/c", "*", "a[0]/b", "a/b?c")] == ["a/b", "a", "a", "", "", "a"]
+
+
+@pytest.mark.parametrize(
+    ("about", "is_known"),
+    [
+        ({}, False),
+        ({"ETag": '"a"'}, True),
+        ({"etag": 'W/"a"'}, False),
+        ({"etag": 'W/"a"', "last_modified": 1.0}, True),
+        ({"mtime": 1.0}, True),
+        ({"mode": 1, "nlink": 2}, False),
+    ],
+)
+def test_what_says_nothing_of_the_bytes_is_no_identity(about, is_known):
+    info = described("k", {"name": "k", "size": 1, "type": "file"} | about)
+    assert (info.etag is not None) == is_known
+    assert info.etag is None or not info.etag.startswith("W/")
+    assert (name_of_object("memory://k", info) is not None) == is_known
+
+
+def test_a_weak_etag_names_a_copy_only_beside_a_date():
+    def name(**facts):
+        return name_of_object("s3://b/k", ObjectInfo("k", 1, **facts))
+
+    assert name(etag='W/"a"') is None
+    assert name(etag='W/"a"', modified_s=1.0) != name(etag='W/"a"', modified_s=2.0)
+    assert name(etag='W/"a"', modified_s=1.0) != name(etag='W/"b"', modified_s=1.0)
+    assert name(etag='"a"', modified_s=1.0) == name(etag='"a"', modified_s=2.0)
+    assert name(etag='W/"a"', version="1") == name(etag='W/"b"', version="1")
+
+
+def test_a_target_names_places_and_no_secrets():
+    def url(**options):
+        return Target(lambda: CountedFileSystem(skip_instance_cache=True, **options)).url("/b/x")
+
+    assert url() == "counted:///b/x"
+    assert url(token="hunter2", password="hunter2") == "counted:///b/x"
+    assert url(host="h", port=22) == "counted://h/22/b/x"
+    assert url(client_kwargs={"endpoint_url": "http://me:hunter2@at:1/?sig=hunter2"}) == "counted://at:1/b/x"
+    assert url(endpoint_url="weird\nname") == "counted:///b/x"
+
+
+def test_a_store_by_a_file_system_of_its_own_pickles(source):
+    source.pipe_file("/b/x", b"data")
+    target = Target(lambda: fsspec.filesystem("counted"))
+    store = target.store("/b")
+    try:
+        other = pickle.loads(pickle.dumps(store))
+        assert isinstance(other, FsspecStore)
+        assert other.get("x") == store.get("x") == b"data"
+        assert other.url == store.url == "counted:///b"
+        other.close()
+    finally:
+        store.close()

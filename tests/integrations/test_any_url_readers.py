@@ -1,0 +1,177 @@
+"""What people read through `tiercache::`: tables, checkpoints, archives. Bytes are counted at the source."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+N_ROWS = 100_000
+COLUMNS = ("a", "b", "c", "d")
+COLUMN_BYTES = 8 * N_ROWS
+# pyarrow begins with the last 64 KiB, where the footer is.
+FOOTER_BYTES = 64 << 10
+
+
+@pytest.fixture
+def table():
+    values = np.random.default_rng(1)
+    return pa.table({name: values.integers(0, 1 << 62, N_ROWS) for name in COLUMNS})
+
+
+@pytest.fixture
+def tables(source, table):
+    """Two Parquet files of four columns, each in one piece of 800 kB."""
+    for name in ("first", "second"):
+        out = io.BytesIO()
+        pq.write_table(table, out, compression="none", use_dictionary=False, row_group_size=N_ROWS)
+        source.pipe_file(f"/b/{name}.parquet", out.getvalue())
+    source.n_bytes_read()
+    return "/b"
+
+
+@pytest.fixture
+def url_of(cache):
+    """URLs that pandas takes, with its storage_options."""
+    yield lambda path: (f"tiercache::counted://{path.lstrip('/')}", {"cache": cache})
+    for fs in list(fsspec.get_filesystem_class("tiercache")._cache.values()):
+        fs.close()
+    fsspec.get_filesystem_class("tiercache").clear_instance_cache()
+
+
+def test_pandas_reads_a_column_and_fetches_that_column(source, tables, table, url_of):
+    url, options = url_of("/b/first.parquet")
+    frame = pd.read_parquet(url, columns=["b"], storage_options=options)
+    assert frame["b"].tolist() == table["b"].to_pylist()
+    assert COLUMN_BYTES <= source.n_bytes_read() <= COLUMN_BYTES + FOOTER_BYTES + 8192
+    frame = pd.read_parquet(url, columns=["b"], storage_options=options)
+    assert len(frame) == N_ROWS
+    assert source.n_bytes_read() == 0
+    assert pd.read_parquet(url, storage_options=options).equals(table.to_pandas())
+    assert source.n_bytes_read() < 3.2 * COLUMN_BYTES
+
+
+def test_pandas_reads_and_writes_text(source, table, url_of):
+    frame = table.slice(0, 5000).to_pandas()
+    for name, extra in (("t.csv", {}), ("t.csv.gz", {"compression": "infer"})):
+        url, options = url_of(f"/b/{name}")
+        frame.to_csv(url, index=False, storage_options=options, **extra)
+        for _ in range(2):
+            assert pd.read_csv(url, storage_options=options, **extra).equals(frame)
+    assert source.n_bytes_read() <= sum(source.size(f"/b/{name}") for name in ("t.csv", "t.csv.gz"))
+
+
+def test_a_pyarrow_dataset_fetches_the_columns_it_reads(fs, source, tables, table):
+    for expected_bytes in (2 * COLUMN_BYTES, 0):
+        data = pyarrow.dataset.dataset("/b", filesystem=fs, format="parquet")
+        assert data.to_table(columns=["c"])["c"].to_pylist() == 2 * table["c"].to_pylist()
+        more_bytes = 2 * (FOOTER_BYTES + 16384) if expected_bytes else 0
+        assert expected_bytes <= source.n_bytes_read() <= expected_bytes + more_bytes
+    assert data.count_rows() == 2 * N_ROWS
+
+
+def test_a_pyarrow_dataset_is_written_and_partitioned(fs, source, table):
+    rows = table.slice(0, 1000).append_column("part", pa.array([number % 3 for number in range(1000)]))
+    pyarrow.dataset.write_dataset(rows, "/out", filesystem=fs, format="parquet", partitioning=["part"])
+    for _ in range(2):
+        data = pyarrow.dataset.dataset("/out", filesystem=fs, partitioning=["part"])
+        assert data.to_table(filter=pyarrow.dataset.field("part") == 1).num_rows == 333
+    source.n_bytes_read()
+    assert data.to_table().num_rows == 1000
+    first = source.n_bytes_read()
+    assert data.to_table().num_rows == 1000
+    assert source.n_bytes_read() == 0 < first
+
+
+def test_parquet_by_row_groups_fetches_the_groups_it_reads(fs, source, table):
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="none", use_dictionary=False, row_group_size=N_ROWS // 4)
+    source.pipe_file("/b/x.parquet", out.getvalue())
+    for expected_bytes in (COLUMN_BYTES, 0):
+        with fs.open("/b/x.parquet") as file:
+            assert pq.ParquetFile(file).read_row_group(2).num_rows == N_ROWS // 4
+        assert source.n_bytes_read() <= (expected_bytes + FOOTER_BYTES + 16384 if expected_bytes else 0)
+
+
+def test_a_checkpoint_is_saved_and_loaded(fs, source):
+    state = {"weights": torch.arange(500_000, dtype=torch.float32), "step": 7, "more": [torch.ones(3), "text"]}
+    with fs.open("/b/checkpoint.pt", "wb") as file:
+        torch.save(state, file)
+    for expected_bytes in (2_000_000, 0):
+        with fs.open("/b/checkpoint.pt", "rb") as file:
+            loaded = torch.load(file)
+        assert torch.equal(loaded["weights"], state["weights"])
+        assert loaded["step"] == 7
+        assert expected_bytes <= source.n_bytes_read() <= 1.1 * expected_bytes
+    state["step"] = 8
+    with fs.open("/b/checkpoint.pt", "wb") as file:
+        torch.save(state, file)
+    with fs.open("/b/checkpoint.pt", "rb") as file:
+        assert torch.load(file)["step"] == 8
+
+
+def test_arrays_are_saved_and_loaded(fs, source):
+    array = np.arange(100_000).reshape(100, -1)
+    with fs.open("/b/a.npz", "wb") as file:
+        np.savez(file, x=array, y=array[:1])
+    for _ in range(2):
+        with fs.open("/b/a.npz") as file, np.load(file) as loaded:
+            assert np.array_equal(loaded["x"], array)
+    assert source.n_bytes_read() <= source.size("/b/a.npz")
+
+
+def test_a_zip_is_read_at_random_and_fetches_what_is_read(fs, source):
+    chance = np.random.default_rng(2)
+    contents = {f"{number}.bin": chance.bytes(200_000) for number in range(20)}
+    with source.open("/b/a.zip", "wb") as out, zipfile.ZipFile(out, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    source.n_bytes_read()
+    for expected_bytes in (400_000, 0):
+        with fs.open("/b/a.zip") as file, zipfile.ZipFile(file) as archive:
+            for name in ("17.bin", "3.bin"):
+                assert archive.read(name) == contents[name]
+        assert expected_bytes <= source.n_bytes_read() <= 2 * expected_bytes
+
+
+def test_a_tar_is_read_at_random_and_fetches_what_is_read(fs, source):
+    chance = np.random.default_rng(3)
+    contents = {f"{number}.bin": chance.bytes(200_000) for number in range(20)}
+    with source.open("/b/a.tar", "wb") as out, tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source.n_bytes_read()
+    for expected_bytes in (200_000, 0):
+        with fs.open("/b/a.tar") as file, tarfile.open(fileobj=file) as archive:
+            assert archive.extractfile("12.bin").read() == contents["12.bin"]
+        assert expected_bytes <= source.n_bytes_read() <= 2 * expected_bytes + 20 * 16384 * (expected_bytes > 0)
+
+
+@pytest.mark.s3
+def test_s3_sends_each_byte_once(make, s3_server, s3_of, table):
+    fs = make("s3", target_options=s3_of(s3_server))
+    path = f"{s3_server.bucket}/any-url/t.parquet"
+    with fs.open(path, "wb") as file:
+        pq.write_table(table, file, compression="none", use_dictionary=False)
+    for expected_bytes in (COLUMN_BYTES, 0):
+        sent = s3_server.bytes_sent()
+        read = pq.read_table(path, columns=["d"], filesystem=fs)
+        assert read["d"].equals(table["d"])
+        if sent is not None:
+            now = s3_server.bytes_sent() - sent
+            assert expected_bytes <= now <= expected_bytes + (FOOTER_BYTES + 16384) * (expected_bytes > 0)
+    fs.rm(path)
+    with pytest.raises(FileNotFoundError):
+        fs.open(path)

@@ -1,0 +1,126 @@
+"""`tiercache::s3://` on a real server: conditions, listings, forks, processes. Bytes are counted by the server."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import traceback
+import uuid
+
+import fsspec
+import pytest
+from tests.s3_fixtures import s3_server
+
+import tiercache as tc
+
+__all__ = ["s3_server"]
+
+pytestmark = pytest.mark.s3
+
+DATA = random.Random(1).randbytes(6_000_000)
+
+
+@pytest.fixture
+def fs(make, s3_server, s3_of):
+    return make("s3", target_options=s3_of(s3_server))
+
+
+@pytest.fixture
+def path(s3_server):
+    """An object that was written past everything under test."""
+    key = f"any-url/{uuid.uuid4().hex[:8]}"
+    s3_server.store().put(key, DATA)
+    return f"{s3_server.bucket}/{key}"
+
+
+@pytest.fixture
+def behind(s3_server, path):
+    """Writes the object behind the cache's back."""
+    return lambda data: s3_server.store().put(path.partition("/")[2], data)
+
+
+def test_a_replaced_object_is_read_anew_whatever_the_listing_says(fs, path, behind):
+    assert fs.info(path)["size"] == len(DATA)
+    assert fs.ls(path.rpartition("/")[0])
+    assert fs.cat_file(path) == DATA
+    behind(DATA[:1000])
+    assert fs.cat_file(path) == DATA[:1000]
+    with fs.open(path) as file:
+        assert file.size == 1000
+
+
+def test_what_is_missing_of_a_replaced_object_is_an_error(fs, path, behind):
+    with fs.open(path) as file:
+        assert file.read(10) == DATA[:10]
+        behind(DATA[::-1])
+        file.seek(5_000_000)
+        with pytest.raises(tc.ObjectChanged):
+            file.read(10)
+        file.seek(0)
+        assert file.read(10) == DATA[:10]
+
+
+def test_a_chained_url_takes_the_targets_options_by_its_name(cache, path, s3_server, s3_of):
+    with fsspec.open(f"tiercache::s3://{path}", s3=s3_of(s3_server), cache=cache) as file:
+        assert file.read() == DATA
+        assert file.full_name == f"tiercache::s3://{path}"
+    assert [entry.source for entry in cache.entries()] == [f"s3://{s3_server.endpoint.removeprefix('http://')}/{path}"]
+    kind = fsspec.get_filesystem_class("tiercache")
+    for made in list(kind._cache.values()):
+        made.close()
+    kind.clear_instance_cache()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_lists_reads_and_writes_with_connections_of_its_own(fs, path):
+    with fs.open(path) as opened:
+        assert opened.read(100_000) == DATA[:100_000]
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                assert fs.info(path)["size"] == len(DATA)
+                assert opened.read(3_000_000) == DATA[100_000:3_100_000]
+                assert fs.cat_file(path) == DATA
+                fs.pipe_file(f"{path}-child", b"written")
+                code = 0
+            except BaseException:  # noqa: BLE001 - the parent is told by the exit code
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert opened.read(100) == DATA[100_000:100_100]
+    fs.invalidate_cache()
+    assert fs.cat_file(f"{path}-child") == b"written"
+
+
+def _read_there(fs, path, together, sent):
+    together.wait()
+    data = fs.cat_file(path)
+    fs.close()
+    fs._cache.close()
+    sent.put(data == DATA)
+
+
+def test_processes_that_read_one_object_at_once_fetch_it_about_once(fs, path, s3_server):
+    before = s3_server.bytes_sent()
+    context = multiprocessing.get_context("spawn")
+    sent, together = context.Queue(), context.Barrier(3)
+    children = [context.Process(target=_read_there, args=(fs, path, together, sent)) for _ in range(3)]
+    for child in children:
+        child.start()
+    assert [sent.get(timeout=90) for _ in children] == [True] * 3
+    for child in children:
+        child.join()
+    sent.close()
+    sent.join_thread()
+    if before is not None:
+        assert s3_server.bytes_sent() - before <= 1.1 * len(DATA)
+
+
+def test_an_object_that_may_not_be_read_is_the_targets_error(make, s3_server, s3_of, path):
+    options = s3_of(s3_server) | {"secret": "wrong" * 8}
+    with pytest.raises(PermissionError) as caught:
+        make("s3", target_options=options).cat_file(path)
+    assert "wrongwrong" not in str(caught.value)

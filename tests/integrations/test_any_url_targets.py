@@ -1,0 +1,155 @@
+"""What can stand behind `tiercache::`, how it is named, and what may be shown of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import fsspec
+import pytest
+from tests.integrations.conftest import DATA, CountedFileSystem
+
+from tiercache.store import open_store
+from tiercache.testing.http_server import HttpFaultServer
+
+# -- chains, loops, options -----------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_read_by_ranges_of_its_copy(source, cache):
+    import zipfile
+
+    with source.open("/b/a.zip", "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("first", DATA)
+        archive.writestr("second", b"small")
+    source.n_bytes_read()
+    url = "zip://second::tiercache::counted://b/a.zip"
+    for _ in range(2):
+        with fsspec.open(url, tiercache={"cache": cache}) as file:
+            assert file.read() == b"small"
+    assert source.n_bytes_read() < 40_000
+    type(fsspec.filesystem("tiercache", target_protocol="counted", cache=cache)).clear_instance_cache()
+
+
+def test_a_folder_of_a_target_can_be_the_target(source, cache, path):
+    url = "tiercache::dir::counted://b"
+    fs, _ = fsspec.url_to_fs(url, cache=cache, skip_instance_cache=True)
+    assert fs.ls("", detail=False) == ["x"]
+    for _ in range(2):
+        assert fs.cat_file("x") == DATA
+    fs.close()
+
+
+def test_a_chain_that_names_its_target_twice_is_that_chain(source, cache, path):
+    """As Hugging Face datasets writes them."""
+    fs, name = fsspec.url_to_fs("tiercache::counted://b/x::counted://b/*", cache=cache, skip_instance_cache=True)
+    assert name == path
+    assert fs.cat_file(name) == DATA
+    fs.close()
+
+
+def test_a_running_event_loop_and_one_of_another_do_not_matter(make, source, path):
+    with HttpFaultServer({"x": DATA}) as server:
+
+        async def read_in_a_loop():
+            theirs = fsspec.filesystem("http", asynchronous=True, loop=asyncio.get_running_loop())
+            fs = fsspec.filesystem("tiercache", fs=theirs, cache=cache_of(make), skip_instance_cache=True)
+            try:
+                return await asyncio.to_thread(fs.cat_file, f"{server.url}/x"), fs.cat_file(f"{server.url}/x", 0, 5)
+            finally:
+                fs.close()
+
+        assert asyncio.run(read_in_a_loop()) == (DATA, DATA[:5])
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+
+
+def cache_of(make):
+    return make()._cache
+
+
+def test_http_objects_are_kept_by_their_etag_and_signed_ones_are_not(make, cache):
+    with HttpFaultServer({"x": DATA}) as server:
+        fs = make("https")
+        for _ in range(2):
+            assert fs.cat_file(f"{server.url}/x") == DATA
+        sent = server.n_bytes_sent
+        assert sent < 1.1 * len(DATA)
+        assert [entry.source for entry in cache.entries()] == [f"{server.url}/x"]
+        for _ in range(2):
+            assert fs.cat_file(f"{server.url}/x?X-Amz-Signature=secret") == DATA
+        assert server.n_bytes_sent == sent + 2 * len(DATA)
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+
+
+SECRET = "hunter2hunter2"
+
+
+def test_no_secret_shows_in_repr_errors_or_the_caches_folder(make, source, cache, path):
+    options = {"token": SECRET, "secret": SECRET, "client_kwargs": {"password": SECRET, "endpoint_url": "http://at:1"}}
+    fs = make(target_options=options)
+    assert fs.cat_file(path) == DATA
+    with fs.open(path) as file:
+        shown = [repr(fs), repr(file), repr(fs._target), repr(fs._stores)]
+        source.rm_file(path)
+        source.pipe_file(path, b"x")
+        file.seek(0)
+    for call in (lambda: fs.cat_file("/b/none"), lambda: make(target_options=options, password=SECRET)):
+        with pytest.raises((OSError, TypeError)) as caught:
+            call()
+        shown += [str(caught.value), repr(caught.value)]
+    assert [entry.source for entry in cache.entries()] == ["counted://at:1/b/x"]
+    assert not any(SECRET in text for text in shown)
+    for file in Path(cache.path).rglob("*"):
+        assert SECRET not in file.name
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes()
+
+
+def test_the_same_path_of_another_host_is_another_copy(make, source, path):
+    CountedFileSystem.about = {"mtime": 1}
+    assert make(target_options={"host": "first"}).cat_file(path) == DATA
+    source.pipe_file(path, DATA[::-1])
+    assert make(target_options={"host": "second", "port": 22}).cat_file(path) == DATA[::-1]
+
+
+def test_equal_targets_share_their_connections(make, source, path):
+    first, second, other = make(), make(), make(target_options={"host": "other"})
+    for fs in (first, second, other):
+        fs.cat_file(path)
+    inner = [fs._stores["/b"].inner for fs in (first, second, other)]
+    assert inner[0] is inner[1] is not inner[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({}, ValueError, "target_protocol"),
+        ({"target_protocol": "memory", "fs": fsspec.filesystem("memory")}, ValueError, "only once"),
+        ({"target_protocol": "memory", "anon": True}, TypeError, r"does not know anon.*s3=\{"),
+        ({"target_protocol": "memory", "asynchronous": True}, ValueError, "AsyncFileSystemWrapper"),
+        ({"target_protocol": "no-such"}, ValueError, "no-such"),
+        ({"target_protocol": "tiercache"}, ValueError, "name it once"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_what_to_do(options, error, said):
+    with pytest.raises(error, match=said):
+        fsspec.filesystem("tiercache", **options)
+
+
+def test_data_sets_need_no_second_cache():
+    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* leave tiercache:: out"):
+        open_store("tiercache::s3://bucket/photos")
+
+
+def test_a_cache_and_its_size_are_not_both_given(cache):
+    with pytest.raises(ValueError, match="leave cache_dir and cache_size out"):
+        fsspec.filesystem("tiercache", target_protocol="memory", cache=cache, cache_size="1GB")
+
+
+def test_what_only_the_target_has_is_the_targets(fs, path):
+    assert fs.pseudo_dirs is CountedFileSystem.pseudo_dirs
+    with pytest.raises(AttributeError):
+        print(fs.no_such_thing)
+    assert fs.info(path) == fs.fs.info(path)
+    assert fs.glob("tiercache::counted://b/*") == [path]
+    assert fs.isdir("/b")
+    assert list(fs.walk("/"))
+    assert fs.du("/b") == len(DATA)

@@ -1,0 +1,144 @@
+"""A rank's plan against its batches, record by record: in use when it is read, by a clock of stored bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.load.test_plan import Case, cases
+from tests.order.brute import uniform
+from tests.order.brute_mixture import Mixed, mixtures
+
+from tiercache.load import forecast as module
+from tiercache.load.forecast import Clock, forecast, uses_of
+from tiercache.load.share import OrderShare
+from tiercache.model import NEVER
+from tiercache.order import EpochOrder, OrderOptions, RankPlan
+
+
+def share_of(order, ranks: RankPlan, epoch: int = 0) -> OrderShare:
+    return OrderShare(order, ranks, 1, epoch)
+
+
+def read_by(share: OrderShare, start: int) -> list[tuple[int, int]]:
+    """(position, shard) of each record that the rank is served from a position on, without padding."""
+    found = []
+    for row in range(share.ranks.n_served - share.ranks.padded):
+        position = int(share.ranks.positions_between(row, row + 1)[0])
+        if position >= start and position % share.order.n_streams in share.ranks.streams:
+            found.append((position, share.place(position)[0]))
+    return found
+
+
+def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
+    uses = uses_of(share, start, n_shards)
+    for position, shard in read_by(share, start):
+        assert uses.begins[shard] <= position < uses.ends[shard]
+    assert (uses.begins[uses.shards] >= start).all()
+    clocks = uses.clock.at(np.arange(start, share.n_records + 1))
+    assert clocks[0] == 0
+    assert (np.diff(clocks) >= 0).all()
+    assert clocks[-1] == uses.clock.total
+
+
+@given(cases(), st.integers(0, 40))
+def test_what_a_rank_reads_is_in_use_when_it_reads_it(case: Case, offset: int):
+    offset = min(offset, case.data.n_records)
+    for ranks in case.plans(offset):
+        check_in_use(share_of(case.order, ranks), offset, len(case.data.blocks))
+
+
+@given(mixtures(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 5))
+def test_what_a_rank_reads_of_a_mixture_is_in_use_when_it_reads_it(mixed: Mixed, epoch, world_size, batch_size):
+    order = mixed.order(epoch)
+    for rank in range(world_size):
+        ranks = RankPlan(0, world_size, rank, batch_size, False, order.n_records, order.n_streams)
+        check_in_use(share_of(order, ranks), 0, len(mixed.joined.blocks))
+
+
+@given(cases(), st.integers(0, 3), st.integers(0, 40))
+def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: Case, n_later: int, offset: int):
+    offset, n_shards = min(offset, case.data.n_records), len(case.data.blocks)
+    for ranks in case.plans(offset):
+        share = share_of(case.order, ranks)
+        orders = [EpochOrder(case.data.layout, case.how, case.epoch + 1 + i) for i in range(n_later)]
+        later = [share_of(order, replace(ranks, offset=0)) for order in orders]
+        uses = uses_of(share, offset, n_shards)
+        plan = forecast("me", uses, later, n_shards + 1)
+        assert plan.owner == "me"
+        assert (np.diff(plan.shards) > 0).all()
+        then, passed = dict.fromkeys(range(n_shards), NEVER), uses.clock.total
+        for found in (uses_of(one, 0, n_shards) for one in later):
+            for shard in found.shards.tolist():
+                then[shard] = min(then[shard], passed + int(found.clock.at(found.begins[[shard]])[0]))
+            passed += found.clock.total
+        rows = zip(plan.shards.tolist(), plan.first.tolist(), plan.last.tolist(), plan.then.tolist(), strict=True)
+        for shard, first, last, again in rows:
+            assert then.pop(shard) == again
+            if uses.ends[shard]:
+                assert 0 <= first <= last <= uses.clock.total
+            else:
+                assert first == last == NEVER != again
+        assert set(then.values()) <= {NEVER}
+        assert set(uses.shards.tolist()).isdisjoint(then)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 50), st.integers(0, 10**15)), max_size=12), st.integers(0, 50)
+)
+def test_the_clock_stands_where_groups_are_over_at_what_they_and_parts_of_others_hold(groups, position):
+    begins = np.array([begin for begin, _, _ in groups], np.int64)
+    ends = begins + np.array([length for _, length, _ in groups], np.int64)
+    n_bytes = np.array([size for _, _, size in groups], np.int64)
+    clock = Clock(0, begins, ends, n_bytes)
+    done = np.clip((position - begins) / np.maximum(ends - begins, 1), 0, 1)
+    expected = float((n_bytes * done).sum())
+    assert clock.at(np.array([position]))[0] == pytest.approx(expected, rel=1e-9, abs=2)
+    assert clock.total == pytest.approx(float(n_bytes.sum()), rel=1e-9, abs=2)
+
+
+def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: int = 64, max_shards: int = 1 << 21):
+    """Rank 0's plan, and how many later epochs were looked at."""
+    data, looked = uniform(n_shards, 2, 5, 100), []
+    how = OrderOptions(3, True, 1000, 100, streams, placement)
+    orders = [EpochOrder(data.layout, how, epoch) for epoch in range(n_later + 1)]
+    ranks = RankPlan(0, world_size, 0, 4, False, data.n_records, streams)
+
+    def later():
+        for epoch, order in enumerate(orders[1:], start=1):
+            looked.append(epoch)
+            yield share_of(order, ranks, epoch)
+
+    first = share_of(orders[0], ranks)
+    plan = forecast("me", uses_of(first, 0, n_shards), later(), n_shards, max_shards)
+    assert data.footers == []
+    return plan, len(looked)
+
+
+def test_one_more_epoch_is_looked_at_where_a_rank_reads_all():
+    plan, n_looked = plans_of("global", 1, 1, 5)
+    assert n_looked == 1
+    assert (plan.then >= 64 * 200).all()
+    assert (plan.then < 2 * 64 * 200).all()
+
+
+def test_epochs_are_looked_at_until_nothing_new_turns_up_where_a_rank_reads_a_part_of_them():
+    plan, n_looked = plans_of("sticky", 4, 4, 9)
+    assert n_looked == 1 + module.EPOCHS_WITHOUT_NEWS
+    assert 16 <= len(plan.shards) <= 17  # a stream's share, one shard of which may be cut in two
+    plan, n_looked = plans_of("global", 4, 4, 64)
+    assert 5 < n_looked < 64
+    assert len(plan.shards) > 60
+    assert (plan.first == NEVER).any()
+    assert (plan.then != NEVER).all()
+
+
+@pytest.mark.parametrize(("epochs", "max_shards"), [(3, 1 << 21), (64, 3 * (64 + 1024))])
+def test_no_more_epochs_are_looked_at_than_is_worth_it(monkeypatch, epochs, max_shards):
+    monkeypatch.setattr(module, "MAX_EPOCHS_AHEAD", epochs)
+    plan, n_looked = plans_of("global", 16, 16, 64, max_shards=max_shards)
+    assert n_looked == 3
+    assert (plan.then[plan.first != NEVER] == NEVER).any()

@@ -1,0 +1,227 @@
+"""What a loader fetches, each epoch in a new job, with a cache smaller than its data set: what that cannot hold."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+from tiercache.load.publishing import Publishing
+from tiercache.model import NEVER, ReadingPlan
+from tiercache.opened import OpenedVersion
+from tiercache.shard.readers import Letting
+from tiercache.testing.http_server import HttpFaultServer
+
+N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> tuple[dict[str, bytes], int, int]:
+    """Objects of a data set of two columns, stored bytes of its shards, and what a cache is charged for them."""
+    path = tmp_path_factory.mktemp("planned") / "data"
+    schema = {"x": tc.Tensor("int64", (WORDS,)), "y": tc.Tensor("int64", (WORDS // 4,)), "id": "int64"}
+    rng = np.random.default_rng(0)
+    with tc.Writer(path, schema=schema, shard_size="480KiB", block_size="120KiB", compression="none") as writer:
+        for first in range(0, N, 32):
+            columns = {name: rng.integers(0, 2**62, (32, n)) for name, n in (("x", WORDS), ("y", WORDS // 4))}
+            writer.write_batch({**columns, "id": np.arange(first, first + 32)})
+    objects = {f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    sizes = [len(data) for key, data in objects.items() if "/shards/" in key]
+    return objects, sum(sizes), sum(-(-size // 4096) * 4096 + 4096 for size in sizes)
+
+
+@pytest.fixture
+def server(packed) -> Iterator[HttpFaultServer]:
+    with HttpFaultServer(dict(packed[0])) as server:
+        yield server
+        for name in ("tiercache-plan", "tiercache-load"):  # the one starts the others
+            for thread in threading.enumerate():
+                if thread.name.startswith(name):
+                    thread.join(30)
+
+
+def options(**given: Any) -> tc.LoaderOptions:
+    sizes = {"shuffle_group_bytes": "3MiB", "shuffle_window_bytes": "1MiB", "memory_bytes": 1}
+    return tc.LoaderOptions(**{"seed": 1, **sizes, **given})
+
+
+def read_epoch(
+    server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, end=lambda: None, **given: Any
+) -> list[int]:
+    """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing."""
+    with tc.Cache(cache["path"], size=cache["size"], free_floor=0, policy=cache["policy"]) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = tc.Dataset(f"{server.url}/data", cache=opened, columns=columns)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**given))
+        loader.set_epoch(epoch)
+        found = [i for batch in loader for i in batch["id"].tolist()]
+        end()
+        dataset.close()
+    return found
+
+
+def fetched(server: HttpFaultServer) -> int:
+    return sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+
+
+def cache_of(tmp_path: Path, packed, share: float, policy: str = "plan") -> dict[str, Any]:
+    return {"path": tmp_path / policy, "size": int(packed[2] * share) + (64 << 10), "policy": policy}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_one_rank_fetches_what_the_cache_cannot_hold_and_no_more(server, packed, tmp_path, share):
+    cache = cache_of(tmp_path, packed, share)
+    for epoch in range(3):
+        server.log.clear()
+        assert sorted(read_epoch(server, cache, epoch)) == list(range(N))
+        bound = packed[1] if epoch == 0 else packed[1] * (1 - share)
+        assert fetched(server) <= 1.04 * bound
+    assert fetched(server) >= 0.9 * bound
+
+
+def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path):
+    cache = cache_of(tmp_path, packed, 0.5)
+    for epoch in range(3):
+        server.log.clear()
+        found: list[list[int]] = [[], []]
+        together = threading.Barrier(2).wait  # a rank that has gone has no plan, so what it read would be let go of
+
+        def read(rank: int, epoch: int = epoch, found: list[list[int]] = found, end=together) -> None:
+            found[rank] = read_epoch(server, cache, epoch, end=end, rank=rank, world_size=2, streams=2)
+
+        threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found[0] + found[1]) == list(range(N))
+    assert fetched(server) <= 1.15 * packed[1] / 2  # of which of the two is ahead depends what is still known
+
+
+def test_where_shards_are_dealt_anew_the_plan_keeps_what_comes_back_soon(server, packed, tmp_path):
+    dealt = {"rank": 0, "world_size": 4, "streams": 4, "placement": "global"}
+    dealt = {**dealt, "shuffle_group_bytes": "500KiB", "shuffle_window_bytes": "256KiB"}
+    total = {}
+    for policy in ("plan", "resident"):
+        cache, total[policy] = cache_of(tmp_path, packed, 0.25, policy), 0
+        for epoch in range(6):
+            server.log.clear()
+            read_epoch(server, cache, epoch, **dealt)
+            total[policy] += fetched(server) if epoch else 0
+    assert total["plan"] < 0.95 * total["resident"]
+
+
+def test_a_projection_fetches_its_columns(server, packed, tmp_path):
+    cache = cache_of(tmp_path, packed, 0.5)  # which holds all of them
+    for epoch in range(3):
+        server.log.clear()
+        assert sorted(read_epoch(server, cache, epoch, columns=["y", "id"])) == list(range(N))
+        if epoch == 0:
+            assert 0.15 * packed[1] < fetched(server) < 0.3 * packed[1]
+    assert fetched(server) == 0
+
+
+def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(server, packed, tmp_path, monkeypatch):
+    plans: list[ReadingPlan] = []
+    clocks: list[int] = []
+    publish, advance = OpenedVersion.publish, Letting.advance
+    monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
+    monkeypatch.setattr(Letting, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
+        with pytest.warns(RuntimeWarning, match="fetched again"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        batches = iter(loader)
+        for _ in range(50):
+            next(batches)
+        state = loader.state_dict()
+        batches.close()
+        assert not list((tmp_path / "cache" / "plans").iterdir())
+        first = plans[0]
+        n_shards = len(dataset.source.table)
+        assert len(first.shards) == n_shards
+        assert first.first.min() == 0
+        assert (first.then >= first.last.max()).all()
+        assert 0 < clocks[-1] < first.last.max() * 0.6
+        assert clocks == sorted(clocks)
+        plans.clear()
+        resumed = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        resumed.load_state_dict(state)
+        batches = iter(resumed)
+        next(batches)
+        left = plans[0]
+        over = left.first == NEVER
+        assert 0.3 * n_shards < over.sum() < 0.6 * n_shards
+        assert (left.then[over] != NEVER).all()
+        assert left.last[~over].max() == pytest.approx(packed[1] * (1 - 50 * 16 / (N)), rel=0.05)
+        del batches, resumed, loader
+        dataset.close()
+
+
+def test_there_is_a_plan_from_one_epoch_to_the_next_and_none_once_the_loader_is_gone(server, packed, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        live = []
+        for _ in range(2):
+            for _ in loader:
+                live.append(len(list((tmp_path / "cache" / "plans").iterdir())))
+            live.append(len(list((tmp_path / "cache" / "plans").iterdir())))
+        assert min(live) >= 1
+        del loader
+        assert not list((tmp_path / "cache" / "plans").iterdir())
+        dataset.close()
+
+
+def test_a_plan_that_cannot_be_written_costs_nothing_but_knowledge(server, packed, tmp_path, monkeypatch):
+    def refuse(self, plan):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OpenedVersion, "publish", refuse)
+    assert sorted(read_epoch(server, cache_of(tmp_path, packed, 2), 0)) == list(range(N))
+
+
+def test_nothing_is_planned_where_nothing_is_cached(server, packed, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("planned")
+
+    monkeypatch.setattr(Publishing, "_publish", refuse)
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+    assert sum(len(batch["id"]) for batch in loader) == N
+    dataset.close()
+
+
+@pytest.mark.parametrize("kind", ["view", "joined", "mixed", "views of one"])
+def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server, packed, tmp_path, monkeypatch, kind):
+    plans: list[tuple[str, ReadingPlan]] = []
+    publish = OpenedVersion.publish
+    monkeypatch.setattr(
+        OpenedVersion, "publish", lambda self, plan: (plans.append((self.url, plan)), publish(self, plan))[1]
+    )
+    server.objects.update({key.replace("data/", "other/", 1): data for key, data in packed[0].items()})
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        one, two = (tc.Dataset(f"{server.url}/{name}", cache=cache) for name in ("data", "other"))
+        half = one.select(range(N // 2))
+        dataset = {"view": half, "joined": one + two, "mixed": tc.mix([one, two], [1, 1]), "views of one": half + one}[
+            kind
+        ]
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        batches = iter(loader)
+        next(batches)
+        by_url, n_shards = dict(plans), len(one.source.table)
+        assert len(by_url) == (1 if kind in ("view", "views of one") else 2)
+        for plan in by_url.values():
+            assert (np.diff(plan.shards) > 0).all()
+            assert len(plan.shards) == (-(-n_shards // 2) if kind == "view" else n_shards)
+        batches.close()
+        del batches, loader
+        for dataset in (one, two):
+            dataset.close()

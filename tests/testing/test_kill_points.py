@@ -1,0 +1,138 @@
+"""Points are found in the source, struck for certain, and what a dead child told is not lost."""
+
+import json
+
+import pytest
+from tests.testing.warm_process import run_warm
+
+from tiercache import points
+from tiercache.testing.kill_points import points_in
+
+PRELUDE = """
+import json, os, signal, sys, threading
+from tiercache.points import reach
+from tiercache.testing.forks import run_forked
+from tiercache.testing.kill_points import Strike, StruckChild, reached, strike
+
+def work(tell):
+    for i in range(3):
+        tell(f"before {i}")
+        reach("rig.step")
+        tell(f"after {i}")
+"""
+
+
+def answer(code):
+    """What code, run in a process without threads, prints as JSON."""
+    done = run_warm(["-c", PRELUDE + code])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text)
+
+
+def test_points_are_listed_with_their_places(tmp_path):
+    (tmp_path / "cache").mkdir()
+    write(tmp_path, "cache/a.py", 'def f():\n    reach("fetch.reserved")\n    points.reach("fetch.named")\n')
+    write(tmp_path, "b.py", 'reach("evict.locked")\n')
+    assert points_in(tmp_path) == {
+        "evict.locked": "b.py:1",
+        "fetch.reserved": "cache/a.py:2",
+        "fetch.named": "cache/a.py:3",
+    }
+
+
+@pytest.mark.parametrize("argument", ["name", "", '"fetch"', '"Fetch.Named"', 'f"fetch.{i}"', '"a.b.c"'])
+def test_a_point_without_a_plain_name_is_refused_with_its_place(tmp_path, argument):
+    write(tmp_path, "a.py", f"\nreach({argument})\n")
+    with pytest.raises(ValueError, match=r"a\.py:2"):
+        points_in(tmp_path)
+
+
+def test_a_name_that_stands_twice_is_refused_with_both_places(tmp_path):
+    write(tmp_path, "a.py", 'reach("a.b")\n')
+    write(tmp_path, "b.py", 'reach("a.b")\n')
+    with pytest.raises(ValueError, match=r"b\.py:1.*a\.py:1"):
+        points_in(tmp_path)
+
+
+def test_a_hook_is_called_at_each_point_and_given_back():
+    seen = []
+    before = points.set_hook(seen.append)
+    try:
+        points.reach("rig.one")
+    finally:
+        assert points.set_hook(before) == seen.append
+    points.reach("rig.two")
+    assert seen == ["rig.one"]
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_strike_kills_at_the_nth_time_and_keeps_what_was_told(nth):
+    code = f"struck = strike(work, Strike('rig.step', {nth}))\n"
+    code += "print(json.dumps([struck.hit, struck.ended.code, struck.lines]))"
+    told = [f"{when} {i}" for i in range(nth) for when in ("before", "after")][:-1]
+    assert answer(code) == [True, -9, told]
+
+
+def test_a_point_that_is_not_reached_is_no_hit():
+    code = "struck = strike(work, Strike('rig.step', 4)); print(json.dumps([struck.hit, struck.ended.code]))"
+    assert answer(code) == [False, 0]
+
+
+def test_a_child_that_somebody_else_killed_is_no_hit():
+    code = """
+struck = strike(lambda tell: os.kill(os.getpid(), signal.SIGKILL), Strike('rig.step'))
+print(json.dumps([struck.hit, struck.ended.code]))"""
+    assert answer(code) == [False, -9]
+
+
+def test_a_strike_in_a_thread_of_the_child_kills_all_of_it():
+    code = """
+def threaded(tell):
+    threads = [threading.Thread(target=work, args=(tell,)) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    tell("lived on")
+struck = strike(threaded, Strike('rig.step', 7))
+print(json.dumps([struck.hit, "lived on" in struck.lines]))"""
+    assert answer(code) == [True, False]
+
+
+def test_all_times_that_points_are_reached_are_counted():
+    code = "hits, ended = reached(work); print(json.dumps([hits, ended.code, len(ended.lines)]))"
+    assert answer(code) == [{"rig.step": 3}, 0, 6]
+
+
+def test_a_child_that_never_ends_is_killed_and_says_where_it_hung():
+    code = """
+def hang_here(tell):
+    tell("begun")
+    threading.Event().wait()
+ended = run_forked(hang_here, deadline_s=0.2)
+print(json.dumps([ended.hung, ended.code, ended.lines, "in hang_here" in ended.error]))"""
+    assert answer(code) == [True, -9, ["begun"], True]
+
+
+def test_a_childs_error_comes_to_the_parent_as_its_traceback():
+    code = "ended = run_forked(lambda tell: 1 / 0); print(json.dumps([ended.code, ended.error]))"
+    code, error = answer(code)
+    assert code == 1
+    assert "ZeroDivisionError" in error
+
+
+def test_a_process_with_threads_does_not_fork():
+    code = """
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait, name="busy")
+thread.start()
+from tiercache.testing import forks
+forks.THREADS_GONE_S = 0.05
+try:
+    run_forked(print)
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+stop.set()"""
+    assert "this one has 2" in answer(code)
