@@ -16,7 +16,7 @@ from tiercache.testing.folder_check import Expected
 SIZES = {"a": 1, "b": 4096, "c": 10_000, "d": 70_000, "e": 150_000, "f": 300_001, "g": 524_288, "h": 1_100_000}
 OBJECTS = {"x": 20_000, "y": 100_000}  # without identity
 AMPLE, TIGHT = 6 << 20, 700_000
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 def content(key: str, version: int = 0) -> bytes:
