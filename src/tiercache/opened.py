@@ -22,7 +22,8 @@ from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity, format_bytes
 from tiercache.order import BlockTable
 from tiercache.shard import readers
-from tiercache.shard.cast import Casts, Served, served_columns
+from tiercache.shard.cast import Casts, served_columns
+from tiercache.shard.footers import Footers
 from tiercache.shard.joining import arrow_join, join, none_of
 from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
 from tiercache.shard.mapped import MappedRecords
@@ -79,19 +80,19 @@ class Place:
 
 
 def _open_shard(
-    store: Store, table: ShardTable, dataset_id: str, shard: int, *, verify: Verify, served: Served
+    store: Store, table: ShardTable, dataset_id: str, footers: Footers, shard: int, **how: Any
 ) -> ShardReader:
     info = table.info(shard)
     identity = info.identity(dataset_id)
-    return ShardReader(store, info.name, info=info, identity=identity, verify=verify, served=served)
+    return ShardReader(store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
 
 
 def _open_past_cache(
-    store: CachedStore, table: ShardTable, dataset_id: str, shard: int, *, verify: Verify, served: Served
+    store: CachedStore, table: ShardTable, dataset_id: str, footers: Footers, shard: int, **how: Any
 ) -> ShardReader:
     info = table.info(shard)
     through = store if store.is_here(info.name, info.identity(dataset_id)) else store.inner
-    return _open_shard(through, table, dataset_id, shard, verify=verify, served=served)
+    return _open_shard(through, table, dataset_id, footers, shard, **how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ class OpenedVersion:
         )
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
         how = {"verify": self.place.verify, "served": self._served}
-        opener = partial(open_shard, self.store, self.table, self.dataset_id, **how)
+        self._footers = Footers()
+        opener = partial(open_shard, self.store, self.table, self.dataset_id, self._footers, **how)
         self._readers = readers.Readers(opener, self._mapped)
 
     @property
@@ -444,7 +446,9 @@ class OpenedVersion:
             info = self.table.info(shard)
             if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
-                return read_footer_alone(self.inner, info.name, info)
+                footer = read_footer_alone(self.inner, info.name, info)
+                self._footers.put(shard, footer)
+                return footer
         return self._read(shard, lambda reader: reader.footer)
 
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:

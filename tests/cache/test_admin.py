@@ -213,6 +213,22 @@ def test_the_default_size_is_half_of_the_free_disk_when_the_cache_was_made(world
     assert Cache.default().stats()["limit_bytes"] == 500_000
 
 
+def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(world, monkeypatch):
+    from tiercache.cache import cache as cache_module
+
+    world.put("a")
+    cache = world.cache(size="2MB")
+    world.fetch(world.store(cache), "a")
+    monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
+    # A disk that the cache has filled: half of what is free would be less than what it holds.
+    monkeypatch.setattr(cache_module, "room", lambda path: Room(10, 2_000_000, None))
+    with Cache.default(path=world.root / "cache") as beside:
+        assert beside.stats()["limit_bytes"] == cache.stats()["limit_bytes"] == 2_000_000
+    cache.close()
+    with Cache.default(path=world.root / "cache") as later:
+        assert (later.stats()["limit_bytes"], len(later.entries())) == (2_000_000, 1)
+
+
 def test_warming_what_is_here_already_needs_no_room(world):
     pairs = pairs_of(world)
     cache = world.cache()

@@ -185,9 +185,7 @@ def full(kind):
         return OSError(errno.EDQUOT, "quota exceeded")
     if kind == "disk":
         return OSError(errno.ENOSPC, "no space")
-    error = sqlite3.OperationalError("database or disk is full")
-    error.sqlite_errorcode = sqlite3.SQLITE_FULL
-    return error
+    return OSError(errno.ENOSPC, "SQLite: database or disk is full")
 
 
 STEPS = {
@@ -430,7 +428,7 @@ def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):
     assert len(world.copies()) == 1
 
 
-@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), sqlite3.OperationalError("locked")])
+@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), OSError(errno.EBUSY, "SQLite: database is locked")])
 def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tried_again(world, monkeypatch, trouble):
     world.put("a")
     cache = world.cache()
@@ -483,3 +481,18 @@ def test_a_cache_that_was_opened_on_a_full_disk_is_written_when_there_is_room(wo
     clock.advance(31)
     world.fetch(store, "b")
     assert cache.status()["writable"]
+
+
+def test_work_that_meets_a_closed_cache_is_no_failure_of_the_disk(world, recwarn):
+    identity = world.put("a")
+    cache = world.cache()
+    world.fetch(world.store(cache), "a")
+    opened = cache._open()
+    cache.close()
+    wanted = world.store(cache).wanted("a", identity)
+    cache.evict()
+    cache.close()
+    assert opened.open(wanted, world.inner) is None
+    assert not opened.writing.breaker.is_open
+    assert list((world.root / "cache" / "owners").iterdir()) == []
+    assert len(recwarn) == 0

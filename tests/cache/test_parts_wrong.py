@@ -104,6 +104,19 @@ def test_what_an_earlier_process_left_half_named_is_put_right(world):
     assert cache.stats()["bytes_used"] == 4 * UNIT
 
 
+def test_a_trace_goes_through_a_link_and_leaves_the_rights_of_a_file_that_is_the_users_own(world, monkeypatch):
+    file, link = world.root / "file", world.root / "trace"
+    file.write_text("")
+    file.chmod(0o644)
+    link.symlink_to(file)
+    monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(link))
+    world.put("a")
+    world.fetch(world.store(), "a")
+    assert link.is_symlink()
+    assert len(file.read_text().splitlines()) == 1
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_openings_are_traced_where_the_configuration_says_so(world, monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_TRACE", str(world.root / "trace"))
     identity = world.put("a")

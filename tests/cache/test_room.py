@@ -93,6 +93,23 @@ def test_a_disk_without_inodes_takes_no_copy(world, monkeypatch):
     assert world.read(store, "a") is None
 
 
+@pytest.mark.parametrize("policy", ["plan", "s3fifo", "lru"])
+def test_on_a_disk_without_inodes_old_copies_go_for_new_ones(world, monkeypatch, policy):
+    store = world.store(world.cache(policy=policy))
+    for key in "abcdef":
+        world.put(key)
+        world.fetch(store, key)
+
+    def room_of_few_files(path):  # as on a disk that holds 18 files of ours
+        return Room(1 << 40, 1 << 41, 18 - 2 * len(world.copies()))
+
+    monkeypatch.setattr(evictor_module, "room", room_of_few_files)
+    for key in "gh":
+        world.put(key)
+        world.fetch(store, key)
+    assert 3 <= len(world.copies()) <= 6, "some had to go, and not all"
+
+
 def test_the_smaller_limit_of_two_holders_holds_and_is_told_once(world):
     for key in "abc":
         world.put(key, 100_000)

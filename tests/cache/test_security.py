@@ -152,7 +152,15 @@ def test_a_folder_of_somebody_else_is_an_error_that_says_whose_and_what_to_do(wo
     assert f"uid {foreign.stat().st_uid}" in text
     assert "folder of your own" in text
     assert "shared='group'" in text
+    assert f"{foreign}-" in text, "a folder inside somebody else's cannot be made"
     assert sorted(foreign.rglob("*")) == before
+
+
+def test_a_folder_that_is_not_shared_with_ones_group_says_which_group_that_is(world, foreign, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="and its group") as caught:
+        world.cache(shared="group")
+    assert rights.group_name(foreign.stat().st_gid) in str(caught.value)
 
 
 def test_a_folder_of_somebody_else_that_is_trusted_is_read_and_never_written(world, foreign):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import weakref
 from pathlib import Path
 from threading import RLock
@@ -105,7 +104,7 @@ class Cache:
     def default(cls, *, path: str | os.PathLike[str] | None = None, size: str | None = None) -> Cache:
         """The cache that the configuration names, or path and size where given; one object while anybody has it.
 
-        Without a configured size it may use half of what the disk had free when it was made.
+        Without a configured size it keeps to the one it was last opened with, at first half of what the disk has free.
         """
         settings = config.load(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
@@ -180,7 +179,7 @@ class Cache:
             return None
         try:
             opened = self._open()
-        except (OSError, ValueError, sqlite3.Error) as error:
+        except (OSError, ValueError) as error:
             self._reopening.trip()
             self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); reading past it")
             return None
@@ -222,7 +221,7 @@ class Cache:
                 published = opened.publish(names, plan)
                 if published is not None:
                     return published
-            except (OSError, sqlite3.Error) as error:
+            except OSError as error:
                 self._notices.warn("plan", f"cache {self.path}: a reading plan cannot be published ({error})")
         return _Unheard()
 

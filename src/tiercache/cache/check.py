@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -258,13 +257,13 @@ class _Mender:
         """Put a wrong copy into quarantine and fetch it again; what could not be done is said in where."""
         try:
             removed = put_aside(self._opened, checked.name, fd, "; ".join(checked.where), found)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
         if not removed or record is None or self._store is None:
             return replace(checked, removed=removed)
         try:
             verdict = self._fetch(self._store, checked.name, record)
-        except (StoreError, CorruptShard, OSError, sqlite3.Error) as error:
+        except (StoreError, CorruptShard, OSError) as error:
             verdict = f"it could not be fetched again: {error}"
         done = verdict is None
         return replace(checked, removed=True, repaired=done, where=(*checked.where, *([] if done else [str(verdict)])))
@@ -297,7 +296,7 @@ class _Mender:
                 return checked
             self._opened.folder.remove_copy(checked.name)
             writing.accounts.remove([checked.name])
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
         finally:
             lock.give_back()
@@ -315,7 +314,7 @@ def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int
     """Put a wrong copy into quarantine; False: it is gone, or this folder is only read, where it is served no more.
 
     Raises:
-        OSError, sqlite3.Error: the disk or the catalog fails.
+        OSError: the disk or the catalog fails.
     """
     if opened.writing is None:
         opened.discard(name)
@@ -338,7 +337,7 @@ def distrust(opened: Opened, wanted: Wanted) -> bool:
         reason = f"a reader found it wrong; its CRC-32C is {found:08x}" if is_whole else f"it can be read to {offset}"
         try:
             put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
-        except (OSError, sqlite3.Error):
+        except OSError:
             opened.discard(wanted.name)
     finally:
         os.close(fd)

@@ -90,11 +90,12 @@ class Evictor:
     # -- room -------------------------------------------------------------------------------------------------------
 
     def spare_bytes(self) -> int:
-        """What the disk has free above the floor; less than nothing where it can take no more files."""
+        """What the disk has free above the floor; nothing where it can take no more files: evicting frees some."""
         disk = room(self._folder.root)
+        spare_bytes = disk.free_bytes - parse_bytes(self._rules.free_floor, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
-            return -disk.total_bytes
-        return disk.free_bytes - parse_bytes(self._rules.free_floor, whole_bytes=disk.total_bytes)
+            return min(spare_bytes, 0)
+        return spare_bytes
 
     def lack_bytes(self, charge_bytes: int) -> int:
         """How many bytes must go before charge_bytes can be reserved; 0 or less: none."""

@@ -3,6 +3,7 @@
 ::
 
     tiercache-cache.json         the marker: without it nothing here is touched
+    default-size.json            the size it was last opened with
     catalog.sqlite               accounts; may vanish
     copies/NAME                  a copy, read-only; its presence is the truth
     copies/NAME.json             its record: source, size, checksum
@@ -85,6 +86,7 @@ class Folder:
         self.poison = self.root / "poison"
         self.quarantine = self.root / "quarantine"
         self.catalog = self.root / "catalog.sqlite"
+        self._default_size = path / _DEFAULT_SIZE
         self._copies, self._below = str(self.copies), [str(self.root / name) for name in self.BELOW]
         try:
             if self.owner is None:
@@ -107,6 +109,13 @@ class Folder:
         if not _has_marker(self.root):
             _write_marker(self.root, self.rights.file)
         put_right(self.root, self.BELOW, self.rights)
+
+    def remember_size(self, size_bytes: int) -> None:
+        """Note the size for who opens the folder and names none: a look with another would give copies up."""
+        text = json.dumps({"size_bytes": size_bytes}) + "\n"
+        with suppress(OSError):
+            if not self._default_size.exists() or read_text(self._default_size) != text:
+                replace_whole(self._default_size, text, self.rights.file)
 
     def _is_whole(self) -> bool:
         """Whether marker and folders are there with their rights. 13 us: it is asked before every fetch."""
@@ -347,7 +356,7 @@ def _charge(taken: dict[str, int]) -> int | None:
 
 
 def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> int:
-    """The size that the default cache was given when it was made; if it is made now: first, remembered from now on."""
+    """The size that the cache in path was last opened with; if it is made now: first, remembered from now on."""
     file = path / _DEFAULT_SIZE
     stand = _claim(path, shared)
     with suppress(OSError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -109,7 +108,7 @@ class Growth:
 
     def end(self, error: BaseException) -> None:
         """After an error: what has come stays, for whoever goes on with it, unless the object is another one by now."""
-        with suppress(OSError, sqlite3.Error):  # what failed first is what is told
+        with suppress(OSError):  # what failed first is what is told
             if isinstance(error, ObjectChanged):
                 self.drop()
             else:

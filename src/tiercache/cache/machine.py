@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import socket
-import sqlite3
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,8 +49,6 @@ def room(path: Path) -> Room:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or this user's share of it, has no room left."""
-    if isinstance(error, sqlite3.DatabaseError):
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +134,7 @@ class Writing:
     def keep_to_limit(self) -> None:
         """Register the limit; give up what a smaller one than before has no room for."""
         smallest = self.accounts.register(self.limit_bytes)
+        self.folder.remember_size(self.limit_bytes)
         if smallest < self.limit_bytes:
             self.notices.warn(
                 "limit",
@@ -149,7 +149,7 @@ class Writing:
         """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
         self.fetcher.close()
         self.plans.close()
-        with suppress(OSError, sqlite3.Error):
+        with suppress(OSError):
             self.quarantine.close()
             self.evictor.flush_uses()
             self.accounts.unregister()
@@ -190,7 +190,7 @@ class Opened:
             return
         try:
             self.writing = self._open_to_write()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             if not (self.folder.copies).is_dir():
                 raise
             notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); serving what it holds")
@@ -205,7 +205,7 @@ class Opened:
 
     def write_after_all(self) -> None:
         """Try again to open what needs a folder that can be written: the disk was full when the cache was opened."""
-        with suppress(OSError, sqlite3.Error):
+        with suppress(OSError):
             self.writing = self._open_to_write()
             self.waits_for_room = False
 
@@ -235,7 +235,7 @@ class Opened:
         try:
             if writing.evictor.note_use(name) >= USES_PER_FLUSH:
                 writing.evictor.flush_uses()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             writing.publisher.disk_failed(error)
 
     def look(self, name: str, n_bytes: int) -> CopyLease | None:
@@ -388,7 +388,7 @@ class Opened:
             writing.quarantine.settle()
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
             return coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes))
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             writing.publisher.disk_failed(error)
             return False
 
@@ -411,7 +411,7 @@ class Opened:
             if self.writing is not None:
                 self.writing.publisher.remove(name)
                 return
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             self.notices.warn("discard", f"cache {self.folder.root}: a damaged copy cannot be removed: {error}")
         self._distrusted.add(name)
 

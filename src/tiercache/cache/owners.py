@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -26,6 +27,7 @@ class Owners:
         """Make the owner file. Raises OSError where the folder cannot be written."""
         self._folder, self._limit_bytes = folder, limit_bytes
         self.me = Owner.of_this_process()
+        self.is_closed = False
         self._fd = self._make()
         _open_here.add(str(self.me))
 
@@ -45,7 +47,9 @@ class Owners:
         return keep_private(fd)
 
     def ensure(self) -> None:
-        """Make the folder and the owner file in it, where somebody has deleted them."""
+        """Make the folder and the owner file in it, where somebody has deleted them. Raises OSError after close()."""
+        if self.is_closed:  # whoever was at work while the cache was closed: another file may have the number by now
+            raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
         self._folder.ensure()
         if not os.fstat(self._fd).st_nlink:
             fd, self._fd = self._fd, self._make()
@@ -120,6 +124,7 @@ class Owners:
 
     def close(self) -> None:
         """Give the owner file up. Once only."""
+        self.is_closed = True
         _open_here.discard(str(self.me))
         with suppress(OSError):
             self._folder.remove_file("owners", str(self.me))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,7 @@ class Publisher:
         try:
             try:
                 self._run_locked(fetch)
-            except (OSError, sqlite3.Error) as error:
+            except OSError as error:
                 if isinstance(error, StoreError) or not is_disk_full(error):
                     raise
                 # A record, a name, the books: all that the downloads are not told of. What is there by now stays.
@@ -76,13 +75,15 @@ class Publisher:
                 self._run_locked(fetch)
         except StoreError:
             raise  # NotFound is an OSError too
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             self.disk_failed(error)
         else:
             self.breaker.mend()
 
     def disk_failed(self, error: Exception) -> None:
         """Bypass the cache for a while, and say so once; what a disk that is merely full holds can still be read."""
+        if self.owners.is_closed:
+            return  # closed under who was at work: nothing is wrong with the disk
         if is_disk_full(error):
             self.disk_is_full()
             return

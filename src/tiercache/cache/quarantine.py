@@ -75,7 +75,7 @@ class Quarantine:
             found_crc32c: of the whole file, None where it could not be read.
 
         Raises:
-            OSError, sqlite3.Error: the disk or the catalog fails; the copy may still be there.
+            OSError: the disk or the catalog fails; the copy may still be there.
         """
         lock = NameLock(self._folder.locks / name)
         try:
@@ -143,7 +143,7 @@ class Quarantine:
         """Compare the wrong copies of that name with the one that is there now, report, and delete them.
 
         Raises:
-            OSError, sqlite3.Error: the disk or the catalog fails; a sweep will go on.
+            OSError: the disk or the catalog fails; a sweep will go on.
         """
         found: list[Difference] = []
         good = self._folder.open_copy(name)

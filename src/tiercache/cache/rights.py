@@ -7,6 +7,7 @@ of the folder takes the sharing back, at once and for everybody.
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import pwd
 import secrets
@@ -89,10 +90,14 @@ def _squashes(root: Path, status: os.stat_result) -> bool:
 def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
     owner, me = user_name(status.st_uid), user_name(os.geteuid())
     if shared == "group":
-        fix = f"its mode is {stat.S_IMODE(status.st_mode):04o}: {owner} has to open it with shared='group' first"
+        mode, group = stat.S_IMODE(status.st_mode), group_name(status.st_gid)
+        fix = (
+            f"its mode is {mode:04o} and its group {group}: {owner} has to open it with shared='group' first, and {me} "
+            f"has to be in that group (else {owner} gives it to another: chgrp -R)"
+        )
     else:
         fix = (
-            f"choose a folder of your own, such as {root / me}; or, where {owner} shares it with your group on purpose "
+            f"choose a folder of your own, such as {root}-{me}; or, where {owner} shares it with your group on purpose "
             f"and you trust what {owner} put there, open it with shared='group'"
         )
     return f"this cache folder belongs to {owner} (uid {status.st_uid}), not to {me}; {fix}"
@@ -104,6 +109,14 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """A group's name, its number where it has none."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def put_right(root: Path, names: Iterable[str], rights: Rights) -> None:

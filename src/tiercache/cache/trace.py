@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.cache.replay import Trace
-from tiercache.catalog.files import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +20,9 @@ class Tracer:
     """Appends to a trace. Safe from any thread and process: a line is one write of less than a page."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file. Raises OSError."""
-        self._fd = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        """Open or make the file: the user's own, so a link is followed and its rights are left. Raises OSError."""
+        # O_NONBLOCK: a pipe that nobody reads is an error, and holds nobody up.
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
     def add(self, name: str, n_bytes: int, *, hit: bool) -> None:
         """Append an opening: name of the copy, bytes of the object. 3 us here. Raises OSError."""

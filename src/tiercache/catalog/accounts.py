@@ -72,7 +72,7 @@ class Accounts:
             if owner != self._owner and self._files.alive(owner):
                 db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
         self._come_back(db)
-        self._take_in(db)
+        self._take_in(db, is_new=True)
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""
@@ -300,7 +300,7 @@ class Accounts:
         query = "SELECT value FROM meta WHERE key = 'boot'"
         if self._database.run(lambda db: db.execute(query).fetchone()[0]) != self._boot:
             self._database.replace()
-        self._database.run(self._take_in)
+        self._database.run(lambda db: self._take_in(db, is_new=False))
 
     def _forget_dead(self, db: sqlite3.Connection) -> None:
         """Forget all who died without saying so: worker processes often do, several an epoch."""
@@ -309,9 +309,9 @@ class Accounts:
                 self._files.bury(owner)
                 self._forget(db, owner)
 
-    def _take_in(self, db: sqlite3.Connection) -> None:
-        # What is being fetched now counts twice until its fetcher books it: too much for a moment is better than too
-        # little for ever, should the fetcher die.
+    def _take_in(self, db: sqlite3.Connection, *, is_new: bool) -> None:
+        # In new books what is being fetched now counts twice until its fetcher books it: what he has reserved may be
+        # less than all of the part. In books that were there it covers what came since its row (or since nothing).
         self._forget_dead(db)
         self._release_dead(db)
         charges = self._files.charges()
@@ -320,5 +320,5 @@ class Accounts:
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
         for name in sorted(charges):
             # A part that somebody grows is booked by who does; one whose fetcher died is larger than its row says.
-            if name not in known or (name not in growing and charges[name] != known[name]):
+            if (is_new and name not in known) or (name not in growing and charges[name] != known.get(name)):
                 tables.set_copy(db, name, self._files.record(name), charges[name])

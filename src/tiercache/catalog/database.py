@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -32,6 +33,16 @@ _LOST = (
     sqlite3.SQLITE_ERROR,
 )
 _SUFFIXES = ("", "-wal", "-shm", "-journal")
+# What goes wrong with the file, in the system's words. Other codes of SQLite's are mistakes of ours and stay as they are.
+_ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_AUTH: errno.EACCES,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_LOCKED: errno.EBUSY,
+    sqlite3.SQLITE_PROTOCOL: errno.EBUSY,
+}
 
 
 class Database:
@@ -71,14 +82,24 @@ class Database:
         Where the file turns out to be gone or damaged, work is done again, once, on a fresh one.
 
         Raises:
-            sqlite3.Error: the file is busy for too long, or cannot be made.
+            OSError: the file is busy for too long (EBUSY), its disk is full (ENOSPC), or it cannot be read, written or
+                made (EIO, EROFS, EACCES, or what the system said).
         """
+        try:
+            return self._run(work)
+        except sqlite3.DatabaseError as error:
+            number = _ERRNO.get(error.sqlite_errorcode & 0xFF) if hasattr(error, "sqlite_errorcode") else None
+            if number is None:
+                raise
+            raise OSError(number, f"SQLite: {error}", str(self.path)) from error
+
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         came_s = SYSTEM_CLOCK.monotonic()
         with self._lock:
             # Who has waited here while another thread waited for the file in vain has waited long enough: thirty
             # threads would else give up one after the other, BUSY_S apart.
             if self._gave_up is not None and came_s < self._gave_up[0]:
-                raise sqlite3.OperationalError(f"{self._gave_up[1]} ({self.path})") from self._gave_up[1]
+                raise self._gave_up[1]
             try:
                 return self._attempt(work)
             except sqlite3.DatabaseError as error:

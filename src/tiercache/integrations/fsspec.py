@@ -8,7 +8,6 @@ package's entry point.
 from __future__ import annotations
 
 import os
-import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -304,7 +303,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         """Forget the copies of paths (one, a list, a mapping's keys; with wildcards) and of what lies below them."""
         sources = [self._target.url(name).rstrip("/") for path in paths for name in self._literals(path)]
         # It is written, and has another name than the copy: an error here would say that it is not.
-        with suppress(TierCacheError, OSError, ValueError, sqlite3.Error):
+        with suppress(TierCacheError, OSError, ValueError):
             cache = self._open_cache()
             if cache is not None:
                 cache.drop_objects(sources)

@@ -12,6 +12,7 @@ from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.blocks import Blocks
 from tiercache.shard.cast import Served
 from tiercache.shard.chunks import Chunks, Ids, Verify, chunk_ids
+from tiercache.shard.layout import Footer
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
 from tiercache.shard.records import RecordReader
@@ -36,10 +37,12 @@ class ShardReader:
         identity: ShardIdentity | None = None,
         verify: Verify = "first",
         served: Served | None = None,
+        footer: Footer | None = None,
     ) -> None:
         """Open a shard: one ranged request when info is given, two at most otherwise.
 
-        served: columns that `take` casts.
+        served: columns that `take` casts; footer: this shard's, as it was read before, which saves the request where
+        there is no local copy (a copy shall have its own).
 
         Raises:
             NotFound: no such object.
@@ -51,7 +54,9 @@ class ShardReader:
         self._source = Source(store, key, identity)
         self.url = self._source.url
         try:
-            self.footer, _ = read_footer(self._source, info)
+            if footer is None or self._source.copy is not None:
+                footer, _ = read_footer(self._source, info)
+            self.footer = footer
             check_identity(self.footer, info, identity, self.url)
         except BaseException:
             self._source.close()
