@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 
+from tiercache.cache.place import Place, Verify
 from tiercache.errors import SchemaError
 from tiercache.images.values import decode_columns
 from tiercache.load.broken import broken_picture
@@ -22,7 +23,7 @@ from tiercache.load.forms import in_forms
 from tiercache.load.records import Record, Records
 from tiercache.load.serving import Form, Serving
 from tiercache.load.tuples import as_tuple, record_tuple, tuple_columns
-from tiercache.opened import OpenedVersion, Place, Verify
+from tiercache.opened import OpenedVersion
 from tiercache.shard.cast import checked_casts
 from tiercache.shard.values import ColumnValues, as_records
 from tiercache.views import Choosing, Joined, Mixed, Plan, Readable, arrow_batches, record_numbers, spans
@@ -244,7 +245,9 @@ class Dataset(Choosing):
         return frame
 
     def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
-        """Bring every shard that holds a record into the cache. Nothing to do for a local folder.
+        """Bring what this data set serves into the cache: its columns of every shard that holds one of its records.
+
+        Nothing to do for a local folder.
 
         Args:
             jobs: shards fetched side by side.

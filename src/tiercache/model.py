@@ -16,6 +16,7 @@ _UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024), ("i", 1024))
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_MOST_BYTES = 1 << 62  # what SQLite and int64 hold, with room for sums
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -24,7 +25,7 @@ def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
     """Bytes of a size: an integer, or "8KB", "256MiB", or "80%" where whole_bytes is given.
 
     Raises:
-        ValueError: the text is not a size, or is negative.
+        ValueError: the text is not a size, or it is negative, above 100 %, or more than any disk holds.
         TypeError: neither int nor str.
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
@@ -32,14 +33,23 @@ def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
     if isinstance(size, int):
         if size < 0:
             raise ValueError(f"a size cannot be negative, got {size}")
-        return size
+        return _possible(size, size)
     if (match := _PERCENT.fullmatch(size)) and whole_bytes is not None:
+        if float(match[1]) > 100:
+            raise ValueError(f"not a size: {size!r}; a share is 100% at most")
         return int(whole_bytes * float(match[1]) / 100)
     match = _SIZE.fullmatch(size)
     if match is None or match[2].lower() not in _UNITS:
         percent = ", '80%'" if whole_bytes is not None else ""
         raise ValueError(f"not a size: {size!r}; write bytes as an int, or '8KB', '256MiB', '2TB'{percent}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return _possible(float(match[1]) * _UNITS[match[2].lower()], size)
+
+
+def _possible(n_bytes: float, size: int | str) -> int:
+    """The number that a size says, if it may be one."""
+    if n_bytes > _MOST_BYTES:
+        raise ValueError(f"not a size: {size!r}; no disk holds more than 4 EiB")
+    return int(n_bytes)
 
 
 def parse_duration(text: int | float | str) -> float:
@@ -168,6 +178,8 @@ class ReadingPlan:
         first: int64[m], the clock when a shard is read first in this epoch; NEVER: not in this epoch.
         last: int64[m], the clock when it has been read for the last time in this epoch; NEVER with first.
         then: int64[m], the clock when it is read first in a later epoch; NEVER: not as far as was looked.
+        reader: the same in all epochs of a rank that others read beside: what it reads next stays known for a while
+            after its epoch, though it is gone. Empty: nothing of it stays.
     """
 
     owner: str
@@ -175,6 +187,7 @@ class ReadingPlan:
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     then: NDArray[np.int64]
+    reader: str = ""
 
 
 class Following(Protocol):

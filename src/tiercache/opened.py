@@ -6,23 +6,23 @@ What the loader knows a data set by.
 from __future__ import annotations
 
 import copy
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import pyarrow as pa
 
-from tiercache.cache import Cache, CachedStore
+from tiercache.cache import CachedStore
 from tiercache.cache.copy_names import CopyNames
+from tiercache.cache.place import Place, warn_if_larger
 from tiercache.errors import CorruptShard
-from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity, format_bytes
+from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity
 from tiercache.order import BlockTable
 from tiercache.shard import readers
-from tiercache.shard.cast import Casts, served_columns
+from tiercache.shard.cast import served_columns
 from tiercache.shard.footers import Footers
 from tiercache.shard.joining import arrow_join, join, none_of
 from tiercache.shard.manifest import latest, list_versions, read_shards, read_version
@@ -30,10 +30,10 @@ from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.projection import column_ranges
 from tiercache.shard.reader import ShardReader
-from tiercache.store import LocalStore, MemoryStore, Store, open_store
+from tiercache.store import LocalStore, MemoryStore, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -52,31 +52,6 @@ FOOTER_THREADS = 16
 MAX_TABLES = 4096
 
 T = TypeVar("T")
-Verify = Literal["first", "always", "never"]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a data set is read from and how: everything but which version and columns. Picklable.
-
-    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one; casts: of columns.
-    """
-
-    url: str
-    cache: Cache | Literal[False] | None = None
-    verify: Verify = "first"
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    casts: Casts = field(default_factory=dict)
-
-    def open(self) -> tuple[Store, Store, Cache | None]:
-        """The data set's own store, the store to read through (the same, or the cache round it), and the cache."""
-        inner = open_store(self.url, **self.storage_options)
-        if isinstance(self.cache, Cache):
-            return inner, self.cache.store(inner), self.cache
-        if self.cache is False or isinstance(inner, LocalStore | MemoryStore):
-            return inner, inner, None
-        cache = _default_cache()
-        return inner, inner if cache is None else cache.store(inner), cache
 
 
 def _open_shard(
@@ -135,7 +110,7 @@ class OpenedVersion:
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
-            _warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
+            warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _open_shard) -> None:
@@ -402,11 +377,14 @@ class OpenedVersion:
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Bring shards into the cache; nothing to do for a local folder. Raises CacheFull, StoreError."""
+        """Bring what is served of shards into the cache; nothing to do for a local folder.
+
+        Raises CacheFull, StoreError, CorruptShard.
+        """
         if self.cache is not None:
-            infos = map(self.table.info, shards)
-            wanted = [(info.name, info.identity(self.dataset_id)) for info in infos]
-            self.cache.warm(self.store, wanted, jobs=jobs, on_progress=on_progress)
+            wanted = self.table.objects(self.dataset_id, np.array(shards, np.int64))
+            ranges = self._ranges_of(shards)
+            self.cache.warm(self.store, wanted, jobs=jobs, ranges=ranges, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
@@ -451,6 +429,17 @@ class OpenedVersion:
                 return footer
         return self._read(shard, lambda reader: reader.footer)
 
+    def _ranges_of(self, shards: Sequence[int]) -> dict[str, tuple[ByteRange, ...]]:
+        """What is served of shards, by key, where that is less than all; a request for each footer not known yet."""
+        found: dict[str, tuple[ByteRange, ...]] = {}
+        is_all = len(self.stored_columns) == len(self.stored_schema)
+        for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
+            some = shards[first : first + MAX_TABLES]
+            self.block_tables(some)
+            known = [(shard, self._ranges.get(shard)) for shard in some]
+            found |= {self.table.info(shard).name: ranges for shard, ranges in known if ranges is not None}
+        return found
+
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:
         return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
@@ -462,38 +451,3 @@ class OpenedVersion:
             if not self.heal(shard) and self.cache is None:
                 raise  # nobody replaces what was read
         return read(self._readers.get(shard))
-
-
-def _default_cache() -> Cache | None:
-    """The configured cache; None, with a warning, where its folder cannot be had: nobody has asked for it by name."""
-    try:
-        return Cache.default()
-    except OSError as error:
-        warnings.warn(
-            f"no cache, so that every epoch is fetched again: {error}; name a folder that can be written by "
-            "TIERCACHE_CACHE_DIR, or say cache=False",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-
-
-# (data set, its bytes, cache) that were warned of: once is enough, however often it is opened.
-_warned: set[tuple[str, int, str]] = set()
-
-
-def _warn_if_larger(url: str, n_bytes: int, cache: Cache) -> None:
-    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic."""
-    limit_bytes = cache.limit_bytes
-    reason = (url, n_bytes, str(cache.path))
-    if n_bytes <= limit_bytes or reason in _warned:
-        return
-    _warned.add(reason)
-    more_bytes = n_bytes - limit_bytes
-    warnings.warn(
-        f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
-        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch; a larger cache "
-        "(TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
-        RuntimeWarning,
-        stacklevel=2,
-    )

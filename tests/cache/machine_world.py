@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
+from tiercache.cache.lease import CopyLease
 from tiercache.cache.record import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
@@ -27,8 +28,9 @@ class MachineWorld:
     """One example: made in a folder of its own, removed by close().
 
     objects: what the source holds now; identities: what a manifest said of each key, newest last, with the bytes that
-    it meant. Bytes that the machine itself has turned are in rotten: a reader that meets them says so, as a shard's
-    reader does, and must then get right ones.
+    it meant. touched: copies that the machine itself laid its hands on. Bytes that it has turned are in rotten: a
+    reader that meets them says so, as a shard's reader does, and must then get right ones. held: leases, with the bytes
+    and the name of their copies.
     """
 
     def __init__(self) -> None:
@@ -43,9 +45,12 @@ class MachineWorld:
         self.caches: list[Cache] = []
         self.pins: set[str] = set()
         self.rotten: set[str] = set()
+        self.touched: set[str] = set()
         self.foreign: dict[str, bytes] = {}
         self.books_are_old = False
         self.excess_bytes = 0
+        self.limit_bytes: int | None = None
+        self.held: list[tuple[CopyLease, bytes, str]] = []
         self.clock = JumpingClock().__enter__()
         self.open_cache(LIMITS[-1], "lru")
 
@@ -76,7 +81,6 @@ class MachineWorld:
     # -- caches -----------------------------------------------------------------------------------------------------
 
     def open_cache(self, size: int, policy: str) -> Cache:
-        self.limit_may_have_changed = True
         cache = Cache(self.folder, size=size, policy=policy, free_floor="0%")
         self.caches.append(cache)
         return cache
@@ -91,7 +95,8 @@ class MachineWorld:
             used = [cache for cache in self.caches if cache._opened is not None] or self.caches[:1]
             if any(cache._opened.writing.fetcher._threads for cache in used if cache._opened and cache._opened.writing):
                 return False
-            return [cache.status()["reserved_bytes"] for cache in used][-1] == 0
+            [cache.status() for cache in used]
+            return not self.look().reserved()
 
         assert wait_for(is_quiet, WAIT_S), "something stays reserved"
 
@@ -153,6 +158,10 @@ class MachineWorld:
         found = sorted(copies.iterdir()) if copies.is_dir() else []
         return [path for path in found if path.relative_to(self.folder).as_posix() not in self.foreign]
 
+    def has(self, name: str) -> bool:
+        """Whether a copy, whole or in part, lies there."""
+        return any((self.folder / "copies" / file).is_file() for file in (name, f"{name}.part"))
+
     def turn_a_bit(self, path: Path, at: float) -> None:
         data = bytearray(path.read_bytes())
         if not data:
@@ -177,18 +186,28 @@ class MachineWorld:
     # -- what holds at any time -------------------------------------------------------------------------------------
 
     def breaches(self, look: FolderCheck) -> list[str]:
-        """More than the limit is only what was there before it, and pinned, held, or nobody's: it cannot grow."""
+        """More than the limit is only what was there before it, and it cannot grow.
+
+        What opened the folder with a smaller limit has evicted all that is not pinned, held, or nobody's. What was laid
+        there by hand, or is booked anew from the files, counts whenever somebody looks.
+        """
         taken_bytes, limit_bytes = look.taken()
         excess_bytes, before_bytes = max(taken_bytes - (limit_bytes or taken_bytes), 0), self.excess_bytes
-        self.excess_bytes = excess_bytes
-        if self.limit_may_have_changed:
-            self.limit_may_have_changed = False
+        is_new_limit, self.excess_bytes, self.limit_bytes = limit_bytes != self.limit_bytes, excess_bytes, limit_bytes
+        if self.books_are_old or excess_bytes <= before_bytes:
             return []
-        return [f"{excess_bytes} bytes over the limit, {before_bytes} before"] if excess_bytes > before_bytes else []
+        could_go = look.evictable({name for _, _, name in self.held})
+        if is_new_limit and not could_go:
+            return []
+        return [f"{excess_bytes} bytes over the limit, {before_bytes} before; {sorted(could_go)} could go"]
+
+    def look(self) -> FolderCheck:
+        inodes = [os.fstat(lease.fd).st_ino for lease, _, _ in self.held]
+        return FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten, inodes))
 
     def problems(self) -> list[str]:
         self.quiet()
-        look = FolderCheck(self.folder, Expected(self.expected_data(), self.foreign, self.pins, self.rotten))
+        look = self.look()
         found = [*look.wrong_bytes(), *self.breaches(look), *look.lost_foreign()]
         if self.outside.read_bytes() != b"not the cache's":
             found.append("a file outside of the cache was changed")

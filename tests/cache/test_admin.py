@@ -136,6 +136,7 @@ def test_stats_have_the_names_of_the_interface(world):
         "pinned_bytes": 0,
         "hits": 0,
         "misses": 1,
+        "prefetched": 0,
         "evicted": 0,
         "bytes_fetched": 10_000,
         "bytes_hit": 0,
@@ -227,6 +228,8 @@ def test_who_opens_a_cache_without_a_size_keeps_to_what_it_was_last_opened_with(
     cache.close()
     with Cache.default(path=world.root / "cache") as later:
         assert (later.stats()["limit_bytes"], len(later.entries())) == (2_000_000, 1)
+        world.cache(size="1MB").close()
+        assert Cache.default(path=world.root / "cache") is later, "as long as anybody has it"
 
 
 def test_warming_what_is_here_already_needs_no_room(world):
@@ -316,3 +319,12 @@ def test_a_pickled_cache_is_the_same_cache(world):
     world.caches.append(copy)
     names = ("path", "policy", "free_floor", "shared", "limit_bytes")
     assert [copy.status()[name] for name in names] == [cache.status()[name] for name in names]
+
+
+@pytest.mark.parametrize("size", [1 << 63, "9999999999TB", "9" * 400 + "GB", "120%"])
+def test_a_size_that_no_disk_has_is_an_error_and_no_overflow(tmp_path, size):
+    with pytest.raises(ValueError, match="not a size"):
+        Cache(tmp_path / "c", size=size)
+    with pytest.raises(ValueError, match="not a size"):
+        Cache(tmp_path / "c", size="1MB", free_floor=size)
+    assert not (tmp_path / "c").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tiercache.cache import evictor
+from tiercache.cache.locks import NameLock
 from tiercache.cache.record import name_of_identity
 from tiercache.cache.replay import Trace, replay
 from tiercache.catalog import charge_bytes
@@ -365,3 +366,25 @@ def test_a_cache_hits_as_the_simulator_says(world, policy, monkeypatch):
         cache._open().writing.evictor.flush_uses()  # not in batches: the simulator knows the order of every use
     expected = replay(Trace.of(order, 8192), policy, size).served > 0
     assert hits == expected.tolist()
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_copies_that_are_read_are_passed_over_without_a_lock_file_for_each(world, locks, monkeypatch, policy):
+    """With one, a cache of which all is read made every refusal wait for thousands of files to be made and deleted."""
+    store = world.store(world.cache(20 * 4 * 4096 + 4096, policy=policy))
+    leases = []
+    for number in range(20):
+        key = f"s{number:02}"
+        world.put(key)
+        world.fetch(store, key)
+        leases.append(store.open_local(key, world.identity(key)))
+    locked = []
+    really_take = NameLock.try_take
+    monkeypatch.setattr(NameLock, "try_take", lambda lock: locked.append(lock.path.name) or really_take(lock))
+    world.put("more")
+    assert (world.read(store, "more") is None) == (locks == "locks hold")
+    if locks == "locks hold":
+        assert not set(locked) & {path.name for path in world.copies()}
+    for lease in leases:
+        lease.close()
+    world.fetch(store, "more")

@@ -428,7 +428,7 @@ def test_a_deleted_folder_is_empty_to_those_who_ask_and_is_made_again(world):
     assert len(world.copies()) == 1
 
 
-@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), OSError(errno.EBUSY, "SQLite: database is locked")])
+@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "broken disk"), OSError(errno.EBUSY, "SQLite: locked")])
 def test_a_cache_that_cannot_be_opened_again_in_mid_training_is_read_past_and_tried_again(world, monkeypatch, trouble):
     world.put("a")
     cache = world.cache()

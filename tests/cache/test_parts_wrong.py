@@ -1,10 +1,12 @@
 """Copies in part, and copies without checksums inside, whose bytes are wrong; and what is told of openings."""
 
 import os
+from contextlib import suppress
 
 import pytest
 
 from tiercache.cache.record import name_of_identity
+from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.testing import Fault, FaultKind, FaultStore
 
@@ -135,3 +137,66 @@ def test_identities_that_differ_in_size_are_never_one_part(world):
     longer = ShardIdentity(identity.dataset_id, identity.shard_id, identity.n_bytes + 1, identity.crc32c)
     with store.open_local("a", longer) as lease:
         assert not lease.present([ByteRange(0, 1)])
+
+
+def test_a_part_that_rots_is_reported_and_one_that_is_bad_at_its_source_is_known_to_all(world):
+    identity = world.put("a", 4 * MIB)
+    cache, other = world.cache("100MB"), world.cache("100MB")
+    store = world.store(cache)
+
+    def read():
+        with store.open_local("a", identity) as lease:
+            assert wait(lease, (0, 3 * UNIT))
+
+    read()
+    (part,) = [path for path in world.parts() if path.suffix == ".part"]
+    with part.open("r+b") as file:
+        file.seek(UNIT + 5)
+        file.write(b"rot")
+    assert store.distrust("a", identity) is True
+    (report,) = other.status()["reports"]
+    assert f"1 units of 4 KiB are not what was fetched, the first at {UNIT}" in report["verdict"]
+    assert report["source"].endswith("/a")
+    for _ in range(2):
+        read()
+        store.distrust("a", identity)
+    assert [one["url"].rpartition("/")[2] for one in other.status()["poisoned_now"].values()] == ["a"]
+    assert world.store(other).open_local("a", identity) is None
+
+
+@pytest.mark.parametrize("harm", ["rot", "cut"])
+def test_a_pin_outlives_a_copy_that_was_found_wrong(world, harm):
+    """And holds what is fetched in its place, even after the folder was opened again."""
+    identity = world.put("a")
+    cache = world.cache()
+    cache.pin(world.inner, [("a", identity)])
+    copy = world.copy("a")
+    copy.chmod(0o600)
+    if harm == "rot":
+        copy.write_bytes(bytes(10_000))
+        assert world.store(cache).distrust("a", identity) is True
+    else:
+        copy.write_bytes(b"short")
+        with world.store(cache).open_local("a", identity) as lease:  # (what is found is removed by who fetches it)
+            lease.want([ByteRange(0, 1)])
+        source = FaultStore(world.inner, [Fault("read_into", times=2)])
+        cache.close()
+        with cache.store(source).open_local("a", identity) as lease, suppress(StoreError):
+            lease.wait([ByteRange(0, 1)], deadline_s=30)
+    cache.close()
+    again = world.cache()
+    world.fetch(world.store(again), "a")
+    assert [entry.pinned for entry in again.entries()] == [True]
+    assert again.unpin() == 1
+
+
+def test_letting_all_copies_go_forgets_pins_of_what_is_not_here_again(world):
+    identity = world.put("a")
+    cache = world.cache()
+    cache.pin(world.inner, [("a", identity)])
+    world.copy("a").chmod(0o600)
+    world.copy("a").write_bytes(bytes(10_000))
+    assert world.store(cache).distrust("a", identity) is True
+    assert cache.unpin() == 0
+    world.fetch(world.store(cache), "a")
+    assert [entry.pinned for entry in cache.entries()] == [False]

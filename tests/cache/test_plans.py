@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,58 @@ def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side, lo
     following.advance(50)
     assert yours.plans.next_use(seen).tolist() == [UNPLANNED] * 6
     assert files(mine) == []
+
+
+def left_by(side, numbers, rows, reader="rank 0 of 2"):
+    """A plan that its reader has read through and withdrawn."""
+    plan = replace(plan_of(rows), reader=reader)
+    following = side.plans.publish(names_of(*numbers), plan)
+    following.advance(int(plan.last[plan.last < NEVER - 1].max()))
+    following.close()
+
+
+def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side, locks):
+    mine, yours = open_side(), open_side()
+    left_by(mine, (0, 1), [(0, 10, 100), (10, 30, 120)])
+    mine.plans.close()
+    assert yours.plans.next_use(names_of(0, 1)).tolist() == [70, 90]
+    assert yours.plans.labels() == []
+    other = yours.plans.publish(names_of(2), replace(plan_of([(0, 5, 9)]), reader="rank 1 of 2"))
+    assert yours.plans.next_use(names_of(0, 1, 2)).tolist() == [70, 90, 0]
+    next_epoch = yours.plans.publish(names_of(0), replace(plan_of([(0, 10, 50)]), reader="rank 0 of 2"))
+    assert yours.plans.next_use(names_of(0, 1)).tolist() == [0, UNPLANNED]
+    assert not any(file.endswith(".left") for file in files(yours))
+    for one in (other, next_epoch):
+        one.advance(1)
+        one.close()
+    assert files(yours) == []  # both were given up
+
+
+def test_what_a_reader_would_read_next_is_known_when_it_has_gone_before(open_side):
+    side = open_side()
+    left_by(side, (0,), [(0, 10, 100)])
+    side.plans.publish(names_of(0, 1), replace(plan_of([(40, 50, 99), (60, 70, 99)]), reader="rank 0 of 2")).close()
+    assert side.plans.next_use(names_of(0, 1)).tolist() == [40, 60]
+
+
+def test_what_segments_are_used_for_does_not_keep_a_plan_from_being_read_through(open_side):
+    side = open_side()
+    left_by(side, (0, 1), [(0, 10, 100), (0, NEVER - 1, NEVER)])
+    assert side.plans.next_use(names_of(0)).tolist() == [90]
+
+
+def test_what_was_left_behind_is_void_after_a_while_or_if_it_is_no_plan(open_side):
+    side = open_side()
+    left_by(side, (0,), [(0, 10, 100)])
+    assert side.plans.next_use(names_of(0)).tolist() == [90]
+    (file,) = side.folder.plans.iterdir()
+    os.utime(file, (1, 1))
+    assert side.plans.next_use(names_of(0)).tolist() == [UNPLANNED]
+    assert files(side) == []
+    (side.folder.plans / "x.left").write_bytes(b"nothing")
+    assert side.plans.next_use(names_of(0)).tolist() == [UNPLANNED]
+    left_by(side, (0,), [(0, 10, 100)], reader="")
+    assert not any("left" in file and file != "x.left" for file in files(side))
 
 
 def test_plans_are_merged_by_the_nearest_use_of_any_job(open_side):

@@ -28,6 +28,12 @@ def test_what_is_remembered_is_known_until_it_is_forgotten(folder):
     assert poison.poisons(folder) == {}
 
 
+def test_an_object_that_was_mended_and_is_here_is_not_called_bad_any_more(folder):
+    poison.remember(folder, NAME, BAD)
+    (folder.copies / NAME).write_bytes(b"right")
+    assert poison.poisons(folder) == {}
+
+
 @pytest.mark.parametrize(("jump_s", "holds"), [(POISON_S - 5, True), (POISON_S + 5, False), (-60, True), (-9e6, False)])
 def test_it_holds_for_ten_minutes_and_not_for_ever_where_the_clock_is_set_back(folder, monkeypatch, jump_s, holds):
     poison.remember(folder, NAME, BAD)

@@ -110,6 +110,22 @@ def test_the_bytes_of_a_wrong_copy_count_until_its_last_reader_has_let_it_go(wor
     assert cache.status()["reserved_bytes"] == 0
 
 
+def test_what_an_idle_process_still_counts_of_deleted_copies_is_room_for_the_others(world, store, locks):
+    size = 5 * store.cache.stats()["bytes_used"] // 2  # of two copies, one of which is just coming
+    lease = store.open_local("a", world.identity("a"))
+    assert lease.wait([ByteRange(0, 10_000)])
+    idle = store.cache._open().writing
+    idle.publisher.remove(world.copy("a").name)
+    other = world.store(world.cache(size, policy="lru"))
+    world.put("b")
+    world.fetch(other, "b")
+    lease.close()
+    world.fetch(other, "a")
+    assert world.read(other, "b") == world.data["b"], "there is room for both"
+    assert idle.accounts.sums()[1] == 0
+    assert idle.accounts.limit_bytes() == size
+
+
 def test_what_is_deleted_under_a_reader_counts_until_he_has_let_it_go(world, store, locks):
     cache = store.cache
     used = cache.stats()["bytes_used"]

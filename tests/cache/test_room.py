@@ -1,12 +1,16 @@
 """The budget: reserved before bytes, never exceeded, given back."""
 
+import errno
 import warnings
 
 import pytest
 
 from tiercache.cache import Cache
 from tiercache.cache import evictor as evictor_module
+from tiercache.cache import opened as opened_module
+from tiercache.cache.locks import NameLock
 from tiercache.cache.machine import Room
+from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange
 from tiercache.testing import GateStore
@@ -95,7 +99,7 @@ def test_a_disk_without_inodes_takes_no_copy(world, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["plan", "s3fifo", "lru"])
 def test_on_a_disk_without_inodes_old_copies_go_for_new_ones(world, monkeypatch, policy):
-    store = world.store(world.cache(policy=policy))
+    store = world.store(world.cache("1MB", policy=policy))
     for key in "abcdef":
         world.put(key)
         world.fetch(store, key)
@@ -212,3 +216,63 @@ def test_copies_deleted_by_hand_make_room_again(world, monkeypatch):
     assert world.read(store, "b") is None
     world.copy("a").unlink()
     world.fetch(store, "b")
+
+
+def test_a_process_that_was_stopped_while_it_made_room_is_waited_for_once(world, locks, monkeypatch):
+    store = world.store(world.cache("250KB"))
+    waits = []
+
+    def wait(condition, deadline_s, **_):
+        waits.append(deadline_s)
+        return condition()
+
+    monkeypatch.setattr(evictor_module, "wait_for", wait)
+    stopped = NameLock(store.cache.path / "locks" / "room")
+    assert stopped.try_take()
+    for key in "abcde":
+        world.put(key, 100_000)
+        world.fetch(store, key)
+    stopped.give_back()
+    expected = [evictor_module.ROOM_WAIT_S, 0.0, 0.0] if locks == "locks hold" else [evictor_module.ROOM_WAIT_S] * 3
+    assert waits == expected
+
+
+def test_eviction_goes_on_where_the_disk_is_too_full_for_the_books(world, monkeypatch):
+    store = world.store()
+    for key in "abc":
+        world.put(key, 100_000)
+        world.fetch(store, key)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(Accounts, "add_uses", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accounts, "remove", full)
+        assert store.cache.evict(lambda entry: entry.source.endswith("a")) == CHARGE
+    assert len(world.copies()) == 2
+    assert store.cache.evict() == 2 * CHARGE
+    world.fetch(store, "a")
+    assert store.cache.stats()["bytes_used"] == CHARGE, "the books were told of what went before"
+
+
+def test_a_cache_on_a_full_disk_can_be_evicted_by_a_new_process(world, monkeypatch):
+    store = world.store()
+    for key in "abcd":
+        world.put(key, 100_000)
+        world.fetch(store, key)
+    store.cache.close()
+    really_open = opened_module.Writing
+
+    def full_with_more_than_two(*args, **options):
+        if len(world.copies()) > 2:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return really_open(*args, **options)
+
+    monkeypatch.setattr(opened_module, "Writing", full_with_more_than_two)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        cache = world.cache()
+    assert cache.evict(target_bytes=4 * CHARGE) == 0
+    assert cache.evict(target_bytes=CHARGE) == 3 * CHARGE
+    assert len(world.copies()) == 1
+    assert cache.stats()["bytes_used"] == CHARGE

@@ -154,6 +154,9 @@ def test_a_folder_of_somebody_else_is_an_error_that_says_whose_and_what_to_do(wo
     assert "shared='group'" in text
     assert f"{foreign}-" in text, "a folder inside somebody else's cannot be made"
     assert sorted(foreign.rglob("*")) == before
+    foreign.chmod(0o777)
+    with pytest.raises(PermissionError, match=f"such as {foreign}/"):
+        world.cache()
 
 
 def test_a_folder_that_is_not_shared_with_ones_group_says_which_group_that_is(world, foreign, monkeypatch):

@@ -23,6 +23,7 @@ class FakeFiles:
         self.buried = []
         self.copies = {}
         self.making = []
+        self.over = set()
         self.limit = {}
 
     def ensure(self):
@@ -36,6 +37,9 @@ class FakeFiles:
 
     def limits(self):
         return {owner: n for owner, n in self.limit.items() if owner in self.living}
+
+    def is_over(self, owner, name):
+        return (owner, name) in self.over
 
     def coming(self):
         return self.making
@@ -337,12 +341,12 @@ def test_a_lost_catalog_knows_copies_limits_and_what_is_being_fetched(open_accou
     assert {row.record for row in me.rows()} == {"record of a", "record of b"}
 
 
-def test_a_copy_that_is_just_being_published_counts_with_its_reservation_until_it_is(open_accounts, files):
+def test_a_copy_that_is_just_being_published_counts_once_by_its_reservation_until_it_is(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
     files.copies = {"a": 5_000, "b": 5_000}
     me.reconcile()
-    assert me.sums()[:2] == (10_000, 5_000)
+    assert me.sums()[:2] == (5_000, 5_000)
     book(me, files, "a", 5_000)
     assert me.sums()[:2] == (10_000, 0)
 
@@ -473,3 +477,15 @@ class AccountStates(RuleBasedStateMachine):
 
 TestAccountStates = AccountStates.TestCase
 TestAccountStates.settings = settings(max_examples=25, stateful_step_count=25)
+
+
+def test_what_a_living_owner_has_reserved_and_needs_no_more_is_given_to_who_lacks_it(files, open_accounts):
+    idle, busy = open_accounts("you", limit=20_000), open_accounts("me", limit=20_000)
+    assert idle.reserve("deleted", 16_000, spare_bytes=lambda: 1 << 40)
+    assert not busy.reserve("a", 8_000, spare_bytes=lambda: 1 << 40)
+    files.over.add(("you", "deleted"))
+    assert busy.reserve("a", 8_000, spare_bytes=lambda: 1 << 40)
+    assert idle.limit_bytes() == 20_000, "it does not take it back"
+    assert idle.sums()[1] == 8_000
+    idle.release("deleted")
+    assert busy.sums()[1] == 8_000

@@ -81,6 +81,20 @@ def test_a_lost_table_is_made_anew(database):
     assert values(database) == ["new"]
 
 
+def test_a_file_that_was_emptied_in_place_is_made_anew_at_once_though_others_have_it_open(database, monkeypatch):
+    monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 60.0)  # it would be waited for that long
+    add(database, 1)
+    other = sqlite3.connect(database.path, isolation_level=None)
+    other.execute("SELECT * FROM t").fetchall()
+    os.truncate(database.path, 0)
+    newcomer = Database(database.path, wal=True, make_folder=lambda: None, prepare=database._prepare)
+    assert values(newcomer) == ["new"]
+    add(database, 2)
+    assert values(newcomer) == values(database) == ["new", 2]
+    newcomer.close()
+    other.close()
+
+
 def test_a_busy_file_is_an_error_and_not_replaced(database, monkeypatch):
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.02)
     add(database, 1)
@@ -205,3 +219,22 @@ def test_a_disk_that_is_full_is_told_and_the_file_is_kept(database, monkeypatch)
     assert is_disk_full(caught.value)
     database.close()
     assert values(database) == ["new", 1]
+
+
+def test_what_cannot_be_made_is_the_systems_error_and_a_mistake_of_ours_is_not(tmp_path, database):
+    (tmp_path / "x").mkdir()
+    nowhere = Database(tmp_path / "x" / "c.sqlite" / "below", wal=True, make_folder=lambda: None, prepare=prepare)
+    with pytest.raises(FileNotFoundError):
+        nowhere.run(lambda db: None)
+    (tmp_path / "d.sqlite").mkdir()
+    folder = Database(tmp_path / "d.sqlite", wal=True, make_folder=lambda: None, prepare=prepare)
+    with pytest.raises(OSError):  # noqa: PT011 - which one depends on who says it first
+        folder.run(lambda db: None)
+
+    def wrong(db):
+        db.execute("CREATE TABLE u (x CHECK (x > 0))")
+        db.execute("INSERT INTO u VALUES (0)")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        database.run(wrong)
+    assert values(database) == ["new"]

@@ -46,6 +46,8 @@ def test_the_third_small_read_in_a_row_and_the_eighth_large_one_are_fetched_ahea
         ("https://host:8/a/b", ("https://host:8", "a/b")),
         ("http://user:pw@host/a", ("http://user:pw@host", "a")),
         ("https://host/a?sig=x", None),
+        ("https://host/a#token=x", None),  # never sent: it is one object whatever it says, and may be a secret
+        ("bucket/a#b", ("bucket", "a#b")),
         ("bucket/a?versionId=1", None),
         ("arn:aws:s3:eu:1:accesspoint/a/b", None),
         ("bucket/a//b", None),

@@ -66,6 +66,17 @@ def cache_of(make):
     return make()._cache
 
 
+def test_a_password_in_a_url_does_not_show_in_the_files_repr(make, cache):
+    with HttpFaultServer({"x": DATA}) as server:
+        url = server.url.replace("http://", "http://user:hunter2@")
+        with make("https").open(f"{url}/x") as file:
+            assert file.read(5) == DATA[:5]
+            assert type(file).__name__ in repr(file)
+            assert "hunter2" not in repr(file)
+        assert [entry.source for entry in cache.entries()] == [f"{server.url}/x"]
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+
+
 def test_http_objects_are_kept_by_their_etag_and_signed_ones_are_not(make, cache):
     with HttpFaultServer({"x": DATA}) as server:
         fs = make("https")

@@ -60,6 +60,14 @@ def ids_of(loader: Any) -> list[list[int]]:
     return [check_batch(batch) for batch in loader]
 
 
+def join_loading() -> None:
+    """Wait for what is read when an iterator has gone: it ends by itself, and opens shards and caches anew."""
+    for name in ("tiercache-plan", "tiercache-load"):  # the one starts the others
+        for thread in threading.enumerate():
+            if thread.name.startswith(name):
+                thread.join(30)
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Path]:
     """make(n, shard_size=..., block_size=...) packs n records to a local folder and gives its path."""

@@ -402,6 +402,11 @@ def test_what_is_no_picture_is_refused_when_the_data_set_is_made(path, decode, m
         tc.Dataset(path, decode=decode)
 
 
+def test_what_is_no_decoder_is_refused_when_the_data_set_is_made(path):
+    with pytest.raises(TypeError, match=r"DecodeImage for column 'image', got \(8, 8\)"):
+        tc.Dataset(path, decode={"image": (8, 8)})
+
+
 def test_a_missing_library_is_told_where_the_loop_begins(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ModuleNotFoundError, match=r"opencv-python-headless.*tiercache\[images\]"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 
+import numpy as np
 import pytest
+import torch
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 
 import tiercache as tc
@@ -143,4 +145,23 @@ def test_a_rotten_copy_is_fetched_again_under_a_sampler_too(server, cache, how):
     loader = tc.DataLoader(dataset, batch_sampler=batches, options=tc.LoaderOptions(memory_bytes=1))
     assert [check_batch(batch) for batch in loader] == batches
     assert loader.state_dict()["_num_yielded"] == 40
+    dataset.close()
+
+
+def test_a_local_file_that_is_cut_inside_a_checked_page_serves_no_zeros(tmp_path):
+    path = tmp_path / "local"
+    with tc.Writer(path, schema={"x": tc.Tensor("int64", (64,))}, block_size="64KiB", compression="none") as writer:
+        writer.write_batch({"x": np.arange(1, 1 + 1024 * 64).reshape(1024, 64)})
+    dataset = tc.Dataset(path)
+    options = tc.LoaderOptions(shuffle_window_bytes="64KiB", memory_bytes=1)
+    loader = tc.DataLoader(dataset, 16, options=options)
+    assert sum(len(batch["x"]) for batch in loader) == 1024
+    assert (dataset[[700, 900]]["x"] != 0).all()
+    footer = dataset.source._footer(0)
+    os.truncate(path / dataset.source.table.info(0).name, int(footer.chunks[6, 0]["offset"]) + 100)
+    seen: list[torch.Tensor] = []
+    with pytest.raises(tc.CorruptShard, match="shorter than"):
+        seen.extend(batch["x"] for batch in loader)
+    assert all((x != 0).all() for x in seen)
+    assert len(seen) <= 16  # of the windows that were mapped before
     dataset.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tests.images.pictures import encode, picture
-from tests.load.conftest import check_batch
+from tests.load.conftest import check_batch, join_loading
 
 import tiercache as tc
 from tiercache.load import damage, mending
@@ -81,14 +80,6 @@ def flat(batches: list[list[int]]) -> list[int]:
     return list(itertools.chain(*batches))
 
 
-def join_loading() -> None:
-    """Wait for what is read when an iterator is closed: it ends by itself, not when the server has gone."""
-    for name in ("tiercache-plan", "tiercache-load"):  # the one starts the others
-        for thread in threading.enumerate():
-            if thread.name.startswith(name):
-                thread.join(30)
-
-
 @pytest.fixture(params=["local", "ranges", "cached"])
 def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
     """A function that opens a packed folder as a data set, read in each of the ways that there are."""
@@ -101,10 +92,10 @@ def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
         server = HttpFaultServer({f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files})
         server.__enter__()
         at_end.append(lambda: server.__exit__(None, None, None))
-        at_end.append(join_loading)
         cache = tc.Cache(tmp_path / f"cache{len(at_end)}", size="64MiB") if request.param == "cached" else False
         if cache:
             at_end.append(cache.close)
+        at_end.append(join_loading)  # before the cache is closed, too: it opens itself for whoever reads
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         at_end.append(dataset.close)
         return dataset

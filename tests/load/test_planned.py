@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import tiercache as tc
+from tiercache.load import publishing
 from tiercache.load.publishing import Publishing
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened import OpenedVersion
@@ -51,9 +55,7 @@ def options(**given: Any) -> tc.LoaderOptions:
     return tc.LoaderOptions(**{"seed": 1, **sizes, **given})
 
 
-def read_epoch(
-    server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, end=lambda: None, **given: Any
-) -> list[int]:
+def read_epoch(server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, **given: Any) -> list[int]:
     """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing."""
     with tc.Cache(cache["path"], size=cache["size"], free_floor=0, policy=cache["policy"]) as opened:
         with warnings.catch_warnings():
@@ -62,7 +64,6 @@ def read_epoch(
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**given))
         loader.set_epoch(epoch)
         found = [i for batch in loader for i in batch["id"].tolist()]
-        end()
         dataset.close()
     return found
 
@@ -91,10 +92,9 @@ def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path)
     for epoch in range(3):
         server.log.clear()
         found: list[list[int]] = [[], []]
-        together = threading.Barrier(2).wait  # a rank that has gone has no plan, so what it read would be let go of
 
-        def read(rank: int, epoch: int = epoch, found: list[list[int]] = found, end=together) -> None:
-            found[rank] = read_epoch(server, cache, epoch, end=end, rank=rank, world_size=2, streams=2)
+        def read(rank: int, epoch: int = epoch, found: list[list[int]] = found) -> None:
+            found[rank] = read_epoch(server, cache, epoch, rank=rank, world_size=2, streams=2)
 
         threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
         for thread in threads:
@@ -103,6 +103,15 @@ def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path)
             thread.join()
         assert sorted(found[0] + found[1]) == list(range(N))
     assert fetched(server) <= 1.15 * packed[1] / 2  # of which of the two is ahead depends what is still known
+
+
+def test_what_a_rank_kept_is_not_given_up_for_one_that_ends_its_epoch_later(server, packed, tmp_path):
+    cache, ranks = cache_of(tmp_path, packed, 0.5), [{"rank": rank, "world_size": 2, "streams": 2} for rank in range(2)]
+    for epoch in range(3):  # one after the other: the most that one can be behind
+        server.log.clear()
+        for rank in ranks:
+            read_epoch(server, cache, epoch, **rank)
+    assert fetched(server) <= 1.06 * packed[1] / 2
 
 
 def test_where_shards_are_dealt_anew_the_plan_keeps_what_comes_back_soon(server, packed, tmp_path):
@@ -126,6 +135,21 @@ def test_a_projection_fetches_its_columns(server, packed, tmp_path):
         if epoch == 0:
             assert 0.15 * packed[1] < fetched(server) < 0.3 * packed[1]
     assert fetched(server) == 0
+
+
+@pytest.mark.parametrize("kind", ["columns", "view of columns"])
+def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, tmp_path, kind):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache, columns=["y", "id"])
+        source = dataset if kind == "columns" else dataset.take(N // 2)
+        share = 1 if kind == "columns" else 0.5
+        server.log.clear()
+        source.warm()
+        assert 0.15 * packed[1] * share < fetched(server) < 0.3 * packed[1] * share
+        server.log.clear()
+        assert sum(len(batch["id"]) for batch in tc.DataLoader(source, 16)) == N * share
+        assert fetched(server) == 0
+        dataset.close()
 
 
 def test_a_plan_begins_where_a_run_is_resumed_and_goes_on_with_what_is_served(server, packed, tmp_path, monkeypatch):
@@ -176,6 +200,116 @@ def test_there_is_a_plan_from_one_epoch_to_the_next_and_none_once_the_loader_is_
             live.append(len(list((tmp_path / "cache" / "plans").iterdir())))
         assert min(live) >= 1
         del loader
+        assert not list((tmp_path / "cache" / "plans").iterdir())
+        dataset.close()
+
+
+def plan_files(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache" / "plans").iterdir())
+
+
+def test_an_epoch_is_planned_though_what_was_made_ready_for_it_was_dropped(server, packed, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        for number, _ in enumerate(loader):
+            if number == 40:
+                loader._native._coming.forget()  # as where a damaged copy is fetched again
+        assert plan_files(tmp_path)
+        live = [len(plan_files(tmp_path)) for _ in loader]
+        assert min(live) >= 1
+        del loader
+        assert not plan_files(tmp_path)
+        dataset.close()
+
+
+def test_at_the_end_of_an_epoch_the_clock_stands_where_nothing_is_in_use(server, packed, tmp_path, monkeypatch):
+    plans: list[ReadingPlan] = []
+    clocks: list[int] = []
+    publish, advance = OpenedVersion.publish, Letting.advance
+    monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
+    monkeypatch.setattr(Letting, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 2, free_floor=0) as cache:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 1000, shuffle=True, drop_last=True, options=options())
+        assert len(list(loader)) == 1  # a third of the records is dropped
+        last = plans[0].last
+        assert max(clocks) == last[last != NEVER].max()
+        assert len(dataset.source._readers._open) == 0  # which would hold copies that others need room of
+        del loader
+        dataset.close()
+
+
+def test_a_forked_child_drops_an_epoch_whose_plan_was_being_written(server, packed, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        batches = iter(loader)
+        assert sum(len(batch["id"]) for batch in batches) == N
+        held, over = threading.Event(), threading.Event()
+        locks = loader._native._coming.publishing._lock, batches._work.publishing._lock
+
+        def hold() -> None:
+            with locks[0], locks[1]:
+                held.set()
+                over.wait(60)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(60)
+        child = os.fork()
+        if not child:
+            batches.close()
+            loader._native._coming.forget()
+            os._exit(7)
+        try:
+            assert wait_for_exit(child, 60) == 7
+        finally:
+            over.set()
+            holder.join()
+        del batches, loader
+        dataset.close()
+
+
+def wait_for_exit(pid: int, limit_s: float) -> int | None:
+    """Exit status of a child; None, and it is killed, if it does not end."""
+    fd = os.pidfd_open(pid)
+    try:
+        ready, _, _ = select.select([fd], [], [], limit_s)
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        return os.waitstatus_to_exitcode(status) if ready else None
+    finally:
+        os.close(fd)
+
+
+def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed, tmp_path, monkeypatch):
+    served, publish = threading.Event(), OpenedVersion.publish
+    published: list[ReadingPlan] = []
+
+    def publish_when_all_is_served(self, plan):
+        assert served.wait(60)
+        published.append(plan)
+        return publish(self, plan)
+
+    monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
+    monkeypatch.setattr(publishing, "QUICK_SHARDS", 1)
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
+        try:
+            for _ in range(2):
+                assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
+        finally:
+            served.set()
+        del loader
+        for thread in threading.enumerate():
+            if thread.name.startswith("tiercache-plan"):
+                thread.join(30)
+        assert published  # when it was ready, and taken back, for the loader has gone
         assert not list((tmp_path / "cache" / "plans").iterdir())
         dataset.close()
 

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache import opened
-from tiercache.shard import readers
+from tiercache.shard import chunks, readers
+from tiercache.shard.source import Source
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
@@ -390,4 +391,41 @@ def test_a_cached_record_brings_the_copy_and_is_mapped_from_then_on(tmp_path):
         assert dataset.source.record(38) is not None
         assert [seen for seen in server.log if seen.n_bytes] == []
         assert json.loads(json.dumps(cache.stats()))["bytes_used"] > 0
+        dataset.close()
+
+
+def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(tmp_path):
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
+        server.log.clear()
+        order = np.random.default_rng(0).permutation(64).tolist()
+        assert [int(dataset[i]["wide"][0]) for i in order] == order
+        of_shards = [seen for seen in server.log if "/shards/" in seen.path]
+        assert len(of_shards) <= 2 * len(dataset.source.table)  # the footer, and all the rest
+        assert sum(seen.n_bytes for seen in of_shards) == dataset.source.table.n_bytes.sum()
+        dataset.close()
+
+
+def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
+    wanted: list[int] = []
+    want = Source.want
+    monkeypatch.setattr(
+        Source, "want", lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1]
+    )
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache, columns=["wide"])
+        server.log.clear()
+        assert dataset[0]["wide"][0] == 0
+        assert sum(seen.n_bytes for seen in server.log) < 2 * PAGE_BYTES  # a footer and a page
+        assert wanted == []
+        for i in (9, 17, 25):
+            assert dataset[i]["wide"][0] == i
+        n_records = int(dataset.source.shard_records[0])
+        assert len(wanted) == 1
+        assert wanted[0] >= n_records * (8 << 10)
         dataset.close()

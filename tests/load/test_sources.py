@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
+from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
 
@@ -33,6 +33,7 @@ def parts(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def closed(parts):
     yield
+    join_loading()
     for part in parts:
         part.close()
 

@@ -1,7 +1,7 @@
 """Every system call fails once: `python -m tests.stress.errno_rounds FOLDER`, started with the shim of testing/errnos.
 
-A warm parent forks a child for each position; the child lives a cache's whole life in a new folder, in which one call
-of one kind fails, or all from there on. Prints JSON.
+A warm parent forks a child for each position; the child lives one chapter of a cache's life, in the folder that the
+chapters before have left, and one call of one kind fails in it, or all from there on. Prints JSON.
 """
 
 import argparse
@@ -9,79 +9,139 @@ import gc
 import itertools
 import json
 import shutil
+import signal
+import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.stress.inspection import DEADLINE_S, Inspection
-from tests.stress.life import life
+from tests.stress.jobs import change_heads
+from tests.stress.life import CHAPTERS, Chapter
 from tests.stress.scene import Model, Scene
 
 from tiercache.cache import evictor, publisher
 from tiercache.catalog import database
 from tiercache.testing.errnos import FOR_EVER, KINDS, Failed, Position, counted, failing
+from tiercache.testing.forks import Ended, Tell, run_forked
 
 
 @dataclass
 class Report:
-    """Counts of one run. calls: what one life makes of each kind; struck: positions that failed, by kind and error."""
+    """Counts of one run.
 
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: what each chapter makes of each kind; struck: positions that failed, by kind and error; slowest: seconds that
+    a round took, and where.
+    """
+
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
     struck: Counter = field(default_factory=Counter)
     not_reached: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+
+    def note_time(self, seconds: float, where: str) -> None:
+        self.slowest = sorted([*self.slowest, (round(seconds, 2), where)])[-5:]
 
     def to_json(self) -> str:
         return json.dumps(vars(self) | {"n_struck": sum(self.struck.values())})
 
 
 class Rounds:
-    """One life for each position. Problems are collected, not more than a few of them."""
+    """One chapter of a life for each position. Problems are collected, not more than a few of them."""
 
     MOST_PROBLEMS = 20
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, only: list[str], *, for_ever: bool, each_error: bool) -> None:
+        """only: names of chapters, [] for all; for_ever: all calls from a position on fail.
+
+        each_error: a position fails with each error of its kind, one after the other; else they take turns.
+        """
         self.scene = Scene(root)
+        self.before = root / "before"
+        self.chapters = [c for c in CHAPTERS if not only or c.work.__name__ in only]
+        self.chapter = self.chapters[0]
+        self.times = FOR_EVER if for_ever else 1
+        self.each_error = each_error
         self.report = Report()
 
-    def run(self, kinds: list[str], stride: int, *, for_ever: bool) -> Report:
-        """Every stride-th position of each kind, until one is not reached; errors in turn, or each of them."""
+    def run(self, kinds: list[str], stride: int) -> Report:
+        """Every stride-th position of each kind in each chapter."""
         gc.freeze()
         began_s = time.monotonic()
-        self.report.calls = self.learn()
-        for kind in kinds:
-            if for_ever and kind == "lock":
-                continue  # SQLite asks again for ten seconds, at every statement: right, and too slow for rounds
-            for i, nth in enumerate(itertools.count(1, stride)):
-                errors = KINDS[kind]
-                if stride > 1 or for_ever:
-                    errors = (errors[i % len(errors)],)
-                hits = [self.round(Position(kind, error, nth, FOR_EVER if for_ever else 1)) for error in errors]
-                if not any(hits) or len(self.report.problems) > self.MOST_PROBLEMS:
-                    break
+        try:
+            for chapter in self.chapters:
+                self.turn_to(chapter)
+                for kind in kinds:
+                    if self.times == FOR_EVER and kind == "lock":
+                        continue  # SQLite asks again and again, at every statement: right, and too slow for rounds
+                    self.fail_each(kind, stride)
+                self.bring_back()
+                self.without_fault(chapter.work)
+        except KeyboardInterrupt:
+            self.report.problems.append(f"ended by a signal in {self.chapter.work.__name__}: not all positions")
         self.report.seconds = time.monotonic() - began_s
         return self.report
 
-    def learn(self) -> dict[str, int]:
-        shutil.rmtree(self.scene.cache_root, ignore_errors=True)
-        calls, ended = counted(lambda tell: life(self.scene, tell), self.scene.cache_root, deadline_s=DEADLINE_S)
+    def turn_to(self, chapter: Chapter) -> None:
+        """Keep the folder as it is when the chapter begins, and learn what calls it makes."""
+        self.chapter = chapter
+        if chapter.prepare is not None:
+            prepare = chapter.prepare
+            self.without_fault(lambda scene, tell: prepare(scene))
+        self.keep()
+        calls, ended = counted(self.work, self.scene.cache_root, deadline_s=DEADLINE_S)
+        self.report.calls[chapter.work.__name__] = {kind: n for kind, n in calls.items() if n}
+        self.take_in(ended, f"{chapter.work.__name__} without a fault")
+
+    def work(self, tell: Tell) -> None:
+        self.chapter.work(self.scene, tell)
+
+    def without_fault(self, work) -> None:
+        self.take_in(run_forked(lambda tell: work(self.scene, tell), deadline_s=DEADLINE_S), "without a fault")
+
+    def take_in(self, ended: Ended, what: str) -> None:
         if ended.code:
-            self.report.problems.append(f"without a fault: {ended.error}")
-        return dict(calls)
+            self.report.problems.append(f"{what}: {ended.error}")
+
+    def keep(self) -> None:
+        shutil.rmtree(self.before, ignore_errors=True)
+        if self.scene.cache_root.exists():
+            _copy_sparse(self.scene.cache_root, self.before)
+
+    def bring_back(self) -> None:
+        shutil.rmtree(self.scene.cache_root, ignore_errors=True)
+        if self.before.exists():
+            _copy_sparse(self.before, self.scene.cache_root)
+            change_heads(self.scene.cache_root)
+
+    def fail_each(self, kind: str, stride: int) -> None:
+        n_calls = self.report.calls[self.chapter.work.__name__].get(kind, 0)
+        for i, nth in enumerate(itertools.count(1, stride)):
+            errors = KINDS[kind]
+            if not self.each_error:
+                errors = (errors[i % len(errors)],)
+            hits = [self.round(Position(kind, error, nth, self.times)) for error in errors]
+            is_end = nth + stride > n_calls and (stride > 1 or not any(hits))  # threads make a call more or less
+            if is_end or len(self.report.problems) > self.MOST_PROBLEMS:
+                break
 
     def round(self, position: Position) -> bool:
         """Whether the position was reached."""
-        shutil.rmtree(self.scene.cache_root, ignore_errors=True)
-        work = lambda tell: life(self.scene, tell)  # noqa: E731 - a closure for the child
-        failed = failing(work, self.scene.cache_root, position, deadline_s=DEADLINE_S)
+        began_s = time.monotonic()
+        self.bring_back()
+        failed = failing(self.work, self.scene.cache_root, position, deadline_s=DEADLINE_S)
         if failed.n_struck:
             self.report.struck[f"{position.kind} {position.error}"] += 1
         else:
             self.report.not_reached += 1
-        self.report.problems += [f"{position} at {failed.where}: {problem}" for problem in self.look(failed)]
+        where = f"{self.chapter.work.__name__}, {position} at {failed.where}"
+        self.report.problems += [f"{where}: {problem}" for problem in self.look(failed)]
+        self.report.note_time(time.monotonic() - began_s, where)
         return failed.n_struck > 0
 
     def look(self, failed: Failed) -> list[str]:
@@ -95,6 +155,11 @@ class Rounds:
         return found + Inspection(self.scene, model, seed=1).problems()
 
 
+def _copy_sparse(source: Path, target: Path) -> None:
+    """Copy a folder; what is not allocated of a part stays so: the books count blocks."""
+    subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True, timeout=60)
+
+
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
     database.BUSY_S = publisher.LOCK_WAIT_S = evictor.ROOM_WAIT_S = 0.1
@@ -102,14 +167,19 @@ def wait_shortly() -> None:
 
 
 def main() -> None:
+    warnings.simplefilter("ignore", RuntimeWarning)  # notices say that the disk fails
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended early, it says how far it got
     wait_shortly()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--chapters", nargs="*", default=[])
     parser.add_argument("--for-ever", action="store_true")
+    parser.add_argument("--each-error", action="store_true")
     asked = parser.parse_args()
-    report = Rounds(asked.folder).run(asked.kinds, asked.stride, for_ever=asked.for_ever)
+    rounds = Rounds(asked.folder, asked.chapters, for_ever=asked.for_ever, each_error=asked.each_error)
+    report = rounds.run(asked.kinds, asked.stride)
     print(report.to_json())
     sys.exit(1 if report.problems else 0)
 

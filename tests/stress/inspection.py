@@ -31,7 +31,7 @@ class Inspection:
         """What is wrong now, and what the next process cannot put right."""
         found = []
         look = FolderCheck(self.scene.cache_root, self.model.expected())
-        found += [f"as it lies: {problem}" for problem in (*look.wrong_bytes(), *look.lost_foreign())]
+        found += [f"as it lies: {problem}" for problem in look.as_it_lies()]
         seed = self.random.random()
         ended = run_forked(lambda tell: self.use(tell, seed), deadline_s=DEADLINE_S)
         if not ended.hung:

@@ -16,6 +16,7 @@ from tiercache.cache.record import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, StoreError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
 from tiercache.points import set_hook
+from tiercache.testing.folder_check import BLOCK_BYTES, allocated_bytes
 
 
 class Job:
@@ -55,6 +56,7 @@ class Job:
                     self.scene.read(store, key, self.ranges(key))
                 else:
                     self.read_whole(store, key)
+            check_limit(cache)
 
     def evict_some(self, n: int) -> None:
         """So that there is something to do."""
@@ -62,6 +64,18 @@ class Job:
         with self.scene.cache() as cache:
             kept = set(self.random.sample(sorted(self.scene.names.values()), len(SIZES) - n))
             cache.evict(lambda entry: entry.name not in kept)
+
+
+def check_limit(cache) -> None:
+    """Raise where a cache holds more than it may, by its books or on the disk.
+
+    What a person holds may be more than a limit that was made smaller after; a block is the foreign file's.
+    """
+    stats = cache.stats()
+    most_bytes = max(stats["limit_bytes"], stats["pinned_bytes"])
+    taken_bytes = allocated_bytes(cache.path / "copies") - BLOCK_BYTES
+    if max(stats["bytes_used"], taken_bytes) > most_bytes:
+        raise AssertionError(f"more than the limit is used, the files take {taken_bytes} bytes of disk: {stats}")
 
 
 def fetch(job: Job) -> None:
@@ -127,6 +141,7 @@ def follow_a_plan(job: Job) -> None:
             job.scene.read(store, key)
             following.advance(clock)
         following.close()
+        check_limit(cache)
 
 
 def after_a_death(job: Job) -> None:
@@ -155,19 +170,29 @@ def another_boot(job: Job) -> None:
     job.evict_some(len(SIZES))
     with job.scene.cache() as cache:
         job.scene.read(cache.store(job.scene.source), "h", job.ranges("h"))
-    copies = job.scene.cache_root / "copies"
-    for path in copies.glob("*.map"):
-        if not path.with_suffix(".part").exists():
-            continue  # a copy's
-        data = path.read_bytes()
-        head = replace(Head.parse(data[:HEAD_BYTES]), boot="0" * 16)
-        path.write_bytes(head.pack() + data[HEAD_BYTES:])
-    with closing(sqlite3.connect(job.scene.cache_root / "catalog.sqlite")) as db, db:
-        db.execute("UPDATE meta SET value = 'before' WHERE key = 'boot'")
+    age(job.scene.cache_root)
     with job.scene.cache() as cache:
         store = cache.store(job.scene.source)
         for _ in range(2):
             job.scene.read(store, "h", job.ranges("h"))
+
+
+def age(cache_root: Path) -> None:
+    """Make parts and books those of a boot before."""
+    change_heads(cache_root, boot="0" * 16)
+    with closing(sqlite3.connect(cache_root / "catalog.sqlite")) as db, db:
+        db.execute("UPDATE meta SET value = 'before' WHERE key = 'boot'")
+
+
+def change_heads(cache_root: Path, boot: str | None = None) -> None:
+    """Let the maps of all parts name the parts that lie there, which may have been copied; boot: and another boot."""
+    for part in (cache_root / "copies").glob("*.part"):
+        path = part.with_suffix(".map")
+        head = Head.parse(path.read_bytes()[:HEAD_BYTES]) if path.exists() else None
+        if head is not None:
+            changed = replace(head, inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
+            with path.open("r+b") as file:
+                file.write(changed.pack())
 
 
 def pin(job: Job) -> None:
@@ -238,7 +263,7 @@ def read_object(job: Job, store, key: str) -> None:
     job.scene.read(store, key)
 
 
-def damage(job: Job, file: Path, at: float = 0.5) -> bool:
+def damage(file: Path, at: float = 0.5) -> bool:
     """Turn a bit of a file of the folder; False: it is not there, or empty."""
     if not file.exists() or not file.stat().st_size:
         return False
@@ -258,7 +283,7 @@ def distrust(job: Job) -> None:
         store = cache.store(job.scene.source)
         job.scene.read(store, key)
         job.tell(f"rotting {name}")
-        if damage(job, job.scene.cache_root / "copies" / name):
+        if damage(job.scene.cache_root / "copies" / name):
             store.distrust(key, job.scene.identity(key))
         job.read_whole(store, key)
 
@@ -271,10 +296,11 @@ def poison(job: Job) -> None:
     with job.scene.cache() as cache:
         store = cache.store(job.scene.source)
         for _ in range(2):
-            if holds(store.open_local("bad", identity), good.n_bytes):
+            is_held = holds(store.open_local("bad", identity), good.n_bytes)
+            if (job.scene.cache_root / "copies" / name_of_identity(identity)).exists():
+                raise AssertionError("what is bad at its source was published as a copy")
+            if is_held:
                 store.distrust("bad", identity)
-    if (job.scene.cache_root / "copies" / name_of_identity(identity)).exists():
-        raise AssertionError("what is bad at its source was published as a copy")
 
 
 def holds(lease, n_bytes: int) -> bool:
@@ -311,7 +337,7 @@ def repair(job: Job) -> None:
     with job.scene.cache() as cache:
         job.scene.read(cache.store(job.scene.source), key)
         job.tell(f"rotting {job.scene.names[key]}")
-        damage(job, job.scene.cache_root / "copies" / job.scene.names[key])
+        damage(job.scene.cache_root / "copies" / job.scene.names[key])
         cache.verify(repair=True, store=job.scene.source)
 
 

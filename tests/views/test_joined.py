@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
 def parts(folder):
     parts = [tc.Dataset(folder / name) for name in "abc"]
     yield parts
+    join_loading()
     for part in parts:
         part.close()
 

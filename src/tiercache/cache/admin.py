@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tiercache.cache import poison
+from tiercache.cache.evictor import delete_copy
 from tiercache.cache.holders import Holder, command_of, holders_of
 from tiercache.cache.machine import Owner, room
 from tiercache.cache.record import Record
@@ -19,8 +20,9 @@ from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
-    from tiercache.cache.opened import Opened, Writing
+    from tiercache.cache.opened import Opened
     from tiercache.cache.store import CachedStore
+    from tiercache.cache.writing import Writing
     from tiercache.model import ShardIdentity
 
 
@@ -99,11 +101,26 @@ def writable(opened: Opened) -> Writing:
 
 def evict(opened: Opened, selection: Selection, target_bytes: int | None = None) -> int:
     """Delete copies, least recently used first, until no more than target_bytes are used; returns bytes freed."""
-    writing = writable(opened)
-    names = {entry.name for entry in selected(opened, selection)}
+    chosen = selected(opened, selection)
+    freed_bytes = _evict_without_books(opened, chosen, target_bytes or 0)
+    if opened.waits_for_room:
+        return freed_bytes
+    writing, names = writable(opened), {entry.name for entry in chosen}
     rows = [row for row in writing.accounts.rows() if row.name in names]
     need_bytes = math.inf if target_bytes is None else writing.accounts.sums()[0] - target_bytes
-    return writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0
+    return freed_bytes + (writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0)
+
+
+def _evict_without_books(opened: Opened, chosen: Sequence[Entry], target_bytes: int) -> int:
+    """Where the disk is too full for the books: delete the first of chosen until it is not; returns bytes freed."""
+    used_bytes, freed_bytes = sum(opened.folder.sizes().values()) if opened.waits_for_room else 0, 0
+    for entry in chosen:
+        if not opened.waits_for_room or used_bytes - freed_bytes <= target_bytes:
+            break
+        if entry.source and delete_copy(opened.folder, entry.name):
+            freed_bytes += entry.n_bytes
+            opened.write_after_all()
+    return freed_bytes
 
 
 def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
@@ -139,7 +156,11 @@ def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIden
 def unpin(opened: Opened, selection: Selection) -> int:
     """Let copies go; returns how many were pinned."""
     writable(opened)
-    return sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
+    n_unpinned = sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
+    if selection is None:
+        for name in opened.folder.names(".pin"):  # of copies that were found wrong, and are not here again yet
+            opened.folder.unpin(name)
+    return n_unpinned
 
 
 def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:

@@ -40,6 +40,7 @@ _WHOLE: Ranges = MappingProxyType({})
 _COUNTERS = (
     "hits",
     "misses",
+    "prefetched",
     "evicted",
     "bytes_fetched",
     "bytes_hit",
@@ -108,17 +109,15 @@ class Cache:
         """
         settings = config.load(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
-        limit: int | str
-        if settings.cache_size is None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            limit = default_size_bytes(folder, room(folder).free_bytes // 2, shared=settings.cache_shared)
-        else:
-            limit = settings.cache_size
+        limit: int | str | None = settings.cache_size
         policy, shared = settings.cache_policy, settings.cache_shared
         key = (str(folder), limit, policy, shared)
         with _defaults_lock:
             cache = _defaults.get(key)
             if cache is None:
+                if limit is None:
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    limit = default_size_bytes(folder, room(folder).free_bytes // 2, shared=shared)
                 cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared)
         return cache
 
@@ -246,8 +245,9 @@ class Cache:
     def stats(self) -> dict[str, int]:
         """bytes_used, limit_bytes, pinned_bytes, and what this process counted.
 
-        That is hits, misses, bytes_hit, bytes_fetched, evicted, evicted_early (fetched again soon after), quarantined
-        (found to be wrong) and poisoned (wrong at their source).
+        That is hits (what was here before this process asked for it), misses, prefetched (those misses that its own
+        fetch_ahead() had brought by then), bytes_hit, bytes_fetched, evicted, evicted_early (fetched again soon after),
+        quarantined (found to be wrong) and poisoned (wrong at their source).
         """
         return admin.stats(self._open(), self.limit_bytes)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tiercache.cache.store import CachedStore
 
 _MOST_FINDINGS = 4
+_SHARD = ".tcs"  # a segment of a manifest has an identity too, and no blocks
 
 
 class State(StrEnum):
@@ -142,7 +143,7 @@ def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | N
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is no use: what nobody reads should look its age
         record = opened.folder.read_record(name)
         checked, found = _check_copy(fd, name, record)
-        if checked.state is State.DAMAGED and record is not None and record.shard_id is not None:
+        if checked.state is State.DAMAGED and checked.source.endswith(_SHARD):
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
         if mender is None or checked.state in (State.OK, State.UNKNOWN):
             return checked

@@ -72,15 +72,25 @@ class Download:
         self._error, self._taken = None, self._present.copy()  # what an earlier run took and lost is taken again
         while (ranges := self._take()) is not None:
             left_bytes = UNIT_BYTES * int((self._admitted & ~self._taken).sum())
-            n_helpers = min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES))
-            helpers = [Thread(target=self._work, name="tiercache-part", daemon=True) for _ in range(n_helpers)]
-            for helper in helpers:
-                helper.start()
-            self._work(ranges)
-            for helper in helpers:
-                helper.join()
+            helpers: list[Thread] = []
+            try:
+                self._start(min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES)), helpers)
+                self._work(ranges)
+            finally:
+                for helper in helpers:  # whatever was raised: they write to the part, which is closed after this
+                    helper.join()
             if self._error is not None:
                 raise self._error
+
+    def _start(self, n_helpers: int, helpers: list[Thread]) -> None:
+        """Start threads that help, and add them to helpers."""
+        for _ in range(n_helpers):
+            helper = Thread(target=self._work, name="tiercache-part", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:  # the system gives no more threads: those that there are do it all
+                return
+            helpers.append(helper)
 
     def whole_sum(self) -> int | None:
         """CRC-32C of the whole file as the source sent it, where all of it came by this; None: read it back."""
@@ -144,7 +154,8 @@ class Download:
             self._read([(wanted, data.data) for wanted, data in spans])
         for wanted, data in spans:
             piece_sum = part.write(wanted.start, data)
-            self._sums[wanted.start] = piece_sum, wanted.n_bytes
+            if piece_sum is not None:
+                self._sums[wanted.start] = piece_sum, wanted.n_bytes
         with self._lock:
             self._present |= mask_of(ranges, self._wanted.n_bytes)
         self._counters.add("bytes_fetched", position)
@@ -154,18 +165,27 @@ class Download:
         """Read from the source, as the object was when it was named; once more where that may help."""
         wanted, store = self._wanted, self._fetch.store
         try:
-            store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=self._fetch.cancel)
+            self._ask(spans)
         except (NotFound, ObjectChanged):
             raise
         except StoreError as error:
             if error.retryable or self._fetch.cancel.is_set():
                 raise  # the back end has tried again already
-            store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=self._fetch.cancel)
+            self._ask(spans)
         if wanted.identity is None and wanted.if_match is None:
             # Where no strong ETag could guard the reading, the object must look the same after it.
             info = store.head(wanted.key)
             if name_of_object(wanted.source, info) != wanted.name:
                 raise ObjectChanged(url=wanted.source, expected=wanted.etag, found=info.etag)
+
+    def _ask(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
+        wanted = self._wanted
+        try:
+            self._fetch.store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=self._fetch.cancel)
+        except OSError as error:  # of the network, by a back end that lets it through: no fault of the cache's disk
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"reading failed: {error}", url=wanted.source, retryable=True) from error
 
 
 def checksum_of(fd: int, n_bytes: int) -> int:

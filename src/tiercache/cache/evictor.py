@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.cache.locks import NameLock, try_exclusive
-from tiercache.cache.machine import room
+from tiercache.cache.machine import is_disk_full, room
 from tiercache.cache.names import Names
 from tiercache.cache.policy import POLICIES, UNPLANNED, Ask, Decision, Policy, Snapshot, gives_way, lru, replaces
 from tiercache.cache.shelf import Books, Shelf
 from tiercache.catalog import FIGURES, Accounts, CopyRow
+from tiercache.catalog.files import open_file
 from tiercache.model import parse_bytes
 from tiercache.points import reach
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
@@ -40,6 +41,8 @@ WATERMARK_SHARE = 0.01
 LOOK_AGAIN_S = 60.0
 # Making room takes milliseconds; who cannot have the lock by then goes on without.
 ROOM_WAIT_S = 10.0
+# Who has it that long was stopped (SIGSTOP, a paused container): for a while nobody waits for him again.
+STOPPED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Evictor:
         self._booked = counters.snapshot()
         self._shelf = Shelf(accounts)
         self._pins: set[str] | None = None
-        self._looked_s = SYSTEM_CLOCK.monotonic()
+        self._looked_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
@@ -76,16 +79,20 @@ class Evictor:
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Book the uses, and what the counters have counted."""
+        """Book the uses, and what the counters have counted. On a full disk they are lost: what makes room goes on."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
             counts, before = self._counters.snapshot(), self._booked
             self._booked = counts
-        if uses:
-            self._accounts.add_uses(uses)
         figures = {name: int(counts.get(name, 0) - before.get(name, 0)) for name in FIGURES}
-        if any(figures.values()):
-            self._accounts.add_figures(figures)
+        try:
+            if uses:
+                self._accounts.add_uses(uses)
+            if any(figures.values()):
+                self._accounts.add_figures(figures)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
 
     # -- room -------------------------------------------------------------------------------------------------------
 
@@ -137,11 +144,12 @@ class Evictor:
 
     def reserve(self, name: str, charge_bytes: int, *, spare: Set[str] = frozenset()) -> bool:
         """Reserve room for bytes of a copy, evicting what the policy gives up but none of spare; False: no room."""
-        if not self._reserve_here(name, charge_bytes) and not self._reserve_by_force(name, charge_bytes, spare):
-            return False
+        return self._reserve_here(name, charge_bytes) or self._reserve_by_force(name, charge_bytes, spare)
+
+    def note_fetch(self, name: str) -> None:
+        """Count a fetch of what was evicted lately."""
         if self._accounts.is_ghost(name):
             self._counters.add("evicted_early")
-        return True
 
     def _reserve_here(self, name: str, charge_bytes: int) -> bool:
         return self._accounts.reserve(name, charge_bytes, spare_bytes=self.spare_bytes)
@@ -165,7 +173,9 @@ class Evictor:
         lock = NameLock(self._folder.locks / "room")
         with self._room_lock:
             try:
-                wait_for(lock.try_take, ROOM_WAIT_S)
+                now_s = SYSTEM_CLOCK.monotonic()
+                if not wait_for(lock.try_take, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0):
+                    self._waits_again_s = now_s + ROOM_WAIT_S + STOPPED_S
                 yield
             finally:
                 lock.give_back()
@@ -258,7 +268,7 @@ class Evictor:
             if freed_bytes >= need_bytes:
                 break
             tried.append(name)
-            if self._delete(name):
+            if delete_copy(self._folder, name):
                 gone.append(name)
                 freed_bytes += charge_bytes
         return gone
@@ -266,33 +276,51 @@ class Evictor:
     def _book_out(self, gone: list[str], *, evicted: bool) -> None:
         if gone:
             reach("evict.deleted")
-            self._accounts.remove(gone, evicted=evicted)
+            try:
+                self._accounts.remove(gone, evicted=evicted)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                self._looked_s = -math.inf  # the books are too high until they can be written: then look again
             self._counters.add("evicted", len(gone))
             reach("evict.booked")
 
-    def _delete(self, name: str) -> bool:
-        """Delete one copy, whole or in part, if nobody holds it.
 
-        Under its name's lock, so that no fetcher publishes between our looking and our deleting.
-        """
-        lock = NameLock(self._folder.locks / name)
-        if not lock.try_take():
-            return False
+def delete_copy(folder: Folder, name: str) -> bool:
+    """Delete one copy, whole or in part, if nobody holds it; the books are the caller's.
+
+    Under its name's lock, so that no fetcher publishes between our looking and our deleting.
+    """
+    lock = NameLock(folder.locks / name)
+    if _is_read(folder, name) or not lock.try_take():
+        return False
+    try:
+        reach("evict.locked")
+        fd = folder.open_copy(name)
+        if fd is None:
+            fd = folder.open_to_write(f"{name}.part")
+        if fd is None:
+            return folder.charge_of(name) is None  # deleted by hand: it only has to be booked out
         try:
-            reach("evict.locked")
-            fd = self._folder.open_copy(name)
-            if fd is None:
-                fd = self._folder.open_to_write(f"{name}.part")
-            if fd is None:
-                return self._folder.charge_of(name) is None  # deleted by hand: it only has to be booked out
+            # A pin is written under a reader's lock: after our lock it is there to be seen, or comes too late.
+            if not try_exclusive(fd) or folder.is_pinned(name):
+                return False
+            folder.remove_copy(name)
+            reach("evict.removed")
+        finally:
+            os.close(fd)
+    finally:
+        lock.give_back()
+    return True
+
+
+def _is_read(folder: Folder, name: str) -> bool:
+    """Whether somebody reads a copy. 20 us, where making its lock file takes 1 ms: thousands may be read at once."""
+    for file in (name, f"{name}.part"):
+        with suppress(OSError):
+            fd = open_file(folder.copy_path(file), os.O_RDONLY)
             try:
-                # A pin is written under a reader's lock: after our lock it is there to be seen, or comes too late.
-                if not try_exclusive(fd) or self._folder.is_pinned(name):
-                    return False
-                self._folder.remove_copy(name)
-                reach("evict.removed")
+                return not try_exclusive(fd)
             finally:
                 os.close(fd)
-        finally:
-            lock.give_back()
-        return True
+    return False

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tiercache.store import Store
 
 N_FETCHES = 4
+# Threads beside these for what somebody waits for: four fetches ahead of whole shards, or four that watch another
+# process fetch, would hold it up for as long as they take.
+N_MORE_AWAITED = 4
 DEADLINE_S = 3600.0  # of a wait that names none: nothing waits for ever
 JOIN_S = 30.0
 
@@ -214,7 +217,9 @@ class Fetch:
 
 
 class Fetcher:
-    """At most one fetch of a name at a time in this process, on at most N_FETCHES threads that live while it has work.
+    """At most one fetch of a name at a time in this process, on a few threads that live while it has work.
+
+    Those are N_FETCHES at most, and N_MORE_AWAITED beside them for what somebody waits for.
 
     The lock guards table and queue. run(fetch) does the work, or raises. keep() gives the cache, which must not be
     closed by the garbage collector, in one of these threads, while they are at work.
@@ -255,15 +260,28 @@ class Fetcher:
 
     def start(self, fetch: Fetch, *, urgent: bool) -> None:
         """Run a fetch as soon as a thread is free."""
+        queue = self._awaited if urgent else self._ahead
         with self._lock:
             if not self._closed:
-                (self._awaited if urgent else self._ahead).append(fetch)
-                if len(self._threads) < N_FETCHES:
-                    thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
-                    self._threads.add(thread)
-                    thread.start()
-                return
+                queue.append(fetch)
+                if self._have_thread():
+                    return
+                queue.remove(fetch)
         fetch.end()
+
+    def _have_thread(self) -> bool:
+        """Start a thread for what is queued, if another may be; False: there is none, and the system gives none.
+
+        The lock is held.
+        """
+        if len(self._threads) < N_FETCHES + (N_MORE_AWAITED if self._awaited else 0):
+            thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._threads.discard(thread)
+        return bool(self._threads)
 
     def hurry(self, fetch: Fetch) -> None:
         """Run a fetch before those that nobody waits for yet."""
@@ -271,27 +289,33 @@ class Fetcher:
             if fetch in self._ahead:
                 self._ahead.remove(fetch)
                 self._awaited.append(fetch)
+                self._have_thread()
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._awaited and not self._ahead:
+                # Who is there for what is awaited leaves what is not to the others.
+                queue = self._awaited or (self._ahead if len(self._threads) <= N_FETCHES else None)
+                if not queue:
                     self._threads.discard(current_thread())
                     return
-                fetch = (self._awaited or self._ahead).popleft()
+                fetch = queue.popleft()
             self.run(fetch)
 
     def run(self, fetch: Fetch) -> None:
         """Run a fetch that the caller has taken up, in the caller's thread; its end is told to all who wait."""
-        error = None
+        error: BaseException | None = None
         try:
             self._run(fetch)
         except BaseException as raised:  # noqa: BLE001 - thread top: told to all who wait
-            error = raised
-        with self._lock:
-            if self._table.get(fetch.wanted.name) is fetch:
-                del self._table[fetch.wanted.name]
-        fetch.end(error)
+            # Closed under who waits: he reads past the cache, as those do whose fetch had no thread yet.
+            error = None if self._closed and fetch.cancel.is_set() and isinstance(raised, StoreError) else raised
+        try:
+            fetch.end(error)  # first: who finds nothing in the table may count on it that nothing is held any more
+        finally:
+            with self._lock:
+                if self._table.get(fetch.wanted.name) is fetch:
+                    del self._table[fetch.wanted.name]
 
     def close(self) -> None:
         """Cancel everything and wait until the threads have ended."""

@@ -16,6 +16,7 @@ from tiercache.points import reach
 
 if TYPE_CHECKING:
     from tiercache.cache.fetch import Fetch
+    from tiercache.cache.locks import NameLock
     from tiercache.cache.publisher import Publisher
 
 
@@ -26,9 +27,9 @@ class Growth:
     more.
     """
 
-    def __init__(self, publisher: Publisher, fetch: Fetch) -> None:
-        """Find the part that is there, and offer it to whoever waits. Raises OSError."""
-        self._publisher, self.fetch = publisher, fetch
+    def __init__(self, publisher: Publisher, fetch: Fetch, lock: NameLock) -> None:
+        """Find the part that is there, and offer it to whoever waits. lock: of its name. Raises OSError."""
+        self._publisher, self.fetch, self._lock = publisher, fetch, lock
         self._wanted = fetch.wanted
         self.reserved_bytes = 0
         self._booked_bytes = 0
@@ -52,7 +53,8 @@ class Growth:
         if folder.read_record(name) is None:
             folder.write_record(name, self._wanted.record(self._wanted.crc32c))
             reach("fetch.recorded")
-        if part.present.any():
+        # Booking ends a reservation: where locks lie and the part of another was found, he books what is there.
+        if part.present.any() and not self.reserved_bytes:
             self._booked_bytes = charge_of(part.present, part.n_bytes)
             self._publisher.book(self._wanted, self._record(), self._booked_bytes)
         self.fetch.offer(part.hold(), part.present)
@@ -69,11 +71,19 @@ class Growth:
         """Reserve room for a part of these units; False: there is none."""
         need_bytes = max(charge_of(units, self._wanted.n_bytes) - self._booked_bytes, 0)
         evictor, name = self._publisher.evictor, self._wanted.name
+        self.note(need_bytes)
         if not evictor.reserve(name, need_bytes, spare=self.fetch.spare | {name}):
+            self.note(self.reserved_bytes)
             return False
+        if not self.reserved_bytes:
+            evictor.note_fetch(name)
         self.reserved_bytes = need_bytes
         reach("fetch.reserved")
         return True
+
+    def note(self, n_bytes: int) -> None:
+        """Let whoever has to make new books know what may still come of this part."""
+        self._lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
 
     def part(self) -> Part:
         """The part to write to, made at the first call. Raises OSError."""
@@ -93,6 +103,7 @@ class Growth:
 
     def book(self) -> None:
         """Set the part's row on the books to what it is by now; one without a unit goes."""
+        self.note(0)  # first: noted after it, it would stand in new books for ever
         if self._part is None or not self._part.has_name:  # somebody found it wrong, and removed it
             self._publisher.accounts.release(self._wanted.name)
         elif self.present.any():
@@ -103,6 +114,8 @@ class Growth:
 
     def drop(self) -> None:
         """Remove the part, and what the books know of it."""
+        self.note(0)
+        self.fetch.forget()  # a hold of our own would make it count as deleted but still being read
         self._publisher.remove(self._wanted.name)
         self._publisher.accounts.release(self._wanted.name)
 

@@ -127,9 +127,10 @@ class CopyLease:
         Raises:
             StoreError: the source failed, or deadline_s passed.
         """
-        fetch = self._ending() if self._is_settled(ranges) else self._ask(ranges, urgent=True)
+        is_here = self._is_settled(ranges)
+        fetch = self._ending() if is_here else self._ask(ranges, urgent=True)
         if fetch is None:
-            return self.present(ranges)
+            return is_here or self.present(ranges)
         try:
             fetch.wait(ranges, deadline_s)
             self._settle(fetch)
@@ -137,7 +138,7 @@ class CopyLease:
             is_here = False  # bad at its source: whoever reads it by ranges hears which block
         else:
             is_here = self.present(ranges)
-        if not is_here:
+        if not is_here and (any(wanted.n_bytes for wanted in ranges) or not self._n_bytes):
             self._join = None  # refused: asking again, block by block, would cost each of them milliseconds
         return is_here
 

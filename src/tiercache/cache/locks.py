@@ -14,8 +14,10 @@ from tiercache.cache.inherit import close_private, keep_private
 from tiercache.catalog.files import open_file, read_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+_NOTE_BYTES = 512
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
@@ -60,14 +62,21 @@ class NameLock:
                 raise
             if taken and current:
                 self._fd = keep_private(fd)
-                note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-                with contextlib.suppress(OSError):  # a full disk: the note is for messages only
+                with contextlib.suppress(OSError):
                     os.ftruncate(fd, 0)
-                    os.pwrite(fd, note.encode(), 0)
+                self.note({})
                 return True
             os.close(fd)
             if not taken:
                 return False
+
+    def note(self, facts: Mapping[str, object]) -> None:
+        """Let whoever reads the file know more of its holder. Nothing where it is not held."""
+        if self._fd is not None:
+            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **facts})
+            with contextlib.suppress(OSError):  # a full disk: what is noted is for messages, and for lost books
+                # In one write, over all of the note before, so that nobody reads half of each.
+                os.pwrite(self._fd, text.ljust(_NOTE_BYTES).encode(), 0)
 
     @property
     def is_held(self) -> bool:

@@ -9,26 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
-from tiercache.cache import leftovers, poison
-from tiercache.cache.breaker import Breaker
+from tiercache.cache import poison
 from tiercache.cache.check import distrust
-from tiercache.cache.evictor import Evictor, Rules
-from tiercache.cache.fetch import Fetcher
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
-from tiercache.cache.locks import NameLock
-from tiercache.cache.machine import boot_id, is_disk_full, room
-from tiercache.cache.owners import Owners
+from tiercache.cache.machine import is_disk_full
 from tiercache.cache.partial import Held, hold_part
-from tiercache.cache.plans import Plans
 from tiercache.cache.policy import POLICIES
-from tiercache.cache.publisher import Publisher
-from tiercache.cache.quarantine import Quarantine
 from tiercache.cache.trace import Tracer
 from tiercache.cache.units import bytes_of
-from tiercache.cache.verified import holds_what_was_sent, read_plain, read_verified
-from tiercache.catalog import Accounts, charge_bytes
-from tiercache.model import ByteRange, format_bytes, parse_bytes
+from tiercache.cache.verified import read_plain, read_verified, wrong_units
+from tiercache.cache.writing import Writing
+from tiercache.catalog import charge_bytes
+from tiercache.model import ByteRange, parse_bytes
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -45,6 +38,8 @@ if TYPE_CHECKING:
     from tiercache.store import Span, Store
 
 USES_PER_FLUSH = 1024
+# Copies that were fetched ahead and are not opened yet: a prefetch runs some hundred shards ahead at most.
+MOST_AHEAD = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,93 +65,6 @@ class CacheOptions:
             raise ValueError(f"shared is None or 'group', got {self.shared!r}")
 
 
-class Writing:
-    """The parts of an open cache that need a folder that can be written."""
-
-    def __init__(
-        self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
-    ) -> None:
-        self.limit_bytes = parse_bytes(options.size, whole_bytes=room(folder.root).total_bytes)
-        self.folder, self.notices = folder, notices
-        self.owners = Owners(folder, self.limit_bytes)
-        me = str(self.owners.me)
-        self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
-        self.plans = Plans(folder, self.owners)
-        rules = Rules(options.policy, options.free_floor)
-        self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
-        self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
-        self.breaker = Breaker()
-        self.publisher = Publisher(
-            folder, self.owners, self.accounts, self.evictor, self.quarantine, self.breaker, notices, counters
-        )
-        self.fetcher = Fetcher(self.publisher.run, keep)
-
-    def sweep(self) -> None:
-        """Put right what others left: files of the dead, records without copies, books that disagree with the files."""
-        self.owners.bury_all()
-        leftovers.sweep(self.folder)
-        self.accounts.reconcile()
-        self.publisher.unrecorded |= self.accounts.unrecorded()
-        sizes = self.folder.sizes()
-        beside = {name for kind in (".json", ".pin", ".map") for name in self.folder.names(kind)}
-        doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
-        for name in doubtful:
-            self._sweep_beside(name)
-        if doubtful:
-            self.accounts.reconcile()
-        for path in self.folder.locks.iterdir():
-            lock = NameLock(path)
-            if lock.try_take():
-                lock.give_back()
-        self.quarantine.sweep()
-        poison.sweep(self.folder)
-
-    def _sweep_beside(self, name: str) -> None:
-        """Remove what is no use beside a copy, or without one, unless it is just being published.
-
-        A part that has become a copy, its map where that was not to stay, a part or a map alone, record and pin of
-        nothing.
-        """
-        lock = NameLock(self.folder.locks / name)
-        if lock.try_take():
-            try:
-                is_whole = self.folder.has_copy(name)
-                if is_whole or not self.folder.has_part(name):
-                    record = self.folder.read_record(name)
-                    self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
-                if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
-                    self.folder.remove_record(name)
-                    self.folder.unpin(name)
-                    self.accounts.remove([name])  # a part alone was on the books while it lay here
-            finally:
-                lock.give_back()
-
-    def keep_to_limit(self) -> None:
-        """Register the limit; give up what a smaller one than before has no room for."""
-        smallest = self.accounts.register(self.limit_bytes)
-        self.folder.remember_size(self.limit_bytes)
-        if smallest < self.limit_bytes:
-            self.notices.warn(
-                "limit",
-                f"cache {self.folder.root}: opened with {format_bytes(self.limit_bytes)}, but another process keeps it "
-                f"to {format_bytes(smallest)}; the smaller limit holds",
-            )
-        used, reserved, limit = self.accounts.sums()
-        if used + reserved > limit:
-            self.evictor.shrink(used + reserved - limit)
-
-    def close(self) -> None:
-        """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
-        self.fetcher.close()
-        self.plans.close()
-        with suppress(OSError):
-            self.quarantine.close()
-            self.evictor.flush_uses()
-            self.accounts.unregister()
-        self.accounts.close()
-        self.owners.close()
-
-
 class Opened:
     """An open cache in one process. writing: None where the folder can only be read: then only hits are served."""
 
@@ -173,6 +81,7 @@ class Opened:
         # Parts that were found wrong though the disk holds what was sent; those of which a second one was, and when.
         self._suspected: set[str] = set()
         self._given_up: dict[str, float] = {}
+        self._ahead: dict[str, bool] = {}  # asked for by fetch_ahead(), and not opened since
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
@@ -350,8 +259,14 @@ class Opened:
         return CopyLease(wanted.n_bytes, held, join=join, tell=tell_when_asked)
 
     def _count(self, wanted: Wanted, tell: Callable[[bool], object], hit_bytes: int) -> None:
-        """Count a hit of so many bytes, or a miss; of an empty copy it is a hit if its file is there."""
-        is_hit = hit_bytes > 0 or wanted.n_bytes == 0
+        """Count a hit of so many bytes, or a miss; of an empty copy it is a hit if its file is there.
+
+        What this process has fetched ahead for this very opening came from the store: it is a miss, that cost no time.
+        """
+        is_here, is_ours = hit_bytes > 0 or wanted.n_bytes == 0, self._ahead.pop(wanted.name, False)
+        is_hit = is_here and not is_ours
+        if is_here and is_ours:
+            self.counters.add("prefetched")
         if is_hit:
             self.counters.add("hits")
             self.counters.add("bytes_hit", hit_bytes)
@@ -378,6 +293,9 @@ class Opened:
         asked = [ByteRange(0, wanted.n_bytes)] if ranges is None else list(ranges)
         need_bytes = wanted.n_bytes if ranges is None else sum(wanted.n_bytes for wanted in asked)
         if self._admits(writing, wanted, need_bytes):
+            if len(self._ahead) >= MOST_AHEAD:
+                self._ahead.clear()
+            self._ahead[wanted.name] = True
             with CopyLease(wanted.n_bytes, join=partial(writing.fetcher.join, wanted, store)) as lease:
                 lease.want(asked)
 
@@ -425,20 +343,36 @@ class Opened:
         if held is None:
             return True
         try:
-            is_as_sent = holds_what_was_sent(held)
+            wrong = wrong_units(held)
         finally:
             held.close()
-        if is_as_sent and wanted.name in self._suspected:
-            self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
-            self.counters.add("poisoned")
-        elif is_as_sent:
-            self._suspected.add(wanted.name)
-        else:
-            self.counters.add("quarantined")
+        is_bad_there = not wrong and wanted.name in self._suspected
+        self._suspected.discard(wanted.name)
+        with suppress(OSError):  # a full disk: nobody else hears of it
+            if is_bad_there:
+                self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
+                self.counters.add("poisoned")
+                self._remember_poison(wanted)
+            elif not wrong:
+                self._suspected.add(wanted.name)
+            else:
+                self.counters.add("quarantined")
+                self._report_part(wanted, wrong)
         if self.writing is not None:
             self.writing.fetcher.abandon(wanted.name)
         self.discard(wanted.name)
-        return wanted.name not in self._given_up
+        return not is_bad_there
+
+    def _remember_poison(self, wanted: Wanted) -> None:
+        if self.writing is not None:
+            poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, None))
+
+    def _report_part(self, wanted: Wanted, wrong: list[int]) -> None:
+        """Say which units rotted. The part is not kept: unit by unit its map has said already what differs."""
+        if self.writing is not None:
+            verdict = f"{len(wrong):,} units of 4 KiB are not what was fetched, the first at {wrong[0]}"
+            reason = "a reader found it wrong; a copy in part"
+            self.writing.quarantine.tell(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
 
     def close(self) -> None:
         """Give everything back. In a forked child: nothing, it is the parent's."""

@@ -6,11 +6,14 @@ import errno
 import json
 import os
 from contextlib import suppress
+from threading import Lock
 from typing import TYPE_CHECKING
 
+from tiercache.cache.holders import is_locked
 from tiercache.cache.inherit import close_private, keep_private
 from tiercache.cache.locks import try_exclusive
 from tiercache.cache.machine import Owner
+from tiercache.cache.record import NAME
 from tiercache.catalog.files import open_file, read_text
 from tiercache.points import reach
 
@@ -25,7 +28,7 @@ class Owners:
 
     def __init__(self, folder: Folder, limit_bytes: int) -> None:
         """Make the owner file. Raises OSError where the folder cannot be written."""
-        self._folder, self._limit_bytes = folder, limit_bytes
+        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
         self.me = Owner.of_this_process()
         self.is_closed = False
         self._fd = self._make()
@@ -48,12 +51,13 @@ class Owners:
 
     def ensure(self) -> None:
         """Make the folder and the owner file in it, where somebody has deleted them. Raises OSError after close()."""
-        if self.is_closed:  # whoever was at work while the cache was closed: another file may have the number by now
-            raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
-        self._folder.ensure()
-        if not os.fstat(self._fd).st_nlink:
-            fd, self._fd = self._fd, self._make()
-            close_private(fd)
+        with self._lock:  # two fetches may find it gone at once: the second would close what the first has just locked
+            if self.is_closed:  # whoever was at work while the cache was closed: another file may have the number now
+                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
+            self._folder.ensure()
+            if not os.fstat(self._fd).st_nlink:
+                fd, self._fd = self._fd, self._make()
+                close_private(fd)
 
     def alive(self, text: str) -> bool:
         """Whether the process of an owner still has the cache open.
@@ -105,9 +109,33 @@ class Owners:
 
     # -- what else the accounts ask ---------------------------------------------------------------------------------
 
+    def is_over(self, owner: str, name: str) -> bool:
+        """Whether a reservation is for a wrong copy that is deleted, and that no reader holds any more.
+
+        The process that deleted it gives it back when it next uses the cache, which may be tomorrow. What a container
+        holds is not seen from another one.
+        """
+        inode = name.partition("-")[2].partition("-")[0]
+        who = Owner.parse(owner)
+        if not inode or who is None or who.namespace != self.me.namespace:
+            return False
+        return not os.path.lexists(self._folder.quarantine / f"{name}.bad") and not is_locked(int(inode, 16))
+
     def coming(self) -> list[tuple[str, str, int]]:
-        """Nothing: each owner that lives notes what it has reserved in new books itself, when it next uses them."""
-        return []
+        """(owner, name, charge in bytes) of what each fetch may still bring, as the file of its lock says.
+
+        A fetch notes that before it reserves, and takes it back before it books. What a dead owner has noted is in
+        here too.
+        """
+        found: list[tuple[str, str, int]] = []
+        with suppress(OSError):
+            for file in self._folder.locks.iterdir():
+                with suppress(OSError, ValueError, KeyError, TypeError):  # no fetch's, or given back meanwhile
+                    note = json.loads(read_text(file))
+                    coming = str(note["owner"]), file.name, int(note["reserved_bytes"])
+                    if coming[2] > 0 and NAME.fullmatch(file.name):
+                        found.append(coming)
+        return found
 
     def charge_of(self, name: str) -> int | None:
         """What a copy, or a copy in part, takes of the budget in bytes; None: it is not there."""
@@ -124,7 +152,8 @@ class Owners:
 
     def close(self) -> None:
         """Give the owner file up. Once only."""
-        self.is_closed = True
+        with self._lock:
+            self.is_closed = True
         _open_here.discard(str(self.me))
         with suppress(OSError):
             self._folder.remove_file("owners", str(self.me))

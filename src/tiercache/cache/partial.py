@@ -302,8 +302,8 @@ class Part:
         os.pwrite(self._map_fd, Head(self.n_bytes, os.fstat(self.fd).st_ino, boot_id()).pack(), 0)
         return True
 
-    def write(self, start: int, data: np.ndarray) -> int:
-        """Write whole units (the file's last may be short) from start on; returns the CRC-32C of data.
+    def write(self, start: int, data: np.ndarray) -> int | None:
+        """Write whole units (the file's last may be short) from start on; the CRC-32C of data if all of it was written.
 
         Where locks lie another process may have written some of them meanwhile: those stay as they are, for somebody
         may be reading them. Data, then checksums, then flags: whoever dies in between has written nothing.
@@ -328,7 +328,7 @@ class Part:
             write_all(self._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + first + begin)
             reach("fetch.flags")
         self.present[first : first + n] = True
-        return whole
+        return whole if missing.all() else None
 
     def hold(self) -> Held:
         """A reader's hold on this very file, whatever has its name by now."""

@@ -6,11 +6,18 @@ A file `plans/OWNER.RANDOM.plan` holds one ReadingPlan as a table sorted by the 
     8   8  m, rows of the table
     16  8  the job's clock: stored bytes of shards read since its epoch began; the owner writes it as it goes on
     24  8  bytes of the label behind the table
-    32 32  0
+    32 16  hash of the reader, see model.ReadingPlan; 0: none
+    48 16  0
     64  44 m  name (20 bytes), first, last, then (int64 each, see model.ReadingPlan)
         .. label: who reads, for people
 
 Its owner keeps it locked. It is void, and swept by whoever meets it, when lock and owner are gone.
+
+A plan of a reader that was read through, or not begun (of the epoch to come), becomes OWNER.RANDOM.left when it is
+withdrawn: what its reader needs next is known until that reader has another plan, for LEFT_S at most. Of two ranks one
+ends its epoch first, and what it had kept would be evicted for the other: with a cache for a quarter of their data set
+both fetched 0.78 of it an epoch, instead of 0.75; one after the other, with half of it in the cache, 0.98 instead of
+0.5.
 """
 
 from __future__ import annotations
@@ -18,9 +25,11 @@ from __future__ import annotations
 import os
 import secrets
 import struct
+import time
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -43,11 +52,14 @@ if TYPE_CHECKING:
     from tiercache.model import Following, ReadingPlan
 
 _MAGIC = b"tcplan\x00\x01"
-_HEADER = struct.Struct("<8sQQQ32x")
+_HEADER = struct.Struct("<8sQQQ16s16x")
 _CLOCK_AT = 16
 _CLOCK = struct.Struct("<Q")
 _ROW = np.dtype([("name", np.uint8, NAME_BYTES), ("first", "<i8"), ("last", "<i8"), ("then", "<i8")])
-_SUFFIX, _TEMP_SUFFIX = ".plan", ".new"
+_SUFFIX, _TEMP_SUFFIX, _LEFT_SUFFIX = ".plan", ".new", ".left"
+_NOBODY = bytes(16)
+# Ranks end an epoch within seconds of each other, and begin the next one, in new processes, within seconds.
+LEFT_S = 60.0
 
 
 # The next use of some copies and the one after it, int64[n] each: see Table.uses().
@@ -63,6 +75,7 @@ class Table:
     last: NDArray[np.int64]
     then: NDArray[np.int64]
     label: str = ""
+    reader: bytes = _NOBODY
 
     @classmethod
     def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> Table:
@@ -78,7 +91,13 @@ class Table:
             # In use until the last of them has been read; NEVER belongs to those that are not read in this epoch.
             last = np.maximum.reduceat(np.where(last == NEVER, -1, last), starts)
             last = np.where(first == NEVER, NEVER, last)
-        return cls(found, first, last, then, plan.owner)
+        reader = blake2b(plan.reader.encode(), digest_size=len(_NOBODY)).digest() if plan.reader else _NOBODY
+        return cls(found, first, last, then, plan.owner, reader)
+
+    @property
+    def end(self) -> int:
+        """The clock when all of it was read; what is in use as long as the plan is (NEVER - 1) does not count."""
+        return int(np.where(self.last >= NEVER - 1, 0, self.last).max(initial=0))
 
     def uses(self, rows: NDArray[np.int64], clock: int) -> Uses:
         """The next use of each row and the one after it, in bytes still to read: int64[n] each.
@@ -104,21 +123,21 @@ def encode(table: Table) -> bytes:
     rows["name"] = table.names.raw
     rows["first"], rows["last"], rows["then"] = table.first, table.last, table.then
     label = table.label.encode()
-    return _HEADER.pack(_MAGIC, len(rows), 0, len(label)) + rows.tobytes() + label
+    return _HEADER.pack(_MAGIC, len(rows), 0, len(label), table.reader) + rows.tobytes() + label
 
 
 def decode(data: bytes) -> Table | None:
     """The table of a plan file; None: it is not one."""
     if len(data) < _HEADER.size:
         return None
-    magic, m, _, n_label = _HEADER.unpack_from(data)
+    magic, m, _, n_label, reader = _HEADER.unpack_from(data)
     end = _HEADER.size + m * _ROW.itemsize
     if magic != _MAGIC or len(data) != end + n_label:
         return None
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # Whoever may write here may write nonsense: it must not overflow what is computed from it.
     first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
-    return Table(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"))
+    return Table(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
@@ -151,7 +170,7 @@ class Plans:
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
         if len(set(lengths)) > 1:
             raise ValueError(f"a plan needs shards, names, first, last and then of one length, got {lengths}")
-        published = Published(self._folder, str(self._owners.me), encode(Table.of(names, plan)))
+        published = Published(self._folder, str(self._owners.me), Table.of(names, plan))
         self._published.add(published)
         return published
 
@@ -178,7 +197,8 @@ class Plans:
     def labels(self) -> list[str]:
         """Who reads, for people: of each live plan."""
         with self._lock:
-            return sorted(plan.table.label for plan in self._refresh())
+            self._refresh()
+            return sorted(plan.table.label for file, plan in self._read.items() if file.endswith(_SUFFIX))
 
     def close(self) -> None:
         """Withdraw what was published here, and close what was read."""
@@ -205,6 +225,10 @@ class Plans:
                     self._sweep(file)
             elif file.endswith(_SUFFIX):
                 self._look(file)
+        readers = {plan.table.reader for file, plan in self._read.items() if file.endswith(_SUFFIX)}
+        for file in files:
+            if file.endswith(_LEFT_SUFFIX):
+                self._look_back(file, readers)
         return list(self._read.values())
 
     def _look(self, file: str) -> None:
@@ -216,6 +240,19 @@ class Plans:
         if read is not None and not self._is_locked(file) and not self._owners.alive(file.split(".")[0]):
             close_private(self._read.pop(file).fd)
             self._sweep(file)
+
+    def _look_back(self, file: str, readers: set[bytes]) -> None:
+        """As _look, at what a reader left behind; readers: of the live plans."""
+        read = self._read.get(file)
+        with suppress(OSError):
+            read = read or _Read.open(self._folder, file)
+            if read.table.reader not in readers and abs(time.time() - os.fstat(read.fd).st_mtime) < LEFT_S:
+                self._read[file] = read
+                return
+        self._read.pop(file, None)
+        if read is not None:
+            close_private(read.fd)
+        self._sweep(file)
 
     def _is_locked(self, file: str) -> bool:
         try:
@@ -270,22 +307,26 @@ class _Read:
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:
             self._names, self._rows = names, rows
-        data = os.pread(self.fd, _CLOCK.size, _CLOCK_AT)
-        (clock,) = _CLOCK.unpack(data) if len(data) == _CLOCK.size else (0,)
-        return self.table.uses(rows, min(clock, NEVER))
+        return self.table.uses(rows, _clock_of(self.fd))
+
+
+def _clock_of(fd: int) -> int:
+    data = os.pread(fd, _CLOCK.size, _CLOCK_AT)
+    (clock,) = _CLOCK.unpack(data) if len(data) == _CLOCK.size else (0,)
+    return min(int(clock), NEVER)
 
 
 class Published:
     """A plan of this process in the folder. Safe from any thread."""
 
-    def __init__(self, folder: Folder, owner: str, data: bytes) -> None:
+    def __init__(self, folder: Folder, owner: str, table: Table) -> None:
         """Write it, locked before it has its name. Raises OSError."""
         stem = f"{owner}.{secrets.token_hex(4)}"
         temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
         fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder.rights.file))
         try:
             try_exclusive(fd)
-            write_all(fd, memoryview(data), 0)
+            write_all(fd, memoryview(encode(table)), 0)
             reach("plan.written")
             temp.rename(folder.plans / file)
             reach("plan.named")
@@ -296,7 +337,8 @@ class Published:
             raise
         self._fd, self._pid = fd, os.getpid()
         self._lock = Lock()
-        self._finalizer = weakref.finalize(self, _withdraw, folder, file, fd, self._pid)
+        left_at = None if table.reader == _NOBODY else table.end
+        self._finalizer = weakref.finalize(self, _withdraw, folder, file, fd, self._pid, left_at)
 
     def advance(self, clock: int) -> None:
         """Say how far the job is: eight bytes into the page cache."""
@@ -314,10 +356,15 @@ class Published:
                 self._finalizer()
 
 
-def _withdraw(folder: Folder, file: str, fd: int, pid: int) -> None:
+def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None) -> None:
+    """left_at: the clock from which on it is left behind, as it is at 0; None: never."""
     if os.getpid() != pid:
         return  # a fork's: the file is the parent's, and the descriptor is closed already
     with suppress(OSError):
-        folder.remove_file("plans", file)
+        if left_at is not None and not 0 < _clock_of(fd) < left_at:
+            os.utime(fd)
+            (folder.plans / file).rename((folder.plans / file).with_suffix(_LEFT_SUFFIX))
+        else:
+            folder.remove_file("plans", file)
     reach("plan.withdrawn")
     close_private(fd)

@@ -23,11 +23,14 @@ POISON_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Poison:
-    """An object whose bytes were wrong twice. url: without credentials; expected, found: CRC-32C of the whole."""
+    """An object whose bytes were wrong twice.
+
+    url: without credentials; expected, found: CRC-32C of the whole, None where nobody knows it, or only a part came.
+    """
 
     url: str
-    expected: int
-    found: int
+    expected: int | None
+    found: int | None
 
 
 def remember(folder: Folder, name: str, poison: Poison) -> None:
@@ -45,14 +48,18 @@ def poison_of(folder: Folder, name: str) -> Poison | None:
         if not _is_young(os.lstat(path)):
             return None
         fields = json.loads(read_text(path))
-        return Poison(str(fields["url"]), int(fields["expected"]), int(fields["found"]))
+        return Poison(str(fields["url"]), _sum_or_none(fields["expected"]), _sum_or_none(fields["found"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _sum_or_none(value: object) -> int | None:
+    return None if value is None else int(str(value))
+
+
 def poisons(folder: Folder) -> dict[str, Poison]:
-    """All objects that are known to be bad now, by the names of their copies."""
-    found = {name: poison_of(folder, name) for name in _names(folder)}
+    """All objects that are known to be bad now, by the names of their copies; not those that came right since."""
+    found = {name: poison_of(folder, name) for name in _names(folder) if not folder.has_copy(name)}
     return {name: poison for name, poison in found.items() if poison is not None}
 
 

@@ -109,7 +109,7 @@ class Publisher:
                 if fetch.cancel.is_set():
                     raise StoreError("cancelled", url=wanted.source, retryable=True)
                 if not is_there or lock.is_held:
-                    self._bring(fetch)
+                    self._bring(fetch, lock)
                     return
         finally:
             lock.give_back()
@@ -134,13 +134,13 @@ class Publisher:
 
     # -- what is there already --------------------------------------------------------------------------------------
 
-    def _bring(self, fetch: Fetch) -> None:
+    def _bring(self, fetch: Fetch, lock: NameLock) -> None:
         """Serve from the copy that is there, or let its part grow; once more where the bytes were wrong."""
         if self._offer_copy(fetch):
             return
         found = 0
         for _ in range(2):
-            wrong = self._grow(fetch)
+            wrong = self._grow(fetch, lock)
             if wrong is None:
                 return
             found = wrong
@@ -175,7 +175,10 @@ class Publisher:
 
     def _remove_damaged(self, wanted: Wanted) -> None:
         """Remove a copy of another size than its name says: cut off by a power failure, or by somebody's hand."""
-        if self.folder.size_of(wanted.name) not in (None, wanted.n_bytes):
+        size = self.folder.size_of(wanted.name)
+        if size not in (None, wanted.n_bytes):
+            said = f"it had {size:,} bytes, {wanted.n_bytes:,} are right"
+            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was cut off", verdict=said)
             self.remove(wanted.name)
 
     def remove(self, name: str) -> None:
@@ -187,14 +190,14 @@ class Publisher:
 
     # -- what has to come -------------------------------------------------------------------------------------------
 
-    def _grow(self, fetch: Fetch) -> int | None:
+    def _grow(self, fetch: Fetch, lock: NameLock) -> int | None:
         """Let the part grow as long as something is asked for, and publish it when it is whole.
 
         Returns:
             None: the fetch is closed. Else the CRC-32C of a whole that is wrong, and gone.
         """
         for _ in range(MAX_BEGINNINGS):
-            growth = Growth(self, fetch)
+            growth = Growth(self, fetch, lock)
             try:
                 return self._let_grow(fetch, growth)
             except FileNotFoundError as error:
@@ -219,6 +222,7 @@ class Publisher:
             while fetch.open_units()[0].any():
                 self._run_download(growth, download)
             if growth.is_whole:
+                growth.note(0)
                 wrong = self._publish(fetch, growth.part(), download.whole_sum())
                 if wrong is not None:
                     fetch.forget()

@@ -2,8 +2,8 @@
 
 ::
 
-    quarantine/NAME-RANDOM.json  what is known; written before the copy is moved, and again when it was compared
-    quarantine/NAME-RANDOM.bad   the wrong copy, until then
+    quarantine/NAME-INODE-RANDOM.json  what is known; written before the copy is moved, and again when it was compared
+    quarantine/NAME-INODE-RANDOM.bad   the wrong copy, until then
 
 A crash leaves one of three things, and the next sweep ends each: a note without a copy (it was not moved yet), a copy
 with a note that waits (it is compared with the one that is there by now, or deleted), a copy whose note is finished (it
@@ -46,12 +46,18 @@ MOST_REPORTS = 64
 LOCK_WAIT_S = 10.0
 
 
+def stem_of(name: str, inode: int) -> str:
+    """What a wrong copy's files here, and the reservation for what it takes of the disk, are called."""
+    return f"{name}-{inode:x}-{secrets.token_hex(4)}"
+
+
 class Quarantine:
     """The quarantine of one folder, as one process sees it. Safe from any thread; the lock guards the two tables.
 
     The budget: what lies here, or was deleted because it was wrong and is still held by a reader, stays reserved by
-    this process until nobody holds it any more. The free floor needs no such count: statvfs(2) sees those blocks as
-    taken. Nor does eviction: it deletes nothing that anybody holds.
+    this process until nobody holds it any more; then it is given back by this process or by who lacks the room
+    (Owners.is_over). The free floor needs no such count: statvfs(2) sees those blocks as taken. Nor does eviction: it
+    deletes nothing that anybody holds.
     """
 
     def __init__(self, folder: Folder, owners: Owners, accounts: Accounts, counters: Counters) -> None:
@@ -84,7 +90,7 @@ class Quarantine:
             if not self._is(name, status):
                 return False
             self._make_room()
-            stem = f"{name}-{secrets.token_hex(4)}"
+            stem = stem_of(name, status.st_ino)
             self._write(stem, self._facts(name, status.st_size, reason, found_crc32c))
             reach("quarantine.noted")
             if not self._folder.set_aside(name, f"{stem}.bad"):
@@ -99,6 +105,15 @@ class Quarantine:
             lock.give_back()
         self._counters.add("quarantined")
         return True
+
+    def tell(self, name: str, n_bytes: int, *, reason: str, verdict: str) -> None:
+        """Report what was wrong with a copy that needs no comparing; it is deleted by the caller. Raises OSError."""
+        facts = self._facts(name, n_bytes, reason, None) | {"compared": True, "verdict": verdict}
+        self._write(f"{name}-{secrets.token_hex(4)}", facts)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a report on copies of that name."""
+        return any(stem.startswith(f"{name}-") for stem in self._stems(".json"))
 
     def _facts(self, name: str, n_bytes: int, reason: str, found_crc32c: int | None) -> dict[str, Any]:
         record = self._folder.read_record(name)
@@ -193,7 +208,7 @@ class Quarantine:
                 inode = inode or os.lstat(self._folder.copy_path(f"{name}{kind}")).st_ino
         yield
         if inode and is_locked(inode):
-            stem = f"{name}-{secrets.token_hex(4)}"
+            stem = stem_of(name, inode)
             self._accounts.reserve(stem, charge, spare_bytes=lambda: 1 << 62)
             with self._lock:
                 self._unlinked[stem] = inode

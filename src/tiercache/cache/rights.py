@@ -96,8 +96,10 @@ def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
             f"has to be in that group (else {owner} gives it to another: chgrp -R)"
         )
     else:
+        # A mount point of root's that is open to all has room for one; inside somebody's cache nothing can be made.
+        own = root / me if status.st_mode & stat.S_IWOTH else f"{root}-{me}"
         fix = (
-            f"choose a folder of your own, such as {root}-{me}; or, where {owner} shares it with your group on purpose "
+            f"choose a folder of your own, such as {own}; or, where {owner} shares it with your group on purpose "
             f"and you trust what {owner} put there, open it with shared='group'"
         )
     return f"this cache folder belongs to {owner} (uid {status.st_uid}), not to {me}; {fix}"

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tiercache.cache.fetch import Fetch
-    from tiercache.cache.opened import Opened, Writing
+    from tiercache.cache.opened import Opened
     from tiercache.cache.record import Wanted
     from tiercache.cache.store import CachedStore
     from tiercache.cache.units import Mask
+    from tiercache.cache.writing import Writing
     from tiercache.model import ShardIdentity
 
 
@@ -325,6 +326,8 @@ class _Round:
             if held is not None:
                 held.close()
         reach("warm.fetched")
+        if not is_here and fetch.cancel.is_set():
+            raise StoreError("not cached: the cache was closed", url=wanted.source, retryable=True)
         if not is_here and self._writing.breaker.is_open:
             raise StoreError("not cached: the cache's disk fails", url=wanted.source, retryable=True)
         if not is_here:

@@ -32,6 +32,9 @@ class Files(Protocol):
     def limits(self) -> Mapping[str, int]:
         """What each owner that lives keeps to, in bytes."""
 
+    def is_over(self, owner: str, name: str) -> bool:
+        """Whether what an owner has reserved under this name is taken by nobody any more, though the owner lives."""
+
     def coming(self) -> Iterable[tuple[str, str, int]]:
         """(owner, name, charge in bytes of what may still come) of each fetch that runs."""
 
@@ -117,7 +120,8 @@ class Accounts:
         """Note our limit and reservations in books that another process made anew after somebody deleted the file."""
         if self._own_limit_bytes is not None:
             db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
-        rows = [(self._owner, name, charge) for name, charge in self._held.items()]
+        held = [(name, charge) for name, charge in self._held.items() if not self._files.is_over(self._owner, name)]
+        rows = [(self._owner, name, charge) for name, charge in held]
         db.executemany("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", rows)
 
     def _forget(self, db: sqlite3.Connection, owner: str) -> None:
@@ -173,11 +177,14 @@ class Accounts:
         return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
 
     def _release_dead(self, db: sqlite3.Connection) -> None:
-        owners = [o for (o,) in db.execute("SELECT DISTINCT owner FROM reservations WHERE owner <> ?", (self._owner,))]
-        for owner in owners:
-            if not self._files.alive(owner):
-                self._files.bury(owner)
-                self._forget(db, owner)
+        """Give back what the dead have reserved, and what the living need no more and are too idle to give back."""
+        rows = db.execute("SELECT owner, name FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
+        alive = {owner: self._files.alive(owner) for owner, _ in rows}
+        for owner in [owner for owner, lives in alive.items() if not lives]:
+            self._files.bury(owner)
+            self._forget(db, owner)
+        over = [(owner, name) for owner, name in rows if alive[owner] and self._files.is_over(owner, name)]
+        db.executemany("DELETE FROM reservations WHERE owner = ? AND name = ?", over)
 
     def _check_budget(self, db: sqlite3.Connection) -> None:
         used, reserved = tables.sums(db)

@@ -33,7 +33,7 @@ _LOST = (
     sqlite3.SQLITE_ERROR,
 )
 _SUFFIXES = ("", "-wal", "-shm", "-journal")
-# What goes wrong with the file, in the system's words. Other codes of SQLite's are mistakes of ours and stay as they are.
+# What goes wrong with the file, in the system's words. Other codes are mistakes of ours and stay SQLite's errors.
 _ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
@@ -145,6 +145,9 @@ class Database:
     def _guard_files(self) -> None:
         """Make the file with its rights, before SQLite would with the umask's; clear away links under its names.
 
+        An empty file is one that somebody emptied, or that died in our hands: who is at the door sees no other. It is
+        not filled but replaced: who still has it open holds a lock on it that making a WAL of it would wait for.
+
         A file that is there is not opened here: closing it would take away the POSIX locks that another connection of
         this process holds on it. SQLite gives its other files the rights of the first.
         """
@@ -157,6 +160,9 @@ class Database:
                 elif stat.S_IMODE(mode) != PRIVATE:
                     with suppress(PermissionError):  # a file system that keeps no rights
                         path.chmod(PRIVATE)
+        with suppress(FileNotFoundError):
+            if not self.path.lstat().st_size:
+                self._remove_files()
         with suppress(FileExistsError):
             os.close(open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
 
@@ -187,11 +193,14 @@ class Database:
         self._make_folder()
         with self._door():
             if damaged == _inode(self.path):
-                for suffix in _SUFFIXES:
-                    with suppress(FileNotFoundError):
-                        Path(f"{self.path}{suffix}").unlink()
-                    if not suffix:
-                        reach("catalog.removed")
+                self._remove_files()
+
+    def _remove_files(self) -> None:
+        for suffix in _SUFFIXES:
+            with suppress(FileNotFoundError):
+                Path(f"{self.path}{suffix}").unlink()
+            if not suffix:
+                reach("catalog.removed")
 
     def close(self) -> None:
         """Close the connection; the next run() opens another."""

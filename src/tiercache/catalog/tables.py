@@ -14,6 +14,7 @@ BLOCK_BYTES = 4096
 FIGURES = (
     "hits",
     "misses",
+    "prefetched",
     "bytes_hit",
     "bytes_fetched",
     "evicted",

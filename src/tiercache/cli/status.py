@@ -98,8 +98,9 @@ def summary_of(facts: Mapping[str, Any]) -> str:
     if facts["hit_ratio"] is not None:
         n_opens = figures["hits"] + figures["misses"]
         fetched = format_bytes(figures.get("bytes_fetched", 0))
-        # What was fetched ahead counts as found: so the bytes are said too.
-        texts.append(f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} found their copy here, {fetched} fetched")
+        ahead = f"{figures['prefetched']:,} had it fetched ahead, " if figures.get("prefetched") else ""
+        found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} found their copy here"
+        texts.append(f"{found}, {ahead}{fetched} fetched")
     texts += _nonzero(
         figures, {"evicted_early": "evicted too early", "quarantined": "quarantined", "poisoned": "poisoned"}
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercache.integrations.reading import MOST_AHEAD_BYTES, Ahead
 from tiercache.model import ByteRange
+from tiercache.store import redact
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -99,7 +100,7 @@ class CachedFile(io.BufferedReader):
         return self.__reduce__()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.path!r}>"
+        return f"<{type(self).__name__} {redact(self.path)!r}>"
 
 
 def _reopened(fs: FileSystem, path: str, position: int, block_bytes: int) -> Any:

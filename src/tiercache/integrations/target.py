@@ -74,8 +74,8 @@ _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictiona
 def place_of(path: str) -> tuple[str, str] | None:
     """(root, key) of a path of a file system: its bucket, host or top folder, and the rest.
 
-    None: nothing that can be cached: the path of a version or with a signature ("?"), of an S3 access point, of a
-    file directly below "/", or one that is no key (see check_key).
+    None: nothing that can be cached: the path of a version or with a signature ("?", of HTTP "#" too), of an S3 access
+    point, of a file directly below "/", or one that is no key (see check_key).
     """
     match = _HTTP.fullmatch(path)
     if match is not None:
@@ -84,7 +84,7 @@ def place_of(path: str) -> tuple[str, str] | None:
         start = 1 if path.startswith("/") else 0
         cut = path.find("/", start)
         root, key = ("", path) if cut < 0 else (path[:cut], path[cut + 1 :])
-    if "?" in path or path.startswith("arn:"):
+    if "?" in path or path.startswith("arn:") or (match is not None and "#" in path):
         return None
     try:
         return root, check_key(key)

@@ -131,14 +131,19 @@ class Coming:
         """Drop what was made ready: a copy that it may read from is gone, or nobody wants it."""
         if self._pid != os.getpid():
             return
-        ready = self._end()
-        self.publishing.close()
-        if ready is not None:
-            drop(ready)
+        plan = self.publishing
+        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may come all the same
+        self._let_go(plan)
 
     def __del__(self) -> None:
-        if hasattr(self, "_pid"):
-            self.forget()
+        if hasattr(self, "_pid") and self._pid == os.getpid():
+            self._let_go(self.publishing)
+
+    def _let_go(self, plan: Publishing) -> None:
+        ready = self._end()
+        plan.close()
+        if ready is not None:
+            drop(ready)
 
     def _end(self) -> Future[Begun | None] | None:
         with self._lock:

@@ -130,6 +130,7 @@ class NativeIterator(Iterator[Batch]):
         self._pipeline.close()
         publishing, coming = self._work.publishing, self._work.coming
         if publishing is not None and coming is not None and self._position.finished:
+            publishing.finish()
             coming.publishing.succeed(publishing)  # no moment without a plan, if an epoch follows
         elif publishing is not None:
             publishing.close()

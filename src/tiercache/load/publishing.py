@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tiercache")
 
-# A plan of so many shards is named in some 20 ms, before the first is opened, and later epochs are looked at for
-# as long. One of more comes when the first batch is on its way: of 25,000 shards 0.2 s, mostly for their names.
+# A plan of so many shards is named in some 10 ms, before the first is opened, and later epochs are looked at for
+# as long. One of more is made by a thread of its own: of 1,000,000 shards it takes 3 s, in which windows must come.
 QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
 
 
@@ -51,6 +51,7 @@ class Publishing:
         self._following: Following | None = None
         self._before: Publishing | None = None  # closed once this one is published
         self._is_complete = self._is_closed = False
+        self._clock = 0
         self._pid = os.getpid()
 
     def begin(self, share: OrderShare, n_batches: int = 0) -> None:
@@ -66,19 +67,31 @@ class Publishing:
 
     def complete(self) -> None:
         """Publish all that can be known, once the first batch is on its way. Only the first call counts."""
-        if self._share is not None and not self._is_complete and not self._is_closed:
+        if self._share is None or self._is_complete or self._is_closed:
+            return
+        self._is_complete = True
+        if len(self._source.shard_records) <= QUICK_SHARDS:
             self._publish(MAX_SHARDS_AHEAD)
+        else:
+            threading.Thread(target=self._publish, args=(MAX_SHARDS_AHEAD,), name="tiercache-plan", daemon=True).start()
 
     def advance(self, n_batches: int, n_rows: int) -> None:
         """Say that so many batches of the share and then so many rows were served."""
-        following, uses, share = self._following, self._uses, self._share
-        if following is not None and uses is not None and share is not None:
+        uses, share = self._uses, self._share
+        if uses is not None and share is not None:
             n_done = min(n_batches + n_rows // share.batch_size, share.n_batches)
             position = np.array([share.ranks.offset_after(n_done)], np.int64)
-            following.advance(int(uses.clock.at(position)[0]))
+            self._advance(int(uses.clock.at(position)[0]))
+
+    def finish(self) -> None:
+        """Say that the epoch is over: no shard is in use any more, nor what a last batch was dropped of."""
+        if self._uses is not None and self._pid == os.getpid():  # a fork's lock may be held for ever
+            self._advance(self._uses.clock.total)
 
     def succeed(self, before: Publishing) -> None:
         """Close another one as soon as this one is published, or closed."""
+        if self._pid != os.getpid():
+            return
         with self._lock:
             if self._following is None and not self._is_closed and self._source.is_cached:
                 self._before = before
@@ -101,20 +114,31 @@ class Publishing:
         if hasattr(self, "_pid"):
             self.close()
 
+    def _advance(self, clock: int) -> None:
+        with self._lock:  # the planner may still say where it was when the consumer has had the last batch
+            if clock > self._clock:
+                self._clock = clock
+                if self._following is not None:
+                    self._following.advance(clock)
+
     def _publish(self, max_shards: int) -> None:
+        following: Following | None
         try:
             following = self._follow(max_shards)
         except (OSError, TierCacheError) as error:
             logger.debug("the reading plan cannot be published, so the cache does not know what comes: %s", error)
-            return
+            following = None  # and the one before goes all the same: it would say for ever what was to come next
         with self._lock:
-            old, self._following = self._following, following
+            old, self._following = self._following, following or self._following
             before, self._before = self._before, None
-            if self._is_closed:
-                old, self._following = following, None
-        for one in (old, before):
-            if one is not None:
-                one.close()
+            if following is not None and self._clock:
+                following.advance(self._clock)
+            over = [one for one in (old, before) if one is not None and one is not self._following]
+            if self._is_closed and self._following is not None:
+                over.append(self._following)
+                self._following = None
+        for one in over:
+            one.close()
 
     def _follow(self, max_shards: int) -> Following | None:
         share, source = self._share, self._source
@@ -128,7 +152,13 @@ class Publishing:
         looked: list[int] = []
         plan = forecast(owner, self._uses, self._later(looked), n_filled, max_shards)
         self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
-        return source.publish(plan)
+        return source.publish(replace(plan, reader=self._reader(share)))
+
+    def _reader(self, share: OrderShare) -> str:
+        """See ReadingPlan: of two ranks one ends first, and the other would have what it kept evicted."""
+        ranks, parts = share.ranks, [(part.dataset_id, part.selection) for part in self._source.parts]
+        beside = ranks.world_size > 1
+        return f"rank {ranks.rank} of {ranks.world_size}, seed {share.seed}, of {parts}" if beside else ""
 
     def _later(self, looked: list[int]) -> Iterator[OrderShare]:
         """The rank's shares of the epochs that follow; their costs are put into `looked` as they are asked for."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 from tiercache.errors import SchemaError
+from tiercache.images.options import DecodeImage
 from tiercache.load.fills import stored_fill
 from tiercache.shard.cast import Casts, served_column, served_columns
 from tiercache.shard.types import Column, Kind, Schema
-
-if TYPE_CHECKING:
-    from tiercache.images.options import DecodeImage
 
 Form: TypeAlias = Literal["list", "padded", "nested", "buffer"]
 T = TypeVar("T")
@@ -60,7 +58,7 @@ class Serving:
         Raises:
             SchemaError: no such column, or not for a column of that kind; names the column, what it takes and what was
                 given.
-            TypeError: not a mapping.
+            TypeError: not a mapping; a decoder that is no DecodeImage.
         """
         for argument, given in (("forms", forms), ("nulls", nulls), ("decode", decode)):
             if given is not None and not isinstance(given, Mapping):
@@ -70,8 +68,10 @@ class Serving:
             schema.index(name)
         served = served_columns(schema, cast or {})
         columns = {column.name: served.get(column.name, column) for column in schema.columns}
-        for name in decode:
+        for name, options in decode.items():
             _check_decode(columns[name], forms.get(name, "list"))
+            if not isinstance(options, DecodeImage):
+                raise TypeError(f"decode takes a tiercache.DecodeImage for column {name!r}, got {options!r}")
         for name, form in forms.items():
             _check_form(columns[name], form)
             if form == "padded" and f"{name}.lengths" in columns:

@@ -16,9 +16,6 @@ from tiercache.shard.layout import PAGE_BYTES, Footer
 from tiercache.shard.source import Source, address_of, aligned_empty
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
-# Requests for single pages, of some 20 ms each, before a local copy fetches the columns whole: more records will soon
-# be asked for, and 8 requests take as long as the 16 MB that come in that time.
-_PATIENCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,6 @@ class Pages:
         self._verify = verify
         self._chunks = chunks
         self._rows = footer.chunks.ravel()
-        self._n_misses = 0
 
     def load(self, pieces: Pieces, deadline_s: float | None) -> LoadedPieces:
         """Have these pieces in memory, checked. They lie inside raw chunks, which the caller has seen to.
@@ -63,7 +59,6 @@ class Pages:
         starts = self._starts(pages, chunk_of_page)
         ends = np.minimum(starts + PAGE_BYTES, self._ends(chunk_of_page))
         runs = _runs(starts, ends)
-        self._lose_patience(runs, pieces.chunk)
         copy = self._source.local(runs, deadline_s)
         if copy is not None:
             memory = copy.mapped()
@@ -77,18 +72,6 @@ class Pages:
         slot = np.searchsorted(pages, first)
         addresses = address_of(memory) + PAGE_BYTES * slot + pieces.start % PAGE_BYTES
         return LoadedPieces(addresses.astype(np.uint64), [memory])
-
-    def _lose_patience(self, runs: list[ByteRange], chunk: Ids) -> None:
-        """Have the local copy fetch columns whole that are asked for page by page again and again."""
-        copy = self._source.copy
-        if copy is None or self._n_misses > _PATIENCE or copy.lease.present(runs):
-            return
-        self._n_misses += 1  # two threads may count one miss: it is a rule of thumb
-        if self._n_misses > _PATIENCE:
-            columns = np.unique(chunk % len(self._footer.schema))
-            blocks = np.arange(self._footer.n_blocks, dtype=np.int64)
-            ids = (blocks[:, None] * len(self._footer.schema) + columns[None, :]).ravel()
-            self._source.want(self._chunks.ranges(ids))
 
     def _pages_of(self, pieces: Pieces) -> tuple[Numbers, Ids]:
         """The pages that the pieces touch, once each and in order, and the chunk of each."""

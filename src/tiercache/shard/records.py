@@ -48,12 +48,15 @@ class RecordReader:
         self._rows = footer.chunks.ravel()
         self._n_columns = len(footer.schema)
         self._served = served or {}
+        self._brought: frozenset[int] = frozenset()  # columns that a local copy fetches whole
 
     def take(self, rows: Numbers, columns: Sequence[int], deadline_s: float | None) -> list[ColumnValues]:
         """Values of rows (within the shard, checked by the caller), in their order, of each column."""
         block = np.searchsorted(self._footer.block_first, rows.astype(np.uint64), side="right").astype(np.int64) - 1
         row = rows - self._footer.block_first[block].astype(np.int64)
         asked = list(dict.fromkeys(columns))
+        if not self._brought.issuperset(asked) and self._chunks.bring_whole(asked, deadline_s):
+            self._brought = self._brought.union(asked)
         by_block = [c for c in asked if self._needs_blocks(c, block)]
         found = self._take_plain([c for c in asked if c not in by_block], block, row, deadline_s)
         found |= self._take_blocks(by_block, block, row, deadline_s)

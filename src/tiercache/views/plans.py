@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,9 +44,8 @@ def root_of(source: Readable) -> Readable:
 
 def part_of(plan: ReadingPlan, where: NDArray[np.int64], first_shard: int) -> ReadingPlan:
     """Rows of a plan, with shards counted from first_shard. The clock stays the job's."""
-    return ReadingPlan(
-        plan.owner, plan.shards[where] - first_shard, plan.first[where], plan.last[where], plan.then[where]
-    )
+    first, last, then = plan.first[where], plan.last[where], plan.then[where]
+    return replace(plan, shards=plan.shards[where] - first_shard, first=first, last=last, then=then)
 
 
 def merged(plans: Sequence[ReadingPlan]) -> ReadingPlan:
@@ -61,4 +60,5 @@ def merged(plans: Sequence[ReadingPlan]) -> ReadingPlan:
     np.minimum.at(then, at, np.concatenate([plan.then for plan in plans]))
     ends = np.concatenate([plan.last for plan in plans])
     np.maximum.at(last, at, np.where(ends == NEVER, -1, ends))
-    return ReadingPlan(plans[0].owner, shards, first, np.where(first == NEVER, NEVER, last), then)
+    last = np.where(first == NEVER, NEVER, last)
+    return ReadingPlan(plans[0].owner, shards, first, last, then, plans[0].reader)

@@ -1,0 +1,77 @@
+"""Where a data set is read from, and through which cache."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from tiercache.cache.cache import Cache
+from tiercache.model import format_bytes
+from tiercache.store import LocalStore, MemoryStore, Store, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tiercache.shard.cast import Casts
+
+Verify = Literal["first", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a data set is read from and how: everything but which version and columns. Picklable.
+
+    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one; casts: of columns.
+    """
+
+    url: str
+    cache: Cache | Literal[False] | None = None
+    verify: Verify = "first"
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    casts: Casts = field(default_factory=dict)
+
+    def open(self) -> tuple[Store, Store, Cache | None]:
+        """The data set's own store, the store to read through (the same, or the cache round it), and the cache."""
+        inner = open_store(self.url, **self.storage_options)
+        if isinstance(self.cache, Cache):
+            return inner, self.cache.store(inner), self.cache
+        if self.cache is False or isinstance(inner, LocalStore | MemoryStore):
+            return inner, inner, None
+        cache = _default_cache()
+        return inner, inner if cache is None else cache.store(inner), cache
+
+
+def _default_cache() -> Cache | None:
+    """The configured cache; None, with a warning, where its folder cannot be had: nobody has asked for it by name."""
+    try:
+        return Cache.default()
+    except OSError as error:
+        warnings.warn(
+            f"no cache, so that every epoch is fetched again: {error}; name a folder that can be written by "
+            "TIERCACHE_CACHE_DIR, or say cache=False",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+# (data set, its bytes, cache) that were warned of: once is enough, however often it is opened.
+_warned: set[tuple[str, int, str]] = set()
+
+
+def warn_if_larger(url: str, n_bytes: int, cache: Cache) -> None:
+    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic."""
+    limit_bytes = cache.limit_bytes
+    reason = (url, n_bytes, str(cache.path))
+    if n_bytes <= limit_bytes or reason in _warned:
+        return
+    _warned.add(reason)
+    more_bytes = n_bytes - limit_bytes
+    warnings.warn(
+        f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
+        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch; a larger cache "
+        "(TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,114 @@
+"""What one process has of a cache that it may write: owner file, accounts, evictor, fetch threads."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tiercache.cache import leftovers, poison
+from tiercache.cache.breaker import Breaker
+from tiercache.cache.evictor import Evictor, Rules
+from tiercache.cache.fetch import Fetcher
+from tiercache.cache.locks import NameLock
+from tiercache.cache.machine import boot_id, room
+from tiercache.cache.owners import Owners
+from tiercache.cache.plans import Plans
+from tiercache.cache.publisher import Publisher
+from tiercache.cache.quarantine import Quarantine
+from tiercache.catalog import Accounts
+from tiercache.model import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tiercache.cache.folder import Folder
+    from tiercache.cache.notices import Notices
+    from tiercache.cache.opened import CacheOptions
+    from tiercache.stats import Counters
+
+
+class Writing:
+    """The parts of an open cache that need a folder that can be written."""
+
+    def __init__(
+        self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
+    ) -> None:
+        self.limit_bytes = parse_bytes(options.size, whole_bytes=room(folder.root).total_bytes)
+        self.folder, self.notices = folder, notices
+        self.owners = Owners(folder, self.limit_bytes)
+        me = str(self.owners.me)
+        self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
+        self.plans = Plans(folder, self.owners)
+        rules = Rules(options.policy, options.free_floor)
+        self.evictor = Evictor(folder, self.accounts, counters, self.plans, rules)
+        self.quarantine = Quarantine(folder, self.owners, self.accounts, counters)
+        self.breaker = Breaker()
+        self.publisher = Publisher(
+            folder, self.owners, self.accounts, self.evictor, self.quarantine, self.breaker, notices, counters
+        )
+        self.fetcher = Fetcher(self.publisher.run, keep)
+
+    def sweep(self) -> None:
+        """Put right what others left: files of the dead, records without copies, books that disagree with the files."""
+        self.owners.bury_all()
+        leftovers.sweep(self.folder)
+        self.accounts.reconcile()
+        self.publisher.unrecorded |= self.accounts.unrecorded()
+        sizes = self.folder.sizes()
+        beside = {name for kind in (".json", ".pin", ".map") for name in self.folder.names(kind)}
+        doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
+        for name in doubtful:
+            self._sweep_beside(name)
+        if doubtful:
+            self.accounts.reconcile()
+        for path in self.folder.locks.iterdir():
+            lock = NameLock(path)
+            if lock.try_take():
+                lock.give_back()
+        self.quarantine.sweep()
+        poison.sweep(self.folder)
+
+    def _sweep_beside(self, name: str) -> None:
+        """Remove what is no use beside a copy, or without one, unless it is just being published.
+
+        A part that has become a copy, its map where that was not to stay, a part or a map alone, record and pin of
+        nothing.
+        """
+        lock = NameLock(self.folder.locks / name)
+        if lock.try_take():
+            try:
+                is_whole = self.folder.has_copy(name)
+                if is_whole or not self.folder.has_part(name):
+                    record = self.folder.read_record(name)
+                    self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
+                if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
+                    self.folder.remove_record(name)
+                    if not self.quarantine.knows(name):  # what was found wrong is pinned again when it is fetched again
+                        self.folder.unpin(name)
+                    self.accounts.remove([name])  # a part alone was on the books while it lay here
+            finally:
+                lock.give_back()
+
+    def keep_to_limit(self) -> None:
+        """Register the limit; give up what a smaller one than before has no room for."""
+        smallest = self.accounts.register(self.limit_bytes)
+        self.folder.remember_size(self.limit_bytes)
+        if smallest < self.limit_bytes:
+            self.notices.warn(
+                "limit",
+                f"cache {self.folder.root}: opened with {format_bytes(self.limit_bytes)}, but another process keeps it "
+                f"to {format_bytes(smallest)}; the smaller limit holds",
+            )
+        used, reserved, limit = self.accounts.sums()
+        if used + reserved > limit:
+            self.evictor.shrink(used + reserved - limit)
+
+    def close(self) -> None:
+        """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
+        self.fetcher.close()
+        self.plans.close()
+        for last in (self.quarantine.close, self.evictor.flush_uses, self.accounts.unregister):
+            with suppress(OSError):
+                last()
+        self.accounts.close()
+        self.owners.close()

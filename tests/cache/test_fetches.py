@@ -1,0 +1,205 @@
+"""What one fetch does, and who gets a thread."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tiercache.cache import download
+from tiercache.cache.partial import Part
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange
+from tiercache.testing import CountingStore, Fault, FaultStore, GateStore, WrapperStore
+from tiercache.waiting import wait_for
+
+UNIT = 4096
+MIB = 1 << 20
+
+
+class Held(WrapperStore):
+    """Reads of keys in held stand still until they are let go."""
+
+    def __init__(self, inner, held):
+        super().__init__(inner)
+        self.held, self.go, self.n_waiting = set(held), threading.Event(), 0
+
+    def read_into(self, key, spans, **options):
+        if key in self.held:
+            self.n_waiting += 1
+            assert self.go.wait(60)
+        super().read_into(key, spans, **options)
+
+
+def test_what_somebody_waits_for_does_not_wait_for_fetches_ahead(world):
+    keys = [f"ahead-{i}" for i in range(6)]
+    for key in [*keys, "urgent"]:
+        world.put(key)
+    source = Held(world.inner, keys)
+    store = world.cache().store(source)
+    for key in keys:
+        store.fetch_ahead(key, world.identity(key))
+    assert wait_for(lambda: source.n_waiting == 4, 30), "no more than four at a time are fetched ahead"
+    with store.open_local("urgent", world.identity("urgent")) as lease:
+        assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
+    assert source.n_waiting == 4
+    source.go.set()
+
+
+def test_what_is_fetched_ahead_gets_a_thread_as_soon_as_somebody_waits_for_it(world):
+    keys = [f"ahead-{i}" for i in range(6)]
+    for key in keys:
+        world.put(key)
+    source = Held(world.inner, keys[:4])
+    store = world.cache().store(source)
+    for key in keys:
+        store.fetch_ahead(key, world.identity(key))
+    with store.open_local(keys[5], world.identity(keys[5])) as lease:
+        assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
+    source.go.set()
+
+
+@pytest.mark.parametrize("n_given", [0, 1])
+def test_a_fetch_takes_the_threads_that_the_system_gives(world, monkeypatch, n_given):
+    """Else who waits would wait for a thread that never ran; and a part would be closed while helpers write to it."""
+    identity = world.put("a", 20 * MIB)
+    given = []
+
+    class Scarce(threading.Thread):
+        def start(self):
+            if len(given) >= n_given:
+                raise RuntimeError("can't start new thread")
+            given.append(self)
+            super().start()
+
+    monkeypatch.setattr(download, "Thread", Scarce)
+    store = world.store(world.cache("100MB"))
+    assert world.read(store, "a", identity) == world.data["a"]
+    assert len(given) == n_given
+
+
+def test_where_no_thread_can_be_started_it_is_read_past_the_cache(world, monkeypatch):
+    identity = world.put("a")
+    store = world.store()
+    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no threads")))
+    assert world.read(store, "a", identity) is None
+    monkeypatch.undo()
+    world.fetch(store, "a")
+
+
+def test_asking_for_nothing_does_not_give_a_lease_up(world):
+    identity = world.put("a")
+    with world.store().open_local("a", identity) as lease:
+        lease.wait([ByteRange(5, 5)], deadline_s=30)
+        assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
+
+
+def test_units_that_another_wrote_are_checked_before_the_whole_is_trusted(world, monkeypatch):
+    """Where locks lie two may fetch one part at once; what the one got wrong the other must not vouch for."""
+    identity = world.put("a", 64 * UNIT)
+    write = Part.write
+
+    def first_the_other(self, start, data):
+        if not start:
+            wrong = data[:UNIT].copy()
+            wrong[7] ^= 1
+            write(self, 0, wrong)
+        return write(self, start, data)
+
+    store = world.store()
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "write", first_the_other)
+        with store.open_local("a", identity) as lease:
+            assert not lease.wait([ByteRange(0, 64 * UNIT)], deadline_s=30)
+    assert world.copies() == []
+
+
+def test_a_network_error_that_a_store_lets_through_is_no_fault_of_the_disk(world):
+    class Leaky(CountingStore):
+        def read_into(self, key, spans, **options):
+            raise ConnectionResetError(104, "connection reset")
+
+    identity = world.put("a")
+    cache = world.cache()
+    with cache.store(Leaky(world.folder)).open_local("a", identity) as lease, pytest.raises(StoreError, match="reset"):
+        lease.wait([ByteRange(0, 10_000)], deadline_s=30)
+    assert not cache.status()["bypassed"]
+
+
+def test_a_copy_that_comes_bit_by_bit_was_evicted_too_early_once(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache(6 * MIB, policy="lru")
+    store = world.store(cache)
+    world.fetch(store, "a")
+    world.put("b", 4 * MIB)
+    world.fetch(store, "b")
+    gated = GateStore(world.inner)
+    with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
+        lease.want([ByteRange(0, UNIT)])
+        gate.wait_reached()
+        lease.want([ByteRange(MIB, MIB + UNIT)])
+        gate.open()
+        assert lease.wait([ByteRange(0, UNIT), ByteRange(MIB, MIB + UNIT)], deadline_s=30)
+    assert cache.stats()["evicted_early"] == 1
+
+
+def test_a_part_that_got_no_bytes_leaves_nothing_reserved(world):
+    identity = world.put("a")
+    cache = world.cache()
+    source = FaultStore(world.inner, [Fault("read_into")])
+    with cache.store(source).open_local("a", identity) as lease, pytest.raises(StoreError):
+        lease.wait([ByteRange(0, 10_000)], deadline_s=30)
+    assert (cache.status()["reserved_bytes"], cache.status()["bytes_used"], world.parts()) == (0, 0, [])
+
+
+def test_what_a_process_fetches_ahead_for_itself_is_no_hit_the_first_time(world):
+    identity = world.put("a")
+    cache = world.cache()
+    store = world.store(cache)
+
+    def figures():
+        return [cache.stats()[name] for name in ("hits", "misses", "prefetched")]
+
+    store.fetch_ahead("a", identity)
+    assert wait_for(lambda: store.is_here("a", identity), 30)
+    world.fetch(store, "a")
+    assert figures() == [0, 1, 1]
+    store.fetch_ahead("a", identity)
+    world.fetch(store, "a")
+    assert figures() == [1, 1, 1]
+    store.fetch_ahead("b", world.put("b"))
+    assert wait_for(lambda: store.is_here("b", world.identity("b")), 30)
+    other = world.cache()
+    world.fetch(world.store(other), "b")
+    assert other.stats()["hits"] == 1, "it was here before the other asked"
+
+
+def test_a_cache_that_is_closed_under_who_waits_is_read_past(world):
+    identity = world.put("a")
+    cache = world.cache()
+    gated = GateStore(world.inner)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        cache.store(gated).open_local("a", identity) as lease,
+        gated.stop_at("before_read_into") as gate,
+    ):
+        answer = pool.submit(lease.wait, [ByteRange(0, 10_000)], deadline_s=30)
+        gate.wait_reached()
+        fetcher = cache._open().writing.fetcher
+        closing = threading.Thread(target=cache.close)
+        closing.start()
+        assert wait_for(lambda: fetcher._closed, 30)
+        gate.open()
+        assert answer.result() is False
+        closing.join()
+
+
+def test_an_owner_file_that_many_find_gone_at_once_is_made_and_locked_once(world, locks):
+    owners = world.cache()._open().writing.owners
+    path = world.root / "cache" / "owners" / str(owners.me)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(50):
+            path.unlink()
+            barrier = threading.Barrier(8)
+            list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
+            assert path.exists()
+            assert owners._is_locked(str(owners.me)) or locks == "locks lie"

@@ -1,0 +1,326 @@
+"""A cache that is broken on purpose, one way at a time: does the rig say so? `python -m tests.stress.mutants FOLDER`.
+
+Each mutant is laid into a forked process, in which one of the rig's own trials then runs: it must find a problem, and
+none where nothing was broken. Prints JSON: problems by mutant, with and without it.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from tests.cache.test_machine_state import CacheMachine
+from tests.stress.errno_rounds import Rounds as ErrnoRounds
+from tests.stress.errno_rounds import wait_shortly
+from tests.stress.inspection import Inspection
+from tests.stress.jobs import JOBS, Job
+from tests.stress.scene import Model, Scene
+
+from tiercache.cache import evictor, locks, partial
+from tiercache.cache.folder import Folder
+from tiercache.cache.opened import Writing
+from tiercache.cache.owners import Owners
+from tiercache.cache.publisher import Publisher
+from tiercache.catalog import Accounts
+from tiercache.points import reach
+from tiercache.testing.errnos import Position, Shim
+from tiercache.testing.forks import run_forked
+from tiercache.testing.kill_points import Strike, strike
+
+DEADLINE_S = 60.0
+N_POSITIONS = 12
+
+
+# -- trials: each returns the problems that it finds ------------------------------------------------------------------
+
+
+def struck(root: Path, job: str, point: str, before: tuple[str, ...] = ()) -> list[str]:
+    """A round of the kill points, in which a job dies at a point ("": it lives); before: jobs that lived.
+
+    A point of a mutant is not reached where nothing is broken.
+    """
+    scene = Scene(root)
+    model = Model({scene.names[key]: scene.data[key] for key in scene.names})
+    inspection, found = Inspection(scene, model, seed=1), []
+    for number, name in enumerate((*before, job)):
+        inspection.plant()
+        chance = random.Random(number)
+        work = lambda tell, name=name, chance=chance: JOBS[name](Job(scene, tell, chance))  # noqa: E731 - the child's
+        if point and number == len(before):
+            dead = strike(work, Strike(point), deadline_s=DEADLINE_S)
+            model.take_in(dead.lines)
+            found += [dead.ended.error] if dead.ended.error else []
+        else:
+            ended = run_forked(work, deadline_s=DEADLINE_S)
+            model.take_in(ended.lines)
+            found += [ended.error] if ended.code else []
+    return found + inspection.problems()
+
+
+def failed(root: Path, chapter: str, kind: str, stride: int) -> list[str]:
+    """Some rounds of errnos, in turn until one finds something."""
+    rounds = ErrnoRounds(root, [chapter], for_ever=False, each_error=False)
+    rounds.turn_to(rounds.chapter)
+    for nth in range(1, N_POSITIONS * stride, stride):
+        rounds.round(Position(kind, "EIO", nth))
+        if rounds.report.problems:
+            break
+    return rounds.report.problems
+
+
+def stepped(root: Path, steps: Callable) -> list[str]:
+    """Rules of the state machine, one after the other, with its invariant after each."""
+    machine = CacheMachine()
+    try:
+        machine.fill([9_000] * 5)
+        for _ in steps(machine):
+            machine.nothing_is_wrong()
+    except AssertionError as error:
+        return [str(error) or repr(error)]
+    finally:
+        machine.teardown()
+    return []
+
+
+# -- mutants: each is a context in which the cache is broken -----------------------------------------------------------
+
+
+@contextmanager
+def flags_before_data() -> Iterator[None]:
+    """A unit is said to be here before it is."""
+    really, mine = partial.write_all, threading.local()
+
+    def write_all(fd, data, at):
+        waiting = getattr(mine, "waiting", [])
+        mine.waiting = [*waiting, (fd, bytes(data), at)]
+        if len(mine.waiting) == 3:  # data, checksums, flags: the data come last
+            first, *rest = mine.waiting
+            for one in rest:
+                really(*one)
+            reach("mutant.flagged")
+            really(*first)
+            mine.waiting = []
+
+    with patch.object(partial, "write_all", write_all):
+        yield
+
+
+@contextmanager
+def name_before_record() -> Iterator[None]:
+    """A copy gets its name before anything says where it came from."""
+    write_record, give_name, waiting = Folder.write_record, Folder.give_name, {}
+
+    def give(self, fd, name):
+        was_first = give_name(self, fd, name)
+        reach("mutant.named")
+        write_record(self, name, waiting[name])
+        return was_first
+
+    with (
+        patch.object(Folder, "write_record", lambda self, name, record: waiting.update({name: record})),
+        patch.object(Folder, "give_name", give),
+    ):
+        yield
+
+
+@contextmanager
+def whole_sum_not_checked() -> Iterator[None]:
+    """What was fetched is published whatever it is."""
+    really = Publisher._publish
+
+    def publish(self, fetch, part, whole):
+        return really(self, fetch, part, fetch.wanted.crc32c)
+
+    with patch.object(Publisher, "_publish", publish):
+        yield
+
+
+@contextmanager
+def no_reservation() -> Iterator[None]:
+    """Bytes come before there is room for them."""
+    with patch.object(Accounts, "reserve", lambda self, name, charge_bytes, *, spare_bytes: True):
+        yield
+
+
+@contextmanager
+def readers_not_asked() -> Iterator[None]:
+    """What is being read is evicted."""
+    with patch.object(evictor, "try_exclusive", lambda fd: True):
+        yield
+
+
+@contextmanager
+def map_left() -> Iterator[None]:
+    """The map of a part outlives it."""
+    really = Folder.remove_part
+
+    def remove_part(self, name, *, keep_map=False):
+        really(self, name, keep_map=True)
+
+    with patch.object(Folder, "remove_part", remove_part):
+        yield
+
+
+@contextmanager
+def pins_ignored() -> Iterator[None]:
+    """What a person holds is evicted."""
+    names = Folder.names
+    with (
+        patch.object(Folder, "is_pinned", lambda self, name: False),
+        patch.object(Folder, "names", lambda self, suffix: [] if suffix == ".pin" else names(self, suffix)),
+    ):
+        yield
+
+
+@contextmanager
+def foreign_file_deleted() -> Iterator[None]:
+    """A sweep takes what it does not know for rubbish."""
+    really = Writing.sweep
+
+    def sweep(self):
+        really(self)
+        for path in self.folder.copies.glob("*.txt"):
+            path.unlink()
+
+    with patch.object(Writing, "sweep", sweep):
+        yield
+
+
+@contextmanager
+def dead_not_buried() -> Iterator[None]:
+    """What a dead process has left stays."""
+    with patch.object(Owners, "bury", lambda self, text: None):
+        yield
+
+
+@contextmanager
+def reservations_kept() -> Iterator[None]:
+    """What a dead process has reserved stays reserved."""
+    with patch.object(Accounts, "_forget", lambda self, db, owner: None):
+        yield
+
+
+@contextmanager
+def disk_errors_ignored() -> Iterator[None]:
+    """What could not be written is said to be here."""
+    really = partial.write_all
+
+    def write_all(fd, data, at):
+        with suppress(OSError):
+            really(fd, data, at)
+
+    with patch.object(partial, "write_all", write_all):
+        yield
+
+
+@contextmanager
+def reader_told() -> Iterator[None]:
+    """A disk that fails ends the training."""
+
+    def disk_failed(self, error):
+        raise error
+
+    with patch.object(Publisher, "disk_failed", disk_failed):
+        yield
+
+
+@contextmanager
+def lock_files_left() -> Iterator[None]:
+    """A name's lock is given back, and its file stays."""
+
+    def give_back(self):
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    with patch.object(locks.NameLock, "give_back", give_back):
+        yield
+
+
+# -- who notices what -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A mutant, the trial that must notice it, and a word of what it must say. needs_shim: see testing/errnos.py."""
+
+    mutant: Callable
+    trial: Callable[[Path], list[str]]
+    says: str
+    needs_shim: bool = False
+
+
+def evict_what_is_leased(machine):
+    yield machine.open_a_lease(number=0, key="b")
+    yield machine.evict(number=0, chosen={"b"})
+
+
+CASES = {
+    case.mutant.__name__: case
+    for case in (
+        Case(flags_before_data, lambda root: struck(root, "fetch_in_part", "mutant.flagged"), "is said to be here"),
+        Case(name_before_record, lambda root: struck(root, "fetch", "mutant.named"), "has no record"),
+        Case(whole_sum_not_checked, lambda root: struck(root, "poison", ""), "bad at its source"),
+        Case(no_reservation, lambda root: struck(root, "press_lru", "", ("press_lru",) * 2), "more than the limit"),
+        Case(readers_not_asked, lambda root: stepped(root, evict_what_is_leased), "is being read"),
+        Case(map_left, lambda root: struck(root, "fetch", ""), ".map lies beside"),
+        Case(pins_ignored, lambda root: struck(root, "evict", "", ("pin",)), "pin"),
+        Case(foreign_file_deleted, lambda root: struck(root, "evict", "", ("fetch",)), "did not fetch"),
+        Case(dead_not_buried, lambda root: struck(root, "fetch", "fetch.data"), "owners/"),
+        Case(reservations_kept, lambda root: struck(root, "fetch", "fetch.data"), "stay reserved"),
+        Case(lock_files_left, lambda root: struck(root, "fetch", ""), "locks/"),
+        Case(disk_errors_ignored, lambda root: failed(root, "ample", "pwrite", 7), "wrong", needs_shim=True),
+        Case(reader_told, lambda root: failed(root, "ample", "truncate", 3), "it failed", needs_shim=True),
+    )
+}
+
+
+def problems_of(case: Case, root: Path, *, broken: bool) -> list[str]:
+    """What the trial finds, in a process of its own."""
+
+    def work(tell):
+        shutil.rmtree(root, ignore_errors=True)
+        if broken:
+            with case.mutant():
+                found = case.trial(root)
+        else:
+            found = case.trial(root)
+        for problem in found:
+            tell(f"problem {problem}")
+
+    ended = run_forked(work, deadline_s=DEADLINE_S)
+    found = [line.removeprefix("problem ") for line in ended.lines if line.startswith("problem ")]
+    return [*found, f"the trial itself failed: {ended.error}"] if ended.code else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(CASES))
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", RuntimeWarning)
+    wait_shortly()
+    gc.freeze()
+    with suppress(RuntimeError):
+        Shim()
+    answer = {}
+    for name in asked.only:
+        case = CASES[name]
+        answer[name] = {
+            "broken": problems_of(case, asked.folder / name, broken=True),
+            "whole": problems_of(case, asked.folder / name, broken=False),
+        }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
