@@ -41,7 +41,7 @@ def test_a_call_that_fails_somewhere_spoils_nothing(shim, tmp_path, for_ever):
 @pytest.mark.stress
 @pytest.mark.timeout(5400)
 def test_every_call_fails_once_with_every_error_and_spoils_nothing(shim, tmp_path, capsys):
-    report = rounds(shim, tmp_path, timeout_s=5000)
+    report = rounds(shim, tmp_path, "--each-error", timeout_s=5000)
     tell(report, "each call once, with each error", capsys)
     check(report)
 

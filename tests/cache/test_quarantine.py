@@ -1,13 +1,16 @@
 """Wrong copies: put aside, compared with what comes in their place, reported, deleted; and a crash at every step."""
 
+import errno
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from tiercache import points
 from tiercache.cache import quarantine
+from tiercache.cache.folder import Folder
 from tiercache.model import ByteRange
 from tiercache.waiting import wait_for
 
@@ -91,6 +94,27 @@ def test_a_copy_that_cannot_be_read_is_put_aside_as_well(world, store, monkeypat
     (report,) = reports(world)
     assert "it can be read to 0" in report["reason"]
     assert report["unreadable_at"] == 0
+
+
+@pytest.mark.parametrize("call", ["open_copy", "lstat", "fstat"])
+def test_a_wrong_copy_that_the_disk_does_not_let_us_look_at_is_served_no_more(world, store, monkeypatch, call):
+    damage(world, "a")
+    place = Folder if call == "open_copy" else os
+    really, copy = getattr(place, call), world.copy("a")
+    failed = []
+
+    def fail(*args, **options):
+        is_ours = call == "open_copy" or (call == "lstat" and Path(args[0]) == copy) or call == "fstat"
+        if is_ours and not failed:
+            failed.append(args)
+            raise OSError(errno.EIO, "broken disk")
+        return really(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, call, fail)
+        assert store.distrust("a", world.identity("a")) is True
+    assert failed
+    assert world.read(store, "a") in (None, world.data["a"])
 
 
 def test_the_bytes_of_a_wrong_copy_count_until_its_last_reader_has_let_it_go(world, store, locks):

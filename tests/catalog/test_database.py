@@ -95,6 +95,24 @@ def test_a_file_that_was_emptied_in_place_is_made_anew_at_once_though_others_hav
     other.close()
 
 
+def test_a_file_that_is_replaced_while_it_is_opened_is_not_written_to(database, monkeypatch):
+    really = database._set_up
+
+    def set_up(connection):
+        monkeypatch.setattr(database, "_set_up", really)
+        really(connection)
+        for path in database.path.parent.glob("c.sqlite*"):
+            path.unlink()  # where locks lie two may be at the door
+        other = Database(database.path, wal=True, make_folder=lambda: None, prepare=prepare)
+        add(other, "theirs")
+        other.close()
+
+    monkeypatch.setattr(database, "_set_up", set_up)
+    add(database, "lost")
+    add(database, "ours")
+    assert values(database) == ["new", "theirs", "ours"]
+
+
 def test_a_busy_file_is_an_error_and_not_replaced(database, monkeypatch):
     monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.02)
     add(database, 1)

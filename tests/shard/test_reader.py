@@ -5,7 +5,6 @@ import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
 from tiercache.shard import types
-from tiercache.shard.footers import Footers
 from tiercache.shard.layout import PAGE_BYTES
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
@@ -117,37 +115,6 @@ def test_opening_costs_one_request_with_its_row_and_two_at_most_without(remote):
     store.requests.clear()
     ShardReader(store, info.name)
     assert len(store.requests) <= 2
-
-
-def test_a_footer_that_was_read_before_saves_the_request_but_not_the_check(remote):
-    store, info = remote
-    with ShardReader(store, info.name, info=info) as reader:
-        footer = reader.footer
-    store.requests.clear()
-    with ShardReader(store, info.name, info=info, footer=footer) as reader:
-        assert (store.requests, reader.n_records) == ([], N)
-    with pytest.raises(CorruptShard, match="not ff"):
-        ShardReader(store, info.name, info=replace(info, shard_id="ff" * 16), footer=footer)
-
-
-def test_a_copy_has_its_own_footer_read_whatever_was_read_before(folder):
-    store, info = folder
-    with ShardReader(store, info.name, info=info) as reader:
-        footer = reader.footer
-        assert ShardReader(store, info.name, info=info, footer=footer).footer is not footer
-
-
-def test_footers_are_kept_for_one_opening_and_within_a_limit():
-    store = Watching("footers")
-    info = fill(store)
-    with ShardReader(store, info.name, info=info) as reader:
-        footer = reader.footer
-    kept = Footers(limit_bytes=2 * footer.nbytes)
-    for shard in range(3):
-        kept.put(shard, footer)
-    assert [kept.take(shard) is footer for shard in (2, 0, 0, 1)] == [False, True, False, True]
-    kept.put(3, footer)
-    assert kept.take(3) is footer
 
 
 def test_a_footer_longer_than_the_guess_costs_two_requests():

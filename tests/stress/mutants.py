@@ -23,6 +23,7 @@ from tests.stress.errno_rounds import Rounds as ErrnoRounds
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.inspection import Inspection
 from tests.stress.jobs import JOBS, Job
+from tests.stress.life import CHAPTERS
 from tests.stress.scene import Model, Scene
 
 from tiercache.cache import evictor, locks, partial
@@ -32,7 +33,7 @@ from tiercache.cache.owners import Owners
 from tiercache.cache.publisher import Publisher
 from tiercache.catalog import Accounts
 from tiercache.points import reach
-from tiercache.testing.errnos import Position, Shim
+from tiercache.testing.errnos import Position
 from tiercache.testing.forks import run_forked
 from tiercache.testing.kill_points import Strike, strike
 
@@ -69,7 +70,7 @@ def struck(root: Path, job: str, point: str, before: tuple[str, ...] = ()) -> li
 def failed(root: Path, chapter: str, kind: str, stride: int) -> list[str]:
     """Some rounds of errnos, in turn until one finds something."""
     rounds = ErrnoRounds(root, [chapter], for_ever=False, each_error=False)
-    rounds.turn_to(rounds.chapter)
+    rounds.turn_to(next(one for one in CHAPTERS if one.work.__name__ == chapter))
     for nth in range(1, N_POSITIONS * stride, stride):
         rounds.round(Position(kind, "EIO", nth))
         if rounds.report.problems:
@@ -310,8 +311,6 @@ def main() -> None:
     warnings.simplefilter("ignore", RuntimeWarning)
     wait_shortly()
     gc.freeze()
-    with suppress(RuntimeError):
-        Shim()
     answer = {}
     for name in asked.only:
         case = CASES[name]

@@ -324,7 +324,18 @@ def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int
 
 
 def distrust(opened: Opened, wanted: Wanted) -> bool:
-    """Check a copy that a reader found wrong, and put it aside if it is. True: it is not here (any more)."""
+    """Check a copy that a reader found wrong, and put it aside if it is. True: it is not here (any more).
+
+    Where the disk does not let us look, or put it aside, it is removed, or at least not served by this process again.
+    """
+    try:
+        return _distrust(opened, wanted)
+    except OSError:
+        opened.discard(wanted.name)
+        return True
+
+
+def _distrust(opened: Opened, wanted: Wanted) -> bool:
     fd = opened.folder.open_copy(wanted.name)
     if fd is None:
         return opened.distrust_part(wanted)
@@ -336,10 +347,7 @@ def distrust(opened: Opened, wanted: Wanted) -> bool:
         if is_whole and found == expected:
             return False
         reason = f"a reader found it wrong; its CRC-32C is {found:08x}" if is_whole else f"it can be read to {offset}"
-        try:
-            put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
-        except OSError:
-            opened.discard(wanted.name)
+        put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
     finally:
         os.close(fd)
     return True

@@ -351,7 +351,9 @@ class Part:
         with suppress(FileNotFoundError):
             if os.lstat(path).st_ino != os.fstat(self.fd).st_ino:
                 return
-        self.folder.remove_part(self.name, keep_map=keep_map)
+        if not keep_map:  # first: a part beside its copy is swept, a map alone beside it would stay
+            self.folder.remove_file("copies", f"{self.name}.map")
+        self.folder.remove_part(self.name, keep_map=True)
 
     def close(self) -> None:
         """Close the files. Once only."""

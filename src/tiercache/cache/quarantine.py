@@ -132,7 +132,7 @@ class Quarantine:
     def _is(self, name: str, status: os.stat_result) -> bool:
         try:
             there = os.lstat(self._folder.copy_path(name))
-        except OSError:
+        except FileNotFoundError:
             return False
         return (there.st_dev, there.st_ino) == (status.st_dev, status.st_ino)
 

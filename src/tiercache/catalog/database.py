@@ -133,13 +133,15 @@ class Database:
         with self._door():
             self._guard_files()
             reach("catalog.guarded")
+            # Before it is opened: of a file that is replaced meanwhile (where locks lie) the connection is a stale one.
+            inode = _inode(self.path)
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 self._set_up(connection)
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._inode = connection, _inode(self.path)
+            self._connection, self._inode = connection, inode
         return connection
 
     def _guard_files(self) -> None:
