@@ -11,6 +11,7 @@ from tests.integrations.conftest import DATA, CountedFileSystem
 
 from tiercache.store import open_store
 from tiercache.testing.http_server import HttpFaultServer
+from tiercache.waiting import wait_for
 
 # -- chains, loops, options -----------------------------------------------------------------------------------------
 
@@ -73,6 +74,8 @@ def test_a_password_in_a_url_does_not_show_in_the_files_repr(make, cache):
             assert file.read(5) == DATA[:5]
             assert type(file).__name__ in repr(file)
             assert "hunter2" not in repr(file)
+        # A reader goes on as soon as its bytes are there, a moment before they are in the books.
+        assert wait_for(cache.entries, 30)
         assert [entry.source for entry in cache.entries()] == [f"{server.url}/x"]
     fsspec.get_filesystem_class("http").clear_instance_cache()
 
