@@ -7,7 +7,8 @@ hand in Python and in C. The required figure is a median under 20 us.
 records: shuffled epochs by the loader, of copies in the cache and of the same files in a local folder, in turns.
 readers: hits a second of 1 to 32 threads and processes, beside the same by hand.
 
-Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root).
+Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root), but not for
+readers: each process would have a processor alone, one after the other.
 """
 
 from __future__ import annotations
