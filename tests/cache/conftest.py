@@ -22,6 +22,18 @@ def locks(request, monkeypatch):
     return request.param
 
 
+def turn(path: Path, at: int) -> None:
+    """Turn a bit of a file, as a rotten disk would; its rights stay."""
+    mode = path.stat().st_mode
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(mode)
+
+
 class World:
     """Objects in a local folder behind a counting store, and caches in folders beside it."""
 
@@ -81,6 +93,17 @@ class World:
         """Copies in part, and maps that are left."""
         copies = self.root / name / "copies"
         return sorted([*copies.glob("*.part"), *copies.glob("*.map")])
+
+    def copy_of(self, key: str) -> Path:
+        """Where the copy of an object lies, as long as it is right."""
+        (path,) = [p for p in self.copies() if p.read_bytes() == self.data[key]]
+        return path
+
+    def damage(self, key: str, at: int = 5000) -> Path:
+        """Turn a bit of the copy of an object; where that lies."""
+        path = self.copy_of(key)
+        turn(path, at)
+        return path
 
     def n_reads(self, keys="*") -> int:
         return self.inner.n_calls("read_into", keys)

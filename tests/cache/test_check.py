@@ -5,28 +5,12 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from tests.cache.conftest import turn
 
 import tiercache as tc
 from tiercache.cache.check import State
 from tiercache.model import ByteRange
 from tiercache.testing import Fault, FaultKind, FaultStore
-
-
-def turn(path, at):
-    """Turn a bit of a file, as a rotten disk would."""
-    mode = path.stat().st_mode
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    path.chmod(mode)
-
-
-def copy_of(world, key):
-    (path,) = [p for p in world.copies() if p.read_bytes() == world.data[key]]
-    return path
 
 
 @pytest.fixture
@@ -52,8 +36,8 @@ def test_a_cache_that_is_right_is_found_right(world, store, jobs):
 
 
 def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
-    turn(copy_of(world, "b"), 7000)
-    cut = copy_of(world, "c")
+    turn(world.copy_of("b"), 7000)
+    cut = world.copy_of("c")
     cut.chmod(0o600)
     os.truncate(cut, 5000)
     report = store.cache.verify()
@@ -66,7 +50,7 @@ def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
 
 
 def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monkeypatch):
-    really_read, inode = os.preadv, copy_of(world, "b").stat().st_ino
+    really_read, inode = os.preadv, world.copy_of("b").stat().st_ino
 
     def read(fd, buffers, offset):
         if os.fstat(fd).st_ino == inode:
@@ -79,7 +63,7 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monk
 
 
 def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
-    path = copy_of(world, "a")
+    path = world.copy_of("a")
     path.with_name(f"{path.name}.json").unlink()
     report = store.cache.verify()
     assert [one.state for one in report.checked if not one.source] == [State.UNKNOWN]
@@ -87,8 +71,8 @@ def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
 
 
 def test_repairing_takes_it_away_and_a_store_brings_it_back(world, store):
-    turn(copy_of(world, "b"), 7000)
-    turn(copy_of(world, "c"), 10)
+    turn(world.copy_of("b"), 7000)
+    turn(world.copy_of("c"), 10)
     report = store.cache.verify(repair=True, store=world.inner)
     assert report.is_right
     assert all(one.repaired for one in report.wrong)
@@ -98,7 +82,7 @@ def test_repairing_takes_it_away_and_a_store_brings_it_back(world, store):
 
 
 def test_repairing_without_a_store_leaves_the_fetching_to_the_next_reader(world, store):
-    turn(copy_of(world, "b"), 7000)
+    turn(world.copy_of("b"), 7000)
     (one,) = store.cache.verify(repair=True).wrong
     assert (one.removed, one.repaired, len(world.copies())) == (True, False, 2)
     world.fetch(store, "b")
@@ -106,18 +90,18 @@ def test_repairing_without_a_store_leaves_the_fetching_to_the_next_reader(world,
 
 
 def test_what_cannot_be_fetched_again_is_said(world, store):
-    turn(copy_of(world, "b"), 7000)
+    turn(world.copy_of("b"), 7000)
     (world.root / "source" / "b").unlink()
     (one,) = store.cache.verify(repair=True, store=world.inner).wrong
     assert (one.removed, one.repaired) == (True, False)
     assert "could not be fetched again" in one.where[-1]
-    turn(copy_of(world, "c"), 7000)
+    turn(world.copy_of("c"), 7000)
     (one,) = store.cache.verify(repair=True, store=tc.store.MemoryStore("other")).wrong
     assert "another store" in one.where[-1]
 
 
 def test_what_is_bad_at_its_source_is_said(world, store):
-    turn(copy_of(world, "b"), 7000)
+    turn(world.copy_of("b"), 7000)
     bad = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)])
     (one,) = store.cache.verify(repair=True, store=bad).wrong
     assert (one.removed, one.repaired) == (True, False)
@@ -131,8 +115,8 @@ def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
     for key in "ab":
         with store.open_local(key) as lease:
             assert lease.wait([ByteRange(0, 10_000)])
-    turn(copy_of(world, "a"), 1)
-    turn(copy_of(world, "b"), 1)
+    turn(world.copy_of("a"), 1)
+    turn(world.copy_of("b"), 1)
     (world.root / "source" / "b").write_bytes(b"new")
     found = {one.source[-1]: one for one in store.cache.verify(repair=True, store=world.inner).wrong}
     assert found["a"].repaired

@@ -4,9 +4,9 @@ import fcntl
 import multiprocessing
 import os
 import pickle
-import traceback
 
 import pytest
+from tests.forks import in_child
 
 from tiercache.model import ByteRange
 from tiercache.testing import GateStore
@@ -15,21 +15,6 @@ from tiercache.testing import GateStore
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 WHOLE = [ByteRange(0, 10_000)]
-
-
-def in_child(work):
-    """Run work in a forked child and return whether it was right; a traceback goes to standard error."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:  # noqa: BLE001 - the parent is told by the exit code
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_child_hits_misses_and_evicts_on_its_own_account(world):

@@ -1,6 +1,5 @@
 """Plan files: what jobs publish is what all see, as long as they live."""
 
-import fcntl
 import gc
 import os
 import subprocess
@@ -32,11 +31,14 @@ def plan_of(rows, owner="rank 0"):
     return ReadingPlan(owner, np.arange(len(rows)), first, last, then)
 
 
-@pytest.fixture(params=["locks hold", "locks lie"])
-def locks(request, monkeypatch):
-    if request.param == "locks lie":
-        monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
-    return request.param
+def next_use(plans, names):
+    """Bytes that a job still reads before it needs each copy."""
+    return plans.uses(Names.of(names))[0][0]
+
+
+def then(plans, names):
+    """The same to the use after the next one."""
+    return plans.uses(Names.of(names))[0][1]
 
 
 class Side:
@@ -71,9 +73,9 @@ def files(side):
 
 def test_without_plans_nothing_is_planned(open_side):
     side = open_side()
-    assert side.plans.next_use(names_of(1, 2)).tolist() == [UNPLANNED] * 2
-    assert side.plans.then(names_of(1, 2)).tolist() == [UNPLANNED] * 2
-    assert side.plans.next_use(names_of()).tolist() == []
+    assert next_use(side.plans, names_of(1, 2)).tolist() == [UNPLANNED] * 2
+    assert then(side.plans, names_of(1, 2)).tolist() == [UNPLANNED] * 2
+    assert next_use(side.plans, names_of()).tolist() == []
 
 
 def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side, locks):
@@ -81,16 +83,16 @@ def test_what_one_process_publishes_another_sees_and_its_clock_too(open_side, lo
     rows = [(0, 10, 100), (10, 30, 120), (30, 40, NEVER), (NEVER, NEVER, 150), (NEVER, NEVER, NEVER)]
     following = mine.plans.publish(names_of(0, 1, 2, 3, 4), plan_of(rows))
     seen = names_of(4, 3, 2, 1, 0, 9)
-    assert yours.plans.next_use(seen).tolist() == [NEVER, 150, 30, 10, 0, UNPLANNED]
-    assert yours.plans.then(seen).tolist() == [NEVER, NEVER, NEVER, 120, 100, UNPLANNED]
+    assert next_use(yours.plans, seen).tolist() == [NEVER, 150, 30, 10, 0, UNPLANNED]
+    assert then(yours.plans, seen).tolist() == [NEVER, NEVER, NEVER, 120, 100, UNPLANNED]
     following.advance(10)
-    assert yours.plans.next_use(seen).tolist() == [NEVER, 140, 20, 0, 90, UNPLANNED]
+    assert next_use(yours.plans, seen).tolist() == [NEVER, 140, 20, 0, 90, UNPLANNED]
     following.advance(40)
-    assert yours.plans.next_use(seen).tolist() == [NEVER, 110, NEVER, 80, 60, UNPLANNED]
+    assert next_use(yours.plans, seen).tolist() == [NEVER, 110, NEVER, 80, 60, UNPLANNED]
     following.close()
     following.close()
     following.advance(50)
-    assert yours.plans.next_use(seen).tolist() == [UNPLANNED] * 6
+    assert next_use(yours.plans, seen).tolist() == [UNPLANNED] * 6
     assert files(mine) == []
 
 
@@ -106,12 +108,12 @@ def test_what_a_reader_needs_after_its_epoch_is_known_when_it_has_gone(open_side
     mine, yours = open_side(), open_side()
     left_by(mine, (0, 1), [(0, 10, 100), (10, 30, 120)])
     mine.plans.close()
-    assert yours.plans.next_use(names_of(0, 1)).tolist() == [70, 90]
+    assert next_use(yours.plans, names_of(0, 1)).tolist() == [70, 90]
     assert yours.plans.labels() == []
     other = yours.plans.publish(names_of(2), replace(plan_of([(0, 5, 9)]), reader="rank 1 of 2"))
-    assert yours.plans.next_use(names_of(0, 1, 2)).tolist() == [70, 90, 0]
+    assert next_use(yours.plans, names_of(0, 1, 2)).tolist() == [70, 90, 0]
     next_epoch = yours.plans.publish(names_of(0), replace(plan_of([(0, 10, 50)]), reader="rank 0 of 2"))
-    assert yours.plans.next_use(names_of(0, 1)).tolist() == [0, UNPLANNED]
+    assert next_use(yours.plans, names_of(0, 1)).tolist() == [0, UNPLANNED]
     assert not any(file.endswith(".left") for file in files(yours))
     for one in (other, next_epoch):
         one.advance(1)
@@ -123,25 +125,25 @@ def test_what_a_reader_would_read_next_is_known_when_it_has_gone_before(open_sid
     side = open_side()
     left_by(side, (0,), [(0, 10, 100)])
     side.plans.publish(names_of(0, 1), replace(plan_of([(40, 50, 99), (60, 70, 99)]), reader="rank 0 of 2")).close()
-    assert side.plans.next_use(names_of(0, 1)).tolist() == [40, 60]
+    assert next_use(side.plans, names_of(0, 1)).tolist() == [40, 60]
 
 
 def test_what_segments_are_used_for_does_not_keep_a_plan_from_being_read_through(open_side):
     side = open_side()
     left_by(side, (0, 1), [(0, 10, 100), (0, NEVER - 1, NEVER)])
-    assert side.plans.next_use(names_of(0)).tolist() == [90]
+    assert next_use(side.plans, names_of(0)).tolist() == [90]
 
 
 def test_what_was_left_behind_is_void_after_a_while_or_if_it_is_no_plan(open_side):
     side = open_side()
     left_by(side, (0,), [(0, 10, 100)])
-    assert side.plans.next_use(names_of(0)).tolist() == [90]
+    assert next_use(side.plans, names_of(0)).tolist() == [90]
     (file,) = side.folder.plans.iterdir()
     os.utime(file, (1, 1))
-    assert side.plans.next_use(names_of(0)).tolist() == [UNPLANNED]
+    assert next_use(side.plans, names_of(0)).tolist() == [UNPLANNED]
     assert files(side) == []
     (side.folder.plans / "x.left").write_bytes(b"nothing")
-    assert side.plans.next_use(names_of(0)).tolist() == [UNPLANNED]
+    assert next_use(side.plans, names_of(0)).tolist() == [UNPLANNED]
     left_by(side, (0,), [(0, 10, 100)], reader="")
     assert not any("left" in file and file != "x.left" for file in files(side))
 
@@ -151,14 +153,14 @@ def test_plans_are_merged_by_the_nearest_use_of_any_job(open_side):
     first = one.plans.publish(names_of(0, 1), plan_of([(5, 10, 200), (60, 70, 90)], "one"))
     second = two.plans.publish(names_of(1, 2), plan_of([(20, 30, 80), (7, 9, 99)], "two"))
     for side in (one, two):
-        assert side.plans.next_use(names_of(0, 1, 2)).tolist() == [5, 20, 7]
-        assert side.plans.then(names_of(0, 1, 2)).tolist() == [200, 60, 99]
+        assert next_use(side.plans, names_of(0, 1, 2)).tolist() == [5, 20, 7]
+        assert then(side.plans, names_of(0, 1, 2)).tolist() == [200, 60, 99]
         assert side.plans.labels() == ["one", "two"]
     second.advance(30)
-    assert one.plans.next_use(names_of(1)).tolist() == [50]
-    assert one.plans.then(names_of(1)).tolist() == [60]
+    assert next_use(one.plans, names_of(1)).tolist() == [50]
+    assert then(one.plans, names_of(1)).tolist() == [60]
     first.close()
-    assert one.plans.next_use(names_of(0, 1, 2)).tolist() == [UNPLANNED, 50, 69]
+    assert next_use(one.plans, names_of(0, 1, 2)).tolist() == [UNPLANNED, 50, 69]
 
 
 @st.composite
@@ -192,15 +194,14 @@ def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_pl
         for rows, clock in given_plans:
             followings.append(side.plans.publish(names_of(*range(len(rows))), plan_of(rows)))
             followings[-1].advance(clock)
-        next_use = side.plans.next_use(names_of(*range(9))).tolist()
-        then = side.plans.then(names_of(*range(9))).tolist()
+        coming, after = (column.tolist() for column in side.plans.uses(Names.of(names_of(*range(9))))[0])
         for i in range(9):
             its = [(rows[i], clock) for rows, clock in given_plans if i < len(rows)]
             if not its:
-                assert (next_use[i], then[i]) == (UNPLANNED, UNPLANNED)
+                assert (coming[i], after[i]) == (UNPLANNED, UNPLANNED)
                 continue
-            coming = sorted(use for row, clock in its for use in uses_one_by_one(row, clock))
-            assert [next_use[i], then[i]] == [*coming, NEVER, NEVER][:2]
+            expected = sorted(use for row, clock in its for use in uses_one_by_one(row, clock))
+            assert [coming[i], after[i]] == [*expected, NEVER, NEVER][:2]
     finally:
         side.close()
 
@@ -209,11 +210,11 @@ def test_shards_that_are_one_copy_are_in_use_until_the_last_is_read(open_side):
     side = open_side()
     rows = [(40, 50, 200), (10, 20, 300), (NEVER, NEVER, 150)]
     following = side.plans.publish(names_of(5, 5, 5), plan_of(rows))
-    assert side.plans.next_use(names_of(5)).tolist() == [10]
+    assert next_use(side.plans, names_of(5)).tolist() == [10]
     following.advance(30)
-    assert side.plans.next_use(names_of(5)).tolist() == [0]
+    assert next_use(side.plans, names_of(5)).tolist() == [0]
     following.advance(60)
-    assert side.plans.next_use(names_of(5)).tolist() == [90]
+    assert next_use(side.plans, names_of(5)).tolist() == [90]
 
 
 def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, locks, open_side):
@@ -233,10 +234,10 @@ os.kill(os.getpid(), 9)
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout.readline() == "published\n"
-        assert side.plans.next_use(names_of(1)).tolist() == [5]
+        assert next_use(side.plans, names_of(1)).tolist() == [5]
         child.stdin.close()
         child.wait()
-    assert side.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+    assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
     assert files(side) == []
 
 
@@ -260,7 +261,7 @@ def test_a_forked_child_neither_withdraws_nor_advances_the_plan_of_its_parent(op
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    assert side.plans.next_use(names_of(1)).tolist() == [5]
+    assert next_use(side.plans, names_of(1)).tolist() == [5]
     assert len(files(side)) == 1
 
 
@@ -275,7 +276,7 @@ def test_a_file_that_is_no_plan_is_no_plan(open_side, spoil):
     for path in (file, side.folder.plans / "of-nobody.plan", side.folder.plans / "of-nobody.new"):
         path.write_bytes(spoil(data))
     other = open_side()
-    assert other.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+    assert next_use(other.plans, names_of(1)).tolist() == [UNPLANNED]
     assert files(side) == [file.name], "what nobody owns is swept"
     following.close()
 
@@ -292,7 +293,7 @@ def test_a_folder_that_was_deleted_has_no_plans(open_side):
     side = open_side()
     side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
     side.folder.plans.rename(side.folder.root / "away")
-    assert side.plans.next_use(names_of(1)).tolist() == [UNPLANNED]
+    assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
 
 
 def test_names_and_uses_of_different_number_are_an_error(open_side):

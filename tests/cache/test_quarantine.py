@@ -18,19 +18,6 @@ from tiercache.waiting import wait_for
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 
-def damage(world, key, at=5000):
-    """Turn a byte of the copy, as a rotten disk would."""
-    (path,) = [p for p in world.copies() if p.read_bytes() == world.data[key]]
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    path.chmod(0o400)
-    return path
-
-
 def files(world):
     return sorted((world.root / "cache" / "quarantine").iterdir())
 
@@ -48,7 +35,7 @@ def store(world):
 
 
 def test_a_wrong_copy_is_never_served_again_and_the_report_says_where_it_differed(world, store):
-    damage(world, "a")
+    world.damage("a")
     assert store.distrust("a", world.identity("a")) is True
     assert world.copies() == []
     assert [path.suffix for path in files(world)] == [".bad", ".json"]
@@ -98,7 +85,7 @@ def test_a_copy_that_cannot_be_read_is_put_aside_as_well(world, store, monkeypat
 
 @pytest.mark.parametrize("call", ["open_copy", "lstat", "fstat"])
 def test_a_wrong_copy_that_the_disk_does_not_let_us_look_at_is_served_no_more(world, store, monkeypatch, call):
-    damage(world, "a")
+    world.damage("a")
     place = Folder if call == "open_copy" else os
     really, copy = getattr(place, call), world.copy("a")
     failed = []
@@ -122,7 +109,7 @@ def test_the_bytes_of_a_wrong_copy_count_until_its_last_reader_has_let_it_go(wor
     used = cache.stats()["bytes_used"]
     with store.open_local("a", world.identity("a")) as lease:
         assert lease.wait([ByteRange(0, 10_000)])
-        damage(world, "a")
+        world.damage("a")
         assert store.distrust("a", world.identity("a")) is True
         assert cache.status()["reserved_bytes"] == used
         world.fetch(store, "a")
@@ -164,7 +151,7 @@ def test_what_is_deleted_under_a_reader_counts_until_he_has_let_it_go(world, sto
 
 
 def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, store):
-    damage(world, "a")
+    world.damage("a")
     writing = store.cache._open().writing
     fd = store.cache._open().folder.open_copy(world.copy("a").name)
     try:
@@ -178,7 +165,7 @@ def test_the_second_of_two_who_find_it_wrong_leaves_the_right_copy_alone(world, 
 
 
 def test_a_cache_that_closes_ends_what_still_waits(world, store):
-    damage(world, "a")
+    world.damage("a")
     store.distrust("a", world.identity("a"))
     store.cache.close()
     (report,) = reports(world)
@@ -192,7 +179,7 @@ def test_many_wrong_copies_are_not_kept(world, monkeypatch):
     for key in "abcd":
         world.put(key)
         world.fetch(store, key)
-        damage(world, key)
+        world.damage(key)
         store.distrust(key, world.identity(key))
     assert [path.suffix for path in files(world)].count(".bad") == 2
     assert sum("too many" in report.get("verdict", "") for report in reports(world)) == 2
@@ -200,7 +187,7 @@ def test_many_wrong_copies_are_not_kept(world, monkeypatch):
 
 @pytest.mark.parametrize(("jump_s", "n_left"), [(0, 1), (40 * 86400, 0), (-40 * 86400, 0), (-3600, 1)])
 def test_reports_are_kept_for_a_month_whatever_the_clock_does(world, store, monkeypatch, jump_s, n_left):
-    damage(world, "a")
+    world.damage("a")
     store.distrust("a", world.identity("a"))
     world.fetch(store, "a")
     now_s = time.time()
@@ -223,7 +210,7 @@ STEPS = [f"quarantine.{step}" for step in ("noted", "moved", "unrecorded", "comp
 @pytest.mark.parametrize("step", STEPS)
 def test_dying_at_any_step_leaves_nothing_that_needs_a_hand(world, store, step):
     identity = world.identity("a")
-    damage(world, "a")
+    world.damage("a")
 
     def die(point):
         if point == step:

@@ -37,27 +37,11 @@ def use(world, **options):
     cache.pin(store, [("a", world.put("a"))])
     world.put("b")
     world.fetch(store, "b")
-    damage(world, "b")
+    world.damage("b")
     assert store.distrust("b", world.identity("b"))
     world.fetch(store, "b")
     root = world.root / "cache"
     return cache, [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
-
-
-def copy_of(world, key):
-    return next(p for p in world.copies() if p.read_bytes() == world.data[key])
-
-
-def damage(world, key, at=5000):
-    """Turn a byte of the copy, as a rotten disk would."""
-    path = copy_of(world, key)
-    path.chmod(0o600)
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    path.chmod(0o400)
 
 
 # -- rights --

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import pickle
 import random
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.forks import in_child
 from tests.integrations.conftest import DATA
 
 import tiercache as tc
@@ -134,20 +133,6 @@ def test_threads_share_an_open_file(fs, path):
 
 
 # -- processes ------------------------------------------------------------------------------------------------------
-
-
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:  # noqa: BLE001 - the parent is told by the exit code
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

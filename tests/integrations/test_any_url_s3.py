@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-import traceback
 import uuid
 
 import fsspec
 import pytest
+from tests.forks import in_child
 from tests.s3_fixtures import s3_server
 
 import tiercache as tc
@@ -76,20 +75,14 @@ def test_a_chained_url_takes_the_targets_options_by_its_name(cache, path, s3_ser
 def test_a_forked_child_lists_reads_and_writes_with_connections_of_its_own(fs, path):
     with fs.open(path) as opened:
         assert opened.read(100_000) == DATA[:100_000]
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                assert fs.info(path)["size"] == len(DATA)
-                assert opened.read(3_000_000) == DATA[100_000:3_100_000]
-                assert fs.cat_file(path) == DATA
-                fs.pipe_file(f"{path}-child", b"written")
-                code = 0
-            except BaseException:  # noqa: BLE001 - the parent is told by the exit code
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+        def work():
+            assert fs.info(path)["size"] == len(DATA)
+            assert opened.read(3_000_000) == DATA[100_000:3_100_000]
+            assert fs.cat_file(path) == DATA
+            fs.pipe_file(f"{path}-child", b"written")
+
+        assert in_child(work)
         assert opened.read(100) == DATA[100_000:100_100]
     fs.invalidate_cache()
     assert fs.cat_file(f"{path}-child") == b"written"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.shard.forks import in_a_fork
+from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import uploading

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.shard.forks import in_a_fork
+from tests.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import record_buffer, uploading

@@ -11,20 +11,18 @@ from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from tiercache._native.checksum import crc32c, crc32c_pages
 from tiercache.cache.locks import NameLock, try_shared
-from tiercache.cache.partial import hold_part
+from tiercache.cache.partial import hold_part, wrong_units
 from tiercache.cache.record import Record, Wanted
-from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, runs_of
+from tiercache.cache.sums import sum_of
+from tiercache.cache.units import bytes_of
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.verify import verify_shard
 from tiercache.store import LocalFolder, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tiercache.cache.opened import Opened
     from tiercache.cache.partial import Held
@@ -161,29 +159,13 @@ def _check_copy(fd: int, name: str, record: Record | None) -> tuple[Checked, int
     if n_bytes != record.n_bytes:
         said = f"it has {n_bytes:,} bytes, {record.n_bytes:,} are right"
         return replace(right, state=State.DAMAGED, where=(said,)), None
-    whole, offset = sum_of(fd, n_bytes)
+    whole, offset, _ = sum_of(fd, n_bytes)
     if offset < n_bytes:
         return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at {offset}",)), None
     if whole != record.crc32c:
         said = f"its CRC-32C is {whole:08x}, {record.crc32c:08x} is right"
         return replace(right, state=State.DAMAGED, where=(said,)), whole
     return right, whole
-
-
-def sum_of(fd: int, n_bytes: int) -> tuple[int, int]:
-    """CRC-32C of the first n_bytes of a file, and how far it could be read: less than n_bytes where that failed."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
-    whole, offset = 0, 0
-    while offset < n_bytes:
-        try:
-            n_read = os.preadv(fd, [buffer[: min(len(buffer), n_bytes - offset)]], offset)
-        except OSError:
-            break
-        if not n_read:
-            break
-        whole = crc32c(buffer[:n_read], whole)
-        offset += n_read
-    return whole, offset
 
 
 def _findings(opened: Opened, name: str) -> list[str]:
@@ -207,45 +189,22 @@ def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | 
     if held is None:  # of an earlier boot, or in the making: who goes on with it checks it first
         return unknown
     try:
-        n_read, wrong = _check_units(held, n_bytes)
+        wrong, n_read = _wrong_units(held)
     finally:
         held.close()
     if not wrong:
         return replace(unknown, n_bytes=n_read, state=State.OK)
-    checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=tuple(wrong))
+    said = f"{len(wrong)} units are damaged, the first at {wrong[0]}"
+    checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=(said,))
     return checked if mender is None else mender.drop_part(checked)
 
 
-def _check_units(held: Held, n_bytes: int) -> tuple[int, list[str]]:
-    """Bytes that are there of a part, and where they are not what its map says."""
-    presence, n_read, wrong = held.presence, 0, []
+def _wrong_units(held: Held) -> tuple[list[int], int]:
+    """Offsets of the wrong units of a part, and how many bytes of it are there."""
+    presence = held.presence
     if presence is None:
-        return 0, []
-    step = PIECE_BYTES // UNIT_BYTES
-    for first, last in _pieces(runs_of(presence.mask()), step):
-        start, end = first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)
-        try:
-            data = np.frombuffer(os.pread(held.fd, end - start, start), np.uint8)
-        except OSError:
-            wrong.append(f"it cannot be read from {start} to {end}")
-            continue
-        sums = np.empty(last - first, np.uint32)
-        if len(data) == end - start:
-            crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
-        expected = presence.sums(first, last)
-        if len(data) < end - start or len(expected) < len(sums):
-            wrong.append(f"it is cut off between {start} and {end}")
-        elif (sums != expected).any():
-            bad = first + int(np.flatnonzero(sums != expected)[0])
-            wrong.append(f"{int((sums != expected).sum())} units are damaged, the first at {bad * UNIT_BYTES}")
-        n_read += len(data)
-    return n_read, wrong
-
-
-def _pieces(runs: list[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
-    for first, last in runs:
-        for begin in range(first, last, step):
-            yield begin, min(begin + step, last)
+        return [], 0
+    return wrong_units(held.fd, presence), bytes_of(presence.mask(), presence.n_bytes)
 
 
 class _Mender:
@@ -342,7 +301,7 @@ def _distrust(opened: Opened, wanted: Wanted) -> bool:
     record = opened.folder.read_record(wanted.name)
     expected = wanted.crc32c if wanted.crc32c is not None or record is None else record.crc32c
     try:
-        found, offset = sum_of(fd, wanted.n_bytes)
+        found, offset, _ = sum_of(fd, wanted.n_bytes)
         is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
         if is_whole and found == expected:
             return False

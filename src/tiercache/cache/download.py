@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache._native.checksum import combine, crc32c
+from tiercache._native.checksum import combine
 from tiercache.cache.partial import Part
 from tiercache.cache.record import name_of_object
 from tiercache.cache.units import (
@@ -143,8 +142,7 @@ class Download:
 
     def _bring(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
         """Fetch ranges into the buffer, one after another, and write them."""
-        with self._lock:  # two threads that begin at once would each make a part, and one of them be lost
-            part = self._part()
+        part = self._part()  # _take() has made it
         position = 0
         spans = []
         for wanted in ranges:
@@ -186,16 +184,3 @@ class Download:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"reading failed: {error}", url=wanted.source, retryable=True) from error
-
-
-def checksum_of(fd: int, n_bytes: int) -> int:
-    """CRC-32C of the first n_bytes of a file; a shorter one gives another sum. Raises OSError: it cannot be read."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, n_bytes)))
-    whole, offset = 0, 0
-    while offset < n_bytes:
-        n_read = os.preadv(fd, [buffer[: n_bytes - offset]], offset)
-        if not n_read:
-            break
-        whole = crc32c(buffer[:n_read], whole)
-        offset += n_read
-    return whole

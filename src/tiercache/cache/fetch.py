@@ -83,10 +83,6 @@ class Fetch:
             self._queue.hurry(self)
         return True
 
-    def ask_all(self) -> bool:
-        """As ask(), of the whole copy."""
-        return self.ask([ByteRange(0, self.wanted.n_bytes)])
-
     def take_up(self) -> bool:
         """Whether the caller is the one to run it."""
         with self._changed:
@@ -118,10 +114,6 @@ class Fetch:
             raise copy.copy(error) from error  # a copy for each that waits: a traceback belongs to one thread
         if error is not None:
             raise StoreError(f"caching it failed: {error!r}", url=self.wanted.source) from error
-
-    def wait_whole(self) -> None:
-        """Wait until it has ended. Raises as wait()."""
-        self.wait([ByteRange(0, self.wanted.n_bytes)], None)
 
     def _covers(self, ranges: Sequence[ByteRange]) -> bool:
         return covers(self._present, ranges, self.wanted.n_bytes)

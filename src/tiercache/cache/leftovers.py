@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tiercache.cache.machine import pid_namespace, start_time
-from tiercache.catalog.files import maker_of
+from tiercache.cache.machine import start_time
+from tiercache.catalog.files import maker_of, pid_namespace
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tiercache.catalog.files import pid_namespace
+
 # statfs(2): file systems whose locks, links or mappings other machines share. FUSE is often one of them and never says.
 _NETWORK = {
     0x6969: "NFS",
@@ -74,14 +76,6 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
     except OSError:
         return "0"
-
-
-def pid_namespace() -> int:
-    """Which numbering of processes this one lives in: containers on one machine have their own."""
-    try:
-        return Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        return 0
 
 
 def start_time(pid: int) -> int | None:

@@ -14,11 +14,11 @@ from tiercache.cache.check import distrust
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.machine import is_disk_full
-from tiercache.cache.partial import Held, hold_part
+from tiercache.cache.partial import Held, hold_part, wrong_units
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.trace import Tracer
 from tiercache.cache.units import bytes_of
-from tiercache.cache.verified import read_plain, read_verified, wrong_units
+from tiercache.cache.verified import read_plain, read_verified
 from tiercache.cache.writing import Writing
 from tiercache.catalog import charge_bytes
 from tiercache.model import ByteRange, parse_bytes
@@ -343,7 +343,7 @@ class Opened:
         if held is None:
             return True
         try:
-            wrong = wrong_units(held)
+            wrong = [] if held.presence is None else wrong_units(held.fd, held.presence)
         finally:
             held.close()
         is_bad_there = not wrong and wanted.name in self._suspected

@@ -24,15 +24,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache._native.checksum import crc32c, crc32c_pages
+from tiercache._native.checksum import crc32c
 from tiercache.cache.inherit import close_private, keep_private
 from tiercache.cache.locks import try_shared
 from tiercache.cache.machine import boot_id
+from tiercache.cache.sums import sums_of
 from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, Mask, bounds, covers, n_units, ranges_of, runs_of
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.files import set_mode
 from tiercache.catalog.tables import BLOCK_BYTES
 from tiercache.points import reach
+from tiercache.store.posix import write_all
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -289,15 +291,8 @@ class Part:
 
     def _vouch(self) -> bool:
         """Whether each unit that is there has its checksum; if so the part is of this boot from now on."""
-        for span in ranges_of(self.present, self.n_bytes):
-            for start in range(span.start, max(span.end, 1), PIECE_BYTES):
-                data = os.pread(self.fd, min(PIECE_BYTES, span.end - start), start)
-                first, last = start // UNIT_BYTES, -(-(start + len(data)) // UNIT_BYTES)
-                if start + len(data) < min(start + PIECE_BYTES, span.end):
-                    return False
-                stored = os.pread(self._map_fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
-                if stored != _sums_of(np.frombuffer(data, np.uint8))[0].tobytes():
-                    return False
+        if wrong_units(self.fd, Presence(self._map_fd, self.n_bytes)):
+            return False
         reach("fetch.vouched")
         os.pwrite(self._map_fd, Head(self.n_bytes, os.fstat(self.fd).st_ino, boot_id()).pack(), 0)
         return True
@@ -315,7 +310,7 @@ class Part:
         Raises:
             OSError: the disk.
         """
-        sums, whole = _sums_of(data)
+        sums, whole = sums_of(data)
         first, n = start // UNIT_BYTES, max(len(sums), 1)
         missing = ~read_flags(self._map_fd, first, first + n)
         for begin, end in runs_of(missing):
@@ -361,13 +356,6 @@ class Part:
         close_private(self._map_fd)
 
 
-def _sums_of(data: np.ndarray) -> tuple[np.ndarray, int]:
-    """CRC-32C of each unit of data, "<u4"[n], and of all of it."""
-    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
-    whole = crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
-    return sums.astype("<u4"), whole
-
-
 def _reopen(fd: int, path: str) -> int:
     """Another open file of what fd is of. Raises FileNotFoundError: it has lost its name, and there is no /proc."""
     flags = os.O_RDONLY | os.O_CLOEXEC
@@ -409,8 +397,21 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
     return True
 
 
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of data at offset."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+def wrong_units(fd: int, presence: Presence) -> list[int]:
+    """Offsets of the units of a part that are not what came from its source; of what cannot be read, the first.
+
+    fd: of the part.
+    """
+    wrong: list[int] = []
+    for span in ranges_of(presence.mask(), presence.n_bytes):
+        for start in range(span.start, span.end, PIECE_BYTES):
+            data = np.empty(min(PIECE_BYTES, span.end - start), np.uint8)
+            if not read_all(fd, data.data, start):
+                wrong.append(start)
+                continue
+            sums, first = sums_of(data)[0], start // UNIT_BYTES
+            expected = presence.sums(first, first + len(sums))
+            is_wrong = np.ones(len(sums), bool)  # what a map that was cut short says nothing of is wrong too
+            is_wrong[: len(expected)] = expected != sums[: len(expected)]
+            wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
+    return wrong

@@ -38,11 +38,11 @@ import numpy as np
 from tiercache.cache.inherit import close_private, keep_private
 from tiercache.cache.locks import try_exclusive, try_shared
 from tiercache.cache.names import NAME_BYTES, Names
-from tiercache.cache.partial import write_all
 from tiercache.cache.policy import UNPLANNED
 from tiercache.catalog.files import open_file
 from tiercache.model import NEVER
 from tiercache.points import reach
+from tiercache.store.posix import write_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -182,17 +182,6 @@ class Plans:
         with self._lock:
             plans = self._refresh()
             return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
-
-    def next_use(self, names: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Bytes that a job still reads before it needs each copy; UNPLANNED: no plan names it.
-
-        names: uint8[n, 20]. Returns int64[n].
-        """
-        return self.uses(Names.of(names))[0][0]
-
-    def then(self, names: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The same to the use after the next one."""
-        return self.uses(Names.of(names))[0][1]
 
     def labels(self) -> list[str]:
         """Who reads, for people: of each live plan."""

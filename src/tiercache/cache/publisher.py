@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.cache import poison
-from tiercache.cache.download import Download, checksum_of
+from tiercache.cache.download import Download
 from tiercache.cache.growth import Growth
 from tiercache.cache.lease import open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.machine import is_disk_full
 from tiercache.cache.partial import Held, Part, hold_part, map_bytes
+from tiercache.cache.sums import checksum_of
 from tiercache.cache.units import n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES

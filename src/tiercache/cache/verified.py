@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache._native.checksum import crc32c_pages
 from tiercache.cache.partial import open_map, read_all
-from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES, ranges_of
+from tiercache.cache.sums import sums_of
+from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tiercache.cache.folder import Folder
-    from tiercache.cache.partial import Held, Presence
+    from tiercache.cache.partial import Presence
     from tiercache.store import Span
 
 
@@ -61,31 +61,5 @@ def _read_span(fd: int, presence: Presence, wanted: ByteRange, buffer: memoryvie
 
 
 def _is_right(presence: Presence, start: int, data: np.ndarray) -> bool:
-    sums, first = _sums_of(data), start // UNIT_BYTES
+    sums, first = sums_of(data)[0], start // UNIT_BYTES
     return np.array_equal(presence.sums(first, first + len(sums)), sums)
-
-
-def _sums_of(data: np.ndarray) -> np.ndarray:
-    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
-    crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
-    return sums
-
-
-def wrong_units(held: Held) -> list[int]:
-    """Offsets of the units of a part that are not what came from its source; of what cannot be read, the first."""
-    presence = held.presence
-    if presence is None:
-        return []
-    wrong: list[int] = []
-    for span in ranges_of(presence.mask(), presence.n_bytes):
-        for start in range(span.start, span.end, PIECE_BYTES):
-            data = np.empty(min(PIECE_BYTES, span.end - start), np.uint8)
-            if not read_all(held.fd, data.data, start):
-                wrong.append(start)
-                continue
-            sums, first = _sums_of(data), start // UNIT_BYTES
-            expected = presence.sums(first, first + len(sums))
-            is_wrong = np.ones(len(sums), bool)  # what a map that was cut short says nothing of is wrong too
-            is_wrong[: len(expected)] = expected != sums[: len(expected)]
-            wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
-    return wrong

@@ -8,7 +8,6 @@ import re
 import secrets
 import stat
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 # Without O_NONBLOCK a pipe under a name of ours would hold an open() for ever; regular files do not know the flag.
@@ -138,9 +137,8 @@ def replace_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
         raise
 
 
-@cache
-def _namespace() -> int:
-    """Which numbering of processes this one lives in; 0 where the system does not say."""
+def pid_namespace() -> int:
+    """Which numbering of processes this one lives in: containers on one machine have their own. 0: not said."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -154,7 +152,7 @@ def maker_of(file: str) -> tuple[int, int] | None:
 
 
 def _temp_beside(path: Path, text: str, mode: int) -> Path:
-    temp = path.with_name(f".{path.name}.{_namespace()}-{os.getpid()}-{secrets.token_hex(4)}")
+    temp = path.with_name(f".{path.name}.{pid_namespace()}-{os.getpid()}-{secrets.token_hex(4)}")
     fd = open_file(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         data = text.encode()

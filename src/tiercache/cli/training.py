@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tiercache.load.options import LoaderOptions
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from tiercache.order import BlockTable
 
-# As LoaderOptions has it: a group is what is read at a time.
-GROUP_BYTES = 4 << 30
+# A group is what is read at a time.
+GROUP_BYTES = LoaderOptions().group_bytes
 
 
 @dataclass(frozen=True, slots=True)
