@@ -37,6 +37,8 @@ def _no_footers(shards: Sequence[int]) -> Sequence[object]:
 def min_misses(epochs: Sequence[Sequence[int]], capacity: int) -> list[int]:
     """Misses of each epoch under Belady's MIN, which may pass by what it fetches. All shards count alike.
 
+    Written apart from tiercache.cache.replay.bound(): what is judged shall not be its own judge.
+
     L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
     """
     trace = [shard for epoch in epochs for shard in epoch]

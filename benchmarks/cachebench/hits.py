@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
-import shlex
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compiled import compiled
 from tiercache.cache.record import name_of_identity
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from tiercache.model import ShardIdentity
 
 SOURCE = Path(__file__).with_name("hit.c")
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
 Objects = list[tuple[str, "ShardIdentity"]]
 
 
@@ -76,13 +73,6 @@ def paths_of(folder: Path, objects: Objects) -> list[str]:
 
 
 def _build(folder: Path) -> ctypes.CDLL:
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    target = folder / f"hit-{digest}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(SOURCE), "-o", str(partial)], check=True)
-        partial.rename(target)
-    library = ctypes.CDLL(str(target))
+    library = compiled(SOURCE, folder)
     library.hits.argtypes, library.hits.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_long
     return library

@@ -291,7 +291,7 @@ class Opened:
         if writing is None or not writing.breaker.allows() or self.is_here(wanted, ranges) or self._is_bad(wanted.name):
             return
         asked = [ByteRange(0, wanted.n_bytes)] if ranges is None else list(ranges)
-        need_bytes = wanted.n_bytes if ranges is None else sum(wanted.n_bytes for wanted in asked)
+        need_bytes = wanted.n_bytes if ranges is None else sum(one.n_bytes for one in asked)
         if self._admits(writing, wanted, need_bytes):
             if len(self._ahead) >= MOST_AHEAD:
                 self._ahead.clear()

@@ -252,7 +252,7 @@ def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
         f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are asked for, but of {format_bytes(limit)} "
         f"{format_bytes(used + reserved)} are taken, {format_bytes(freeable_bytes)} of them can go, and the disk has "
         f"{format_bytes(max(writing.evictor.spare_bytes(), 0))} above its floor: evict some, enlarge the cache, or ask "
-        "for less (--first, --share)",
+        "for less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,
         limit_bytes=limit,
