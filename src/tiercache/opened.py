@@ -6,6 +6,7 @@ What the loader knows a data set by.
 from __future__ import annotations
 
 import copy
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,8 @@ FOOTER_THREADS = 16
 MAX_TABLES = 4096
 
 T = TypeVar("T")
+
+logger = logging.getLogger("tiercache")
 
 
 def _open_shard(
@@ -338,6 +341,9 @@ class OpenedVersion:
         store = self.store
         healed = isinstance(store, LocalStore) and store.distrust(self.table.info(shard).name, self.identity(shard))
         self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
+        if healed:
+            name = self.table.info(shard).name
+            logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, name)
         return healed
 
     def is_near(self, shard: int) -> bool:

@@ -102,7 +102,7 @@ def flags_before_data() -> Iterator[None]:
 
     def write_all(fd, data, at):
         waiting = getattr(mine, "waiting", [])
-        mine.waiting = [*waiting, (fd, bytes(data), at)]
+        mine.waiting = [*waiting, (fd, memoryview(bytes(data)), at)]
         if len(mine.waiting) == 3:  # data, checksums, flags: the data come last
             first, *rest = mine.waiting
             for one in rest:

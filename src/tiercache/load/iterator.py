@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from tiercache.order import RankPlan
 if TYPE_CHECKING:
     from tiercache.load.damage import Damaged
 
-logger = logging.getLogger("tiercache")
 _profiler = torch.autograd.profiler
 
 
@@ -175,7 +173,7 @@ class NativeIterator(Iterator[Batch]):
         """
         damage = self._work.damage
         while True:
-            healed = self._may_read_again(error)
+            healed = self._may_read_again()
             if healed is None:
                 self._pass_by(error)
             self._count(self._pipeline.figures())
@@ -190,7 +188,7 @@ class NativeIterator(Iterator[Batch]):
                 if healed or damage is not None or self._pipeline.damaged_shard is not None:
                     error = again
 
-    def _may_read_again(self, error: CorruptShard) -> bool | None:
+    def _may_read_again(self) -> bool | None:
         """Whether a copy was replaced, so that what failed may be read now; None: it was read again before.
 
         Once it is in any case: what was read may be a copy that another loader or process has replaced since.
@@ -200,8 +198,6 @@ class NativeIterator(Iterator[Batch]):
         if shard is None or (not healed and shard in self._read_again):
             return None
         self._read_again.add(shard)
-        if healed:  # as text: whoever keeps log records would keep the error, and by its frames all that we have
-            logger.warning("a damaged local copy is fetched again: %s", str(error))
         return healed
 
     def _pass_by(self, error: CorruptShard) -> None:
