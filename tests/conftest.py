@@ -51,6 +51,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("TIERCACHE_CACHE_SIZE", "256MiB")
     patch.setenv("XDG_CACHE_HOME", str(home / "xdg-cache"))
     patch.setenv("XDG_CONFIG_HOME", str(home / "xdg-config"))
+    patch.setenv("XDG_STATE_HOME", str(home / "xdg-state"))
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield home
     patch.undo()

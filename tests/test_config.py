@@ -17,6 +17,7 @@ def clean(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "work" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "deep")
 
@@ -115,8 +116,39 @@ def test_an_unknown_key_is_an_error_that_names_what_was_meant(tmp_path):
         ValueError, match="'prices'; there are cache_dir, cache_policy, cache_shared, cache_size, cache_trace"
     ):
         config.load()
+    write(path, "[teirs.hot]")
+    with pytest.raises(ValueError, match="'teirs'; did you mean 'tiers'"):
+        config.load()
+    write(path, "")
     with pytest.raises(ValueError, match=r"argument: .*'cache_folder'"):
         config.load("/", cache_folder="x")
+
+
+def test_the_tables_of_tiers_may_stand_in_the_same_file_and_nowhere_else(tmp_path):
+    tables = "[tiers.hot]\nurl = 1\n[[rules]]\n[[pins]]\n[[tags]]\n[tiering]\n"
+    write(tmp_path / "work" / "tiercache.toml", f'cache_size = "2GB"\n{tables}')
+    assert config.load().cache_size == "2GB"
+    with pytest.raises(ValueError, match="argument: no setting is called 'tiers'"):
+        config.load(tiers={})
+
+
+def test_state_lies_in_the_users_state_folder_unless_it_is_set(tmp_path, monkeypatch):
+    assert config.state_folder() == tmp_path / "state" / "tiercache"
+    write(tmp_path / "work" / "tiercache.toml", 'state_dir = "state"')
+    assert config.state_folder() == tmp_path / "work" / "state", "relative to the file's folder"
+    assert config.state_folder(tmp_path) == tmp_path / "state" / "tiercache"
+    monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "nvme"))
+    assert config.state_folder() == tmp_path / "nvme"
+
+
+def test_a_user_without_a_home_must_say_where_state_is(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    with pytest.raises(ValueError, match="this user has no home folder for state: set TIERCACHE_STATE_DIR"):
+        config.state_folder()
 
 
 def test_a_misspelt_variable_is_an_error_and_a_foreign_one_is_not(monkeypatch):

@@ -17,10 +17,10 @@ LAYERS = {
     "version": 0,
     "config": 1,
     "prices": 1,
-    "tierfile": 1,
     "waiting": 1,
     "_native": 1,
     "store": 2,
+    "tierfile": 2,
     "shard": 3,
     "order": 3,
     "catalog": 3,
@@ -46,7 +46,7 @@ ONE_FILE_BACK_ENDS = ("obstore", "fsspec", "s3fs", "boto3", "ray", "prometheus_c
 SECOND_HOMES = {"fsspec": ["integrations/fsspec.py"]}
 # The demo trains models, and nothing of the library imports it: docs/design/2026-11-25-demo.md.
 TORCH_HOMES = ("load", "checkpoint", "integrations", "demo/train.py", "demo/models.py")
-TERMINAL_HOMES = ("cli", "report", "config.py", "tierfile.py")
+TERMINAL_HOMES = ("cli", "report", "config.py", "tierfile")
 
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
 CYTHON = sorted((SOURCE / "_native").glob("*.pyx"))

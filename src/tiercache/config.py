@@ -21,6 +21,8 @@ from tiercache.model import parse_bytes
 
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
+# Tables of the same file that tiers are made of: tierfile/ reads them.
+TIER_SECTIONS = ("tiers", "rules", "pins", "tags", "tiering")
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
 
 
@@ -54,6 +56,7 @@ class Settings(BaseModel):
         cache_policy: what it gives up first when it is full.
         cache_shared: "group": others of the folder's group may read it, and a folder of theirs is read; None: nobody.
         cache_trace: file to which every opening of a copy is appended, for `tiercache simulate`; None: none.
+        state_dir: folder of what this machine must not lose, such as its journal of moves; None: see state_folder().
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +66,7 @@ class Settings(BaseModel):
     cache_policy: Literal["plan", "resident", "s3fifo", "lru"] = "plan"
     cache_shared: Literal["group"] | None = None
     cache_trace: Path | None = None
+    state_dir: Path | None = None
 
     @field_validator("cache_size", mode="before")
     @classmethod
@@ -96,8 +100,9 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
 
     here = Path.cwd() if start is None else Path(start).absolute()
     if (path := find_file(here)) is not None:
-        for name, value in _read_toml(path).items():
-            add(name, value, str(path), path.parent)
+        for name, value in parse_toml(path, read_bytes(path)).items():
+            if name not in TIER_SECTIONS:
+                add(name, value, str(path), path.parent)
     for name, value in _environment().items():
         add(name, value, f"environment variable {PREFIX}{name.upper()}", Path.cwd())
     for name, value in overrides.items():
@@ -120,13 +125,32 @@ def find_file(start: Path) -> Path | None:
     return None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
+    """Folder of what this machine must not lose: the setting state_dir, else the user's state folder. Not made here.
+
+    Raises:
+        ValueError: a user without a home who has not said where; or as load().
+    """
+    folder = load(start).state_dir or _user_folder("XDG_STATE_HOME", ".local/state")
+    if folder is None:
+        raise ValueError(f"this user has no home folder for state: set {PREFIX}STATE_DIR")
+    return folder
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file of settings or rules holds. Raises ValueError, which names it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error  # tomllib's message names line and column
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_toml(path: Path, data: bytes) -> dict[str, Any]:
+    """The tables of a file's bytes. Raises ValueError, which names file, line and column."""
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error  # tomllib's message names line and column
 
 
 def _environment() -> dict[str, str]:
@@ -147,9 +171,10 @@ def _environment() -> dict[str, str]:
 
 def _suggestion(name: str) -> str:
     near = get_close_matches(name, Settings.model_fields, n=2, cutoff=0.6)
+    near += get_close_matches(name, TIER_SECTIONS, n=1, cutoff=0.75)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return "there are " + ", ".join(sorted(Settings.model_fields))
+    return "there are " + ", ".join(sorted(Settings.model_fields)) + "; tables: " + ", ".join(TIER_SECTIONS)
 
 
 def distributed_environment() -> tuple[int, int, int, int] | None:
@@ -192,6 +217,21 @@ def aws_profile() -> str | None:
         return None
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
     return "default" if file.is_file() else None
+
+
+def aws_reach() -> dict[str, str]:
+    """How AWS clients reach S3 here, in obstore's names: what the environment says, which boto3 reads by other names.
+
+    A client that asked another server than the store does would change, or delete, objects of the same names there.
+    """
+    names = {
+        "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+        "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+        "skip_signature": ("AWS_SKIP_SIGNATURE",),
+        "virtual_hosted_style_request": ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST",),
+    }
+    said = {name: next(filter(None, map(os.environ.get, variables)), None) for name, variables in names.items()}
+    return {name: value for name, value in said.items() if value}
 
 
 def available_cpus(root: Path = Path("/")) -> int:

@@ -32,6 +32,8 @@ from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.projection import column_ranges
 from tiercache.shard.reader import ShardReader
 from tiercache.store import LocalStore, MemoryStore, Store
+from tiercache.tier.placed import placed
+from tiercache.tier.reading import TieredReading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,20 +59,32 @@ T = TypeVar("T")
 logger = logging.getLogger("tiercache")
 
 
-def _open_shard(
-    store: Store, table: ShardTable, dataset_id: str, footers: Footers, shard: int, **how: Any
-) -> ShardReader:
-    info = table.info(shard)
-    identity = info.identity(dataset_id)
-    return ShardReader(store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """Opens shards of one version. store: through which; footers: those that were read before."""
 
+    store: Store
+    tiers: TieredReading
+    table: ShardTable
+    dataset_id: str
+    footers: Footers
 
-def _open_past_cache(
-    store: CachedStore, table: ShardTable, dataset_id: str, footers: Footers, shard: int, **how: Any
-) -> ShardReader:
-    info = table.info(shard)
-    through = store if store.is_here(info.name, info.identity(dataset_id)) else store.inner
-    return _open_shard(through, table, dataset_id, footers, shard, **how)
+    def open(self, shard: int, **how: Any) -> ShardReader:
+        """Through the cache, if there is one."""
+        return self._open_through(self.store, shard, **how)
+
+    def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
+        """From where it lies, unless the cache has it."""
+        store, info = self.store, self.table.info(shard)
+        if isinstance(store, CachedStore) and not store.is_here(info.name, info.identity(self.dataset_id)):
+            store = store.inner
+        return self._open_through(store, shard, **how)
+
+    def _open_through(self, store: Store, shard: int, **how: Any) -> ShardReader:
+        info = self.table.info(shard)
+        identity, footer = info.identity(self.dataset_id), self.footers.take(shard)
+        near = self.tiers.opened(info.name, identity)
+        return ShardReader(near or store, info.name, info=info, identity=identity, footer=footer, **how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +117,11 @@ class OpenedVersion:
 
     def __init__(self, place: Place, version: int | None, columns: Sequence[str] | None) -> None:
         self.place = place
-        self.inner, self.store, self.cache = place.open()
+        self.inner = place.open()
+        self.placed = placed(self.inner, place.storage_options, place.cached)
+        self.cache = place.cache_of(self.inner)
+        self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
+        self.tiers = TieredReading(self.placed, self.store)
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
         self.table: ShardTable = read_shards(self.store, self.manifest)
@@ -116,7 +134,7 @@ class OpenedVersion:
             warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
-    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _open_shard) -> None:
+    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _Opener.open) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns, where they are known
@@ -129,8 +147,8 @@ class OpenedVersion:
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
         how = {"verify": self.place.verify, "served": self._served}
         self._footers = Footers()
-        opener = partial(open_shard, self.store, self.table, self.dataset_id, self._footers, **how)
-        self._readers = readers.Readers(opener, self._mapped)
+        opener = _Opener(self.store, self.tiers, self.table, self.dataset_id, self._footers)
+        self._readers = readers.Readers(partial(open_shard, opener, **how), self._mapped)
 
     @property
     def url(self) -> str:
@@ -323,14 +341,16 @@ class OpenedVersion:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching what is served of these shards and is not here."""
-        if not isinstance(self.store, CachedStore):
+        store = self.store if self.cache is not None else self.tiers.far()
+        if not isinstance(store, CachedStore):
             return
         # One that is open asks for what it needs. If it was refused it is read by ranges to its end: fetched as a whole
         # where there is room by now, what was read of it would come twice.
         coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
         objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
         for shard, (key, identity) in zip(coming, objects, strict=True):
-            self.store.fetch_ahead(key, identity, self._ranges.get(shard))
+            if not self.tiers.has_moved or not self._is_at_a_disk(key, identity):
+                store.fetch_ahead(key, identity, self._ranges.get(shard))
 
     def is_at_hand(self, shard: int) -> bool:
         """Whether the shard is open, and what is served of it lies in a mapping as it is."""
@@ -338,12 +358,12 @@ class OpenedVersion:
 
     def heal(self, shard: int) -> bool:
         """Drop a shard's copy from the cache if it is not what the source sent; True: it was, load it again."""
-        store = self.store
-        healed = isinstance(store, LocalStore) and store.distrust(self.table.info(shard).name, self.identity(shard))
+        store, (key, identity) = self.store, self._object(shard)
+        healed = self.tiers.distrust(key, identity)
+        healed = (isinstance(store, LocalStore) and store.distrust(key, identity)) or healed
         self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
         if healed:
-            name = self.table.info(shard).name
-            logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, name)
+            logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
         return healed
 
     def is_near(self, shard: int) -> bool:
@@ -351,7 +371,25 @@ class OpenedVersion:
         if isinstance(self.store, CachedStore):
             (key, identity), ranges = self._object(shard), self._ranges.get(shard)
             return self.is_at_hand(shard) or self.store.is_here(key, identity, ranges)
+        if self.tiers.has_moved:
+            return self._is_at_a_disk(*self._object(shard))
         return isinstance(self.inner, LocalStore | MemoryStore)
+
+    def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
+        """Whether a shard lies in a folder of this machine that is no cache."""
+        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_far(key)
+        return is_home or self.tiers.near(key, identity) is not None
+
+    def make_ready(self, shards: NDArray[np.int64]) -> None:
+        """See Source."""
+        objects = self.table.objects
+
+        def is_cached(i: int) -> bool:
+            ((key, identity),) = objects(self.dataset_id, shards[i : i + 1])
+            return isinstance(self.store, CachedStore) and self.store.is_here(key, identity)
+
+        keys = self.table.names.take(pa.array(shards))
+        self.tiers.make_ready(keys, is_cached, reads_all=len(shards) == len(self.table))
 
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
@@ -361,11 +399,11 @@ class OpenedVersion:
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
         """The same version with other columns, shards of its own. Raises SchemaError (a column is not there)."""
-        return self._served_otherwise(columns, _open_shard)
+        return self._served_otherwise(columns, _Opener.open)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
         """As `with_columns`, to be read once: what the cache has not is read past it, for it would push others out."""
-        return self._served_otherwise(columns, _open_past_cache if isinstance(self.store, CachedStore) else _open_shard)
+        return self._served_otherwise(columns, _Opener.open_past_cache)
 
     def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
         def make() -> OpenedVersion:
@@ -394,7 +432,7 @@ class OpenedVersion:
 
     def figures(self) -> dict[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
-        counters = self.inner.counters.snapshot()
+        counters = self.placed.figures()
         stats = self.cache.counters.snapshot() if self.cache is not None else {}
         return {
             "requests": counters.get("requests", 0),
@@ -406,6 +444,7 @@ class OpenedVersion:
     def close(self) -> None:
         """Give shards and connections back; shards in use stay good until they are dropped."""
         self._readers.clear()
+        self.tiers.close()
         self.store.close()
         for keeper in self._keepers:
             found = keeper()
@@ -430,7 +469,7 @@ class OpenedVersion:
             info = self.table.info(shard)
             if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
-                footer = read_footer_alone(self.inner, info.name, info)
+                footer = read_footer_alone(self.placed.by_ranges, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)

@@ -1,14 +1,14 @@
-"""SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost."""
+"""SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost.
+
+Points of tiers are struck by tests/tier/test_kill_points.py.
+"""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from tests.stress.kill_rounds import points_here
 from tests.testing.warm_process import run_warm
-
-import tiercache
-from tiercache.testing.kill_points import points_in
 
 N_TIMES = 2  # that each point is struck by `make test`
 N_ROUNDS = 10_000  # of `make stress`
@@ -27,12 +27,12 @@ def check(report, n_rounds):
     assert report["problems"] == []
     assert report["never_reached"] == [], "no job of tests/stress/jobs.py gets there"
     assert sum(report["struck"].values()) == n_rounds
-    assert report["struck"].keys() == points_in(Path(tiercache.__file__).parent).keys()
+    assert report["struck"].keys() == points_here().keys()
 
 
 @pytest.mark.parametrize(("locks", "n_times"), [("hold", N_TIMES), ("lie", 1)])
 def test_a_process_that_dies_at_any_point_leaves_nothing_wrong(tmp_path, locks, n_times):
-    n_rounds = n_times * len(points_in(Path(tiercache.__file__).parent))
+    n_rounds = n_times * len(points_here())
     report = rounds(tmp_path, n_rounds, seed=5, locks=locks)
     check(report, n_rounds)
     assert min(report["struck"].values()) == n_times

@@ -15,7 +15,8 @@ def test_the_version_is_printed(tiercache):
 
 def test_without_a_verb_the_help_lists_them_all(tiercache):
     text = tiercache("--help").out
-    for verb in ["pack", "ls", "info", "head", "verify", "warm", "evict", "pin", "unpin", "status", "export", "demo"]:
+    verbs = "pack ls info head verify warm evict pin unpin status export demo tier restore"
+    for verb in verbs.split():
         assert f"\n  {verb} " in text
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.demo import claims
-from tiercache.demo.events import Epoch
+from tiercache.demo.events import Epoch, Held
 
 
 def epoch(
@@ -65,3 +65,75 @@ def test_another_model_at_the_end_fails():
 def test_each_task_has_its_own_claim():
     before = [epoch(how, digests=("a",), task=task) for task in ("digits", "python") for how in ("whole", "stopped")]
     assert [c.text.split(":")[0] for c in claims.resumed_exactly(before, [])] == ["digits", "python"]
+
+
+SHARDS = ("python/a.tcs", "python/b.tcs")
+
+
+def test_a_data_set_that_lies_in_the_archive_alone_is_moved():
+    assert claims.moved_whole("python", SHARDS, ["python/_tiercache/versions/1"], SHARDS).holds
+
+
+@pytest.mark.parametrize(
+    ("standard", "archive"),
+    [((), SHARDS[:1]), (SHARDS, ()), (SHARDS[:1], SHARDS)],
+    ids=["one is nowhere", "nothing moved", "one is in both"],
+)
+def test_a_shard_that_is_missing_or_left_behind_fails(standard, archive):
+    assert not claims.moved_whole("python", SHARDS, standard, archive).holds
+
+
+def test_no_shards_at_all_fail():
+    assert not claims.moved_whole("python", (), (), ()).holds
+
+
+FILES = {"checkpoints/a/step-1/model.pt": "x", "checkpoints/a/step-2/model.pt": "y"}
+OLD, NEW = FILES
+
+
+def test_files_in_any_tier_are_not_lost():
+    assert claims.nothing_lost(FILES, {"hot": {NEW: "y"}, "archive": {OLD: "x"}}).holds
+
+
+@pytest.mark.parametrize(
+    "after",
+    [{"hot": {NEW: "y"}, "archive": {}}, {"hot": FILES, "archive": {OLD: "z"}}, {"hot": {}}],
+    ids=["one is gone", "one copy has other bytes", "all are gone"],
+)
+def test_a_file_that_is_gone_or_has_other_bytes_fails(after):
+    assert not claims.nothing_lost(FILES, after).holds
+
+
+@pytest.mark.parametrize(("hot", "holds"), [({30}, True), ({20}, False), ({20, 30}, False), (set(), False)], ids=str)
+def test_the_newest_checkpoint_alone_stays(hot, holds):
+    assert claims.newest_stayed("a", {10, 20, 30}, hot).holds is holds
+
+
+def alike(*moved: Epoch) -> bool:
+    return all(claim.holds for claim in claims.trained_alike([epoch("warm", digests=("a", "b"))], moved))
+
+
+def test_the_same_batches_from_the_store_hold():
+    assert alike(epoch("moved", digests=("a", "b"), fetched_bytes=1))
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        (),
+        (epoch("moved", digests=("a", "b")),),
+        (epoch("moved", digests=("a", "c"), fetched_bytes=1),),
+        (epoch("moved", digests=("a",), fetched_bytes=1),),
+        (epoch("moved", digests=("a", "b"), fetched_bytes=1, weights="other"),),
+        (epoch("moved", digests=("a", "b"), fetched_bytes=1, task="another"),),
+    ],
+    ids=["none ran", "nothing fetched", "another batch", "one missing", "other weights", "another task"],
+)
+def test_a_training_that_is_not_the_same_fails(moved):
+    assert not alike(*moved)
+
+
+@pytest.mark.parametrize(("dollars", "holds"), [(0.5, True), (1.0, False), (0.0, False)])
+def test_what_costs_less_and_something_holds(dollars, holds):
+    before = [Held("before", "hot", 1, 1, 0.0), Held("before", "standard", 1, 1, 1.0)]
+    assert claims.costs_less(before, [Held("after", "archive", 1, 1, dollars)]).holds is holds

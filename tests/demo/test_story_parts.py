@@ -4,12 +4,12 @@ import pytest
 
 from tiercache.demo import process
 from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
-from tiercache.demo.events import Claim, Epoch, Note, Packed, Step
+from tiercache.demo.events import Claim, Epoch, Held, Note, Packed, Step
 from tiercache.demo.jobs import Job, event_from_line, event_to_line
 from tiercache.errors import TierCacheError
 
 JOB = Job(phase="cold", urls={"python": "s3://b/python"}, storage_options={"secret_access_key": "s"}, cache="c",
-          cache_bytes=1, folder="f")  # fmt: skip
+          cache_bytes=1, folder="f", checkpoints="k")  # fmt: skip
 
 
 def test_digits_are_pngs_in_a_folder_for_each_class(tmp_path):
@@ -39,6 +39,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it():
         Packed("n", "u", "c", 1, 2, 3, 4),
         Epoch("t", 1, "cold", 1, 1.0, 0.5, 1, 2, 3, 4, 0.5, None, ("x", "y"), "w"),
         Claim("c", True, "f"),
+        Held("before", "hot", 1, 2, 0.5),
     ],
     ids=lambda event: type(event).__name__,
 )

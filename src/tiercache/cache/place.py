@@ -31,15 +31,22 @@ class Place:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     casts: Casts = field(default_factory=dict)
 
-    def open(self) -> tuple[Store, Store, Cache | None]:
-        """The data set's own store, the store to read through (the same, or the cache round it), and the cache."""
-        inner = open_store(self.url, **self.storage_options)
+    def open(self) -> Store:
+        """The data set's own store."""
+        return open_store(self.url, **self.storage_options)
+
+    def cache_of(self, store: Store) -> Cache | None:
+        """The cache that a store is read through here; None: it is read itself."""
         if isinstance(self.cache, Cache):
-            return inner, self.cache.store(inner), self.cache
-        if self.cache is False or isinstance(inner, LocalStore | MemoryStore):
-            return inner, inner, None
-        cache = _default_cache()
-        return inner, inner if cache is None else cache.store(inner), cache
+            return self.cache
+        if self.cache is False or isinstance(store, LocalStore | MemoryStore):
+            return None
+        return _default_cache()
+
+    def cached(self, store: Store) -> Store:
+        """A store as it is read here: itself, or the cache round it."""
+        cache = self.cache_of(store)
+        return store if cache is None else cache.store(store)
 
 
 def _default_cache() -> Cache | None:

@@ -61,14 +61,15 @@ class Database:
         wal: bool,
         make_folder: Callable[[], object],
         prepare: Callable[[sqlite3.Connection], object],
+        durable: bool = False,
     ) -> None:
         """Remember where the file is.
 
         make_folder: makes its folder where that is gone; prepare: makes and fills the tables of a new file, inside one
-        transaction.
+        transaction; durable: what was committed outlives a loss of power.
         """
         self.path = path
-        self._wal = wal
+        self._wal, self._durable = wal, durable
         self._make_folder, self._prepare = make_folder, prepare
         self._lock = RLock()
         self._connection: sqlite3.Connection | None = None
@@ -169,8 +170,8 @@ class Database:
             os.close(open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
 
     def _set_up(self, connection: sqlite3.Connection) -> None:
-        # Not synced: after a power loss the machine has another boot id, and the owner of the tables makes them anew.
-        connection.execute("PRAGMA synchronous=OFF")
+        # Mostly not synced: after a power loss the machine has another boot id, and the owner makes the tables anew.
+        connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
         connection.execute(f"PRAGMA journal_mode={'WAL' if self._wal else 'TRUNCATE'}")
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:

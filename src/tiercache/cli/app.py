@@ -14,8 +14,10 @@ from tiercache.cli.failures import reports_failures
 from tiercache.cli.head import head
 from tiercache.cli.listing import info, ls
 from tiercache.cli.pack import pack
+from tiercache.cli.restore import restore
 from tiercache.cli.simulate import simulate
 from tiercache.cli.status import status
+from tiercache.cli.tier import tier
 from tiercache.cli.verify import verify
 from tiercache.cli.warm import pin, warm
 from tiercache.version import __version__
@@ -41,12 +43,14 @@ _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (pin, "what was pinned stays pinned; the same command goes on from there"),
     (unpin, "what was unpinned stays so; the same command goes on from there"),
     (status, _AGAIN),
+    (restore, "what was asked for is on its way, what was copied is copied; the same command goes on from there"),
     (simulate, _AGAIN),
     (demo, "everything it made is gone; run it again"),
     (export, "a file that is not whole is not left behind; run the same command again with --overwrite"),
 )
 for _verb, _how_to_go_on in _VERBS:
     app.command()(reports_failures(_verb, how_to_go_on=_how_to_go_on))
+app.add_typer(tier, name="tier")
 
 
 def _print_version(wanted: bool) -> None:

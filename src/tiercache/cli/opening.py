@@ -12,6 +12,7 @@ from tiercache.shard.manifest import latest, read_shards, read_version
 from tiercache.shard.segments import ShardTable
 from tiercache.shard.versions import Version
 from tiercache.store import Store, open_store
+from tiercache.tier.placed import placed
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class OpenDataSet:
 
 @contextmanager
 def opened_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
-    """The store of a URL, closed at the end."""
-    with closing(open_store(url, **parse_storage_options(storage_options))) as store:
+    """The store of a data set's URL, which finds shards that were moved to another tier; closed at the end."""
+    options = parse_storage_options(storage_options)
+    with closing(placed(open_store(url, **options), options)) as store:
         yield store
 
 

@@ -37,8 +37,9 @@ class Packed:
 class Epoch:
     """One pass, or a part of one, over a data set, training included; "loader only": passes without training.
 
-    how: "cold", "warm", "loader only", "whole", "stopped" or "resumed". served_bytes: in batches; fetched_bytes: from
-    the store. loss: mean over the training records; accuracy: on held-out records; both where there is one.
+    how: "cold", "warm", "loader only", "whole", "stopped", "resumed" or "moved". served_bytes: in batches;
+    fetched_bytes: from the store. loss: mean over the training records; accuracy: on held-out records; both where
+    there is one.
     wait_share: of the time, spent waiting for the loader.
     digests: SHA-256 of each training batch, in order. weights: SHA-256 of the model after it.
     """
@@ -74,7 +75,18 @@ class Claim:
     found: str
 
 
-Event: TypeAlias = Step | Note | Packed | Epoch | Claim
-EVENTS: dict[str, type[Step | Note | Packed | Epoch | Claim]] = {
-    kind.__name__.lower(): kind for kind in (Step, Note, Packed, Epoch, Claim)
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What lies in a tier, and what that costs a month. when: "before" its data is moved, or "after"."""
+
+    when: str
+    tier: str
+    n_bytes: int
+    n_objects: int
+    dollars_month: float
+
+
+Event: TypeAlias = Step | Note | Packed | Epoch | Claim | Held
+EVENTS: dict[str, type[Step | Note | Packed | Epoch | Claim | Held]] = {
+    kind.__name__.lower(): kind for kind in (Step, Note, Packed, Epoch, Claim, Held)
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiercache.demo.events import EVENTS, Epoch, Event
 
-Phase: TypeAlias = Literal["cold", "warm", "stop", "resume"]
+Phase: TypeAlias = Literal["cold", "warm", "stop", "resume", "moved"]
 
 BATCH_SIZE = 64
 SEED = 7
@@ -20,7 +20,7 @@ class Job:
     """One process's work: all tasks through one phase.
 
     urls: data set by name ("digits/train", "digits/test", "python"). folder: where models and loader states lie
-    between processes. cache, cache_bytes: the cache that all processes share.
+    between processes. cache, cache_bytes: the cache that all processes share. checkpoints: folder for those by step.
     """
 
     phase: Phase
@@ -29,6 +29,7 @@ class Job:
     cache: str
     cache_bytes: int
     folder: str
+    checkpoints: str
 
     def to_json(self) -> str:
         """As text; it holds the embedded server's key, so it goes through a pipe and never into a file."""

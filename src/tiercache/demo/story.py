@@ -1,10 +1,9 @@
-"""The story: pack, look, train cold, train warm in a new process, stop, resume, evict; and what must hold."""
+"""The story: pack, look, train cold, train warm in a new process, stop, resume, evict, tier; and what must hold."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from tiercache.cache import Cache
@@ -12,8 +11,8 @@ from tiercache.dataset import Dataset
 from tiercache.demo import claims
 from tiercache.demo.data import WINDOW_BYTES, check_packages, python_windows, write_digits
 from tiercache.demo.events import Claim, Epoch, Event, Note, Packed, Step
-from tiercache.demo.jobs import Job, Phase
-from tiercache.demo.process import run_job
+from tiercache.demo.stage import CACHE_BYTES, NAMES, Stage
+from tiercache.demo.tiers import tell_tiers
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
@@ -24,25 +23,6 @@ from tiercache.store import open_store
 from tiercache.testing.s3_server import S3Server
 
 PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
-NAMES = ("digits/train", "digits/test", "python")
-CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Where it plays. folder: everything that is written lies in it."""
-
-    folder: Path
-    server: S3Server
-
-    @property
-    def cache(self) -> Path:
-        """The cache that all training processes share."""
-        return self.folder / "cache"
-
-    def url(self, name: str) -> str:
-        """The data set of a name."""
-        return f"{self.server.url}/{name}"
 
 
 def tell(folder: Path) -> Generator[Event, None, None]:
@@ -61,8 +41,9 @@ def tell(folder: Path) -> Generator[Event, None, None]:
         yield _about(server)
         yield from _pack(stage)
         yield from _look(stage)
-        yield from _train(stage)
+        warm = yield from _train(stage)
         yield from _evict(stage)
+        yield from tell_tiers(stage, warm)
 
 
 @contextmanager
@@ -126,40 +107,23 @@ def _look(stage: Stage) -> Iterator[Event]:
         yield Claim(f"{name} holds what was written", not findings, "; ".join(map(str, findings)) or "no damage found")
 
 
-def _train(stage: Stage) -> Iterator[Event]:
+def _train(stage: Stage) -> Generator[Event, None, Sequence[Epoch]]:
+    """Three epochs; returns those of the second."""
     yield Step("Epoch 1, cold: shards come from S3 while the models train on them")
-    yield from _phase(stage, "cold")
+    yield from stage.run("cold")
     yield Step("Epoch 2, warm: a new process, the same cache")
     sent_before = stage.server.bytes_sent()
-    warm = yield from _phase(stage, "warm")
+    warm = yield from stage.run("warm")
     sent_after = stage.server.bytes_sent()
     yield claims.warm_fetched_nothing(warm)
     if sent_before is not None and sent_after is not None:
         yield claims.store_sent_versions_only(sent_after - sent_before, _version_bytes(stage))
     yield Step("Epoch 3, a third process: once as a whole, then again up to the middle, where it stops")
-    before = yield from _phase(stage, "stop")
+    before = yield from stage.run("stop")
     yield Step("The rest of epoch 3, in a fourth process")
-    after = yield from _phase(stage, "resume")
+    after = yield from stage.run("resume")
     yield from claims.resumed_exactly(before, after)
-
-
-def _phase(stage: Stage, phase: Phase) -> Generator[Event, None, list[Epoch]]:
-    """Run a training process; passes its events on and returns its epochs."""
-    job = Job(
-        phase=phase,
-        urls={name: stage.url(name) for name in NAMES},
-        storage_options=stage.server.storage_options,
-        cache=str(stage.cache),
-        cache_bytes=CACHE_BYTES,
-        folder=str(stage.folder),
-    )
-    epochs = []
-    with closing(run_job(job)) as events:
-        for event in events:
-            if isinstance(event, Epoch):
-                epochs.append(event)
-            yield event
-    return epochs
+    return warm
 
 
 def _version_bytes(stage: Stage) -> int:

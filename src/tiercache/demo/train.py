@@ -25,6 +25,9 @@ from tiercache.load.options import LoaderOptions
 
 LEARNING_RATE = 3e-3
 READ_S = 1.0
+CHECKPOINTS_AN_EPOCH = 4
+# "whole" is there to compare with, "moved" to read what is there already.
+WITHOUT_CHECKPOINTS = ("whole", "moved")
 
 
 class Trainer:
@@ -34,6 +37,8 @@ class Trainer:
         torch.manual_seed(SEED)  # the same weights at the start of every run
         self.task = task
         self._folder = Path(job.folder)
+        self._checkpoints = Path(job.checkpoints) / task.name
+        self._step = 0
         self._optimizer = torch.optim.AdamW(task.model.parameters(), LEARNING_RATE)
         self._cache = Cache(job.cache, size=job.cache_bytes)
         self.loader = self._open(job, task.train, shuffle=True)
@@ -66,6 +71,8 @@ class Trainer:
             n = len(next(iter(batch.values())))
             losses += self._learn(batch) * n
             n_samples += n
+            if how not in WITHOUT_CHECKPOINTS:
+                self._keep(loss=losses / n_samples)
         elapsed_s = time.perf_counter() - started_s
         accuracy = self._accuracy()
         served, fetched, hits, misses = self._counted()
@@ -113,6 +120,7 @@ class Trainer:
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+        self._step += 1
         return float(loss.detach())
 
     def _accuracy(self) -> float | None:
@@ -135,10 +143,25 @@ class Trainer:
         self._seen = now
         return new
 
+    def _keep(self, *, loss: float) -> None:
+        """A checkpoint as many scripts write it, CHECKPOINTS_AN_EPOCH times: a folder named by the step."""
+        if self._step % (len(self.loader) // CHECKPOINTS_AN_EPOCH):
+            return
+        folder = self._checkpoints / f"step-{self._step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self._state(), folder / "model.pt")
+        (folder / "metrics.json").write_text(json.dumps({"loss": loss}))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.task.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self._step,
+        }
+
     def save(self, name: str) -> None:
         """Keep weights, optimizer and the loader's position under a name."""
-        state = {"model": self.task.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, self._path(name, "pt"))
+        torch.save(self._state(), self._path(name, "pt"))
         self._path(name, "json").write_text(json.dumps(self.loader.state_dict()))
 
     def load(self, name: str) -> None:
@@ -146,6 +169,7 @@ class Trainer:
         state = torch.load(self._path(name, "pt"))
         self.task.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._step = state["step"]
 
     def resume(self, name: str) -> Iterator[dict[str, Any]]:
         """The rest of the epoch in which a name was saved."""
@@ -185,7 +209,13 @@ def run_resume(trainer: Trainer) -> Iterator[Event]:
     yield trainer.run(trainer.resume("middle"), epoch=3, how="resumed")
 
 
-PHASES = {"cold": run_cold, "warm": run_warm, "stop": run_stop, "resume": run_resume}
+def run_moved(trainer: Trainer) -> Iterator[Event]:
+    """Epoch 2 once more, from the same weights, when its data lies elsewhere."""
+    trainer.load("epoch1")
+    yield trainer.run(trainer.start(2), epoch=2, how="moved")
+
+
+PHASES = {"cold": run_cold, "warm": run_warm, "stop": run_stop, "resume": run_resume, "moved": run_moved}
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from tiercache.load.ranks import Rank
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
-from tiercache.load.source import Source
+from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState
 
 T_co = TypeVar("T_co", covariant=True)  # of a batch, as in torch: `DataLoader[Batch]` is a type
@@ -133,6 +133,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __iter__(self) -> Any:
         if self._native is None:
+            source = getattr(self.dataset, "source", None)
+            if isinstance(source, Source):
+                make_ready(source)
             return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)

@@ -25,7 +25,7 @@ from tiercache.load.publishing import Publishing
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.resources import Machine
 from tiercache.load.serving import Serving
-from tiercache.load.source import Source
+from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState, reopen
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, Waits
@@ -79,6 +79,7 @@ class NativeRun:
         self._damage = damage_of(source, asked.options)
         self._machine = Machine(asked.options)
         self._figures_before = dict(source.figures())
+        self._ready: Source | None = None  # that was seen to be readable
 
     def rank(self) -> Rank:
         """This process's rank; asked anew until the run has begun, as torch.distributed may be initialised late."""
@@ -156,6 +157,9 @@ class NativeRun:
         """The next epoch's batches."""
         draws = self._draw()
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
+        if self._ready is not self._source:
+            make_ready(self._source)
+            self._ready = self._source
         rank = self.rank()
         read = self._source if self._damage is None else self._damage
         plan_share = partial(plan_epoch, read, rank, self._asked.batch_size, self._asked.fills_first)

@@ -22,6 +22,7 @@ from tiercache.load.pipeline import Work
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.resources import Machine
 from tiercache.load.sampling import OURS, STATE_KEYS, Lead, SampledEpoch, batch_rows, says_size, tell_epoch
+from tiercache.load.source import make_ready
 from tiercache.order import Layout
 from tiercache.order.listed import Locator
 from tiercache.stats import Counters, Waits
@@ -114,6 +115,7 @@ class SampledRun:
         self._seed = asked.options.seed  # of what is drawn at random for a record
         self._n_epochs = 0  # that were begun here
         self._iterator: weakref.ref[SampledIterator] | None = None
+        self._is_ready = False  # whether the source was seen to be readable
 
     @property
     def says_size(self) -> bool:
@@ -160,6 +162,9 @@ class SampledRun:
 
     def iterate(self) -> SampledIterator:
         """The next epoch's batches."""
+        if not self._is_ready:
+            make_ready(self._source)
+            self._is_ready = True
         if not (self._is_fresh and self._epoch is not None):
             self._epoch = self._make()
         if self._epoch.finished:

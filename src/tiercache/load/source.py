@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from tiercache.model import Following, Keeper, Part, ReadingPlan
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.types import Schema
 
-__all__ = ["Keeper", "Part", "Source"]
+__all__ = ["Keeper", "Part", "Source", "make_ready"]
 
 
 @runtime_checkable
@@ -95,6 +96,14 @@ class Source(Protocol):
         `Blocks.columns` are the served columns in their order, by the numbers that they have in that shard's schema.
         """
 
+    def make_ready(self, shards: NDArray[np.int64]) -> None:
+        """Hear that a run begins that reads these shards, int64[m], and see that it can.
+
+        Raises:
+            ArchivedShards: some must be restored first; names them all.
+            StoreError: where they lie cannot be found out.
+        """
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start bringing these shards near, in this order; returns at once."""
 
@@ -122,3 +131,8 @@ class Source(Protocol):
 
     def figures(self) -> Mapping[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
+
+
+def make_ready(source: Source) -> None:
+    """See that a run of a source can begin, whatever its order: all shards that have records. As Source.make_ready."""
+    source.make_ready(np.flatnonzero(source.shard_records))

@@ -41,6 +41,28 @@ class CloudStore(Store):
         return store
 
     @property
+    def place(self) -> Place:
+        """Where its objects are."""
+        return self._place
+
+    @property
+    def options(self) -> CloudOptions:
+        """How it is reached, credentials included: never shown."""
+        return self._options
+
+    @property
+    def cloud(self) -> str:
+        """Which one: "s3", "gs", "az" or "http"."""
+        return self._place.cloud
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The same for stores of one folder: cloud, endpoint, bucket and prefix."""
+        config = self._options.config
+        endpoint = str(config.get("endpoint", config.get("account_name", ""))).rstrip("/")
+        return self._place.cloud, endpoint, self._place.bucket, self._place.prefix
+
+    @property
     def back_end(self) -> Store:
         """The store that does the work in this process."""
         return self._here.get()

@@ -225,6 +225,16 @@ class Joined:
         found = [root.publish(merged(of_root)) for root, of_root in plans.values()]
         return Followings(tuple(one for one in found if one is not None))
 
+    def make_ready(self, shards: NDArray[np.int64]) -> None:
+        """As Source.make_ready; of each source its own, views of one source together."""
+        places = shards.astype(np.int64)
+        of_root: dict[int, tuple[Readable, list[NDArray[np.int64]]]] = {}
+        for part, where in self._by_part(self._first_shard, places):
+            root = root_of(self.below[part])
+            of_root.setdefault(id(root), (root, []))[1].append(places[where] - self._first_shard[part])
+        for root, asked in of_root.values():
+            root.make_ready(np.unique(np.concatenate(asked)))
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch; of each source its own."""
         places = np.array(shards, np.int64)

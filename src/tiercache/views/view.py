@@ -214,6 +214,10 @@ class View:
         """As Source.publish; shards keep their numbers."""
         return self.below.publish(plan)
 
+    def make_ready(self, shards: NDArray[np.int64]) -> None:
+        """As Source.make_ready, of those that have records."""
+        self.below.make_ready(shards[self.shard_records[shards] > 0])
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch, of those that have records."""
         self.below.prefetch([shard for shard in shards if self.shard_records[shard]])

@@ -1,0 +1,163 @@
+"""The inventory: seconds and memory of seeing what many objects in three tiers are.
+
+    python benchmarks/bench_tier_inventory.py [--objects 1000000] [--only files folders named books] [--repetitions 3]
+
+files: each of them a group; folders: checkpoints of ten objects each, with counted shards; named: checkpoints that are
+a file each, with a metric in the name that a rule asks for; books: files, all of which the catalog knows. Stores list
+from memory, so that what is measured is ours: `listing_s` is what making the columns takes of `seconds`, Python objects
+of the stores included. Each case runs in a process of its own; `peak_bytes` is the process's. Rows go to
+tier_inventory.jsonl; --quick is small, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rows import OUT, spread, table, write_rows
+from tiercache.model import ObjectInfo
+from tiercache.store import MemoryStore
+from tiercache.tier.inventory import take_inventory
+from tiercache.tier.listing import list_tiers
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import Best, Keep, Rule, Tier, TierFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+NOW_S, DAY_S = 1_790_000_000.0, 86_400.0
+LIMIT_BYTES = 1 << 30
+NAMES = ("hot", "standard", "archive")
+CASES: dict[str, Callable[[int], str]] = {
+    "files": lambda i: f"users/team-{i % 50}/results/{i // 1000}/file-{i}.{('bin', 'csv', 'npz')[i % 3]}",
+    "folders": lambda i: f"runs/run-{i // 1000}/checkpoint-{i // 10 % 100}/model-{i % 10 + 1:05d}-of-00010.safetensors",
+    "named": lambda i: f"runs/run-{i // 1000}/epoch={i % 1000}-step={i}-val_loss={i % 97 / 50}.ckpt",
+    "books": lambda i: f"users/team-{i % 50}/results/{i // 1000}/file-{i}.bin",
+}
+
+
+class MadeStore(MemoryStore):
+    """Lists objects first, first + 1 and so on, which are not there."""
+
+    def __init__(self, name: str, case: str, numbers: range) -> None:
+        super().__init__(name)
+        self.case, self.numbers = case, numbers
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:  # noqa: ARG002 - all is asked for
+        """All of them."""
+        name = CASES[self.case]
+        for i in self.numbers:
+            yield ObjectInfo(name(i), 1_000_000 + i % 7, f'"{i:032x}"', modified_s=NOW_S - DAY_S - i % 1000)
+
+
+class Books:
+    """A catalog that knows every object of a case, or none."""
+
+    def __init__(self, case: str, ranges: Mapping[str, range]) -> None:
+        self._known = {
+            tier: {CASES[case](i): (1_000_000 + i % 7, f'"{i:032x}"', i, True) for i in numbers}
+            for tier, numbers in (ranges.items() if case == "books" else ())
+        }
+
+    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool]]:
+        """See inventory.Known."""
+        return self._known.get(tier, {})
+
+
+def measure(case: str, n: int, repetitions: int) -> dict[str, Any]:
+    """One case, in this process: seven of ten objects at home, two in the archive, one in the hot tier and at home."""
+    ranges = {"hot": range(n // 10), "standard": range(n * 7 // 10), "archive": range(n * 8 // 10, n)}
+    keep = {"hot": Keep(best=(Best(metric="val_loss", n=2, mode="min"),))}
+    tiers = tuple(Tier(name=name, role=name, url=f"memory://{name}") for name in NAMES)
+    file = TierFile(
+        path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=(Rule(name="r", match=("**",), keep=keep),)
+    )
+    stores = Stores(file, stores={name: MadeStore(name, case, numbers) for name, numbers in ranges.items()})
+    books = Books(case, ranges)
+    before, times, listing = peak_bytes(), [], []
+    for _ in range(repetitions):
+        start_s = time.perf_counter()
+        found = take_inventory(file, stores, books, now_s=NOW_S)
+        times.append(time.perf_counter() - start_s)
+        groups, copies, complete = found.snapshot.n_groups, found.snapshot.n_copies, int(found.snapshot.complete.sum())
+        del found
+    peak = peak_bytes()
+    for _ in range(repetitions):
+        start_s = time.perf_counter()
+        objects = len(list_tiers(file, stores, now_s=NOW_S))
+        listing.append(time.perf_counter() - start_s)
+    return {
+        "benchmark": "tier_inventory",
+        "case": case,
+        "objects": objects,
+        "groups": groups,
+        "copies": copies,
+        "complete": complete,
+        "seconds": spread(times),
+        "listing_s": spread(listing),
+        "peak_bytes": peak,
+        "made_bytes": peak - before,
+        "within": peak < LIMIT_BYTES,
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_a_process(case: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    numbers = ["--objects", str(given.objects), "--repetitions", str(given.repetitions)]
+    command = [sys.executable, __file__, "--case", case, *numbers]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
+
+
+def printed(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for people."""
+    lines = [
+        [
+            row["case"],
+            f"{row['objects']:,}",
+            f"{row['groups']:,}",
+            f"{row['copies']:,}",
+            f"{row['seconds']['median']:.2f}",
+            f"{row['listing_s']['median']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['made_bytes'] / 2**20:.0f}",
+        ]
+        for row in rows
+    ]
+    return table(["case", "objects", "groups", "copies", "s", "of it listing", "peak MiB", "made MiB"], lines)
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=int, default=1_000_000)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=OUT, help="where the row goes")
+    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        print(json.dumps(measure(given.case, given.objects, given.repetitions)))
+        return
+    if given.quick:
+        given.objects, given.repetitions = 5_000, 1
+    rows = [in_a_process(case, given) for case in given.only]
+    print(printed(rows))
+    write_rows(given.folder / "tier_inventory.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Moving objects from store to store: tier/transfer.py beside a plain copy by the same client.
+
+    python benchmarks/bench_tier_move.py [--megabytes 512] [--repetitions 7] [--jobs 4] [--only folder-s3 ...] [--quick]
+
+The plain copy reads a part, writes it, and reads the next, several objects at once and the parts of an upload to S3
+side by side, as a transfer has them; it sums nothing and looks at nothing afterwards. The S3 server is SeaweedFS on
+this machine. A case is a way (from, to) with objects of one size. The two take turns, each repetition beginning with
+the other one; the disk is idle when the clock starts, and files are durable when it stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rows import OUT, spread, table, write_rows
+from tiercache.model import ByteRange
+from tiercache.testing.s3_server import S3Server
+from tiercache.tier.model import PlannedObject
+from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import Transfer
+from tiercache.tierfile import Tier, TierFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tiercache.store import Store
+    from tiercache.store.archive import S3Archive
+
+PART_BYTES = 8 << 20
+TOGETHER = 6
+SIZES = {"64 MiB": 64 << 20, "8 MiB": 8 << 20, "64 KiB": 64 << 10}
+MOST_OBJECTS = 1000
+QUICK_BYTES = 256 << 10
+WAYS = ("folder-folder", "folder-s3", "s3-folder", "s3-s3", "folder-s3.obstore")
+TITLES = ("way", "objects", "plain MB/s", "moved MB/s", "share", "min - max", "CPU s/GB plain", "CPU s/GB")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Objects in a store, to be copied to another.
+
+    archive: what writes to dst where it is S3 by boto3.
+    """
+
+    name: str
+    src: str
+    dst: str
+    stores: Stores
+    objects: tuple[PlannedObject, ...]
+    jobs: int
+
+    @property
+    def n_bytes(self) -> int:
+        """All of them."""
+        return sum(one.n_bytes for one in self.objects)
+
+
+def plain(case: Case) -> None:
+    """The same client, and nothing else."""
+    src, dst, archive = case.stores.store(case.src), case.stores.store(case.dst), case.stores.archive(case.dst)
+
+    def copy(one: PlannedObject) -> None:
+        if archive is None:
+            copy_in_order(src, dst, one)
+        else:
+            copy_side_by_side(src, archive, one, threads)
+
+    with ThreadPoolExecutor(max(case.jobs, TOGETHER)) as threads, ThreadPoolExecutor(case.jobs) as pool:
+        list(pool.map(copy, case.objects))
+
+
+def copy_in_order(src: Store, dst: Store, one: PlannedObject) -> None:
+    """A part after the other."""
+    buffer = memoryview(np.empty(min(one.n_bytes, PART_BYTES), np.uint8)).cast("B")
+    with dst.create(one.key) as upload:
+        for number, span in enumerate(parts(one.n_bytes)):
+            part = buffer[: span.n_bytes]
+            src.read_into(one.key, [(span, part)])
+            upload.put_part(number, part)
+        upload.complete()
+
+
+def copy_side_by_side(src: Store, archive: S3Archive, one: PlannedObject, threads: ThreadPoolExecutor) -> None:
+    """S3's upload in parts, by boto3 without sums; an object of one part by one request."""
+
+    def read(span: ByteRange) -> bytearray:
+        data = bytearray(span.n_bytes)
+        src.read_into(one.key, [(span, memoryview(data))])
+        return data
+
+    spans = list(parts(one.n_bytes))
+    if len(spans) == 1:
+        archive.call("put_object", one.key, Body=read(spans[0]))
+        return
+    upload_id = archive.call("create_multipart_upload", one.key)["UploadId"]
+
+    def send(number: int, span: ByteRange) -> dict[str, Any]:
+        said = archive.call("upload_part", one.key, UploadId=upload_id, PartNumber=number, Body=read(span))
+        return {"PartNumber": number, "ETag": said["ETag"]}
+
+    sent = list(threads.map(send, range(1, len(spans) + 1), spans))
+    archive.call("complete_multipart_upload", one.key, UploadId=upload_id, MultipartUpload={"Parts": sent})
+
+
+def parts(n_bytes: int) -> Iterator[ByteRange]:
+    """An object's parts."""
+    return (ByteRange(start, min(start + PART_BYTES, n_bytes)) for start in range(0, n_bytes, PART_BYTES))
+
+
+def moved(case: Case) -> None:
+    """What the mover does with them: copied, summed, verified."""
+    with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
+        list(pool.map(lambda one: transfer.copy(case.src, case.dst, one), case.objects))
+
+
+def cases(server: S3Server, folder: Path, asked: argparse.Namespace, wanted_bytes: int) -> Iterator[Case]:
+    """One after the other; each finds its objects written, and leaves nothing."""
+    for way in asked.only:
+        for size, n_bytes in SIZES.items():
+            each_bytes = min(n_bytes, wanted_bytes // 2)
+            n_objects = min(max(wanted_bytes // each_bytes, 2), MOST_OBJECTS)
+            with opened(way, server, folder) as stores:
+                store = stores.store("standard")
+                objects = tuple(written(store, f"{size}-{number}", each_bytes) for number in range(n_objects))
+                yield Case(f"{way}, {size}", "standard", "archive", stores, objects, asked.jobs)
+                store.delete([one.key for one in objects])
+
+
+def opened(way: str, server: S3Server, folder: Path) -> Stores:
+    """The tiers of a way. Without their archives where obstore is to write."""
+    src, _, dst = way.removesuffix(".obstore").partition("-")
+
+    def tier(name: str, role: str, kind: str) -> Tier:
+        options = server.storage_options if kind == "s3" else {}
+        url = f"{server.url}/{role}" if kind == "s3" else str(folder / role)
+        # Another region: the server is not to copy by itself.
+        return Tier(name=name, role=role, url=url, storage_options={**options, **({"region": name} if options else {})})
+
+    tiers = (tier("standard", "standard", src), tier("archive", "archive", dst))
+    file = TierFile(path=Path("bench.toml"), sha256="", tiers=tiers)
+    if way.endswith(".obstore"):
+        with Stores(file) as plain_stores:
+            return Stores(file, stores={name: plain_stores.store(name) for name in ("standard", "archive")})
+    return Stores(file)
+
+
+def written(store: Store, key: str, n_bytes: int) -> PlannedObject:
+    """An object that holds noise."""
+    with store.create(key) as upload:
+        for number, span in enumerate(parts(n_bytes)):
+            upload.put_part(number, os.urandom(span.n_bytes))
+        upload.complete()
+    info = store.head(key)
+    return PlannedObject(key, info.n_bytes, info.etag, info.modified_s)
+
+
+def measure(case: Case, repetitions: int) -> dict[str, Any]:
+    """Seconds of both, taking turns."""
+    ways: dict[str, Callable[[Case], None]] = {"plain": plain, "moved": moved}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for copy in ways.values():  # the first request of a client takes its time
+        copy(replace(case, objects=case.objects[:1]))
+        case.stores.store(case.dst).delete([case.objects[0].key])
+    for repetition in range(repetitions):
+        for name in sorted(ways, reverse=repetition % 2 == 0):
+            os.sync()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
+            ways[name](case)
+            seconds[name].append(time.perf_counter() - start_s)
+            cpu[name].append(time.process_time() - start_cpu_s)
+            case.stores.store(case.dst).delete([one.key for one in case.objects])
+    return row(case, seconds, cpu)
+
+
+def row(case: Case, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
+    """The figures of a case. share: of the plain copy's speed, by medians; shares: of each repetition."""
+    speeds = {name: spread([case.n_bytes / s for s in found]) for name, found in seconds.items()}
+    shares = [a / b for a, b in zip(seconds["plain"], seconds["moved"], strict=True)]
+    return {
+        "benchmark": "tier_move",
+        "case": case.name,
+        "n_objects": len(case.objects),
+        "n_bytes": case.n_bytes,
+        "jobs": case.jobs,
+        "bytes_per_s": speeds,
+        "share": speeds["moved"]["median"] / speeds["plain"]["median"],
+        "shares": spread(shares),
+        "cpu_s_per_gb": {name: spread([s / case.n_bytes * 1e9 for s in found]) for name, found in cpu.items()},
+    }
+
+
+def line(found: dict[str, Any]) -> Sequence[str]:
+    """A row for people."""
+    speeds, cpu = found["bytes_per_s"], found["cpu_s_per_gb"]
+    return [
+        found["case"],
+        f"{found['n_objects']:,}",
+        f"{speeds['plain']['median'] / 1e6:,.0f}",
+        f"{speeds['moved']['median'] / 1e6:,.0f}",
+        f"{found['share']:.2f}",
+        f"{found['shares']['min']:.2f} - {found['shares']['max']:.2f}",
+        f"{cpu['plain']['median']:.2f}",
+        f"{cpu['moved']['median']:.2f}",
+    ]
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=512, help="copied by each in each repetition")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--jobs", type=int, default=4, help="objects at once")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS])
+    parser.add_argument("--folder", type=Path, default=OUT / "tier_move", help="on the disk that is measured")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    asked = parser.parse_args(given)
+    n_bytes, repetitions = (QUICK_BYTES, 1) if asked.quick else (asked.megabytes << 20, asked.repetitions)
+    data = asked.folder / "data"
+    with S3Server(data / "server") as server:
+        rows = [measure(case, repetitions) for case in cases(server, data, asked, n_bytes)]
+    print(table(TITLES, [line(found) for found in rows]))
+    write_rows(asked.folder / "tier_move.jsonl", rows)
+    shutil.rmtree(data)
+    print(f"rows: {asked.folder / 'tier_move.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Planning: seconds and memory of deciding what is to be done with many objects under many rules.
+
+    python benchmarks/bench_tier_plan.py [--objects 1000000] [--rules 20] [--only mixed all none] [--repetitions 3]
+
+mixed: shards, files and checkpoints, of which some move, some are refused, and one tier is over its watermark; all:
+every object moves; none: no rule matches, which is what matching costs at most. Each case runs in a process of its own,
+so that its peak is its own: `peak_bytes` is the process's, with Python, numpy and Arrow; `made_bytes` is what deciding
+adds to what the snapshot takes; `cpu_s` is what a machine with nothing else to do would need. Rows go to
+tier_plan.jsonl; --quick is small, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from rows import OUT, spread, table, write_rows
+from tiercache.prices import prices_of
+from tiercache.tier.matching import first_match
+from tiercache.tier.model import CHECKPOINT, FILE, HERE, NO_SERIES, NO_STEP, SHARD, Snapshot
+from tiercache.tier.policy import decide
+from tiercache.tierfile import Keep, Rule, Tier, TierFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CASES = ("mixed", "all", "none")
+NOW_S, DAY_S = 1_790_000_000.0, 86_400.0
+GB = 10**9
+LIMIT_S, LIMIT_BYTES = 10.0, 1 << 30
+TIERS = (
+    Tier(name="hot", role="hot", url="/nvme/train", capacity="1TB"),
+    Tier(name="standard", role="standard", url="s3://bucket/train", prices="aws:us-east-1:STANDARD"),
+    Tier(
+        name="archive",
+        role="archive",
+        url="s3://cold/train",
+        storage_class="GLACIER_IR",
+        prices="aws:us-east-1:GLACIER_IR",
+    ),
+)
+
+
+def made_file(case: str, n_rules: int) -> TierFile:
+    """Rules of every sort; the last one takes what the others leave."""
+    if case == "none":
+        rules = [
+            Rule(name=f"r{i}", match=(f"**/run-{i}x/**/*.pt", f"datasets/**/part-{i}-?.bin"), to="archive", age_s=0.0)
+            for i in range(n_rules)
+        ]
+    else:
+        idle_s = 0.0 if case == "all" else 30 * DAY_S
+        rules = [
+            Rule(
+                name=f"r{i}",
+                match=(f"datasets/set-{i}/**", f"**/team-{i}/*.{{bin,npz}}"),
+                excepted=("**/*.keep",),
+                to="archive",
+                idle_s=idle_s,
+            )
+            for i in range(n_rules - 2)
+        ]
+        keep = {"hot": Keep(last=2), "standard": Keep(last=10, every_steps=5000)}
+        ckpt = Rule(name="ckpt", match=("checkpoints/**",), keep=keep, then="archive", after_s=14 * DAY_S)
+        rest = Rule(name="rest", match=("**",), to="archive", idle_s=idle_s, promote="on_access")
+        rules += [ckpt, rest] if case == "mixed" else [rest, rest]
+    return TierFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=TIERS, rules=tuple(rules))
+
+
+def made_paths(n: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Paths, kinds, steps and series: six of ten are shards, three files, one a checkpoint."""
+    kind = np.array([SHARD] * 6 + [FILE] * 3 + [CHECKPOINT], np.uint8)[np.arange(n) % 10]
+    paths, step, series = [], np.full(n, NO_STEP, np.int64), np.full(n, NO_SERIES, np.int32)
+    for i, of_kind in enumerate(kind.tolist()):
+        if of_kind == SHARD:
+            paths.append(f"datasets/set-{i % 40}/shards/{i:08d}-{i * 2654435761 % 2**32:08x}.tcs")
+        elif of_kind == FILE:
+            paths.append(f"users/team-{i % 50}/results/{i // 1000}/file-{i}.{('bin', 'csv', 'npz')[i % 3]}")
+        else:
+            series[i], step[i] = i // 1000, i % 1000 // 10 * 500
+            paths.append(f"checkpoints/run-{series[i]}/step-{step[i]}")
+    return paths, kind, step, series
+
+
+def made_snapshot(n: int) -> Snapshot:
+    """So many groups, each in one or two tiers, of all ages."""
+    random = np.random.default_rng(0)
+    paths, kind, step, series = made_paths(n)
+    created = NOW_S - random.uniform(0, 400, n) * DAY_S
+    also_hot = random.random(n) < 0.2
+    group = np.concatenate([np.flatnonzero(also_hot), np.arange(n)])
+    tier = np.concatenate([np.zeros(int(also_hot.sum())), random.choice([0, 1, 1, 1, 2], n)]).astype(np.int8)
+    keep = np.unique(group * 4 + tier)
+    group, tier = (keep // 4).astype(np.int32), (keep % 4).astype(np.int8)
+    m = len(group)
+    n_bytes = random.integers(10_000, 200_000_000, n)[group]
+    return Snapshot(
+        now_s=NOW_S,
+        tiers=tuple(tier.name for tier in TIERS),
+        classes=("",),
+        paths=pa.array(paths),
+        kind=kind,
+        step=step,
+        series=series,
+        complete=np.ones(n, np.bool_),
+        created_s=created,
+        last_use_s=created + random.random(n) * (NOW_S - created),
+        uses=random.integers(0, 100, n),
+        unreported=random.random(n) < 0.01,
+        in_use=random.random(n) < 0.01,
+        metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},
+        tags={},
+        group=group,
+        tier=tier,
+        n_objects=np.ones(m, np.int32),
+        n_bytes=n_bytes,
+        smallest_bytes=n_bytes,
+        modified_s=created[group],
+        storage_class=np.zeros(m, np.int16),
+        state=np.full(m, HERE, np.uint8),
+        whole=np.ones(m, np.bool_),
+        verified=random.random(m) < 0.8,
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(case: str, n: int, n_rules: int, repetitions: int) -> dict[str, Any]:
+    """One case, in this process."""
+    snapshot, file = made_snapshot(n), made_file(case, n_rules)
+    prices = [prices_of(tier) for tier in TIERS]
+    before, times, processor, matching = peak_bytes(), [], [], []
+    for _ in range(repetitions):
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        decided = decide(snapshot, file, prices, capacity_bytes=[1000 * GB, None, None])
+        times.append(time.perf_counter() - start_s)
+        processor.append(time.process_time() - start_cpu_s)
+        found = {"moves": len(decided.moves), "refusals": len(decided.refusals)}
+        del decided
+        start_s = time.perf_counter()
+        first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
+        matching.append(time.perf_counter() - start_s)
+    peak = peak_bytes()
+    return {
+        "benchmark": "tier_plan",
+        "case": case,
+        "objects": n,
+        "rules": n_rules,
+        **found,
+        "seconds": spread(times),
+        "cpu_s": spread(processor),
+        "matching_s": spread(matching),
+        "peak_bytes": peak,
+        "made_bytes": peak - before,
+        "within": max(times) < LIMIT_S and peak < LIMIT_BYTES,
+    }
+
+
+def in_a_process(case: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    numbers = [str(value) for value in (given.objects, given.rules, given.repetitions)]
+    command = [sys.executable, __file__, "--case", case, "--objects", numbers[0], "--rules", numbers[1]]
+    done = subprocess.run([*command, "--repetitions", numbers[2]], check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
+
+
+def printed(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for people."""
+    lines = [
+        [
+            row["case"],
+            f"{row['objects']:,}",
+            str(row["rules"]),
+            f"{row['moves']:,}",
+            f"{row['refusals']:,}",
+            f"{row['seconds']['median']:.2f}",
+            f"{row['cpu_s']['median']:.2f}",
+            f"{row['matching_s']['median']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['made_bytes'] / 2**20:.0f}",
+        ]
+        for row in rows
+    ]
+    return table(
+        ["case", "objects", "rules", "moves", "refused", "s", "CPU s", "of it matching", "peak MiB", "made MiB"], lines
+    )
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=int, default=1_000_000)
+    parser.add_argument("--rules", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=OUT, help="where the row goes")
+    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        print(json.dumps(measure(given.case, given.objects, given.rules, given.repetitions)))
+        return
+    if given.quick:
+        given.objects, given.repetitions = 5_000, 1
+    rows = [in_a_process(case, given) for case in given.only]
+    print(printed(rows))
+    write_rows(given.folder / "tier_plan.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The verb tier apply: makes the moves of a stored plan, and no others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Annotated, Any
+
+import typer
+
+from tiercache.cli.failures import FAILED, PARTLY
+from tiercache.cli.options import DryRun, Json, Quiet, Verbose, Yes
+from tiercache.cli.output import Output, count
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
+from tiercache.cli.tier_plan import Limit, plan_facts, plan_text, print_plan
+from tiercache.cli.tier_texts import span
+from tiercache.model import format_bytes
+from tiercache.tier.model import Plan
+from tiercache.tier.mover import Applied, Mover, Stopped
+from tiercache.tier.plan import read_plan
+from tiercache.tier.transfer import Transfer
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The file that `tiercache tier plan --out` wrote.")],
+    limit: Limit = 20,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Make the moves of a plan, exactly. A move whose objects or tiers have changed since is stopped; the others go on.
+
+    Sources of moves go later: `tiercache tier run --once` deletes them when grace is over. Without --rules the rule
+    file is the one that the plan was made by.
+    """
+    output = Output(as_json, quiet)
+    stored = read_plan(plan)
+    if dry_run:
+        print_plan(output, stored, limit)
+        output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
+        return
+    with opened_tiers(rules or Path(stored.rules)) as tiers:
+        if tiers.file.sha256 != stored.rules_sha256:
+            text = f"{tiers.file.path} has changed since the plan was made; the plan holds, but for tiers that differ"
+            output.event("note", {"text": text}, f"note: {text}")
+        if stored.moves and not yes:
+            ask(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
+        applied = carry_out(output, tiers, stored)
+    output.summary(_facts(stored, applied), _text(stored, applied, tiers.file.tiering.grace_s))
+    if applied.stopped:
+        raise typer.Exit(PARTLY)
+
+
+def carry_out(output: Output, tiers: OpenTiers, plan: Plan) -> Applied:
+    """Make a plan's moves, with a bar; says which were stopped and why."""
+    cancel, tiering = Event(), tiers.file.tiering
+    with (
+        Transfer(tiers.stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer,
+        output.progress("moving") as advance,
+    ):
+        mover = Mover(tiers.file, tiers.stores, tiers.catalog, transfer, cancel=cancel)
+        applied = mover.apply(plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+    print_stopped(output, applied.stopped)
+    return applied
+
+
+def print_stopped(output: Output, stopped: Sequence[Stopped]) -> None:
+    """What was not done, and why."""
+    for one in stopped:
+        facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
+        output.event("stopped", facts, f"stopped: {one.path}: {one.reason}")
+
+
+def ask(question: str, otherwise: str) -> None:
+    """Go on only if a person at the terminal agrees. Raises ValueError where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise ValueError("nobody to ask: standard input is not a terminal; say --yes")
+    if not typer.confirm(question, err=True):
+        typer.echo(f"tiercache: {otherwise}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _deletions(plan: Plan) -> str:
+    n = sum(move.action == "delete" for move in plan.moves)
+    return f", of them {count(n, 'deletion')} for good" if n else ""
+
+
+def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
+    return {
+        "plan": plan.id,
+        "n_moves": len(plan.moves),
+        "done": applied.done,
+        "stopped": len(applied.stopped),
+        "waiting_drops": applied.waiting_drops,
+        "n_bytes": applied.n_bytes,
+    }
+
+
+def _text(plan: Plan, applied: Applied, grace_s: float) -> str:
+    text = f"{applied.done:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
+    if applied.waiting_drops:
+        text += f"; {count(applied.waiting_drops, 'deletion')} due after grace ({span(grace_s)}), by `tier run --once`"
+    return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")

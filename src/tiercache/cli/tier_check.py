@@ -1,0 +1,206 @@
+"""The verb tier check: reads the rule file, tries to reach its tiers, and says what each rule matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from tiercache.cli.failures import FAILED
+from tiercache.cli.options import Json, Quiet, Verbose
+from tiercache.cli.output import Output, count
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules
+from tiercache.errors import StoreError
+from tiercache.model import format_bytes
+from tiercache.prices import Prices, price_notes, price_table
+from tiercache.store import redact
+from tiercache.store.urls import Location
+from tiercache.tier.inventory import Inventory
+from tiercache.tier.model import KINDS
+from tiercache.tier.view import rules_of
+from tiercache.tierfile import Rule, Tier, TierFile
+
+_NO_RULE = "(no rule)"
+# Facts of an inventory, and what they say of objects.
+_LEFT_ALONE = {
+    "orphans": "shards that no version of their data set names",
+    "missing": "shards that a version names and that lie in no tier",
+    "unfinished": "somebody is still writing them",
+    "no_keys": "their names cannot be keys",
+    "differing": "not the same in two tiers",
+}
+_SHOWN = 3
+_OFFLINE = "not asked"
+
+
+def check(
+    rules: Rules = None,
+    prices: Annotated[bool, typer.Option("--prices", help="Print the price table instead; no file is read.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Only read the file; reach no tier.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed."""
+    output = Output(as_json, quiet)
+    if prices:
+        _print_prices(output)
+    elif offline:
+        file = read_rules(rules)
+        _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
+        _sum_up(output, file, list(_doubts(file)), 0)
+    else:
+        with opened_tiers(rules) as tiers:
+            _check(output, tiers)
+
+
+def _check(output: Output, tiers: OpenTiers) -> None:
+    file = tiers.file
+    reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
+    n_failed = sum(text != "yes" for text in reached.values())
+    _print_tiers(output, file, reached)
+    if n_failed == 0:
+        inventory = tiers.stock(output)
+        _print_rules(output, file, inventory)
+        _print_left_alone(output, inventory.facts)
+        tiers.say_uncounted(output, inventory, [found.folder for found in inventory.facts["datasets"]])
+    _sum_up(output, file, list(_doubts(file)), n_failed)
+    if n_failed:
+        raise typer.Exit(FAILED)
+
+
+def _reached(tiers: OpenTiers, tier: Tier) -> str:
+    """What went wrong, or "yes". A listing is asked for: it needs the right that everything else needs."""
+    if tier.is_local and (path := _folder(tier)).exists() and not path.is_dir():
+        return f"{path}: not a folder"
+    try:
+        next(iter(tiers.stores.listing(tier.name)), None)
+    except (StoreError, ValueError, OSError) as error:
+        return " ".join(str(error).split())
+    return "yes"
+
+
+def _folder(tier: Tier) -> Path:
+    return Path(Location.parse(tier.url).path)
+
+
+def _print_tiers(output: Output, file: TierFile, reached: dict[str, str]) -> None:
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, str]] = []
+    for tier in file.tiers:
+        prices = tier.prices if isinstance(tier.prices, str) else "own" if tier.prices else None
+        shown = {"tier": tier.name, "role": tier.role, "url": redact(tier.url)}
+        facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
+        says = reached[tier.name]
+        rows.append({**shown, **facts, "home": tier is file.home, "reached": says == "yes", "answer": says})
+        words = {"class": tier.storage_class or "", "capacity": tier.capacity or "", "prices": prices or ""}
+        texts.append({**shown, **words, "reached": says})
+    output.table("tier", rows, texts)
+
+
+def _print_rules(output: Output, file: TierFile, inventory: Inventory) -> None:
+    """A row for each rule, with what it holds for; and one for what none matches."""
+    snapshot = inventory.snapshot
+    matched = rules_of(snapshot, file)
+    sizes = np.zeros(snapshot.n_groups, np.int64)
+    np.maximum.at(sizes, snapshot.group, snapshot.n_bytes)
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, str]] = []
+    for number, name in [*enumerate(rule.name for rule in file.rules), (-1, _NO_RULE)]:
+        mine = matched == number
+        kinds = {kind: int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
+        n_bytes = int(sizes[mine].sum())
+        does = _does(file.rules[number]) if number >= 0 else "stays where it is"
+        rows.append({"rule": name, "does": does, **{f"{kind}s": n for kind, n in kinds.items()}, "n_bytes": n_bytes})
+        texts.append(
+            {"rule": name, **{f"{kind}s": f"{n:,}" for kind, n in kinds.items()}}
+            | {"size": format_bytes(n_bytes), "does": does}
+        )
+    output.table("rule", rows, texts)
+
+
+def _print_left_alone(output: Output, facts: Mapping[str, Any]) -> None:
+    """What no plan touches, because nobody can be sure of it."""
+    for name, what in _LEFT_ALONE.items():
+        n, names = facts.get(name, (0, ()))
+        if n:
+            shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
+            text = f"{count(n, 'object')} left alone, {what}: {shown}"
+            output.event("left_alone", {"why": name, "objects": n, "names": list(names)}, f"note: {text}")
+    for lack, n in facts.get("incomplete", {}).items():
+        text = f"{count(n, 'checkpoint')} not complete: without {lack}"
+        output.event("incomplete", {"without": lack, "checkpoints": n}, f"note: {text}")
+    for found in facts.get("datasets", ()):
+        if found.problem:
+            output.event("data_set", {"folder": found.folder, "problem": found.problem}, f"note: {found.problem}")
+
+
+def _does(rule: Rule) -> str:
+    """What a rule does, in few words."""
+    parts = []
+    if rule.to is not None:
+        parts.append(f"from {', '.join(rule.sources)} to {rule.to}")
+    if rule.keep:
+        parts.append(f"keeps some in {', '.join(rule.keep)}")
+    if rule.then is not None:
+        parts.append(f"then {rule.then}")
+    if rule.delete_after_s is not None:
+        parts.append("deletes")
+    if rule.promote != "never":
+        parts.append("promotes")
+    return ", ".join(parts) or "stays where it is"
+
+
+def _doubts(file: TierFile) -> Iterator[str]:
+    """What may be, but is hardly meant."""
+    for tier in file.tiers:
+        if tier.is_local and not _folder(tier).exists():
+            yield f"tiers.{tier.name}: there is no folder {_folder(tier)} yet"
+        if tier.prices is None and not tier.is_local:
+            yield f"tiers.{tier.name} has no prices: plans count no dollars for it"
+        if isinstance(tier.prices, str) and tier.prices.startswith("aws:"):
+            priced, written = tier.prices.rpartition(":")[2], tier.storage_class or "STANDARD"
+            if priced != written and not tier.is_local:
+                yield f"tiers.{tier.name} writes class {written} and has the prices of {priced}"
+
+
+def _sum_up(output: Output, file: TierFile, doubts: list[str], n_failed: int) -> None:
+    for doubt in doubts:
+        output.event("doubt", {"text": doubt}, f"note: {doubt}")
+    facts = {
+        "rules_file": str(file.path),
+        "tiers": len(file.tiers),
+        "rules": len(file.rules),
+        "pins": len(file.pins),
+        "not_reached": n_failed,
+    }
+    text = f"{count(len(file.tiers), 'tier')}, {count(len(file.rules), 'rule')}, {count(len(file.pins), 'pin')}"
+    failed = f"; {count(n_failed, 'tier')} not reached" if n_failed else ""
+    output.summary(facts, f"{file.path}: {text}{failed}")
+
+
+def _print_prices(output: Output) -> None:
+    dated, table = price_table()
+    rows = [price_facts(prices) for prices in table.values()]
+    names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
+    texts = [
+        {"prices": row["name"], **{name: f"{row[name]:.5f}".rstrip("0").rstrip(".") for name in names}}
+        | {"min_bytes": f"{row['min_bytes']:,}", "overhead": f"{row['overhead_bytes']:,}"}
+        | {"restore": ", ".join(f"{speed} {p['hours']:g} h ${p['gb']:g}/GB" for speed, p in row["restore"].items())}
+        for row in rows
+    ]
+    output.table("prices", rows, texts)
+    for note in price_notes():
+        output.event("note", {"text": note}, note)
+    output.summary({"dated": dated, "prices": len(rows)}, f"dollars as of {dated}; tables in a rule file override them")
+
+
+def price_facts(prices: Prices) -> dict[str, Any]:
+    """Prices as JSON has them."""
+    restore = {s: {"gb": p.gb, "per_1000": p.per_1000, "hours": p.hours} for s, p in prices.restore.items()}
+    names = ("name", "store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
+    minima = ("min_days", "min_bytes", "overhead_bytes")
+    return {name: getattr(prices, name) for name in (*names, *minima)} | {"restore": restore}

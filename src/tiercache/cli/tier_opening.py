@@ -1,0 +1,154 @@
+"""Opens the tiers of a rule file: its stores, this machine's catalog, prices; and takes stock of what lies in them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import typer
+from numpy.typing import NDArray
+
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.cli.output import Output
+from tiercache.prices import Prices, priced
+from tiercache.store.urls import Location
+from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.matching import first_match
+from tiercache.tier.run import catalog_path
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import TierFile, load_tiers
+
+Rules: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--rules", metavar="FILE", help="The rule file, if not the tiercache.toml found here."),
+]
+
+_HERE = ("./", "../")
+_SIGNS = "*?[{"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTiers:
+    """A rule file, and what it names. prices: of each tier; None where nothing is known."""
+
+    file: TierFile
+    stores: Stores
+    catalog: TierCatalog
+    prices: tuple[Prices | None, ...]
+
+    def stock(self, output: Output) -> Inventory:
+        """All that lies in the tiers now; a line on standard error counts the objects."""
+        listed = {tier.name: 0 for tier in self.file.tiers}  # all keys from the start: threads add to it
+
+        with output.counting("listing") as advance:
+
+            def progress(tier: str, n_objects: int) -> None:
+                listed[tier] = n_objects
+                n_all = sum(listed.values())
+                advance(n_all, n_all)
+
+            return take_inventory(self.file, self.stores, self.catalog, now_s=time.time(), on_progress=progress)
+
+    def say_uncounted(self, output: Output, inventory: Inventory, paths: Collection[str]) -> None:
+        """A note for each data set among paths whose use nobody has counted: that it is idle is not known."""
+        for found in inventory.facts.get("datasets", ()):
+            if not found.is_adopted and not found.problem and any(path.startswith(found.folder) for path in paths):
+                folder = found.folder.rstrip("/") or "/"
+                text = f"{folder}: its use is not counted yet; machines report it from the first `tier run --once` on"
+                output.event("uncounted", {"data_set": folder}, f"note: {text}")
+
+    def capacities(self) -> list[int | None]:
+        """Bytes that may lie in each tier; None: no limit."""
+        return [self.stores.capacity(tier.name) for tier in self.file.tiers]
+
+    def without_prices(self) -> str:
+        """What must be said of dollars that are not counted; "" where all are."""
+        names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
+        return f"; dollars without {', '.join(names)}, which has no prices" if names else ""
+
+
+@contextmanager
+def opened_tiers(rules: Path | None) -> Iterator[OpenTiers]:
+    """The tiers of the rule file, closed at the end."""
+    file = read_rules(rules)
+    prices = tuple(priced(tier) for tier in file.tiers)
+    places = {tier.name: tier.url for tier in file.tiers}
+    with Stores(file) as stores, TierCatalog(catalog_path(file), places) as catalog:
+        yield OpenTiers(file, stores, catalog, prices)
+
+
+def read_rules(rules: Path | None) -> TierFile:
+    """The rule file, with its globs compiled once. Raises ValueError, which names file and key."""
+    file = load_tiers(rules)
+    nothing = pa.array([], pa.large_string())
+    globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
+    globs += [(f"{rule.name}.except", rule.excepted) for rule in file.rules]
+    globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]
+    globs += [(f"tags[{i}].match", tag.match) for i, tag in enumerate(file.tags, start=1)]
+    for key, some in globs:
+        try:
+            first_match(nothing, [(some, ())])
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {key}: {error}") from error
+    return file
+
+
+def path_of(file: TierFile, text: str) -> str:
+    """The path below the tiers' URLs that a URL, a local path or such a path names; "" is a tier itself.
+
+    A local path is absolute, or begins with "~/", "./" or "../".
+
+    Raises:
+        ValueError: a URL or absolute path that lies in no tier.
+    """
+    place = Location.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
+    if not place.scheme and not Path(place.path).is_absolute():
+        return text.strip("/")
+    whole = _whole(place)
+    for tier in file.tiers:
+        root = _whole(Location.parse(tier.url))
+        if whole == root:
+            return ""
+        if whole.startswith(root.rstrip("/") + "/"):
+            return whole.removeprefix(root.rstrip("/") + "/")
+    known = ", ".join(Location.parse(tier.url).shown for tier in file.tiers)
+    raise ValueError(f"{place.shown}: lies in none of the tiers of {file.path}: {known}")
+
+
+def _whole(place: Location) -> str:
+    return place.full.rstrip("/") if place.scheme else os.path.normpath(place.path)
+
+
+def is_glob(text: str) -> bool:
+    """Whether a path on the command line is a glob as rules have it."""
+    return any(sign in text for sign in _SIGNS)
+
+
+def folder_of(text: str) -> str:
+    """The folder below which everything lies that a path or glob means; "" for all."""
+    if not is_glob(text):
+        return text
+    first = min(text.index(sign) for sign in _SIGNS if sign in text)
+    return text[:first].rpartition("/")[0]
+
+
+def chosen(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
+    """bool[n]: which of the paths are meant by these: a glob, or a path with all below it; "" is all."""
+    found = np.zeros(len(paths), np.bool_)
+    for text in wanted:
+        if is_glob(text):
+            found |= first_match(paths, [((text,), ())]) >= 0
+        elif text:
+            hits = pc.or_(pc.equal(paths, text), pc.starts_with(paths, f"{text}/"))
+            found |= np.asarray(hits.to_numpy(zero_copy_only=False), np.bool_)
+        else:
+            found[:] = True
+    return found

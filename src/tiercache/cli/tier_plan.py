@@ -1,0 +1,160 @@
+"""The verb tier plan: what would be moved, why, and what it costs and saves. Nothing is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tiercache.cli.options import Json, Quiet, Verbose
+from tiercache.cli.output import Output, count
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
+from tiercache.cli.tier_texts import dollars, print_holdings, span
+from tiercache.model import format_bytes
+from tiercache.tier.model import Move, Plan, Refusal
+from tiercache.tier.plan import planned, write_plan
+from tiercache.tier.policy import decide
+
+Limit = Annotated[
+    int, typer.Option("--limit", "-n", min=0, metavar="N", help="Show so many moves and refusals; 0: all.")
+]
+
+
+def plan(
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply`.")
+    ] = None,
+    limit: Limit = 20,
+    rules: Rules = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Say what would be moved, why, what it costs and saves, and what is refused. Nothing is moved.
+
+    With --json all moves and refusals are printed, whatever --limit says.
+    """
+    output = Output(as_json, quiet)
+    with opened_tiers(rules) as tiers:
+        made = made_plan(output, tiers)
+        note = tiers.without_prices()
+    if out is not None:
+        write_plan(made, out)
+    print_plan(output, made, limit)
+    written = f"; written to {out}" if out is not None else ""
+    output.summary(plan_facts(made) | {"out": None if out is None else str(out)}, f"{plan_text(made)}{written}{note}")
+
+
+def made_plan(output: Output, tiers: OpenTiers) -> Plan:
+    """A plan of what lies in the tiers now."""
+    inventory = tiers.stock(output)
+    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=tiers.capacities())
+    made = planned(decisions, inventory, tiers.file, tiers.prices)
+    tiers.say_uncounted(output, inventory, [move.path for move in made.moves if move.kind == "shard"])
+    return made
+
+
+def print_plan(output: Output, made: Plan, limit: int) -> None:
+    """Sums by rule, the moves, the refusals, and what lies in each tier before and after."""
+    most = None if output.as_json or limit == 0 else limit
+    if most is not None and len(made.moves) > most:
+        _print_sums(output, made.moves)
+    _print_moves(output, made.moves[:most])
+    _say_more(len(made.moves), most, "move")
+    _print_refusals(output, made.refusals[:most])
+    _say_more(len(made.refusals), most, "refusal")
+    print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
+
+
+def _print_sums(output: Output, moves: Iterable[Move]) -> None:
+    """People only: moves of one rule between two tiers, summed."""
+    sums: dict[tuple[str, str, str, str], list[float]] = {}
+    for move in moves:
+        row = sums.setdefault((move.rule, move.action, move.src, move.dst or ""), [0.0] * 4)
+        for i, amount in enumerate((1, move.n_bytes, move.money.once, move.money.saving_month)):
+            row[i] += amount
+    texts = [
+        {"rule": rule, "does": action, "from": src, "to": dst, "moves": f"{n:,.0f}", "size": format_bytes(n_bytes)}
+        | {"cost": dollars(once), "saves/month": dollars(saving)}
+        for (rule, action, src, dst), (n, n_bytes, once, saving) in sums.items()
+    ]
+    output.table("sum", texts, texts)
+
+
+def _print_moves(output: Output, moves: Sequence[Move]) -> None:
+    texts = [
+        {"does": move.action, "path": move.path, "from": move.src, "to": move.dst or ""}
+        | {"size": format_bytes(move.n_bytes), "cost": dollars(move.money.once)}
+        | {"saves/month": dollars(move.money.saving_month), "back in": _days(move.money.break_even_days)}
+        | {"why": f"{move.rule}: {move.reason}"}
+        for move in moves
+    ]
+    output.table("move", [move_facts(move) for move in moves], texts)
+
+
+def _days(days: float | None) -> str:
+    if days is None:
+        return ""
+    return span(days * 86400.0) if days > 0 else "at once"
+
+
+def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
+    texts = [
+        {"refused": one.action, "path": one.path, "from": one.src, "to": one.dst or ""}
+        | {"size": format_bytes(one.n_bytes), "why": f"{one.rule}: {one.reason}"}
+        for one in refusals
+    ]
+    output.table("refused", [refusal_facts(one) for one in refusals], texts)
+
+
+def _say_more(n_all: int, most: int | None, noun: str) -> None:
+    if most is not None and n_all > most:
+        typer.echo(f"... and {count(n_all - most, noun)} more: --limit 0 shows all")
+
+
+def move_facts(move: Move) -> dict[str, Any]:
+    """A move as JSON has it: as in the plan's file, but for its objects."""
+    return {
+        "id": move.number,
+        "path": move.path,
+        "kind": move.kind,
+        "action": move.action,
+        "src": move.src,
+        "dst": move.dst,
+        "rule": move.rule,
+        "reason": move.reason,
+        "n_objects": len(move.objects),
+        "n_bytes": move.n_bytes,
+        "cost": move.money.once,
+        "saving_month": move.money.saving_month,
+        "break_even_days": move.money.break_even_days,
+        "seconds": move.seconds,
+    }
+
+
+def refusal_facts(one: Refusal) -> dict[str, Any]:
+    """A refusal as JSON has it."""
+    names = ("path", "kind", "action", "src", "dst", "rule", "reason", "n_bytes")
+    return {name: getattr(one, name) for name in names}
+
+
+def plan_facts(made: Plan) -> dict[str, Any]:
+    """The summary of a plan as JSON has it."""
+    return {
+        "plan": made.id,
+        "n_moves": len(made.moves),
+        "n_refused": len(made.refusals),
+        "n_bytes": sum(move.n_bytes for move in made.moves),
+        "cost": sum(move.money.once for move in made.moves),
+        "saving_month": sum(move.money.saving_month for move in made.moves),
+    }
+
+
+def plan_text(made: Plan) -> str:
+    """The same for people."""
+    facts = plan_facts(made)
+    text = f"{count(facts['n_moves'], 'move')}, {format_bytes(facts['n_bytes'])}"
+    text += f", costs ${dollars(facts['cost'])}, saves ${dollars(facts['saving_month'])} a month"
+    return text + (f"; {count(facts['n_refused'], 'move')} refused" if facts["n_refused"] else "")

@@ -1,0 +1,64 @@
+"""The verb tier run: what a scheduler calls; takes stock, plans, moves, and drops what is due."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tiercache.cli.options import DryRun, Json, Quiet, Verbose
+from tiercache.cli.output import Output, count
+from tiercache.cli.tier_apply import print_stopped
+from tiercache.cli.tier_opening import Rules, read_rules
+from tiercache.cli.tier_plan import Limit, plan_text, print_plan
+from tiercache.cli.tier_texts import print_holdings
+from tiercache.model import format_bytes
+from tiercache.tier.run import RunReport, run_once
+
+
+def run(
+    once: Annotated[bool, typer.Option("--once", help="One run: nothing stays resident.")] = False,
+    limit: Limit = 20,
+    rules: Rules = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+) -> None:
+    """Do all that is to be done now: finish what was broken off, plan, move, delete sources whose grace is over.
+
+    For cron, Airflow, Kubernetes. Asks nothing. With --json the last line sums all up. Ends with 0, with 3 where some
+    moves were stopped (the others are done), with 5 where restores are under way, with 1 where it failed.
+    """
+    if not once:
+        raise ValueError("say --once: a scheduler such as cron repeats it, nothing of tiercache stays resident")
+    output = Output(as_json, quiet)
+    file = read_rules(rules)
+    with output.progress("moving") as advance:
+        report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+    if dry_run:
+        print_plan(output, report.plan, limit)
+    else:
+        print_stopped(output, report.stopped)
+        if not as_json:
+            print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
+    output.summary(report.to_json(), _text(report))
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _text(report: RunReport) -> str:
+    """The summary for people."""
+    if report.dry_run:
+        return f"would make {plan_text(report.plan)}; {count(report.settled.waiting_drops, 'deletion')} waiting"
+    applied, settled = report.applied, report.settled
+    text = f"{applied.done:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
+    text += f"; {count(settled.done, 'deletion')} made, {format_bytes(settled.n_bytes)}"
+    parts = [
+        (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
+        (len(report.stopped), f"{len(report.stopped):,} stopped"),
+        (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
+        (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
+        (len(report.adopted), f"{count(len(report.adopted), 'data set')} looked after from now on"),
+    ]
+    return "; ".join([text, *(words for n, words in parts if n)])

@@ -1,0 +1,60 @@
+"""How the tier verbs write dollars, times and what lies in tiers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tiercache.cli.output import Output
+from tiercache.model import format_bytes
+from tiercache.tier.model import Holding
+
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def dollars(amount: float) -> str:
+    """An amount as "1,234.50"; small ones with two digits that count: "0.00012"."""
+    if amount == 0 or abs(amount) >= 0.01:
+        return f"{amount:,.2f}"
+    digits = 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:.{digits}f}" if digits <= 6 else "0.00"
+
+
+def span(seconds: float) -> str:
+    """A time as "12 d", "3 h", "40 s": in the largest unit of which it has two."""
+    for length_s, unit in _UNITS:
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:,.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def print_holdings(
+    output: Output, tiers: Sequence[str], before: Mapping[str, Holding], after: Mapping[str, Holding]
+) -> None:
+    """A row for each tier: what lies there before and after."""
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, str]] = []
+    for name in tiers:
+        old, new = before.get(name, Holding()), after.get(name, Holding())
+        rows.append({"tier": name, "before": _facts(old), "after": _facts(new)})
+        texts.append(
+            {
+                "tier": name,
+                "objects": f"{old.n_objects:,}",
+                "bytes": format_bytes(old.n_bytes),
+                "$/month": dollars(old.dollars_month),
+                "objects then": f"{new.n_objects:,}",
+                "bytes then": format_bytes(new.n_bytes),
+                "$/month then": dollars(new.dollars_month),
+            }
+        )
+    output.table("tier", rows, texts)
+
+
+def _facts(holding: Holding) -> dict[str, Any]:
+    return {
+        "n_bytes": holding.n_bytes,
+        "n_objects": holding.n_objects,
+        "dollars_month": round(holding.dollars_month, 6),
+    }

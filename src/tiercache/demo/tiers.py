@@ -1,0 +1,181 @@
+"""After training: rules send the cold data set and old checkpoints to an archive tier; the next training finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tiercache.demo import claims
+from tiercache.demo.events import Claim, Epoch, Event, Held, Note, Step
+from tiercache.demo.stage import Stage
+from tiercache.errors import TierCacheError
+from tiercache.model import format_bytes
+from tiercache.store import open_store
+from tiercache.tier.model import Holding, Plan
+from tiercache.tier.plan import read_plan
+
+COLD = "python"
+TASKS = ("digits", "python")
+# Real rules say idle = "30d", after = "14d" and grace = "24h"; small = "move", because the demo's shards have 64 KiB,
+# and classes bill at least 128 KiB an object. A fast disk is not free: a GB of a cloud's disk costs about $0.08.
+RULES = """\
+[tiers.hot]
+url = "{hot}"
+prices = {{ store_gb_month = 0.08 }}
+
+[tiers.standard]
+url = "{standard}"
+prices = "aws:us-east-1:STANDARD"
+storage_options = {options}
+
+[tiers.archive]
+url = "{archive}"
+storage_class = "GLACIER_IR"
+prices = "aws:us-east-1:GLACIER_IR"
+storage_options = {options}
+
+[[rules]]
+name = "cold data"
+match = "python/**"
+idle = "0s"
+to = "archive"
+
+[[rules]]
+name = "checkpoints"
+match = "checkpoints/**"
+keep_hot = {{ last = 1 }}
+keep_standard = {{ last = 2, best = "loss:1" }}
+then = "archive"
+after = "0s"
+
+[tiering]
+grace = "0s"
+settle = "0s"
+small = "move"
+state_dir = "{state}"
+"""
+# Nobody waits for what takes longer than this here.
+COMMAND_S = 300.0
+# The first does what is left to do, the second finds nothing.
+N_RUNS = 2
+
+
+def tell_tiers(stage: Stage, warm: Sequence[Epoch]) -> Generator[Event, None, None]:
+    """This part of the story. warm: what the second epoch served, before anything was moved.
+
+    Raises:
+        TierCacheError: a command failed; its last words are in the message.
+    """
+    rules = _write_rules(stage)
+    shards = [key for key in _keys(stage, stage.standard_url) if key.startswith(f"{COLD}/") and key.endswith(".tcs")]
+    files = _checkpoint_files(stage.hot)
+    yield Step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
+    yield Note("hot is a folder, standard and archive two prefixes of the server; the archive's class is GLACIER_IR")
+    before = yield from _move(rules, stage.folder)
+    after = _holdings("after", _plan(rules, stage.folder / "after.jsonl"))
+    yield from after
+    yield from _check(stage, shards, files)
+    yield claims.costs_less(before, after)
+    yield Step("The next training, in a fifth process with an empty cache: it is told nothing")
+    moved = yield from stage.run("moved")
+    yield from claims.trained_alike([epoch for epoch in warm if epoch.how == "warm"], moved)
+
+
+def _write_rules(stage: Stage) -> Path:
+    """The rule file. It holds the embedded server's key, as the server's own configuration beside it does."""
+    path = stage.folder / "tiers.toml"
+    path.touch(mode=0o600)
+    options = ", ".join(f'{name} = "{value}"' for name, value in stage.server.storage_options.items())
+    path.write_text(
+        RULES.format(
+            hot=stage.hot,
+            standard=stage.standard_url,
+            archive=stage.archive_url,
+            state=stage.folder / "state",
+            options=f"{{ {options} }}",
+        )
+    )
+    return path
+
+
+def _move(rules: Path, folder: Path) -> Generator[Event, None, list[Held]]:
+    """Plan, apply, and run as cron would; returns what lay where before."""
+    stored = folder / "plan.jsonl"
+    plan = _plan(rules, stored)
+    before = _holdings("before", plan)
+    yield from before
+    n_shards = sum(move.kind == "shard" for move in plan.moves)
+    yield Note(
+        f"tiercache tier plan --out plan.jsonl: {len(plan.moves)} moves, {n_shards} of shards and "
+        f"{len(plan.moves) - n_shards} of checkpoints; {format_bytes(sum(move.n_bytes for move in plan.moves))}"
+    )
+    yield Note(f"the first of them: {plan.moves[0].path} to {plan.moves[0].dst}, {plan.moves[0].reason}")
+    yield Note(f"tiercache tier apply plan.jsonl: {_command('apply', str(stored), '--yes', rules=rules)}")
+    for _ in range(N_RUNS):
+        yield Note(f"tiercache tier run --once, as cron would: {_command('run', '--once', rules=rules)}")
+    return before
+
+
+def _plan(rules: Path, path: Path) -> Plan:
+    _command("plan", "--out", str(path), rules=rules)
+    return read_plan(path)
+
+
+def _holdings(when: str, plan: Plan) -> list[Held]:
+    held = ((tier.name, plan.before.get(tier.name, Holding())) for tier in plan.tiers)
+    return [Held(when, name, one.n_bytes, one.n_objects, one.dollars_month) for name, one in held]
+
+
+def _command(*arguments: str, rules: Path) -> str:
+    """Run `tiercache tier ...` as its user would; returns the last line that it prints."""
+    command = [sys.executable, "-m", "tiercache.cli", "tier", *arguments, "--rules", str(rules)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise TierCacheError(f"tiercache tier {' '.join(arguments)} took longer than {COMMAND_S:g} s") from error
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise TierCacheError(f"tiercache tier {' '.join(arguments)} ended with {done.returncode}:\n{said}")
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def _check(stage: Stage, shards: Sequence[str], files: dict[str, str]) -> Iterator[Claim]:
+    standard, archive = (_keys(stage, url) for url in (stage.standard_url, stage.archive_url))
+    yield claims.moved_whole(COLD, shards, standard, archive)
+    hot = _checkpoint_files(stage.hot)
+    remote = {name: _digests(stage, url) for name, url in _remote(stage).items()}
+    yield claims.nothing_lost(files, {"hot": hot} | remote)
+    for task in TASKS:
+        yield claims.newest_stayed(task, _steps(files, task), _steps(hot, task))
+
+
+def _remote(stage: Stage) -> dict[str, str]:
+    return {"standard": stage.standard_url, "archive": stage.archive_url}
+
+
+def _steps(paths: dict[str, str], task: str) -> set[int]:
+    """Steps of the checkpoints that paths are files of."""
+    parts = [path.split("/") for path in paths]
+    return {int(step.removeprefix("step-")) for _, run, step, _ in parts if run == task}
+
+
+def _checkpoint_files(hot: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint on the fast disk, by its path there."""
+    files = [path for path in (hot / "checkpoints").rglob("*") if path.is_file()]
+    return {path.relative_to(hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _keys(stage: Stage, url: str) -> list[str]:
+    with closing(open_store(url, **stage.server.storage_options)) as store:
+        return [info.key for info in store.list("")]
+
+
+def _digests(stage: Stage, url: str) -> dict[str, str]:
+    """The same of a tier in the object store."""
+    with closing(open_store(url, **stage.server.storage_options)) as store:
+        keys = [info.key for info in store.list("checkpoints/")]
+        return {key: hashlib.sha256(bytes(store.get(key))).hexdigest() for key in keys}

@@ -1,0 +1,437 @@
+"""What S3 has beyond a store: storage classes, restores, copies between buckets and deletes that say what failed."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeAlias
+from urllib.parse import quote_plus
+
+from tiercache.config import aws_reach
+from tiercache.errors import StoreError
+from tiercache.model import ObjectInfo
+from tiercache.store import CloudStore, open_store
+from tiercache.store.aws import S3Calls, has_boto3
+from tiercache.store.contract import Upload, check_key
+from tiercache.store.landing import worker_pool
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.s3_upload import S3Upload
+from tiercache.store.sums import sum_value, whole_sums
+from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+__all__ = ["SPEEDS", "ArchiveStore", "CopySizes", "Restoring", "S3Archive", "Speed", "has_boto3", "open_archive"]
+
+Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
+SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
+Restoring: TypeAlias = Literal["started", "running", "done"]
+Failed: TypeAlias = list[tuple[str, str]]  # keys and reasons
+
+_TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
+_DELETE_KEYS = 1000
+_PARTS = 10_000
+# What S3 keeps of an object beside its bytes, and what a copy in parts must be told again.
+_Part: TypeAlias = dict[str, Any]
+_Parts: TypeAlias = list[_Part]
+_KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
+
+
+class ArchiveStore(Protocol):
+    """Objects with storage classes. Keys are those of the Store with the same URL. Safe from any thread."""
+
+    url: str
+
+    def head(self, key: str) -> ObjectInfo:
+        """With class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole. Raises NotFound."""
+
+    def sums(self, key: str) -> Mapping[str, str]:
+        """Checksums over the whole object that the store knows, and its ETag, each by its name. Raises NotFound."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """As Store.list(), with class and restore state."""
+
+    def create(self, key: str, *, storage_class: str | None = None) -> Upload:
+        """An upload whose parts may come in parallel; the object has the class (None: the store's own).
+
+        Where it has an attribute `is_confirmed` that is true after complete(), the server has named sums of all that it
+        was given, and they were ours: then nothing need be read back, and of a class that is archived nothing can be.
+        """
+
+    def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
+        """Give an object another class in place; bytes, metadata and tags stay.
+
+        Raises:
+            NotFound, ObjectChanged: not there, or not what if_match names.
+            StoreError: with .archived True where it must be restored first.
+        """
+
+    def can_copy_from(self, src: ArchiveStore) -> bool:
+        """Whether the server can copy from there."""
+
+    def copy_from(
+        self,
+        src: ArchiveStore,
+        src_key: str,
+        key: str,
+        *,
+        storage_class: str | None = None,
+        if_match: str | None = None,
+        crc32c: int | None = None,
+    ) -> ObjectInfo:
+        """Copy by the server, replacing; only where can_copy_from(src). Raises as set_class().
+
+        crc32c: what its bytes sum to, where somebody knows: the server is then asked for such a sum of the copy too,
+        which stands in the answer where it can, and is the caller's to compare.
+        """
+
+    def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
+        """Ask for a readable copy for so many days.
+
+        "started": asked for; "running": somebody had asked; "done": it can be read, for as long as was asked now.
+
+        Raises:
+            NotFound: not there.
+            StoreError: with .unable True where the store cannot restore; its classes are then names only.
+        """
+
+    def delete_many(self, keys: Sequence[str]) -> Failed:
+        """Delete, by a thousand a request; what could not be deleted, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopySizes:
+    """Copies by the server: objects up to whole_bytes by one request, larger ones in parts, n_parts at once.
+
+    S3 itself copies up to 5 GB by one request; a GiB in parts of 256 MiB is faster, and no request lasts long.
+    """
+
+    whole_bytes: int = 1 << 30
+    part_bytes: int = 256 << 20
+    n_parts: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Of a copy by the server: its class, the source's ETag, and whether its CRC-32C is to be compared with one."""
+
+    storage_class: str | None
+    if_match: str | None
+    needs_crc32c: bool
+
+
+class S3Archive:
+    """A folder of a bucket through boto3. Clients and threads are made by each process when it first needs them."""
+
+    def __init__(
+        self,
+        calls: S3Calls,
+        bucket: str,
+        prefix: str,
+        *,
+        sizes: CopySizes | None = None,
+        policy: RetryPolicy | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._calls, self.bucket, self.prefix = calls, bucket, prefix
+        self.url = calls.url
+        self.counters = calls.counters
+        self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
+        self._pool = worker_pool(self._sizes.n_parts)
+
+    @classmethod
+    def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
+        """The archive of an S3 store: the same bucket, folder, options and counters.
+
+        Raises:
+            ValueError: the store is not S3, boto3 is missing, or it cannot do what the options ask for.
+        """
+        if store.cloud != "s3":
+            raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
+        options = replace(store.options, config={**aws_reach(), **store.options.config})
+        calls = S3Calls(options, store.url, store.counters)
+        return cls(calls, store.place.bucket, store.place.prefix, sizes=sizes)
+
+    def __repr__(self) -> str:
+        return f"S3Archive({self.url!r})"
+
+    def close(self) -> None:
+        """End the threads of this process and drop its connections."""
+        self._pool.drop()
+        self._calls.close()
+
+    def at(self, key: str) -> str:
+        """The URL of a key, for people."""
+        return f"{self.url}/{key}" if key else self.url
+
+    def full(self, key: str) -> str:
+        """The key in the bucket."""
+        return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
+
+    def call(self, operation: str, key: str, **request: Any) -> Mapping[str, Any]:
+        """One request about an object, repeated while that can help."""
+        return self._ask(operation, self.at(key), Key=self.full(key), **request)
+
+    def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
+        patience = Patience(where, operation, clock=self._clock)
+        return with_retries(
+            lambda: self._calls(operation, where, Bucket=self.bucket, **request), self._policy, patience
+        )
+
+    def head(self, key: str) -> ObjectInfo:
+        """One HEAD."""
+        return _described(key, self.call("head_object", key, ChecksumMode="ENABLED"))
+
+    def sums(self, key: str) -> Mapping[str, str]:
+        """One HEAD."""
+        said = self.call("head_object", key, ChecksumMode="ENABLED")
+        return {**whole_sums(said), "ETag": str(said.get("ETag", ""))}
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """By pages of a thousand."""
+        folder = check_key(prefix.removesuffix("/")) if prefix else ""
+        root = f"{self.prefix}/" if self.prefix else ""
+        token = None
+        while True:
+            page = self._ask(
+                "list_objects_v2",
+                self.at(folder),
+                Prefix=root + (f"{folder}/" if folder else ""),
+                ContinuationToken=token,
+                OptionalObjectAttributes=["RestoreStatus"],
+            )
+            for entry in page.get("Contents", ()):
+                key = entry["Key"].removeprefix(root)
+                if _is_object(key):
+                    yield _listed(key, entry)
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or token is None:
+                return
+
+    def create(self, key: str, *, storage_class: str | None = None) -> S3Upload:
+        """One request for an object of one part, else S3's multipart upload."""
+        writing = {**self._calls.writing, **({"StorageClass": storage_class} if storage_class else {})}
+        return S3Upload(self, check_key(key), writing)
+
+    def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
+        """A copy to itself: one request, or in parts where it is large."""
+        return self._copied(self, key, key, _Wanted(storage_class, if_match, needs_crc32c=False))
+
+    def can_copy_from(self, src: ArchiveStore) -> bool:
+        """Whether both are of one endpoint, reached with one set of credentials."""
+        return isinstance(src, S3Archive) and src.calls.reach == self._calls.reach
+
+    @property
+    def calls(self) -> S3Calls:
+        """The single requests."""
+        return self._calls
+
+    def copy_from(
+        self,
+        src: ArchiveStore,
+        src_key: str,
+        key: str,
+        *,
+        storage_class: str | None = None,
+        if_match: str | None = None,
+        crc32c: int | None = None,
+    ) -> ObjectInfo:
+        """One request, or in parts where it is large."""
+        if not isinstance(src, S3Archive) or not self.can_copy_from(src):
+            raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
+        wanted = _Wanted(storage_class, if_match, crc32c is not None)
+        return self._copied(src, src_key, key, wanted)
+
+    def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _Wanted) -> ObjectInfo:
+        head = src.call("head_object", src_key, ChecksumMode="ENABLED")
+        expected = wanted.if_match or str(head["ETag"])
+        request = {
+            "CopySource": {"Bucket": src.bucket, "Key": src.full(src_key)},
+            "CopySourceIfMatch": expected,
+        }
+        # The copy gets sums of the kinds that the source has; where it has none, or ours is known, one of our kind.
+        sums = whole_sums(head)
+        kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
+        writing = {
+            **_encryption(head, self._calls.writing),
+            "StorageClass": wanted.storage_class,
+            "ChecksumAlgorithm": kind,
+        }
+        if int(head["ContentLength"]) <= self._sizes.whole_bytes:
+            self._copy_whole(key, head, request, writing)
+        else:
+            writing |= {name: head.get(name) for name in _KEPT} | {"Tagging": src.tags(src_key, head)}
+            writing["ChecksumType"] = "FULL_OBJECT" if kind else None
+            self._copy_parts(key, int(head["ContentLength"]), request, writing)
+        return self.head(key)
+
+    def _copy_whole(self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]) -> None:
+        try:
+            self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
+        except StoreError as error:
+            if error.facts.get("code") != "InvalidRequest":
+                raise
+            # SeaweedFS takes no copy to itself that changes the class alone; with its metadata given anew, it does.
+            kept = {name: head.get(name) for name in _KEPT}
+            self.call("copy_object", key, **request, **writing, **kept, MetadataDirective="REPLACE")
+
+    def _copy_parts(self, key: str, n_bytes: int, request: dict[str, Any], writing: dict[str, Any]) -> None:
+        begun = self.call("create_multipart_upload", key, **writing)
+        upload_id = str(begun["UploadId"])
+
+        def copy_part(number: int, start: int, end: int) -> _Part:
+            said = self.call(
+                "upload_part_copy",
+                key,
+                UploadId=upload_id,
+                PartNumber=number,
+                CopySourceRange=f"bytes={start}-{end - 1}",
+                **request,
+            )["CopyPartResult"]
+            named = {"ChecksumCRC32C": said["ChecksumCRC32C"]} if "ChecksumCRC32C" in said else {}
+            return {"PartNumber": number, "ETag": said["ETag"], **named}
+
+        step = max(self._sizes.part_bytes, -(-n_bytes // _PARTS))
+        starts = range(0, n_bytes, step)
+        jobs = [(number, start, min(start + step, n_bytes)) for number, start in enumerate(starts, start=1)]
+        try:
+            parts = self._side_by_side(copy_part, jobs)
+            self.call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+        except BaseException:
+            self._abort(key, upload_id)
+            raise
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        """Drop an upload; what cannot be dropped stays until the bucket's own rule removes it."""
+        try:
+            self.call("abort_multipart_upload", key, UploadId=upload_id)
+        except StoreError:
+            return
+
+    def _side_by_side(self, work: Callable[[int, int, int], _Part], jobs: Iterable[tuple[int, int, int]]) -> _Parts:
+        """Results of all jobs, in order; after the first error no further one is begun, and none is running."""
+        pool, waiting = self._pool.get(), iter(jobs)
+        results: _Parts = []
+        running: deque[Future[_Part]] = deque()
+        try:
+            while running or not results:
+                running += [pool.submit(work, *job) for job in islice(waiting, self._sizes.n_parts - len(running))]
+                if not running:
+                    break
+                results.append(running.popleft().result())
+        finally:
+            for future in running:
+                future.cancel()
+            for future in running:
+                if not future.cancelled():
+                    future.exception()
+        return results
+
+    def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
+        """An object's tags as a request writes them; None where it has none."""
+        if not head.get("TagCount"):
+            return None
+        found = self.call("get_object_tagging", key)["TagSet"]
+        return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
+
+    def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
+        """One POST."""
+        wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": _TIERS[speed]}}
+        if days is not None:
+            wanted["Days"] = days
+        try:
+            said = self.call("restore_object", key, RestoreRequest=wanted)
+        except StoreError as error:
+            if error.facts.get("code") == "RestoreAlreadyInProgress":
+                return "running"
+            if error.facts.get("unable"):
+                message = (
+                    f"restore: this store cannot (HTTP {error.status}); its storage classes are names only, "
+                    "and what it holds may be read as it is"
+                )
+                raise StoreError(message, url=self.at(key), status=error.status, unable=True) from None
+            if error.facts.get("archived"):  # S3's word for a class that needs no restore
+                return "done"
+            raise
+        return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
+
+    def delete_many(self, keys: Sequence[str]) -> Failed:
+        """DeleteObjects."""
+        failed: Failed = []
+        names = {self.full(key): key for key in keys}
+        full = [*names]
+        for start in range(0, len(full), _DELETE_KEYS):
+            some = full[start : start + _DELETE_KEYS]
+            wanted = {"Objects": [{"Key": name} for name in some], "Quiet": True}
+            said = self._ask("delete_objects", self.at(names[some[0]]), Delete=wanted)
+            failed += [
+                (names[error["Key"]], f"{error.get('Code', '')}: {error.get('Message', '')}")
+                for error in said.get("Errors", ())
+                if error.get("Code") != "NoSuchKey"
+            ]
+        return failed
+
+
+def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archive:
+    """The archive of an `s3://` URL. Nothing is asked of the server yet.
+
+    Raises:
+        ValueError: another URL, an option that is not known, or boto3 is missing; the message names the extra.
+    """
+    store = open_store(url, **storage_options)
+    if not isinstance(store, CloudStore):
+        raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
+    return S3Archive.of(store)
+
+
+def _is_object(key: str) -> bool:
+    """Whether it is a key: not a folder's marker of some browser, and not of an unfinished write."""
+    segments = key.split("/")
+    return all(segments) and not any(segment.startswith(TEMP_PREFIX) for segment in segments)
+
+
+def _encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """How a copy is encrypted: as the options say, or else with the key of the object's own."""
+    if given or not str(head.get("ServerSideEncryption", "")).startswith("aws:kms"):
+        return given
+    return {"ServerSideEncryption": head["ServerSideEncryption"], "SSEKMSKeyId": head.get("SSEKMSKeyId")}
+
+
+def _described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
+    """A HEAD in our words."""
+    when = head.get("LastModified")
+    restore = head.get("Restore")
+    if restore is None and head.get("ArchiveStatus") is not None:
+        restore = f'archive-status="{head["ArchiveStatus"]}"'  # of INTELLIGENT_TIERING
+    return ObjectInfo(
+        key,
+        int(head["ContentLength"]),
+        etag=head.get("ETag"),
+        version=head.get("VersionId"),
+        crc32c=sum_value(whole_sums(head).get("ChecksumCRC32C")),
+        modified_s=when.timestamp() if when is not None else None,
+        storage_class=head.get("StorageClass") or "STANDARD",
+        restore=restore,
+    )
+
+
+def _listed(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
+    """A line of a listing in our words; its restore state as x-amz-restore says it."""
+    status = entry.get("RestoreStatus")
+    restore = None
+    if status is not None and status.get("IsRestoreInProgress"):
+        restore = 'ongoing-request="true"'
+    elif status is not None and status.get("RestoreExpiryDate") is not None:
+        until = status["RestoreExpiryDate"]
+        restore = f'ongoing-request="false", expiry-date="{until.strftime("%a, %d %b %Y %H:%M:%S GMT")}"'
+    return ObjectInfo(
+        key,
+        int(entry["Size"]),
+        etag=entry.get("ETag"),
+        modified_s=entry["LastModified"].timestamp(),
+        storage_class=entry.get("StorageClass") or "STANDARD",
+        restore=restore,
+    )

@@ -1,0 +1,219 @@
+"""Copies of groups from the objects that were listed: what is in them, whether they are whole, and verified. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.tier.layouts import MARK, find
+from tiercache.tier.listing import NO_CRC
+from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+
+if TYPE_CHECKING:
+    from tiercache.tier.listing import Listed
+
+# Key -> (n_bytes, etag, crc32c, ...).
+Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool]]
+
+# A copy is as hard to read as the hardest of its objects.
+_HARDER = np.array([0, 3, 2, 1], np.uint8)
+_STATES = np.array([HERE, RESTORED, RESTORING, ARCHIVED], np.uint8)
+_NEVER_S = -np.inf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objects:
+    """The listed objects that belong to groups. Row i of every column is one object.
+
+    Attributes:
+        row: int64[m], in the listing.
+        key: int64[m], a number for each key, in the order of keys.
+        group: int32[m]; rank: uint8[m], see layouts.Layout.
+        is_shard: bool[m], its size and checksum are known from a manifest.
+        n_bytes, crc32c: int64[m], what the manifest says of a shard; unused where it is none.
+        unfinished: bool[m], somebody may be writing it, by its name.
+        on_top: bool[m], directly in the group's folder.
+    """
+
+    row: NDArray[np.int64]
+    key: NDArray[np.int64]
+    group: NDArray[np.int32]
+    rank: NDArray[np.uint8]
+    is_shard: NDArray[np.bool_]
+    n_bytes: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    unfinished: NDArray[np.bool_]
+    on_top: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """Copies of groups. Rows of the first columns are copies, by group and tier; see model.Snapshot for most of them.
+
+    Attributes:
+        marked_s: float64[n], when its youngest mark was written; -inf: it has none that counts.
+        rest_s: float64[n], when the youngest of all else was written.
+        unfinished: bool[n], it has an object that somebody may be writing.
+        start: int64[n + 1], its objects in the columns below.
+        row: int64[m], in the listing; by copy, what makes it whole last.
+        crc32c: int64[m], of each object where it is known; NO_CRC.
+        differing: int64[k], rows of `row` whose key has another size or checksum in another tier.
+    """
+
+    group: NDArray[np.int32]
+    tier: NDArray[np.int8]
+    n_objects: NDArray[np.int32]
+    n_bytes: NDArray[np.int64]
+    smallest_bytes: NDArray[np.int64]
+    modified_s: NDArray[np.float64]
+    marked_s: NDArray[np.float64]
+    rest_s: NDArray[np.float64]
+    unfinished: NDArray[np.bool_]
+    storage_class: NDArray[np.int16]
+    state: NDArray[np.uint8]
+    whole: NDArray[np.bool_]
+    verified: NDArray[np.bool_]
+    start: NDArray[np.int64]
+    row: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    differing: NDArray[np.int64]
+
+    def find(self, group: int, tier: int) -> int | None:
+        """The number of the copy that a group has in a tier; None: it has none."""
+        first, last = np.searchsorted(self.group, [group, group + 1])
+        at = int(first) + int(np.searchsorted(self.tier[first:last], tier))
+        return at if at < last and self.tier[at] == tier else None
+
+
+def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> Copies:
+    """The copies that these objects make.
+
+    A copy is whole if it has every key that any copy of its group has, and each with the size that it has everywhere;
+    of two copies that differ neither is. It is verified if the books say so of each of its objects as it is now, and
+    what lies under the same keys elsewhere is known to be the same.
+
+    Args:
+        listed: what lies in the tiers.
+        objects: those of them that belong to groups.
+        book: of a tier, what is known of objects whose bytes were verified; asked for one tier after another.
+    """
+    order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
+    row, key, group = objects.row[order], objects.key[order], objects.group[order]
+    tier = listed.tier[row]
+    is_first = np.ones(len(row), np.bool_)
+    is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
+    first = np.flatnonzero(is_first)
+    facts = _Facts(listed, objects, order, book)
+    n_objects = np.diff(np.append(first, len(row)))
+    n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
+    n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
+    is_mark = (objects.rank[order] == MARK) & objects.on_top[order]
+    return Copies(
+        group=group[first],
+        tier=tier[first],
+        n_objects=n_objects.astype(np.int32),
+        n_bytes=_reduced(np.add, n_bytes, first),
+        smallest_bytes=_reduced(np.minimum, n_bytes, first),
+        modified_s=_reduced(np.maximum, modified_s, first),
+        marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
+        rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
+        unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
+        storage_class=listed.class_of[listed.word[row]][_largest(n_bytes, first, n_objects)],
+        state=_STATES[_reduced(np.maximum, _HARDER[listed.state_of[listed.word[row]]], first)],
+        whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
+        verified=_reduced(np.logical_and, facts.verified, first),
+        start=np.append(first, len(row)),
+        row=row,
+        crc32c=facts.crc32c,
+        differing=np.flatnonzero(facts.differs),
+    )
+
+
+class _Facts:
+    """What is known of each object, in the given order.
+
+    crc32c: int64[m]; differs: bool[m], from what it should be, or from what lies under its key elsewhere; verified:
+    bool[m], by the books, and so is what lies under its key elsewhere.
+    """
+
+    def __init__(self, listed: Listed, objects: Objects, order: NDArray[np.int64], book: Callable[[int], Book]) -> None:
+        row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
+        n_bytes = listed.n_bytes[row]
+        crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
+        for number in listed.tiers:
+            same, crcs = _look_up(listed, row, number, book(number))
+            verified[same] = True
+            crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
+        stated = objects.crc32c[order]
+        wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
+        # A shard is what its size and checksum say it is, wherever it lies and whatever wrote it there.
+        crc32c = np.where(is_shard & ~wrong, stated, crc32c)
+        n_keys = int(key.max(initial=-1)) + 1
+        free = ~is_shard
+        two_sizes = _spread(key[free], n_bytes[free], n_keys)
+        known_crc = free & (crc32c != NO_CRC)
+        two_crcs = _spread(key[known_crc], crc32c[known_crc], n_keys)
+        unsure = np.zeros(n_keys, np.bool_)
+        unsure[key[crc32c == NO_CRC]] = True
+        shared = np.bincount(key, minlength=n_keys) > 1
+        self.crc32c = crc32c
+        self.differs = wrong | (free & (two_sizes | two_crcs)[key])
+        self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
+
+
+def _look_up(
+    listed: Listed, row: NDArray[np.int64], tier: int, known: Book
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of a tier's objects have the size and ETag that they are known by, and the checksum that is known."""
+    at = np.flatnonzero(listed.tier[row] == tier)
+    if not known or not len(at):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    book = pa.table(
+        {
+            "key": pa.array(list(known), pa.large_string()),
+            "n_bytes": pa.array([one[0] for one in known.values()], pa.int64()),
+            "etag": pa.array([one[1] for one in known.values()], pa.large_string()),
+            "crc32c": pa.array([one[2] for one in known.values()], pa.int64()),
+        }
+    )
+    hit = find(listed.keys.take(pa.array(row[at])), book["key"])
+    at, hit = at[hit >= 0], hit[hit >= 0]
+    found = book.take(pa.array(hit)).combine_chunks()
+    # Where a store gives no ETag one cannot see that an object was written anew.
+    etags = pa.chunked_array([listed.etags.take(pa.array(row[at]))])
+    same_etag = pc.equal(found["etag"], etags).fill_null(False)
+    same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[at]] == found["n_bytes"].to_numpy())
+    return at[same], np.asarray(found["crc32c"].fill_null(NO_CRC).to_numpy(), np.int64)[same]
+
+
+def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The group of each key that there is, once."""
+    return group[np.unique(key, return_index=True)[1]]
+
+
+def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> NDArray[np.bool_]:
+    """Whether a key has two values; bool[n_keys]."""
+    least, most = np.full(n_keys, np.iinfo(np.int64).max), np.full(n_keys, -1, np.int64)
+    np.minimum.at(least, key, value)
+    np.maximum.at(most, key, value)
+    return np.asarray(most > least, np.bool_)
+
+
+def _reduced(what: np.ufunc, column: NDArray[np.generic], first: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
+    """The column reduced over the objects of each copy."""
+    return what.reduceat(column, first) if len(first) else column[:0]
+
+
+def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The largest object of each copy, the first of equals: its class is the copy's."""
+    if not len(first):
+        return first
+    most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)
+    place = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
+    return np.asarray(_reduced(np.minimum, place, first), np.int64)

@@ -1,0 +1,199 @@
+"""Making a copy whole and verified in another tier: objects that are there and equal stay, all else is copied.
+
+What lies in dst under a key is never overwritten unless it is a copy that a move made itself and is as it was then. A
+group's last object, which makes it whole, is copied when all others are there: a copy never looks whole and is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.errors import CommitConflict, TierCacheError
+from tiercache.points import reach
+from tiercache.tier.model import ARCHIVED, RESTORING
+from tiercache.tier.steps import Infos, Sight, as_planned, is_same
+from tiercache.tier.stores import RESTORED_FIRST, state_of
+
+if TYPE_CHECKING:
+    from tiercache.model import ObjectInfo
+    from tiercache.tier.model import Move
+
+# Who copies for so long writes it into the books at once, and has nothing to copy again when he is killed.
+_AT_ONCE_BYTES = 8 << 20
+
+
+@dataclass(slots=True)
+class Job:
+    """A move in work. why: it is stopped, "" while it is not; over: nothing is left to do.
+
+    made: verified copies that are not on the books yet, (tier, key, what it is) each. is_new: not all of the copy in dst
+    was on the books before. The lock guards what threads add.
+    """
+
+    move: Move
+    row: JournalRow
+    why: str = ""
+    over: bool = False
+    there: Infos = field(default_factory=dict)
+    made: list[tuple[str, str, KnownCopy]] = field(default_factory=list)
+    n_bytes: int = 0
+    is_new: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+    def stop(self, why: str) -> None:
+        """Stop it; the first reason counts."""
+        with self.lock:
+            self.why = self.why or why
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more to do."""
+        return not self.why and not self.over
+
+
+class Copying:
+    """Copies for jobs, side by side. Not for two threads at once."""
+
+    def __init__(self, sight: Sight, on_bytes: Callable[[int], object]) -> None:
+        self._sight, self._on_bytes = sight, on_bytes
+
+    def copy(self, jobs: Sequence[Job]) -> None:
+        """Make each job's group whole and verified in its dst, and put it on the books. What fails stops its job."""
+        self._intend(jobs)
+        reach("tier_move.intended")
+        self._all(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
+        reach("tier_move.parts_copied")
+        self._all(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
+        reach("tier_move.copied")
+        self._record(jobs)
+        reach("tier_move.recorded")
+
+    def reclass(self, jobs: Sequence[Job]) -> None:
+        """Give each job's objects the class of its dst."""
+        self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
+        reach("tier_move.reclassed")
+        self._record(jobs)
+
+    def _intend(self, jobs: Sequence[Job]) -> None:
+        """Note what is about to be made where it cannot be read afterwards.
+
+        1. It is copied into an archive class. 2. The process is killed before it is on the books. 3. Nobody can compare
+        it, and what nobody has compared is not overwritten: it would lie there for good, and its source too.
+        """
+        jobs = [job for job in jobs if self._sight.stores.class_of(job.row.dst) in RESTORED_FIRST]
+        wanted = {(job.row.dst, one.key): one for job in jobs for one in job.row.objects}
+        found = self._sight.heads(list(wanted))
+        new = [(dst, key, one) for (dst, key), one in wanted.items() if found[dst, key] is None]
+        self._sight.catalog.record([(dst, key, KnownCopy(one.n_bytes, None, None, made=True)) for dst, key, one in new])
+
+    def _record(self, jobs: Sequence[Job]) -> None:
+        self._sight.catalog.record([copy for job in jobs for copy in job.made])
+        for job in jobs:
+            job.made.clear()
+
+    def _all(self, work: Callable[[Job, JournalObject], None], objects: Sequence[tuple[Job, JournalObject]]) -> None:
+        def one_of(pair: tuple[Job, JournalObject]) -> None:
+            job, one = pair
+            if job.goes_on:
+                try:
+                    work(job, one)
+                except CommitConflict:
+                    raise  # the lock was lost: nothing at all goes on
+                except TierCacheError as error:
+                    job.stop(str(error))
+
+        for _ in self._sight.pool.map(one_of, objects):
+            pass
+
+    # -- one object -------------------------------------------------------------------------------------------------
+
+    def _ensure(self, job: Job, one: JournalObject) -> None:
+        sight, src, dst = self._sight, job.row.src, job.row.dst
+        info = sight.head(dst, one.key)
+        if info is not None and self._is_there(job, one, info):
+            return
+        if not job.goes_on:
+            return
+        copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes)
+        reach("tier_move.object")
+        crc = copied.crc32c if copied.crc32c is not None else one.crc32c
+        job.is_new = True
+        self._note(job, one, KnownCopy(copied.n_bytes, copied.etag, crc, made=True), copied.n_bytes)
+
+    def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int) -> None:
+        """Put a verified copy on the books, and its source: they were read whole, and were equal."""
+        books = self._sight.catalog
+        source = books.known(job.row.src, [one.key]).get(one.key)
+        was_made = source is not None and source.made and source.etag == one.etag
+        pair = [(job.row.dst, one.key, copy)]
+        if one.etag is not None:
+            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, made=was_made)))
+        if copy.n_bytes >= _AT_ONCE_BYTES:
+            books.record(pair)
+            pair = []
+        with job.lock:
+            job.n_bytes += n_bytes
+            job.made.extend(pair)
+
+    def _is_there(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
+        """Whether what lies in dst is an equal copy; where it is another object that may not go, the job is stopped."""
+        sight, dst = self._sight, job.row.dst
+        known = sight.catalog.known(dst, [one.key]).get(one.key)
+        expected = self._source_sum(job, one)
+        if info.n_bytes == one.n_bytes and expected is not None:
+            found = sight.sum_of(dst, info, known)
+            # What cannot be read is known by the store's own word alone.
+            if expected == (info.crc32c if found is None else found):
+                is_known = known is not None and is_same(info, known)
+                made = known is not None and known.made and is_known
+                job.is_new = job.is_new or not is_known
+                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, made=made), 0)
+                self._on_bytes(one.n_bytes)
+                return True
+        if known is not None and known.is_intended and known.n_bytes == info.n_bytes == one.n_bytes:
+            return False
+        if known is not None and known.made and is_same(info, known) and len(job.row.objects) == 1:
+            return False  # a copy of what src was before: it may be replaced
+        where = f"{sight.stores.store(dst).url}/{one.key}"
+        archived = (
+            ", which must be restored before it can be compared" if state_of(info) in (ARCHIVED, RESTORING) else ""
+        )
+        job.stop(
+            f"{where}: expected nothing there, or a copy of the {one.n_bytes} bytes in {job.row.src}; found another "
+            f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
+        )
+        return False
+
+    def _source_sum(self, job: Job, one: JournalObject) -> int | None:
+        """The CRC-32C that a copy must have; None where nothing says it and src cannot be read."""
+        if one.crc32c is not None:
+            return one.crc32c
+        sight, src = self._sight, job.row.src
+        info = sight.head(src, one.key)
+        if info is None or sight.moved(src, info, one):
+            return None
+        return sight.sum_of(src, info, sight.catalog.known(src, [one.key]).get(one.key))
+
+    def _change_class(self, job: Job, one: JournalObject) -> None:
+        sight, dst = self._sight, job.row.dst
+        info = sight.head(dst, one.key)
+        # Of an earlier try that was killed: another ETag may be what its change of class left.
+        if info is not None and info.n_bytes == one.n_bytes and has_class(sight, dst, info):
+            return
+        known = sight.catalog.known(dst, [one.key]).get(one.key)
+        changed = sight.transfer.reclass(dst, as_planned(one))
+        reach("tier_move.class_changed")
+        crc = changed.crc32c if changed.crc32c is not None else one.crc32c
+        if crc is not None:
+            made = known is not None and known.made
+            with job.lock:
+                job.made.append((dst, one.key, KnownCopy(changed.n_bytes, changed.etag, crc, made=made)))
+
+
+def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:
+    """Whether an object has the class of a tier already."""
+    return (info.storage_class or "STANDARD") == sight.stores.class_of(tier)

@@ -1,0 +1,235 @@
+"""Data sets among the tiers' objects: their live shards with size and checksum, and what machines said of their use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.errors import CorruptShard, NotFound, UnsupportedFormat
+from tiercache.shard import manifest
+from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
+from tiercache.shard.versions import VERSIONS_FOLDER, Version
+from tiercache.tier import placement, usage
+from tiercache.tier.below import below
+from tiercache.tier.layouts import find, matches
+
+if TYPE_CHECKING:
+    from tiercache.tier.listing import Listed
+    from tiercache.tier.stores import Stores
+    from tiercache.tierfile import TierFile
+
+OWN_FOLDER = "_tiercache/"
+OWN_KEY = r"(?:^|/)_tiercache/"
+SHARD_KEY = r"\.tcs$"
+
+_VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0-9]{{20}})\.json$"
+# Round trips bound the reading of many small versions.
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A data set that was found.
+
+    Attributes:
+        folder: "" or ending in "/", below the URL of a tier.
+        tier: the name of the one that its versions were read from.
+        n_versions: that are there, all of which count.
+        n_shards: that any of them names.
+        is_adopted: tiers look after it.
+        problem: why it is left alone; "": it is not.
+        elsewhere: shards that lie where no tier is, by its placement: URL -> how many.
+    """
+
+    folder: str
+    tier: str
+    n_versions: int
+    n_shards: int = 0
+    is_adopted: bool = False
+    problem: str = ""
+    elsewhere: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shards:
+    """The live shards of all data sets. Row i of every column is one; a name that several have comes once.
+
+    Attributes:
+        keys: large_string[n], below the URL of a tier.
+        n_bytes, crc32c: int64[n], as the manifests have them.
+        last_use_s: float64[n], NaN where nobody has reported a use.
+        uses: int64[n].
+        in_use, unreported: bool[n].
+    """
+
+    keys: pa.Array
+    n_bytes: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    last_use_s: NDArray[np.float64]
+    uses: NDArray[np.int64]
+    in_use: NDArray[np.bool_]
+    unreported: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+_NONE = Shards(
+    pa.array([], pa.large_string()),
+    np.empty(0, np.int64),
+    np.empty(0, np.int64),
+    np.empty(0, np.float64),
+    np.empty(0, np.int64),
+    np.empty(0, np.bool_),
+    np.empty(0, np.bool_),
+)
+
+
+def read_datasets(
+    file: TierFile, stores: Stores, listed: Listed, own: pa.Array, *, now_s: float
+) -> tuple[Shards, tuple[DataSet, ...]]:
+    """All data sets whose versions are among the listed objects.
+
+    Args:
+        file: the rule file.
+        stores: of its tiers.
+        listed: what lies in them.
+        own: int64[m], rows of what lies in some _tiercache/.
+        now_s: seconds since the epoch.
+
+    Raises:
+        StoreError: of the store.
+    """
+    shards, found = [], []
+    own_keys = listed.keys.take(own)
+    for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
+        reader = _Reader(file, stores, folder, file.tiers[tier].name)
+        some, dataset = reader.read(numbers, own_keys, now_s)
+        shards.append(some)
+        found.append(dataset)
+    return _joined(shards), tuple(found)
+
+
+def _versions_of(file: TierFile, listed: Listed, own: pa.Array, own_keys: pa.Array) -> dict[tuple[str, int], list[int]]:
+    """(folder, tier) of each data set -> numbers of its versions: those at home, or else in the first tier with any."""
+    parts = pc.extract_regex(own_keys, _VERSION_KEY)
+    rows = np.flatnonzero(np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), np.bool_))
+    parts = parts.take(pa.array(rows, pa.int64()))
+    tiers = listed.tier[np.asarray(own.to_numpy(zero_copy_only=False), np.int64)[rows]].tolist()
+    everywhere: dict[str, dict[int, list[int]]] = {}
+    for folder, number, tier in zip(
+        pc.struct_field(parts, "folder").to_pylist(), pc.struct_field(parts, "number").to_pylist(), tiers, strict=True
+    ):
+        if int(number):
+            everywhere.setdefault(folder, {}).setdefault(tier, []).append(int(number))
+    home = file.index(file.home.name)
+    chosen = {folder: home if home in there else min(there) for folder, there in everywhere.items()}
+    return {(folder, tier): sorted(everywhere[folder][tier]) for folder, tier in chosen.items()}
+
+
+class _Reader:
+    """Reads one data set."""
+
+    def __init__(self, file: TierFile, stores: Stores, folder: str, tier: str) -> None:
+        self._file, self._folder, self._tier = file, folder, tier
+        self._store = below(stores.store(tier), folder)
+
+    def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[Shards, DataSet]:
+        """Its shards, and what else is to be said of it."""
+        try:
+            versions = self._versions(numbers)
+            table = self._table(versions)
+        except (CorruptShard, UnsupportedFormat) as error:
+            return _NONE, DataSet(self._folder, self._tier, len(numbers), problem=str(error))
+        has_mark = bool(matches(own_keys, f"^{re.escape(self._folder + placement.MARK_KEY)}$").any())
+        reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
+        found = usage.read_reports(self._store) if reports else []
+        used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
+        shards = Shards(
+            keys=_below(self._folder, table.names),
+            n_bytes=table.n_bytes,
+            crc32c=table.crc32c.astype(np.int64),
+            last_use_s=used.last_use_s,
+            uses=used.uses,
+            in_use=used.in_use,
+            unreported=np.full(len(table), used.unreported),
+        )
+        elsewhere = self._elsewhere(table.names) if has_mark else ()
+        return shards, DataSet(
+            self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=elsewhere
+        )
+
+    def _versions(self, numbers: Sequence[int]) -> list[Version]:
+        """Those of them that are still there."""
+
+        def read(number: int) -> Version | None:
+            try:
+                return manifest.read_version(self._store, number)
+            except NotFound:
+                return None
+
+        if len(numbers) == 1:
+            found = [read(numbers[0])]
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
+                found = list(pool.map(read, numbers))
+        return [version for version in found if version is not None]
+
+    def _table(self, versions: Sequence[Version]) -> ShardTable:
+        """All shards that any version names, each once; segments that versions share are read once."""
+        refs: dict[tuple[str, str], SegmentRef] = {
+            (version.dataset_id, ref.name): ref for version in versions for ref in version.segments
+        }
+        tables = []
+        for dataset_id in dict.fromkeys(dataset_id for dataset_id, _ in refs):
+            tables += read_segments(self._store, dataset_id, [ref for (of, _), ref in refs.items() if of == dataset_id])
+        table = ShardTable(tables)
+        once = table.names.combine_chunks().dictionary_encode() if len(table) else None
+        if once is None or len(_one(once).dictionary) == len(table):
+            return table
+        first = np.unique(np.asarray(_one(once).indices.to_numpy(), np.int64), return_index=True)[1]
+        return ShardTable([table.arrow.take(pa.array(np.sort(first)))])
+
+    def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[str, int], ...]:
+        """How many of its shards are placed at a URL that is no tier's, by URL."""
+        placed = placement.read(self._store)
+        if placed is None or not len(placed):
+            return ()
+        at = placed.among(names)
+        urls = placed.rows["url"].take(pa.array(at[at >= 0]))
+        tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
+        counts = urls.value_counts().to_pylist()
+        return tuple(sorted((one["values"], one["counts"]) for one in counts if one["values"].rstrip("/") not in tiers))
+
+
+def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _below(folder: str, names: pa.ChunkedArray) -> pa.Array:
+    """Names with the folder before each, as one array."""
+    texts = pa.concat_arrays([pa.array([], pa.large_string()), *names.chunks])
+    large = pa.large_string()
+    return pc.binary_join_element_wise(pa.scalar(folder, large), texts, pa.scalar("", large))
+
+
+def _joined(shards: Sequence[Shards]) -> Shards:
+    """All of them; of a key that two have, the first."""
+    every = [_NONE, *shards]
+    keys = pa.concat_arrays([one.keys for one in every])
+    rows = np.flatnonzero(find(keys, keys) == np.arange(len(keys)))
+
+    def column(name: str) -> NDArray[np.float64]:
+        joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
+        return joined[rows]
+
+    names = ("n_bytes", "crc32c", "last_use_s", "uses", "in_use", "unreported")
+    return Shards(keys.take(pa.array(rows, pa.int64())), *(column(name) for name in names))  # type: ignore[arg-type]

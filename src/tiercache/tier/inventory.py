@@ -1,0 +1,314 @@
+"""The inventory: what lies in all tiers, as groups and their copies in columns, for the planner and the mover.
+
+::
+
+    list all tiers side by side -> read the data sets' manifests -> recognise checkpoints among what is left
+        -> copies of groups, whole or not, verified or not -> complete or not -> metrics that rules ask for
+
+What nobody can be sure of is left out or called incomplete, and said in `facts`: shards that no version names, objects
+that somebody is still writing, data sets that cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.model import ObjectInfo
+from tiercache.tier.copies import Copies, Objects, copies_of
+from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
+from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, find, matches, recognise, split_keys
+from tiercache.tier.listing import Listed, Progress, list_tiers
+from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, SHARD, Snapshot
+from tiercache.tier.scores import Scores, wanted_metrics
+
+if TYPE_CHECKING:
+    from tiercache.tier.stores import Stores
+    from tiercache.tierfile import TierFile
+
+# Names that facts give of what there may be many of.
+_MANY = 10
+
+
+class Known(Protocol):
+    """What the catalog knows of copies."""
+
+    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool]]:
+        """Of each object of a tier whose bytes were verified: size, ETag, CRC-32C, and whether a move made it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inventory:
+    """What there is. Immutable; safe from any thread.
+
+    Attributes:
+        snapshot: as the planner sees it.
+        facts: for people and the mover: `datasets` (tuple of DataSet), `missed` (tiers that were not listed),
+            `n_objects`, `n_own`, and what was left alone, each a count with some names: `orphans` (shards that no
+            version names), `missing` (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are
+            not the same in two tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
+    """
+
+    snapshot: Snapshot
+    facts: Mapping[str, Any]
+    _listed: Listed = field(repr=False)
+    _copies: Copies = field(repr=False)
+
+    def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
+        """The objects of a group's copy in a tier, those that make it whole last; empty: it has none there.
+
+        Their crc32c is what the store, the manifest or the catalog says of them as they are now.
+        """
+        copy = self._copies.find(group, tier)
+        if copy is None:
+            return ()
+        start, end = self._copies.start[copy : copy + 2].tolist()
+        return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
+
+
+def take_inventory(
+    file: TierFile,
+    stores: Stores,
+    known: Known,
+    *,
+    now_s: float,
+    on_progress: Progress | None = None,
+    may_miss: Collection[str] = (),
+) -> Inventory:
+    """What lies in all tiers by now.
+
+    Args:
+        file: the rule file.
+        stores: of its tiers.
+        known: the catalog.
+        now_s: seconds since the epoch.
+        on_progress: hears (tier, objects listed by now), from several threads.
+        may_miss: tiers that may be left out where they cannot be listed; `facts["missed"]` names them.
+
+    Raises:
+        StoreError: a tier cannot be listed, or what decides cannot be read from it now.
+        ValueError: a tier's store cannot be.
+    """
+    listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
+    own = matches(listed.keys, OWN_KEY)
+    shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
+    grouped = _grouped(listed, own, shards)
+    copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
+    complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
+    scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
+    metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
+    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, complete=complete, metrics=metrics)
+    facts = _facts(listed, grouped, copies, complete, datasets)
+    return Inventory(snapshot, facts | {"n_own": int(own.sum()), "unread": scores.unread}, listed, copies)
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grouped:
+    """All groups, by path. shard: int64[n_groups], its row among the shards; -1. of: int64[n_groups], in the layout."""
+
+    paths: pa.Array
+    kind: NDArray[np.uint8]
+    shard: NDArray[np.int64]
+    of: NDArray[np.int64]
+    layout: Layout
+    shards: Shards
+    objects: Objects
+    orphans: pa.Array
+    unfinished: pa.Array
+    no_keys: pa.Array
+
+    def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
+        """A column of the layout's groups as one of all groups."""
+        found = np.full(len(self.kind), otherwise, column.dtype)
+        found[self.of >= 0] = column[self.of[self.of >= 0]]
+        return found
+
+
+def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped:
+    rows = np.flatnonzero(~own)
+    keys, key = _numbered(listed.keys.take(pa.array(rows)))
+    shard = find(keys, shards.keys)
+    is_orphan = (shard < 0) & matches(keys, SHARD_KEY)
+    others = np.flatnonzero((shard < 0) & ~is_orphan)
+    layout = recognise(keys.take(pa.array(others)))
+    is_shard = np.flatnonzero(shard >= 0)
+    # A folder that is a checkpoint and a shard of the same name: never seen, and the snapshot wants names but once.
+    is_shard = is_shard[find(keys.take(pa.array(is_shard)), layout.paths) < 0]
+    paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))])
+    order = np.asarray(pc.sort_indices(paths).to_numpy(), np.int64)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    group = np.full(len(keys), NO_GROUP, np.int64)
+    in_layout = layout.group != NO_GROUP
+    group[others[in_layout]] = place[layout.group[in_layout]]
+    group[is_shard] = place[len(layout.paths) :]
+    of = np.where(order < len(layout.paths), order, -1)
+    shard_of = np.full(len(order), -1, np.int64)
+    shard_of[group[is_shard]] = shard[is_shard]
+    kind = np.full(len(order), FILE, np.uint8)
+    kind[of >= 0] = np.where(layout.checkpoint[of[of >= 0]], CHECKPOINT, FILE)
+    kind[of < 0] = SHARD
+    left = ~in_layout
+    return _Grouped(
+        paths=paths.take(pa.array(order)),
+        kind=kind,
+        shard=shard_of,
+        of=of,
+        layout=layout,
+        shards=shards,
+        objects=_objects(rows, keys, key, _Columns(group, shard, others), (layout, shards)),
+        orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
+        unfinished=keys.take(pa.array(others[left & layout.unfinished])),
+        no_keys=keys.take(pa.array(others[left & ~layout.unfinished])),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns:
+    """Of each key its group and its row among the shards; and which keys the layout is of."""
+
+    group: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    others: NDArray[np.int64]
+
+
+def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
+    """The keys, each once and sorted, and the number of each."""
+    encoded = keys.dictionary_encode()
+    order = np.asarray(pc.sort_indices(encoded.dictionary).to_numpy(), np.int64)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return encoded.dictionary.take(pa.array(order)), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
+
+
+def _objects(
+    rows: NDArray[np.int64], keys: pa.Array, key: NDArray[np.int64], of: _Columns, known: tuple[Layout, Shards]
+) -> Objects:
+    layout, shards = known
+    rank, unfinished = np.full(len(keys), MEMBER, np.uint8), np.zeros(len(keys), np.bool_)
+    rank[of.others], unfinished[of.others] = layout.rank, layout.unfinished
+    on_top = np.zeros(len(keys), np.bool_)
+    on_top[of.others] = _on_top(keys.take(pa.array(of.others)), layout)
+    mine = of.group[key] != NO_GROUP
+    rows, key = rows[mine], key[mine]
+    is_shard = of.shard[key] >= 0
+    at = of.shard[key][is_shard]
+    n_bytes, crc32c = np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
+    n_bytes[is_shard], crc32c[is_shard] = shards.n_bytes[at], shards.crc32c[at]
+    return Objects(
+        row=rows,
+        key=key,
+        group=of.group[key].astype(np.int32),
+        rank=rank[key],
+        is_shard=is_shard,
+        n_bytes=n_bytes,
+        crc32c=crc32c,
+        unfinished=unfinished[key],
+        on_top=on_top[key],
+    )
+
+
+def _on_top(keys: pa.Array, layout: Layout) -> NDArray[np.bool_]:
+    """Whether a key lies directly in the folder that its group is."""
+    if not len(keys) or not len(layout.paths):
+        return np.zeros(len(keys), np.bool_)
+    folders, folder, _ = split_keys(keys)
+    group_bytes = np.asarray(pc.binary_length(layout.paths).to_numpy(), np.int64)
+    folder_bytes = np.asarray(pc.binary_length(folders).to_numpy(), np.int64)
+    is_in = layout.group != NO_GROUP
+    return np.asarray(is_in & (folder_bytes[folder] == group_bytes[layout.group] + 1), np.bool_)
+
+
+# -- what is said of them -------------------------------------------------------------------------------------------
+
+
+def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: float) -> NDArray[np.bool_]:
+    """Checkpoints that are whole in some tier: their names say so, and nobody writes them any more.
+
+    That is so if the copy was verified, for only what is complete is moved; if its mark is there and nothing of it is
+    younger; or if nothing of it has changed for settle_s.
+    """
+    settled = now_s - copies.modified_s >= settle_s
+    closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
+    good = copies.whole & (copies.verified | settled | closed)
+    complete = np.zeros(len(grouped.kind), np.bool_)
+    complete[copies.group[good]] = True
+    lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)
+    complete &= lacks == NOTHING
+    complete[grouped.kind != CHECKPOINT] = True
+    return complete
+
+
+def _snapshot(
+    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
+) -> Snapshot:
+    created_s = np.full(len(grouped.kind), np.inf)
+    np.minimum.at(created_s, copies.group, copies.modified_s)
+    of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
+    uses, in_use, unreported = np.zeros(len(created_s), np.int64), np.zeros_like(of_shard), np.zeros_like(of_shard)
+    uses[of_shard], in_use[of_shard] = grouped.shards.uses[shard], grouped.shards.in_use[shard]
+    unreported[of_shard] = grouped.shards.unreported[shard]
+    last_use_s = created_s.copy()
+    last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
+    return Snapshot(
+        now_s=now_s,
+        tiers=tuple(tier.name for tier in file.tiers),
+        classes=listed.classes,
+        paths=grouped.paths,
+        kind=grouped.kind,
+        step=grouped.from_layout(grouped.layout.step, NO_STEP),
+        series=grouped.from_layout(grouped.layout.series, NO_SERIES),
+        created_s=created_s,
+        last_use_s=last_use_s,
+        uses=uses,
+        unreported=unreported,
+        in_use=in_use,
+        tags={},
+        group=copies.group,
+        tier=copies.tier,
+        n_objects=copies.n_objects,
+        n_bytes=copies.n_bytes,
+        smallest_bytes=copies.smallest_bytes,
+        modified_s=copies.modified_s,
+        storage_class=copies.storage_class,
+        state=copies.state,
+        whole=copies.whole,
+        verified=copies.verified,
+        **columns,
+    )
+
+
+def _facts(
+    listed: Listed, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[DataSet, ...]
+) -> dict[str, Any]:
+    lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
+    there = np.zeros(len(grouped.shards), np.bool_)
+    there[grouped.shard[grouped.shard >= 0]] = True
+    missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
+    differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
+    return {
+        "datasets": datasets,
+        "missed": listed.missed,
+        "n_objects": len(listed),
+        "orphans": _some(grouped.orphans),
+        "missing": _some(missing),
+        "unfinished": _some(grouped.unfinished),
+        "no_keys": _some(grouped.no_keys),
+        "differing": _some(differing),
+        "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
+    }
+
+
+def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:
+    """How many there are, and the first of them."""
+    return len(keys), tuple(keys.slice(0, _MANY).to_pylist())

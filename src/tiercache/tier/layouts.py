@@ -1,0 +1,379 @@
+"""Layouts: which keys are a checkpoint together, of which run, at which step; and whether their names say it is whole.
+
+All here is pure and goes by names. What libraries write, as their sources have it (torch filesystem.py, Lightning
+model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM training/checkpointing.py, DeepSpeed engine.py,
+transformers trainer.py)::
+
+    step-100/{__0_0.distcp, .metadata}                    torch.distributed.checkpoint; .metadata is renamed last
+    checkpoint-100/{model.safetensors, trainer_state.json}  Hugging Face Trainer; trainer_state.json is written late
+    checkpoint-100/pytorch_model_fsdp_0/.metadata         the same with FSDP: a torch.distributed.checkpoint in it
+    epoch=1-step=100-val_loss=0.3.ckpt                    Lightning; a folder with FSDP or DeepSpeed
+    iter_0000100/mp_rank_00/model_optim_rng.pt            Megatron-LM; with torch_dist .metadata, then metadata.json
+    global_step100/mp_rank_00_model_states.pt             DeepSpeed
+
+The outermost folder with such a name is the checkpoint: global_step100 inside of checkpoint-100 is a part of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.tier.model import NO_SERIES, NO_STEP
+
+NO_GROUP = -1
+
+# Ranks of a group's objects, by which they are sorted: what makes it whole comes last.
+MEMBER, INDEX, MARK = range(3)
+
+# What a checkpoint lacks to be complete, as far as names go.
+NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE = range(6)
+LACKS = (
+    "",
+    "a .metadata beside each .distcp",
+    "trainer_state.json",
+    "weights",
+    "all shards that their names count",
+    "the end of a save: a .metadata.tmp lies there",
+)
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
+DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
+WORD = r"global[-_]?step|step|iter(?:ation)?|ckpt|checkpoint|epoch"
+_METRIC = rf"[a-z][\w@.]*?(?:={NUMBER}|[-_]?{DECIMAL})"
+# Behind the number may stand other counters, metrics, and Lightning's -v1 for a name that was taken.
+_REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*"
+_HEAD = rf"(?P<prefix>(?:[^/]*?[-_.])??)(?P<word>{WORD})[-_=]?(?P<number>[0-9]{{1,18}})"
+SUFFIXES = r"(?:\.(?:pt|pth|ckpt|bin|safetensors|tar|npz))"
+_FILE_NAME = rf"(?i)^{_HEAD}(?P<rest>{_REST})(?P<suffix>{SUFFIXES}+)$"
+_IN_FOLDER = (
+    rf"(?i)^(?P<parent>(?:[^/]+/)*?)(?P<name>{_HEAD}(?P<rest>{_REST}(?:[-_][a-z][^/]*?)?)(?P<suffix>{SUFFIXES}*))/"
+)
+_IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
+_STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
+# What differs between the checkpoints of one run.
+_VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})"
+
+# What a writer has not finished, whatever it is of. The last: Orbax writes to such a folder and renames it.
+_TEMPORARY = (
+    rf"(?:^|/)(?:{TEMP_PREFIX.replace('.', '[.]')}|tmp-checkpoint-)"
+    r"|\.(?:tmp|part|partial|incomplete)(?:/|$)|[-_]tmp/|\.orbax-checkpoint-tmp"
+)
+_NO_KEY = r"^/|/$|//|(?:^|/)\.\.?(?:/|$)|\\|\x00|://|^$"
+
+_WEIGHTS = r"(?i)\.(?:pt|pth|ckpt|bin|safetensors|distcp|msgpack|h5)$"
+_NO_WEIGHTS = r"^(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)[^/]*$"
+# What a folder that is called by a number must hold: of data one may have x/0/17.pt and x/1/17.bin.
+_HOLDS_STATE = (
+    r"(?i)^(?:[a-z]+_)*(?:model|optim|state|weights|checkpoint|ckpt|trainer)[^/]*\.(?:pt|pth|ckpt|bin|safetensors|msgpack)$"
+    r"|\.(?:distcp|ocdbt)$|^\.metadata$|^_CHECKPOINT_METADATA$"
+)
+_COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
+_RANK_METADATA = r"^__[0-9]+\.metadata$"
+_METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
+_INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What keys are, together. Row g of a column of groups is group g, row k of a column of keys is key k.
+
+    Attributes:
+        paths: large_string[n_groups], sorted, no two alike.
+        checkpoint: bool[n_groups]; all else are files.
+        step: int64[n_groups]; NO_STEP.
+        series: int32[n_groups], the same for what one run writes under one name; NO_SERIES.
+        lacks: uint8[n_groups], numbers of LACKS.
+        marked: bool[n_groups], it has an object that is written when all else is there.
+        group: int32[n_keys]; NO_GROUP: of what nobody has finished writing, and what is no key.
+        rank: uint8[n_keys], MEMBER, INDEX or MARK.
+        unfinished: bool[n_keys], by its name.
+    """
+
+    paths: pa.Array
+    checkpoint: NDArray[np.bool_]
+    step: NDArray[np.int64]
+    series: NDArray[np.int32]
+    lacks: NDArray[np.uint8]
+    marked: NDArray[np.bool_]
+    group: NDArray[np.int32]
+    rank: NDArray[np.uint8]
+    unfinished: NDArray[np.bool_]
+
+
+def recognise(keys: pa.Array) -> Layout:
+    """Which groups these keys make. keys: string or large_string, no two alike, without nulls."""
+    keys = keys.cast(pa.large_string())
+    folders, folder, names = split_keys(keys)
+    in_folder = _checkpoint_folders(folders, folder, names)
+    at_row = in_folder.row[folder] if len(keys) else np.empty(0, np.int64)
+    unfinished, no_key = matches(keys, _TEMPORARY), matches(keys, _NO_KEY)
+    left = np.flatnonzero((at_row < 0) & ~unfinished & ~no_key)
+    in_file = _checkpoint_files(keys, folders, folder, names, left)
+    known = pa.concat_tables([in_folder.table, in_file]).combine_chunks()
+    group, paths = _numbered(keys, at_row, in_folder.table["path"], left, no_key)
+    row = find(paths, known["path"])
+    checkpoint = row >= 0
+    series = np.full(len(paths), NO_SERIES, np.int32)
+    step = np.full(len(paths), NO_STEP, np.int64)
+    step[checkpoint] = numbers(known["step"].take(pa.array(row[checkpoint])), np.int64)
+    series[checkpoint] = _series_of(known, row[checkpoint])
+    seen = _Members(names, folder, group, len(folders), len(paths))
+    return Layout(
+        paths=paths,
+        checkpoint=checkpoint,
+        step=step,
+        series=series,
+        lacks=np.where(checkpoint, _lacking(seen, series), NOTHING).astype(np.uint8),
+        marked=checkpoint & seen.groups_with(seen.marks()),
+        group=group,
+        rank=seen.ranks(),
+        unfinished=unfinished,
+    )
+
+
+# -- columns ------------------------------------------------------------------------------------------------------
+
+
+def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
+    """The folders of keys, "" or with a "/" at the end, each once; the number of each key's; and the last segments."""
+    parts = pc.extract_regex(keys, r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
+    found = pc.struct_field(parts, "folder").dictionary_encode()
+    return found.dictionary, numbers(found.indices, np.int64), pc.struct_field(parts, "name")
+
+
+def matches(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
+    """Whether the pattern is found in each text; bool[len(texts)]."""
+    found = pc.match_substring_regex(texts, pattern)
+    return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_) if len(texts) else np.empty(0, np.bool_)
+
+
+def find(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """The first row of each text in `among`, -1 where it is not; int64[len(texts)]."""
+    if not len(texts) or not len(among):
+        return np.full(len(texts), -1, np.int64)
+    return numbers(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
+
+
+def numbers(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
+    """A column without nulls as numpy. Not through pandas."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
+    return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
+
+
+# -- checkpoints by their names -------------------------------------------------------------------------------------
+
+_NAMES = ("parent", "prefix", "word", "rest", "suffix")
+_KNOWN = pa.schema([("path", pa.large_string()), ("step", pa.int64()), ("series", pa.large_string())])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _InFolders:
+    """Checkpoints that are folders. table: as _KNOWN; row: int64[n_folders], in it, -1."""
+
+    table: pa.Table
+    row: NDArray[np.int64]
+
+
+def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.Array) -> _InFolders:
+    whole = pc.extract_regex(folders, _IN_FOLDER)
+    named = pc.is_valid(whole)
+    if len(folders):
+        # Who writes there has not finished: its folder gets another name when it has.
+        named = pc.and_(named, pc.invert(pc.match_substring_regex(folders, _TEMPORARY)))
+    by_name = np.flatnonzero(numbers(named, np.int64))
+    found = whole.take(pa.array(by_name))
+    path = _joined([pc.struct_field(found, "parent"), pc.struct_field(found, "name")], "")
+    rows = _known_of(path, {name: pc.struct_field(found, name) for name in _NAMES}, pc.struct_field(found, "number"))
+    by_number = dict(_number_folders(folders, folder, names, np.asarray(named.to_numpy(zero_copy_only=False), bool)))
+    numbered = pa.array(list(by_number.values()), pa.large_string())
+    parts = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
+    empty = pa.array([""] * len(numbered), pa.large_string())
+    columns = dict.fromkeys(_NAMES, empty) | {"parent": pc.struct_field(parts, "parent")}
+    rows = pa.concat_tables([rows, _known_of(numbered, columns, pc.struct_field(parts, "number"))])
+    once, first = _first_of_each(rows)
+    row = np.full(len(folders), -1, np.int64)
+    row[np.concatenate([by_name, np.fromiter(by_number, np.int64, len(by_number))])] = first
+    return _InFolders(once, row)
+
+
+def _first_of_each(rows: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The first row of each path, and the number among them of every row."""
+    encoded = rows["path"].combine_chunks().dictionary_encode() if len(rows) else None
+    if encoded is None:
+        return rows, np.empty(0, np.int64)
+    which = numbers(encoded.indices, np.int64)
+    return rows.take(pa.array(np.unique(which, return_index=True)[1])).combine_chunks(), which
+
+
+def _number_folders(
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.bool_]
+) -> Iterator[tuple[int, str]]:
+    """(folder, path of its checkpoint) of folders in one whose name is a number and that stands beside its like.
+
+    Only such as hold something that is called like weights: folders are numbered by class, day and part too.
+    """
+    numbered = matches(folders, _IN_NUMBER) & ~named & ~matches(folders, _TEMPORARY)
+    if not numbered.any():
+        return
+    holding = np.zeros(len(folders), np.bool_)
+    holding[folder[matches(names, _HOLDS_STATE)]] = True
+    like: dict[str, set[str]] = defaultdict(set)
+    for i in np.flatnonzero(numbered & holding).tolist():
+        for path in _numbered_above(folders[i].as_py()):
+            like[path.rpartition("/")[0]].add(path)
+    for i in np.flatnonzero(numbered).tolist():
+        for path in _numbered_above(folders[i].as_py()):
+            siblings = like.get(path.rpartition("/")[0], set())
+            if len(siblings) > 1 and path in siblings:
+                yield i, path
+                break
+
+
+def _numbered_above(folder: str) -> Iterator[str]:
+    """The folder and those above it whose name is a number, from the outermost."""
+    end = 0
+    while (end := folder.find("/", end + 1)) >= 0:
+        name = folder[folder.rfind("/", 0, end) + 1 : end]
+        if name.isascii() and name.isdigit() and len(name) <= 18:
+            yield folder[:end]
+
+
+def _checkpoint_files(
+    keys: pa.Array, folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
+) -> pa.Table:
+    """Of the keys `left`, those that are a checkpoint each."""
+    found = pc.extract_regex(names.take(pa.array(left)), _FILE_NAME)
+    is_one = np.flatnonzero(numbers(pc.is_valid(found), np.int64))
+    found, left = found.take(pa.array(is_one)), left[is_one]
+    columns = {name: pc.struct_field(found, name) for name in _NAMES[1:]}
+    columns["parent"] = folders.take(pa.array(folder[left]))
+    return _known_of(keys.take(pa.array(left)), columns, pc.struct_field(found, "number"))
+
+
+def _known_of(path: pa.Array, columns: dict[str, pa.Array], number: pa.Array) -> pa.Table:
+    """Step and series of checkpoints from the parts of their names.
+
+    A step in the rest counts more than an epoch before it. A series is what is the same in all names of a run.
+    """
+    rest, word = columns["rest"], pc.utf8_lower(columns["word"])
+    inner = pc.extract_regex(rest, _STEP_IN_REST)
+    is_better = pc.and_(pc.is_valid(inner), pc.invert(pc.match_substring_regex(word, "step|iter")))
+    step = pc.if_else(is_better, pc.struct_field(inner, "number"), number).cast(pa.int64())
+    word = pc.if_else(is_better, pc.utf8_lower(pc.struct_field(inner, "word")), word)
+    prefix, rest = (pc.replace_substring_regex(part, _VARYING, "") for part in (columns["prefix"], rest))
+    series = _joined([columns["parent"], prefix, word, rest, columns["suffix"]], "\n")
+    return pa.Table.from_arrays([path, step, series], schema=_KNOWN)
+
+
+def _series_of(known: pa.Table, row: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Numbers of series, in the order in which they come; int32[len(row)]."""
+    if not len(row):
+        return np.empty(0, np.int32)
+    encoded = known["series"].take(pa.array(row)).combine_chunks().dictionary_encode()
+    return numbers(encoded.indices, np.int64).astype(np.int32)
+
+
+def _numbered(
+    keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, left: NDArray[np.int64], no_key: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], pa.Array]:
+    """The group of each key, and the paths of groups, sorted."""
+    inside = np.flatnonzero((row >= 0) & ~no_key)
+    members = np.concatenate([inside, left])
+    path = pa.concat_arrays([_one(folders.take(pa.array(row[inside]))), keys.take(pa.array(left))])
+    encoded = path.dictionary_encode()
+    order = numbers(pc.sort_indices(encoded.dictionary), np.int64)
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    group = np.full(len(keys), NO_GROUP, np.int32)
+    group[members] = place[numbers(encoded.indices, np.int64)]
+    return group, encoded.dictionary.take(pa.array(order))
+
+
+def _joined(columns: list[pa.Array], separator: str) -> pa.Array:
+    return pc.binary_join_element_wise(*columns, pa.scalar(separator, pa.large_string()))
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+# -- whether they are whole -------------------------------------------------------------------------------------------
+
+
+class _Members:
+    """The objects of groups by their names."""
+
+    def __init__(
+        self, names: pa.Array, folder: NDArray[np.int64], group: NDArray[np.int32], n_folders: int, n_groups: int
+    ) -> None:
+        self.names, self.folder, self.group = names, folder, group
+        self._n_folders, self._n_groups = n_folders, n_groups
+        self.metadata, self.trainer_state = self.named(r"^\.metadata$"), self.named(r"^trainer_state\.json$")
+
+    def named(self, pattern: str) -> NDArray[np.bool_]:
+        """Whether the pattern is found in a member's name; bool[n_keys]."""
+        return matches(self.names, pattern) & np.asarray(self.group != NO_GROUP, np.bool_)
+
+    def groups_with(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether a group has one of them; bool[n_groups]."""
+        has = np.zeros(self._n_groups, np.bool_)
+        has[self.group[members]] = True
+        return has
+
+    def beside(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether a folder has one of them directly in it; bool[n_folders]."""
+        has = np.zeros(self._n_folders, np.bool_)
+        has[self.folder[members]] = True
+        return has
+
+    def marks(self) -> NDArray[np.bool_]:
+        """What is written when all else is there; bool[n_keys]."""
+        return self.metadata | self.trainer_state
+
+    def ranks(self) -> NDArray[np.uint8]:
+        """MEMBER, INDEX or MARK; uint8[n_keys]."""
+        rank = np.where(self.named(_INDEX), INDEX, MEMBER).astype(np.uint8)
+        rank[self.marks()] = MARK
+        return rank
+
+    def count_wrong(self) -> NDArray[np.bool_]:
+        """Groups in which shards are missing of those that names such as model-00001-of-00004.bin count."""
+        at = np.flatnonzero(self.named(_COUNTED))
+        found = pc.extract_regex(self.names.take(pa.array(at)), _COUNTED)
+        columns = {name: pc.struct_field(found, name) for name in ("stem", "total", "suffix", "number")}
+        table = pa.table(columns | {"folder": self.folder[at], "group": self.group[at]})
+        sets = table.group_by(["group", "folder", "stem", "total", "suffix"]).aggregate([("number", "count_distinct")])
+        wrong = np.zeros(self._n_groups, np.bool_)
+        short = numbers(sets["number_count_distinct"], np.int64) < numbers(sets["total"].cast(pa.int64()), np.int64)
+        wrong[numbers(sets["group"], np.int64)[short]] = True
+        return wrong
+
+
+def _lacking(seen: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """What each group lacks, numbers of LACKS; of files it says nothing."""
+    lacks = np.full(len(series), NOTHING, np.uint8)
+    weights = seen.named(_WEIGHTS) & ~seen.named(_NO_WEIGHTS)
+    # Trainer is known by two files of its own in any checkpoint of the run: others write checkpoint-N without them.
+    trainer = seen.groups_with(seen.trainer_state)
+    trainers = np.unique(series[trainer | seen.groups_with(seen.named(r"^training_args\.bin$"))])
+    is_trainer = np.isin(series, trainers[trainers != NO_SERIES])
+    lacks[seen.count_wrong()] = SHARDS
+    lacks[is_trainer & ~seen.groups_with(weights)] = WEIGHTS
+    lacks[is_trainer & ~trainer] = TRAINER_STATE
+    parts = seen.named(r"^__[0-9]+_[0-9]+\.distcp$")
+    closed = seen.beside(seen.metadata | seen.named(_RANK_METADATA))
+    lacks[seen.groups_with(parts & ~closed[seen.folder])] = METADATA
+    lacks[seen.groups_with(seen.named(_METADATA_TMP))] = END_OF_SAVE
+    return lacks

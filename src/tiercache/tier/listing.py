@@ -1,0 +1,224 @@
+"""What lies in the tiers, listed side by side into columns: 1,000,000 objects take about 150 MB."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Event, Lock
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.errors import StoreError
+from tiercache.model import ObjectInfo
+from tiercache.tier.stores import state_of
+
+if TYPE_CHECKING:
+    from tiercache.tier.stores import Stores
+    from tiercache.tierfile import TierFile
+
+# Tier, and how many of its objects are listed by now. Called from several threads.
+Progress: TypeAlias = Callable[[str, int], None]
+
+NO_CRC = -1
+# Rows that are Python objects at a time; larger is no faster.
+_BATCH = 1 << 14
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listed:
+    """Objects of all tiers. Row i of every column is one object.
+
+    Attributes:
+        tiers: numbers of the tiers that were listed.
+        missed: names of those that could not be.
+        classes: names of storage classes; "" is the store's own.
+        keys: large_string[n]; etags: large_string[n], null where the store says none.
+        tier: int8[n]; n_bytes: int64[n].
+        modified_s: float64[n]; where the store does not say, the time of the listing: it is not older than is known.
+        crc32c: int64[n], NO_CRC.
+        word: int32[n], in words: what the store says of class and restoring.
+        words: (storage class, restore state) as the stores say them.
+        class_of, state_of: int16 and uint8 of each word.
+    """
+
+    tiers: tuple[int, ...]
+    missed: tuple[str, ...]
+    classes: tuple[str, ...]
+    keys: pa.Array
+    etags: pa.Array
+    tier: NDArray[np.int8]
+    n_bytes: NDArray[np.int64]
+    modified_s: NDArray[np.float64]
+    crc32c: NDArray[np.int64]
+    word: NDArray[np.int32]
+    words: tuple[tuple[str | None, str | None], ...]
+    class_of: NDArray[np.int16]
+    state_of: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def objects(self, rows: NDArray[np.int64], crc32c: NDArray[np.int64]) -> tuple[ObjectInfo, ...]:
+        """These rows as the stores said them, with these checksums (NO_CRC: none)."""
+        taken = pa.array(rows)
+        return tuple(
+            ObjectInfo(key, n_bytes, etag, None, None if crc == NO_CRC else crc, modified_s, *self.words[word])
+            for key, n_bytes, etag, crc, modified_s, word in zip(
+                self.keys.take(taken).to_pylist(),
+                self.n_bytes[rows].tolist(),
+                self.etags.take(taken).to_pylist(),
+                crc32c.tolist(),
+                self.modified_s[rows].tolist(),
+                self.word[rows].tolist(),
+                strict=True,
+            )
+        )
+
+
+def list_tiers(
+    file: TierFile,
+    stores: Stores,
+    *,
+    now_s: float,
+    on_progress: Progress | None = None,
+    may_miss: Collection[str] = (),
+) -> Listed:
+    """List all tiers; those with one URL by one listing.
+
+    Args:
+        file: the rule file.
+        stores: of its tiers.
+        now_s: seconds since the epoch.
+        on_progress: see Progress.
+        may_miss: tiers that may be left out where they cannot be listed; of any other that is an error.
+
+    Raises:
+        StoreError: a tier cannot be listed.
+    """
+    work = _Work(file, stores, now_s, on_progress or _say_nothing, frozenset(may_miss))
+    places = [shared for shared in map(stores.sharing, (tier.name for tier in file.tiers)) if shared]
+    once = list(dict.fromkeys(places))
+    with ThreadPoolExecutor(max(len(once), 1), "tiercache-listing") as pool:
+        parts = list(pool.map(work.place, once))
+    return _joined(file, [part for part in parts if part is not None], sorted(work.missed), work.words)
+
+
+def _say_nothing(tier: str, n_objects: int) -> None:
+    del tier, n_objects
+
+
+class _Words:
+    """What stores say of class and restoring, each once. The lock guards the table."""
+
+    def __init__(self, now_s: float) -> None:
+        self._lock, self._now_s = Lock(), now_s
+        self.numbers: dict[tuple[str | None, str | None], int] = {}
+        self.states: list[int] = []
+
+    def number(self, info: ObjectInfo) -> int:
+        word = info.storage_class, info.restore
+        found = self.numbers.get(word)
+        if found is not None:
+            return found
+        with self._lock:
+            if word not in self.numbers:
+                self.states.append(state_of(info, self._now_s))
+                self.numbers[word] = len(self.numbers)
+            return self.numbers[word]
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Columns of one place, a chunk each batch."""
+
+    tiers: tuple[int, ...]
+    columns: list[tuple[pa.Array, pa.Array, NDArray[np.int8], NDArray[np.int64], NDArray[np.float64]]]
+    rest: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = field(default_factory=list)
+
+
+class _Work:
+    """One listing of all places. Every place is a thread's own; words has a lock."""
+
+    def __init__(
+        self, file: TierFile, stores: Stores, now_s: float, on_progress: Progress, may_miss: frozenset[str]
+    ) -> None:
+        self.file, self.stores, self.now_s, self.on_progress, self.may_miss = file, stores, now_s, on_progress, may_miss
+        self.words = _Words(now_s)
+        self.missed: list[str] = []
+        self._stop = Event()
+
+    def place(self, names: tuple[str, ...]) -> _Part | None:
+        """List the place of these tiers; None: it could not be, and need not."""
+        try:
+            return self._listed(names)
+        except StoreError:
+            if not self.may_miss.issuperset(names):
+                self._stop.set()
+                raise
+            self.missed.extend(names)
+            return None
+
+    def _listed(self, names: tuple[str, ...]) -> _Part:
+        numbers = {name: self.file.index(name) for name in names}
+        part, batch, n_objects = _Part(tuple(numbers.values()), []), [], dict.fromkeys(names, 0)
+        for info in self._objects(names[0]):
+            name = names[0] if len(names) == 1 else self.stores.tier_of(names, info)
+            n_objects[name] += 1
+            batch.append((numbers[name], info))
+            if len(batch) == _BATCH:
+                self._add(part, batch)
+                batch = []
+                if self._stop.is_set():
+                    break
+                self._tell(n_objects)
+        self._add(part, batch)
+        self._tell(n_objects)
+        return part
+
+    def _tell(self, n_objects: dict[str, int]) -> None:
+        for name, n in n_objects.items():
+            self.on_progress(name, n)
+
+    def _objects(self, name: str) -> Iterator[ObjectInfo]:
+        archive = self.stores.archive(name)
+        return self.stores.store(name).list() if archive is None else archive.list()
+
+    def _add(self, part: _Part, batch: list[tuple[int, ObjectInfo]]) -> None:
+        infos = [info for _, info in batch]
+        part.columns.append(
+            (
+                pa.array([info.key for info in infos], pa.large_string()),
+                pa.array([info.etag for info in infos], pa.large_string()),
+                np.array([number for number, _ in batch], np.int8),
+                np.array([info.n_bytes for info in infos], np.int64),
+                np.array([self.now_s if i.modified_s is None else i.modified_s for i in infos], np.float64),
+            )
+        )
+        crcs = np.array([NO_CRC if info.crc32c is None else info.crc32c for info in infos], np.int64)
+        part.rest.append((crcs, np.array([self.words.number(info) for info in infos], np.int32)))
+
+
+def _joined(file: TierFile, parts: list[_Part], missed: list[str], words: _Words) -> Listed:
+    columns = [column for part in parts for column in part.columns]
+    rest = [column for part in parts for column in part.rest]
+    named = ["", *sorted({word[0] for word in words.numbers if word[0]})]
+    empty = pa.array([], pa.large_string())
+    return Listed(
+        tiers=tuple(sorted(number for part in parts for number in part.tiers)),
+        missed=tuple(tier.name for tier in file.tiers if tier.name in missed),
+        classes=tuple(named),
+        keys=pa.concat_arrays([empty, *(column[0] for column in columns)]),
+        etags=pa.concat_arrays([empty, *(column[1] for column in columns)]),
+        tier=np.concatenate([np.empty(0, np.int8), *(column[2] for column in columns)]),
+        n_bytes=np.concatenate([np.empty(0, np.int64), *(column[3] for column in columns)]),
+        modified_s=np.concatenate([np.empty(0, np.float64), *(column[4] for column in columns)]),
+        crc32c=np.concatenate([np.empty(0, np.int64), *(column[0] for column in rest)]),
+        word=np.concatenate([np.empty(0, np.int32), *(column[1] for column in rest)]),
+        words=tuple(words.numbers),
+        class_of=np.array([named.index(word[0] or "") for word in words.numbers], np.int16),
+        state_of=np.array(words.states, np.uint8),
+    )

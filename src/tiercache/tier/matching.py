@@ -1,0 +1,230 @@
+"""Which rule's globs a path matches first: globs become one RE2 expression a rule, run by Arrow over whole columns.
+
+`*` and `?` stay within a segment, `**` alone in its segment stands for any number of segments, `[a-z]` and `[!a-z]` for
+one character but `/`, `{a,b}` for either. There is no escape: `[*]` is a star.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+# So many paths pass all rules together: what is filtered on the way stays small. Larger ones are no faster.
+_ROWS_AT_A_TIME = 1 << 16
+# Alternatives of one glob when its braces are written out.
+_MOST_ALTERNATIVES = 1000
+_SLASH, _LAST_CODE = ord("/"), 0x10FFFF
+# Stands for `**` while braces are written out: `*{,x}*` holds two stars, not one of these. No key has a NUL.
+_DEEP = "\0"
+_NOT_ALONE = "'**' stands alone between slashes; within a name write '*'"
+_NOTHING = rf"[^\x{{0}}-\x{{{_LAST_CODE:X}}}]"
+
+
+def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> NDArray[np.int16]:
+    """The first rule that each path matches; -1: none.
+
+    Args:
+        paths: strings without nulls.
+        globs: of each rule, those that match and those that do not match after all.
+
+    Returns:
+        int16[n].
+
+    Raises:
+        ValueError: what is not a glob; it says which, and what is wrong with it.
+    """
+    rules = [(_Globs.of(match), _Globs.of(excepted)) for match, excepted in globs]
+    found = np.full(len(paths), -1, np.int16)
+    for start in range(0, len(paths), _ROWS_AT_A_TIME):
+        texts = paths.slice(start, _ROWS_AT_A_TIME)
+        left = np.arange(start, start + len(texts))
+        for number, (match, excepted) in enumerate(rules):
+            hit = match.hits(texts)
+            if hit.any():
+                hit[hit] = ~excepted.hits(texts.filter(pa.array(hit)))
+                found[left[hit]] = number
+                texts, left = texts.filter(pa.array(~hit)), left[~hit]
+            if not len(left):
+                break
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Globs:
+    """Globs, any of which matches. pattern: None: nothing does; prefix: what all that match begins with."""
+
+    pattern: str | None
+    prefix: str = ""
+    everything_below: bool = False
+
+    @classmethod
+    def of(cls, globs: tuple[str, ...]) -> _Globs:
+        alternatives, parts = [], []
+        for glob in globs:
+            try:
+                written_out = _without_braces(_marked(glob))
+                parts += [_translated(one) for one in written_out]
+            except ValueError as error:
+                raise ValueError(f"not a glob: {glob!r}: {error}") from error
+            alternatives += written_out
+        if not alternatives:
+            return cls(None)
+        prefix = _common([_literal(one) for one in alternatives])
+        # `folder/**` needs no expression: all that begins so, and is longer, matches.
+        below = alternatives == [prefix + _DEEP]
+        return cls(rf"\A(?:{'|'.join(parts)})\z", prefix, below)
+
+    def hits(self, texts: pa.Array) -> NDArray[np.bool_]:
+        """bool[n], the caller's own."""
+        if self.pattern is None:
+            return np.zeros(len(texts), np.bool_)
+        if not self.prefix:
+            return _flags(pc.match_substring_regex(texts, self.pattern))
+        hit = _flags(pc.starts_with(texts, self.prefix))
+        if hit.any():
+            near = texts.filter(pa.array(hit))
+            if self.everything_below:
+                hit[hit] = _flags(pc.greater(pc.binary_length(near), len(self.prefix.encode())))
+            else:
+                hit[hit] = _flags(pc.match_substring_regex(near, self.pattern))
+        return hit
+
+
+def _flags(array: pa.Array) -> NDArray[np.bool_]:
+    return np.array(array.to_numpy(zero_copy_only=False), np.bool_)
+
+
+# -- one glob --------------------------------------------------------------------------------------------------------
+
+
+def _marked(glob: str) -> str:
+    """The glob with _DEEP for `**`."""
+    if _DEEP in glob:
+        raise ValueError("no path has a NUL")
+    out, runs = [], ""
+    for at, sign in _signs(glob):
+        runs = runs + sign if sign == "*" else ""
+        if runs != "**":
+            out.append(sign)
+            continue
+        before, after = glob[: at - 1][-1:], glob[at + 1 : at + 2]
+        if before not in ("", "/", "{", ",") or after not in ("", "/", "}", ","):
+            raise ValueError(_NOT_ALONE)
+        out[-1] = _DEEP
+    return "".join(out)
+
+
+def _without_braces(glob: str) -> list[str]:
+    """The globs that a glob with braces stands for."""
+    opened = closed = depth = 0
+    commas: list[int] = []
+    for at, sign in _signs(glob):
+        if sign == "{":
+            depth += 1
+            opened = at if depth == 1 else opened
+        elif sign == "," and depth == 1:
+            commas.append(at)
+        elif sign == "}":
+            depth -= 1
+            if depth < 0:
+                raise ValueError("a '}' closes nothing; write '[}]' for the character")
+            if depth == 0:
+                closed = at
+                break
+    if depth:
+        raise ValueError("a '{' is not closed; write '[{]' for the character")
+    if not closed:
+        return [glob]
+    ends = [opened, *commas, closed]
+    found: list[str] = []
+    for start, end in pairwise(ends):
+        found += _without_braces(glob[:opened] + glob[start + 1 : end] + glob[closed + 1 :])
+        if len(found) > _MOST_ALTERNATIVES:
+            raise ValueError(f"its braces stand for more than {_MOST_ALTERNATIVES} globs")
+    return found
+
+
+def _signs(glob: str) -> Iterator[tuple[int, str]]:
+    """Places and characters outside of classes; a class is one sign, with its brackets."""
+    at = 0
+    while at < len(glob):
+        end = at + 1
+        if glob[at] == "[":
+            # A bracket that comes first stands for itself.
+            end = glob.find("]", at + (3 if glob[at + 1 : at + 2] in ("!", "^") else 2)) + 1
+            if not end:
+                raise ValueError("a '[' is not closed; write '[[]' for the character")
+        elif glob[at] == "\\":
+            raise ValueError("there is no escape by '\\'; write '[*]' for a star")
+        yield at, glob[at:end]
+        at = end
+
+
+def _literal(glob: str) -> str:
+    """What a glob without braces begins with, before anything that is not itself."""
+    return next((glob[:at] for at, sign in _signs(glob) if len(sign) > 1 or sign in f"*?{_DEEP}"), glob)
+
+
+def _common(texts: list[str]) -> str:
+    """What all of them begin with. Those that sort first and last differ the soonest."""
+    first, last = min(texts), max(texts)
+    return first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))]
+
+
+def _translated(glob: str) -> str:
+    """RE2's expression of a glob without braces."""
+    out: list[str] = []
+    skipped = -1
+    for at, sign in _signs(glob):
+        if at == skipped:  # the slash after `**/`, which went with it
+            continue
+        if sign == "*":
+            out.append("[^/]*")
+        elif sign == "?":
+            out.append("[^/]")
+        elif sign == _DEEP:
+            if glob[:at][-1:] not in ("", "/") or glob[at + 1 : at + 2] not in ("", "/"):
+                raise ValueError(_NOT_ALONE)
+            out.append("(?s:.*/)?" if glob[at + 1 :] else "(?s:.+)")
+            skipped = at + 1
+        elif sign[0] == "[":
+            out.append(_class(sign))
+        else:
+            out.append(re.escape(sign))
+    return "".join(out)
+
+
+def _class(sign: str) -> str:
+    """RE2's class of a glob's. The slash is in none."""
+    body = sign[1:-1]
+    negated = body[:1] in ("!", "^")
+    body = body[1:] if negated else body
+    ranges, at = [], 0
+    while at < len(body):
+        ranged = body[at + 1 : at + 2] == "-" and at + 2 < len(body)
+        first, last = ord(body[at]), ord(body[at + 2 if ranged else at])
+        if first > last:
+            raise ValueError(f"{body[at : at + 3]!r} runs backwards")
+        ranges.append((first, last))
+        at += 3 if ranged else 1
+    if negated:
+        return "[^" + "".join(map(_range, [*ranges, (_SLASH, _SLASH)])) + "]"
+    parts = [part for first, last in ranges for part in _around_slash(first, last)]
+    return "[" + "".join(map(_range, parts)) + "]" if parts else _NOTHING
+
+
+def _around_slash(first: int, last: int) -> list[tuple[int, int]]:
+    if not first <= _SLASH <= last:
+        return [(first, last)]
+    return [(a, b) for a, b in ((first, _SLASH - 1), (_SLASH + 1, last)) if a <= b]
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return rf"\x{{{ends[0]:X}}}-\x{{{ends[1]:X}}}"

@@ -1,0 +1,42 @@
+"""What came of moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A move that was not made. plan, number: which; reason: what was expected, and what was found."""
+
+    number: int
+    reason: str
+    path: str = ""
+    plan: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was done.
+
+    Attributes:
+        done: moves that are as their plan wants them, now or before.
+        stopped: those that are not, and why.
+        waiting_drops: how many deletions wait for their grace, of all plans.
+        n_bytes: that were copied; by settle(): that were dropped.
+    """
+
+    done: int = 0
+    stopped: tuple[Stopped, ...] = ()
+    waiting_drops: int = 0
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a plan is. n_moves, n_bytes: of all of it."""
+
+    done_moves: int
+    n_moves: int
+    done_bytes: int
+    n_bytes: int

@@ -1,0 +1,269 @@
+"""A home as a store whose objects are read from wherever they lie by now; whoever reads through it cannot tell."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from tiercache.errors import ArchivedShards
+from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
+from tiercache.prices import Prices, RestorePrice, price_table
+from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
+from tiercache.tier.places import Found, Places, is_far
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tiercache.tier.placement import Placement, Row
+
+# Whether an archived shard was restored is asked side by side: its time is round trips.
+ASKING_THREADS = 16
+# So many names stand in a message and its command: of more the command restores all below the URL. The error has all.
+_SHOWN = 8
+
+Cached: TypeAlias = Callable[[Store], Store]
+
+
+def as_it_is(store: Store) -> Store:
+    """The store itself: no cache is round it."""
+    return store
+
+
+def placed(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> PlacedStore:
+    """A home that follows its placement: a LocalStore where the home is one.
+
+    Args:
+        home: the data set's own store.
+        options: storage options that it was opened with.
+        cached: gives a store read through the cache: what a local home has elsewhere goes through it.
+    """
+    places = Places(home, options)
+    return PlacedFolder(places, cached) if isinstance(home, LocalStore) else PlacedStore(places)
+
+
+class PlacedStore(Store):
+    """Reads follow the placement; all else is the home's. Nothing is asked of it before something is missed.
+
+    counters are the home's own; `figures()` has those of the other places too.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        home = places.home
+        self.url, self.counters, self.min_part_bytes = home.url, home.counters, home.min_part_bytes
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.places.home!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.places,)
+
+    @property
+    def by_ranges(self) -> PlacedStore:
+        """The same as a store that is read by ranges alone, past any file or cache."""
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """requests, bytes_read and so on, of the home and of the places that were read from."""
+        sums: dict[str, float] = {}
+        for store in self.places.stores():
+            for name, figure in store.counters.snapshot().items():
+                sums[name] = sums.get(name, 0) + figure
+        return sums
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """From where it lies. An ETag counts for the object as it was opened, wherever it was moved to since."""
+
+        def read(found: Found) -> None:
+            etag = self.places.etag_of(key, if_match) if found.info is None else found.info.etag
+            wanted = None if if_match is None else etag
+            found.store.read_into(key, spans, if_match=wanted, deadline_s=deadline_s, cancel=cancel)
+
+        self.places.follow(key, read, if_match)
+
+    def head(self, key: str) -> ObjectInfo:
+        """Of where it lies."""
+        return self.places.follow(key, lambda found: found.info or found.store.head(key))
+
+    def get(self, key: str) -> bytes:
+        """From where it lies."""
+        return self.places.follow(key, lambda found: found.store.get(key))
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """From where it lies."""
+        return self.places.follow(key, lambda found: found.store.read_tail(key, n_bytes))
+
+    # -- all else ---------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        """To the home."""
+        return self.places.home.put(key, data)
+
+    def put_if_absent(self, key: str, data: Buffer) -> bool:
+        """To the home."""
+        return self.places.home.put_if_absent(key, data)
+
+    def create(self, key: str, *, if_absent: bool = False) -> Upload:
+        """To the home."""
+        return self.places.home.create(key, if_absent=if_absent)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Of the home alone."""
+        self.places.home.delete(keys)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """What lies in the home."""
+        return self.places.home.list(prefix)
+
+    def copy(self, src: str, dst: str) -> ObjectInfo:
+        """Within the home."""
+        return self.places.home.copy(src, dst)
+
+    def close(self) -> None:
+        """Drop connections of the home and of all places."""
+        self.places.close()
+
+
+class PlacedFolder(PlacedStore):
+    """A local home, whose files are read where they lie. What is elsewhere comes through the cache, as from any store.
+
+    cached: gives a store read through the cache.
+    """
+
+    def __init__(self, places: Places, cached: Cached) -> None:
+        super().__init__(places)
+        self._cached = cached
+        self._far: Store | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.places, self._cached)
+
+    @property
+    def by_ranges(self) -> PlacedStore:
+        """The same as a store that is read by ranges alone, past any file or cache."""
+        return PlacedStore(self.places)
+
+    @property
+    def far(self) -> Store:
+        """What reads places that are not on this machine: through the cache, if there is one. Follows as this does."""
+        far = self._far
+        if far is None:
+            far = self._far = self._cached(self.by_ranges)
+        return far
+
+    def is_far(self, key: str) -> bool:
+        """Whether key lies in a store that a cache is worth while for, as far as is known."""
+        row = self.places.row(key) if self.places.has_far else None
+        return row is not None and is_far(row.url)
+
+    def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
+        """A lease on the file, or on the cached copy of what lies elsewhere; None: read by ranges. Raises NotFound."""
+
+        def open_at(found: Found) -> Lease | None:
+            is_cached = found.row is not None and is_far(found.row.url)
+            store = self.far if is_cached else found.store
+            return store.open_local(key, identity) if isinstance(store, LocalStore) else None
+
+        return self.places.follow(key, open_at)
+
+    def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """Of what lies elsewhere, as the cache has it; False: of a file here."""
+        if not self.is_far(key):
+            return False
+        far = self.far
+        return isinstance(far, LocalStore) and far.distrust(key, identity)
+
+
+# -- before a run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Needed:
+    """What must be restored of a data set. rows: of its placement."""
+
+    url: str
+    rows: tuple[Row, ...]
+
+    @property
+    def price(self) -> RestorePrice | None:
+        """At the usual speed, for the classes that these are of, as the price table has them; None: not known."""
+        _, table = price_table()
+        by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
+        found = [
+            by_class[c].restore.get("standard") for c in {str(row.storage_class) for row in self.rows} if c in by_class
+        ]
+        known = [price for price in found if price is not None]
+        return max(known, key=lambda price: price.hours) if known and len(known) == len(found) else None
+
+    def error(self) -> ArchivedShards:
+        """What is raised, with names, bytes, hours, cost in dollars and command as its facts."""
+        names = [row.key for row in self.rows]
+        n_bytes, price = sum(row.n_bytes for row in self.rows), self.price
+        hours = None if price is None else price.hours
+        cost = None if price is None else n_bytes / 1e9 * price.gb + len(names) / 1000 * price.per_1000
+        asked = names if len(names) <= _SHOWN else []
+        command = shlex.join(["tiercache", "restore", self.url, *asked, "--wait"])
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        price_text = "" if price is None else f"; restoring takes up to {hours:g} hours and costs about ${cost:,.2f}"
+        return ArchivedShards(
+            f"{self.url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
+            f"restored first{price_text}: {command}\n({shown})",
+            names=names,
+            url=self.url,
+            n_bytes=n_bytes,
+            hours=hours,
+            cost=cost,
+            command=command,
+        )
+
+
+def check_readable(store: PlacedStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
+    """See that none of these objects must be restored before it can be read.
+
+    One small GET where no tiers look after the home. Of what the placement says is archived the store itself is asked,
+    by a byte of each: what was restored by now can be read.
+
+    Args:
+        store: that they are read from.
+        keys: theirs.
+        is_here: whether object i lies on this machine already.
+
+    Raises:
+        ArchivedShards: some must be; names them all, with time, cost and command.
+        StoreError, CorruptShard, UnsupportedFormat: the placement cannot be read.
+    """
+    placement = store.places.look()
+    needed = () if placement is None else _archived(store, placement, keys, is_here)
+    if needed and (newer := store.places.look_again()) is not placement and newer is not None:
+        needed = _archived(store, newer, keys, is_here)  # they were brought back since
+    if needed:
+        raise _Needed(store.url, needed).error()
+
+
+def _archived(
+    store: PlacedStore, placement: Placement, keys: pa.ChunkedArray, is_here: Callable[[int], bool]
+) -> tuple[Row, ...]:
+    if not len(placement):
+        return ()
+    at = placement.among(keys)
+    archived = placement.rows["state"].combine_chunks().to_numpy(zero_copy_only=False) == "archived"
+    rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
+    with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
+        can_read = list(pool.map(store.places.can_be_read, rows))
+    return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)

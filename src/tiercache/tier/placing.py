@@ -1,0 +1,211 @@
+"""What readers are told of moves: placement beside data sets and at home, before anything that they read goes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from tiercache.errors import StoreError, TierCacheError
+from tiercache.tier import placement
+from tiercache.tier.below import below
+from tiercache.tier.placement import Placement, Row
+from tiercache.tier.steps import is_readable
+from tiercache.tier.stores import RESTORED_FIRST
+
+if TYPE_CHECKING:
+    from tiercache.catalog.tiers import JournalRow
+    from tiercache.model import ObjectInfo
+    from tiercache.store import Store
+    from tiercache.tier.steps import Infos, Sight
+
+Changes: TypeAlias = "dict[str, Row | None]"
+Heads: TypeAlias = "Mapping[tuple[str, str], ObjectInfo | StoreError | None]"
+
+_VERSIONS = "_tiercache/versions/"
+
+
+class Placing:
+    """Placement of one rule file's home. A chain of placements is known by its data set's folder, "" is home's own.
+
+    Safe from any thread; placements that were read are remembered until forget().
+    """
+
+    def __init__(self, sight: Sight) -> None:
+        self._sight = sight
+        self._file, self._stores = sight.file, sight.stores
+        self.home = sight.file.home.name
+        self._folders: dict[str, str | None] = {}
+        self._read: dict[str, Placement | None] = {}
+
+    # -- where it stands --------------------------------------------------------------------------------------------
+
+    def folder(self, row: JournalRow) -> str:
+        """The folder whose placement speaks of a move's objects.
+
+        Raises:
+            TierCacheError: a shard of no data set at home.
+        """
+        if row.kind != "shard":
+            return ""
+        parent = row.path.rpartition("/")[0]
+        if parent not in self._folders:
+            self._folders[parent] = self._data_set_above(parent)
+        found = self._folders[parent]
+        if found is None:
+            url = self._stores.store(self.home).url
+            raise TierCacheError(f"{url}: expected a data set above {row.path}, found none: no versions lie there")
+        return found
+
+    def _data_set_above(self, folder: str) -> str | None:
+        home = self._stores.store(self.home)
+        while True:
+            prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
+            if next(iter(home.list(prefix)), None) is not None:
+                return folder
+            if not folder:
+                return None
+            folder = folder.rpartition("/")[0]
+
+    def chain(self, folder: str) -> Store:
+        """The store whose placement speaks of what lies below a folder."""
+        return below(self._stores.store(self.home), folder)
+
+    def url(self, tier: str, folder: str) -> str:
+        """The URL of a folder in a tier, as rows have it."""
+        root = self._file.tier(tier).url.rstrip("/")
+        return f"{root}/{folder}" if folder else root or "/"
+
+    def is_home(self, tier: str) -> bool:
+        """Whether a tier lies where home does."""
+        return self._stores.same_place(tier, self.home)
+
+    # -- what they are told -----------------------------------------------------------------------------------------
+
+    def wanted(self, row: JournalRow, there: Infos, at_home: Infos) -> Changes:
+        """What placement is to say when the move is done, by key in its chain: a row, or None for what home has.
+
+        Args:
+            row: the move.
+            there: its objects in dst.
+            at_home: its objects at home; empty where home is src or dst.
+        """
+        folder = self.folder(row)
+        start = f"{folder}/" if folder else ""
+        if row.action == "delete" or self._home_has(row, at_home):
+            return {one.key.removeprefix(start): None for one in row.objects}
+        ends = ends_reading(self._sight, row)
+        if self.is_home(row.dst) and not ends:
+            return {one.key.removeprefix(start): None for one in row.objects}
+        promote = self._promotion(row)
+        books = self._sight.catalog.known(row.dst, [one.key for one in row.objects])
+        changes: Changes = {}
+        for one in row.objects:
+            key, info, known = one.key.removeprefix(start), there.get(one.key), books.get(one.key)
+            changes[key] = Row(
+                key,
+                self.url(row.dst, folder),
+                storage_class=self._file.tier(row.dst).storage_class,
+                state="archived" if ends or (info is not None and not is_readable(info)) else "here",
+                n_bytes=one.n_bytes,
+                crc32c=one.crc32c if known is None else known.crc32c,
+                promote=None if promote is None else self.url(promote, folder),
+                hot_bytes=None if promote is None else self._stores.capacity(promote),
+            )
+        return changes
+
+    def _home_has(self, row: JournalRow, at_home: Infos) -> bool:
+        if not at_home:
+            return False
+        found = [at_home.get(one.key) for one in row.objects]
+        pairs = zip(found, row.objects, strict=True)
+        return all(info is not None and info.n_bytes == one.n_bytes for info, one in pairs)
+
+    def _promotion(self, row: JournalRow) -> str | None:
+        """The tier that readers copy it to, where its rule says so and it goes below that tier."""
+        rule = next((rule for rule in self._file.rules if rule.name == row.rule), None)
+        hot = next((tier for tier in self._file.tiers if tier.role == "hot"), None)
+        if rule is None or rule.promote != "on_access" or hot is None:
+            return None
+        return hot.name if self._file.index(hot.name) < self._file.index(row.dst) else None
+
+    def commit(self, changes: Mapping[str, Changes]) -> dict[str, str]:
+        """Tell readers: chain -> what changes. Of each chain for which that failed, why."""
+        failed: dict[str, str] = {}
+        for folder, some in changes.items():
+            try:
+                self._read[folder] = placement.commit(self.chain(folder), some)
+            except TierCacheError as error:
+                self._read.pop(folder, None)
+                failed[folder] = f"readers could not be told: {error}"
+        return failed
+
+    def forget(self) -> None:
+        """Ask again for what was read."""
+        self._read.clear()
+
+    # -- what they believe ------------------------------------------------------------------------------------------
+
+    def _said(self, folder: str, key: str) -> Row | None:
+        if folder not in self._read:
+            self._read[folder] = placement.read(self.chain(folder))
+        found = self._read[folder]
+        return None if found is None else found.find(key)
+
+    def misleads(self, row: JournalRow, at_home: Infos) -> str:
+        """Why readers would miss what a move takes away; "": all of them are told. Raises as placement.read()."""
+        folder = self.folder(row)
+        start = f"{folder}/" if folder else ""
+        there = self.url(row.dst, folder)
+        for one in row.objects:
+            said = self._said(folder, one.key.removeprefix(start))
+            if said is not None and same_url(said.url, there):
+                if row.action == "reclass" and said.state != "archived":
+                    return f"{row.path}: expected placement to say that it is archived, found {said.state!r}"
+                continue
+            where = self.url(self.home, folder) if said is None else said.url
+            is_at_home = said is None and row.action != "reclass"
+            if is_at_home and self.is_home(row.dst):
+                continue
+            if is_at_home and not self.is_home(row.src) and self._home_has(row, at_home):
+                continue
+            if row.action == "reclass" and said is None and not self.is_home(row.dst) and self._home_has(row, at_home):
+                continue
+            return f"{row.path}: expected placement to lead to {there}, found {where}"
+        return ""
+
+    def take_back(self, rows: Iterable[JournalRow]) -> dict[str, str]:
+        """Have readers go home again for moves from home that will not be finished. Of chains that failed, why."""
+        changes: dict[str, Changes] = defaultdict(dict)
+        for row in rows:
+            if row.action == "delete" or not self.is_home(row.src):
+                continue
+            folder = self.folder(row)
+            start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
+            for one in row.objects:
+                key = one.key.removeprefix(start)
+                said = self._said(folder, key)
+                if said is not None and same_url(said.url, there):
+                    changes[folder][key] = None
+        return self.commit(changes)
+
+
+def ends_reading(sight: Sight, row: JournalRow) -> bool:
+    """Whether a move gives objects, where they lie, a class in which they must be restored before they can be read."""
+    return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
+
+
+def same_url(first: str, second: str) -> bool:
+    """Whether two URLs of folders are one, but for a "/" at the end."""
+    return first.rstrip("/") == second.rstrip("/")
+
+
+def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInfo | None]:
+    """Of a move's objects, what was found in a tier. Raises the store's error where one stands for an answer."""
+    found: dict[str, ObjectInfo | None] = {}
+    for one in row.objects:
+        info = heads[tier, one.key]
+        if isinstance(info, StoreError):
+            raise info
+        found[one.key] = info
+    return found

@@ -1,0 +1,286 @@
+"""The file that a plan stands in: written whole, read with every doubt said. docs/reference/tiers.md has its keys.
+
+A plan is applied as people have read it: its last line has the sum of all lines before, so that a file which was cut or
+changed is not taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+from tiercache.store.contract import check_key
+from tiercache.store.posix import NewFile, open_folder, write_all
+from tiercache.tier.model import KINDS, Action, Holding, Kind, Money, Move, Plan, PlannedObject, PlannedTier, Refusal
+
+FORMAT, VERSION = "tiercache-plan", 1
+
+_WRITE_BYTES = 1 << 20
+_TIER_KEYS = ("url", "role", "storage_class", "prices")
+_MOVE_KEYS = ("path", "kind", "action", "src", "dst", "rule", "reason")
+_REFUSAL_KEYS = (*_MOVE_KEYS, "n_bytes")
+_HOLDING_KEYS = ("n_bytes", "n_objects", "dollars_month")
+_OBJECT_KEYS = ("key", "n_bytes", "etag", "modified_s", "crc32c")
+
+T = TypeVar("T")
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The lines of a plan's file, without line ends."""
+    digest = hashlib.sha256()
+    for row in _rows(plan):
+        line = json.dumps(row, allow_nan=False)
+        digest.update(f"{line}\n".encode())
+        yield line
+    yield json.dumps({**_summary(plan), "sha256": digest.hexdigest()}, allow_nan=False)
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write a plan to a file, which appears whole, in place of what the file was. Raises OSError."""
+    with open_folder(path.absolute().parent, [], make=True) as folder_fd:
+        new = NewFile(folder_fd)
+        try:
+            at, data = 0, bytearray()
+            for line in plan_lines(plan):
+                data += f"{line}\n".encode()
+                if len(data) >= _WRITE_BYTES:
+                    write_all(new.fd, memoryview(data), at)
+                    at, data = at + len(data), bytearray()
+            write_all(new.fd, memoryview(data), at)
+            new.publish(path.name)
+        finally:
+            new.close()
+
+
+def _rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    tiers = {tier.name: {key: getattr(tier, key) for key in _TIER_KEYS} for tier in plan.tiers}
+    made = datetime.fromtimestamp(plan.made_s, UTC).isoformat(timespec="milliseconds")
+    yield {"format": FORMAT, "version": VERSION, "id": plan.id, "made": made} | {
+        "rules": plan.rules,
+        "rules_sha256": plan.rules_sha256,
+        "tiers": tiers,
+    }
+    for move in plan.moves:
+        yield _move_row(move)
+    for one in plan.refusals:
+        yield {"line": "refused"} | {key: getattr(one, key) for key in _REFUSAL_KEYS}
+
+
+def _move_row(move: Move) -> dict[str, Any]:
+    return {
+        "line": "move",
+        "id": move.number,
+        **{key: getattr(move, key) for key in _MOVE_KEYS},
+        "n_objects": len(move.objects),
+        "n_bytes": move.n_bytes,
+        "cost": move.money.once,
+        "saving_month": move.money.saving_month,
+        "break_even_days": move.money.break_even_days,
+        "seconds": move.seconds,
+        "objects": [[one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c] for one in move.objects],
+    }
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    def held(by_tier: Mapping[str, Holding]) -> dict[str, Any]:
+        return {name: {key: getattr(one, key) for key in _HOLDING_KEYS} for name, one in by_tier.items()}
+
+    return {
+        "line": "summary",
+        "before": held(plan.before),
+        "after": held(plan.after),
+        "n_moves": len(plan.moves),
+        "n_bytes": sum(move.n_bytes for move in plan.moves),
+        "cost": sum(move.money.once for move in plan.moves),
+        "saving_month": sum(move.money.saving_month for move in plan.moves),
+    }
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a file.
+
+    Raises:
+        ValueError: no plan, one of another version, one that was cut or changed, or a line that does not fit; it says
+            which line, what was expected and what was found.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return _Reader(path).plan(file)
+
+
+class _Reader:
+    """Reads the lines of one file. number: of the line it is at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.number = path, 0
+
+    def plan(self, lines: Iterator[bytes]) -> Plan:
+        first = next(lines, b"")
+        header, digest = self.header(first), hashlib.sha256(first)
+        moves: list[Move] = []
+        refusals: list[Refusal] = []
+        for raw in lines:
+            row = self.row(raw)
+            what = row.get("line")
+            if what == "summary":
+                return self.whole(header, moves, refusals, (row, digest.hexdigest(), next(lines, b"")))
+            digest.update(raw)
+            if what == "move":
+                moves.append(self.move(row))
+            elif what == "refused":
+                refusals.append(self.refusal(row))
+            else:
+                raise self.wrong(f'expected "line" to be "move", "refused" or "summary", got {what!r}')
+        raise ValueError(
+            f"{self.path}: the plan ends at line {self.number} without its summary: it was cut; make it anew"
+        )
+
+    def header(self, raw: bytes) -> Mapping[str, Any]:
+        row = self.row(raw)
+        if row.get("format") != FORMAT:
+            raise self.wrong(f'expected "format": "{FORMAT}", got {row.get("format")!r}: this is no plan')
+        if row.get("version") != VERSION:
+            raise self.wrong(f"expected a plan of version {VERSION}, got {row.get('version')!r}: make it anew")
+        return row
+
+    def whole(
+        self,
+        header: Mapping[str, Any],
+        moves: Sequence[Move],
+        refusals: Sequence[Refusal],
+        end: tuple[Mapping[str, Any], str, bytes],
+    ) -> Plan:
+        row, sha256, more = end
+        if more:
+            raise self.wrong("expected the summary to be the last line: the plan was changed; make it anew")
+        if row.get("sha256") != sha256:
+            found = f"its lines have SHA-256 {sha256}, and its summary says {row.get('sha256')!r}"
+            raise ValueError(f"{self.path}: the plan was changed since it was made: {found}; make it anew")
+        if self.field(row, "n_moves", int) != len(moves) or len({move.number for move in moves}) != len(moves):
+            raise self.wrong(f"expected {row['n_moves']} moves with a number each, got {len(moves)}")
+        return Plan(
+            id=self.field(header, "id", str),
+            made_s=self.made(header),
+            rules=self.field(header, "rules", str),
+            rules_sha256=self.field(header, "rules_sha256", str),
+            tiers=tuple(self.tiers(header)),
+            moves=tuple(moves),
+            refusals=tuple(refusals),
+            before=self.held(row, "before"),
+            after=self.held(row, "after"),
+        )
+
+    def row(self, raw: bytes) -> Mapping[str, Any]:
+        self.number += 1
+        try:
+            row = json.loads(raw, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise self.wrong(
+                f"expected a JSON object, got {raw[:60]!r}: it was cut or changed; make it anew"
+            ) from error
+        return self.table(row)
+
+    def table(self, value: object) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            raise self.wrong(f"expected a JSON object, got {repr(value)[:60]}")
+        return value
+
+    def wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self.path}: line {self.number}: {what}")
+
+    def field(self, row: Mapping[str, Any], key: str, kind: type[T]) -> T:
+        value = row.get(key)
+        if isinstance(value, bool) or not isinstance(value, (float, int) if kind is float else kind):
+            raise self.wrong(f"{key}: expected {kind.__name__}, got {value!r}")
+        try:
+            return kind(value)  # type: ignore[call-arg]
+        except OverflowError as error:
+            raise self.wrong(f"{key}: expected {kind.__name__}, got a number that is larger than any") from error
+
+    def maybe(self, row: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+        return None if row.get(key) is None else self.field(row, key, kind)
+
+    def one_of(self, row: Mapping[str, Any], key: str, values: Sequence[Any]) -> Any:
+        if row.get(key) not in values:
+            raise self.wrong(f"{key}: expected one of {', '.join(values)}, got {row.get(key)!r}")
+        return row[key]
+
+    def made(self, header: Mapping[str, Any]) -> float:
+        text = self.field(header, "made", str)
+        try:
+            return datetime.fromisoformat(text).timestamp()
+        except ValueError as error:
+            raise self.wrong(f"made: expected a time such as 2027-01-31T12:00:00.000+00:00, got {text!r}") from error
+
+    def tiers(self, header: Mapping[str, Any]) -> Iterator[PlannedTier]:
+        for name, given in self.field(header, "tiers", dict).items():
+            row = self.table(given)
+            role, url = self.field(row, "role", str), self.field(row, "url", str)
+            yield PlannedTier(name, role, url, self.maybe(row, "storage_class", str), self.field(row, "prices", str))
+
+    def held(self, row: Mapping[str, Any], key: str) -> dict[str, Holding]:
+        return {name: self.holding(self.table(one)) for name, one in self.field(row, key, dict).items()}
+
+    def holding(self, row: Mapping[str, Any]) -> Holding:
+        n_bytes, n_objects = (self.field(row, key, int) for key in ("n_bytes", "n_objects"))
+        return Holding(n_bytes, n_objects, self.field(row, "dollars_month", float))
+
+    def way(self, row: Mapping[str, Any]) -> tuple[str, Kind, Action, str, str | None]:
+        kind, action = self.one_of(row, "kind", KINDS), self.one_of(row, "action", get_args(Action))
+        dst = self.maybe(row, "dst", str)
+        if (dst is None) != (action == "delete"):
+            raise self.wrong(f"dst: expected a tier, and none of a delete; got {dst!r} of a {action}")
+        return self.field(row, "path", str), kind, action, self.field(row, "src", str), dst
+
+    def move(self, row: Mapping[str, Any]) -> Move:
+        move = Move(
+            self.field(row, "id", int),
+            *self.way(row),
+            rule=self.field(row, "rule", str),
+            reason=self.field(row, "reason", str),
+            objects=tuple(self.object(one) for one in self.field(row, "objects", list)),
+            money=Money(
+                self.field(row, "cost", float),
+                self.field(row, "saving_month", float),
+                self.maybe(row, "break_even_days", float),
+            ),
+            seconds=self.field(row, "seconds", float),
+        )
+        if (len(move.objects), move.n_bytes) != (row.get("n_objects"), row.get("n_bytes")):
+            said = f"{row.get('n_objects')} objects of {row.get('n_bytes')} bytes"
+            raise self.wrong(f"objects: expected {said}, got {len(move.objects)} of {move.n_bytes}")
+        return move
+
+    def object(self, values: object) -> PlannedObject:
+        if not isinstance(values, list) or len(values) != len(_OBJECT_KEYS):
+            raise self.wrong(f"objects: expected [key, n_bytes, etag, modified_s, crc32c], got {values!r}")
+        named = dict(zip(_OBJECT_KEYS, values, strict=True))
+        try:
+            key = check_key(self.field(named, "key", str))
+        except ValueError as error:
+            raise self.wrong(f"objects: {error}") from error
+        return PlannedObject(
+            key,
+            self.field(named, "n_bytes", int),
+            self.maybe(named, "etag", str),
+            self.maybe(named, "modified_s", float),
+            self.maybe(named, "crc32c", int),
+        )
+
+    def refusal(self, row: Mapping[str, Any]) -> Refusal:
+        texts = self.field(row, "rule", str), self.field(row, "reason", str)
+        return Refusal(*self.way(row), *texts, n_bytes=self.field(row, "n_bytes", int))
+
+
+def _no_number(name: str) -> NoReturn:
+    """JSON has no NaN and no infinity, Python's reader does."""
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,209 @@
+"""The policy: what there is, rules, prices and capacities in; what is to be done, and what is refused, out.
+
+Pure, and by columns: a million groups are sorted and compared, never walked. docs/reference/tiers.md says what rules
+mean. In this order, and a group gets one move at most:
+
+1. what each rule asks for (wishes.py), without what is untouchable, too costly (refusing.py) or has no room;
+2. tiers that would still be over `high` of their capacity send down the least recently used until `low` is reached;
+3. what was used since it lies in a colder tier is copied up where its rule promotes and there is room below `low`:
+   below, so that it does not push out what the watermark has just left there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiercache.tier.model import CHECKPOINT, Action, Chosen, Decisions, Declined, Money, Snapshot
+from tiercache.tier.refusing import Bill, Room, bill, bytes_of, costly, held, newest_stays
+from tiercache.tier.view import Rows, View
+from tiercache.tier.wishes import (
+    ACTIONS,
+    COPY,
+    MOVE,
+    Asked,
+    Wishes,
+    ago,
+    asked,
+    column,
+    droppable,
+    hours,
+    say,
+    send,
+    send_each,
+)
+
+if TYPE_CHECKING:
+    from tiercache.prices import Prices
+    from tiercache.tierfile import TierFile
+
+# Objects are made of columns so many at a time: the lists that they are made from stay small.
+_ROWS_AT_A_TIME = 1 << 16
+
+
+def decide(
+    snapshot: Snapshot,
+    file: TierFile,
+    prices: Sequence[Prices | None],
+    *,
+    capacity_bytes: Sequence[int | None],
+) -> Decisions:
+    """What is to be done with what there is. The same of the same.
+
+    Args:
+        snapshot: what there is; its tiers are the file's.
+        file: tiers, rules, pins, tags.
+        prices: of each tier; None: unknown, and then dollars decide nothing about it.
+        capacity_bytes: of each tier; None: no limit.
+
+    Raises:
+        ValueError: the snapshot is of other tiers than the file, prices or capacities are not one a tier, or a glob is
+            none.
+    """
+    for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
+        if len(values) != len(file.tiers):
+            raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
+    return _Deciding(View.of(snapshot, file, prices), capacity_bytes).all()
+
+
+class _Deciding:
+    """The moves of one plan as they come together. moving: bool[n_groups], those that have one."""
+
+    def __init__(self, view: View, capacity_bytes: Sequence[int | None]) -> None:
+        self.view, self.room = view, Room(view, capacity_bytes)
+        self.moving = np.zeros(view.snapshot.n_groups, np.bool_)
+        self.moves: list[tuple[Wishes, Bill]] = []
+        self.refused: list[Wishes] = []
+
+    def all(self) -> Decisions:
+        """All three steps."""
+        rules = [asked(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
+        for rule in rules:
+            self.refused.append(held(self.view, rule.refused, self.refused))
+            wishes = newest_stays(self.view, held(self.view, rule.wanted, self.refused), self.refused)
+            self._make(*costly(self.view, wishes, self.refused, for_room=False))
+        for tier in range(self.view.n_tiers - 1):
+            self._keep_below_high(tier, rules)
+        for number, rule in enumerate(rules):
+            if self.view.hot is not None and self.view.file.rules[number].promote == "on_access":
+                self._promote(self.view.hot, rule, number)
+        return self._decisions()
+
+    def _make(self, wishes: Wishes, dollars: Bill, share: float = 1.0) -> None:
+        fits = self.room.admit(wishes, self.refused, share)
+        self.moving[wishes.group[fits]] = True
+        self.moves.append((wishes.take(fits), dollars.take(fits)))
+
+    # -- watermarks --------------------------------------------------------------------------------------------------
+
+    def _keep_below_high(self, tier: int, rules: Sequence[Asked]) -> None:
+        limit = self.room.limits[tier]
+        used = int(self.room.there[tier] + self.room.coming[tier] - self.room.going[tier])
+        what = self.view.file.tiers[tier]
+        if limit is None or used <= limit * what.high:
+            return
+        rows = self._may_go(tier, rules)
+        wanted, stuck = self._sent_down(tier, rows, f"{what.name} is {used / max(limit, 1):.1%} full")
+        passed = [stuck]
+        wishes, dollars = costly(self.view, wanted, passed, for_room=True)
+        order = np.lexsort((wishes.group, -self.view.unused_s[wishes.group]))
+        wishes, dollars = wishes.take(order), dollars.take(order)
+        freed = np.cumsum(np.where(self.room.fitting(wishes), bytes_of(self.view, wishes), 0))
+        n = int(np.searchsorted(freed, used - int(limit * what.low))) + 1
+        # Of those that cannot go, the ones that would have been among them.
+        last_s = self.view.unused_s[wishes.group[n - 1]] if n <= len(wishes) else -np.inf
+        over = Wishes.all(passed)
+        self.refused.append(over.take(self.view.unused_s[over.group] >= last_s))
+        self._make(wishes.take(np.arange(len(wishes))[:n]), dollars.take(np.arange(len(wishes))[:n]))
+
+    def _may_go(self, tier: int, rules: Sequence[Asked]) -> Rows:
+        """Groups with a copy there that nothing holds there: no move of its own, pin, use, run or keep list."""
+        view = self.view
+        held = self.moving | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
+        held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
+        for rule in rules:
+            if rule.kept is not None:
+                held[rule.rows[rule.kept[tier]]] = True
+        return np.flatnonzero(~held)
+
+    def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[Wishes, Wishes]:
+        """Dropped where a verified copy lies further down, else sent to the next tier."""
+        dst = column(len(rows), tier + 1, np.int8)
+        for lower in range(self.view.n_tiers - 1, tier, -1):
+            dst[droppable(self.view, rows, tier, lower)] = lower
+        high = f"(high = {self.view.file.tiers[tier].high:.0%}), and this was not used for"
+        text = say(lambda unused: f"{full} {high} {ago(unused)}", hours(self.view.unused_s[rows]))
+        return send_each(self.view, rows, tier, dst, (-1 - tier, text))
+
+    # -- promotion ---------------------------------------------------------------------------------------------------
+
+    def _promote(self, hot: int, rule: Asked, number: int) -> None:
+        """Copy up what was used since it came where it lies, the last used first, unless its rule sends it down."""
+        view = self.view
+        rows = rule.rows[rule.stays & ~self.moving[rule.rows] & (view.pin[rule.rows] < 0) & ~view.has(hot, rule.rows)]
+        rows = rows[view.snapshot.complete[rows] & ~view.snapshot.in_use[rows]]
+        sources = view.at[:, rows] >= 0
+        sources[: hot + 1] = False
+        came_s = np.full(len(rows), -np.inf)
+        for tier in range(view.n_tiers - 1, hot, -1):
+            lies = sources[tier]
+            came_s[lies] = view.snapshot.modified_s[view.at[tier, rows[lies]]]
+        used = sources.any(axis=0) & (view.snapshot.last_use_s[rows] > came_s)
+        rows, sources = rows[used], sources[:, used]
+        order = np.lexsort((rows, view.unused_s[rows]))
+        rows, sources = rows[order], sources[:, order]
+        unused = hours(view.unused_s[rows])
+        text = say(lambda unused: f"used {ago(unused)} ago, since it lies below {view.name(hot)}", unused)
+        wanted, stuck = send(view, rows, sources, hot, (number, text))
+        self.refused.append(_copies(stuck))
+        wishes = _copies(wanted)
+        self._make(wishes, bill(view, wishes), view.file.tiers[hot].low)
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def _decisions(self) -> Decisions:
+        wishes = Wishes.all(part for part, _ in self.moves)
+        dollars = Bill.all(part for _, part in self.moves)
+        order = np.argsort(wishes.action, kind="stable")
+        refused = Wishes.all(self.refused)
+        _, first = np.unique(refused.group, return_index=True)
+        first = first[~self.moving[refused.group[first]]]
+        return Decisions(
+            tuple(self._chosen(wishes.take(order), dollars.take(order))), tuple(self._declined(refused.take(first)))
+        )
+
+    def _chosen(self, wishes: Wishes, dollars: Bill) -> Iterator[Chosen]:
+        days, free = dollars.break_even_days, Money(break_even_days=0.0)
+        for start in range(0, len(wishes), _ROWS_AT_A_TIME):
+            part = slice(start, start + _ROWS_AT_A_TIME)
+            figures = (column[part].tolist() for column in (dollars.once, dollars.saving_month, days))
+            for columns, (once, saving, day) in zip(self._named(wishes, part), zip(*figures, strict=True), strict=True):
+                money = Money(once, saving, None if day == np.inf else day) if once or saving else free
+                yield Chosen(*columns, money)
+
+    def _declined(self, wishes: Wishes) -> Iterator[Declined]:
+        for start in range(0, len(wishes), _ROWS_AT_A_TIME):
+            for columns in self._named(wishes, slice(start, start + _ROWS_AT_A_TIME)):
+                yield Declined(*columns)
+
+    def _named(self, wishes: Wishes, part: slice) -> Iterator[tuple[int, Action, int, int | None, str, str]]:
+        rules = [rule.name for rule in self.view.file.rules]
+        # Watermarks are -1 - tier: the last names, from the end.
+        rules += [f"tiers.{name}.high" for name in reversed(self.view.snapshot.tiers)]
+        return zip(
+            wishes.group[part].tolist(),
+            [ACTIONS[action] for action in wishes.action[part].tolist()],
+            wishes.src[part].tolist(),
+            [None if dst < 0 else dst for dst in wishes.dst[part].tolist()],
+            [rules[rule] for rule in wishes.rule[part].tolist()],
+            wishes.text[part].tolist(),
+            strict=True,
+        )
+
+
+def _copies(wishes: Wishes) -> Wishes:
+    """What moves up leaves its copy below. A class that changes in place has no copy to leave."""
+    action = np.where(wishes.action == MOVE, COPY, wishes.action).astype(np.int8)
+    return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, wishes.text)

@@ -1,0 +1,246 @@
+"""What is read from a tier below the hot one is copied there: once, in the background, as far as it has room.
+
+Only to folders that a rule file of this machine names as a tier: where a data set says that its shards belong is no
+leave to write there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from typing import TYPE_CHECKING
+
+from tiercache import config
+from tiercache._native.checksum import crc32c
+from tiercache.catalog.files import make_folder, open_file
+from tiercache.errors import TierCacheError
+from tiercache.model import ByteRange
+from tiercache.store import LocalFolder
+from tiercache.store.contract import LocalStore
+from tiercache.tier.machine import existing, tier_above
+from tiercache.waiting import SYSTEM_CLOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tiercache.model import ShardIdentity
+    from tiercache.store import Lease, Store
+    from tiercache.tier.placement import Row
+    from tiercache.tier.places import Places
+
+PART_BYTES = 8 << 20
+# A shared disk that is full stops more than promotion.
+FREE_SHARE = 0.05
+# For so long it is believed how much lies in a hot tier: listing 100,000 files takes 0.3 s.
+LOOK_S = 30.0
+
+logger = logging.getLogger("tiercache")
+
+
+@dataclass(frozen=True, slots=True)
+class HotFolder:
+    """A hot tier of this machine. limit_bytes: what it may hold; None: as its disk has room."""
+
+    url: str
+    limit_bytes: int | None
+
+
+def hot_folder(url: str) -> HotFolder | None:
+    """The hot tier that this machine's rule file has at url or above it; None: nothing may be written there."""
+    tier = tier_above(url)
+    if tier is None or tier.role != "hot":
+        return None
+    try:
+        return HotFolder(tier.url, tier.limit_bytes)
+    except (ValueError, TypeError, OSError):
+        return None
+
+
+class Promoter:
+    """Copies objects to the hot tier, one after the other, in a thread that lives while it has some. Safe from any.
+
+    What fails is left as it is: the object is read where it lies. Of several processes of a machine one copies.
+
+    Args:
+        places: where objects lie.
+        source: what they are read through: a cache round it has perhaps fetched them already.
+        find_hot: the tier of this machine at or above a URL.
+    """
+
+    def __init__(
+        self, places: Places, source: Callable[[], Store], find_hot: Callable[[str], HotFolder | None] = hot_folder
+    ) -> None:
+        self._places, self._source, self._find_hot = places, source, find_hot
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Row, ShardIdentity]] = deque()
+        self._seen: set[str] = set()
+        self._used: dict[str, tuple[float, int]] = {}  # of a hot tier: when it was looked at, bytes in it
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._pid = os.getpid()
+
+    def offer(self, key: str, identity: ShardIdentity) -> None:
+        """Hear that an object was opened: it is copied if its placement says so. Returns at once."""
+        row = self._places.row(key)
+        if row is None or row.promote is None or row.promote == row.url:
+            return
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            if key in self._seen or self._closed.is_set():
+                return
+            self._seen.add(key)
+            self._waiting.append((row, identity))
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=_work, args=(weakref.ref(self),), name="tiercache-promote", daemon=True)
+            with suppress(RuntimeError):  # the system gives no more threads: another time
+                thread.start()
+                self._thread = thread
+
+    def wait(self, deadline_s: float | None = None) -> bool:
+        """Wait until all that was offered is done; False: deadline_s has passed."""
+        thread = self._thread if self._pid == os.getpid() else None
+        if thread is not None:
+            thread.join(deadline_s)
+        return thread is None or not thread.is_alive()
+
+    def close(self) -> None:
+        """Stop after the part that is being copied; what is not whole by then is not kept. It may be used again."""
+        if self._pid != os.getpid():
+            return
+        self._closed.set()
+        with self._lock:
+            self._waiting.clear()
+        self.wait(30.0)
+        with self._lock:
+            self._closed = threading.Event()
+            self._seen.clear()
+
+    def next(self) -> tuple[Row, ShardIdentity] | None:
+        """What is to be copied next; None: nothing, and the thread ends."""
+        with self._lock:
+            if not self._waiting:
+                self._thread = None
+                return None
+            return self._waiting.popleft()
+
+    def copy(self, row: Row, identity: ShardIdentity) -> bool:
+        """Copy an object to its hot tier; False: it is there, has no place or no room, or another process copies it."""
+        hot = None if row.promote is None else self._find_hot(row.promote)
+        if row.promote is None or hot is None:
+            return False
+        with suppress(OSError, TierCacheError, ValueError):
+            fd = _claim(f"{row.promote}/{row.key}")
+            if fd is None:
+                return False
+            try:
+                return self._copy(row, identity, hot)
+            finally:
+                flock(fd, LOCK_UN)  # a child that was forked meanwhile has the descriptor too
+                os.close(fd)
+        return False
+
+    def _copy(self, row: Row, identity: ShardIdentity, hot: HotFolder) -> bool:
+        store = self._places.store_of(str(row.promote))
+        try:
+            if store.head(row.key).n_bytes == identity.n_bytes:
+                return False  # another process has copied it
+        except FileNotFoundError:
+            pass
+        if not self._has_room(hot, row, identity.n_bytes):
+            logger.info("%s: not copied to %s, which has no room for it", row.key, hot.url)
+            return False
+        total = 0
+        with _Reading(self._source(), row.key, identity) as reading, store.create(row.key, if_absent=True) as upload:
+            part_bytes = max(PART_BYTES, store.min_part_bytes)
+            for number, start in enumerate(range(0, identity.n_bytes, part_bytes)):
+                if self._closed.is_set():
+                    return False
+                data = reading.read(ByteRange(start, min(start + part_bytes, identity.n_bytes)))
+                total = crc32c(data, total)
+                upload.put_part(number, data)
+            if total != identity.crc32c:
+                logger.warning("%s: not copied to %s: its bytes are not what its data set says", row.key, hot.url)
+                return False
+            done = upload.complete(if_absent=True) is not None
+        looked_s, used_bytes = self._used.get(hot.url, (0.0, 0))
+        self._used[hot.url] = looked_s, used_bytes + identity.n_bytes
+        return done
+
+    def _has_room(self, hot: HotFolder, row: Row, n_bytes: int) -> bool:
+        limits = [limit for limit in (hot.limit_bytes, row.hot_bytes) if limit is not None]
+        folder = self._places.store_of(hot.url)
+        if isinstance(folder, LocalFolder):
+            disk = shutil.disk_usage(existing(hot.url))
+            if disk.free - n_bytes < FREE_SHARE * disk.total:
+                return False
+        if not limits:
+            return True
+        now_s = SYSTEM_CLOCK.monotonic()
+        looked_s, used_bytes = self._used.get(hot.url, (-LOOK_S, 0))
+        if now_s - looked_s >= LOOK_S:  # other processes put something there too
+            looked_s, used_bytes = now_s, sum(info.n_bytes for info in folder.list())
+            self._used[hot.url] = looked_s, used_bytes
+        return used_bytes + n_bytes <= min(limits)
+
+
+class _Reading:
+    """An object's bytes: from its local copy, perhaps still to come, or by ranges."""
+
+    def __init__(self, store: Store, key: str, identity: ShardIdentity) -> None:
+        self._store, self._key = store, key
+        self._lease: Lease | None = store.open_local(key, identity) if isinstance(store, LocalStore) else None
+
+    def read(self, part: ByteRange) -> bytearray:
+        """These bytes. Raises StoreError, OSError."""
+        data = bytearray(part.n_bytes)
+        lease = self._lease
+        if lease is not None:
+            if not lease.present([part]):
+                lease.want([part])
+            if lease.wait([part]) and os.preadv(lease.fd, [data], part.start) == part.n_bytes:
+                return data
+        self._store.read_into(self._key, [(part, memoryview(data))])
+        return data
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lease is not None:
+            self._lease.close()
+
+
+def _work(promoter: weakref.ref[Promoter]) -> None:
+    while True:
+        found = promoter()
+        job = None if found is None else found.next()
+        if found is None or job is None:
+            return
+        found.copy(*job)
+        del found
+
+
+def _claim(url: str) -> int | None:
+    """A lock on copying to url, held until the descriptor is closed; None: another process of this machine has it."""
+    folder = config.state_folder() / "locks"
+    make_folder(folder, 0o700)
+    fd = open_file(folder / f"promote-{hashlib.sha256(url.encode()).hexdigest()[:32]}", os.O_RDWR | os.O_CREAT)
+    try:
+        flock(fd, LOCK_EX | LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

@@ -1,0 +1,285 @@
+"""What is not done although a rule asks for it, with the reason and its figures, and what the rest costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiercache.model import format_bytes
+from tiercache.tier.costs import (
+    DAY_S,
+    Sizes,
+    break_even_days,
+    copy_dollars,
+    early_dollars,
+    month_dollars,
+    reclass_dollars,
+)
+from tiercache.tier.model import CHECKPOINT, HERE
+from tiercache.tier.view import Flags, View
+from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wishes, ending, say, span
+
+Dollars = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bill:
+    """Of wishes, a row each: paid once (early: of this, the fee for leaving too early), saved a month."""
+
+    once: Dollars
+    early: Dollars
+    saving_month: Dollars
+
+    @property
+    def break_even_days(self) -> Dollars:
+        """inf: never."""
+        return break_even_days(self.once, self.saving_month)
+
+    @classmethod
+    def all(cls, parts: Iterable[Bill]) -> Bill:
+        """One after the other."""
+        parts = [cls(*(np.zeros(0) for _ in cls.__slots__)), *parts]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
+    def take(self, chosen: NDArray[Any]) -> Bill:
+        """Those of a mask, or of numbers in their order."""
+        return Bill(self.once[chosen], self.early[chosen], self.saving_month[chosen])
+
+
+def bill(view: View, wishes: Wishes) -> Bill:
+    """What wishes cost and bring; nothing where a tier has no prices."""
+    out = Bill(*(np.zeros(len(wishes)) for _ in range(3)))
+    code = (wishes.action.astype(np.int64) * 256 + wishes.src) * 256 + (wishes.dst + 1)
+    for one in np.unique(code).tolist():
+        rows = np.flatnonzero(code == one)
+        action, src, dst = one >> 16, one >> 8 & 255, (one & 255) - 1
+        if action != DELETE:
+            _add(view, wishes, out, rows, (action, src, dst))
+            continue
+        for tier in range(view.n_tiers):
+            _add(view, wishes, out, rows[view.has(tier, wishes.group[rows])], (DROP, tier, -1))
+    return out
+
+
+def _add(view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tuple[int, int, int]) -> None:
+    """Add what one way costs to some rows of the bill."""
+    action, src, dst = way
+    copies = view.at[src, wishes.group[rows]].astype(np.int64)
+    sizes = Sizes.of(view.snapshot, copies)
+    old, new = view.prices[src], view.prices[dst] if action in (MOVE, COPY, RECLASS) else None
+    if old is None or (new is None and action in (MOVE, COPY, RECLASS)):
+        return
+    if action != COPY:
+        fee = early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
+        out.early[rows] += fee
+        out.once[rows] += fee
+        out.saving_month[rows] += month_dollars(old, sizes)
+    if new is not None:
+        out.saving_month[rows] -= month_dollars(new, sizes)
+        if action == RECLASS:
+            out.once[rows] += reclass_dollars(old, new, sizes)
+        else:
+            leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+            out.once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wishes:
+    """The wishes without those of mask, which are refused; text: of each of these."""
+    if not mask.any():
+        return wishes
+    refused.append(wishes.take(mask).saying(text))
+    return wishes.take(~mask)
+
+
+def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+    """Without what is pinned, in use, not complete yet, or tagged and to be deleted."""
+    whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
+    pinned = view.pin[wishes.group]
+    text = say(lambda pin: f"pinned (pins[{pin}]){whys[pin]}", pinned[pinned >= 0])
+    wishes = sift(wishes, refused, pinned >= 0, text)
+    in_use = view.snapshot.in_use[wishes.group]
+    wishes = sift(wishes, refused, in_use, _said("in use", in_use))
+    partial = ~view.snapshot.complete[wishes.group] & (view.snapshot.kind[wishes.group] == CHECKPOINT)
+    wishes = sift(wishes, refused, partial, _said("not complete yet", partial))
+    tagged = view.tagged[wishes.group] & (wishes.action == DELETE)
+    return sift(wishes, refused, tagged, _tagged(view, wishes.take(tagged)))
+
+
+def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+    """Without what would take the newest complete checkpoint of a run away.
+
+    It may be copied, and dropped where another copy of it can be read: a move of it becomes a copy, so that a later
+    plan finds that other copy verified.
+    """
+    of_newest = view.newest[wishes.group]
+    lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
+    lasts |= of_newest & (wishes.action == DROP) & ~_readable_elsewhere(view, wishes)
+    what = "the newest complete checkpoint of its run is never deleted, nor its last readable copy given up"
+    wishes = sift(wishes, refused, lasts, _said(what, lasts))
+    becomes = view.newest[wishes.group] & (wishes.action == MOVE)
+    action = np.where(becomes, COPY, wishes.action).astype(np.int8)
+    text = ending(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
+    return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+
+
+def _readable_elsewhere(view: View, wishes: Wishes) -> Flags:
+    """Whether a verified copy that can be read for good lies in another tier than src."""
+    found = np.zeros(len(wishes), np.bool_)
+    for tier in range(view.n_tiers):
+        copies = view.at[tier, wishes.group]
+        here = view.ok[tier, wishes.group] & (view.snapshot.state[copies] == HERE) if view.snapshot.n_copies else found
+        found |= here & (wishes.src != tier)
+    return found
+
+
+def _said(text: str, mask: Flags) -> Texts:
+    return np.full(int(mask.sum()), text, np.object_)
+
+
+def _tagged(view: View, wishes: Wishes) -> Texts:
+    out = np.empty(len(wishes), np.object_)
+    out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in wishes.group.tolist()]
+    return out
+
+
+def costly(view: View, wishes: Wishes, refused: list[Wishes], *, for_room: bool) -> tuple[Wishes, Bill]:
+    """What is too small for its class, leaves one too early, or is not earned back in time.
+
+    for_room: of a watermark: then dollars are not what it is about, and only fees are refused.
+    """
+    wishes = _small(view, wishes, refused)
+    dollars = bill(view, wishes)
+    early = dollars.early > 0 if view.file.tiering.early == "refuse" else np.zeros(len(wishes), np.bool_)
+    left = sift(wishes, refused, early, _too_early(view, wishes.take(early), dollars.early[early]))
+    wishes, dollars = left, dollars.take(~early)
+    limit_s = view.file.tiering.max_break_even_s
+    if limit_s is None or for_room:
+        return wishes, dollars
+    late = _earns(view, wishes) & (dollars.break_even_days * DAY_S > limit_s)
+    left = sift(wishes, refused, late, _too_late(dollars.take(late), limit_s))
+    return left, dollars.take(~late)
+
+
+def _small(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+    """On average: one small file among the large ones of a checkpoint is not what the minimum is about."""
+    if view.file.tiering.small != "refuse":
+        return wishes
+    least = np.array([0 if price is None else price.min_bytes for price in view.prices])[wishes.dst]
+    least[wishes.action <= DROP] = 0
+    copies = view.at[wishes.src, wishes.group]
+    n_bytes, n_objects = view.snapshot.n_bytes[copies], view.snapshot.n_objects[copies]
+    small = n_bytes < least * n_objects
+    each = figures(n_bytes[small] / n_objects[small])
+
+    def words(n_bytes: float, least: int, dst: int) -> str:
+        sizes = f"{format_bytes(n_bytes)}, and {view.name(dst)} bills {format_bytes(least)} at least"
+        return f'its objects have {sizes} (small = "refuse")'
+
+    return sift(wishes, refused, small, say(words, each, least[small], wishes.dst[small]))
+
+
+def _too_early(view: View, wishes: Wishes, fee: Dollars) -> Texts:
+    def words(fee: float, src: int, deletes: bool) -> str:
+        price = view.prices[src]
+        days = f" its {price.min_days:g} days" if price is not None and price.min_days else " the days that are paid"
+        what = "deleting it" if deletes else f"leaving {view.name(src)}"
+        return f'{what} before{days} are over costs {money(fee)} (early = "refuse")'
+
+    return say(words, figures(fee), wishes.src, wishes.action == DELETE)
+
+
+def _earns(view: View, wishes: Wishes) -> Flags:
+    """Moves that are about dollars: where keeping it in src costs some. Room on a disk of one's own has no price."""
+    paid = np.array([price is not None and price.store_gb_month > 0 for price in view.prices], np.bool_)
+    known = np.array([price is not None for price in view.prices], np.bool_)
+    moves = (wishes.action == MOVE) | (wishes.action == RECLASS)
+    return np.asarray(moves & paid[wishes.src] & known[wishes.dst], np.bool_)
+
+
+def _too_late(dollars: Bill, limit_s: float) -> Texts:
+    def words(once: float, saving: float, days: float) -> str:
+        when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
+        what = f"costs {money(once)} once and saves {money(saving)} a month: {when}"
+        return f"{what} (max_break_even = {span(limit_s)})"
+
+    return say(words, figures(dollars.once), figures(dollars.saving_month), figures(dollars.break_even_days))
+
+
+def figures(values: NDArray[Any]) -> Dollars:
+    """Three figures that count of each: so many texts are alike."""
+    values = np.asarray(values, np.float64)
+    finite = np.isfinite(values) & (values != 0)
+    scale = np.ones(len(values))
+    scale[finite] = 10.0 ** (2 - np.floor(np.log10(np.abs(values[finite]))))
+    rounded = np.where(finite, np.round(np.where(finite, values, 0.0) * scale) / scale, values)
+    return np.asarray(rounded, np.float64)
+
+
+def money(dollars: float) -> str:
+    """For people."""
+    sign = "-" if dollars < 0 else ""
+    return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
+
+
+class Room:
+    """Bytes in each tier: what is there, what comes, what goes. What goes is gone only when grace is over."""
+
+    def __init__(self, view: View, capacity_bytes: Sequence[int | None]) -> None:
+        snapshot = view.snapshot
+        self._view, self.limits = view, tuple(capacity_bytes)
+        there = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=view.n_tiers)
+        self.there = there.astype(np.int64)
+        self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
+
+    def fitting(self, wishes: Wishes, share: float = 1.0) -> Flags:
+        """Which of wishes have room, the first first. share: of the capacity that may be used."""
+        fits = np.ones(len(wishes), np.bool_)
+        for tier, limit in enumerate(self.limits):
+            rows = np.flatnonzero((wishes.dst == tier) & (wishes.action >= RECLASS))
+            if limit is not None and len(rows):
+                left_bytes = int(limit * share) - int(self.there[tier] + self.coming[tier])
+                fits[rows] = _fits(bytes_of(self._view, wishes.take(rows)), left_bytes)
+        return fits
+
+    def admit(self, wishes: Wishes, refused: list[Wishes], share: float = 1.0) -> Flags:
+        """Which of wishes have room, as fitting() says; they are counted, the others refused."""
+        fits = self.fitting(wishes, share)
+        full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
+        sift(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
+        self._count(wishes.take(fits))
+        return fits
+
+    def _limits(self) -> list[tuple[str, int | None]]:
+        return [(self._view.name(tier), limit) for tier, limit in enumerate(self.limits)]
+
+    def _count(self, wishes: Wishes) -> None:
+        n_bytes = bytes_of(self._view, wishes)
+        for tier in range(self._view.n_tiers):
+            goes = (wishes.src == tier) & (wishes.action != COPY) & (wishes.action != DELETE)
+            self.going[tier] += n_bytes[goes].sum()
+            self.coming[tier] += n_bytes[(wishes.dst == tier) & (wishes.action >= RECLASS)].sum()
+            deleted = self._view.at[tier, wishes.group[wishes.action == DELETE]]
+            self.going[tier] += self._view.snapshot.n_bytes[deleted[deleted >= 0]].sum()
+
+
+def bytes_of(view: View, wishes: Wishes) -> NDArray[np.int64]:
+    """Of the copy in src."""
+    return view.snapshot.n_bytes[view.at[wishes.src, wishes.group]]
+
+
+def _fits(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
+    """The first that fit, and of the others those that still do."""
+    if int(n_bytes.sum()) <= left_bytes:
+        return np.ones(len(n_bytes), np.bool_)
+    fits = []
+    for size in n_bytes.tolist():
+        fits.append(size <= left_bytes)
+        left_bytes -= size if fits[-1] else 0
+    return np.array(fits, np.bool_)

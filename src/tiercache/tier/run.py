@@ -1,0 +1,232 @@
+"""One run for a scheduler: finish what was broken off, list and plan all, make the plan's moves, settle what waits.
+
+Nothing stays resident: cron, Airflow or Kubernetes calls it once a day. Two at once do not fight: the second says who
+is at work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiercache import config
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.errors import StoreError
+from tiercache.points import reach
+from tiercache.prices import priced
+from tiercache.tier import placement
+from tiercache.tier.below import below
+from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.lock import TierLock
+from tiercache.tier.matching import first_match
+from tiercache.tier.model import RESTORING, SHARD, Plan
+from tiercache.tier.mover import Applied, Mover, Progress, Stopped
+from tiercache.tier.plan import planned
+from tiercache.tier.policy import decide
+from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import Transfer
+
+if TYPE_CHECKING:
+    from tiercache.tierfile import TierFile
+
+# What a scheduler sees: interface.md.
+DONE, PARTLY, PENDING = 0, 3, 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        plan: that was made, and (unless dry_run) carried out.
+        applied: what came of it.
+        settled: deletions whose grace was over, and those that an earlier run had left half done.
+        adopted: folders of data sets that tiers look after from now on.
+        n_groups: that there are.
+        n_restoring: copies that are being restored.
+        seconds: how long it took.
+        dry_run: nothing was changed.
+    """
+
+    plan: Plan
+    applied: Applied = field(default_factory=Applied)
+    settled: Applied = field(default_factory=Applied)
+    adopted: tuple[str, ...] = ()
+    n_groups: int = 0
+    n_restoring: int = 0
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    @property
+    def stopped(self) -> tuple[Stopped, ...]:
+        """All that was not done, and why."""
+        return self.applied.stopped + self.settled.stopped
+
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with: 3 where something was stopped, 5 where restores are under way, else 0."""
+        if self.stopped:
+            return PARTLY
+        return PENDING if self.n_restoring else DONE
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it for machines, in one flat object but for `stopped`, `before` and `after`."""
+        return {
+            "plan": self.plan.id,
+            "rules": self.plan.rules,
+            "dry_run": self.dry_run,
+            "groups": self.n_groups,
+            "moves": len(self.plan.moves),
+            "refused": len(self.plan.refusals),
+            "done": self.applied.done,
+            "copied_bytes": self.applied.n_bytes,
+            "dropped": self.settled.done,
+            "dropped_bytes": self.settled.n_bytes,
+            "waiting_drops": self.settled.waiting_drops,
+            "restoring": self.n_restoring,
+            "adopted": list(self.adopted),
+            "cost": round(sum(move.money.once for move in self.plan.moves), 6),
+            "saving_month": round(sum(move.money.saving_month for move in self.plan.moves), 6),
+            "stopped": [
+                {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
+            ],
+            "before": _holdings(self.plan, "before"),
+            "after": _holdings(self.plan, "after"),
+            "seconds": round(self.seconds, 3),
+            "exit_code": self.exit_code,
+        }
+
+
+def catalog_path(file: TierFile) -> Path:
+    """Where this machine keeps the books of a rule file's tiers."""
+    return (file.tiering.state_dir or config.state_folder(file.path.parent)) / "tiers.sqlite"
+
+
+def run_once(
+    file: TierFile,
+    *,
+    dry_run: bool = False,
+    on_progress: Callable[[Progress], object] | None = None,
+    stores: Stores | None = None,
+) -> RunReport:
+    """Do all that is to be done now. May be killed at any instant and run again.
+
+    Args:
+        file: the rule file.
+        dry_run: change nothing: list and plan.
+        on_progress: hears how far the plan is; from several threads.
+        stores: of its tiers, stays the caller's; None: they are opened and closed here.
+
+    Raises:
+        CommitConflict: another process moves things between these tiers.
+        StoreError: a tier cannot be listed, or home's store failed.
+        OSError: this machine's books cannot be written.
+    """
+    if stores is None:
+        with Stores(file) as opened:
+            return run_once(file, dry_run=dry_run, on_progress=on_progress, stores=opened)
+    places = {tier.name: tier.url for tier in file.tiers}
+    with TierCatalog(catalog_path(file), places) as catalog:
+        if dry_run:
+            return _Run(file, stores, catalog).rehearse()
+        with TierLock(stores.store(file.home.name), folder=catalog.path.parent) as lock:
+            return _Run(file, stores, catalog).carry_out(lock, on_progress)
+
+
+class _Run:
+    """One run."""
+
+    def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
+        self._file, self._stores, self._catalog = file, stores, catalog
+        self._started_s = time.monotonic()
+
+    def rehearse(self) -> RunReport:
+        inventory, plan = self._planned()
+        waiting = len(self._catalog.open_moves(self._file.home.url, "waiting", "dropping"))
+        return self._report(inventory, plan, settled=Applied(waiting_drops=waiting), dry_run=True)
+
+    def carry_out(self, lock: TierLock, on_progress: Callable[[Progress], object] | None) -> RunReport:
+        tiering, cancel = self._file.tiering, Event()
+        with Transfer(self._stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer:
+            mover = Mover(self._file, self._stores, self._catalog, transfer, lock=lock, cancel=cancel)
+            # First: half of a copy would be planned about.
+            finished = mover.finish()
+            reach("tier_run.finished")
+            inventory, plan = self._planned()
+            reach("tier_run.planned")
+            adopted = self._adopt(inventory)
+            applied = mover.apply(plan, on_progress=on_progress)
+            reach("tier_run.applied")
+            settled = mover.settle()
+        return self._report(inventory, plan, applied, _both(finished, settled), adopted)
+
+    def _planned(self) -> tuple[Inventory, Plan]:
+        file, stores = self._file, self._stores
+        prices = [priced(tier) for tier in file.tiers]
+        inventory = take_inventory(file, stores, self._catalog, now_s=time.time())
+        capacity = [stores.capacity(tier.name) for tier in file.tiers]
+        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
+        return inventory, planned(decisions, inventory, file, prices)
+
+    def _adopt(self, inventory: Inventory) -> tuple[str, ...]:
+        """Have machines report what they use of data sets that a rule speaks of; the folders of those that are new."""
+        snapshot, rules = inventory.snapshot, self._file.rules
+        shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
+        ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.excepted) for rule in rules]) >= 0))
+        adopted = []
+        for found in inventory.facts.get("datasets", ()):
+            if found.problem or found.is_adopted or not self._stores.same_place(found.tier, self._file.home.name):
+                continue
+            if np.any(pc.starts_with(ruled, found.folder).to_numpy(zero_copy_only=False)):
+                # A store that cannot be written: its moves say so.
+                with suppress(StoreError):
+                    placement.adopt(below(self._stores.store(found.tier), found.folder.rstrip("/")))
+                    adopted.append(found.folder.rstrip("/"))
+        reach("tier_run.adopted")
+        return tuple(adopted)
+
+    def _report(
+        self,
+        inventory: Inventory,
+        plan: Plan,
+        applied: Applied | None = None,
+        settled: Applied | None = None,
+        adopted: Sequence[str] = (),
+        *,
+        dry_run: bool = False,
+    ) -> RunReport:
+        snapshot = inventory.snapshot
+        return RunReport(
+            plan,
+            applied or Applied(),
+            settled or Applied(),
+            tuple(adopted),
+            n_groups=snapshot.n_groups,
+            n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
+            seconds=time.monotonic() - self._started_s,
+            dry_run=dry_run,
+        )
+
+
+def _both(first: Applied, then: Applied) -> Applied:
+    """Two settlings as one: what the first kept, the second has asked again."""
+    again = {(one.plan, one.number) for one in then.stopped}
+    stopped = tuple(one for one in first.stopped if (one.plan, one.number) not in again)
+    return Applied(first.done + then.done, stopped + then.stopped, then.waiting_drops, first.n_bytes + then.n_bytes)
+
+
+def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:
+    found = getattr(plan, when)
+    return {
+        tier: {"n_bytes": one.n_bytes, "n_objects": one.n_objects, "dollars_month": round(one.dollars_month, 6)}
+        for tier, one in found.items()
+    }

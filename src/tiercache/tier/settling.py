@@ -1,0 +1,388 @@
+"""What waits for its grace, carried out: drops, deletions of last copies, and changes of class that end readability.
+
+Everything is asked anew, directly before; the reasons stand in mover.py. What is not as it must be is cancelled where
+the world has changed, and readers go home again; or kept waiting where that may pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.points import reach
+from tiercache.tier.copying import has_class
+from tiercache.tier.placing import Changes, Heads, Placing, found_infos
+from tiercache.tier.steps import Infos, as_planned, is_readable
+
+if TYPE_CHECKING:
+    from tiercache.tier.lock import TierLock
+    from tiercache.tier.steps import Sight
+    from tiercache.tier.survey import Survey
+
+# go: nothing speaks against it. done: it is so already. keep: it waits on, that may pass. cancel: the world changed.
+Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
+
+# Between what is asked and what is deleted lie the questions about a batch.
+_BATCH_MOVES, _BATCH_OBJECTS = 64, 1000
+_SKEW_S = 60.0
+
+
+@dataclass(slots=True)
+class Settled:
+    """What came of it. stopped: what was kept or cancelled, and why."""
+
+    n_done: int = 0
+    n_waiting: int = 0
+    n_bytes: int = 0
+    stopped: list[tuple[JournalRow, str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Due:
+    """A move whose grace is over.
+
+    there: the objects that lie where something is taken away, (tier, object) each; is_whole: these are all that there
+    were; is_begun: deletions may have been made.
+    """
+
+    row: JournalRow
+    verdict: Verdict = "go"
+    why: str = ""
+    there: list[tuple[str, JournalObject]] = field(default_factory=list)
+    is_whole: bool = True
+    is_begun: bool = False
+
+    def say(self, verdict: Verdict, why: str) -> None:
+        """Decide it; the first word counts."""
+        if self.verdict == "go":
+            self.verdict, self.why = verdict, why
+
+
+class Settling:
+    """One settle(). only_begun: of deletions alone that were begun before and broken off."""
+
+    def __init__(
+        self,
+        sight: Sight,
+        lock: TierLock,
+        survey: Callable[[float], Survey],
+        now_s: float,
+        *,
+        only_begun: bool = False,
+    ) -> None:
+        self._sight, self._lock, self._now_s, self._only_begun = sight, lock, now_s, only_begun
+        self._ask_survey = survey
+        self._file, self._catalog = sight.file, sight.catalog
+        self._placing = Placing(sight)
+        self._settled = Settled()
+
+    def run(self) -> Settled:
+        """Do it. Raises as Mover.settle()."""
+        due = self._due()
+        if due:
+            survey = self._ask_survey(self._now_s)
+            for batch in _batches(due):
+                self._work(batch, survey)
+        return self._settled
+
+    def _due(self) -> list[JournalRow]:
+        due, again = [], []
+        for row in self._catalog.open_moves(self._file.home.url, "waiting", "dropping"):
+            if row.state == "dropping" or (not self._only_begun and row.due_s <= self._now_s):
+                due.append(row)
+                continue
+            self._settled.n_waiting += 1
+            if row.since_s > self._now_s + _SKEW_S:
+                # The clock was ahead when grace began: it would not end for as long.
+                due_s = self._now_s + self._file.tiering.grace_s
+                again.append(replace(row, since_s=self._now_s, due_s=due_s, changed_s=self._now_s))
+        self._catalog.write(again)
+        return due
+
+    def _work(self, rows: Sequence[JournalRow], survey: Survey) -> None:
+        self._lock.check()
+        self._placing.forget()
+        due = [Due(row, is_begun=row.state == "dropping") for row in rows]
+        self._check(due, survey)
+        self._part(due)
+        reach("tier_drop.checked")
+        self._carry_out([one for one in due if one.verdict == "go"])
+        self._end(due)
+        reach("tier_drop.ended")
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def _check(self, due: Sequence[Due], survey: Survey) -> None:
+        for one in due:
+            if why := self._misnamed(one.row):
+                one.say("cancel", why)
+        fit = [one for one in due if one.verdict == "go"]
+        pinned = self._sight.pinned([one.row for one in fit], self._now_s)
+        wanted = [pair for one in fit for pair in self._asked_of(one.row)]
+        heads = self._sight.heads(list(dict.fromkeys(wanted)))
+        for one in fit:
+            try:
+                self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
+            except TierCacheError as error:
+                one.say("keep", str(error))
+
+    def _misnamed(self, row: JournalRow) -> str:
+        """Why the rule file no longer has the tiers of a move; "": it has."""
+        places = {tier.name: tier.url for tier in self._file.tiers}
+        for name, place in ((row.src, row.src_place), (row.dst, row.dst_place)):
+            if name and places.get(name) != place:
+                return f"expected tier {name!r} at {place}, found {places.get(name, 'no such tier')} in the rule file"
+        gone = {one.where for one in row.objects} - places.keys()
+        return f"expected tiers {', '.join(sorted(gone))}, found none of that name in the rule file" if gone else ""
+
+    def _asked_of(self, row: JournalRow) -> list[tuple[str, str]]:
+        if row.action == "delete":
+            return [(tier.name, one.key) for tier in self._file.tiers for one in row.objects]
+        tiers = {row.src, row.dst, self._placing.home}
+        return [(tier, one.key) for tier in tiers for one in row.objects]
+
+    def _check_one(self, one: Due, heads: Heads, survey: Survey, pin: str) -> None:
+        row = one.row
+        if changed := self._look(one, heads):
+            one.say("cancel", changed)
+            return
+        if not one.there and (one.is_begun or row.action in ("delete", "reclass")):
+            one.say("done", "")
+            return
+        if row.action == "delete":
+            self._check_delete(one, survey)
+        else:
+            self._check_target(one, heads, survey)
+        if pin:
+            one.say("cancel", pin)
+        if row.path in survey.in_use:
+            one.say("keep", f"{row.path}: expected nobody to read it, found that a machine does")
+        if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:
+            one.say("cancel", f"{row.path}: the rule file changed, and asks for this no more")
+        if one.verdict == "cancel" and one.is_begun and not one.is_whole:
+            one.verdict = "keep"  # some of it is gone: it is finished when that is possible again, and not forgotten
+
+    def _look(self, one: Due, heads: Heads) -> str:
+        """Compare what is to go with what was seen when its grace began, and note what is there of it."""
+        row, sight, changed = one.row, self._sight, ""
+        for obj in row.objects:
+            where = obj.where if row.action == "delete" else row.src
+            info = heads[where, obj.key]
+            if isinstance(info, StoreError):
+                raise info
+            if info is None:
+                one.is_whole = False
+                continue
+            if row.action == "reclass" and has_class(sight, row.dst, info) and info.n_bytes == obj.n_bytes:
+                continue
+            one.there.append((where, obj))
+            changed = changed or sight.moved(where, info, obj)
+        if row.action == "reclass" and not one.is_whole:
+            changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
+        for where in sorted({obj.where for obj in row.objects} if row.action == "delete" else {row.src}):
+            changed = changed or sight.strangers(where, row.path, [obj.key for obj in row.objects])
+        return changed or (self._new_copies(row, heads) if row.action == "delete" else "")
+
+    def _new_copies(self, row: JournalRow, heads: Heads) -> str:
+        """Why there is more than the last copies that were to be deleted; "": there is not."""
+        stores, known = self._sight.stores, {(one.where, one.key) for one in row.objects}
+        for tier in self._file.tiers:
+            for info in found_infos(heads, tier.name, row).values():
+                if info is None or (tier.name, info.key) in known:
+                    continue
+                if stores.tier_of(stores.sharing(tier.name), info) == tier.name:
+                    return f"{tier.url}/{info.key}: expected no copy there, found one of {info.n_bytes} bytes"
+        return ""
+
+    def _check_delete(self, one: Due, survey: Survey) -> None:
+        row = one.row
+        if row.path in survey.protected:
+            one.say("cancel", f"{row.path}: it is the newest complete checkpoint of its run")
+        elif one.is_whole and row.path not in survey.deletes:
+            one.say("cancel", f"{row.path}: no rule deletes it now")
+
+    def _check_target(self, one: Due, heads: Heads, survey: Survey) -> None:
+        row, sight = one.row, self._sight
+        there = found_infos(heads, row.dst, row)
+        if row.action != "reclass":
+            if why := self._unconfirmed(row, there):
+                one.say("cancel", why)
+            if since_s := self._lock.doomed.get((row.dst_place, row.path)):
+                one.say(
+                    "keep",
+                    f"{row.dst_place}/{row.path}: another process, which lost its right to move "
+                    f"{self._now_s - since_s:.0f} s ago, may still delete that copy: it does not count for a week",
+                )
+            if not one.there:
+                one.say("done", "")
+            elif why := sight.joined(row.src, row.dst):
+                one.say("cancel", why)
+        stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in there.values())
+        if row.path in survey.protected and not stays:
+            one.say("cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read")
+        between = not self._placing.is_home(row.src) and not self._placing.is_home(row.dst)
+        at_home: Infos = found_infos(heads, self._placing.home, row) if between else {}
+        if one.verdict == "go" and (why := self._placing.misleads(row, at_home)):
+            one.say("cancel", why)
+
+    def _unconfirmed(self, row: JournalRow, there: Infos) -> str:
+        books = self._catalog.known(row.dst, [one.key for one in row.objects])
+        for one in row.objects:
+            if why := self._sight.confirmed(row.dst, one.key, there[one.key], books.get(one.key)):
+                return why
+        return ""
+
+    def _part(self, due: Sequence[Due]) -> None:
+        """Keep what takes away a copy that another of the batch counts on, whatever their paths are.
+
+        1. A drops from src, for dst has it. 2. B drops from dst, for src has it. 3. Both were asked about before either
+        was dropped. One row a path and one placement a key stand before this; it is cheap to look.
+        """
+        counted: set[tuple[str, str]] = set()
+        dropped: set[tuple[str, str]] = set()
+        for one in due:
+            if one.verdict != "go" or one.row.action == "reclass":
+                continue
+            takes = {(where, obj.key) for where, obj in one.there}
+            needs = {(one.row.dst, obj.key) for obj in one.row.objects} if one.row.action != "delete" else set()
+            if takes & counted or needs & dropped:
+                one.say("keep", f"{one.row.path}: another move of the same objects comes first")
+                continue
+            counted |= needs
+            dropped |= takes
+
+    # -- doing ------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, due: Sequence[Due]) -> None:
+        if not due:
+            return
+        self._catalog.write([replace(one.row, state="dropping", changed_s=self._now_s) for one in due])
+        for one in due:
+            one.is_begun = True
+        reach("tier_drop.journaled")
+        self._unplace([one for one in due if one.row.action == "delete"])
+        going = [one for one in due if one.verdict == "go"]
+        drops = [one for one in going if one.row.action != "reclass"]
+        places = {tier.name: tier.url for tier in self._file.tiers}
+        # From here to the deletions nothing else is asked: see lock.py.
+        self._lock.announce(sorted({(places[where], one.row.path) for one in drops for where, _ in one.there}))
+        self._drop(drops)
+        self._reclass([one for one in going if one.row.action == "reclass"])
+
+    def _unplace(self, due: Sequence[Due]) -> None:
+        """Have readers find nothing, rather than a place that is empty."""
+        changes: dict[str, Changes] = defaultdict(dict)
+        chains: dict[str, list[Due]] = defaultdict(list)
+        for one in due:
+            try:
+                folder = self._placing.folder(one.row)
+                changes[folder].update(self._placing.wanted(one.row, {}, {}))
+                chains[folder].append(one)
+            except TierCacheError as error:
+                one.say("keep", str(error))
+        for folder, why in self._placing.commit(changes).items():
+            for one in chains[folder]:
+                one.say("keep", why)
+        reach("tier_drop.unplaced")
+
+    def _drop(self, due: Sequence[Due]) -> None:
+        """Delete: first what makes each group whole, so that nothing looks whole and is not; then all else."""
+        keys = {(one.row.plan, one.row.number): one.row.objects[-1].key for one in due if len(one.row.objects) > 1}
+        first: list[tuple[Due, str, JournalObject]] = []
+        rest: list[tuple[Due, str, JournalObject]] = []
+        for one in due:
+            last = keys.get((one.row.plan, one.row.number))
+            for where, obj in one.there:
+                (first if obj.key == last else rest).append((one, where, obj))
+        self._delete(first)
+        reach("tier_drop.unmade")
+        self._delete(rest)
+        reach("tier_drop.dropped")
+
+    def _delete(self, objects: Iterable[tuple[Due, str, JournalObject]]) -> None:
+        by_tier: dict[str, list[tuple[Due, JournalObject]]] = defaultdict(list)
+        for one, where, obj in objects:
+            if one.verdict == "go":
+                by_tier[where].append((one, obj))
+        for tier, pairs in by_tier.items():
+            try:
+                self._sight.transfer.drop(tier, [as_planned(obj) for _, obj in pairs])
+            except StoreError as error:  # some may be gone: the row says "dropping", and the rest goes the next time
+                for one, _ in pairs:
+                    one.say("keep", str(error))
+
+    def _reclass(self, due: Sequence[Due]) -> None:
+        pairs = [(one, obj) for one in due for _, obj in one.there]
+        made = [copy for copy in self._sight.pool.map(self._reclassed, pairs) if copy is not None]
+        reach("tier_drop.reclassed")
+        self._catalog.record(made)
+
+    def _reclassed(self, pair: tuple[Due, JournalObject]) -> tuple[str, str, KnownCopy] | None:
+        one, obj = pair
+        dst = one.row.dst
+        try:
+            known = self._catalog.known(dst, [obj.key]).get(obj.key)
+            changed = self._sight.transfer.reclass(dst, as_planned(obj))
+        except CommitConflict:
+            raise
+        except TierCacheError as error:
+            one.say("keep", str(error))
+            return None
+        crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
+        if crc is None:
+            return None
+        return dst, obj.key, KnownCopy(changed.n_bytes, changed.etag, crc, made=known is not None and known.made)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _end(self, due: Sequence[Due]) -> None:
+        self._take_back([one for one in due if one.verdict == "cancel" and one.is_whole and one.there])
+        rows, gone = [], []
+        for one in due:
+            row = one.row
+            if one.verdict in ("go", "done"):
+                rows.append(replace(row, state="done", note="", changed_s=self._now_s))
+                self._settled.n_done += 1
+                if row.action != "reclass":
+                    gone += [(where, obj.key) for where, obj in one.there]
+                    self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
+                continue
+            if one.verdict == "cancel":
+                rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
+            else:
+                kept = replace(row, state="dropping" if one.is_begun else row.state)
+                rows.append(replace(kept, note=one.why, changed_s=self._now_s))
+                self._settled.n_waiting += 1
+            self._settled.stopped.append((row, one.why))
+        self._catalog.write(rows)
+        reach("tier_drop.done")
+        self._catalog.forget(gone)
+
+    def _take_back(self, due: Sequence[Due]) -> None:
+        """Where readers were led to dst, and src at home stays: have them go home again, before that is forgotten."""
+        try:
+            failed = self._placing.take_back([one.row for one in due])
+        except TierCacheError as error:
+            failed = dict.fromkeys({self._placing.folder(one.row) for one in due}, str(error))
+        for one in due:
+            why = failed.get(self._placing.folder(one.row)) if failed else None
+            if why:
+                one.verdict, one.why = "keep", f"{one.why}; {why}"
+        reach("tier_drop.taken_back")
+
+
+def _batches(rows: Sequence[JournalRow]) -> Iterator[list[JournalRow]]:
+    batch: list[JournalRow] = []
+    n_objects = 0
+    for row in rows:
+        if batch and (len(batch) >= _BATCH_MOVES or n_objects + len(row.objects) > _BATCH_OBJECTS):
+            yield batch
+            batch, n_objects = [], 0
+        batch.append(row)
+        n_objects += len(row.objects)
+    if batch:
+        yield batch

@@ -1,0 +1,229 @@
+"""What moves ask of the stores: whether an object is still what it was, whether a copy is what was verified.
+
+Nothing here writes a journal or deletes. Every question has an answer for people: "" where all is as it should be, else
+what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import pyarrow as pa
+
+from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
+from tiercache.errors import NotFound, StoreError
+from tiercache.tier.matching import first_match
+from tiercache.tier.model import ARCHIVED, HERE, RESTORING, PlannedObject
+from tiercache.tier.stores import state_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from tiercache.catalog.tiers import TierCatalog
+    from tiercache.model import ObjectInfo
+    from tiercache.tier.stores import Stores
+    from tiercache.tier.transfer import Transfer
+    from tiercache.tierfile import TierFile
+
+Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
+
+_PROBE_FOLDER = "_tiercache/probe/"
+_MARK_KEY = "_tiercache/tier.id"
+
+
+@dataclass(slots=True)
+class Sight:
+    """What moves are made with, and what they ask. Safe from any thread; the pool is its owner's."""
+
+    file: TierFile
+    stores: Stores
+    catalog: TierCatalog
+    transfer: Transfer
+    pool: Executor
+    _apart: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    # -- objects ----------------------------------------------------------------------------------------------------
+
+    def head(self, tier: str, key: str) -> ObjectInfo | None:
+        """What a store says of an object; None: it is not there. Raises StoreError."""
+        try:
+            return self.stores.head(tier, key)
+        except NotFound:
+            return None
+
+    def heads(self, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ObjectInfo | StoreError | None]:
+        """The same of many, (tier, key) each, side by side; an error of a store stands where its answer would."""
+        return dict(zip(wanted, self.pool.map(self._asked, wanted), strict=True))
+
+    def _asked(self, one: tuple[str, str]) -> ObjectInfo | StoreError | None:
+        try:
+            return self.head(*one)
+        except StoreError as error:
+            return error
+
+    def infos(self, tier: str, keys: Iterable[str]) -> Infos:
+        """What a store says of these objects, one after another. Raises StoreError."""
+        return {key: self.head(tier, key) for key in keys}
+
+    # -- the copy that a move is about ------------------------------------------------------------------------------
+
+    def moved(self, tier: str, info: ObjectInfo, one: JournalObject) -> str:
+        """Why an object is not the one that was planned; "": it is."""
+        at = f"{self.stores.store(tier).url}/{one.key}"
+        if info.n_bytes != one.n_bytes:
+            return f"{at}: expected {one.n_bytes} bytes, found {info.n_bytes}"
+        if None not in (info.etag, one.etag):
+            return "" if info.etag == one.etag else f"{at}: expected ETag {one.etag}, found {info.etag}"
+        if info.modified_s is not None and one.modified_s is not None:
+            # Listings and answers to HEAD may say the date by different fractions of a second.
+            same = int(info.modified_s) == int(one.modified_s)
+            return "" if same else f"{at}: expected date {one.modified_s:.0f}, found {info.modified_s:.0f}"
+        if one.crc32c is None:
+            return f"{at}: the store says neither ETag nor date, and its checksum is not known: it cannot be compared"
+        found = self.transfer.sum_of(tier, info)
+        return "" if found == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {found:08x}"
+
+    def strangers(self, tier: str, path: str, keys: Iterable[str]) -> str:
+        """Why a group is not only what was planned: objects came to it; "": it is. Raises StoreError."""
+        known = set(keys)
+        if known == {path}:
+            return ""
+        new = [info.key for info in self.stores.listing(tier, f"{path}/") if info.key not in known]
+        if not new:
+            return ""
+        return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
+
+    def confirmed(self, tier: str, key: str, info: ObjectInfo | None, known: KnownCopy | None) -> str:
+        """Why a copy cannot be counted on; "": it is the one that was verified. Raises StoreError.
+
+        Another ETag, but equal bytes (a server may give a new one with a new class): the books are brought up to date.
+        """
+        at = f"{self.stores.store(tier).url}/{key}"
+        if info is None:
+            return f"{at}: expected a verified copy, found none"
+        if known is None or known.is_intended:
+            return f"{at}: expected a verified copy, found one that nobody has verified"
+        if info.n_bytes != known.n_bytes:
+            return f"{at}: expected the {known.n_bytes} bytes that were verified, found {info.n_bytes}"
+        same_etag = None not in (info.etag, known.etag) and info.etag == known.etag
+        said_otherwise = None not in (info.crc32c, known.crc32c) and info.crc32c != known.crc32c
+        # With an equal ETag another checksum proves nothing (moto's are of something else): the bytes decide, and where
+        # they cannot be read the ETag, which real stores make of the bytes.
+        if same_etag and not said_otherwise:
+            return ""
+        if state_of(info) in (ARCHIVED, RESTORING):
+            return (
+                "" if same_etag else f"{at}: expected ETag {known.etag}, found {info.etag}; it must be restored first"
+            )
+        if known.crc32c is None:
+            return f"{at}: expected ETag {known.etag}, found {info.etag}, and its checksum is not known"
+        found = self.transfer.sum_of(tier, info)
+        if found != known.crc32c:
+            return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
+        self.catalog.record([(tier, key, KnownCopy(info.n_bytes, info.etag, found, made=known.made))])
+        return ""
+
+    def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
+        """The CRC-32C of an object: from the books if it is still that one, else read; None: it cannot be read."""
+        if known is not None and known.crc32c is not None and is_same(info, known):
+            return known.crc32c
+        if state_of(info) in (ARCHIVED, RESTORING):
+            return None
+        return self.transfer.sum_of(tier, info)
+
+    # -- what holds for the whole move ------------------------------------------------------------------------------
+
+    def pinned(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
+        """Which of these moves a pin forbids now, by plan and number, and why."""
+        pins = [pin for pin in self.file.pins if pin.until_s is None or pin.until_s > now_s]
+        if not pins:
+            return {}
+        texts, owners = [], []
+        for row in rows:
+            for text in {row.path, *(one.key for one in row.objects)}:
+                texts.append(text)
+                owners.append((row.plan, row.number))
+        found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])
+        why = {}
+        for owner, number in zip(owners, found.tolist(), strict=True):
+            if number >= 0:
+                pin = pins[number]
+                why[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
+        return why
+
+    def missing(self, tier: str) -> str:
+        """Why a local tier may not be the one that was used before; "": it is, or was never used. Raises StoreError.
+
+        1. The disk of /mnt/archive is not mounted, and the folder is there. 2. Copies go into it, and are verified.
+        3. Their sources are dropped. 4. The disk is mounted, and hides the copies. So each has a mark, which is known.
+        """
+        if not self.file.tier(tier).is_local:
+            return ""
+        store, before = self.stores.store(tier), self.catalog.mark(tier)
+        try:
+            found = store.get(_MARK_KEY).decode(errors="replace").strip()
+        except NotFound:
+            if before is not None:
+                at = f"{store.url}/{_MARK_KEY}"
+                return (
+                    f"{at}: expected {before}, found nothing: is the disk of tier {tier} mounted? If it is a new one, "
+                    f"write that text there"
+                )
+            found = secrets.token_hex(16)
+            store.put_if_absent(_MARK_KEY, f"{found}\n".encode())
+        if before is None:
+            self.catalog.remember_mark(tier, found)
+        elif found != before:
+            return f"{store.url}/{_MARK_KEY}: expected {before}, found {found}: another disk is mounted for tier {tier}"
+        return ""
+
+    def joined(self, src: str, dst: str) -> str:
+        """Why two tiers may be one place, whose copies are one copy; "": they are not. Raises StoreError.
+
+        URLs do not tell: 1. /data/a and /mnt/b are one folder by a link, a mount or NFS. 2. The copy "in both" is
+        verified. 3. It is dropped from one, and gone from the other. So something is put into one and looked for in the
+        other.
+        """
+        if self.stores.same_place(src, dst):
+            return f"tiers {src} and {dst} have one URL"
+        pair = src, dst
+        if pair not in self._apart:
+            self._apart[pair] = self._probed(src, dst)
+        return self._apart[pair]
+
+    def _probed(self, src: str, dst: str) -> str:
+        key, source = f"{_PROBE_FOLDER}{secrets.token_hex(16)}", self.stores.store(src)
+        try:
+            source.put(key, b"a probe, gone at once\n")
+            is_one = self.head(dst, key) is not None
+        finally:
+            with suppress(StoreError):
+                source.delete([key])
+        if not is_one:
+            return ""
+        urls = f"{source.url} and {self.stores.store(dst).url}"
+        return f"expected two places, found that {urls} (tiers {src}, {dst}) are one: dropping a copy would drop both"
+
+
+def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
+    """Whether an object is the one on the books, by size and ETag."""
+    return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
+
+
+def is_readable(info: ObjectInfo) -> bool:
+    """Whether it can be read for good: what was restored for a while cannot."""
+    return state_of(info) == HERE
+
+
+def as_planned(one: JournalObject) -> PlannedObject:
+    """For what the transfer is asked."""
+    return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c)
+
+
+def as_journaled(one: PlannedObject, where: str = "") -> JournalObject:
+    """For the journal. where: the tier, of moves that are about several."""
+    return JournalObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c, where)

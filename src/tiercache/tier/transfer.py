@@ -1,0 +1,420 @@
+"""Bytes from tier to tier: streamed or by the server, summed on the way, compared when they have arrived."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from threading import Event
+
+from tiercache._native.checksum import combine, crc32c
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange, ObjectInfo
+from tiercache.points import reach
+from tiercache.store import CloudStore, LocalFolder
+from tiercache.store.archive import ArchiveStore
+from tiercache.store.contract import Upload
+from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
+from tiercache.tier.pieces import MOST_PARTS, PART_BYTES, Buffers, Pace, Part, Reading, cancelled, ranges_of
+from tiercache.tier.stores import Stores, state_of
+from tiercache.waiting import SYSTEM_CLOCK, Clock
+
+# Parts of one object that are read ahead of the one that is written, or are under way together where parts may be.
+_AHEAD = 2
+_TOGETHER = 6
+# Up to this an object is read whole by one request, which also says what it is.
+_SMALL_BYTES = 1 << 20
+_DELETE_KEYS = 1000
+_MD5 = re.compile(r'"?[0-9a-f]{32}"?')
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copy that was made and verified.
+
+    crc32c: of its bytes; None where the server copied and no sum of that kind was known: other sums, or the bytes
+    themselves, were compared then. etag: the copy's.
+    """
+
+    n_bytes: int
+    crc32c: int | None
+    etag: str | None
+
+
+def _nothing(_n_bytes: int) -> None:
+    return
+
+
+class Transfer:
+    """Copies, reclasses and drops objects of tiers. Safe from any thread: `jobs` of them may copy at once.
+
+    Use as a context manager, or close(). At most jobs x 3 parts of 8 MiB are in memory, and 2 more for each of its own
+    threads. Errors are StoreError. What is at the target stays until all of the source was read and, where its checksum
+    is known, compared.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        *,
+        jobs: int = 8,
+        rate_bytes_s: int | None = None,
+        cancel: Event | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """No thread is started yet.
+
+        Args:
+            stores: of the rule file; stays the caller's.
+            jobs: objects that are copied at once.
+            rate_bytes_s: bytes a second of all copies together; None: no limit.
+            cancel: when set, ends every copy soon, with a StoreError that has .cancelled.
+            clock: whose time the rate is by.
+        """
+        if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
+            raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
+        self._stores, self._cancel = stores, cancel or Event()
+        self._pace = Pace(rate_bytes_s, clock, self._cancel)
+        self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
+        self._buffers = Buffers()
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End its threads, when what they do is done."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._buffers.clear()
+
+    def copy(
+        self, src: str, dst: str, one: PlannedObject, *, on_bytes: Callable[[int], object] | None = None
+    ) -> Copied:
+        """Copy an object to another tier, under the same key and in that tier's class, and verify the copy.
+
+        The copy appears whole, in place of what was there. Where the server of both can copy by itself, it does.
+
+        Args:
+            src: name of the tier that it is read from.
+            dst: name of the tier that gets it.
+            one: what the object must be: size, ETag (or else date), and CRC-32C as far as they are known.
+            on_bytes: called with the length of each part that was read; from any thread.
+
+        Raises:
+            NotFound: it is not in src.
+            ObjectChanged: it is not what `one` says, or changed meanwhile.
+            StoreError: .archived: it must be restored first; .cancelled; .wrong: what arrived was not what had been
+                read, and has been removed; or a store failed.
+            ValueError: both tiers are one place: that is a reclass().
+        """
+        if self._stores.same_place(src, dst):
+            raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
+        self._check_cancelled(src, one.key)
+        said = on_bytes or _nothing
+        if self._stores.same_endpoint(src, dst) and (made := self._by_server(src, dst, one, said)) is not None:
+            return made
+        if one.n_bytes <= _SMALL_BYTES:
+            return self._at_once(src, dst, one, said)
+        return self._streamed(src, dst, one, said)
+
+    def check(self, name: str, one: PlannedObject) -> ObjectInfo:
+        """What an object is, if it is what was planned and can be read. Raises as copy()."""
+        self._check_cancelled(name, one.key)
+        info = self._stores.head(name, one.key)
+        self._expect(name, one, info)
+        if not _is_readable(info):
+            message = f"it is archived ({info.storage_class}) and must be restored first: tiercache restore {one.key}"
+            raise StoreError(message, url=self._at(name, one.key), archived=True)
+        return info
+
+    def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
+        """Raise ObjectChanged where an object is not what was planned."""
+        pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
+        if one.etag is not None and info.etag is not None:
+            pairs.append(("ETag", one.etag, info.etag))
+        elif one.modified_s is not None and info.modified_s is not None:
+            # Listings and answers to HEAD may say the date by different fractions of a second.
+            pairs.append(("date", int(one.modified_s), int(info.modified_s)))
+        for what, expected, found in pairs:
+            if expected != found:
+                message = f"its {what} is not what was planned"
+                raise ObjectChanged(message, url=self._at(name, one.key), expected=expected, found=found)
+
+    def _at(self, name: str, key: str) -> str:
+        return f"{self._stores.store(name).url}/{key}"
+
+    def _by_server(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied | None:
+        """The copy that the server made; None where its sums do not say that it is one."""
+        info = self.check(src, one)
+        source, target = self._archive(src), self._archive(dst)
+        self._pace.take(info.n_bytes)
+        before = source.sums(one.key)
+        made = target.copy_from(
+            source,
+            one.key,
+            one.key,
+            storage_class=self._stores.file.tier(dst).storage_class,
+            if_match=info.etag,
+            crc32c=one.crc32c,
+        )
+        if made.n_bytes != info.n_bytes:
+            return None
+        if one.crc32c is not None and made.crc32c is None:
+            # That the copy is the source says nothing of what the source should be: that takes its bytes.
+            is_proven = _is_readable(made) and self.sum_of(dst, made) == one.crc32c
+        else:
+            is_proven = _is_proven(before, target.sums(one.key), one, made)
+        if not is_proven:
+            return None
+        on_bytes(info.n_bytes)
+        return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+
+    def _at_once(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied:
+        """A small object: one request says what it is, and is it; for many small ones requests are what counts."""
+        self._pace.take(one.n_bytes)
+        try:
+            data, info = self._stores.store(src).read_tail(one.key, max(one.n_bytes, 1))
+        except NotFound:
+            raise
+        except StoreError:
+            self.check(src, one)  # which knows better why it cannot be read
+            raise
+        self._expect(src, one, info)
+        on_bytes(len(data))
+        with self._upload(dst, info) as (upload, _):
+            upload.put_part(0, data)
+            return self._completed(src, dst, one, upload, crc32c(data))
+
+    def _streamed(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied:
+        info = self.check(src, one)
+        reading = Reading(self._stores.store(src), info, self._cancel)
+        with self._upload(dst, info) as (upload, in_order):
+            crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
+            return self._completed(src, dst, one, upload, crc)
+
+    def _completed(self, src: str, dst: str, one: PlannedObject, upload: Upload, crc: int) -> Copied:
+        """The copy, published and verified."""
+        if one.crc32c is not None and crc != one.crc32c:
+            # Before complete(): what is at the target stays.
+            raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
+        self._check_cancelled(dst, one.key)
+        made = upload.complete() or self._stores.head(dst, one.key)
+        reach("tier_transfer.published")
+        if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
+            return Copied(one.n_bytes, crc, made.etag)
+        return self._verified(dst, one.n_bytes, crc, made)
+
+    def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
+        """The CRC-32C of all parts, those written here that bring their bytes. None is under way afterwards."""
+        crc = 0
+        with closing(parts):
+            for number, part in enumerate(parts):
+                crc = combine(crc, part.crc32c, part.n_bytes)
+                if part.buffer is not None:
+                    upload.put_part(number, part.buffer.data[: part.n_bytes])
+                    self._buffers.give(part.buffer)
+        return crc
+
+    @contextmanager
+    def _upload(self, dst: str, info: ObjectInfo) -> Iterator[tuple[Upload, bool]]:
+        """An upload to a tier, and whether it wants its parts in their order."""
+        archive, store = self._stores.archive(dst), self._stores.store(dst)
+        if archive is not None:
+            with archive.create(info.key, storage_class=self._stores.file.tier(dst).storage_class) as upload:
+                yield upload, False
+            return
+        if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
+            message = f"{info.n_bytes} bytes are more than this client writes in parts of 8 MiB"
+            hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
+            raise StoreError(message + hint, url=f"{store.url}/{info.key}")
+        with store.create(info.key) as upload:
+            yield upload, True
+
+    def _parts(
+        self, reading: Reading, upload: Upload | None, on_bytes: Callable[[int], object]
+    ) -> Generator[Part, None, None]:
+        """The object's parts in order, read ahead; written by the threads that read them where upload is given."""
+        ranges = ranges_of(reading.info.n_bytes)
+        if len(ranges) == 1:
+            yield self._part(reading, ranges[0], upload, on_bytes)
+            return
+        running: deque[Future[Part]] = deque()
+        waiting = iter(ranges)
+        try:
+            for wanted in waiting:
+                running.append(self._pool.submit(self._part, reading, wanted, upload, on_bytes))
+                if len(running) > (_AHEAD if upload is None else _TOGETHER):
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            self._give_up(running)
+
+    def _give_up(self, running: deque[Future[Part]]) -> None:
+        """Wait for parts under way, which use the upload, and take their buffers back."""
+        for future in running:
+            future.cancel()
+        for future in running:
+            if not future.cancelled() and future.exception() is None and (buffer := future.result().buffer) is not None:
+                self._buffers.give(buffer)
+
+    def _part(
+        self,
+        reading: Reading,
+        wanted: tuple[int, ByteRange],
+        upload: Upload | None,
+        on_bytes: Callable[[int], object],
+    ) -> Part:
+        number, span = wanted
+        self._pace.take(span.n_bytes)
+        buffer = self._buffers.take(span.n_bytes)
+        kept = False
+        try:
+            data = buffer.data[: span.n_bytes]
+            reading.read(span, data)
+            crc = crc32c(data)
+            if upload is not None:
+                upload.put_part(number, data)
+            kept = upload is None
+        finally:
+            if not kept:
+                self._buffers.give(buffer)
+        on_bytes(span.n_bytes)
+        return Part(crc, span.n_bytes, buffer if kept else None)
+
+    def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> Copied:
+        """The copy, if it is there and is what was read; else it is removed."""
+        info, found = self._looked_at(dst, made, n_bytes)
+        where = self._at(dst, made.key)
+        if made.etag is not None and info.etag != made.etag:
+            message = "somebody else has written it since it was copied"
+            raise ObjectChanged(message, url=where, expected=made.etag, found=info.etag)
+        if info.n_bytes != n_bytes:
+            self._remove(dst, info)
+            raise _wrong(where, f"{n_bytes} bytes", f"{info.n_bytes} bytes", "the copy")
+        if crc in (info.crc32c, found):
+            return Copied(n_bytes, crc, info.etag)
+        if not _is_readable(info):
+            self._remove(dst, info)
+            message = "the store names no checksum of the copy, and archived it cannot be read back: it was removed"
+            raise StoreError(message, url=where, wrong=True)
+        # A sum of the store's own that differs does not condemn the copy (moto's is of something else): bytes decide.
+        if found is None:
+            found = self.sum_of(dst, info)
+        if found != crc:
+            self._remove(dst, info)
+            raise _wrong(where, crc, found, "the copy")
+        return Copied(n_bytes, crc, info.etag)
+
+    def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int) -> tuple[ObjectInfo, int | None]:
+        """What a copy is, and its CRC-32C where one request gives both."""
+        store = self._stores.store(name)
+        if n_bytes <= _SMALL_BYTES and self._stores.archive(name) is None:
+            data, info = store.read_tail(made.key, n_bytes + 1)
+            return info, crc32c(data)
+        # A folder has just looked at the file.
+        return (made if isinstance(store, LocalFolder) else self._stores.head(name, made.key)), None
+
+    def sum_of(self, name: str, info: ObjectInfo) -> int:
+        """The CRC-32C of an object's bytes, all of them read. Raises as copy()."""
+        crc = 0
+        with closing(self._parts(Reading(self._stores.store(name), info, self._cancel), None, _nothing)) as parts:
+            for part in parts:
+                crc = combine(crc, part.crc32c, part.n_bytes)
+                self._buffers.give(part.buffer)
+        return crc
+
+    def reclass(self, dst: str, one: PlannedObject) -> Copied:
+        """Give an object, where it lies, the class of a tier with the same URL; nothing is read.
+
+        Raises:
+            NotFound, ObjectChanged, StoreError: as copy(); .wrong: afterwards it is not what it was.
+            ValueError: the tier's store has no classes.
+        """
+        archive = self._archive(dst)
+        info = self.check(dst, one)
+        wanted = self._stores.class_of(dst)
+        before = archive.sums(one.key)
+        made = info if info.storage_class == wanted else archive.set_class(one.key, wanted, if_match=info.etag)
+        where = self._at(dst, one.key)
+        if made.n_bytes != info.n_bytes or made.storage_class != wanted:
+            found = f"{made.n_bytes} bytes, {made.storage_class}"
+            raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
+        if _is_proven(before, archive.sums(one.key), one, made):
+            return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
+        # Sums that do not tell: what can be read decides, and of the rest size and class are known.
+        crc = self.sum_of(dst, made) if _is_readable(made) else None
+        if None not in (crc, one.crc32c) and crc != one.crc32c:
+            raise _wrong(where, one.crc32c, crc, "the object")
+        return Copied(made.n_bytes, crc, made.etag)
+
+    def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
+        """Delete objects of a tier, a thousand a request where the store can; those that are gone are no error.
+
+        Unconditional and in no order: what must be so before, and what must go first, is the caller's to see to.
+
+        Raises:
+            StoreError: some could not be deleted; .failed names them.
+        """
+        keys = [one.key for one in objects]
+        archive = self._stores.archive(name)
+        if archive is None:
+            self._stores.store(name).delete(keys)
+            return
+        for start in range(0, len(keys), _DELETE_KEYS):
+            self._check_cancelled(name, keys[start])
+            if failed := archive.delete_many(keys[start : start + _DELETE_KEYS]):
+                (key, reason), n_failed = failed[0], len(failed)
+                message = f"{n_failed} objects could not be deleted, the first because of {reason}"
+                raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))
+
+    def _archive(self, name: str) -> ArchiveStore:
+        archive = self._stores.archive(name)
+        if archive is None:
+            raise ValueError(f"tiers.{name}: its store has no storage classes to change")
+        return archive
+
+    def _remove(self, name: str, info: ObjectInfo) -> None:
+        """Delete what was found wrong, if it is still there and nobody else's."""
+        with suppress(NotFound):
+            if self._stores.head(name, info.key).etag == info.etag:
+                self._stores.store(name).delete([info.key])
+
+    def _check_cancelled(self, name: str, key: str) -> None:
+        if self._cancel.is_set():
+            raise cancelled(self._at(name, key))
+
+
+def _is_readable(info: ObjectInfo) -> bool:
+    return state_of(info) not in (ARCHIVED, RESTORING)
+
+
+def _is_md5(etag: str) -> bool:
+    """Whether an ETag is of all bytes: one of parts depends on how they were cut, or was only carried over."""
+    return _MD5.fullmatch(etag) is not None
+
+
+def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: PlannedObject, made: ObjectInfo) -> bool:
+    """Whether the store's own sums say that a copy by the server is the object: all that both have are equal."""
+    if None not in (one.crc32c, made.crc32c):
+        return one.crc32c == made.crc32c
+    names = [name for name in before.keys() & after.keys() if name != "ETag"]
+    if names:
+        return all(before[name] == after[name] for name in names)
+    return _is_md5(before.get("ETag", "")) and before["ETag"].strip('"') == after.get("ETag", "").strip('"')
+
+
+def _wrong(where: str, expected: object, found: object, what: str) -> StoreError:
+    message = f"{what} is not what it should be: expected {_shown(expected)}, found {_shown(found)}"
+    if what == "the copy":
+        message += "; it was removed"
+    return StoreError(message, url=where, wrong=True, expected=expected, found=found)
+
+
+def _shown(value: object) -> str:
+    return f"CRC-32C {value:08x}" if isinstance(value, int) else str(value)

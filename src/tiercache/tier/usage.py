@@ -1,0 +1,425 @@
+"""What machines use of a data set, and when: each writes its own small report beside it, the planner merges them.
+
+A report is ``_tiercache/usage/<machine>.json``. It is written when a run begins, once an hour while it goes on, when
+the data set is closed and when the process ends; and only where tiers look after the data set. Counting costs an
+addition for each shard that is opened, none for a record. A store that cannot be written is read without reports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from functools import partial
+from multiprocessing import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiercache import config
+from tiercache.catalog.files import make_folder, open_file, pid_namespace
+from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.store import Store
+    from tiercache.tier.places import Places
+
+USAGE_FOLDER = "_tiercache/usage/"
+FORMAT_VERSION = 1
+REPORT_S = 3600.0
+# A report takes two requests. Who holds the lock for longer was killed, and a child of his has it by now.
+LOCK_S = 5.0
+# A reader that was heard so lately reads now: one report may come late, or be lost.
+IN_USE_S = 2.5 * REPORT_S
+_numbers = itertools.count()
+_UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A process that has not closed a data set. since_s: when it began; reads_all: its run reads every shard."""
+
+    since_s: float
+    reported_s: float
+    reads_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one machine has used. Times in seconds since the epoch, by its own clock.
+
+    Attributes:
+        machine: its name.
+        reported_s: when it wrote this.
+        all_s: when a run of it last read every shard; 0: never.
+        readers: processes that have not closed the data set, by what tells them apart.
+        shards: name -> (last use, how often it was opened).
+    """
+
+    machine: str
+    reported_s: float = 0.0
+    all_s: float = 0.0
+    readers: dict[str, Reader] = field(default_factory=dict)
+    shards: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Usage:
+    """What is known of the use of n shards.
+
+    Attributes:
+        last_use_s: float64[n], NaN where nobody has reported a use.
+        uses: int64[n], how often they were opened.
+        in_use: bool[n], somebody reads them now.
+        unreported: a machine reads the data set that should have reported and has not: nothing of it is idle.
+    """
+
+    last_use_s: NDArray[np.float64]
+    uses: NDArray[np.int64]
+    in_use: NDArray[np.bool_]
+    unreported: bool
+
+
+# -- for the planner ------------------------------------------------------------------------------------------------
+
+
+def read_reports(store: Store) -> list[Report]:
+    """The reports of all machines. One that cannot be read is of a machine that has not reported. Raises StoreError."""
+    found = []
+    for info in store.list(USAGE_FOLDER):
+        with suppress(NotFound):
+            found.append(decode(store.get(info.key), _machine_of(info.key), info.modified_s or 0.0))
+    return found
+
+
+def merge(
+    reports: Sequence[Report], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
+) -> Usage:
+    """What all reports together say of these shards. Pure.
+
+    Args:
+        reports: of one data set.
+        names: of shards, as the data set's versions have them.
+        now_s: seconds since the epoch.
+        silence_s: a reader that was last heard longer ago is gone.
+    """
+    n = len(names)
+    last, uses, in_use = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.bool_)
+    unreported = False
+    text = names.cast(pa.large_string())
+    for report in reports:
+        heard = [reader for reader in report.readers.values() if now_s - reader.reported_s <= IN_USE_S]
+        waited = [r for r in report.readers.values() if IN_USE_S < now_s - r.reported_s <= silence_s]
+        unreported = unreported or bool(waited)
+        if report.all_s:
+            last = np.fmax(last, report.all_s)
+        in_use |= any(reader.reads_all for reader in heard)
+        rows = pc.index_in(text, value_set=pa.array(list(report.shards), pa.large_string())).fill_null(-1)
+        at = np.asarray(rows.to_numpy(), np.int64) if n else np.empty(0, np.int64)
+        mine = np.flatnonzero(at >= 0)
+        used = np.array(list(report.shards.values()), np.float64).reshape(-1, 2)[at[mine]]
+        last[mine] = np.fmax(last[mine], used[:, 0])
+        uses[mine] += used[:, 1].astype(np.int64)
+        if heard:
+            in_use[mine] |= used[:, 0] >= min(reader.since_s for reader in heard)
+    return Usage(last, uses, in_use, unreported)
+
+
+# -- the file -------------------------------------------------------------------------------------------------------
+
+
+def encode(report: Report) -> bytes:
+    """A report's text."""
+    readers = {
+        name: {"since_s": one.since_s, "reported_s": one.reported_s, "reads_all": one.reads_all}
+        for name, one in report.readers.items()
+    }
+    body = {
+        "format": "tiercache-usage",
+        "version": FORMAT_VERSION,
+        "machine": report.machine,
+        "reported_s": report.reported_s,
+        "all_s": report.all_s,
+        "readers": readers,
+        "shards": report.shards,
+    }
+    return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
+    """The report of a text; of one that is none, or of a later release, a reader of all that is not heard any more.
+
+    machine: whose it is by its name; modified_s: when the text was written, by the store's clock.
+    """
+    try:
+        body: dict[str, Any] = json.loads(data)
+        if body["version"] > FORMAT_VERSION:
+            raise ValueError(f"a report of version {body['version']}")
+        readers = {
+            str(name): Reader(float(one["since_s"]), float(one["reported_s"]), bool(one["reads_all"]))
+            for name, one in body["readers"].items()
+        }
+        shards = {str(name): (float(last), int(uses)) for name, (last, uses) in body["shards"].items()}
+        return Report(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        lost = Reader(modified_s, modified_s - IN_USE_S, reads_all=True)
+        return Report(machine, modified_s, readers={"unreadable": lost})
+
+
+def usage_key(machine: str) -> str:
+    """Where a machine's report lies."""
+    return f"{USAGE_FOLDER}{machine}.json"
+
+
+def machine_name() -> str:
+    """This machine's name in reports: its host name, and a few digits that tell it from another of that name."""
+    host = socket.gethostname()
+    try:
+        told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        told = ""
+    digits = hashlib.sha256(f"{told}/{host}".encode()).hexdigest()[:8]
+    return f"{_UNFIT.sub('-', host).strip('-.') or 'machine'}-{digits}"
+
+
+def _machine_of(key: str) -> str:
+    return key.removeprefix(USAGE_FOLDER).removesuffix(".json")
+
+
+# -- for readers ----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Counts what this process reads of one data set, and reports it. Safe from any thread; a forked child counts anew.
+
+    The lock guards the counts; reports are made outside it, one at a time on a machine.
+
+    Args:
+        places: of the data set: whether tiers look after it, and where the report goes.
+        clock: for the time between two reports.
+        now_s: seconds since the epoch.
+    """
+
+    def __init__(self, places: Places, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time) -> None:
+        self._places, self._clock, self._now_s = places, clock, now_s
+        self._number = next(_numbers)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock, self._reporting = threading.Lock(), threading.Lock()
+        self._opened: dict[str, int] = {}  # since the last report
+        self._held: set[str] = set()  # opened at any time: may be open still
+        self._since_s = 0.0  # when it began to read; 0: it does not
+        self._reads_all = self._has_failed = False
+        self._stop: threading.Event | None = None  # of the thread that reports once an hour
+        self._pid = os.getpid()  # last: see Readers
+
+    def note(self, name: str) -> None:
+        """Count that a shard was opened."""
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            if not self._since_s:
+                self._start()
+            self._opened[name] = self._opened.get(name, 0) + 1
+
+    def begin(self, *, reads_all: bool) -> None:
+        """Hear that a run begins, of a data set that is known to be looked after: report now, and once an hour."""
+        if self._pid != os.getpid():
+            self._begin()
+        with self._lock:
+            self._reads_all = self._reads_all or reads_all
+            if not self._since_s:
+                self._start()
+            if self._stop is not None:
+                return
+            stop = self._stop = threading.Event()
+        weakref.finalize(self, stop.set).atexit = False
+        threading.Thread(
+            target=_report_hourly, args=(weakref.ref(self), stop, self._clock), name="tiercache-usage", daemon=True
+        ).start()
+
+    def _start(self) -> None:
+        self._since_s = self._now_s()
+        _watch(self)
+
+    def close(self) -> None:
+        """Report for the last time, if tiers look after the data set. Repeatable; reading on begins anew."""
+        if self._pid != os.getpid() or not self._since_s:
+            return
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            stop.set()
+        with suppress(TierCacheError):
+            if self._places.is_adopted or (self._places.is_adopted is None and self._places.look() is not None):
+                self.report(is_last=True)
+                return
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._opened, self._held, self._since_s, self._reads_all = {}, set(), 0.0, False
+
+    def close_at_exit(self) -> None:
+        """As close(), but asks nothing of a store that was not asked before, or that failed."""
+        if self._pid == os.getpid() and self._since_s and self._places.is_adopted and not self._has_failed:
+            self.close()
+
+    def report(self, *, is_last: bool = False) -> bool:
+        """Write what was used by now into this machine's report; False: the store cannot be written, or failed.
+
+        is_last: this process reads no more.
+        """
+        with self._reporting:
+            with self._lock:
+                if not self._since_s:
+                    return False  # closed while this waited: a reader that is gone must not be on the list
+                opened, self._opened = self._opened, {}
+                self._held.update(opened)
+                reader = Reader(self._since_s, self._now_s(), self._reads_all)
+                news = _News(_name_of(self._number), reader, opened, frozenset(self._held), is_last)
+                if is_last:
+                    self._forget()
+            try:
+                with _one_at_a_time(self._places.home.url):
+                    _add(self._places.home, news)
+            except (StoreError, OSError):
+                self._has_failed = True
+                with self._lock:  # for the next report
+                    for name, n in opened.items():
+                        self._opened[name] = self._opened.get(name, 0) + n
+                return False
+            self._has_failed = False
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What a recorder adds to its machine's report.
+
+    opened: how often, since its last report; held: what it may hold open; is_last: it reads no more.
+    """
+
+    name: str
+    reader: Reader
+    opened: dict[str, int]
+    held: frozenset[str]
+    is_last: bool
+
+    def added_to(self, before: Report) -> Report:
+        """The report with these news; readers that are no processes any more are left out."""
+        now_s = self.reader.reported_s
+        readers = {name: one for name, one in before.readers.items() if _may_live(name)}
+        readers.pop(self.name, None)
+        if not self.is_last:
+            readers[self.name] = self.reader
+        shards = dict(before.shards)
+        for name in self.held:
+            shards[name] = now_s, shards.get(name, (0.0, 0))[1] + self.opened.get(name, 0)
+        all_s = max(before.all_s, now_s if self.reader.reads_all else 0.0)
+        return Report(before.machine, now_s, all_s, readers, shards)
+
+
+def _add(store: Store, news: _News) -> None:
+    """Write this machine's report anew."""
+    machine = machine_name()
+    try:
+        before = decode(store.get(usage_key(machine)), machine)
+    except NotFound:
+        before = Report(machine)
+    store.put(usage_key(machine), encode(news.added_to(before)))
+
+
+def _report_hourly(recorder: weakref.ref[Recorder], stop: threading.Event, clock: Clock) -> None:
+    while not stop.is_set():
+        found = recorder()
+        if found is None:
+            return
+        found.report()
+        del found  # while it waits, nothing of the data set is held
+        pause(REPORT_S, clock, stop)
+
+
+# Recorders that count, of the process that has this number.
+_counting: weakref.WeakSet[Recorder] = weakref.WeakSet()
+_watching_pid = 0
+
+
+def _watch(recorder: Recorder) -> None:
+    """Let a recorder report when this process ends."""
+    global _watching_pid
+    _counting.add(recorder)
+    if _watching_pid != os.getpid():
+        _watching_pid = os.getpid()
+        # Of multiprocessing, for its workers run no atexit.
+        util.Finalize(None, _report_at_exit, exitpriority=100)
+
+
+def _report_at_exit() -> None:
+    for recorder in list(_counting):
+        recorder.close_at_exit()
+
+
+@contextmanager
+def _one_at_a_time(url: str) -> Iterator[None]:
+    """Hold this machine's lock for reports about url; where it is not to be had, one of two reports may be lost."""
+    fd = None
+    try:
+        with suppress(OSError, ValueError):
+            folder = config.state_folder() / "locks"
+            make_folder(folder, 0o700)
+            name = hashlib.sha256(url.encode()).hexdigest()[:32]
+            fd = open_file(folder / f"usage-{name}", os.O_RDWR | os.O_CREAT)
+            wait_for(partial(_try_lock, fd), LOCK_S)
+        yield
+    finally:
+        if fd is not None:
+            with suppress(OSError):
+                flock(fd, LOCK_UN)  # a child that was forked meanwhile has the descriptor too: closing would not do
+            os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        flock(fd, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _name_of(recorder: int) -> str:
+    """What tells a recorder of this process from all others of this machine."""
+    return f"{os.getpid()}-{_started(os.getpid())}-{pid_namespace()}-{recorder}"
+
+
+def _may_live(name: str) -> bool:
+    """Whether a process of this machine may still be there; of another container one cannot know."""
+    pid, _, rest = name.partition("-")
+    started, _, rest = rest.partition("-")
+    return rest.partition("-")[0] != str(pid_namespace()) or not pid.isdigit() or _started(int(pid)) == started
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's ticks; "" for one that is not there."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""

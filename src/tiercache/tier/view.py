@@ -1,0 +1,176 @@
+"""The snapshot as the policy looks at it: copies by tier and group, and what the rule file says of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.tier.costs import region_of
+from tiercache.tier.matching import first_match
+from tiercache.tier.model import CHECKPOINT, HERE, KINDS, RESTORED
+from tiercache.tier.retention import newest
+
+if TYPE_CHECKING:
+    from tiercache.prices import Prices
+    from tiercache.tier.model import Snapshot
+    from tiercache.tierfile import Tier, TierFile
+
+Rows = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """What is asked of a snapshot again and again. Tiers are rows, groups columns.
+
+    Attributes:
+        at: int32[n_tiers, n_groups], the number of the copy there; -1: none.
+        readable: bool[n_tiers, n_groups], a copy that can be read now.
+        whole, ok: of copies, likewise; ok: whole and verified.
+        rule: int16[n_groups], the rule that holds for it; -1: none.
+        pin: int16[n_groups], the first pin that matches and holds; -1: none.
+        newest: bool[n_groups], the newest complete checkpoint of its run.
+        tagged: bool[n_groups].
+        age_s, unused_s: float64[n_groups], since it was written, and since anybody used it.
+        group_bytes: int64[n_groups], of its largest copy.
+        same_place: bool[n_tiers, n_tiers], tiers with one URL: a move between them changes the class.
+        leaves: bool[n_tiers, n_tiers], bytes that are copied from one to the other leave the provider's region.
+        streams: bool[n_tiers, n_tiers], such bytes pass through this machine; else the store copies them itself.
+    """
+
+    snapshot: Snapshot
+    file: TierFile
+    prices: Sequence[Prices | None]
+    at: NDArray[np.int32]
+    readable: Flags
+    whole: Flags
+    ok: Flags
+    rule: NDArray[np.int16]
+    pin: NDArray[np.int16]
+    newest: Flags
+    tagged: Flags
+    age_s: NDArray[np.float64]
+    unused_s: NDArray[np.float64]
+    group_bytes: NDArray[np.int64]
+    same_place: Flags
+    leaves: Flags
+    streams: Flags
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, file: TierFile, prices: Sequence[Prices | None]) -> View:
+        """Look at a snapshot. Raises ValueError where its tiers are not the file's."""
+        names = tuple(tier.name for tier in file.tiers)
+        if snapshot.tiers != names:
+            raise ValueError(f"the snapshot is of tiers {snapshot.tiers}, and {file.path} has {names}: take it again")
+        snapshot = with_tags(snapshot, file)
+        shape = len(names), snapshot.n_groups
+
+        def spread(column: NDArray[np.bool_]) -> Flags:
+            out = np.zeros(shape, np.bool_)
+            out[snapshot.tier, snapshot.group] = column
+            return out
+
+        at = np.full(shape, -1, np.int32)
+        at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
+        group_bytes = np.zeros(snapshot.n_groups, np.int64)
+        np.maximum.at(group_bytes, snapshot.group, snapshot.n_bytes)
+        tagged = np.zeros(snapshot.n_groups, np.bool_)
+        tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
+        pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
+        pin = first_match(snapshot.paths, [(pin.match, ()) for pin in pins])
+        leaves = _pairs(file.tiers, lambda a, b: _leaves(file.tiers[a], file.tiers[b], prices[a], prices[b]))
+        return cls(
+            snapshot=snapshot,
+            file=file,
+            prices=prices,
+            at=at,
+            readable=spread((snapshot.state == HERE) | (snapshot.state == RESTORED)),
+            whole=spread(snapshot.whole),
+            ok=spread(snapshot.whole & snapshot.verified),
+            rule=rules_of(snapshot, file),
+            pin=np.append([file.pins.index(pin) for pin in pins], -1).astype(np.int16)[pin],
+            newest=newest(snapshot),
+            tagged=tagged,
+            age_s=snapshot.now_s - snapshot.created_s,
+            unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
+            group_bytes=group_bytes,
+            same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
+            leaves=leaves,
+            streams=leaves | ~_pairs(file.tiers, lambda a, b: _is_s3(file.tiers[a]) and _is_s3(file.tiers[b])),
+        )
+
+    @property
+    def n_tiers(self) -> int:
+        """How many tiers there are."""
+        return len(self.at)
+
+    @property
+    def hot(self) -> int | None:
+        """The tier that what is read is promoted to: the first hot one."""
+        return next((i for i, tier in enumerate(self.file.tiers) if tier.role == "hot"), None)
+
+    def name(self, tier: int) -> str:
+        """Of a tier."""
+        return self.snapshot.tiers[tier]
+
+    def has(self, tier: int, rows: Rows) -> Flags:
+        """Whether these groups have a copy there."""
+        return np.asarray(self.at[tier, rows] >= 0)
+
+
+def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
+    """The rule that holds for each group: the first whose match, except and kind fit; -1: none."""
+    if all(rule.kind is None for rule in file.rules):
+        return first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
+    found = np.full(snapshot.n_groups, -1, np.int16)
+    for number, kind in enumerate(KINDS):
+        of_kind = snapshot.kind == number
+        rules = [i for i, rule in enumerate(file.rules) if rule.kind in (None, kind)]
+        globs = [(file.rules[i].match, file.rules[i].excepted) for i in rules]
+        hits = first_match(snapshot.paths.filter(pa.array(of_kind)), globs)
+        found[of_kind] = np.append(rules, -1).astype(np.int16)[hits]
+    return found
+
+
+def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:
+    """The snapshot with the tags that the file gives to checkpoints, beside those that they have."""
+    if not file.tags:
+        return snapshot
+    checkpoints = np.flatnonzero(snapshot.kind == CHECKPOINT)
+    paths = snapshot.paths.take(pa.array(checkpoints))
+    tags = dict(snapshot.tags)
+    for tag in file.tags:
+        for group in checkpoints[first_match(paths, [(tag.match, ())]) >= 0].tolist():
+            tags[group] = tags.get(group, frozenset()) | frozenset(tag.tags)
+    return replace(snapshot, tags=tags)
+
+
+def _pairs(tiers: Sequence[Tier], of: Callable[[int, int], bool]) -> Flags:
+    numbers = range(len(tiers))
+    return np.array([[a != b and of(a, b) for b in numbers] for a in numbers], np.bool_).reshape(len(tiers), -1)
+
+
+def _folder(tier: Tier) -> str:
+    return tier.url.rstrip("/")
+
+
+def _leaves(src: Tier, dst: Tier, src_prices: Prices | None, dst_prices: Prices | None) -> bool:
+    """Where prices name no region: unless both lie in one bucket. A machine's own disk is taken to lie outside."""
+    if src_prices is None or dst_prices is None:
+        return True
+    region = region_of(src_prices)
+    return region != region_of(dst_prices) if region else _bucket(src) != _bucket(dst)
+
+
+def _is_s3(tier: Tier) -> bool:
+    return tier.url.lower().startswith("s3://")
+
+
+def _bucket(tier: Tier) -> str:
+    scheme, _, rest = tier.url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"

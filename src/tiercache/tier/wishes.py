@@ -1,0 +1,364 @@
+"""What each rule asks for, by columns, before anything is refused: where its groups should go, from where, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
+from tiercache.tier.model import CHECKPOINT, RESTORING, SHARD, Action
+from tiercache.tier.retention import kept
+from tiercache.tier.view import Flags, Rows, View
+
+if TYPE_CHECKING:
+    from tiercache.tierfile import Rule
+
+# In the order in which they are made: what gives room comes first, and of those what costs no bytes.
+ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
+DELETE, DROP, RECLASS, MOVE, COPY = range(5)
+
+Texts = NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wishes:
+    """Moves that are asked for, or (with the reason why not) that are refused; each column has a row for each.
+
+    rule: its number, or -1 - tier for the watermark of a tier; dst: -1: none; text: why.
+    """
+
+    group: Rows
+    action: NDArray[np.int8]
+    src: NDArray[np.int8]
+    dst: NDArray[np.int8]
+    rule: NDArray[np.int16]
+    text: Texts
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def take(self, chosen: NDArray[Any]) -> Wishes:
+        """Those of a mask, or of numbers in their order."""
+        return Wishes(*(getattr(self, name)[chosen] for name in Wishes.__slots__))
+
+    def saying(self, text: Texts) -> Wishes:
+        """The same with another reason."""
+        return Wishes(self.group, self.action, self.src, self.dst, self.rule, text)
+
+    @classmethod
+    def all(cls, parts: Iterable[Wishes]) -> Wishes:
+        """One after the other."""
+        parts = [NOTHING, *parts]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
+
+
+NOTHING = Wishes(
+    np.empty(0, np.int64),
+    np.empty(0, np.int8),
+    np.empty(0, np.int8),
+    np.empty(0, np.int8),
+    np.empty(0, np.int16),
+    np.empty(0, np.object_),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What one rule asks for.
+
+    rows: its groups; stays: bool[n_rows], a copy in the hot tier would not be sent down again; kept: bool[n_tiers,
+    n_rows], what keep lists name in each tier.
+    """
+
+    rows: Rows
+    wanted: Wishes
+    refused: Wishes
+    stays: Flags
+    kept: Flags | None = None
+
+
+def column(wishes: int, value: int, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    """One value, so often."""
+    return np.full(wishes, value, dtype)
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
+    """words(figure, ...) of each row: said once for rows with the same figures, which then share the text."""
+    code = np.zeros(len(figures[0]), np.int64)
+    for figure in figures:
+        values, inverse = np.unique(figure, return_inverse=True)
+        _, code = np.unique(code * len(values) + inverse, return_inverse=True)
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    said = np.empty(len(first), np.object_)
+    said[:] = [words(*(figure[row].item() for figure in figures)) for row in first.tolist()]
+    return np.asarray(said[inverse], np.object_)
+
+
+def ending(texts: Texts, mask: Flags, end: str) -> Texts:
+    """The texts, those of mask with an end. What was one text in many rows stays one."""
+    known: dict[str, str] = {}
+    out = texts.copy()
+    out[mask] = [known.setdefault(text, text + end) for text in texts[mask].tolist()]
+    return out
+
+
+def hours(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Whole hours, and from two days on whole days in hours: as fine as people want it."""
+    whole = np.floor(np.maximum(seconds, 0.0) / 3600).astype(np.int64)
+    return np.where(whole < 48, whole, whole // 24 * 24)
+
+
+def span(seconds: float) -> str:
+    """A time for people: "45 days", "36 hours", "10 minutes", "5 s"."""
+    for unit_s, name, least in ((86400, "days", 2), (3600, "hours", 2), (60, "minutes", 2)):
+        if seconds >= unit_s * least:
+            return f"{seconds / unit_s:.4g} {name}"
+    return f"{seconds:.4g} s"
+
+
+def ago(n_hours: int) -> str:
+    """What hours() gave, for people."""
+    return f"{n_hours} hours" if n_hours < 48 else f"{n_hours // 24} days"
+
+
+# -- a copy from here to there -----------------------------------------------------------------------------------------
+
+
+def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
+    """How groups get from any of their sources to dst: wanted, and refused because nothing there can be read.
+
+    A copy goes where dst has a verified one already, else it moves, from where that costs least.
+
+    Args:
+        view: where all lies.
+        rows: groups that have a copy in one of their sources.
+        sources: bool[n_tiers, n_rows], copies that may go; not in dst.
+        dst: a tier.
+        why: number of the rule, and text of each row.
+    """
+    rule, text = why
+    src, action = np.full(len(rows), -1, np.int8), column(len(rows), MOVE, np.int8)
+    for tier in range(view.n_tiers):
+        drops = sources[tier] & (src < 0) & droppable(view, rows, tier, dst)
+        src[drops], action[drops] = tier, DROP
+    drops = action == DROP
+    text = ending(text, drops, f"; a verified copy is in {view.name(dst)}")
+    least = np.full(len(rows), np.inf)
+    for tier in range(view.n_tiers):
+        can = np.flatnonzero(~drops & sources[tier] & view.whole[tier, rows] & view.readable[tier, rows])
+        cost = _cost(view, rows[can], tier, dst)
+        cheaper = cost < least[can]
+        can = can[cheaper]
+        least[can], src[can] = cost[cheaper], tier
+        action[can] = RECLASS if view.same_place[tier, dst] else MOVE
+    nowhere = src < 0
+    src[nowhere] = np.argmax(sources[:, nowhere], axis=0)
+    many = column(len(rows), dst, np.int8), column(len(rows), rule, np.int16)
+    wishes = Wishes(rows, action, src, *many, text)
+    stuck = wishes.take(nowhere)
+    return wishes.take(~nowhere), stuck.saying(_why_stuck(view, stuck))
+
+
+def droppable(view: View, rows: Rows, src: int, dst: int) -> Flags:
+    """Whether the copy in src may go because dst has the same: whole, verified, and not older than a src of our own.
+
+    What somebody has written in src since dst got its copy is newer than that: it is copied again. Shards are never
+    written again.
+    """
+    found = view.whole[src, rows] & view.ok[dst, rows]
+    some = rows[found]
+    written_s = view.snapshot.modified_s
+    not_newer = written_s[view.at[src, some]] <= written_s[view.at[dst, some]]
+    found[found] = not_newer | view.ok[src, some] | (view.snapshot.kind[some] == SHARD)
+    return np.asarray(found, np.bool_)
+
+
+def _cost(view: View, rows: Rows, src: int, dst: int) -> NDArray[np.float64]:
+    src_prices, dst_prices = view.prices[src], view.prices[dst]
+    if src_prices is None or dst_prices is None:
+        return np.zeros(len(rows))
+    sizes = Sizes.of(view.snapshot, view.at[src, rows].astype(np.int64))
+    if view.same_place[src, dst]:
+        return reclass_dollars(src_prices, dst_prices, sizes)
+    leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
+    return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
+
+
+def _why_stuck(view: View, stuck: Wishes) -> Texts:
+    out = np.empty(len(stuck), np.object_)
+    state = view.snapshot.state[view.at[stuck.src, stuck.group]]
+    paths = view.snapshot.paths.take(pa.array(stuck.group)).to_pylist()
+    whole = view.whole[stuck.src, stuck.group]
+    for row, (path, tier, is_whole) in enumerate(zip(paths, stuck.src.tolist(), whole.tolist(), strict=True)):
+        if not is_whole:
+            out[row] = f"its copy in {view.name(tier)} is not whole: objects are missing, or sizes differ"
+        elif state[row] == RESTORING:
+            out[row] = f"its copy in {view.name(tier)} is being restored: it can be read when that is done"
+        else:
+            out[row] = f"its copy in {view.name(tier)} is archived: restore it first: tiercache restore {path}"
+    return out
+
+
+# -- what rules ask for ------------------------------------------------------------------------------------------------
+
+
+def asked(view: View, rule: Rule, number: int) -> Asked:
+    """What a rule asks for, of the groups that it holds for."""
+    rows = np.flatnonzero(view.rule == number)
+    rows = rows[_fits_size(view, rule, rows)]
+    if rule.keep:
+        return _by_keep_lists(view, rule, number, rows[view.snapshot.kind[rows] == CHECKPOINT])
+    deletes = _deletes(view, rule, number, rows)
+    left = _left(view, rows, deletes)
+    if rule.to is None:
+        return Asked(left, deletes, NOTHING, np.ones(len(left), np.bool_))
+    dst = view.file.index(rule.to)
+    fits, unsure = _fits(view, rule, left)
+    tiers = [view.file.index(name) for name in rule.sources] or list(range(dst))
+    sources = np.zeros((view.n_tiers, len(left)), np.bool_)
+    sources[tiers] = view.at[tiers][:, left] >= 0
+    sources[dst] = False
+    lies = sources.any(axis=0)
+    goes, waits = lies & fits & ~unsure, lies & unsure
+    wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
+    waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, _same("", waits))))
+    unknown = waiting.saying(_same("a machine that may have used it has not reported yet", waits))
+    return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
+
+
+def _same(text: str, mask: Flags) -> Texts:
+    return np.full(int(mask.sum()), text, np.object_)
+
+
+def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
+    """The rows that will not be deleted. The newest of a run and what is tagged never are, and are moved as ever."""
+    out = np.zeros(view.snapshot.n_groups, np.bool_)
+    out[deletes.group] = True
+    return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
+
+
+def _fits_size(view: View, rule: Rule, rows: Rows) -> Flags:
+    n_bytes = view.group_bytes[rows]
+    fits = np.ones(len(rows), np.bool_)
+    if rule.larger_than_bytes is not None:
+        fits &= n_bytes > rule.larger_than_bytes
+    if rule.smaller_than_bytes is not None:
+        fits &= n_bytes < rule.smaller_than_bytes
+    return fits
+
+
+def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
+    """Whether conditions hold as far as is known, and of these, whether a machine may know better."""
+    fits = np.ones(len(rows), np.bool_)
+    if rule.age_s is not None:
+        fits &= view.age_s[rows] >= rule.age_s
+    if rule.idle_s is not None:
+        fits &= view.unused_s[rows] >= rule.idle_s
+    if rule.uses_below is not None:
+        fits &= view.snapshot.uses[rows] < rule.uses_below
+    asks_use = rule.idle_s is not None or rule.uses_below is not None
+    return fits, fits & view.snapshot.unreported[rows] & asks_use
+
+
+def _why(view: View, rule: Rule, rows: Rows) -> Texts:
+    def words(unused: int, age: int, uses: int) -> str:
+        parts = []
+        if rule.idle_s is not None:
+            parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
+        if rule.age_s is not None:
+            parts.append(f"written {ago(age)} ago (age = {span(rule.age_s)})")
+        if rule.uses_below is not None:
+            parts.append(f"used {uses} times (uses_below = {rule.uses_below})")
+        return ", ".join(parts) or f"belongs in {rule.to}"
+
+    none = np.zeros(len(rows), np.int64)
+    unused = none if rule.idle_s is None else hours(view.unused_s[rows])
+    age = none if rule.age_s is None else hours(view.age_s[rows])
+    return say(words, unused, age, none if rule.uses_below is None else view.snapshot.uses[rows])
+
+
+def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Wishes:
+    """Of the rows that no keep list names, those that are old enough."""
+    limit_s = rule.delete_after_s
+    if limit_s is None:
+        return NOTHING
+    old = view.age_s[rows] >= limit_s
+    rows = rows[old if named is None else old & ~named]
+    what = "" if named is None else ", in no keep list"
+    text = say(lambda age: f"written {ago(age)} ago (delete_after = {span(limit_s)}){what}", hours(view.age_s[rows]))
+    src = np.argmax(view.at[:, rows] >= 0, axis=0).astype(np.int8)
+    n = len(rows)
+    return Wishes(rows, column(n, DELETE, np.int8), src, column(n, -1, np.int8), column(n, number, np.int16), text)
+
+
+def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
+    named = np.zeros((view.n_tiers, len(rows)), np.bool_)
+    for name, keep in rule.keep.items():
+        # The newest of a run is always among them.
+        named[view.file.index(name)] = kept(view.snapshot, rows, keep) | view.newest[rows]
+    anywhere = np.asarray(named.any(axis=0), np.bool_)
+    deletes = _deletes(view, rule, number, rows, anywhere)
+    left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
+    rows, named, anywhere = rows[left], named[:, left], anywhere[left]
+    old = np.zeros(len(rows), np.bool_)
+    if rule.then is not None:
+        old = ~anywhere & (view.age_s[rows] >= (rule.after_s or 0.0))
+    parts = [(deletes, NOTHING), _then(view, rule, number, rows[old])]
+    tiers = sorted(view.file.index(name) for name in rule.keep)
+    undecided = ~old
+    for tier in tiers if rule.then is None else tiers[:-1]:
+        goes = undecided & ~named[tier] & view.has(tier, rows)
+        undecided &= ~goes
+        parts.append(_down(view, rows[goes], tier, named[:, goes], number))
+    wanted, refused = (Wishes.all(part) for part in zip(*parts, strict=True))
+    hot = view.hot
+    stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
+    return Asked(rows, wanted, refused, stays, named)
+
+
+def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:
+    """What no keep list names, once it is old enough, goes from wherever it lies."""
+    if rule.then is None:
+        return NOTHING, NOTHING
+    dst = view.file.index(rule.then)
+    sources = view.at[:, rows] >= 0
+    sources[dst:] = False
+    lies = sources.any(axis=0)
+    after = "" if rule.after_s is None else f" (after = {span(rule.after_s)})"
+    text = say(lambda age: f"in no keep list, written {ago(age)} ago{after}", hours(view.age_s[rows[lies]]))
+    return send(view, rows[lies], sources[:, lies], dst, (number, text))
+
+
+def _down(view: View, rows: Rows, tier: int, named: Flags, number: int) -> tuple[Wishes, Wishes]:
+    """What the tier's keep list does not name goes to the next, unless a verified copy lies further down already.
+
+    named: bool[n_tiers, n_rows]: what the next tier's keep list names shall lie there.
+    """
+    if tier + 1 == view.n_tiers:
+        return NOTHING, NOTHING
+    dst = column(len(rows), tier + 1, np.int8)
+    for lower in range(view.n_tiers - 1, tier + 1, -1):
+        dst[~named[tier + 1] & droppable(view, rows, tier, lower)] = lower
+    dst[droppable(view, rows, tier, tier + 1)] = tier + 1
+    text = np.full(len(rows), f"keep_{view.name(tier)} does not name it", np.object_)
+    return send_each(view, rows, tier, dst, (number, text))
+
+
+def send_each(view: View, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
+    """As send(), from one tier, and to a tier of each row's own."""
+    parts = []
+    for tier in np.unique(dst).tolist():
+        to = dst == tier
+        sources = np.zeros((view.n_tiers, int(to.sum())), np.bool_)
+        sources[src] = True
+        parts.append(send(view, rows[to], sources, tier, (why[0], why[1][to])))
+    wanted, refused = zip(*parts, strict=True) if parts else ((), ())
+    return Wishes.all(wanted), Wishes.all(refused)

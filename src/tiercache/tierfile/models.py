@@ -1,0 +1,256 @@
+"""What a rule file says, frozen. Durations in seconds, sizes in bytes, lists as tuples; tiers by name, never by role.
+
+The attributes are named for what they hold, the keys of the file are their aliases: `idle = "30d"` is idle_s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from tiercache.model import parse_bytes
+from tiercache.prices import named_prices, parse_prices
+from tiercache.tierfile.values import (
+    read_bytes,
+    read_capacity,
+    read_globs,
+    read_moment,
+    read_path,
+    read_rate,
+    read_seconds,
+    read_share,
+    read_texts,
+    some,
+)
+
+Role: TypeAlias = Literal["hot", "standard", "archive"]
+Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
+ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
+SomeSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
+Bytes: TypeAlias = Annotated[int, BeforeValidator(read_bytes)]
+Share: TypeAlias = Annotated[float, BeforeValidator(read_share)]
+Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
+Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(some)]
+
+MOST = 1 << 62  # of what is counted: planners hold int64
+
+_BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P<mode>min|max)\s*)?")
+# Of a rule: attribute, and its key in messages.
+_CONDITIONS = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
+_URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
+
+
+class Table(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,  # storage options may hold a key
+    )
+
+
+class Tier(Table):
+    """A place that copies lie in.
+
+    capacity: as written; None: no limit. high, low: shares of it. storage_options: never shown.
+    """
+
+    name: str
+    role: Role
+    url: str
+    storage_class: str | None = None
+    prices: str | dict[str, Any] | None = None
+    capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
+    high: Share = 0.9
+    low: Share = 0.75
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of a file system that this machine has mounted."""
+        return "://" not in self.url or self.url.lower().startswith("file://")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its capacity is a share of a disk."""
+        return self.capacity is not None and self.capacity.strip().endswith("%")
+
+    def capacity_bytes(self, disk_bytes: int | None) -> int | None:
+        """Bytes that may lie in it; None: no limit. disk_bytes: of its whole disk. Raises ValueError without it."""
+        if self.capacity is None:
+            return None
+        if self.is_share and disk_bytes is None:
+            raise ValueError(f"tiers.{self.name}.capacity: {self.capacity} of a disk whose size is not known")
+        return parse_bytes(self.capacity, whole_bytes=disk_bytes)
+
+    @field_validator("prices", mode="before")
+    @classmethod
+    def _known_prices(cls, prices: object) -> object:
+        if isinstance(prices, str):
+            named_prices(prices)
+        elif isinstance(prices, dict):
+            parse_prices("", prices)
+        elif prices is not None:
+            raise ValueError(f"expected a name of the price table or a table of prices, got {prices!r}")
+        return prices
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        if not url:
+            raise ValueError("a tier needs a URL or path")
+        user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+        if ":" in user or (found and url.lower().startswith(_URLS_WITHOUT_USERS)):
+            raise ValueError("credentials belong into the environment, not into a URL")
+        return url
+
+    @model_validator(mode="after")
+    def _fits(self) -> Tier:
+        if self.low >= self.high:
+            raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
+        if self.is_share and not self.is_local:
+            raise ValueError(f"capacity: a share is one of a local disk; here a size is needed, got {self.capacity!r}")
+        return self
+
+
+class Best(Table):
+    """The n checkpoints with the lowest ("min") or the highest values of a metric."""
+
+    metric: str
+    n: int = Field(ge=1, le=MOST)
+    mode: Literal["min", "max"] = "min"
+
+
+def read_bests(value: object) -> tuple[object, ...]:
+    """Of "val_loss:2", "accuracy:1:max" or a list of such. Raises ValueError."""
+    return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
+
+
+def _best(given: object) -> object:
+    if isinstance(given, Best):
+        return given
+    match = _BEST.fullmatch(given) if isinstance(given, str) else None
+    if match is None or not 1 <= int(match["n"]) <= MOST:
+        raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
+    return Best(metric=match["metric"].strip(), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min")
+
+
+class Keep(Table):
+    """Which checkpoints stay in a tier: those that any of these names."""
+
+    last: int | None = Field(default=None, ge=1, le=MOST)
+    every_steps: int | None = Field(default=None, ge=1, le=MOST)
+    every_s: SomeSeconds | None = Field(default=None, validation_alias="every")
+    best: Annotated[tuple[Best, ...], BeforeValidator(read_bests)] = ()
+    tags: Texts = ()
+    younger_s: SomeSeconds | None = Field(default=None, validation_alias="younger")
+
+
+class Rule(Table):
+    """Where what it matches belongs.
+
+    sources: tiers whose copies `to` is about; keep: by tier, from the fastest.
+    """
+
+    name: str = Field(min_length=1)
+    match: Globs
+    excepted: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
+    kind: Kind | None = None
+    larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
+    smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
+    to: str | None = None
+    sources: Texts = Field(default=(), validation_alias="from")
+    idle_s: Seconds | None = Field(default=None, validation_alias="idle")
+    age_s: Seconds | None = Field(default=None, validation_alias="age")
+    uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    promote: Literal["never", "on_access"] = "never"
+    keep: Mapping[str, Keep] = Field(default_factory=dict)
+    then: str | None = None
+    after_s: Seconds | None = Field(default=None, validation_alias="after")
+    delete_after_s: SomeSeconds | None = Field(default=None, validation_alias="delete_after")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Rule:
+        """`to` with conditions, or keep lists with `then`; never both, and no key that would do nothing."""
+        conditions = [key for name, key in _CONDITIONS.items() if getattr(self, name)]
+        if self.keep and (self.to is not None or conditions):
+            key = "to" if self.to is not None else conditions[0]
+            raise ValueError(f"{key}: a rule has either keep lists or `to` with conditions: write two rules")
+        if self.keep and self.kind not in (None, "checkpoint"):
+            raise ValueError(f"kind: keep lists are for checkpoints, and this rule is for kind {self.kind!r}")
+        if self.to is None and conditions:
+            raise ValueError(f"{conditions[0]}: is a condition of `to`, which is not given")
+        if self.then is not None and not self.keep:
+            raise ValueError("then: goes with a keep list; without one there are `to` and `age`")
+        if self.after_s is not None and self.then is None:
+            raise ValueError("after: says when `then` holds, which is not given")
+        larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
+        if larger is not None and smaller is not None and larger >= smaller:
+            raise ValueError(f"larger_than: nothing is larger than {larger} and smaller than {smaller} bytes")
+        return self
+
+
+class Pin(Table):
+    """What stays where it is, against every rule. until_s: seconds since the epoch; None: for good."""
+
+    match: Globs
+    until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
+    why: str = ""
+
+
+class Tag(Table):
+    """Names for checkpoints."""
+
+    match: Globs
+    tags: Annotated[Texts, AfterValidator(some)]
+
+
+class Tiering(Table):
+    """How things are moved. state_dir: None: config.state_folder()."""
+
+    grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
+    settle_s: Seconds = Field(default=600.0, validation_alias="settle")
+    silence_s: Seconds = Field(default=604800.0, validation_alias="silence")
+    max_break_even_s: Seconds | None = Field(default=None, validation_alias="max_break_even")
+    small: Literal["refuse", "move"] = "refuse"
+    early: Literal["refuse", "pay"] = "refuse"
+    jobs: int = Field(default=8, ge=1, le=1024)
+    rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
+    state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
+
+
+class TierFile(Table):
+    """A rule file. tiers: from the fastest to the coldest; sha256: of its bytes."""
+
+    path: Path
+    sha256: str
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    tags: tuple[Tag, ...] = ()
+    tiering: Tiering = Tiering()
+
+    def tier(self, name: str) -> Tier:
+        """The tier of this name. Raises ValueError, which says what there is."""
+        return self.tiers[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Its number, 0 for the fastest. Raises ValueError, which says what there is."""
+        names = [tier.name for tier in self.tiers]
+        if name not in names:
+            raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
+        return names.index(name)
+
+    @property
+    def home(self) -> Tier:
+        """Where versions of data sets, placement and the lock lie: the first standard tier, else the first."""
+        return next((tier for tier in self.tiers if tier.role == "standard"), self.tiers[0])

@@ -1,0 +1,252 @@
+"""From the file to its models: finds it, names what is wrong, and resolves roles, paths and defaults."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from pydantic import ValidationError
+
+from tiercache import config
+from tiercache.prices import prices_of
+from tiercache.tierfile.models import ROLES, Keep, Pin, Rule, Table, Tag, Tier, TierFile, Tiering
+
+T = TypeVar("T", bound=Table)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_MOST_TIERS = 100
+_KEEP = "keep_"
+_NOT_SHOWN = ("storage_options", "prices", "url")
+# Messages that show the value by themselves, or where there is none.
+_COMPLETE = ("value_error", "missing")
+
+
+def load_tiers(path: Path | None = None, *, start: Path | None = None) -> TierFile:
+    """The rule file at path; else the tiercache.toml that holds for folder start (the working folder).
+
+    Raises:
+        ValueError: there is none, it is no TOML, or something in it does not fit; names file, key, for syntax the line.
+    """
+    here = Path.cwd() if start is None else start.absolute()
+    found = config.find_file(here) if path is None else path.absolute()
+    if found is None:
+        raise ValueError(
+            f"no {config.FILE_NAME} from {here} upwards, and none in the user's configuration folder:"
+            " write one with [tiers.NAME] tables, or name a file with --rules"
+        )
+    data = config.read_bytes(found)
+    tables = config.parse_toml(found, data)
+    try:
+        return _file(tables, found, hashlib.sha256(data).hexdigest())
+    except ValueError as error:
+        raise ValueError(f"{found}: {error}") from error
+
+
+def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
+    known = (*config.TIER_SECTIONS, *config.Settings.model_fields)
+    for key in tables:
+        if key not in known:
+            raise ValueError(f"{key}: {_unknown(key, known)}")
+    if not tables.get("tiers"):
+        raise ValueError("tiers: there is none; write [tiers.NAME] with role and url, the fastest first")
+    tiers = _tiers(tables["tiers"], path.parent)
+    rules: list[Rule] = []
+    for where, given in _list(tables, "rules"):
+        rules.append(_rule(given, where, tiers))
+        if rules[-1].name in [rule.name for rule in rules[:-1]]:
+            raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
+    tiering = _built(Tiering, tables.get("tiering", {}), "tiering")
+    if tiering.state_dir is not None:
+        tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
+    if tiering.max_break_even_s is not None:
+        for tier in tiers:
+            _priced_for_break_even(tier)
+    return TierFile(
+        path=path,
+        sha256=sha256,
+        tiers=tiers,
+        rules=tuple(rules),
+        pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
+        tags=tuple(_built(Tag, given, where) for where, given in _list(tables, "tags")),
+        tiering=tiering,
+    )
+
+
+def _priced_for_break_even(tier: Tier) -> None:
+    try:
+        prices_of(tier)
+    except ValueError as error:
+        raise ValueError(f"tiering.max_break_even: {error}") from error
+
+
+def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
+    found: list[Tier] = []
+    for name, table in _table(given, "tiers").items():
+        where = f"tiers.{name}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{where}: a tier's name has letters, digits, '_' and '-'")
+        values = dict(_table(table, where))
+        if "role" not in values and name not in ROLES:
+            raise ValueError(f"{where}.role: is missing: {', '.join(ROLES)}; a tier of such a name needs none")
+        values.setdefault("role", name)
+        tier = _built(Tier, values, where, name=name)
+        tier = tier.model_copy(update={"url": _resolved(tier, folder)})
+        _check_order(found, tier)
+        _check_place(found, tier)
+        found.append(tier)
+    if len(found) > _MOST_TIERS:
+        raise ValueError(f"tiers: {_MOST_TIERS} at most, got {len(found)}")
+    return tuple(found)
+
+
+def _resolved(tier: Tier, folder: Path) -> str:
+    """The URL; a relative path counts from the file's folder."""
+    if "://" in tier.url:
+        return tier.url
+    return os.path.normpath(folder / Path(tier.url).expanduser())
+
+
+def _check_order(before: Sequence[Tier], tier: Tier) -> None:
+    for other in before:
+        if ROLES.index(other.role) > ROLES.index(tier.role):
+            raise ValueError(
+                f"tiers.{tier.name}: stands after tiers.{other.name}, which is colder ({other.role}):"
+                " tiers stand in the file from the fastest to the coldest"
+            )
+
+
+def _check_place(before: Sequence[Tier], tier: Tier) -> None:
+    """Refuse a tier inside another: each would see the other's objects as its own."""
+    place = _place(tier)
+    for other in before:
+        elsewhere = _place(other)
+        if place == elsewhere:
+            if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
+                raise ValueError(
+                    f"tiers.{tier.name}.url: is that of tiers.{other.name}:"
+                    " two tiers with one URL need different storage classes"
+                )
+        elif place.startswith(elsewhere.rstrip("/") + "/") or elsewhere.startswith(place.rstrip("/") + "/"):
+            raise ValueError(f"tiers.{tier.name}.url: one of it and tiers.{other.name}.url lies inside the other")
+
+
+def _place(tier: Tier) -> str:
+    if not tier.is_local:
+        return tier.url.rstrip("/")
+    text = tier.url
+    return os.path.normpath(unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text)
+
+
+def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
+    values = dict(_table(given, where))
+    names = [tier.name for tier in tiers]
+    keep: dict[str, Keep] = {}
+    for key in [key for key in values if key.startswith(_KEEP)]:
+        table = values.pop(key)
+        name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
+        if name in keep:
+            raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
+        if not _table(table, f"{where}.{key}"):
+            raise ValueError(f"{where}.{key}: names nothing to keep; there are {', '.join(sorted(_keys(Keep)))}")
+        keep[name] = _built(Keep, table, f"{where}.{key}")
+    values.setdefault("name", where)
+    rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
+    update: dict[str, Any] = {}
+    if rule.to is not None:
+        update["to"] = to = _one_tier(rule.to, f"{where}.to", tiers)
+        update["sources"] = _sources(rule.sources, to, where, tiers)
+    if rule.then is not None:
+        update["then"] = then = _one_tier(rule.then, f"{where}.then", tiers)
+        last = list(rule.keep)[-1]
+        if names.index(then) <= names.index(last):
+            raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
+    return rule.model_copy(update=update)
+
+
+def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
+    names = [tier.name for tier in tiers]
+    before = names[: names.index(to)]
+    if not before:
+        raise ValueError(f"{where}.to: no tier stands before {to!r} that anything could come from")
+    if not given:
+        return tuple(before)
+    chosen = {name for one in given for name in _some_tiers(one, f"{where}.from", tiers)}
+    for name in chosen.difference(before):
+        raise ValueError(f"{where}.from: tier {name!r} does not stand before {to!r}, where `to` sends it")
+    return tuple(name for name in before if name in chosen)
+
+
+def _some_tiers(given: str, where: str, tiers: Sequence[Tier]) -> list[str]:
+    """Names of the tier that is called so, or else of those that have the role."""
+    names = [tier.name for tier in tiers]
+    found = [name for name in names if name == given] or [tier.name for tier in tiers if tier.role == given]
+    if not found:
+        raise ValueError(f"{where}: no tier is called {given!r} or has that role; {_near(given, names)}")
+    return found
+
+
+def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
+    found = _some_tiers(given, where, tiers)
+    if len(found) > 1:
+        raise ValueError(f"{where}: several tiers have the role {given!r}: say which of {', '.join(found)}")
+    return found[0]
+
+
+def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:
+    """(place, table) of each [[section]], places counted from 1: rules[1]."""
+    given = tables.get(section, [])
+    if not isinstance(given, list):
+        raise ValueError(f"{section}: expected [[{section}]] tables, in double brackets")
+    return [(f"{section}[{i}]", table) for i, table in enumerate(given, start=1)]
+
+
+def _table(given: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected a table, got {given!r}")
+    return given
+
+
+def _keys(model: type[Table]) -> dict[str, str]:
+    """Key in the file -> attribute."""
+    fields = model.model_fields.items()
+    return {(f.validation_alias if isinstance(f.validation_alias, str) else name): name for name, f in fields}
+
+
+def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
+    """The model of a table, with values that are no keys of it. Raises ValueError, which names the key."""
+    values = _table(given, where)
+    keys = [key for key in _keys(model) if key not in resolved]
+    for key in values:
+        if key not in keys:
+            raise ValueError(f"{where}.{key}: {_unknown(key, keys)}")
+    try:
+        return model.model_validate({**values, **resolved})
+    except ValidationError as error:
+        raise ValueError(_message(error, where)) from error
+
+
+def _message(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    text = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # of the whole table: the text begins with the key
+        return f"{where}.{text}"
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{where}.{key}: is missing"
+    got = "" if first["type"] in _COMPLETE or key in _NOT_SHOWN else f", got {first['input']!r}"
+    return f"{where}.{key}: {text}{got}"
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    return f"no such key; {_near(key, known)}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"

@@ -1,0 +1,120 @@
+"""The books of tiers: durable, shared, and nothing that anybody's data hangs on."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy, TierCatalog
+
+OBJECTS = (JournalObject("a/1", 10, '"e"', 5.5, 7), JournalObject("a/.metadata", 1, None, None, None, "hot"))
+ROW = JournalRow(
+    "plan", 1, "a", "checkpoint", "move", "hot", "cold", "/nvme", "s3://cold", "s3://home", "sha", "rules[1]", "begun",
+    0.0, 0.0, OBJECTS, "", 100.0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    with TierCatalog(tmp_path / "state" / "tiers.sqlite", {"cold": "s3://cold"}) as catalog:
+        yield catalog
+
+
+def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
+    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
+    assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True)}
+    catalog.bind({"cold": "s3://other"})
+    assert catalog.checksums("cold") == {}
+
+
+def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
+    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
+    catalog.record([("cold", "k", KnownCopy(4, None, 8, made=True))])
+    assert catalog.known("cold", ["k", "other"]) == {"k": KnownCopy(4, None, 8, made=True)}
+
+
+def test_a_copy_that_was_only_intended_is_not_verified(catalog):
+    catalog.record([("cold", "k", KnownCopy(3, None, None, made=True))])
+    assert catalog.checksums("cold") == {}
+    assert catalog.known("cold", ["k"])["k"].is_intended
+
+
+def test_forgotten_copies_are_gone(catalog):
+    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9)), ("cold", "l", KnownCopy(3, '"e"', 9))])
+    catalog.forget([("cold", "k")])
+    assert list(catalog.checksums("cold")) == ["l"]
+
+
+def test_many_copies_are_found_by_key(catalog):
+    catalog.record([("cold", f"k{n}", KnownCopy(n, None, n)) for n in range(2000)])
+    found = catalog.known("cold", [f"k{n}" for n in range(0, 4000, 2)])
+    assert len(found) == 1000
+    assert found["k1998"].n_bytes == 1998
+
+
+def test_a_move_comes_back_from_the_journal_as_it_was_written(catalog):
+    catalog.write([ROW])
+    assert catalog.of_plan("plan") == {1: ROW}
+    later = replace(ROW, state="waiting", due_s=5.0, since_s=1.0, note="why")
+    catalog.write([later])
+    assert catalog.of_plan("plan") == {1: later}
+
+
+def test_open_moves_are_those_of_their_home_that_are_not_over(catalog):
+    states = ("begun", "waiting", "dropping", "done", "cancelled")
+    catalog.write([replace(ROW, number=n, state=state) for n, state in enumerate(states)])
+    catalog.write([replace(ROW, plan="other", home="s3://elsewhere")])
+    assert [row.state for row in catalog.open_moves("s3://home")] == ["begun", "waiting", "dropping"]
+    assert [row.number for row in catalog.open_moves("s3://home", "waiting")] == [1]
+
+
+def test_moves_that_are_long_over_are_forgotten(catalog):
+    catalog.write([replace(ROW, state="done"), replace(ROW, number=2, state="waiting")])
+    catalog.prune(100.0 + 91 * 86400)
+    assert list(catalog.of_plan("plan")) == [2]
+
+
+def test_a_state_that_is_none_is_refused(catalog):
+    with pytest.raises(ValueError, match="one of the states"):
+        catalog.write([replace(ROW, state="lost")])
+
+
+def test_a_write_of_many_moves_is_all_or_nothing(catalog):
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.write([ROW, replace(ROW, number=2, path=None)])
+    assert catalog.of_plan("plan") == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
+def test_a_damaged_file_is_made_anew(catalog, content):
+    catalog.write([ROW])
+    catalog.close()
+    catalog.path.write_bytes(content)
+    assert catalog.of_plan("plan") == {}
+    catalog.write([ROW])
+    assert catalog.of_plan("plan") == {1: ROW}
+
+
+def test_what_was_committed_outlives_a_loss_of_power(catalog):
+    catalog.write([ROW])
+    found = catalog._database.run(lambda db: db.execute("PRAGMA synchronous").fetchone()[0])
+    assert found == 2  # FULL
+
+
+def test_threads_and_other_connections_share_it(catalog):
+    def write(n):
+        with TierCatalog(catalog.path) as other:
+            other.write([replace(ROW, number=n)])
+        catalog.record([("cold", f"k{n}", KnownCopy(n, None, n))])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(20)))
+    assert len(catalog.of_plan("plan")) == 20
+    assert len(catalog.checksums("cold")) == 20
+
+
+def test_its_folder_is_for_its_user_alone(catalog):
+    catalog.write([ROW])
+    assert catalog.path.stat().st_mode & 0o777 == 0o600
+    assert catalog.path.parent.stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,330 @@
+"""tier check, plan, apply, run, ls: on three folders of this machine."""
+
+import json
+import os
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tiercache.pack import pack
+from tiercache.store import open_store
+from tiercache.tier.lock import TierLock
+
+RULES = """
+[tiers.hot]
+url = "nvme"
+capacity = "2TB"
+
+[tiers.standard]
+url = "store"
+prices = "aws:us-east-1:STANDARD"
+
+[tiers.archive]
+url = "cold"
+prices = "aws:us-east-1:GLACIER_IR"
+
+[[rules]]
+name = "cold data"
+match = "datasets/**"
+idle = "30d"
+to = "archive"
+
+[[rules]]
+name = "runs"
+match = "runs/**"
+keep_hot = { last = 1 }
+then = "archive"
+after = "0s"
+
+[tiering]
+grace = "0s"
+small = "move"
+state_dir = "state"
+"""
+DAY_S = 86400.0
+
+
+def age(folder: Path, days: float) -> None:
+    """As if all of it had been written so long ago."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - days * DAY_S,) * 2)
+
+
+def write_checkpoint(root: Path, step: int, days: float) -> Path:
+    folder = root / "nvme" / "runs" / "a" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.bin").write_bytes(bytes([step % 251]) * 5000)
+    age(folder, days)
+    return folder
+
+
+@pytest.fixture
+def root(photos, tmp_path, monkeypatch):
+    """The tiers: a data set that was written 40 days ago, in standard; three checkpoints of one run, in hot."""
+    root = tmp_path / "tiers"
+    pack(photos, root / "store" / "datasets" / "photos", shard_size=8000, block_size=3000)
+    age(root, 40)
+    for step, days in ((9, 3), (10, 2), (11, 1)):
+        write_checkpoint(root, step, days)
+    (root / "tiercache.toml").write_text(RULES)
+    monkeypatch.chdir(root)
+    return root
+
+
+def shards(root: Path, tier: str) -> list[str]:
+    return sorted(path.name for path in (root / tier).rglob("*.tcs"))
+
+
+def steps(root: Path, tier: str) -> list[str]:
+    return sorted(path.parent.name for path in (root / tier).rglob("model.bin"))
+
+
+class TestCheck:
+    def test_it_says_where_tiers_are_and_what_rules_match(self, tiercache, root):
+        *rows, summary = tiercache("tier", "check", "--json").events
+        tiers = [row for row in rows if row["event"] == "tier"]
+        assert [(t["tier"], t["home"], t["reached"]) for t in tiers] == [
+            ("hot", False, True),
+            ("standard", True, True),
+            ("archive", False, True),
+        ]
+        rules = {row["rule"]: row for row in rows if row["event"] == "rule"}
+        assert rules["cold data"]["shards"] == len(shards(root, "store")) > 1
+        assert (rules["runs"]["checkpoints"], rules["runs"]["n_bytes"]) == (3, 15000)
+        assert rules["(no rule)"]["files"] == 0
+        assert summary == {
+            "event": "summary",
+            "rules_file": str(root / "tiercache.toml"),
+            "tiers": 3,
+            "rules": 2,
+            "pins": 0,
+            "not_reached": 0,
+        }
+
+    def test_people_get_two_tables(self, tiercache, root):
+        lines = tiercache("tier", "check").out.splitlines()
+        assert lines[0].split() == ["tier", "role", "url", "class", "capacity", "prices", "reached"]
+        assert lines[4].split() == ["rule", "files", "shards", "checkpoints", "size", "does"]
+        assert lines[5].endswith("from hot, standard to archive")
+        assert lines[-1] == f"{root}/tiercache.toml: 3 tiers, 2 rules, 0 pins"
+
+    def test_a_tier_that_cannot_be_reached_is_said_and_ends_with_1(self, tiercache, root):
+        (root / "cold").write_text("a file, where a folder should be")
+        done = tiercache("tier", "check", "--json", code=1)
+        tiers = {event["tier"]: event for event in done.events if event["event"] == "tier"}
+        assert [tiers[name]["reached"] for name in ("hot", "standard", "archive")] == [True, True, False]
+        assert tiers["archive"]["answer"] == f"{root}/cold: not a folder"
+        assert [event for event in done.events if event["event"] == "rule"] == []
+        assert done.events[-1]["not_reached"] == 1
+
+    def test_a_folder_that_is_not_there_yet_is_told(self, tiercache, root):
+        """It may be a disk that is not mounted."""
+        assert f"note: tiers.archive: there is no folder {root}/cold yet\n" in tiercache("tier", "check").out
+
+    def test_what_nobody_can_be_sure_of_is_told(self, tiercache, root):
+        (root / "store/datasets/photos/shards/0123456789abcdef-000000.tcs").write_bytes(b"of a commit that never came")
+        out = tiercache("tier", "check").out
+        assert "note: 1 object left alone, shards that no version of their data set names: datasets/" in out
+
+    def test_offline_no_tier_is_asked(self, tiercache, tmp_path):
+        rules = tmp_path / "rules.toml"
+        rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nstorage_class = "STANDARD_IA"\n')
+        out = tiercache("tier", "check", "--offline", "--rules", rules).out
+        assert "not asked" in out
+        assert "note: tiers.standard has no prices: plans count no dollars for it" in out
+
+    def test_prices_of_another_class_than_is_written_are_doubted(self, tiercache, tmp_path):
+        rules = tmp_path / "rules.toml"
+        rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nprices = "aws:us-east-1:GLACIER"\n')
+        events = tiercache("tier", "check", "--offline", "--rules", rules, "--json").events
+        assert [event["text"] for event in events if event["event"] == "doubt"] == [
+            "tiers.standard writes class STANDARD and has the prices of GLACIER"
+        ]
+
+    def test_a_rule_that_does_not_fit_ends_with_2_and_names_file_and_key(self, tiercache, root):
+        (root / "tiercache.toml").write_text(RULES.replace('"30d"', '"soon"'))
+        done = tiercache("tier", "check", code=2)
+        assert done.err == (
+            f"tiercache: error: {root}/tiercache.toml: rules[1].idle: not a duration: 'soon'; "
+            "write seconds as a number, or '30s', '5m', '24h', '7d'\n"
+        )
+
+    def test_a_glob_that_is_none_names_its_rule(self, tiercache, root):
+        (root / "tiercache.toml").write_text(RULES.replace('"runs/**"', '"runs/[9-1]"'))
+        assert "tiercache.toml: runs.match: " in tiercache("tier", "check", code=2).err
+
+    def test_the_price_table_is_printed_without_a_rule_file(self, tiercache, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        *rows, summary = tiercache("tier", "check", "--prices", "--json").events
+        table = {row["name"]: row for row in rows if row["event"] == "prices"}
+        assert table["aws:us-east-1:STANDARD_IA"]["min_days"] == 30
+        assert table["aws:us-east-1:GLACIER"]["restore"]["bulk"] == {"gb": 0.0, "per_1000": 0.0, "hours": 12.0}
+        assert summary["prices"] == len(table)
+        assert "Secondary figures" in tiercache("tier", "check", "--prices").out
+
+
+class TestPlan:
+    def test_it_says_what_would_be_moved_and_why_and_moves_nothing(self, tiercache, root):
+        before = sorted(root.rglob("*"))
+        *rows, summary = tiercache("tier", "plan", "--json").events
+        moves = {row["path"]: row for row in rows if row["event"] == "move"}
+        assert {
+            (moves[p]["action"], moves[p]["src"], moves[p]["dst"]) for p in ("runs/a/step-9", "runs/a/step-10")
+        } == {("move", "hot", "archive")}
+        assert [row["rule"] for row in moves.values()].count("cold data") == len(shards(root, "store"))
+        assert summary["n_moves"] == len(moves)
+        tiers = {row["tier"]: row for row in rows if row["event"] == "tier"}
+        assert tiers["hot"]["before"]["n_bytes"] == 15000
+        assert tiers["hot"]["after"]["n_bytes"] == 5000
+        assert sorted(path for path in root.rglob("*") if root / "state" not in (path, *path.parents)) == before
+
+    def test_people_see_the_first_moves_with_sums_and_a_summary(self, tiercache, root):
+        note, *lines = tiercache("tier", "plan", "--limit", "1").out.splitlines()
+        assert note.startswith("note: datasets/photos: its use is not counted yet; ")
+        assert lines[0].split() == ["rule", "does", "from", "to", "moves", "size", "cost", "saves/month"]
+        n = len(shards(root, "store")) + 2
+        assert f"... and {n - 1} moves more: --limit 0 shows all" in lines
+        assert lines[-1].startswith(f"{n} moves, ")
+
+    def test_out_writes_a_file_that_apply_takes(self, tiercache, root):
+        tiercache("tier", "plan", "--out", "plan.jsonl")
+        lines = [json.loads(line) for line in Path("plan.jsonl").read_text().splitlines()]
+        assert (lines[0]["format"], lines[0]["rules"]) == ("tiercache-plan", str(root / "tiercache.toml"))
+        assert lines[-1]["line"] == "summary"
+
+
+class TestApply:
+    @pytest.fixture
+    def plan(self, tiercache, root):
+        tiercache("tier", "plan", "--out", "plan.jsonl")
+        return root / "plan.jsonl"
+
+    def test_it_makes_the_moves_of_the_plan_and_sources_stay_until_a_run(self, tiercache, root, plan):
+        summary = tiercache("tier", "apply", plan, "--yes", "--json").events[-1]
+        n = len(shards(root, "store")) + 2
+        assert (summary["n_moves"], summary["done"], summary["stopped"]) == (n, n, 0)
+        assert summary["waiting_drops"] == n
+        assert shards(root, "cold") == shards(root, "store")
+        assert steps(root, "cold") == ["step-10", "step-9"]
+        assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
+
+    def test_a_plan_that_was_applied_is_not_made_twice(self, tiercache, root, plan):
+        tiercache("tier", "apply", plan, "--yes")
+        again = tiercache("tier", "apply", plan, "--yes", "--json").events[-1]
+        assert (again["stopped"], again["n_bytes"]) == (0, 0)
+
+    def test_what_has_changed_since_is_stopped_and_the_rest_is_made(self, tiercache, root, plan):
+        (root / "nvme/runs/a/step-9/model.bin").write_bytes(b"another")
+        done = tiercache("tier", "apply", plan, "--yes", "--json", code=3)
+        stopped = [event for event in done.events if event["event"] == "stopped"]
+        assert [event["path"] for event in stopped] == ["runs/a/step-9"]
+        assert "expected 5000 bytes, found 7" in stopped[0]["reason"]
+        assert done.events[-1]["done"] == done.events[-1]["n_moves"] - 1
+        assert steps(root, "cold") == ["step-10"]
+
+    def test_nobody_to_ask_is_an_error(self, tiercache, root, plan):
+        assert tiercache("tier", "apply", plan, code=2).err.endswith("not a terminal; say --yes\n")
+        assert not (root / "cold").exists()
+
+    def test_a_dry_run_shows_the_plan_and_moves_nothing(self, tiercache, root, plan):
+        summary = tiercache("tier", "apply", plan, "--dry-run", "--json").events[-1]
+        assert (summary["dry_run"], summary["n_moves"]) == (True, len(shards(root, "store")) + 2)
+        assert not (root / "cold").exists()
+
+    def test_the_rule_file_is_the_one_that_the_plan_was_made_by(self, tiercache, root, plan, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        tiercache("tier", "apply", plan, "--yes")
+        assert steps(root, "cold") == ["step-10", "step-9"]
+
+    def test_a_rule_file_that_has_changed_is_told(self, tiercache, root, plan):
+        (root / "tiercache.toml").write_text(RULES + "\n# more\n")
+        assert "tiercache.toml has changed since the plan was made" in tiercache("tier", "apply", plan, "--yes").out
+
+    def test_what_is_no_plan_is_an_error(self, tiercache, root):
+        (root / "plan.jsonl").write_text("{}\n")
+        assert "this is no plan" in tiercache("tier", "apply", root / "plan.jsonl", "--yes", code=2).err
+        assert "gone.jsonl" in tiercache("tier", "apply", root / "gone.jsonl", code=1).err
+
+
+class TestLs:
+    def test_it_lists_groups_with_where_they_lie(self, tiercache, root):
+        *rows, summary = tiercache("tier", "ls", "--json").events
+        runs = [row for row in rows if row["kind"] == "checkpoint"]
+        assert [row["path"] for row in runs] == [f"runs/a/step-{step}" for step in (9, 10, 11)], "as people order them"
+        assert [copy["tier"] for copy in runs[0]["copies"]] == ["hot"]
+        assert summary["groups"] == len(rows)
+        assert summary["tiers"]["standard"]["dollars_month"] > 0
+
+    def test_people_see_sizes_and_when_it_was_used_last(self, tiercache, root):
+        lines = tiercache("tier", "ls", "runs").out.splitlines()
+        assert lines[0].split() == ["path", "kind", "size", "where", "last", "use", "uses", "$/month"]
+        assert lines[1].split() == ["runs/a/step-9", "checkpoint", "4.9", "KiB", "hot", "3", "d", "ago", "0", "0.00"]
+
+    @pytest.mark.parametrize(
+        "wanted",
+        ["runs/a/step-9", "runs/*/step-9", "{root}/nvme/runs/a/step-9/", "./cold/runs/a/step-9", "**/step-[9]"],
+    )
+    def test_a_path_a_glob_or_a_place_in_a_tier_chooses(self, tiercache, root, wanted):
+        *rows, _ = tiercache("tier", "ls", wanted.format(root=root), "--json").events
+        assert [row["path"] for row in rows] == ["runs/a/step-9"]
+
+    def test_what_is_not_there_is_an_error(self, tiercache, root):
+        assert "nothing is called so or matches it" in tiercache("tier", "ls", "runs/b", code=1).err
+        done = tiercache("tier", "ls", "/elsewhere", code=2)
+        assert f"/elsewhere: lies in none of the tiers of {root}/tiercache.toml: {root}/nvme" in done.err
+
+
+class TestRun:
+    def test_it_moves_and_drops_what_is_due_and_says_so_in_one_line(self, tiercache, root):
+        n = len(shards(root, "store")) + 2
+        summary = tiercache("tier", "run", "--once", "--json").events[-1]
+        assert summary["event"] == "summary"
+        assert (summary["moves"], summary["done"], summary["dropped"], summary["exit_code"]) == (n, n, n, 0)
+        assert (summary["stopped"], summary["waiting_drops"], summary["adopted"]) == ([], 0, ["datasets/photos"])
+        assert (shards(root, "store"), steps(root, "nvme")) == ([], ["step-11"])
+        assert steps(root, "cold") == ["step-10", "step-9"]
+        assert tiercache("tier", "run", "--once", "--json").events[-1]["moves"] == 0
+
+    def test_a_moved_data_set_is_read_by_its_old_url(self, tiercache, root):
+        records = tiercache("head", root / "store" / "datasets" / "photos", "-n", "20", "--json").events
+        tiercache("tier", "run", "--once")
+        assert tiercache("head", root / "store" / "datasets" / "photos", "-n", "20", "--json").events == records
+
+    def test_people_see_what_lies_where_and_a_summary(self, tiercache, root):
+        lines = tiercache("tier", "run", "--once").out.splitlines()
+        n = len(shards(root, "cold")) + 2
+        assert [line.split()[0] for line in lines[:4]] == ["tier", "hot", "standard", "archive"]
+        assert lines[-1].startswith(f"{n} of {n} moves done, ")
+        assert lines[-1].endswith("; 1 data set looked after from now on")
+
+    def test_a_dry_run_plans_and_changes_nothing(self, tiercache, root):
+        *rows, summary = tiercache("tier", "run", "--once", "--dry-run", "--json").events
+        assert summary["dry_run"] is True
+        assert sum(row["event"] == "move" for row in rows) == summary["moves"] == len(shards(root, "store")) + 2
+        assert not (root / "cold").exists()
+
+    def test_moves_that_are_stopped_end_with_3(self, tiercache, root):
+        (root / "cold").mkdir()
+        (root / "cold" / "runs").write_text("a file, where a folder should be")
+        done = tiercache("tier", "run", "--once", "--json", code=3)
+        stopped = [event["path"] for event in done.events if event["event"] == "stopped"]
+        assert sorted(stopped) == ["runs/a/step-10", "runs/a/step-9"]
+        assert [one["path"] for one in done.events[-1]["stopped"]] == stopped, "the summary has them too"
+        assert done.events[-1]["exit_code"] == 3
+        assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
+
+    def test_while_another_mover_is_at_work_it_fails_and_says_so(self, tiercache, root):
+        with closing(open_store(str(root / "store"))) as store, TierLock(store, folder=root / "state"):
+            done = tiercache("tier", "run", "--once", code=1)
+        assert "is moving things between these tiers" in done.err
+        assert not (root / "cold").exists()
+
+    def test_without_once_it_says_that_nothing_stays_resident(self, tiercache, root):
+        assert "say --once" in tiercache("tier", "run", code=2).err
+
+    def test_a_rule_file_can_be_named(self, tiercache, root, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert tiercache("tier", "run", "--once", "--rules", root / "tiercache.toml", "--json").events[-1]["done"] > 0

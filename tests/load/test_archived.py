@@ -1,0 +1,244 @@
+"""Archived shards are found when a run is planned: the first iter() names them, the time, the cost and the command."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
+
+import tiercache as tc
+from tiercache.errors import ArchivedShards
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.s3_server import S3Server
+from tiercache.tier import placement
+from tiercache.tier.placement import Row
+
+ALL = list(range(N))
+GONE = Misbehave("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    Moved(folder, LocalFolder(folder))
+    return folder
+
+
+class World:
+    """A data set in a local folder, some shards of which are archived behind an HTTP server."""
+
+    def __init__(self, packed, home, cold: HttpFaultServer) -> None:
+        self.cold = cold
+        self.moved = Moved(packed, LocalFolder(home))
+        self.archived: set[str] = set()
+        cold.when(lambda method, path: GONE if method == "GET" and path[len("/far/") :] in self.archived else None)
+
+    def archive(self, keys, **how) -> None:
+        """Move shards to where they must be restored before they can be read."""
+        how = {"state": "archived", "storage_class": "GLACIER", **how}
+        self.moved.move(list(keys), ServedStore(self.cold, "far"), **how)
+        self.archived |= set(keys)
+
+    def dataset(self, **how) -> tc.Dataset:
+        return tc.Dataset(self.moved.store.url, **{"cache": False, **how})
+
+    def asked(self) -> list[tuple[str, str | None]]:
+        return [(seen.path.removeprefix("/far/"), seen.range) for seen in self.cold.log if seen.method == "GET"]
+
+
+@pytest.fixture
+def world(packed, tmp_path):
+    with HttpFaultServer() as cold:
+        yield World(packed, tmp_path / "home", cold)
+
+
+def loaders(dataset):
+    """A loader of each path that a loader can take."""
+    return {
+        "native": lambda: tc.DataLoader(dataset, batch_size=16, shuffle=True),
+        "sampled": lambda: tc.DataLoader(dataset, batch_size=16, sampler=list(range(len(dataset)))),
+        "torch": lambda: tc.DataLoader(dataset, batch_size=16, collate_fn=list),
+    }
+
+
+@pytest.mark.parametrize("path", ["native", "sampled", "torch"])
+def test_the_first_iter_names_all_that_must_be_restored_first(world, path):
+    gone = world.moved.keys[1:3]
+    world.archive(gone)
+    dataset = world.dataset()
+    loader = loaders(dataset)[path]()
+    world.cold.log.clear()
+    with pytest.raises(ArchivedShards, match=r"2 shards that this run reads .* are archived") as caught:
+        iter(loader)
+    error = caught.value
+    infos = [info for info in world.moved.infos if info.name in gone]
+    assert error.names == tuple(gone)
+    assert error.n_bytes == sum(info.n_bytes for info in infos)
+    assert error.command == f"tiercache restore {world.moved.store.url} {' '.join(gone)} --wait"
+    assert error.command in str(error)
+    assert error.hours > 0
+    assert error.cost > 0
+    assert error.exit_code == 5
+    assert pickle.loads(pickle.dumps(error)).names == tuple(gone)
+    assert sorted(world.asked()) == [(key, "bytes=0-0") for key in gone]  # nothing of it was read yet
+    dataset.close()
+
+
+def test_when_they_were_restored_the_same_loader_goes_on(world):
+    world.archive(world.moved.keys)
+    dataset = world.dataset()
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=3))
+    with pytest.raises(ArchivedShards):
+        iter(loader)
+    world.archived.clear()  # for some days, where they lie
+    ids = [i for batch in loader for i in batch["id"].tolist()]
+    assert sorted(ids) == ALL
+    fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=3))
+    assert [i for batch in fresh for i in batch["id"].tolist()] == ids
+    dataset.close()
+
+
+def test_when_they_were_brought_back_the_same_loader_goes_on(world):
+    world.archive(world.moved.keys)
+    dataset = world.dataset()
+    loader = tc.DataLoader(dataset, batch_size=16)
+    with pytest.raises(ArchivedShards):
+        iter(loader)
+    home = ServedStore(world.cold, "far")
+    world.moved.move(world.moved.keys, world.moved.store, src=home)
+    assert [i for batch in loader for i in batch["id"].tolist()] == ALL
+    dataset.close()
+
+
+def test_a_run_that_touches_none_of_them_begins(world):
+    keys = world.moved.keys
+    world.archive(keys[2:])
+    first = sum(info.n_records for info in world.moved.infos[:2])
+    dataset = world.dataset()
+    for view in (dataset.take(first), dataset.select(np.arange(first)[::-1]), dataset.take(5) + dataset.take(first)):
+        assert {i for batch in tc.DataLoader(view, batch_size=16) for i in batch["id"].tolist()} == set(range(first))
+    with pytest.raises(ArchivedShards) as caught:
+        iter(tc.DataLoader(dataset.take(first + 1), batch_size=16))
+    assert caught.value.names == (keys[2],)
+    with pytest.raises(ArchivedShards) as caught:
+        iter(tc.DataLoader(dataset.take(first) + dataset.skip(first), batch_size=16))
+    assert caught.value.names == tuple(keys[2:])
+    dataset.close()
+
+
+def test_what_the_cache_has_needs_no_restore(world, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+        dataset = world.dataset(cache=cache)
+        dataset.warm()
+        world.archive(world.moved.keys)
+        again = world.dataset(cache=cache)
+        assert by_loader(again) == ALL
+        assert world.asked() == []
+        dataset.close()
+        again.close()
+
+
+def test_what_is_still_at_home_until_grace_is_over_needs_no_restore(world):
+    world.archive(world.moved.keys, drop=False)
+    dataset = world.dataset()
+    assert by_loader(dataset) == ALL
+    assert by_record(dataset) == ALL
+    dataset.close()
+
+
+def test_of_very_many_the_message_names_some_and_the_error_all(world):
+    dataset = world.dataset()
+    names = [f"shards/{n}.tcs" for n in range(50)]
+    rows = {
+        key: Row(key, f"{world.cold.url}/far", state="archived", storage_class="DEEP_ARCHIVE", n_bytes=1 << 30)
+        for key in names
+    }
+    placement.commit(world.moved.store, rows)
+    world.archived |= set(names)
+    world.cold.objects.update({f"far/{key}": b"x" for key in names})
+    with pytest.raises(ArchivedShards) as caught:
+        dataset.source.tiers.make_ready(pa.chunked_array([names]), lambda i: False, reads_all=True)
+    assert caught.value.names == tuple(names)
+    assert "and 42 more" in str(caught.value)
+    assert caught.value.command == f"tiercache restore {world.moved.store.url} --wait"
+    assert caught.value.hours >= 12
+    dataset.close()
+
+
+def test_a_class_without_a_known_price_is_named_without_one(world):
+    world.archive(world.moved.keys[:1], storage_class="FROZEN")
+    dataset = world.dataset()
+    with pytest.raises(ArchivedShards, match=r"must be restored first: tiercache restore") as caught:
+        iter(tc.DataLoader(dataset, batch_size=16))
+    assert (caught.value.cost, caught.value.hours) == (None, None)
+    dataset.close()
+
+
+def test_a_shard_that_cannot_be_asked_for_another_reason_is_not_called_archived(world):
+    world.archive(world.moved.keys[:1])
+    world.cold.when(lambda method, path: Misbehave("status", 403, body=b"forbidden"))
+    dataset = world.dataset()
+    loader = iter(tc.DataLoader(dataset, batch_size=16))
+    with pytest.raises(tc.StoreError, match="403"):
+        next(loader)
+    dataset.close()
+
+
+def test_in_a_data_set_that_tiers_do_not_look_after_nothing_is_asked_but_for_the_mark(packed, tmp_path):
+    moved = Moved(packed, MemoryStore(f"{tmp_path.name}", "data"))
+    dataset = tc.Dataset(moved.store.url)
+    loader = tc.DataLoader(dataset, batch_size=N)
+    before = dataset.source.inner.counters["requests"]
+    dataset.source.make_ready(np.arange(len(moved.keys)))
+    assert dataset.source.inner.counters["requests"] - before == 1
+    assert by_loader(dataset) == ALL
+    del loader
+    dataset.close()
+    moved.store.delete([info.key for info in moved.store.list()])
+
+
+def test_it_is_asked_once_in_a_process_however_many_loaders_there_are(world):
+    dataset = world.dataset()
+    for _ in range(3):
+        assert by_loader(dataset) == ALL
+    counted = dataset.source.inner.counters
+    before = counted["requests"]
+    dataset.source.make_ready(np.arange(len(world.moved.keys)))
+    assert counted["requests"] == before
+    dataset.close()
+
+
+@pytest.mark.s3
+def test_of_a_bucket_that_archives_the_stores_own_word_counts(packed, tmp_path):
+    botocore = pytest.importorskip("botocore.session")
+    with S3Server(kind="moto") as server:
+        home = server.store("home")
+        moved = Moved(packed, home)
+        cold = server.store("cold")
+        moved.move(moved.keys[:2], cold, state="archived", storage_class="GLACIER")
+        client = botocore.Session().create_client(
+            "s3",
+            endpoint_url=server.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=server.access_key_id,
+            aws_secret_access_key=server.secret_access_key,
+        )
+        for key in moved.keys[:2]:
+            source = {"Bucket": server.bucket, "Key": f"cold/{key}"}
+            client.copy_object(Bucket=server.bucket, Key=f"cold/{key}", CopySource=source, StorageClass="GLACIER")
+        dataset = tc.Dataset(home.url, cache=False, storage_options=server.storage_options)
+        loader = tc.DataLoader(dataset, batch_size=16)
+        with pytest.raises(ArchivedShards) as caught:
+            iter(loader)
+        assert caught.value.names == tuple(moved.keys[:2])
+        for key in moved.keys[:2]:
+            client.restore_object(Bucket=server.bucket, Key=f"cold/{key}", RestoreRequest={"Days": 3})
+        assert [i for batch in loader for i in batch["id"].tolist()] == ALL
+        client.close()
+        dataset.close()
+        home.close()
+        cold.close()

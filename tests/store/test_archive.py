@@ -1,0 +1,367 @@
+"""Storage classes, restores and batches by boto3: moto restores, SeaweedFS keeps checksums and conditions."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.store import CloudStore
+from tiercache.store.archive import CopySizes, S3Archive, open_archive
+
+PART = 5 << 20  # the smallest that S3 takes
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def opened():
+    found = []
+
+    def open_it(door, folder="", **sizes):
+        url = f"{door.server.url}/{door.prefix}{folder}"
+        archive = open_archive(url, **door.server.storage_options)
+        if sizes:
+            archive = S3Archive(archive.calls, archive.bucket, archive.prefix, sizes=CopySizes(**sizes))
+        found.append(archive)
+        return archive
+
+    yield open_it
+    for archive in found:
+        archive.close()
+
+
+@pytest.fixture(params=["s3", "moto"])
+def door(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def archive(door, opened):
+    return opened(door)
+
+
+def put(archive, key, data, storage_class=None):
+    with archive.create(key, storage_class=storage_class) as upload:
+        upload.put_part(0, data)
+        return upload.complete()
+
+
+# -- writing and looking --------------------------------------------------------------------------------------------
+
+
+def test_an_object_is_written_with_its_class(archive, door):
+    put(archive, "a/b", b"data", "STANDARD_IA")
+    assert archive.head("a/b").storage_class == "STANDARD_IA"
+    assert door.get("a/b") == b"data"
+
+
+def test_an_object_without_a_class_is_standard(archive):
+    put(archive, "a", b"data")
+    assert archive.head("a").storage_class == "STANDARD"
+
+
+def test_parts_that_come_in_any_order_are_joined_in_theirs(archive, door):
+    parts = [os.urandom(PART), os.urandom(PART), b"the end"]
+    with archive.create("big") as upload:
+        for number in (2, 0, 1):
+            upload.put_part(number, parts[number])
+        info = upload.complete()
+    assert door.get("big") == b"".join(parts)
+    assert (info.n_bytes, upload.crc32c) == (2 * PART + 7, crc32c(b"".join(parts)))
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_the_servers_own_sums_confirm_an_upload(archive, n_parts):
+    with archive.create("a") as upload:
+        for number in range(n_parts):
+            upload.put_part(number, bytes([number]) * PART)
+        upload.complete()
+    assert upload.is_confirmed
+
+
+def test_an_upload_that_is_left_leaves_nothing(archive, door):
+    with archive.create("a") as upload:
+        upload.put_part(0, b"x" * PART)
+        upload.put_part(1, b"y")
+    assert door.uploads() == []
+    with pytest.raises(NotFound):
+        archive.head("a")
+
+
+def test_a_missing_part_is_named_and_nothing_appears(archive):
+    with archive.create("a") as upload:
+        upload.put_part(0, b"x" * PART)
+        upload.put_part(2, b"y")
+        with pytest.raises(ValueError, match="part 1 is missing"):
+            upload.complete()
+    with pytest.raises(NotFound):
+        archive.head("a")
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_an_upload_that_must_be_new_leaves_what_is_there(archive, door, n_parts):
+    if door.server.kind == "moto" and n_parts == 2:
+        pytest.skip("moto does not look at If-None-Match of an upload in parts")
+    door.put("a", b"first")
+    with archive.create("a") as upload:
+        for number in range(n_parts):
+            upload.put_part(number, b"x" * PART)
+        assert upload.complete(if_absent=True) is None
+    assert door.get("a") == b"first"
+
+
+def test_an_empty_object_is_one(archive):
+    with archive.create("a") as upload:
+        upload.complete()
+    assert archive.head("a").n_bytes == 0
+
+
+def test_seaweedfs_names_the_sum_of_the_whole(s3, opened):
+    archive, data = opened(s3), os.urandom(PART + 3)
+    with archive.create("a") as upload:
+        upload.put_part(0, data[:PART])
+        upload.put_part(1, data[PART:])
+        upload.complete()
+    assert archive.head("a").crc32c == crc32c(data)
+
+
+def test_a_part_that_arrives_wrong_is_refused(s3, opened, monkeypatch):
+    monkeypatch.setattr("tiercache.store.s3_upload.sum_text", lambda crc: "AAAAAA==")
+    archive = opened(s3)
+    with pytest.raises(StoreError, match="BadDigest"):
+        put(archive, "a", b"data")
+
+
+def test_what_is_not_there_is_not_found(archive):
+    with pytest.raises(NotFound, match="no such object"):
+        archive.head("nothing")
+
+
+# -- listing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_listing_says_classes_and_only_keys_below_the_folder(archive):
+    put(archive, "a/1", b"1", "GLACIER")
+    put(archive, "a/2", b"22")
+    put(archive, "ab", b"3")
+    found = {info.key: (info.n_bytes, info.storage_class) for info in archive.list("a/")}
+    assert found == {"a/1": (1, "GLACIER"), "a/2": (2, "STANDARD")}
+
+
+def test_a_listing_goes_on_over_pages(archive, door, monkeypatch):
+    calls = archive.calls
+    for number in range(5):
+        door.put(f"k{number}", b"")
+    monkeypatch.setattr(
+        archive,
+        "_calls",
+        lambda op, where, **more: calls(op, where, **({"MaxKeys": 2} if "list" in op else {}), **more),
+    )
+    assert sorted(info.key for info in archive.list()) == [f"k{number}" for number in range(5)]
+
+
+def test_temporary_objects_and_folder_markers_are_not_listed(archive, door):
+    door.put("a/.tiercache-tmp-1", b"")
+    door.client.put_object(Bucket=door.server.bucket, Key=f"{door.prefix}/folder/", Body=b"")
+    door.put("b", b"")
+    assert [info.key for info in archive.list()] == ["b"]
+
+
+def test_a_listing_and_a_head_agree(archive):
+    put(archive, "a", b"data", "GLACIER_IR")
+    head, listed = archive.head("a"), next(iter(archive.list()))
+    assert (listed.n_bytes, listed.etag, listed.storage_class) == (head.n_bytes, head.etag, head.storage_class)
+
+
+# -- classes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_changes_in_place_and_the_bytes_stay(archive, door):
+    put(archive, "a", b"data")
+    assert archive.set_class("a", "GLACIER_IR").storage_class == "GLACIER_IR"
+    assert door.get("a") == b"data"
+
+
+def test_the_class_of_a_large_object_changes_in_parts(door, opened):
+    archive = opened(door, whole_bytes=PART, part_bytes=PART, n_parts=2)
+    data = os.urandom(2 * PART + 5)
+    door.put("a", data)
+    assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"
+    assert door.get("a") == data
+
+
+@pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
+def test_metadata_stays_when_the_class_changes(door, opened, whole_bytes):
+    archive = opened(door, whole_bytes=whole_bytes, part_bytes=PART)
+    full = f"{door.prefix}/a"
+    door.client.put_object(
+        Bucket=door.server.bucket, Key=full, Body=b"x" * PART, Metadata={"made-by": "me"}, ContentType="text/x-own"
+    )
+    archive.set_class("a", "STANDARD_IA")
+    head = door.client.head_object(Bucket=door.server.bucket, Key=full)
+    assert (head["Metadata"], head["ContentType"]) == ({"made-by": "me"}, "text/x-own")
+
+
+def test_tags_stay_when_the_class_of_a_large_object_changes(moto, opened):
+    archive = opened(moto, whole_bytes=1, part_bytes=PART)
+    bucket, full = moto.server.bucket, f"{moto.prefix}/a"
+    moto.client.put_object(Bucket=bucket, Key=full, Body=b"x" * PART, Tagging="team=a+b")
+    archive.set_class("a", "STANDARD_IA")
+    assert moto.client.get_object_tagging(Bucket=bucket, Key=full)["TagSet"] == [{"Key": "team", "Value": "a b"}]
+
+
+@pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
+def test_the_class_of_another_object_than_was_meant_stays(s3, opened, whole_bytes):
+    archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
+    put(archive, "a", b"x" * PART)
+    with pytest.raises(ObjectChanged):
+        archive.set_class("a", "STANDARD_IA", if_match='"0123456789abcdef0123456789abcdef"')
+    assert (archive.head("a").storage_class, s3.uploads()) == ("STANDARD", [])
+
+
+def test_a_class_that_there_is_not_is_an_error_that_says_so(moto, opened):
+    archive = opened(moto)
+    put(archive, "a", b"data")
+    with pytest.raises(StoreError, match="InvalidStorageClass"):
+        archive.set_class("a", "NOSUCH")
+
+
+def test_an_archived_object_keeps_its_class_until_it_is_restored(moto, opened):
+    archive = opened(moto)
+    put(archive, "a", b"data", "GLACIER")
+    with pytest.raises(StoreError, match="must be restored") as caught:
+        archive.set_class("a", "STANDARD")
+    assert caught.value.archived
+
+
+# -- copies by the server -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
+def test_the_server_copies_between_folders_with_the_class(door, opened, whole_bytes):
+    src, dst = opened(door), opened(door, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
+    data = os.urandom(PART + 1)
+    door.put("a ä", data)
+    info = dst.copy_from(src, "a ä", "b", storage_class="GLACIER_IR")
+    assert (info.n_bytes, info.storage_class) == (len(data), "GLACIER_IR")
+    store = door.server.store(f"{door.prefix}-cold")
+    assert store.get("b") == data
+    store.close()
+
+
+def test_a_copy_of_another_object_than_was_meant_is_not_made(s3, opened):
+    src, dst = opened(s3), opened(s3, "-cold")
+    s3.put("a", b"data")
+    with pytest.raises(ObjectChanged):
+        dst.copy_from(src, "a", "a", if_match='"0123456789abcdef0123456789abcdef"')
+    with pytest.raises(NotFound):
+        dst.head("a")
+
+
+def test_between_two_servers_the_server_cannot_copy(s3, moto, opened):
+    src, dst = opened(s3), opened(moto)
+    assert not dst.can_copy_from(src)
+    with pytest.raises(ValueError, match="cannot copy from"):
+        dst.copy_from(src, "a", "a")
+
+
+def test_sums_tell_that_two_copies_are_equal(s3, opened):
+    src, dst = opened(s3), opened(s3, "-cold")
+    put(src, "a", b"data")
+    dst.copy_from(src, "a", "a")
+    assert dst.sums("a")["ETag"] == src.sums("a")["ETag"]
+
+
+# -- restores -------------------------------------------------------------------------------------------------------
+
+
+def test_an_archived_object_is_read_when_it_was_restored(moto, opened):
+    archive = opened(moto)
+    put(archive, "a", b"data", "DEEP_ARCHIVE")
+    assert archive.restore("a", days=2, speed="bulk") == "started"
+    assert 'ongoing-request="false"' in archive.head("a").restore
+    assert archive.restore("a", days=2, speed="bulk") == "done"
+    assert moto.get("a") == b"data"
+
+
+def test_what_needs_no_restore_is_done(moto, opened):
+    archive = opened(moto)
+    put(archive, "a", b"data")
+    assert archive.restore("a", days=1, speed="standard") == "done"
+
+
+def test_seaweedfs_cannot_restore_and_the_error_says_what_that_means(s3, opened):
+    archive = opened(s3)
+    put(archive, "a", b"data", "GLACIER")
+    with pytest.raises(StoreError, match="names only") as caught:
+        archive.restore("a", days=1, speed="standard")
+    assert (caught.value.unable, caught.value.status) == (True, 405)
+
+
+# -- deletes --------------------------------------------------------------------------------------------------------
+
+
+def test_many_are_deleted_and_the_missing_are_no_error(archive, door):
+    keys = [f"k{number}" for number in range(20)]
+    for key in keys:
+        door.put(key, b"")
+    assert archive.delete_many([*keys, "nothing"]) == []
+    assert list(archive.list()) == []
+
+
+def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):
+    said = {"Errors": [{"Key": archive.full("b"), "Code": "AccessDenied", "Message": "no"}]}
+    monkeypatch.setattr(archive, "_calls", lambda *_args, **_more: said)
+    assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
+
+
+# -- opening --------------------------------------------------------------------------------------------------------
+
+
+def test_only_s3_has_an_archive(tmp_path):
+    with pytest.raises(ValueError, match="only s3://"):
+        open_archive(tmp_path)
+    with pytest.raises(ValueError, match="only s3://"):
+        open_archive("gs://bucket/folder")
+
+
+def test_without_boto3_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr("tiercache.store.aws.has_boto3", lambda: False)
+    with pytest.raises(ValueError, match=r"tiercache\[archive\]"):
+        open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
+
+
+def test_an_option_that_boto3_does_not_know_is_not_dropped_in_silence():
+    with pytest.raises(ValueError, match="proxy_url"):
+        open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b", proxy_url="http://proxy")
+
+
+def test_a_server_that_is_not_there_is_an_error_without_secrets(door):
+    options = {**door.server.storage_options, "endpoint": "http://127.0.0.1:9"}
+    archive = open_archive("s3://bucket/folder", **options)
+    with pytest.raises(StoreError) as caught:
+        archive.calls("head_object", "s3://bucket/folder/a", Bucket="bucket", Key="folder/a")
+    archive.close()
+    assert caught.value.retryable
+    assert door.server.secret_access_key not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_of_the_environment_holds_for_the_archive_as_for_the_store(s3, monkeypatch, variable):
+    monkeypatch.setenv(variable, s3.server.endpoint)
+    keys = {name: s3.server.storage_options[name] for name in ("access_key_id", "secret_access_key")}
+    s3.put("a", b"data")
+    archive = open_archive(f"{s3.server.url}/{s3.prefix}", **keys)
+    assert [info.key for info in archive.list()] == ["a"]
+    archive.close()
+
+
+def test_an_archive_is_of_the_same_place_as_its_store(door):
+    store = door.server.store(door.prefix)
+    assert isinstance(store, CloudStore)
+    archive = S3Archive.of(store)
+    assert (archive.url, archive.counters is store.counters) == (store.url, True)
+    archive.close()
+    store.close()

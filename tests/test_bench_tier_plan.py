@@ -1,0 +1,41 @@
+"""The benchmark of planning runs small, ends well, and measures what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("bench")
+    done = subprocess.run(
+        [sys.executable, "bench_tier_plan.py", "--quick", "--folder", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "tier_plan.jsonl").read_text().splitlines()]
+
+
+def test_each_case_is_a_row(rows):
+    assert [row["case"] for row in rows] == ["mixed", "all", "none"]
+
+
+def test_there_is_something_to_decide_in_the_mixed_case(rows):
+    assert rows[0]["moves"] > 1000
+    assert rows[0]["refusals"] > 10
+
+
+def test_memory_and_time_are_those_of_a_process_that_did_something(rows):
+    for row in rows:
+        assert row["peak_bytes"] > row["made_bytes"] >= 0
+        assert row["seconds"]["median"] > 0

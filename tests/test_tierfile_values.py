@@ -1,0 +1,80 @@
+"""Each key of a rule file with values that nobody would write: taken or refused by name, and nothing else."""
+
+import pytest
+
+from tiercache.tierfile import load_tiers
+
+EVERYTHING = """
+[tiers.hot]
+role = "hot"
+url = "/nvme"
+storage_class = "A"
+prices = { store_gb_month = 1, min_bytes = 1, restore = { bulk = { gb = 1 } } }
+capacity = "2TB"
+high = "90%"
+low = "10%"
+storage_options = { a = 1 }
+[tiers.archive]
+url = "/cold"
+prices = "aws:us-east-1:STANDARD"
+[[rules]]
+name = "a"
+match = "*"
+except = "b"
+kind = "file"
+larger_than = 1
+smaller_than = 9
+idle = 1
+age = 1
+uses_below = 1
+promote = "never"
+from = "hot"
+to = "archive"
+delete_after = 9
+[[rules]]
+match = "c"
+keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", tags = "a", younger = 1 }
+then = "archive"
+after = 1
+[[pins]]
+match = "d"
+until = 2027-01-01
+why = "e"
+[[tags]]
+match = "f"
+tags = "g"
+[tiering]
+grace = 1
+settle = 1
+silence = 1
+max_break_even = 1
+small = "move"
+early = "pay"
+jobs = 1
+rate = 1
+state_dir = "h"
+"""
+ODD = [
+    *("0", "-1", "1.5", "inf", "nan", "true", '""', '"x"', '" "', "[]", "[1]", '[""]', "[[]]", "{}", "{ a = 1 }"),
+    *("2027-01-01", "9999-12-31", "0001-01-01T00:00:00+23:59", "12:00:00", '"5%"', '"\\u0000"', '"["', '"a:1:max"'),
+    *("99999999999999999999", "9" * 400, f'"{"9" * 400}d"', f'"{"9" * 400}"', f'"a:{"9" * 40}"'),
+]
+
+
+@pytest.mark.parametrize("line", [line for line in EVERYTHING.splitlines() if " = " in line])
+def test_an_odd_value_of_any_key_is_taken_or_refused_by_name(tmp_path, line):
+    path = tmp_path / "tiercache.toml"
+    assert said_of(path, EVERYTHING) == f"{path}: ", "as it stands it fits"
+    key, _, value = line.partition(" = ")
+    inner = [f"{key} = {value.replace(' = ' + one, ' = ' + odd, 1)}" for one in ("1", '"a:1"') for odd in ODD]
+    for changed in [*(f"{key} = {odd}" for odd in ODD), *(inner if value.startswith("{") else [])]:
+        assert f"{path}: " in said_of(path, EVERYTHING.replace(line, changed, 1))
+
+
+def said_of(path, text):
+    """What is said of a file that does not fit; of one that does its name alone."""
+    path.write_text(text)
+    try:
+        return f"{load_tiers(path).path}: "
+    except ValueError as error:
+        return str(error)

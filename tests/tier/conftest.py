@@ -1,0 +1,16 @@
+"""What the tiers' tests share: the servers."""
+
+from __future__ import annotations
+
+import pytest
+from tests.s3_fixtures import s3_server
+
+from tiercache.testing.s3_server import S3Server
+
+__all__ = ["s3_server"]
+
+
+@pytest.fixture(scope="session")
+def moto_server():
+    with S3Server(kind="moto") as server:
+        yield server

@@ -1,0 +1,117 @@
+"""What a process does to tiers before it dies, and what those that come after it do; each in a world of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.tier.world import SHAPES, World, content
+
+from tiercache.errors import ArchivedShards
+from tiercache.tier.plan_file import read_plan, write_plan
+
+SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which makes it whole
+
+
+@dataclass(frozen=True)
+class TierJob:
+    """prepare: makes the world ready, undisturbed; work: what is struck."""
+
+    name: str
+    prepare: Callable[[World], object]
+    work: Callable[[World], object]
+    shapes: tuple[str, ...] = SHAPES
+
+
+def write(world: World, place: str, name: str, version: int = 0) -> None:
+    """Write a group."""
+    for key, n_bytes in zip(world.oracle.groups[name].keys, SIZES, strict=False):
+        world.write(place, key, content(key, version, n_bytes))
+
+
+def fill(world: World, step: int = 0) -> None:
+    """Checkpoints of two runs in hot, some of them at home too, files and rubbish; all of it three days old."""
+    for step in (10, 20, 30):
+        write(world, "hot", f"checkpoints/run/step-{step}")
+        write(world, "hot" if step > 10 else "home", f"checkpoints/solo/step-{step}.pt")
+    write(world, "home", "checkpoints/run/step-10")
+    write(world, "hot", "files/a.bin")
+    write(world, "home", "files/b.bin")
+    write(world, "hot", "scratch/x")
+    write(world, "home", "scratch/x")
+    world.days_pass(3)
+
+
+def planned(world: World) -> None:
+    """A plan in a file, not applied yet."""
+    fill(world)
+    write_plan(world.plan(), world.root / "plan.jsonl")
+
+
+def apply(world: World) -> None:
+    world.apply(read_plan(world.root / "plan.jsonl"))
+
+
+def once(world: World) -> None:
+    world.begin_job()
+    world.run_once()
+    assert world.look() == []
+
+
+def waiting(world: World) -> None:
+    """All was copied, and grace is over."""
+    fill(world)
+    once(world)
+    world.days_pass(1.5)
+
+
+def old(world: World) -> None:
+    """What may be deleted by now lies in the last tier."""
+    waiting(world)
+    once(world)
+    write(world, "hot", "checkpoints/run/step-100")
+    write(world, "hot", "checkpoints/solo/step-100.pt")
+    world.days_pass(40)
+
+
+def changed(world: World) -> None:
+    """Grace is over, and the world is another by now."""
+    waiting(world)
+    write(world, "hot", "files/a.bin", version=1)
+    world.pin("checkpoints/run/step-10")
+
+
+def archived(world: World) -> None:
+    waiting(world)
+    once(world)
+
+
+def read(world: World) -> None:
+    """As a training does, from wherever the shards lie."""
+    try:
+        wrong = world.read_data_set()
+    except ArchivedShards:
+        return
+    assert wrong == "", wrong
+
+
+def heal(world: World, is_last: bool) -> None:
+    """What the next run does, with no help; the last one leaves nothing open."""
+    read(world)
+    world.run_once()
+    read(world)
+    if is_last:
+        left = world.open_moves()
+        assert left == [], f"moves are not over: {left}"
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        TierJob("apply", planned, apply),
+        TierJob("first_run", fill, World.run_once),
+        TierJob("settle", waiting, World.settle),
+        TierJob("second_run", waiting, World.run_once),
+        TierJob("delete", old, World.run_once),
+        TierJob("changed", changed, World.run_once),
+        TierJob("read", archived, read, ("warm", "local")),
+    )
+}

@@ -1,0 +1,134 @@
+"""Tiers whose listings are scripted, and an inventory by names."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tiercache.model import ObjectInfo
+from tiercache.store import MemoryStore
+from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import load_tiers
+
+NOW_S = 2_000_000_000.0
+OLD_S = NOW_S - 86_400.0
+SETTLE_S = 600.0
+
+
+THREE = """
+[tiers.hot]
+url = "memory://h"
+[tiers.standard]
+url = "memory://s"
+[tiers.archive]
+url = "memory://a"
+"""
+# The archive is another class of the same objects.
+ONE_URL = THREE.replace("memory://a", "memory://s") + 'storage_class = "GLACIER"\n'
+
+
+class ListedStore(MemoryStore):
+    """What a script lists, word for word; small objects may be put beside it, to be read."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.infos: dict[str, ObjectInfo] = {}
+
+    def add(self, key, n_bytes=100, *, modified_s=OLD_S, etag="*", **facts):
+        etag = f'"{self.name}-{key}"' if etag == "*" else etag
+        self.infos[key] = ObjectInfo(key, n_bytes, etag=etag, modified_s=modified_s, **facts)
+
+    def text(self, key, body, **facts):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.put(key, data)
+        self.add(key, len(data), **facts)
+
+    def list(self, prefix=""):
+        self.counters.add("requests")
+        return iter([info for key, info in self.infos.items() if key.startswith(prefix)])
+
+
+class Books(dict):
+    """A catalog: (tier, key) -> what is known."""
+
+    def checksums(self, tier, /):
+        return {key: known for (of, key), known in self.items() if of == tier}
+
+    def verify(self, store, key, crc32c=7):
+        info = store.infos[key]
+        self[store.name.rpartition("-")[2], key] = (info.n_bytes, info.etag, crc32c, True)
+
+
+@dataclass
+class Tiers:
+    """Tiers whose listings are scripted."""
+
+    folder: Path
+    stores: dict[str, ListedStore]
+    books: Books
+    rules: str = ""
+    tables: str = (
+        '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://a"\n'
+    )
+
+    @property
+    def hot(self):
+        return self.stores["hot"]
+
+    @property
+    def standard(self):
+        return self.stores["standard"]
+
+    @property
+    def archive(self):
+        return self.stores["archive"]
+
+    @property
+    def file(self):
+        path = self.folder / "tiercache.toml"
+        path.write_text(self.tables + self.rules)
+        return load_tiers(path)
+
+    def clear(self):
+        for store in self.stores.values():
+            store.delete([info.key for info in MemoryStore.list(store)])
+
+    def take(self, now_s=NOW_S, **options) -> "Look":
+        file = self.file
+        given = {tier.name: options.pop(tier.name, self.stores[tier.name]) for tier in file.tiers}
+        with Stores(file, stores=given) as stores:
+            return Look(take_inventory(file, stores, self.books, now_s=now_s, **options))
+
+
+class Look:
+    """An inventory by names."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory, self.snapshot, self.facts = inventory, inventory.snapshot, inventory.facts
+        self.paths = self.snapshot.paths.to_pylist()
+
+    def group(self, path):
+        return self.paths.index(path)
+
+    def copy(self, path, tier):
+        snapshot = self.snapshot
+        at = (snapshot.group == self.group(path)) & (snapshot.tier == snapshot.tiers.index(tier))
+        (found,) = np.flatnonzero(at)
+        return found
+
+    def of(self, path, column):
+        return getattr(self.snapshot, column)[self.group(path)].item()
+
+    def has(self, path, tier, column):
+        return getattr(self.snapshot, column)[self.copy(path, tier)].item()
+
+    def objects(self, path, tier):
+        return self.inventory.objects(self.group(path), self.snapshot.tiers.index(tier))
+
+
+def scripted(folder, name):
+    """Three tiers that hold nothing. name: of the test; they are its own."""
+    stores = {tier: ListedStore(f"{name}-{tier}") for tier in ("hot", "standard", "archive")}
+    return Tiers(folder, stores, Books())

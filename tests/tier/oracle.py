@@ -1,0 +1,303 @@
+"""What must be true of tiers whatever happens, told from outside: it shares no code with the library.
+
+The world says what people do: write, remove, pin, and which bits it turns itself. After every step, and at every named
+point inside of one, the oracle looks at all objects as they lie and compares them with what lay there before.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+DAY_S = 86_400.0
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An object as it lies in a place."""
+
+    data: bytes
+    storage_class: str = ""
+    readable: bool = True
+
+
+Picture = Mapping[str, Mapping[str, Seen]]
+"""Place to key to what lies there. A place is a URL: two tiers may share one."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is moved as one, as the world has written it.
+
+    last: the key that makes it whole; "": none does, it is whole when nothing has changed for settle_s.
+    series, step: of a checkpoint. delete_after_s: of the rule that holds for it; keep_last: so many of a series are
+    never deleted.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    last: str = ""
+    series: str = ""
+    step: int = -1
+    delete_after_s: float = NEVER
+    keep_last: int = 0
+
+
+@dataclass
+class Oracle:
+    """The record, and the checks.
+
+    alive: key to contents to the place where somebody has written them and not replaced or removed them himself.
+    ever: all contents that a key has had. rotten: (place, key) to the bytes that the world itself has spoilt.
+    first_seen_s: (place, key, contents) to when they were seen there first. pinned: keys. asked_s: path of a group to
+    when a plan of it was applied first. apart: (place, group) that looked whole and were not when the step began;
+    in_parts: that people have left in parts. protected: series to its newest complete checkpoint, when it began.
+    """
+
+    grace_s: float
+    settle_s: float
+    groups: dict[str, Group] = field(default_factory=dict)
+    alive: dict[str, dict[bytes, set[str]]] = field(default_factory=dict)
+    ever: dict[str, set[bytes]] = field(default_factory=dict)
+    rotten: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    written_s: dict[str, float] = field(default_factory=dict)
+    changed_s: dict[str, float] = field(default_factory=dict)
+    first_seen_s: dict[tuple[str, str, bytes], float] = field(default_factory=dict)
+    apart: set[tuple[str, str]] = field(default_factory=set)
+    in_parts: set[tuple[str, str]] = field(default_factory=set)
+    pinned: set[str] = field(default_factory=set)
+    asked_s: dict[str, float] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)
+    before: Picture = field(default_factory=dict)
+    group_of: dict[str, str] = field(default_factory=dict)
+    protected: dict[str, str] = field(default_factory=dict)
+
+    # -- what people do ---------------------------------------------------------------------------------------------
+
+    def knows(self, group: Group) -> None:
+        """There is such a group from now on."""
+        self.groups[group.name] = group
+        for key in group.keys:
+            self.group_of[key] = group.name
+
+    def wrote(self, place: str, key: str, data: bytes, now_s: float) -> None:
+        """Somebody has written these bytes there: they supersede all that nobody has laid elsewhere himself."""
+        self.rotten.pop((place, key), None)
+        contents = self.alive.setdefault(key, {})
+        for other in [*contents]:
+            contents[other].discard(place)
+            if not any(_lies(self.before.get(p, {}), key, other) for p in contents[other]):
+                del contents[other]
+        contents.setdefault(data, set()).add(place)
+        self.ever.setdefault(key, set()).add(data)
+        self.written_s.setdefault(key, now_s)
+        self.changed_s[key] = now_s
+        self.deleted.discard(self.group_of[key])
+
+    def removed(self, place: str, key: str) -> None:
+        """Somebody has removed it from there; where it lies elsewhere, he relies on that."""
+        self.rotten.pop((place, key), None)
+        contents = self.alive.get(key, {})
+        for data in [*contents]:
+            if _lies(self.before.get(place, {}), key, data):
+                contents[data].discard(place)
+                if not any(_lies(objects, key, data) for other, objects in self.before.items() if other != place):
+                    del contents[data]
+
+    def rotted(self, place: str, key: str, data: bytes) -> None:
+        """A bit of it has turned."""
+        self.rotten[place, key] = data
+        self.ever[key].add(data)
+        lies = self.before.get(place, {}).get(key)
+        contents = self.alive.get(key, {})
+        if lies is not None and lies.data in contents:
+            contents[lies.data].discard(place)
+            if not any(_lies(objects, key, lies.data) for other, objects in self.before.items() if other != place):
+                del contents[lies.data]  # the world has spoilt the last of it
+
+    def asked(self, paths: Iterable[str], now_s: float) -> None:
+        """Somebody has applied a plan of these groups."""
+        for path in paths:
+            self.asked_s.setdefault(path, now_s)
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def begins(self, picture: Picture, now_s: float) -> None:
+        """A step begins: what lies there by the hands of people is as it should be."""
+        self._note_seen(picture, now_s)
+        self.before = picture
+        self.protected = self.newest_complete(picture, now_s)
+        self.apart = {(place, group) for place, group, _ in self._looks_whole_and_is_not(picture)}
+
+    def look(self, picture: Picture, now_s: float) -> list[str]:
+        """What is wrong with what the library has made of the picture before."""
+        self._note_seen(picture, now_s)
+        found = [
+            *self._lost(picture, now_s),
+            *self._strange(picture),
+            *self._half(picture),
+            *self._newest(picture),
+            *self._pins(picture),
+            *self._early(picture, now_s),
+        ]
+        self.before = picture
+        return found
+
+    def _note_seen(self, picture: Picture, now_s: float) -> None:
+        for place, objects in picture.items():
+            for key, seen in objects.items():
+                self.first_seen_s.setdefault((place, key, seen.data), now_s)
+        for place, key, data in [*self.first_seen_s]:
+            if not _lies(picture.get(place, {}), key, data):
+                del self.first_seen_s[place, key, data]
+
+    def _lost(self, picture: Picture, now_s: float) -> list[str]:
+        """Bytes that nobody holds any more, and that no rule deletes."""
+        found = []
+        for key, contents in self.alive.items():
+            for data in [*contents]:
+                if any(_lies(objects, key, data) for objects in picture.values()):
+                    continue
+                why = self.may_not_delete(self.group_of[key], now_s)
+                if why:
+                    found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
+                self.deleted.add(self.group_of[key])
+                del contents[data]
+        return found
+
+    def may_not_delete(self, name: str, now_s: float) -> str:
+        """Why no rule deletes a group now; "": one may."""
+        group = self.groups[name]
+        age_s = now_s - min(self.written_s[key] for key in group.keys if key in self.written_s)
+        if group.delete_after_s == NEVER:
+            return "no rule deletes it"
+        if age_s < group.delete_after_s:
+            return f"it is {age_s / DAY_S:.1f} days old"
+        if self.pinned & set(group.keys):
+            return "it is pinned"
+        if self.protected.get(group.series) == name:
+            return "it is the newest complete checkpoint of its run"
+        newer = [other for other in self.groups.values() if other.series == group.series and other.step > group.step]
+        here = [o for o in newer if o.name not in self.deleted and all(self.alive.get(k) for k in o.keys)]
+        if group.series and len(here) < group.keep_last:
+            return f"it is among the last {group.keep_last}"
+        return ""
+
+    def _strange(self, picture: Picture) -> list[str]:
+        """Bytes that nobody has ever written under that name."""
+        found = []
+        for place, objects in picture.items():
+            for key, seen in objects.items():
+                if key in self.ever and seen.data not in self.ever[key]:
+                    found.append(f"{place}/{key}: {len(seen.data)} bytes that nobody wrote")
+                if key not in self.ever:
+                    found.append(f"{place}/{key}: nobody wrote an object of that name")
+        return found
+
+    def _half(self, picture: Picture) -> list[str]:
+        """Groups that look whole in a place and are not, and did not before."""
+        return [
+            f"{place}/{name}: looks complete and lacks {', '.join(missing)}"
+            for place, name, missing in self._looks_whole_and_is_not(picture)
+            if (place, name) not in self.apart
+        ]
+
+    def _looks_whole_and_is_not(self, picture: Picture) -> Iterator[tuple[str, str, list[str]]]:
+        for group in self.groups.values():
+            for place, objects in picture.items():
+                missing = self._missing(group, place, picture)
+                if missing and group.last in objects:
+                    yield place, group.name, missing
+
+    def _missing(self, group: Group, place: str, picture: Picture) -> list[str]:
+        """Keys that lie elsewhere and not there: what nobody has, somebody has taken away himself."""
+        return [
+            key
+            for key in group.keys
+            if key not in picture[place] and any(key in now for now in (*picture.values(), *self.before.values()))
+        ]
+
+    def at_rest(self, picture: Picture) -> list[str]:
+        """What is wrong when everything was done: a group in parts that nobody has taken apart."""
+        found = []
+        for group in self.groups.values():
+            for place, objects in picture.items():
+                there, missing = [key for key in group.keys if key in objects], self._missing(group, place, picture)
+                if there and missing and (place, group.name) not in self.in_parts:
+                    found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
+        return found
+
+    def note_parts(self, picture: Picture) -> None:
+        """Somebody has just done something by hand: what lies in parts now, he has taken apart."""
+        for group in self.groups.values():
+            for place, objects in picture.items():
+                if 0 < sum(key in objects for key in group.keys) < len(group.keys):
+                    self.in_parts.add((place, group.name))
+
+    def newest_complete(self, picture: Picture, now_s: float) -> dict[str, str]:
+        """Series to its newest checkpoint that is whole and readable somewhere now."""
+        newest: dict[str, Group] = {}
+        for group in self.groups.values():
+            if not group.series or not self._is_complete(group, now_s) or not self._whole_in(group, picture):
+                continue
+            if group.series not in newest or group.step > newest[group.series].step:
+                newest[group.series] = group
+        return {series: group.name for series, group in newest.items()}
+
+    def _is_complete(self, group: Group, now_s: float) -> bool:
+        if group.last:
+            return True
+        times = [self.changed_s[key] for key in group.keys if key in self.changed_s]
+        return bool(times) and max(times) + self.settle_s <= now_s
+
+    def _whole_in(self, group: Group, picture: Picture) -> list[str]:
+        """Places that have all of it, right and readable."""
+        return [place for place, objects in picture.items() if all(self._right(objects.get(k), k) for k in group.keys)]
+
+    def _right(self, seen: Seen | None, key: str) -> bool:
+        return seen is not None and seen.readable and seen.data in self.alive.get(key, {})
+
+    def _newest(self, picture: Picture) -> list[str]:
+        return [
+            f"{name} is the newest complete checkpoint of {series}, and no place has it whole and readable"
+            for series, name in self.protected.items()
+            if not self._whole_in(self.groups[name], picture)
+        ]
+
+    def _pins(self, picture: Picture) -> list[str]:
+        found = []
+        for place, objects in self.before.items():
+            for key in self.pinned & set(objects):
+                now = picture.get(place, {}).get(key)
+                if now is None:
+                    found.append(f"{place}/{key} is pinned, and gone from there")
+                elif now.storage_class != objects[key].storage_class:
+                    found.append(f"{place}/{key} is pinned, and its class is {now.storage_class!r} now")
+        return found
+
+    def _early(self, picture: Picture, now_s: float) -> list[str]:
+        """Copies that went, or cannot be read any more, sooner than grace after another was there."""
+        found = []
+        for place, objects in self.before.items():
+            for key, seen in objects.items():
+                now = picture.get(place, {}).get(key)
+                if now is not None and not (seen.readable and not now.readable):
+                    continue
+                if self.rotten.get((place, key)) == seen.data or not self.may_not_delete(self.group_of[key], now_s):
+                    continue
+                holders = [other for other in picture if _lies(picture[other], key, seen.data)]
+                since_s = [
+                    self.first_seen_s[other, key, seen.data] for other in holders if other != place or now is None
+                ]
+                if now is not None:
+                    since_s = [self.asked_s.get(self.group_of[key], NEVER)]
+                if since_s and min(since_s) + self.grace_s > now_s + 1.0:
+                    found.append(
+                        f"{place}/{key} {'went' if now is None else 'became unreadable'} "
+                        f"{now_s - min(since_s):.0f} s after another was there, grace is {self.grace_s:.0f} s"
+                    )
+        return found
+
+
+def _lies(objects: Mapping[str, Seen], key: str, data: bytes) -> bool:
+    seen = objects.get(key)
+    return seen is not None and seen.data == data

@@ -1,0 +1,132 @@
+"""Small worlds for planners: groups and copies as people think of them, made into a snapshot's columns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.prices import FREE, Prices, RestorePrice
+from tiercache.tier.model import HERE, KINDS, NO_SERIES, NO_STEP, Kind, Snapshot
+from tiercache.tierfile import Tier, TierFile
+
+DAY_S = 86_400.0
+NOW_S = 10_000 * DAY_S
+TIERS = ("hot", "standard", "archive")
+STANDARD = Prices("x:r:S", store_gb_month=0.02, put_1000=0.005, get_1000=0.0004, egress_gb=0.09)
+COLD = Prices(
+    "x:r:C",
+    store_gb_month=0.004,
+    put_1000=0.02,
+    get_1000=0.01,
+    transition_1000=0.02,
+    retrieve_gb=0.03,
+    egress_gb=0.09,
+    min_days=90,
+    min_bytes=100,
+)
+FROZEN = Prices(
+    "x:r:F", store_gb_month=0.001, min_days=5, overhead_bytes=40, restore={"standard": RestorePrice(0.01, 0.05, 5)}
+)
+PRICES = (FREE, STANDARD, COLD)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy. days: since its youngest object was written; None: as long as its group is."""
+
+    n_bytes: int = 1000
+    n_objects: int = 1
+    smallest_bytes: int | None = None
+    days: float | None = None
+    state: int = HERE
+    whole: bool = True
+    verified: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group. days: since it was written; unused_days: since it was used; None: never was."""
+
+    path: str
+    copies: Mapping[str, Copy]
+    kind: Kind = "file"
+    step: int = NO_STEP
+    series: int = NO_SERIES
+    complete: bool = True
+    days: float = 0.0
+    unused_days: float | None = None
+    uses: int = 0
+    unreported: bool = False
+    in_use: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+
+
+def checkpoint(run: int, step: int, copies: Mapping[str, Copy], **facts: object) -> Group:
+    return Group(f"ckpt/r{run}/step-{step}", copies, "checkpoint", step, run, **facts)
+
+
+def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: float = NOW_S) -> Snapshot:
+    rows = [
+        (number, tiers.index(name), copy, group)
+        for number, group in enumerate(groups)
+        for name, copy in sorted(group.copies.items(), key=lambda item: tiers.index(item[0]))
+    ]
+    created = np.array([now_s - group.days * DAY_S for group in groups], np.float64)
+    unused = [group.days if group.unused_days is None else group.unused_days for group in groups]
+    metrics = sorted({name for group in groups for name in group.metrics})
+
+    def copies(of, dtype):
+        return np.array([of(copy) for _, _, copy, _ in rows], dtype)
+
+    return Snapshot(
+        now_s=now_s,
+        tiers=tuple(tiers),
+        classes=("",),
+        paths=pa.array([group.path for group in groups], pa.string()),
+        kind=np.array([KINDS.index(group.kind) for group in groups], np.uint8),
+        step=np.array([group.step for group in groups], np.int64),
+        series=np.array([group.series for group in groups], np.int32),
+        complete=np.array([group.complete for group in groups], np.bool_),
+        created_s=created,
+        last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
+        uses=np.array([group.uses for group in groups], np.int64),
+        unreported=np.array([group.unreported for group in groups], np.bool_),
+        in_use=np.array([group.in_use for group in groups], np.bool_),
+        metrics={name: np.array([group.metrics.get(name, np.nan) for group in groups]) for name in metrics},
+        tags={number: group.tags for number, group in enumerate(groups) if group.tags},
+        group=np.array([number for number, *_ in rows], np.int32),
+        tier=np.array([tier for _, tier, *_ in rows], np.int8),
+        n_objects=copies(lambda copy: copy.n_objects, np.int32),
+        n_bytes=copies(lambda copy: copy.n_bytes, np.int64),
+        smallest_bytes=copies(
+            lambda c: c.n_bytes // c.n_objects if c.smallest_bytes is None else c.smallest_bytes, np.int64
+        ),
+        modified_s=np.array(
+            [now_s - (group.days if copy.days is None else copy.days) * DAY_S for _, _, copy, group in rows], np.float64
+        ),
+        storage_class=np.zeros(len(rows), np.int16),
+        state=copies(lambda copy: copy.state, np.uint8),
+        whole=copies(lambda copy: copy.whole, np.bool_),
+        verified=copies(lambda copy: copy.verified, np.bool_),
+    )
+
+
+def tier_file(
+    rules: Sequence[object] = (),
+    *,
+    one_bucket: bool = False,
+    marks: Mapping[str, tuple[float, float]] | None = None,
+    **parts,
+) -> TierFile:
+    """Three tiers. one_bucket: standard and archive are classes of one; marks: low and high of tiers."""
+    urls = {"hot": "/nvme/train", "standard": "s3://warm/train", "archive": "s3://cold/train"}
+    if one_bucket:
+        urls["archive"] = urls["standard"]
+    tiers = []
+    for name in TIERS:
+        low, high = (marks or {}).get(name, (0.75, 0.9))
+        tiers.append(Tier(name=name, role=name, url=urls[name], low=low, high=high))
+    return TierFile(path=Path("tiercache.toml"), sha256="5" * 64, tiers=tuple(tiers), rules=tuple(rules), **parts)

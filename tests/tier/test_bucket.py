@@ -1,0 +1,79 @@
+"""The bucket that tiers are tried on keeps the contract of stores, and is archived and restored as S3 is."""
+
+import pytest
+from tests.tier.bucket import RESTORE_S, Died, DiskBucket, Script, about_now, file_name, read_object, write_object
+
+from tiercache.errors import StoreError
+from tiercache.testing import JumpingClock
+from tiercache.testing.suite import StoreSuite
+from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.tier.stores import state_of
+
+
+class TestDiskBucket(StoreSuite):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return DiskBucket(tmp_path / "bucket", "s3://bucket", Script())
+
+    def raw_put(self, store, key, data):
+        write_object(store.root / file_name(key), about_now(data, ""), data)
+
+    def raw_get(self, store, key):
+        return read_object(store.root / file_name(key))[1]
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    return DiskBucket(tmp_path, "s3://bucket", Script())
+
+
+def archive(bucket, key="a", data=b"data"):
+    with bucket.create(key, storage_class="GLACIER") as upload:
+        upload.put_part(0, data)
+        upload.complete()
+
+
+def test_what_is_archived_cannot_be_read_nor_copied_nor_given_another_class(bucket):
+    archive(bucket)
+    for read in (bucket.get, lambda key: bucket.copy(key, "b"), lambda key: bucket.set_class(key, "STANDARD")):
+        with pytest.raises(StoreError, match="InvalidObjectState") as caught:
+            read("a")
+        assert caught.value.archived
+
+
+def test_a_restored_copy_can_be_read_for_as_long_as_was_asked(bucket):
+    archive(bucket)
+    with JumpingClock() as clock:
+        states = [state_of(bucket.head("a"))]
+        assert bucket.restore("a", days=2) == "started"
+        assert bucket.restore("a", days=2) == "running"
+        states.append(state_of(bucket.head("a")))
+        clock.jump(RESTORE_S + 1)
+        states.append(state_of(bucket.head("a")))
+        assert bucket.get("a") == b"data"
+        clock.jump(3 * 86_400)
+        states.append(state_of(bucket.head("a")))
+    assert states == [ARCHIVED, RESTORING, RESTORED, ARCHIVED]
+
+
+def test_a_change_of_class_keeps_the_bytes(bucket):
+    bucket.put("a", b"data")
+    assert state_of(bucket.set_class("a", "STANDARD_IA")) == HERE
+    assert bucket.get("a") == b"data"
+
+
+def test_a_fault_strikes_the_call_it_was_scripted_for_and_no_other(bucket):
+    bucket.script.faults = [["put", 2, "lost"], ["get", 1, "flip"]]
+    bucket.put("a", b"data")
+    with pytest.raises(StoreError, match="lost answer"):
+        bucket.put("b", b"data")
+    assert [bucket.get("a"), bucket.get("a"), bucket.get("b")] == [b"dat`", b"data", b"data"]
+    assert bucket.script.struck == ["lost of put", "flip of get"]
+
+
+def test_a_dead_process_does_nothing(bucket):
+    bucket.script.dead = True
+    with pytest.raises(Died):
+        bucket.put("a", b"data")
+    bucket.script.dead = False
+    assert list(bucket.list()) == []

@@ -1,0 +1,109 @@
+"""What moves cost: figures that were worked out by hand, and sums over objects one by one."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.prices import Prices, price_table
+from tiercache.tier import costs
+from tiercache.tier.costs import Sizes
+
+DAY_S = 86_400.0
+
+
+def sizes(*copies: tuple[int, ...]) -> Sizes:
+    """Of copies, each given as the sizes of its objects."""
+    return Sizes(
+        np.array([len(copy) for copy in copies], np.int64),
+        np.array([sum(copy) for copy in copies], np.int64),
+        np.array([min(copy) for copy in copies], np.int64),
+    )
+
+
+def price(name: str) -> Prices:
+    return price_table()[1][f"aws:us-east-1:{name}"]
+
+
+def test_keeping_a_terabyte_in_standard_for_a_month_costs_23_dollars():
+    assert costs.month_dollars(price("STANDARD"), sizes((10**12,))) == pytest.approx([23.0])
+
+
+def test_a_small_object_is_billed_at_the_minimum_of_its_class():
+    assert costs.billed_bytes(price("GLACIER_IR"), sizes((1000,), (10**6,))).tolist() == [131072, 10**6]
+
+
+def test_what_is_billed_beside_an_object_counts_for_each():
+    assert costs.billed_bytes(price("DEEP_ARCHIVE"), sizes((1000, 2000))).tolist() == [3000 + 2 * 40960]
+
+
+def test_leaving_a_class_early_costs_what_is_left_of_its_days():
+    """64 MB in DEEP_ARCHIVE for its 180 days cost $0.00038 in all: half of it when they leave after 90."""
+    fee = costs.early_dollars(price("DEEP_ARCHIVE"), sizes((64_000_000,), (64_000_000,)), np.array([90, 181]) * DAY_S)
+    assert fee[0] == pytest.approx((64_000_000 + 40960) / 1e9 * 0.00099 * 3)
+    assert fee[1] == 0
+
+
+def test_a_copy_of_the_future_pays_no_more_than_all_days():
+    days = costs.early_days(price("GLACIER_IR"), np.array([-5.0]) * DAY_S)
+    assert days.tolist() == [90]
+
+
+def test_changing_a_class_costs_a_transition_and_reading_what_is_there():
+    cost = costs.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((10**9, 10**9)))
+    assert cost == pytest.approx([2 * 0.05 / 1000 + 2 * 0.01])
+
+
+def test_a_copy_through_this_machine_costs_a_request_for_each_part():
+    of_100_parts = sizes((800 << 20,))
+    cost = {
+        streams: costs.copy_dollars(price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams)
+        for streams in (False, True)
+    }
+    assert cost[True] == pytest.approx([101 * (0.0004 + 0.02) / 1000])
+    assert cost[False] == pytest.approx([(0.0004 + 0.02) / 1000])
+
+
+def test_bytes_that_leave_the_region_cost_egress():
+    stays, leaves = (
+        costs.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((10**9,)), leaves=leaves, streams=False)
+        for leaves in (False, True)
+    )
+    assert leaves - stays == pytest.approx([0.09])
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "days"), [(128 << 10, 19 * 30), (1 << 20, 2.3 * 30), (16 << 20, 4.1), (64 << 20, 1.0)]
+)
+def test_the_break_even_of_a_move_to_deep_archive_is_what_others_have_computed(n_bytes, days):
+    """$0.05 for 1,000 transitions against $0.022 a GB and month saved, with nothing beside the object."""
+    bare = Prices("", store_gb_month=0.00099, transition_1000=0.05)
+    once = costs.reclass_dollars(price("STANDARD"), bare, sizes((n_bytes,)))
+    saving = costs.month_dollars(price("STANDARD"), sizes((n_bytes,))) - costs.month_dollars(bare, sizes((n_bytes,)))
+    assert costs.break_even_days(once, saving)[0] == pytest.approx(days, rel=0.1)
+
+
+def test_what_saves_nothing_is_never_earned_back_and_what_costs_nothing_at_once():
+    days = costs.break_even_days(np.array([1.0, 1.0, 0.0]), np.array([0.0, -1.0, 2.0]))
+    assert days.tolist() == [math.inf, math.inf, 0.0]
+
+
+def test_a_region_is_the_name_of_the_price_table_without_its_class():
+    assert costs.region_of(price("STANDARD")) == "aws:us-east-1"
+    assert costs.region_of(Prices("tiers.archive")) == ""
+
+
+copies = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=5).map(tuple), min_size=1, max_size=6)
+
+
+@given(copies, st.integers(0, 300), st.integers(0, 50))
+def test_billed_bytes_are_those_of_single_objects_and_never_more_than_those_of_many(given_copies, least, beside):
+    prices = Prices("", min_bytes=least, overhead_bytes=beside)
+    found = costs.billed_bytes(prices, sizes(*given_copies)).tolist()
+    for n_bytes, copy in zip(found, given_copies, strict=True):
+        exact = sum(max(size, least) + beside for size in copy)
+        assert sum(copy) <= n_bytes <= exact
+        if len(copy) == 1 or min(copy) >= least or max(copy) <= least:
+            assert n_bytes == exact

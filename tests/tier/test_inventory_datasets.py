@@ -1,0 +1,209 @@
+"""Data sets in an inventory: the shards that versions name, wherever they lie, and what machines said of their use."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tests.tier.listed import NOW_S, Books, Look
+
+import tiercache as tc
+from tiercache.catalog.tiers import KnownCopy, TierCatalog
+from tiercache.shard import manifest
+from tiercache.store import LocalFolder
+from tiercache.testing import Fault, FaultStore
+from tiercache.tier import placement, usage
+from tiercache.tier.inventory import take_inventory
+from tiercache.tier.model import KINDS, SHARD
+from tiercache.tier.placement import Row
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import load_tiers
+
+
+@pytest.fixture
+def local(tmp_path):
+    """Three tiers in folders, a data set at home in `sets/a`, written in two versions."""
+    path = tmp_path / "tiercache.toml"
+    tables = [f'[tiers.{name}]\nurl = "{tmp_path}/{name}"\n' for name in ("hot", "standard", "archive")]
+    path.write_text("\n".join(tables))
+    home = tmp_path / "standard" / "sets" / "a"
+    for mode in ("create", "append"):
+        with tc.Writer(home, schema={"id": "int64"}, mode=mode, shard_size="4KiB", block_size="1KiB") as writer:
+            writer.write_batch({"id": np.random.default_rng(3).integers(0, 1 << 60, 2000)})
+
+    def take(books=None, stores=None, **options):
+        file = load_tiers(path)
+        with Stores(file, stores=stores) as stores:
+            return Look(take_inventory(file, stores, Books() if books is None else books, now_s=NOW_S, **options))
+
+    names = [p.relative_to(tmp_path / "standard").as_posix() for p in sorted(home.rglob("*.tcs"))]
+    return SimpleNamespace(root=tmp_path, home=home, take=take, names=names, store=LocalFolder(home))
+
+
+def test_the_shards_of_all_versions_are_groups(local):
+    look = local.take()
+    assert len(local.names) > 3
+    assert look.paths == local.names
+    assert set(look.snapshot.kind.tolist()) == {SHARD}
+
+
+def test_shards_that_only_an_old_version_names_are_live(local):
+    with tc.Writer(local.home, schema={"id": "int64"}, mode="overwrite") as writer:
+        writer.write_batch({"id": np.arange(3)})
+    assert set(local.names) < set(local.take().paths)
+
+
+def test_a_shard_has_the_checksum_of_its_manifest(local):
+    table = manifest.read_shards(local.store, manifest.latest(local.store))
+    look = local.take()
+    for info in table.infos():
+        (found,) = look.objects(f"sets/a/{info.name}", "standard")
+        assert (found.n_bytes, found.crc32c) == (info.n_bytes, info.crc32c)
+
+
+def test_a_shard_of_another_size_than_its_manifest_s_is_not_whole(local):
+    name = local.names[0]
+    (local.root / "archive" / name).parent.mkdir(parents=True)
+    (local.root / "archive" / name).write_bytes(b"short")
+    look = local.take()
+    assert (look.has(name, "standard", "whole"), look.has(name, "archive", "whole")) == (True, False)
+
+
+def test_a_shard_that_lies_only_in_another_tier_is_a_group_there(local):
+    name = local.names[0]
+    (local.root / "archive" / name).parent.mkdir(parents=True)
+    shutil.move(local.root / "standard" / name, local.root / "archive" / name)
+    look = local.take()
+    assert (look.has(name, "archive", "whole"), look.facts["missing"]) == (True, (0, ()))
+
+
+def test_a_shard_that_lies_nowhere_is_said(local):
+    (local.root / "standard" / local.names[0]).unlink()
+    assert local.take().facts["missing"] == (1, (local.names[0],))
+
+
+def test_a_shard_that_no_version_names_is_left_alone_and_said(local):
+    (local.home / "lost.tcs").write_bytes(b"of a writer that died")
+    look = local.take()
+    assert look.paths == local.names
+    assert look.facts["orphans"] == (1, ("sets/a/lost.tcs",))
+
+
+def test_another_file_in_a_data_set_is_a_file(local):
+    (local.home / "README.md").write_text("of apples")
+    look = local.take()
+    assert KINDS[look.of("sets/a/README.md", "kind")] == "file"
+
+
+def test_a_data_set_that_cannot_be_read_is_left_alone_whole_and_said(local):
+    newest = sorted((local.home / "_tiercache" / "versions").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-3])
+    look = local.take()
+    assert look.paths == []
+    (dataset,) = look.facts["datasets"]
+    assert (dataset.folder, dataset.problem != "") == ("sets/a/", True)
+    assert look.facts["orphans"][0] == len(local.names)
+
+
+def test_a_data_set_may_be_all_that_a_tier_has(local):
+    for name in ("hot", "archive"):
+        (local.root / name).mkdir()
+    for path in local.home.iterdir():
+        shutil.move(path, local.root / "standard" / path.name)
+    look = local.take()
+    (dataset,) = look.facts["datasets"]
+    assert (dataset.folder, dataset.n_versions, dataset.n_shards) == ("", 2, len(local.names))
+    assert len(look.paths) == len(local.names)
+
+
+def test_a_data_set_that_is_not_at_home_is_read_where_it_is(local):
+    shutil.move(local.root / "standard", local.root / "hot")
+    look = local.take()
+    (dataset,) = look.facts["datasets"]
+    assert (dataset.tier, len(look.paths)) == ("hot", len(local.names))
+
+
+def test_a_verified_copy_of_a_shard_needs_nothing_on_the_books_of_its_source(local):
+    name = local.names[0]
+    (local.root / "archive" / name).parent.mkdir(parents=True)
+    shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
+    (found,) = local.take().objects(name, "archive")
+    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c, True)})
+    assert local.take(books).has(name, "archive", "verified")
+
+
+def test_a_copy_of_a_shard_with_another_checksum_than_its_manifest_s_is_not_whole(local):
+    name = local.names[0]
+    (local.root / "archive" / name).parent.mkdir(parents=True)
+    shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
+    (found,) = local.take().objects(name, "archive")
+    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c ^ 1, True)})
+    look = local.take(books)
+    assert [look.has(name, tier, "whole") for tier in ("standard", "archive")] == [True, False]
+
+
+def report(local, machine, **facts):
+    local.store.put(usage.usage_key(machine), usage.encode(usage.Report(machine, **facts)))
+
+
+def test_what_machines_report_of_a_shard_is_in_the_snapshot(local):
+    name = local.names[0].removeprefix("sets/a/")
+    report(local, "m", reported_s=NOW_S, shards={name: (NOW_S - 5, 3)})
+    look = local.take()
+    assert (look.of(local.names[0], "last_use_s"), look.of(local.names[0], "uses")) == (NOW_S - 5, 3)
+    assert look.of(local.names[1], "last_use_s") == look.of(local.names[1], "created_s")
+
+
+def test_what_is_read_now_is_in_use(local):
+    name = local.names[0].removeprefix("sets/a/")
+    readers = {"1": usage.Reader(NOW_S - 100, NOW_S - 10)}
+    report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
+    look = local.take()
+    assert (look.of(local.names[0], "in_use"), look.of(local.names[1], "in_use")) == (True, False)
+
+
+def test_while_a_reader_is_waited_for_nothing_of_its_data_set_is_reported(local):
+    report(local, "m", readers={"1": usage.Reader(NOW_S - 86_400, NOW_S - 86_400)})
+    assert local.take().snapshot.unreported.all()
+
+
+def test_versions_at_home_count_and_not_those_of_an_old_copy(local):
+    shutil.copytree(local.root / "standard", local.root / "hot")
+    with tc.Writer(local.home, schema={"id": "int64"}, mode="append") as writer:
+        writer.write_batch({"id": np.arange(3)})
+    look = local.take()
+    (dataset,) = look.facts["datasets"]
+    assert (dataset.tier, dataset.n_versions, look.facts["orphans"]) == ("standard", 3, (0, ()))
+
+
+def test_whether_tiers_look_after_a_data_set_is_said(local):
+    assert not local.take().facts["datasets"][0].is_adopted
+    placement.adopt(local.store)
+    assert local.take().facts["datasets"][0].is_adopted
+
+
+def test_shards_that_are_placed_where_no_tier_is_are_counted_by_place(local):
+    names = [name.removeprefix("sets/a/") for name in local.names[:3]]
+    places = [f"{local.root}/archive/sets/a", "/gone/sets/a", "/gone/sets/a"]
+    placement.adopt(local.store)
+    placement.commit(local.store, {name: Row(name, url) for name, url in zip(names, places, strict=True)})
+    assert local.take().facts["datasets"][0].elsewhere == (("/gone/sets/a", 2),)
+
+
+def test_a_data_set_in_a_tier_that_is_missed_is_left_alone_in_the_others(local):
+    shutil.copytree(local.root / "standard", local.root / "archive")
+    shutil.rmtree(local.root / "archive" / "sets" / "a" / "_tiercache")
+    home = FaultStore(LocalFolder(local.root / "standard"), [Fault("list")])
+    look = local.take(stores={"standard": home}, may_miss=["standard"])
+    assert (look.paths, look.facts["orphans"][0]) == ([], len(local.names))
+
+
+def test_the_catalog_of_moves_is_understood(local):
+    name = local.names[0]
+    (local.root / "archive" / name).parent.mkdir(parents=True)
+    shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
+    (found,) = local.take().objects(name, "archive")
+    with TierCatalog(local.root / "state" / "tiers.sqlite") as catalog:
+        catalog.record([("archive", name, KnownCopy(found.n_bytes, found.etag, found.crc32c, made=True))])
+        look = local.take(catalog)
+    assert [look.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]

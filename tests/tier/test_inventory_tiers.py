@@ -1,0 +1,132 @@
+"""How tiers are listed for an inventory, and how metrics that rules ask for are found in it."""
+
+import numpy as np
+import pytest
+from tests.tier.listed import NOW_S, scripted
+
+from tiercache.errors import StoreError
+from tiercache.testing import CountingStore, Fault, FaultStore
+from tiercache.tier.listing import list_tiers
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import load_tiers
+
+
+@pytest.fixture
+def tiers(tmp_path, request):
+    found = scripted(tmp_path, request.node.name)
+    yield found
+    found.clear()
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+BEST = '[[rules]]\nmatch = "**"\nkeep_hot = { best = "val_loss:2" }\nthen = "archive"\n'
+
+
+def test_metrics_that_no_rule_asks_for_are_not_looked_for(tiers):
+    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
+    tiers.hot.add("step-1/a.pt")
+    counting = CountingStore(tiers.hot)
+    assert tiers.take(hot=counting).snapshot.metrics == {}
+    assert counting.n_calls() == counting.n_calls("list") == 1
+
+
+def test_a_metric_stands_in_a_name(tiers):
+    tiers.rules = BEST
+    tiers.hot.add("c/epoch=1-step=10-val_loss=0.5.ckpt")
+    tiers.hot.add("c/last.ckpt")
+    look = tiers.take()
+    assert look.snapshot.metrics["val_loss"][look.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
+    assert np.isnan(look.snapshot.metrics["val_loss"][look.group("c/last.ckpt")])
+
+
+def test_a_metric_stands_in_a_small_file(tiers):
+    tiers.rules = BEST
+    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
+    tiers.hot.add("step-1/a.pt")
+    assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
+
+
+def test_a_metric_is_read_from_a_tier_that_can_be_read(tiers):
+    tiers.rules = BEST
+    tiers.hot.add("step-1/metrics.json", storage_class="GLACIER")
+    tiers.archive.text("step-1/metrics.json", {"val_loss": 1.5})
+    assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
+
+
+def test_a_metric_that_is_archived_is_not_known_and_said(tiers):
+    tiers.rules = BEST
+    tiers.archive.add("step-1/metrics.json", storage_class="GLACIER")
+    look = tiers.take()
+    assert np.isnan(look.snapshot.metrics["val_loss"]).all()
+    assert look.facts["unread"] == (1, ("step-1",))
+
+
+def test_a_metric_that_cannot_be_read_now_is_an_error(tiers):
+    tiers.rules = BEST
+    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
+    with pytest.raises(StoreError, match="metrics"):
+        tiers.take(hot=FaultStore(tiers.hot, [Fault("read_tail")]))
+
+
+def test_a_metric_that_can_never_be_read_is_not_known_and_said(tiers):
+    tiers.rules = BEST
+    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
+    fault = Fault("read_tail", retryable=False, status=403)
+    assert tiers.take(hot=FaultStore(tiers.hot, [fault])).facts["unread"] == (1, ("step-1",))
+
+
+# -- tiers ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tier_that_cannot_be_listed_is_an_error(tiers):
+    tiers.hot.add("x")
+    with pytest.raises(StoreError, match="archive"):
+        tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]))
+
+
+def test_a_tier_that_may_be_missed_is_left_out_and_said(tiers):
+    tiers.hot.add("x")
+    look = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
+    assert (look.paths, look.facts["missed"]) == (["x"], ("archive",))
+
+
+def test_progress_says_how_many_objects_of_each_tier_are_listed(tiers):
+    for n in range(3):
+        tiers.hot.add(f"x{n}")
+    heard = []
+    tiers.take(on_progress=lambda tier, n: heard.append((tier, n)))
+    assert set(heard) == {("hot", 3), ("standard", 0), ("archive", 0)}
+
+
+def test_of_two_tiers_with_one_url_each_has_the_objects_of_its_class(tiers):
+    tiers.tables = (
+        '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://s"\n'
+    )
+    tiers.tables += 'storage_class = "GLACIER"\n'
+    tiers.standard.add("x", storage_class="STANDARD")
+    tiers.standard.add("y", storage_class="GLACIER")
+    tiers.stores["archive"] = tiers.standard
+    look = tiers.take()
+    assert [(look.paths[g], t) for g, t in zip(look.snapshot.group, look.snapshot.tier, strict=True)] == [
+        ("x", 1),
+        ("y", 2),
+    ]
+
+
+def test_tiers_with_one_url_are_listed_once(tiers):
+    tiers.tables = (
+        '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://s"\n'
+    )
+    tiers.tables += 'storage_class = "GLACIER"\n'
+    counting = CountingStore(tiers.standard)
+    tiers.take(standard=counting, archive=counting)
+    assert counting.n_calls("list") == 1
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
+    path = tmp_path / "tiercache.toml"
+    path.write_text(f'[tiers.hot]\nurl = "{tmp_path}/hot"\n[tiers.standard]\nurl = "{tmp_path}/standard"\n')
+    file = load_tiers(path)
+    with Stores(file) as stores:
+        assert len(list_tiers(file, stores, now_s=NOW_S)) == 0

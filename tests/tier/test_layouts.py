@@ -1,0 +1,457 @@
+"""Layouts: which keys are a checkpoint together, at which step, of which run, and whether names say it is whole."""
+
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.tier.layouts import INDEX, LACKS, MARK, MEMBER, NO_GROUP, Layout, recognise
+from tiercache.tier.model import NO_SERIES, NO_STEP
+
+
+def layout_of(*keys: str) -> Layout:
+    return recognise(pa.array(keys, pa.large_string()))
+
+
+def groups(layout: Layout, keys) -> dict[str, set[str]]:
+    """Path -> its keys."""
+    paths = layout.paths.to_pylist()
+    found = {path: set() for path in paths}
+    for key, group in zip(keys, layout.group.tolist(), strict=True):
+        if group != NO_GROUP:
+            found[paths[group]].add(key)
+    return found
+
+
+def steps(*keys: str) -> dict[str, int]:
+    """Step of each checkpoint among the groups."""
+    layout = layout_of(*keys)
+    return {
+        path: step
+        for path, step, is_one in zip(layout.paths.to_pylist(), layout.step.tolist(), layout.checkpoint, strict=True)
+        if is_one
+    }
+
+
+def lacks(*keys: str) -> dict[str, str]:
+    layout = layout_of(*keys)
+    return dict(zip(layout.paths.to_pylist(), [LACKS[n] for n in layout.lacks.tolist()], strict=True))
+
+
+# -- the layouts of libraries ------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "torch.distributed.checkpoint": (
+        ("run/step-1000/.metadata", "run/step-1000/__0_0.distcp", "run/step-1000/__1_0.distcp"),
+        {"run/step-1000": 1000},
+    ),
+    "Trainer": (
+        (
+            "out/checkpoint-500/config.json",
+            "out/checkpoint-500/model-00001-of-00002.safetensors",
+            "out/checkpoint-500/model-00002-of-00002.safetensors",
+            "out/checkpoint-500/model.safetensors.index.json",
+            "out/checkpoint-500/optimizer.pt",
+            "out/checkpoint-500/rng_state_0.pth",
+            "out/checkpoint-500/trainer_state.json",
+            "out/checkpoint-500/training_args.bin",
+        ),
+        {"out/checkpoint-500": 500},
+    ),
+    "Trainer with DeepSpeed": (
+        (
+            "out/checkpoint-500/global_step500/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "out/checkpoint-500/global_step500/mp_rank_00_model_states.pt",
+            "out/checkpoint-500/latest",
+            "out/checkpoint-500/trainer_state.json",
+            "out/checkpoint-500/zero_to_fp32.py",
+        ),
+        {"out/checkpoint-500": 500},
+    ),
+    "Trainer with FSDP": (
+        (
+            "out/checkpoint-5/optimizer_0/.metadata",
+            "out/checkpoint-5/optimizer_0/__0_0.distcp",
+            "out/checkpoint-5/pytorch_model_fsdp_0/.metadata",
+            "out/checkpoint-5/pytorch_model_fsdp_0/__0_0.distcp",
+            "out/checkpoint-5/trainer_state.json",
+        ),
+        {"out/checkpoint-5": 5},
+    ),
+    "Lightning": (
+        ("logs/version_0/checkpoints/epoch=2-step=300-val_loss=0.32.ckpt", "logs/version_0/hparams.yaml"),
+        {"logs/version_0/checkpoints/epoch=2-step=300-val_loss=0.32.ckpt": 300},
+    ),
+    "Lightning, a name that was taken": (("c/epoch=2-step=300-v1.ckpt",), {"c/epoch=2-step=300-v1.ckpt": 300}),
+    "Lightning, a prefix": (
+        ("c/sample-mnist-epoch=02-val_loss=0.32.ckpt",),
+        {"c/sample-mnist-epoch=02-val_loss=0.32.ckpt": 2},
+    ),
+    "Lightning without '='": (
+        ("c/sample-mnist-epoch02-val_loss0.32.ckpt",),
+        {"c/sample-mnist-epoch02-val_loss0.32.ckpt": 2},
+    ),
+    "Lightning with FSDP": (
+        ("c/epoch=0-step=10.ckpt/.metadata", "c/epoch=0-step=10.ckpt/__0_0.distcp", "c/epoch=0-step=10.ckpt/meta.pt"),
+        {"c/epoch=0-step=10.ckpt": 10},
+    ),
+    "Megatron-LM": (
+        (
+            "gpt/iter_0001000/mp_rank_00/distrib_optim.pt",
+            "gpt/iter_0001000/mp_rank_00/model_optim_rng.pt",
+            "gpt/iter_0001000/mp_rank_01_000/model_optim_rng.pt",
+            "gpt/latest_checkpointed_iteration.txt",
+        ),
+        {"gpt/iter_0001000": 1000},
+    ),
+    "Megatron-LM with torch_dist": (
+        (
+            "gpt/iter_0001000/.metadata",
+            "gpt/iter_0001000/__0_0.distcp",
+            "gpt/iter_0001000/common.pt",
+            "gpt/iter_0001000/metadata.json",
+        ),
+        {"gpt/iter_0001000": 1000},
+    ),
+    "DeepSpeed": (
+        (
+            "ds/global_step1000/mp_rank_00_model_states.pt",
+            "ds/global_step1000/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            "ds/latest",
+            "ds/zero_to_fp32.py",
+        ),
+        {"ds/global_step1000": 1000},
+    ),
+    "OLMo": (
+        ("o/step1000-unsharded/model.pt", "o/step2000/model_and_optim/.metadata", "o/step2000/train/rank0.pt"),
+        {"o/step1000-unsharded": 1000, "o/step2000": 2000},
+    ),
+    "Orbax": (
+        ("x/1000/state/manifest.ocdbt", "x/1000/_CHECKPOINT_METADATA", "x/2000/state/manifest.ocdbt"),
+        {"x/1000": 1000, "x/2000": 2000},
+    ),
+    "files by step": (
+        (
+            "a/step-10.pt", "a/step_20.pth", "a/ckpt-30.safetensors", "a/checkpoint_40.pth.tar", "a/iter_50.npz",
+            "a/epoch-6.bin", "a/model_step_70.tar", "a/global_step80.pt",
+        ),
+        {
+            "a/step-10.pt": 10, "a/step_20.pth": 20, "a/ckpt-30.safetensors": 30, "a/checkpoint_40.pth.tar": 40,
+            "a/iter_50.npz": 50, "a/epoch-6.bin": 6, "a/model_step_70.tar": 70, "a/global_step80.pt": 80,
+        },
+    ),
+    "a metric without '='": (
+        ("a/checkpoint-230500-loss-1.2531/model.safetensors",),
+        {"a/checkpoint-230500-loss-1.2531": 230500},
+    ),
+    "an epoch and a step": (("a/ckpt_epoch_3_step_700.pt",), {"a/ckpt_epoch_3_step_700.pt": 700}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_is_found_with_its_step(name):
+    keys, expected = LAYOUTS[name]
+    assert steps(*keys) == expected
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_is_all_that_lies_in_its_folder(name):
+    keys, expected = LAYOUTS[name]
+    found = groups(layout_of(*keys), keys)
+    for path in expected:
+        assert found[path] == {key for key in keys if key == path or key.startswith(f"{path}/")}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_whole_checkpoint_lacks_nothing(name):
+    keys, _ = LAYOUTS[name]
+    assert set(lacks(*keys).values()) == {""}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run/last.ckpt", "run/latest", "run/best.pt", "run/final/model.pt", "run/step-10.txt", "run/step-10-model.pt",
+        "run/pytorch_model-00001-of-00003.bin", "run/multistep5/x.pt", "run/version_0/hparams.yaml", "run/stage-1/x.pt",
+        "run/release/mp_rank_00/model_optim_rng.pt", "train/shard-000001.tar", "train/n01440764/image_12.jpg",
+        "run/steps-10/x.pt", "run/step-/x.pt", "run/step-0000000000000000001/x.pt", "iteration", "epoch.pt",
+    ],
+)  # fmt: skip
+def test_other_names_are_files(key):
+    layout = layout_of(key)
+    assert (layout.paths.to_pylist(), layout.checkpoint.tolist(), layout.step.tolist()) == ([key], [False], [NO_STEP])
+
+
+def test_numbers_are_steps_only_beside_their_like():
+    assert steps("a/1000/model.pt", "a/readme.txt") == {}
+    assert steps("a/1000/model.pt", "a/2000/model.pt") == {"a/1000": 1000, "a/2000": 2000}
+
+
+def test_numbered_folders_without_weights_are_no_checkpoints():
+    assert steps("train/0/a.jpg", "train/1/a.jpg", "2024/01/events.parquet", "2025/01/events.parquet") == {}
+    assert steps("results/0/file-7.bin", "results/1/file-8.bin", "features/0/1.pt", "features/1/2.pt") == {}
+
+
+def test_the_outermost_of_nested_numbers_is_the_checkpoint():
+    assert steps("a/1000/0/model.pt", "a/1000/1/model.pt", "a/2000/0/model.pt") == {"a/1000": 1000, "a/2000": 2000}
+
+
+def test_a_folder_of_a_numbered_checkpoint_that_holds_no_weights_belongs_to_it():
+    keys = ("a/1000/model.pt", "a/1000/logs/events.txt", "a/2000/model.pt")
+    assert groups(layout_of(*keys), keys)["a/1000"] == {"a/1000/model.pt", "a/1000/logs/events.txt"}
+
+
+def test_steps_are_numbers():
+    found = steps("r/step-9.pt", "r/step-10.pt", "r/step-0011.pt")
+    assert sorted(found, key=found.get) == ["r/step-9.pt", "r/step-10.pt", "r/step-0011.pt"]
+
+
+# -- series -----------------------------------------------------------------------------------------------------------
+
+
+def series(*keys: str) -> dict[str, int]:
+    layout = layout_of(*keys)
+    return dict(zip(layout.paths.to_pylist(), layout.series.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("r/step-9.pt", "r/step-10.pt"),
+        ("c/epoch=1-step=10-val_loss=0.5.ckpt", "c/epoch=2-step=20-val_loss=-1.9e-05-v1.ckpt"),
+        ("c/val_loss=0.5-epoch=1.ckpt", "c/val_loss=0.25-epoch=12.ckpt"),
+        ("c/m-epoch02-acc0.32.ckpt", "c/m-epoch03-acc0.5.ckpt"),
+        ("o/checkpoint-5/model.safetensors", "o/checkpoint-10/model.safetensors"),
+        ("x/100/optim.pt", "x/200/optim.pt"),
+    ],
+)
+def test_checkpoints_of_one_run_are_one_series(one, other):
+    first, second = series(one, other).values()
+    assert first == second != NO_SERIES
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a/step-1.pt", "b/step-1.pt"),
+        ("a/model_step_1.pt", "a/optim_step_1.pt"),
+        ("a/step-1.pt", "a/step-1.safetensors"),
+        ("a/epoch-1.pt", "a/step-1.pt"),
+        ("a/step1000/x.pt", "a/step1000-unsharded/x.pt"),
+    ],
+)
+def test_what_is_written_under_other_names_is_another_series(one, other):
+    assert len(set(series(one, other).values())) == 2
+
+
+def test_files_have_no_series():
+    assert series("a/x.txt", "a/last.ckpt") == {"a/x.txt": NO_SERIES, "a/last.ckpt": NO_SERIES}
+
+
+# -- whole or not -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "missing"),
+    [
+        (("s/step-1/__0_0.distcp",), "a .metadata beside each .distcp"),
+        (("s/step-1/m/.metadata", "s/step-1/m/__0_0.distcp", "s/step-1/o/__0_0.distcp"),
+         "a .metadata beside each .distcp"),
+        (("s/step-1/.metadata", "s/step-1/.metadata.tmp", "s/step-1/__0_0.distcp"),
+         "the end of a save: a .metadata.tmp lies there"),
+        (("s/checkpoint-1/model.safetensors", "s/checkpoint-1/training_args.bin"), "trainer_state.json"),
+        (("s/checkpoint-1/optimizer.pt", "s/checkpoint-1/trainer_state.json"), "weights"),
+        (("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"), "all shards that their names count"),
+    ],
+)  # fmt: skip
+def test_what_names_promise_and_is_not_there_is_lacking(keys, missing):
+    assert set(lacks(*keys).values()) == {missing}
+
+
+def test_trainer_s_mark_is_asked_of_all_checkpoints_of_a_run_that_has_one():
+    found = lacks("o/checkpoint-1/trainer_state.json", "o/checkpoint-1/model.bin", "o/checkpoint-2/model.bin")
+    assert found == {"o/checkpoint-1": "", "o/checkpoint-2": "trainer_state.json"}
+
+
+def test_folders_called_checkpoint_n_by_others_need_no_mark_of_trainer():
+    assert lacks("o/checkpoint-1/unet/diffusion_pytorch_model.safetensors", "o/checkpoint-1/optimizer.bin") == {
+        "o/checkpoint-1": ""
+    }
+
+
+def test_shards_that_are_counted_in_several_folders_are_counted_apart():
+    keys = [f"s/step-1/{part}/m-0000{n}-of-00002.bin" for part in ("a", "b") for n in (1, 2)]
+    assert lacks(*keys) == {"s/step-1": ""}
+    assert lacks(*keys[:3]) == {"s/step-1": "all shards that their names count"}
+
+
+def test_what_makes_a_checkpoint_whole_has_the_highest_rank():
+    keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
+    assert layout_of(*keys).rank.tolist() == [MARK, MEMBER, INDEX, INDEX]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "a/x.tmp", "a/x.part", "a/.tiercache-tmp-12", "out/tmp-checkpoint-5/model.bin",
+        "x/1000.orbax-checkpoint-tmp-1/m", "a/x.incomplete", "s/step-5.tmp/model.pt", "s/step-5-tmp/model.pt",
+    ],
+)  # fmt: skip
+def test_what_somebody_is_still_writing_is_of_no_group(key):
+    layout = layout_of(key)
+    assert (layout.group.tolist(), len(layout.paths), layout.unfinished.tolist()) == ([NO_GROUP], 0, [True])
+
+
+def test_an_unfinished_object_in_a_checkpoint_belongs_to_it():
+    keys = ("s/step-1/model.pt", "s/step-1/optim.pt.tmp")
+    layout = layout_of(*keys)
+    assert groups(layout, keys) == {"s/step-1": set(keys)}
+    assert layout.unfinished.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("key", ["step-1/", "a//b", "/a", "step-1/../x", "a\\b"])
+def test_what_is_no_key_is_of_no_group(key):
+    assert layout_of(key).group.tolist() == [NO_GROUP]
+
+
+def test_an_object_with_the_name_of_a_checkpoint_s_folder_belongs_to_it():
+    keys = ("s/step-1", "s/step-1/model.pt")
+    assert groups(layout_of(*keys), keys) == {"s/step-1": set(keys)}
+
+
+def test_no_keys_make_no_groups():
+    layout = layout_of()
+    assert (len(layout.paths), len(layout.group), len(layout.step)) == (0, 0, 0)
+
+
+# -- against a plain one --------------------------------------------------------------------------------------------
+
+# Segment -> step of the checkpoint that it names, None: none. The oracle knows them by heart.
+FOLDERS = {
+    "data": None, "step-1": 1, "step_20": 20, "checkpoint-10": 10, "iter_0000300": 300, "global_step7": 7,
+    "epoch=1-step=5-val_loss=0.5.ckpt": 5, "Epoch_3": 3, "step1000-unsharded": 1000, "run-v2": None, "stage-1": None,
+    "steps": None, "step-x": None, "v0": None,
+}  # fmt: skip
+NAMES = {
+    "x.jpg": None, "model.pt": None, "step-3.pt": 3, "epoch_2.ckpt": 2, ".metadata": None, "__0_0.distcp": None,
+    "last.ckpt": None, "a-epoch=2-loss=1.5.ckpt": 2, "step-3": None, "step-3.txt": None, "ckpt-8.pth.tar": 8,
+}  # fmt: skip
+KEYS = st.lists(
+    st.tuples(st.lists(st.sampled_from(sorted(FOLDERS)), max_size=3), st.sampled_from(sorted(NAMES))).map(
+        lambda parts: "/".join([*parts[0], parts[1]])
+    ),
+    unique=True,
+    max_size=25,
+)
+
+
+def plain_group(key: str) -> tuple[str, int | None]:
+    """Path of a key's group, and its step."""
+    *folders, name = key.split("/")
+    for n, folder in enumerate(folders, start=1):
+        if FOLDERS[folder] is not None:
+            return "/".join(folders[:n]), FOLDERS[folder]
+    return key, NAMES[name]
+
+
+@given(KEYS)
+def test_groups_are_those_that_a_plain_walk_over_each_key_finds(keys):
+    layout = layout_of(*keys)
+    expected = {}
+    for key in keys:
+        path, step = plain_group(key)
+        expected[path] = max(expected.get(path, NO_STEP), NO_STEP if step is None else step)
+    # An object that is called like a folder beside it belongs to what the folder is.
+    assert dict(zip(layout.paths.to_pylist(), layout.step.tolist(), strict=True)) == expected
+    assert [layout.paths[group].as_py() for group in layout.group.tolist()] == [plain_group(key)[0] for key in keys]
+
+
+@given(KEYS, st.randoms(use_true_random=False))
+def test_the_order_of_keys_changes_nothing(keys, random):
+    mixed = keys[:]
+    random.shuffle(mixed)
+    one, other = layout_of(*keys), layout_of(*mixed)
+    assert one.paths.equals(other.paths)
+    for name in ("checkpoint", "step", "lacks", "marked"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+    assert len(set(zip(one.series.tolist(), other.series.tolist(), strict=True))) == len(set(one.series.tolist()))
+
+
+@given(st.lists(st.text(alphabet="ab1/-_.=\\stepmtd\x00é", min_size=1, max_size=12), unique=True, max_size=20))
+def test_any_text_is_in_one_group_or_none_and_no_two_groups_have_a_path(keys):
+    layout = layout_of(*keys)
+    paths = layout.paths.to_pylist()
+    assert paths == sorted(paths, key=lambda path: path.encode())
+    assert len(set(paths)) == len(paths)
+    for key, group in zip(keys, layout.group.tolist(), strict=True):
+        assert group == NO_GROUP or key == paths[group] or key.startswith(f"{paths[group]}/")
+
+
+def test_a_large_inventory_is_recognised_as_a_small_one_is():
+    keys = [f"runs/r{run}/checkpoint-{step}/m-{n:05d}-of-00004.bin" for run, step, n in
+            itertools.product(range(20), range(100, 2100, 100), range(1, 5))]  # fmt: skip
+    layout = layout_of(*keys)
+    assert (len(layout.paths), len(np.unique(layout.series)), layout.lacks.any()) == (400, 20, False)
+
+
+# -- what libraries write here ----------------------------------------------------------------------------------------
+
+
+def keys_below(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+
+
+@pytest.fixture
+def model():
+    torch = pytest.importorskip("torch")
+    return torch.nn.Linear(4, 4)
+
+
+def test_torch_s_distributed_checkpoint_is_whole_with_its_mark(tmp_path, model):
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is but one process
+        for step in (9, 10):
+            dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
+    layout = layout_of(*keys_below(tmp_path))
+    assert (layout.paths.to_pylist(), layout.step.tolist()) == (["step-10", "step-9"], [10, 9])
+    assert (layout.marked.all(), layout.lacks.any()) == (True, False)
+    (tmp_path / "step-9" / ".metadata").unlink()
+    assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
+
+
+def test_torch_s_safetensors_checkpoint_is_one_group(tmp_path, model):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "step-10"))
+        dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
+    keys = keys_below(tmp_path)
+    assert groups(layout_of(*keys), keys) == {"step-10": set(keys)}
+    assert lacks(*keys) == {"step-10": ""}
+
+
+def test_files_of_torch_save_are_checkpoints_by_name(tmp_path, model):
+    import torch
+
+    for name in ("step-5.pt", "epoch=1-step=7.ckpt", "last.ckpt"):
+        torch.save(model.state_dict(), tmp_path / name)
+    assert steps(*keys_below(tmp_path)) == {"step-5.pt": 5, "epoch=1-step=7.ckpt": 7}
+
+
+def test_accelerate_s_checkpoints_are_groups_and_need_no_mark(tmp_path, model):
+    accelerate = pytest.importorskip("accelerate")
+    config = accelerate.utils.ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
+    accelerator = accelerate.Accelerator(cpu=True, project_config=config)
+    accelerator.prepare(model)
+    accelerator.save_state()
+    accelerator.save_state()
+    keys = keys_below(tmp_path)
+    assert steps(*keys) == {"checkpoints/checkpoint_0": 0, "checkpoints/checkpoint_1": 1}
+    assert set(lacks(*keys).values()) == {""}

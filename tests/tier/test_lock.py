@@ -1,0 +1,281 @@
+"""One mover at a time: whoever dies, sleeps, or sees an old listing."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from threading import Thread
+
+import pytest
+from tests.tier.moving import HookAt, Killed
+
+from tiercache.errors import CommitConflict, StoreError
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing import FakeClock, Fault, FaultStore
+from tiercache.testing.faults import FaultKind
+from tiercache.tier.lock import DOOMED_S, LOCK_FOLDER, Record, TierLock
+from tiercache.waiting import SystemClock, wait_for
+
+
+@pytest.fixture
+def store(tmp_path):
+    return MemoryStore(tmp_path.as_posix().strip("/").replace("/", "-"))
+
+
+def lock_of(store, **options):
+    return TierLock(store, **{"renew_s": None, "lifetime_s": 60.0, "clock": FakeClock(), **options})
+
+
+def key(number):
+    return f"{LOCK_FOLDER}{number:020d}"
+
+
+def numbers(store):
+    return sorted(int(info.key[len(LOCK_FOLDER) :]) for info in store.list(LOCK_FOLDER))
+
+
+def foreign(**changes):
+    """A lock object of a process on another machine."""
+    return replace(Record.of_this_process(), boot="another", host="elsewhere", **changes)
+
+
+class RenewingClock(FakeClock):
+    """While somebody waits, the holder renews itself."""
+
+    def __init__(self, renew):
+        super().__init__()
+        self._renew = renew
+
+    def sleep(self, duration_s, cancel=None):
+        super().sleep(duration_s, cancel)
+        self._renew()
+
+
+def test_one_at_a_time(store):
+    with lock_of(store) as lock:
+        with pytest.raises(CommitConflict, match=f"process {os.getpid()} on .* is moving things"):
+            lock_of(store).take()
+        lock.check()
+    with lock_of(store) as lock:
+        lock.check()
+
+
+def test_only_the_newest_number_stays(store):
+    for _ in range(4):
+        with lock_of(store):
+            pass
+    assert numbers(store) == [4]
+
+
+def test_many_who_come_at_once_have_one_winner(store):
+    won, lost = [], []
+
+    def come():
+        lock = lock_of(store)
+        try:
+            lock.take()
+            won.append(lock)
+        except CommitConflict:
+            lost.append(lock)
+
+    threads = [Thread(target=come) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+    won[0].check()
+    won[0].release()
+
+
+def test_a_process_that_died_on_this_machine_is_followed_at_once(store):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    store.put(key(3), replace(Record.of_this_process(), pid=child.pid, started=1, renewed_s=time.time()).encode())
+    clock = FakeClock()
+    with lock_of(store, clock=clock):
+        assert clock.slept == []
+        assert numbers(store) == [4]
+
+
+def test_a_holder_elsewhere_that_renewed_itself_lately_lives(store):
+    store.put(key(1), foreign(renewed_s=time.time() - 30).encode())
+    with pytest.raises(CommitConflict, match="elsewhere"):
+        lock_of(store).take()
+
+
+@pytest.mark.parametrize("late_s", [3600, -3600])
+def test_a_holder_whose_clock_is_another_is_watched_and_lives_if_it_renews_itself(store, late_s):
+    holder = foreign(renewed_s=time.time() - late_s)
+    store.put(key(1), holder.encode())
+    clock = RenewingClock(lambda: store.put(key(1), replace(holder, n_renewals=len(clock.slept)).encode()))
+    with pytest.raises(CommitConflict, match="elsewhere"):
+        lock_of(store, clock=clock).take()
+
+
+@pytest.mark.parametrize("late_s", [3600, -3600])
+def test_a_holder_that_renews_itself_no_more_is_followed(store, late_s):
+    store.put(key(1), foreign(renewed_s=time.time() - late_s).encode())
+    clock = FakeClock()
+    with lock_of(store, clock=clock) as lock:
+        assert sum(clock.slept) > 59
+        lock.check()
+
+
+def test_a_lock_object_that_cannot_be_read_is_followed_when_nobody_changes_it(store):
+    store.put(key(1), b"\xff")
+    with lock_of(store) as lock:
+        lock.check()
+
+
+def test_two_who_follow_one_dead_holder_are_one(store):
+    """1. A and B see k, dead. 2. A takes k + 1. 3. B puts k + 1: it is there."""
+    store.put(key(1), foreign(renewed_s=0.0).encode())
+    second = lock_of(store)
+    first = lock_of(store)
+    clock = RenewingClock(lambda: None if first._record else first.take())
+    second._clock = clock
+    with pytest.raises(CommitConflict):
+        second.take()
+    first.check()
+    first.release()
+
+
+def test_a_number_that_was_forgotten_is_not_taken_again(store):
+    """1. B saw k. 2. k + 1 came and went, k + 2 is held, k + 1 is forgotten. 3. B puts k + 1, which is free."""
+    store.put(key(1), foreign(renewed_s=0.0).encode())
+    holders = []
+
+    def others_come():
+        if not holders:
+            with lock_of(store):
+                pass
+            holders.append(lock_of(store))
+            holders[0].take()
+
+    with pytest.raises(CommitConflict):
+        lock_of(store, clock=RenewingClock(others_come)).take()
+    assert numbers(store) == [3]
+    holders[0].check()
+    holders[0].release()
+
+
+def test_a_holder_that_was_followed_finds_out(store):
+    with lock_of(store) as lock:
+        store.put(key(2), foreign(renewed_s=time.time()).encode())
+        with pytest.raises(CommitConflict, match="was lost to process"):
+            lock.check()
+        with pytest.raises(CommitConflict):
+            lock.announce([("s3://a", "f")])
+
+
+def test_a_holder_that_could_not_renew_itself_does_so_when_it_looks(store):
+    clock = FakeClock()
+    with lock_of(store, clock=clock) as lock:
+        clock.advance(50)
+        lock.check()
+        assert Record.parse(store.get(key(1))).n_renewals == 1
+
+
+def test_a_holder_that_cannot_renew_itself_does_not_go_on(store):
+    faulty, clock = FaultStore(store), FakeClock()
+    with lock_of(faulty, clock=clock) as lock:
+        clock.advance(50)
+        faulty.add(Fault("put"))
+        with pytest.raises(StoreError):
+            lock.check()
+
+
+def test_a_thread_renews_it(store):
+    with lock_of(store, renew_s=0.005, clock=SystemClock()):
+        assert wait_for(lambda: Record.parse(store.get(key(1))).n_renewals > 2, 10.0)
+
+
+def test_a_lost_answer_of_taking_it_is_read_back(store):
+    faulty = FaultStore(store, [Fault("put_if_absent", kind=FaultKind.LOST_ANSWER)])
+    with lock_of(faulty) as lock:
+        lock.check()
+
+
+@pytest.mark.parametrize("verb", ["list", "get", "put_if_absent"])
+def test_a_store_that_fails_leaves_no_lock_behind(store, verb):
+    store.put(key(1), foreign(released=True, renewed_s=0.0).encode())
+    faulty = FaultStore(store, [Fault(verb)])
+    with pytest.raises(StoreError):
+        lock_of(faulty).take()
+    with lock_of(store) as lock:
+        lock.check()
+
+
+def test_killed_just_after_taking_it_the_next_takes_it(store):
+    with HookAt("tier_lock.taken"), pytest.raises(Killed):
+        lock_of(store).take()
+    with lock_of(store) as lock:
+        lock.check()
+
+
+def test_what_could_not_be_given_back_is_a_leftover_of_this_process(store):
+    faulty = FaultStore(store)
+    lock = lock_of(faulty)
+    lock.take()
+    faulty.add(Fault("put"))
+    lock.release()
+    with lock_of(store) as another:
+        another.check()
+
+
+def test_what_a_holder_that_may_sleep_was_dropping_counts_for_nothing(store):
+    store.put(key(1), foreign(renewed_s=0.0, dropping=(("s3://a", "f"),)).encode())
+    with lock_of(store) as lock:
+        assert list(lock.doomed) == [("s3://a", "f")]
+    with lock_of(store) as lock:  # the next after that hears of it too
+        assert list(lock.doomed) == [("s3://a", "f")]
+
+
+def test_what_a_dead_process_of_this_machine_was_dropping_is_no_danger(store):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    dead = replace(Record.of_this_process(), pid=child.pid, started=1, dropping=(("s3://a", "f"),))
+    store.put(key(1), dead.encode())
+    with lock_of(store) as lock:
+        assert lock.doomed == {}
+
+
+def test_what_was_given_back_dooms_nothing(store):
+    with lock_of(store) as lock:
+        lock.announce([("s3://a", "f")])
+    with lock_of(store) as lock:
+        assert lock.doomed == {}
+
+
+def test_what_is_doomed_is_so_for_a_week(store):
+    doomed = (("s3://a", "old", time.time() - DOOMED_S - 1), ("s3://a", "new", time.time() - DOOMED_S + 60))
+    store.put(key(1), foreign(renewed_s=0.0, released=True, doomed=doomed).encode())
+    with lock_of(store) as lock:
+        assert list(lock.doomed) == [("s3://a", "new")]
+
+
+def test_what_is_to_be_dropped_is_said_before_the_lock_is_looked_at(store):
+    said = []
+    with lock_of(store) as lock:
+        hook = HookAt("tier_lock.announced", do=lambda: said.append(Record.parse(store.get(key(1))).dropping))
+        with hook:
+            lock.announce([("s3://a", "f")])
+    assert said == [(("s3://a", "f"),)]
+
+
+def test_a_file_on_this_machine_is_locked_beside_it(store, tmp_path):
+    with lock_of(store, folder=tmp_path / "state"):
+        store.delete([key(1)])
+        with pytest.raises(CommitConflict, match="another process of this machine"):
+            lock_of(store, folder=tmp_path / "state").take()
+
+
+def test_it_works_in_a_folder(tmp_path):
+    home = LocalFolder(tmp_path / "home")
+    with lock_of(home) as lock, pytest.raises(CommitConflict):
+        lock_of(home).take()
+    del lock
+    with lock_of(home) as lock:
+        lock.check()

@@ -1,0 +1,142 @@
+"""Globs: RE2 over columns does what a matcher that walks one path does."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.tier.matching import first_match
+
+# -- the plain matcher, which shares nothing with the fast one ------------------------------------------------------
+
+
+def plainly(glob: str, path: str) -> bool:
+    start = glob.find("{")
+    if start >= 0:  # those that are made here are not nested
+        end = glob.index("}", start)
+        return any(plainly(glob[:start] + one + glob[end + 1 :], path) for one in glob[start + 1 : end].split(","))
+    return segments_match(glob.split("/"), path.split("/"))
+
+
+def segments_match(globs: list[str], names: list[str]) -> bool:
+    if not globs:
+        return not names
+    if globs[0] == "**":
+        if len(globs) == 1:
+            return bool(names)
+        return any(segments_match(globs[1:], names[n:]) for n in range(len(names) + 1))
+    return bool(names) and name_matches(globs[0], names[0]) and segments_match(globs[1:], names[1:])
+
+
+def name_matches(glob: str, name: str) -> bool:
+    if not glob:
+        return not name
+    if glob[0] == "*":
+        return any(name_matches(glob[1:], name[n:]) for n in range(len(name) + 1))
+    if not name:
+        return False
+    if glob[0] == "[":
+        end = glob.index("]", 2)
+        body, negated = glob[1:end], glob[1] == "!"
+        body = body[1:] if negated else body
+        allowed = [*map(chr, range(ord(body[0]), ord(body[2]) + 1))] if body[1:2] == "-" else [*body]
+        return (name[0] in allowed) != negated and name_matches(glob[end + 1 :], name[1:])
+    return glob[0] in ("?", name[0]) and name_matches(glob[1:], name[1:])
+
+
+ATOMS = ["a", "b", "ab", ".", "*", "?", "[ab]", "[!a]", "[a-c]", "[!.]", "{a,b}", "{ab,*.c}", "{a/b,c}", "é", "+", "\n"]
+names = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=3).map("".join).filter(lambda name: "**" not in name)
+globs = st.lists(st.one_of(names, st.just("**")), min_size=1, max_size=4).map("/".join)
+paths = st.lists(st.text("abc.é+\n", min_size=1, max_size=3), min_size=1, max_size=4).map("/".join)
+rules = st.tuples(st.lists(globs, min_size=1, max_size=2).map(tuple), st.lists(globs, max_size=1).map(tuple))
+
+
+def first(path: str, given_rules: list) -> int:
+    for number, (match, excepted) in enumerate(given_rules):
+        if any(plainly(g, path) for g in match) and not any(plainly(g, path) for g in excepted):
+            return number
+    return -1
+
+
+@given(st.lists(paths, max_size=20), st.lists(rules, max_size=4))
+def test_the_first_rule_that_matches_is_found_as_by_walking_each_path(texts, given_rules):
+    found = first_match(pa.array(texts, pa.string()), given_rules)
+    assert found.tolist() == [first(path, given_rules) for path in texts]
+
+
+def test_more_paths_than_pass_at_once_keep_their_places():
+    texts = [f"{'ab'[i % 2]}/{i}" for i in range(150_001)]
+    found = first_match(pa.array(texts, pa.large_string()), [(("b/**",), ("b/*7",)), (("a/*",), ())])
+    assert found.tolist() == [1 if i % 2 == 0 else -1 if str(i).endswith("7") else 0 for i in range(150_001)]
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "matches"),
+    [
+        ("checkpoints/**", "checkpoints/a/step-1", True),
+        ("checkpoints/**", "checkpoints", False),
+        ("checkpoints/**", "checkpoints2/a", False),
+        ("a/**/b", "a/b", True),
+        ("a/**/b", "a/x/y/b", True),
+        ("a/**/b", "axb", False),
+        ("**/*.pt", "x.pt", True),
+        ("**/*.pt", "x.pt/y", False),
+        ("*", "a/b", False),
+        ("a?b", "a/b", False),
+        ("a[!x]b", "a/b", False),
+        ("a[+-9]b", "a/b", False),
+        ("a[/]b", "a/b", False),
+        ("a[]]b", "a]b", True),
+        ("a[!]]b", "a]b", False),
+        ("a[*]", "a*", True),
+        ("a[*]", "ab", False),
+        ("a[{]b", "a{b", True),
+        ("{a,b{c,d}}/x", "bd/x", True),
+        ("{a,b{c,d}}/x", "b/x", False),
+        ("{a}", "a", True),
+        ("*{,x}*", "a/b", False),
+        ("*{,x}*", "axb", True),
+        ("a/{**,b}/c", "a/x/y/c", True),
+        ("a.b", "axb", False),
+        ("A", "a", False),
+        ("step-[0-9][0-9]", "step-10", True),
+        ("épo*", "époque", True),
+        ("a[é]", "aé", True),
+        (".*", ".hidden", True),
+        ("*", ".hidden", True),
+    ],
+)
+def test_globs_mean_what_the_reference_says(glob, path, matches):
+    assert (first_match(pa.array([path]), [((glob,), ())])[0] == 0) == matches
+
+
+@pytest.mark.parametrize(
+    ("glob", "what"),
+    [
+        ("a[b", "not closed"),
+        ("a{b", "not closed"),
+        ("a}b", "closes nothing"),
+        ("a**", "stands alone"),
+        ("**b/c", "stands alone"),
+        ("a{**,b}", "stands alone"),
+        ("***", "stands alone"),
+        ("[z-a]", "runs backwards"),
+        ("a\\*", "no escape"),
+        ("{a,b}" * 11, "more than 1000"),
+    ],
+)
+def test_what_is_no_glob_is_said_with_the_glob(glob, what):
+    with pytest.raises(ValueError, match=what) as caught:
+        first_match(pa.array(["a"]), [((glob,), ())])
+    assert repr(glob) in str(caught.value)
+
+
+def test_every_other_character_stands_for_itself():
+    signs = [chr(code) for code in [*range(1, 128), 0x1F600] if chr(code) not in "*?[]{}/,\\"]
+    found = first_match(pa.array(signs), [((sign,), ()) for sign in signs])
+    assert found.tolist() == list(range(len(signs)))
+
+
+def test_no_rule_matches_where_there_is_none_and_no_path_is_no_row():
+    assert first_match(pa.array(["a"]), []).tolist() == [-1]
+    assert first_match(pa.array([], pa.string()), [(("**",), ())]).tolist() == []

@@ -1,0 +1,124 @@
+"""Metrics of checkpoints, from names and from small files."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.errors import StoreError
+from tiercache.model import ObjectInfo
+from tiercache.store import MemoryStore
+from tiercache.testing import Fault, FaultStore
+from tiercache.tier import metrics
+from tiercache.tier.metrics import MAX_BYTES, metrics_of, parse_metrics, read_metrics
+
+
+@pytest.fixture
+def store(request):
+    store = MemoryStore(request.node.name)
+    yield store
+    store.delete([info.key for info in store.list()])
+
+
+def test_names_of_files_that_hold_metrics_are_those_of_the_docs():
+    assert set(metrics.FILES) == {"trainer_state.json", "metrics.json", "metadata.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("epoch=1-step=100-val_loss=0.32.ckpt", {"val_loss": 0.32}),
+        ("epoch=1-val_loss=1.9-acc=1.ckpt", {"val_loss": 1.9, "acc": 1.0}),
+        ("sample-mnist-epoch02-val_loss0.32.ckpt", {"val_loss": 0.32}),
+        ("step_5-val_loss-1.9", {"val_loss": 1.9}),
+        ("step_5-val_loss--1.9", {"val_loss": -1.9}),
+        ("epoch=2-val_loss=-1.9e-5-v1.ckpt", {"val_loss": -1.9e-5}),
+        ("ckpt_epoch_3_val_loss_0.32.pt", {"val_loss": 0.32}),
+        ("checkpoint-230500-loss-1.2531", {"loss": 1.2531}),
+        ("R1@0.3=23.51-step=5.ckpt", {"R1@0.3": 23.51}),
+        ("val_loss=nan-step=2.ckpt", {}),
+        ("val_loss=inf-step=2.ckpt", {}),
+        ("step-10.pt", {}),
+        ("epoch=3-step=10", {}),
+        ("global_step1000", {}),
+        ("model-00001-of-00002.bin", {}),
+    ],
+)
+def test_a_name_says_metrics(name, expected):
+    assert metrics_of(name) == expected
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 10**9))
+def test_what_python_writes_into_a_name_is_read_back(value, step):
+    assert metrics_of(f"epoch=1-step={step}-val_loss={value!r}.ckpt") == {"val_loss": value}
+
+
+@given(st.text(max_size=40))
+def test_any_name_has_metrics_that_are_numbers_or_none(name):
+    assert all(isinstance(value, float) and value == value for value in metrics_of(name).values())
+
+
+def test_trainer_s_metrics_are_those_of_the_checkpoint_s_own_step():
+    log = [
+        {"epoch": 1.0, "step": 100, "loss": 2.5},
+        {"epoch": 1.0, "step": 100, "eval_loss": 1.5, "eval_runtime": 3.0},
+        {"epoch": 2.0, "step": 200, "eval_loss": 1.25},
+        {"epoch": 2.0, "step": 200, "loss": 2.0, "total_flos": 1e18},
+    ]
+    body = {"best_metric": 0.5, "global_step": 200, "log_history": log}
+    assert parse_metrics("trainer_state.json", json.dumps(body).encode()) == {"eval_loss": 1.25, "loss": 2.0}
+
+
+def test_trainer_s_checkpoint_without_an_evaluation_at_its_step_has_no_metric():
+    body = {"best_metric": 0.5, "global_step": 300, "log_history": [{"step": 200, "eval_loss": 1.25}]}
+    assert parse_metrics("trainer_state.json", json.dumps(body).encode()) == {}
+
+
+def test_metrics_may_stand_in_a_table_of_their_own():
+    body = {"step": 5, "metrics": {"val_loss": 1.5, "name": "x"}, "train": {"loss": 2}, "done": True}
+    assert parse_metrics("metrics.json", json.dumps(body).encode()) == {"step": 5, "val_loss": 1.5, "train/loss": 2}
+
+
+HUGE = b'{"a": NaN, "b": Infinity, "c": 1' + b"0" * 400 + b"}"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff\xfe", HUGE, b"[" * 10**5])
+@pytest.mark.parametrize("name", metrics.FILES)
+def test_a_text_that_is_something_else_has_no_metrics(name, data):
+    assert parse_metrics(name, data) == {}
+
+
+def test_metrics_json_counts_more_than_the_others(store):
+    found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(metrics.FILES)]
+    assert read_metrics(store, found) == {"val_loss": 2}
+
+
+def test_the_file_nearest_to_the_top_is_read(store):
+    found = [
+        store.put("step-1/part/metrics.json", b'{"val_loss": 1}'),
+        store.put("step-1/metrics.json", b'{"val_loss": 2}'),
+    ]
+    assert read_metrics(store, found) == {"val_loss": 2}
+
+
+def test_a_large_file_is_not_read(store):
+    info = store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
+    before = store.counters.snapshot()["requests"]
+    assert read_metrics(store, [info]) == {}
+    assert store.counters.snapshot()["requests"] == before
+
+
+def test_a_file_that_has_grown_since_it_was_listed_is_passed_by(store):
+    store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
+
+
+def test_a_file_that_is_gone_since_it_was_listed_has_no_metrics(store):
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
+
+
+def test_a_file_that_cannot_be_read_now_is_an_error(store):
+    info = store.put("step-1/metrics.json", b'{"val_loss": 1}')
+    with pytest.raises(StoreError, match="metrics"):
+        read_metrics(FaultStore(store, [Fault("read_tail")]), [info])

@@ -1,0 +1,173 @@
+"""Moves lose nothing: whatever is forgotten, killed, fails, or is done by two at once."""
+
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
+
+from tiercache.errors import CommitConflict, StoreError
+from tiercache.testing import FakeClock, Fault
+from tiercache.testing.faults import FaultKind
+from tiercache.tier.lock import Record, TierLock
+from tiercache.tier.survey import Survey
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "world")
+
+
+# -- lost books ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_catalog_costs_work_and_no_data(world):
+    plan, _ = moved_away(world, "f")
+    world.lose_catalog()
+    world.later()
+    assert world.settle().waiting_drops == 0
+    applied = world.apply(plan)
+    assert (applied.done, applied.n_bytes, applied.waiting_drops) == (1, 0, 1)
+    world.later()
+    world.settle()
+    assert world.where("f") == ["archive"]
+    world.lose_catalog()
+    assert world.apply(plan).done == 1
+
+
+def test_an_old_catalog_drops_nothing_that_came_back(world):
+    moved_away(world, "f")
+    old = world.catalog_path.read_bytes()
+    world.later()
+    world.settle()
+    world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
+    world.later()
+    world.settle()
+    assert world.where("f") == ["standard"]
+    world.catalog_path.write_bytes(old)
+    world.settle()
+    assert world.where("f") == ["standard"]
+
+
+def test_an_old_catalog_does_not_drop_the_newer_of_two_copies(world):
+    """Its copy in the archive is there, and the one at home is the same bytes written anew: readers go home."""
+    moved_away(world, "f")
+    old = world.catalog_path.read_bytes()
+    world.later()
+    world.settle()
+    world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
+    world.catalog_path.write_bytes(old)
+    world.later()
+    assert len(world.settle().stopped) == 1
+    assert "standard" in world.where("f")
+
+
+# -- killed, at every point -------------------------------------------------------------------------------------------
+
+
+def a_day(world):
+    """All kinds of moves, from the first to the last step. A generator of what to do next."""
+    world.apply(world.day_plan)
+    world.later()
+    world.settle()
+
+
+def prepared(tmp_path, name):
+    world = World(tmp_path / name, classes=True)
+    world.put("standard", "f", "old", *PARTS)
+    world.put("hot", "g")
+    world.day_plan = world.plan(
+        world.move("f", "standard", "archive", number=1),
+        world.move("ck/step-1", "standard", "archive", keys=PARTS, kind="checkpoint", number=2),
+        world.move("g", "hot", "standard", number=3),
+        world.move("old", "standard", None, action="delete", number=4),
+    )
+    world.survey = Survey(deletes=frozenset(["old"]))
+    return world
+
+
+def check_nothing_is_lost(world):
+    for key in ("f", "g", *PARTS):
+        assert world.where(key), key
+    for tier in ("standard", "archive"):
+        found = [key for key in world.keys(tier) if key.startswith("ck/")]
+        assert PARTS[-1] not in found or len(found) == len(PARTS), f"{tier} looks whole: {found}"
+    row = world.row("f")
+    place = "standard" if row is None else "archive"
+    assert place in world.where("f"), "readers are led to where it is not"
+
+
+def check_all_is_done(world):
+    assert world.where("f") == ["archive"]
+    assert world.where("g") == ["standard"]
+    assert [world.where(key) for key in PARTS] == [["archive"]] * 3
+    assert world.keys("standard") == ["g"]
+    assert world.keys("hot") == []
+
+
+def test_killed_at_any_point_nothing_is_lost_and_the_next_finishes(tmp_path):
+    with HookAt() as all_of_them:
+        a_day(prepared(tmp_path, "whole"))
+    wanted = [name for name in all_of_them.reached if name.startswith("tier_")]
+    strikes = sorted({(name, n) for name in wanted for n in (1, wanted.count(name))})
+    assert len(strikes) > 20
+    for number, (name, nth) in enumerate(strikes):
+        world = prepared(tmp_path, f"w{number}")
+        with HookAt(name, nth) as hook, pytest.raises(Killed):
+            a_day(world)
+        assert hook.hit
+        check_nothing_is_lost(world)
+        a_day(world)
+        check_nothing_is_lost(world)
+        world.later()
+        a_day(world)
+        check_all_is_done(world)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.LOST_ANSWER])
+@pytest.mark.parametrize("verb", ["head", "get", "put", "put_if_absent", "read_into", "complete", "delete", "list"])
+def test_a_store_that_fails_at_any_call_loses_nothing(tmp_path, verb, kind):
+    for nth, tier in ((1, "standard"), (2, "archive"), (4, "standard")):
+        world = prepared(tmp_path, f"{tier}{nth}")
+        world.fail(tier, Fault(verb, nth=nth, times=2, kind=kind))
+        for _ in range(3):
+            with suppress(StoreError):
+                a_day(world)
+            check_nothing_is_lost(world)
+        check_all_is_done(world)
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_movers_do_not_work_at_once(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    with TierLock(world.inner["standard"]), pytest.raises(CommitConflict, match="expected to be alone"):
+        world.apply(plan)
+    assert world.apply(plan).done == 1
+
+
+@pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled", "tier_lock.announced"])
+def test_a_process_that_lost_its_lock_deletes_nothing(world, point):
+    moved_away(world, "f")
+    world.later()
+    steal = HookAt(point, do=lambda: world.inner["standard"].put(f"_tiercache/tier.lock/{99:020d}", b"{}"))
+    with steal, pytest.raises(CommitConflict, match="lost"):
+        world.settle()
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_a_copy_that_a_sleeping_process_may_still_delete_does_not_count(world):
+    """1. Z was about to drop the copy in the archive, and sleeps. 2. We move from home to there. 3. Z wakes up."""
+    moved_away(world, "f")
+    world.later()
+    sleeper = replace(Record.of_this_process(), boot="another", renewed_s=0.0, dropping=((world.url("archive"), "f"),))
+    world.inner["standard"].put(f"_tiercache/tier.lock/{7:020d}", sleeper.encode())
+    with (
+        TierLock(world.inner["standard"], lifetime_s=1.0, clock=FakeClock()) as lock,
+        world.opened(lock=lock) as mover,
+    ):
+        settled = mover.settle()
+    assert "may still delete that copy" in settled.stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]

@@ -1,0 +1,325 @@
+"""Plans are carried out, so that nothing is lost when the world changes between any two steps."""
+
+import pytest
+from tests.tier.moving import GRACE_S, PARTS, HookAt, World, checkpoint, content, moved_away
+
+from tiercache.tier import placement
+from tiercache.tier.survey import Survey
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "world")
+
+
+# -- the straight way ------------------------------------------------------------------------------------------------
+
+
+def test_a_move_copies_and_tells_readers_and_keeps_its_source_until_grace_is_over(world):
+    _, applied = moved_away(world, "f")
+    assert (applied.done, applied.stopped, applied.waiting_drops, applied.n_bytes) == (1, (), 1, 1000)
+    assert world.where("f") == ["standard", "archive"]
+    assert world.row("f").url == world.url("archive")
+    world.later(GRACE_S - 1)
+    assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]
+    world.later(2)
+    settled = world.settle()
+    assert (settled.done, settled.stopped, settled.waiting_drops, settled.n_bytes) == (1, (), 0, 1000)
+    assert world.where("f") == ["archive"]
+
+
+def test_a_copy_leaves_its_source_and_what_readers_are_told(world):
+    world.put("standard", "f")
+    assert world.apply(world.plan(world.move("f", "standard", "hot", action="copy"))).waiting_drops == 0
+    world.later()
+    world.settle()
+    assert world.where("f") == ["hot", "standard"]
+    assert world.row("f") is None
+
+
+def test_a_move_home_has_readers_go_home(world):
+    moved_away(world, "f")
+    world.later()
+    world.settle()
+    world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
+    assert world.row("f") is None
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == ["standard"]
+
+
+def test_a_plan_that_is_applied_twice_does_nothing_twice(world):
+    plan, _ = moved_away(world, "f", "g")
+    calls = world.inner["archive"].counters.snapshot()["bytes_written"]
+    again = world.apply(plan)
+    assert (again.done, again.n_bytes, again.waiting_drops) == (2, 0, 2)
+    assert world.inner["archive"].counters.snapshot()["bytes_written"] == calls
+    world.later()
+    world.settle()
+    assert world.apply(plan).done == 2
+
+
+def test_a_drop_of_what_was_copied_before_waits_for_grace_too(world):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
+    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
+    world.settle()
+    assert world.where("f") == ["standard", "archive"]
+    world.later()
+    world.settle()
+    assert world.where("f") == ["archive"]
+
+
+def test_a_drop_without_a_verified_copy_is_stopped(world):
+    world.put("standard", "f")
+    world.put("archive", "f")
+    applied = world.apply(world.plan(world.move("f", "standard", "archive", action="drop")))
+    assert "found one that nobody has verified" in applied.stopped[0].reason
+
+
+def test_a_plan_a_day_does_not_begin_grace_anew(world):
+    moved_away(world, "f")
+    world.later(GRACE_S / 2)
+    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="tomorrow"))
+    world.later(GRACE_S / 2 + 1)
+    assert world.settle().done == 1
+    assert world.journal() == {1: "cancelled"}
+
+
+def test_progress_says_how_far_a_plan_is(world):
+    world.put("standard", "f", "g")
+    plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
+    heard = []
+    world.apply(plan, on_progress=heard.append)
+    assert (heard[-1].done_moves, heard[-1].n_moves) == (2, 2)
+    assert (heard[-1].done_bytes, heard[-1].n_bytes) == (2000, 2000)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["tier_move.object", "tier_move.parts_copied"])
+def test_a_checkpoint_never_looks_whole_while_it_is_copied(world, point):
+    plan = checkpoint(world)
+    seen = []
+    with HookAt(point, do=lambda: seen.append(world.keys("archive"))):
+        world.apply(plan)
+    assert ".metadata" not in " ".join(seen[0])
+
+
+def test_a_checkpoint_never_looks_whole_while_it_is_dropped(world):
+    world.apply(checkpoint(world))
+    world.later()
+    seen = []
+    with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("standard"))):
+        world.settle()
+    assert seen == [sorted(PARTS[:2])]
+    assert world.keys("standard") == []
+    assert world.keys("archive") == sorted(PARTS)
+
+
+def test_a_checkpoint_that_grew_since_it_was_copied_is_not_dropped(world):
+    world.apply(checkpoint(world))
+    world.put("standard", "ck/step-1/c")
+    world.later()
+    settled = world.settle()
+    assert "found 'ck/step-1/c' beside them" in settled.stopped[0].reason
+    assert world.keys("standard") == sorted([*PARTS, "ck/step-1/c"])
+
+
+def test_objects_whose_names_only_begin_like_a_group_are_not_of_it(world):
+    plan = checkpoint(world)
+    world.put("standard", "ck/step-10/a")
+    world.apply(plan)
+    world.later()
+    assert world.settle().done == 1
+    assert world.keys("standard") == ["ck/step-10/a"]
+
+
+# -- a changed world --------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_changed_since_the_plan_stops_its_move_alone(world):
+    world.put("standard", "f", "g")
+    plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
+    world.inner["standard"].put("f", b"new")
+    applied = world.apply(plan)
+    assert [(one.number, one.path) for one in applied.stopped] == [(1, "f")]
+    assert "expected 1000 bytes, found 3" in applied.stopped[0].reason
+    assert world.where("g") == ["standard", "archive"]
+    assert world.keys("archive") == ["g"]
+
+
+def test_a_source_that_changes_while_it_is_copied_is_not_where_readers_are_led_away_from(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    with HookAt("tier_move.recorded", do=lambda: world.inner["standard"].put("f", content("f")[::-1])):
+        applied = world.apply(plan)
+    assert "expected ETag" in applied.stopped[0].reason
+    assert world.row("f") is None
+
+
+def test_a_source_that_changes_while_readers_are_told_stays_and_they_are_told_again(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    with HookAt("tier_move.looked", do=lambda: world.inner["standard"].put("f", content("f")[::-1])):
+        world.apply(plan)
+    world.later()
+    assert "expected ETag" in world.settle().stopped[0].reason
+    assert world.inner["standard"].get("f") == content("f")[::-1]
+    assert world.row("f") is None
+
+
+@pytest.mark.parametrize("harm", ["gone", "other bytes", "other size"])
+def test_a_source_stays_when_its_copy_is_no_longer_what_was_verified(world, harm):
+    moved_away(world, "f")
+    if harm == "gone":
+        world.inner["archive"].delete(["f"])
+    else:
+        world.inner["archive"].put("f", content("f")[::-1] if harm == "other bytes" else b"")
+    world.later()
+    assert len(world.settle().stopped) == 1
+    assert world.where("f") == ["standard"]
+    assert world.row("f") is None
+
+
+def test_a_copy_that_was_written_again_with_equal_bytes_counts(world):
+    moved_away(world, "f")
+    world.put("archive", "f")  # another ETag
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == ["archive"]
+
+
+def test_another_object_in_the_target_is_never_overwritten(world):
+    world.put("standard", "f")
+    world.inner["archive"].put("f", b"somebody's")
+    applied = world.apply(world.plan(world.move("f", "standard", "archive")))
+    assert "it is not overwritten" in applied.stopped[0].reason
+    assert world.inner["archive"].get("f") == b"somebody's"
+
+
+def test_a_copy_of_what_the_source_was_before_is_replaced(world):
+    world.inner["standard"].put("f", b"old")
+    first = world.move("f", "standard", "archive", action="copy")
+    old = first.objects[0].__class__("f", 3, first.objects[0].etag)
+    world.apply(
+        world.plan(first.__class__(1, "f", "file", "copy", "standard", "archive", "cold", "", (old,)), name="1")
+    )
+    assert world.inner["archive"].get("f") == b"old"
+    world.put("standard", "f")
+    assert world.apply(world.plan(world.move("f", "standard", "archive"), name="2")).stopped == ()
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_an_equal_object_that_is_there_is_compared_and_not_copied(world):
+    world.put("standard", "f")
+    world.put("archive", "f")
+    applied = world.apply(world.plan(world.move("f", "standard", "archive")))
+    assert (applied.done, applied.n_bytes) == (1, 0)
+    world.later()
+    assert world.settle().done == 1
+
+
+def test_a_pin_stops_a_move_and_a_drop_that_waits(world):
+    plan, _ = moved_away(world, "f")
+    pin = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
+    world.write_rules(pin)
+    world.later()
+    assert "the paper" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+    assert world.row("f") is None
+    assert "the paper" in world.apply(world.plan(*plan.moves, name="again")).stopped[0].reason
+
+
+def test_a_pin_that_is_over_holds_nothing(world):
+    world.write_rules('[[pins]]\nmatch = "f"\nuntil = 2020-01-01\n')
+    moved_away(world, "f")
+    world.later()
+    assert world.settle().done == 1
+
+
+def test_what_a_machine_reads_waits_on(world):
+    moved_away(world, "f")
+    world.later()
+    world.survey = Survey(in_use=frozenset(["f"]))
+    assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]
+    world.survey = Survey()
+    assert world.settle().done == 1
+
+
+def test_a_changed_rule_file_must_ask_for_a_drop_again(world):
+    moved_away(world, "f", "g")
+    world.write_rules("# changed")
+    world.survey = Survey(asked=frozenset([("g", "standard")]))
+    world.later()
+    settled = world.settle()
+    assert [one.path for one in settled.stopped] == ["f"]
+    assert world.where("f") == ["standard", "archive"]
+    assert world.where("g") == ["archive"]
+
+
+def test_tiers_that_the_rule_file_has_elsewhere_by_now_stop_a_move(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    text = (world.root / "tiercache.toml").read_text()
+    (world.root / "tiercache.toml").write_text(text.replace(f'"{world.url("archive")}"', '"memory://elsewhere"'))
+    assert "plan anew" in world.apply(plan).stopped[0].reason
+
+
+def test_a_tier_that_lies_elsewhere_by_now_stops_a_drop(world):
+    moved_away(world, "f")
+    world.later()
+    text = (world.root / "tiercache.toml").read_text()
+    (world.root / "tiercache.toml").write_text(text.replace(f'"{world.url("archive")}"', '"memory://elsewhere"'))
+    assert "in the rule file" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_placement_that_leads_home_stops_a_drop_at_home(world):
+    moved_away(world, "f")
+    placement.commit(world.inner["standard"], {"f": None})
+    world.later()
+    assert "expected placement to lead to" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_two_tiers_that_are_one_folder_lose_nothing(world):
+    """By a link, a mount, two names of one bucket: the copy "in both" is one copy."""
+    world.put("standard", "f")
+    world.faulty["archive"] = world.faulty["standard"]
+    applied = world.apply(world.plan(world.move("f", "standard", "archive")))
+    world.later()
+    stopped = [*applied.stopped, *world.settle().stopped]
+    assert "are one: dropping a copy would drop both" in stopped[0].reason
+    assert world.where("f") != []
+
+
+def test_readers_at_home_are_not_led_to_a_copy_that_home_has_too(world):
+    world.put("hot", "f")
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "hot", "archive")))
+    assert world.row("f") is None
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_a_plan_that_speaks_of_a_path_twice_moves_it_not_at_all(world):
+    world.put("hot", "f")
+    world.put("archive", "f")
+    moves = (world.move("f", "hot", "archive"), world.move("f", "archive", "hot", number=2))
+    applied = world.apply(world.plan(*moves))
+    assert [one.reason for one in applied.stopped] == ["expected one move of it in the plan"] * 2
+
+
+def test_a_copy_that_had_to_be_made_again_has_a_grace_of_its_own(world):
+    moved_away(world, "f")
+    world.later(GRACE_S / 2)
+    world.inner["archive"].delete(["f"])
+    world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
+    world.later(GRACE_S / 2 + 1)
+    assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]

@@ -1,0 +1,143 @@
+"""The oracle of the last copy finds what it is there to find, in pictures of tiers that went wrong."""
+
+import pytest
+from tests.tier.oracle import DAY_S, Group, Oracle, Seen
+
+GRACE_S = DAY_S
+OLD, NEW = (
+    Group(f"c/{n}", (f"c/{n}/a", f"c/{n}/b", f"c/{n}/last"), f"c/{n}/last", "c", n, 30 * DAY_S, 1) for n in (1, 2)
+)
+FILE = Group("f", ("f",))
+
+
+def data(key, seed=0):
+    return f"{key} {seed}".encode()
+
+
+@pytest.fixture
+def oracle():
+    """Two checkpoints and a file, all in hot, written on day 0; day 1 begins."""
+    oracle = Oracle(GRACE_S, 600.0)
+    oracle.before = {"hot": {}, "cold": {}}
+    for group in (OLD, NEW, FILE):
+        oracle.knows(group)
+        for key in group.keys:
+            oracle.wrote("hot", key, data(key), 0.0)
+    oracle.begins(picture(), DAY_S)
+    return oracle
+
+
+def objects(*groups, **how):
+    return {key: Seen(data(key), **how) for group in groups for key in group.keys}
+
+
+def picture(hot=None, cold=None):
+    return {"hot": objects(OLD, NEW, FILE) if hot is None else hot, "cold": cold or {}}
+
+
+def found(oracle, now, day=1.0):
+    return "; ".join(oracle.look(now, day * DAY_S))
+
+
+def test_what_stays_as_it_is_is_right(oracle):
+    assert found(oracle, picture()) == ""
+
+
+def test_a_copy_that_is_dropped_a_day_after_another_came_is_right(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    assert found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=2.1) == ""
+
+
+def test_a_copy_that_is_dropped_sooner_is_found(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    assert "grace" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=1.5)
+
+
+def test_an_object_that_lies_nowhere_is_found(oracle):
+    assert "lie nowhere any more" in found(oracle, picture(objects(OLD, NEW)))
+
+
+def test_what_a_rule_deletes_may_go_when_it_is_old_enough(oracle):
+    assert "1.0 days old" in found(oracle, picture(objects(NEW, FILE)))
+    oracle.begins(picture(), 31 * DAY_S)
+    assert found(oracle, picture(objects(NEW, FILE)), day=31) == ""
+
+
+def test_the_newest_checkpoint_is_missed_however_old_it_is(oracle):
+    assert "newest complete checkpoint" in found(oracle, picture(objects(OLD, FILE)), day=31)
+
+
+def test_the_newest_checkpoint_must_be_readable_somewhere(oracle):
+    oracle.asked([NEW.name], 0.0)
+    now = picture(objects(OLD, FILE) | objects(NEW, storage_class="GLACIER", readable=False))
+    assert "no place has it whole and readable" in found(oracle, now)
+
+
+def test_the_newest_checkpoint_must_be_whole_in_one_place(oracle):
+    half = {key: seen for key, seen in objects(NEW).items() if not key.endswith("/a")}
+    oracle.first_seen_s = {("cold", "c/2/a", data("c/2/a")): 0.0}
+    now = picture(objects(OLD, FILE) | half, {"c/2/a": Seen(data("c/2/a"))})
+    assert "no place has it whole and readable" in found(oracle, now)
+
+
+def test_other_bytes_under_a_name_are_found(oracle):
+    assert "that nobody wrote" in found(oracle, picture(cold={"f": Seen(b"torn")}))
+
+
+def test_a_name_that_nobody_gave_is_found(oracle):
+    assert "nobody wrote an object of that name" in found(oracle, picture(cold={"f.tmp": Seen(data("f"))}))
+
+
+def test_a_checkpoint_that_looks_complete_and_is_not_is_found(oracle):
+    assert "looks complete and lacks c/1/a" in found(oracle, picture(cold={k: Seen(data(k)) for k in OLD.keys[1:]}))
+
+
+def test_a_checkpoint_in_the_making_is_right_and_one_left_half_is_not(oracle):
+    now = picture(cold={k: Seen(data(k)) for k in OLD.keys[:2]})
+    assert found(oracle, now) == ""
+    assert "2 of its 3 objects were left" in oracle.at_rest(now)[0]
+
+
+def test_a_pinned_copy_that_goes_is_found(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    oracle.pinned = {"f"}
+    assert "is pinned, and gone" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=9)
+
+
+def test_a_pinned_copy_of_another_class_is_found(oracle):
+    oracle.pinned = {"f"}
+    assert "its class is" in found(oracle, picture(objects(OLD, NEW) | objects(FILE, storage_class="IA")))
+
+
+def test_a_class_that_cannot_be_read_is_found_where_it_was_not_announced_for_grace(oracle):
+    now = picture(objects(OLD, NEW) | objects(FILE, storage_class="GLACIER", readable=False))
+    oracle.asked(["f"], 0.9 * DAY_S)
+    assert "became unreadable" in found(oracle, now, day=1.5)
+
+
+def test_of_two_contents_that_people_wrote_in_two_places_neither_may_go(oracle):
+    oracle.wrote("cold", "f", data("f", 1), DAY_S)
+    both = picture(cold={"f": Seen(data("f", 1))})
+    oracle.begins(both, DAY_S)
+    assert found(oracle, both) == ""
+    assert "lie nowhere any more" in found(oracle, picture(cold=objects(FILE)))
+
+
+def test_what_is_written_anew_takes_the_place_of_what_the_library_copied(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    oracle.wrote("hot", "f", data("f", 1), DAY_S)
+    oracle.begins(picture(objects(OLD, NEW) | {"f": Seen(data("f", 1))}, objects(FILE)), DAY_S)
+    assert found(oracle, picture(objects(OLD, NEW) | {"f": Seen(data("f", 1))}, {"f": Seen(data("f", 1))})) == ""
+
+
+def test_what_people_remove_everywhere_is_not_missed(oracle):
+    oracle.removed("hot", "f")
+    oracle.begins(picture(objects(OLD, NEW)), DAY_S)
+    assert found(oracle, picture(objects(OLD, NEW))) == ""
+
+
+def test_what_people_remove_in_one_place_must_stay_in_the_other(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    oracle.removed("hot", "f")
+    oracle.begins(picture(objects(OLD, NEW), objects(FILE)), DAY_S)
+    assert "lie nowhere any more" in found(oracle, picture(objects(OLD, NEW)))

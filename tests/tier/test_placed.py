@@ -1,0 +1,470 @@
+"""Readers find moved shards without being told: between any stores, in mid-epoch, through caches and in workers."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+from tests.load.conftest import check_batch
+from tests.s3_fixtures import s3_server  # noqa: F401
+from tests.tier.moved import WAYS, Moved, N, ServedStore, by_arrow, by_loader, by_record
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing import CountingStore, Fault, FaultStore
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.tier import placement
+from tiercache.tier.placed import PlacedFolder, PlacedStore, placed
+from tiercache.tier.placement import MARK_KEY, Row
+
+ALL = list(range(N))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    Moved(folder, LocalFolder(folder))
+    return folder
+
+
+@pytest.fixture
+def stores(tmp_path, request):
+    """A function of kind and name: a store of its own, and the storage options that open it by its URL."""
+    memories, opened = [], []
+
+    def make(kind: str, name: str):
+        if kind == "s3":
+            server = request.getfixturevalue("s3_server")
+            store = server.store(f"{tmp_path.name}/{name}")
+            opened.append(store)
+            return store, server.storage_options
+        if kind == "memory":
+            store = MemoryStore(f"{tmp_path.name}-{name}", "data")
+            memories.append(store)
+            return store, {}
+        return LocalFolder(tmp_path / name), {}
+
+    yield make
+    for store in memories:
+        store.delete([info.key for info in store.list()])
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+        yield cache
+
+
+PAIRS = [
+    ("local", "local"),
+    ("local", "memory"),
+    ("memory", "local"),
+    ("memory", "memory"),
+    pytest.param("s3", "s3", marks=pytest.mark.s3),
+    pytest.param("s3", "local", marks=pytest.mark.s3),
+    pytest.param("local", "s3", marks=pytest.mark.s3),
+]
+
+
+@pytest.mark.parametrize("is_cached", [False, True], ids=["uncached", "cached"])
+@pytest.mark.parametrize(("home", "place"), PAIRS)
+def test_moved_shards_are_read_from_where_they_lie(packed, stores, cache, home, place, is_cached, monkeypatch):
+    (home_store, options), (place_store, place_options) = stores(home, "home"), stores(place, "cold")
+    for name, value in _environment(place_options if home != place else {}).items():
+        monkeypatch.setenv(name, value)
+    moved = Moved(packed, home_store)
+    moved.move(moved.keys[::2], place_store)
+    for way in WAYS.values():
+        dataset = tc.Dataset(home_store.url, cache=cache if is_cached else False, storage_options=options)
+        assert way(dataset) == ALL
+        dataset.close()
+
+
+def _environment(options) -> dict[str, str]:
+    names = {
+        "endpoint": "AWS_ENDPOINT_URL",
+        "region": "AWS_REGION",
+        "access_key_id": "AWS_ACCESS_KEY_ID",
+        "secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    }
+    return {names[key]: value for key, value in options.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_shards_may_lie_elsewhere_and_come_back(packed, tmp_path, way):
+    moved = Moved(packed, LocalFolder(tmp_path / "home"))
+    cold = LocalFolder(tmp_path / "cold")
+    moved.move(moved.keys, cold)
+    dataset = tc.Dataset(moved.store.url)
+    assert WAYS[way](dataset) == ALL
+    moved.move(moved.keys, moved.store, src=cold)
+    again = tc.Dataset(moved.store.url)
+    for one in (dataset, again):
+        assert WAYS[way](one) == ALL
+        one.close()
+
+
+# -- while it is read -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", ["local", "memory"])
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_shards_that_move_in_mid_epoch_are_read_to_its_end(packed, stores, home, place):
+    (home_store, _), (place_store, _) = stores(home, "home"), stores(place, "cold")
+    moved = Moved(packed, home_store)
+    dataset = tc.Dataset(home_store.url, cache=False)
+    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(shuffle_window_bytes="8KiB"))
+    ids = []
+    for number, batch in enumerate(loader):
+        ids += check_batch(batch)
+        if number == 2:
+            moved.move(moved.keys, place_store)
+    assert sorted(ids) == ALL
+    assert by_loader(dataset) == ALL
+    dataset.close()
+
+
+def test_a_shard_that_moves_again_and_again_is_found_each_time(packed, tmp_path):
+    moved = Moved(packed, LocalFolder(tmp_path / "home"))
+    dataset = tc.Dataset(moved.store.url)
+    where = moved.store
+    for n in range(4):
+        there = LocalFolder(tmp_path / f"cold-{n}")
+        moved.move(moved.keys, there, src=where)
+        where = there
+        dataset.close()  # what is open stays readable whatever is dropped
+        assert by_record(dataset) == ALL
+    dataset.close()
+
+
+def test_reading_by_an_etag_goes_on_where_the_object_lies_by_now(tmp_path, stores):
+    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
+    data = bytes(range(200))
+    home.put("a", data)
+    store = placed(home, {})
+    tail, info = store.read_tail("a", 4)
+    assert tail == data[-4:]
+    cold.put("a", data)
+    placement.commit(home, {"a": Row("a", cold.url, n_bytes=200)})
+    home.delete(["a"])
+    for _ in range(3):
+        buffer = bytearray(10)
+        store.read_into("a", [(ByteRange(50, 60), memoryview(buffer))], if_match=info.etag)
+        assert bytes(buffer) == data[50:60]
+    assert store.get("a") == data
+    assert store.head("a").n_bytes == 200
+
+
+def test_an_object_that_was_replaced_where_it_lay_is_no_longer_the_one_that_was_opened(stores):
+    home, _ = stores("memory", "home")
+    home.put("a", b"first")
+    store = placed(home, {})
+    etag = store.head("a").etag
+    home.put("a", b"other")
+    with pytest.raises(ObjectChanged):
+        store.read_into("a", [(ByteRange(0, 5), memoryview(bytearray(5)))], if_match=etag)
+
+
+def test_one_of_another_size_where_it_was_moved_to_is_not_read(stores):
+    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
+    cold.put("a", b"longer than it was")
+    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
+    with pytest.raises(ObjectChanged, match=r"another object lies where this one was moved to.*expected 5 bytes"):
+        placed(home, {}).get("a")
+
+
+def test_an_object_that_got_a_new_etag_where_it_lies_by_a_change_of_class_is_read_on(stores):
+    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
+    cold.put("a", b"bytes")
+    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
+    store = placed(home, {})
+    _, info = store.read_tail("a", 5)
+    cold.put("a", b"bytes")
+    buffer = bytearray(5)
+    store.read_into("a", [(ByteRange(0, 5), memoryview(buffer))], if_match=info.etag)
+    assert bytes(buffer) == b"bytes"
+
+
+def test_while_the_copy_at_home_is_kept_it_serves_what_the_other_place_lost(stores):
+    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
+    home.put("a", b"bytes")
+    placement.commit(home, {"a": Row("a", cold.url, n_bytes=5)})
+    store = placed(home, {})
+    store.places.look()
+    assert store.get("a") == b"bytes"
+
+
+def test_what_is_nowhere_is_not_found_after_one_more_question(stores):
+    home, _ = stores("memory", "home")
+    counting = CountingStore(home)
+    with pytest.raises(NotFound, match="home/data/a"):
+        PlacedStore(placed(counting, {}).places).get("a")
+    assert [verb for verb, _ in counting.calls] == ["get", "list"]
+
+
+def test_a_failure_that_says_nothing_of_moving_asks_for_no_placement(stores):
+    home, _ = stores("memory", "home")
+    home.put("a", b"bytes")
+    counting = CountingStore(FaultStore(home, [Fault("get", keys="a", retryable=False, status=403)]))
+    with pytest.raises(StoreError, match="scripted fault"):
+        placed(counting, {}).get("a")
+    assert counting.calls == [("get", "a")]
+
+
+def test_a_placement_that_cannot_be_read_leaves_the_error_of_what_was_missing(stores):
+    home, _ = stores("memory", "home")
+    placement.adopt(home)
+    home.put(placement.placement_key(1), b"garbage")
+    with pytest.raises(NotFound, match="home/data/a"):
+        placed(home, {}).get("a")
+
+
+def test_objects_of_its_own_are_never_looked_for_elsewhere(stores):
+    home, _ = stores("memory", "home")
+    counting = CountingStore(home)
+    with pytest.raises(NotFound):
+        placed(counting, {}).get("_tiercache/versions/1.json")
+    assert len(counting.calls) == 1
+
+
+def test_racing_threads_that_miss_the_same_shards_all_read_them(packed, stores):
+    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
+    moved = Moved(packed, home)
+    dataset = tc.Dataset(home.url)
+    moved.move(moved.keys, cold)
+    found: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: found.append(by_record(dataset))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [ALL] * 6
+    dataset.close()
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(packed):
+    objects = {f"home/{info.key}": LocalFolder(packed).get(info.key) for info in LocalFolder(packed).list()}
+    with HttpFaultServer(objects) as server:
+        yield server
+
+
+def asked(server) -> list[str]:
+    return [seen.path for seen in server.log if "tiers.json" in seen.path or "/placement/" in seen.path]
+
+
+def test_a_data_set_without_the_mark_costs_one_get_at_the_first_iter_and_none_for_records(server):
+    dataset = tc.Dataset(f"{server.url}/home", cache=False)
+    assert by_record(dataset) == ALL
+    assert asked(server) == []
+    loader = tc.DataLoader(dataset, batch_size=16)
+    for _ in range(3):
+        assert [i for batch in loader for i in batch["id"].tolist()] == ALL
+    assert asked(server) == [f"/home/{MARK_KEY}"]
+    dataset.close()
+
+
+def test_a_run_over_moved_shards_asks_home_for_none_of_them(server):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        moved.move(moved.keys[1::2], ServedStore(cold, "far"))
+        server.log.clear()
+        dataset = tc.Dataset(f"{server.url}/home", cache=False)
+        assert by_loader(dataset) == ALL
+        dataset.close()
+        gone = {f"/home/{key}" for key in moved.keys[1::2]}
+        assert [seen.path for seen in server.log if seen.path in gone] == []
+        assert {seen.path for seen in cold.log if seen.method == "GET"} == {f"/far/{key}" for key in moved.keys[1::2]}
+        assert all(seen.status < 400 for seen in cold.log)
+
+
+def test_the_figures_count_what_was_read_elsewhere_too(server):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        moved.move(moved.keys, ServedStore(cold, "far"))
+        dataset = tc.Dataset(f"{server.url}/home", cache=False)
+        loader = tc.DataLoader(dataset, batch_size=16)
+        assert sum(len(batch["id"]) for batch in loader) == N
+        assert loader.stats()["bytes_fetched"] > sum(info.n_bytes for info in moved.infos) * 0.8
+        dataset.close()
+
+
+def test_through_a_cache_a_moved_shard_is_fetched_once_whatever_store_it_lies_in(server, cache, stores):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        dataset = tc.Dataset(f"{server.url}/home", cache=cache)
+        assert by_loader(dataset) == ALL
+        dataset.close()
+        moved.move(moved.keys, ServedStore(cold, "far"))
+        before = len(cold.log)
+        again = tc.Dataset(f"{server.url}/home", cache=cache)
+        assert by_loader(again) == ALL
+        assert len(cold.log) == before  # all of it was here, by identity
+        again.close()
+
+
+def test_what_a_local_home_has_in_another_store_goes_through_the_cache(packed, tmp_path, cache):
+    with HttpFaultServer() as cold:
+        moved = Moved(packed, LocalFolder(tmp_path / "home"))
+        moved.move(moved.keys, ServedStore(cold, "far"))
+        for _ in range(2):
+            dataset = tc.Dataset(moved.store.url, cache=cache)
+            assert by_loader(dataset) == ALL
+            assert by_record(dataset) == ALL
+            dataset.close()
+        sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
+        assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
+
+
+def test_by_the_default_cache_too(packed, tmp_path):
+    with HttpFaultServer() as cold:
+        moved = Moved(packed, LocalFolder(tmp_path / "home"))
+        moved.move(moved.keys, ServedStore(cold, "far"))
+        for n_epochs in (1, 2):
+            dataset = tc.Dataset(moved.store.url)
+            assert by_arrow(dataset) == ALL
+            for _ in range(n_epochs):
+                assert by_loader(dataset) == ALL
+            assert isinstance(dataset.source.placed, PlacedFolder)
+            dataset.close()
+        sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
+        assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
+
+
+def test_a_damaged_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_path, cache):
+    with HttpFaultServer() as cold:
+        moved = Moved(packed, LocalFolder(tmp_path / "home"))
+        moved.move(moved.keys, ServedStore(cold, "far"))
+        dataset = tc.Dataset(moved.store.url, cache=cache)
+        far = dataset.source.placed.far
+        cache.warm(far, [(info.name, info.identity(moved.dataset_id)) for info in moved.infos])
+        for copy in (tmp_path / "cache").rglob("*"):
+            if copy.is_file() and copy.stat().st_size == moved.infos[0].n_bytes:
+                copy.chmod(0o600)
+                with copy.open("r+b") as file:
+                    file.seek(100)
+                    file.write(b"\xff" * 64)
+        assert by_record(dataset) == ALL
+        dataset.close()
+
+
+def test_a_shard_in_a_folder_of_this_machine_is_read_there_past_the_cache(server, cache, tmp_path):
+    moved = Moved(None, ServedStore(server, "home"))
+    hot = LocalFolder(tmp_path / "hot")
+    moved.move(moved.keys, hot)
+    dataset = tc.Dataset(f"{server.url}/home", cache=cache)
+    assert by_loader(dataset) == ALL
+    assert cache.stats()["misses"] <= 1  # the segment
+    dataset.close()
+
+
+def test_a_damaged_shard_in_a_folder_of_this_machine_is_read_from_home_instead(server, tmp_path):
+    moved = Moved(None, ServedStore(server, "home"))
+    hot = LocalFolder(tmp_path / "hot")
+    moved.move(moved.keys, hot, drop=False)
+    for key in moved.keys:
+        data = bytearray(hot.get(key))
+        data[200:300] = b"\xff" * 100
+        hot.put(key, data)
+    placement.commit(
+        moved.store,
+        {
+            i.name: Row(i.name, moved.store.url, n_bytes=i.n_bytes, crc32c=i.crc32c, promote=hot.url)
+            for i in moved.infos
+        },
+    )
+    dataset = tc.Dataset(f"{server.url}/home", cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert by_loader(dataset) == ALL
+    assert by_record(dataset) == ALL
+    dataset.close()
+
+
+# -- workers --------------------------------------------------------------------------------------------------------
+
+
+def _as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize(("method", "is_known"), [("fork", False), ("fork", True), ("spawn", False)])
+def test_workers_find_moved_shards(packed, tmp_path, method, is_known):
+    moved = Moved(packed, LocalFolder(tmp_path / "home"))
+    dataset = tc.Dataset(moved.store.url)
+    if is_known:
+        moved.move(moved.keys, LocalFolder(tmp_path / "cold"))
+        assert by_loader(dataset) == ALL
+    loader = TorchLoader(
+        dataset,
+        batch_size=10,
+        num_workers=2,
+        collate_fn=_as_it_is,
+        multiprocessing_context=method,
+        persistent_workers=True,
+    )
+    if not is_known:
+        moved.move(moved.keys, LocalFolder(tmp_path / "cold"))
+    for _ in range(2):
+        assert [int(record["id"]) for records in loader for record in records] == ALL
+    dataset.close()
+
+
+def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tmp_path):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        moved.move(moved.keys[::3], ServedStore(cold, "far"))
+        with tc.Cache(tmp_path / "cache", size="64MiB", free_floor="0%") as cache:
+            dataset = tc.Dataset(f"{server.url}/home", cache=cache)
+            assert by_record(dataset) == ALL
+            loader = TorchLoader(
+                dataset, batch_size=10, num_workers=2, collate_fn=_as_it_is, multiprocessing_context="fork"
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a store that a fork has left
+                assert [int(record["id"]) for records in loader for record in records] == ALL
+            dataset.close()
+
+
+# -- archived -------------------------------------------------------------------------------------------------------
+
+ARCHIVED = Misbehave("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
+
+
+def test_an_archived_shard_that_is_met_while_reading_says_that_it_must_be_restored(server, tmp_path):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        dataset = tc.Dataset(f"{server.url}/home", cache=False)
+        moved.move(moved.keys, ServedStore(cold, "far"), state="archived", storage_class="GLACIER")
+        cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
+        with pytest.raises(
+            ArchivedShards, match=r"is archived \(storage class GLACIER\) and must be restored"
+        ) as caught:
+            dataset[0]
+        assert caught.value.names == (moved.keys[0],)
+        cold.when(lambda method, path: None)
+        assert by_record(dataset) == ALL
+        dataset.close()
+
+
+def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read_at_home(server):
+    with HttpFaultServer() as cold:
+        moved = Moved(None, ServedStore(server, "home"))
+        far = ServedStore(cold, "far")
+        moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
+        dataset = tc.Dataset(f"{server.url}/home", cache=False)
+        dataset.source.placed.places.look()
+        moved.move(moved.keys, moved.store, src=far, drop=False)
+        cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
+        assert by_loader(dataset) == ALL
+        dataset.close()

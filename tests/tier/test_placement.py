@@ -1,0 +1,366 @@
+"""Placement: what it says after any changes, by any number of writers, after a crash, and when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.s3_fixtures import s3_server  # noqa: F401
+
+from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.points import set_hook
+from tiercache.store import LocalFolder, MemoryStore, open_store
+from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
+from tiercache.testing.http_server import HttpFaultServer
+from tiercache.tier import placement
+from tiercache.tier.placement import MARK_KEY, N_KEPT, Row, placement_key
+
+
+@pytest.fixture
+def store(request) -> MemoryStore:
+    store = MemoryStore(f"placement-{request.node.name}")
+    yield store
+    store.delete([info.key for info in store.list()])
+
+
+def row(key: str, url: str = "s3://cold/data", **how) -> Row:
+    return Row(key, url, n_bytes=how.pop("n_bytes", 5), crc32c=how.pop("crc32c", 7), **how)
+
+
+def rows_of(found: placement.Placement) -> dict[str, Row]:
+    return {one.key: one for one in map(found.row, range(len(found)))}
+
+
+def numbers(store) -> list[int]:
+    return sorted(int(info.key[-26:-6]) for info in store.list(placement.PLACEMENT_FOLDER))
+
+
+# -- what it says ---------------------------------------------------------------------------------------------------
+
+KEYS = st.sampled_from(["a", "b/c.tcs", "shards/é.tcs", "shards/0.tcs", "z", "A"])
+ROWS = st.builds(
+    Row,
+    key=st.just("x"),
+    url=st.sampled_from(["s3://cold/data", "/nvme/data", "memory://m/d"]),
+    storage_class=st.sampled_from([None, "GLACIER"]),
+    state=st.sampled_from(["here", "archived"]),
+    n_bytes=st.integers(0, 2**62),
+    crc32c=st.none() | st.integers(0, 2**32 - 1),
+    promote=st.sampled_from([None, "/nvme/hot"]),
+    hot_bytes=st.none() | st.integers(0, 2**62),
+)
+CHANGES = st.dictionaries(KEYS, st.none() | ROWS, max_size=4).map(
+    lambda found: {key: one and Row(key, *(getattr(one, f) for f in Row.__slots__[1:])) for key, one in found.items()}
+)
+
+
+@settings(max_examples=40)
+@given(steps=st.lists(CHANGES, max_size=14))
+def test_after_any_changes_it_says_what_a_dict_would(steps):
+    store, oracle = MemoryStore("placement-oracle"), {}
+    store.delete([info.key for info in store.list()])
+    for changes in steps:
+        committed = placement.commit(store, changes)
+        oracle = {key: one for key, one in {**oracle, **changes}.items() if one is not None}
+        assert rows_of(committed) == oracle
+        found = placement.read(store)
+        assert rows_of(found) == oracle
+        assert list(rows_of(found)) == sorted(oracle, key=str.encode)
+        assert {key: found.find(key) for key in ("a", "shards/0.tcs", "none")} == {
+            key: oracle.get(key) for key in ("a", "shards/0.tcs", "none")
+        }
+        wanted = pa.array(["z", "none", "a"])
+        assert [None if at < 0 else found.row(int(at)) for at in found.among(wanted)] == [
+            oracle.get(key) for key in wanted.to_pylist()
+        ]
+
+
+def test_where_there_is_no_mark_one_small_get_tells(store):
+    counting = CountingStore(store)
+    assert placement.read(counting) is None
+    assert counting.calls == [("get", MARK_KEY)]
+
+
+def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forbidden(store):
+    forbidden = FaultStore(store, [Fault("get", keys=MARK_KEY, status=403, retryable=False)])
+    assert placement.read(forbidden) is None
+    failing = FaultStore(store, [Fault("get", keys=MARK_KEY, status=503)])
+    with pytest.raises(StoreError, match="scripted fault"):
+        placement.read(failing)
+
+
+def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
+    assert not placement.is_adopted(store)
+    placement.adopt(store)
+    placement.adopt(store)
+    assert placement.is_adopted(store)
+    found = placement.read(store)
+    assert (found.number, len(found), found.find("a")) == (0, 0, None)
+
+
+def test_changes_that_are_there_already_make_no_new_number(store):
+    first = placement.commit(store, {"a": row("a"), "b": None})
+    assert placement.commit(store, {"a": row("a"), "gone": None}).number == first.number == 1
+
+
+def test_the_last_ten_are_kept(store):
+    for n in range(3 * N_KEPT):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+    assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
+    assert placement.read(store).find("a").n_bytes == 3 * N_KEPT - 1
+
+
+def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
+    with pytest.raises(ValueError, match="the row for 'b' is about 'a'"):
+        placement.commit(store, {"b": row("a")})
+    for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
+        with pytest.raises(ValueError, match="a row needs a URL"):
+            Row(**{"key": "a", "url": "u", **wrong})
+    with pytest.raises(ValueError, match="not a valid key"):
+        Row("../a", "u")
+
+
+# -- hints ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hint", [b"", b"not json", b"[]", b'{"placement": -4}', b'{"placement": "7"}', b'{"placement": 99}']
+)
+def test_a_hint_that_leads_nowhere_is_no_error(store, hint):
+    for n in range(4):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+    store.put(MARK_KEY, hint)
+    assert placement.read(store).number == 4
+
+
+@pytest.mark.parametrize("hint", [1, 2, 3, 17])
+def test_an_old_hint_leads_to_the_newest(store, hint):
+    for n in range(2 * N_KEPT):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+    store.put(MARK_KEY, placement.encode_mark(hint))
+    assert placement.read(store).number == 2 * N_KEPT
+
+
+def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_over():
+    memory = MemoryStore("placement-listless")
+    for n in range(2 * N_KEPT):
+        placement.commit(memory, {"a": row("a", n_bytes=n)})
+    memory.put(MARK_KEY, placement.encode_mark(3))
+    objects = {info.key: memory.get(info.key) for info in memory.list()}
+    with HttpFaultServer(objects) as server:
+        http = open_store(server.url)
+        assert placement.read(http).number == 2 * N_KEPT
+        http.close()
+    memory.delete(objects)
+
+
+def test_what_was_missed_is_searched_for_though_the_mark_is_gone(store):
+    placement.commit(store, {"a": row("a")})
+    store.delete([MARK_KEY])
+    assert placement.read(store) is None
+    assert placement.search(store).find("a") == row("a")
+
+
+def test_who_knows_the_newest_lists_and_asks_for_the_next_only(store):
+    known = placement.commit(store, {"a": row("a")})
+    counting = CountingStore(store)
+    assert placement.search(counting, known) is known
+    assert counting.calls == [("list", placement.PLACEMENT_FOLDER), ("get", placement_key(2))]
+
+
+def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fail(store):
+    known = placement.commit(store, {"a": row("a")})
+    for n in range(3 * N_KEPT):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+    store.put(MARK_KEY, placement.encode_mark(1))
+    assert placement.search(store, known).number == 3 * N_KEPT + 1
+
+
+def test_a_writer_that_slept_while_its_number_was_used_and_removed_loses_nothing(store):
+    placement.commit(store, {"a": row("a")})
+    gated = GateStore(store)
+    gate = gated.stop_at("before_put_if_absent", placement_key(2))
+    late = threading.Thread(target=lambda: placement.commit(gated, {"late": row("late")}))
+    late.start()
+    with gate:
+        gate.wait_reached()
+        for n in range(2 * N_KEPT):
+            placement.commit(store, {f"early/{n}": row(f"early/{n}")})
+        assert 2 not in numbers(store)
+    late.join()
+    found = placement.read(store)
+    assert found.find("late") == row("late")
+    assert len(found) == 2 * N_KEPT + 2
+    assert 2 not in numbers(store)
+
+
+def test_numbers_that_vanish_between_listing_and_reading_are_looked_for_anew(store):
+    for n in range(3):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+
+    class Rushing(CountingStore):
+        def list(self, prefix=""):
+            found = list(super().list(prefix))
+            if self.n_calls("list") == 1:
+                for n in range(2 * N_KEPT):
+                    placement.commit(store, {"a": row("a", n_bytes=100 + n)})
+            return iter(found)
+
+    store.put(MARK_KEY, b"{}")
+    store.delete([placement_key(1)])
+    assert placement.read(Rushing(store)).number == 2 * N_KEPT + 3
+
+
+# -- racing, and failing in between ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_of_racing_writers_none_is_lost(kind, tmp_path, request):
+    home = {
+        "memory": lambda: MemoryStore(f"race-{tmp_path.name}"),
+        "local": lambda: LocalFolder(tmp_path),
+        "s3": lambda: request.getfixturevalue("s3_server").store(f"race-{tmp_path.name}"),
+    }[kind]()
+    n_threads, n_each = (4, 6) if kind != "s3" else (3, 4)
+    failures: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for i in range(n_each):
+                placement.commit(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
+        except BaseException as error:  # noqa: BLE001 -- a thread's top
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    found = placement.read(home)
+    assert set(rows_of(found)) == {f"{number}/{n_each - 1}" for number in range(n_threads)}
+    assert found.number == n_threads * n_each
+    home.close()
+
+
+def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
+    gated = GateStore(store)
+    gate = gated.stop_at("before_put_if_absent", placement_key(1))
+    late = threading.Thread(target=lambda: placement.commit(gated, {"late": row("late")}))
+    late.start()
+    with gate:
+        gate.wait_reached()
+        placement.commit(store, {"early": row("early")})
+    late.join()
+    assert set(rows_of(placement.read(store))) == {"early", "late"}
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
+@pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
+def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point, n_before):
+    for n in range(n_before):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+
+    def stop(reached: str) -> None:
+        if reached == point:
+            raise _Stop
+
+    before = set_hook(stop)
+    try:
+        with pytest.raises(_Stop):
+            placement.commit(store, {"b": row("b")})
+    finally:
+        set_hook(before)
+    assert placement.read(store).find("b") == row("b")
+    assert placement.commit(store, {"b": row("b")}).number == n_before + 1
+    assert placement.commit(store, {"c": row("c")}).number == n_before + 2
+
+
+def test_an_answer_that_was_lost_is_settled_by_reading_back(store):
+    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_ANSWER)])
+    assert placement.commit(faulty, {"a": row("a")}).number == 1
+    assert faulty.struck == [("put_if_absent", placement_key(1))]
+
+
+def test_a_put_that_did_nothing_is_an_error(store):
+    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow")])
+    with pytest.raises(StoreError, match="scripted fault"):
+        placement.commit(faulty, {"a": row("a")})
+    assert numbers(store) == []
+
+
+def test_a_hint_or_a_deletion_that_fails_fails_no_commit(store):
+    faulty = FaultStore(store, [Fault("put", times=99), Fault("delete", times=99)])
+    for n in range(N_KEPT + 2):
+        placement.commit(faulty, {"a": row("a", n_bytes=n)})
+    assert placement.read(store).find("a").n_bytes == N_KEPT + 1
+    assert numbers(store) == list(range(1, N_KEPT + 3))
+
+
+def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
+    monkeypatch.setattr(placement, "MAX_REBASES", 3)
+
+    class Crowd(FaultStore):
+        def put_if_absent(self, key, data):
+            if key.endswith(".arrow"):
+                placement.commit(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
+            return super().put_if_absent(key, data)
+
+    with pytest.raises(CommitConflict, match="3 others changed the placement first"):
+        placement.commit(Crowd(store), {"a": row("a")})
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_is_reported_or_changes_nothing(store):
+    made = placement.commit(store, {"a": row("a", storage_class="GLACIER", state="archived"), "b": row("b")})
+    data = store.get(placement_key(1))
+    n_reported = 0
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 0x10
+        try:
+            found = placement.decode(bytes(flipped), 1, url="u")
+        except (CorruptShard, UnsupportedFormat):
+            n_reported += 1
+        else:
+            assert found.rows.equals(made.rows)
+    assert n_reported > len(data) // 10
+
+
+def test_one_that_is_cut_short_or_lies_under_another_number_is_reported(store):
+    placement.commit(store, {"a": row("a")})
+    data = store.get(placement_key(1))
+    for wrong, number in ((data[:-9], 1), (b"", 1), (data, 2)):
+        with pytest.raises(CorruptShard, match="placement"):
+            placement.decode(wrong, number, url="u")
+
+
+def test_one_of_a_later_release_says_so(store):
+    made = placement.commit(store, {"a": row("a")})
+    schema = made.rows.schema.with_metadata(
+        {b"tiercache": json.dumps({"format": 2, "number": 1, "nonce": "", "crc32c": 0})}
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(made.rows.replace_schema_metadata(schema.metadata))
+    store.put(placement_key(2), sink.getvalue().to_pybytes())
+    with pytest.raises(UnsupportedFormat, match="format 2, this release reads up to 1"):
+        placement.read(store)
+
+
+def test_reading_one_from_a_store_that_fails_passes_the_error_on(store):
+    placement.commit(store, {"a": row("a")})
+    faulty = FaultStore(store, [Fault("get", keys="*.arrow", times=9)])
+    with pytest.raises(StoreError, match="scripted fault") as caught:
+        placement.read(faulty)
+    assert not isinstance(caught.value, NotFound)

@@ -1,0 +1,480 @@
+"""The policy, sentence by sentence: what is moved, what is refused, and with which words and figures."""
+
+from dataclasses import replace
+
+import pytest
+from tests.tier.snapshots import (
+    COLD,
+    DAY_S,
+    FROZEN,
+    PRICES,
+    STANDARD,
+    TIERS,
+    Copy,
+    Group,
+    checkpoint,
+    snapshot_of,
+    tier_file,
+)
+
+from tiercache.prices import FREE
+from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
+from tiercache.tier.policy import decide
+from tiercache.tierfile import Keep, Pin, Rule, Tag, Tiering
+
+MB = 1_000_000
+BIG = Copy(100 * MB, days=100)
+TO_ARCHIVE = Rule(name="cold", match=("**",), to="archive", idle_s=30 * DAY_S)
+KEEP = Rule(
+    name="runs",
+    match=("ckpt/**",),
+    keep={"hot": Keep(last=1), "standard": Keep(last=2)},
+    then="archive",
+    after_s=14 * DAY_S,
+    delete_after_s=365 * DAY_S,
+)
+DELETE = Rule(name="old", match=("**",), delete_after_s=10 * DAY_S)
+
+
+def planned(groups, *rules, prices=PRICES, capacity=(None, None, None), **file):
+    found = decide(snapshot_of(groups), tier_file(rules, **file), prices, capacity_bytes=capacity)
+    return found.moves, found.refusals
+
+
+def moves_of(groups, *rules, **keys):
+    """(path, action, src, dst) of each move."""
+    moves, _ = planned(groups, *rules, **keys)
+    return [
+        (groups[one.group].path, one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst])
+        for one in moves
+    ]
+
+
+def refusal_of(groups, *rules, **keys):
+    """The reason of the one refusal, where nothing is moved."""
+    moves, refusals = planned(groups, *rules, **keys)
+    assert moves == ()
+    (refusal,) = refusals
+    return refusal.reason
+
+
+def lying(*tiers: str, copy: Copy = BIG, **facts) -> Group:
+    return Group("data/x", dict.fromkeys(tiers, copy), **{"days": 100.0, **facts})
+
+
+# -- rules -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_has_used_for_so_long_moves_with_its_days_in_the_reason():
+    (move,), _ = planned([lying("standard", unused_days=45)], TO_ARCHIVE)
+    assert (move.action, move.rule) == ("move", "cold")
+    assert move.reason == "not used for 45 days (idle = 30 days)"
+
+
+def test_what_was_used_lately_stays():
+    assert moves_of([lying("standard", unused_days=29)], TO_ARCHIVE) == []
+
+
+def test_what_is_younger_than_its_last_use_counts_from_when_it_was_written():
+    assert moves_of([lying("standard", days=5, unused_days=45)], TO_ARCHIVE) == []
+
+
+def test_what_a_machine_may_have_used_that_has_not_reported_is_not_idle():
+    assert "has not reported" in refusal_of([lying("standard", unreported=True)], TO_ARCHIVE)
+
+
+def test_age_asks_nobody_what_was_used():
+    rule = Rule(name="old", match=("**",), to="archive", age_s=30 * DAY_S)
+    assert moves_of([lying("standard", unreported=True, unused_days=0)], rule)
+
+
+def test_all_conditions_must_hold_and_all_are_named():
+    rule = Rule(name="r", match=("**",), to="archive", idle_s=DAY_S, age_s=DAY_S, uses_below=3)
+    (move,), _ = planned([lying("standard", uses=2)], rule)
+    assert move.reason == (
+        "not used for 100 days (idle = 24 hours), written 100 days ago (age = 24 hours), used 2 times (uses_below = 3)"
+    )
+    assert moves_of([lying("standard", uses=3)], rule) == []
+
+
+def test_the_first_rule_that_matches_is_the_only_one():
+    first = Rule(name="stay", match=("data/**",))
+    assert moves_of([lying("standard")], first, TO_ARCHIVE) == []
+
+
+def test_a_rule_of_another_kind_is_passed_over():
+    first = Rule(name="stay", match=("**",), kind="shard")
+    assert moves_of([lying("standard")], first, TO_ARCHIVE)
+
+
+def test_sizes_are_of_the_group():
+    rule = Rule(name="r", match=("**",), to="archive", larger_than_bytes=100 * MB)
+    assert moves_of([lying("standard")], rule) == []
+    assert moves_of([lying("standard", copy=replace(BIG, n_bytes=100 * MB + 1))], rule)
+
+
+def test_only_copies_in_the_named_tiers_go():
+    rule = Rule(name="r", match=("**",), to="archive", sources=("hot",))
+    assert moves_of([lying("standard")], rule) == []
+    assert moves_of([lying("hot")], rule) == [("data/x", "move", "hot", "archive")]
+
+
+def test_a_rule_may_bring_back_what_lies_in_a_colder_tier():
+    rule = Rule(name="r", match=("**",), to="standard", sources=("archive",))
+    assert moves_of([lying("archive")], rule, prices=(FREE, STANDARD, STANDARD)) == [
+        ("data/x", "move", "archive", "standard")
+    ]
+
+
+def test_a_copy_goes_where_a_verified_one_lies_in_the_target():
+    (move,), _ = planned([lying("hot", "archive")], TO_ARCHIVE)
+    assert (move.action, move.src, move.dst) == ("drop", 0, 2)
+    assert move.reason.endswith("; a verified copy is in archive")
+
+
+@pytest.mark.parametrize("wrong", [{"whole": False}, {"verified": False}])
+def test_a_copy_that_is_not_whole_or_not_verified_is_no_reason_to_drop_another(wrong):
+    group = Group("data/x", {"hot": BIG, "archive": replace(BIG, **wrong)}, days=100)
+    assert moves_of([group], TO_ARCHIVE) == [("data/x", "move", "hot", "archive")]
+
+
+def test_what_was_written_again_since_it_was_copied_is_copied_again():
+    group = Group("data/x", {"hot": replace(BIG, days=50, verified=False), "archive": BIG}, days=100)
+    assert moves_of([group], TO_ARCHIVE) == [("data/x", "move", "hot", "archive")]
+
+
+def test_a_shard_is_never_written_again_so_a_younger_copy_is_the_same():
+    group = Group("data/x", {"hot": replace(BIG, days=50, verified=False), "archive": BIG}, "shard", days=100)
+    assert moves_of([group], TO_ARCHIVE) == [("data/x", "drop", "hot", "archive")]
+
+
+def test_between_classes_of_one_bucket_the_class_is_changed_in_place():
+    assert moves_of([lying("standard")], TO_ARCHIVE, one_bucket=True) == [("data/x", "reclass", "standard", "archive")]
+
+
+def test_of_two_copies_the_cheaper_way_is_taken():
+    """Through this machine from hot each part is a request; within the provider each object is."""
+    assert moves_of([lying("hot", "standard")], TO_ARCHIVE) == [("data/x", "move", "standard", "archive")]
+
+
+def test_of_two_ways_that_cost_the_same_the_faster_tier_is_read():
+    assert moves_of([lying("hot", "standard")], TO_ARCHIVE, prices=(None,) * 3) == [
+        ("data/x", "move", "hot", "archive")
+    ]
+
+
+# -- what is held ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pin_holds_what_it_matches_and_says_why():
+    pins = (Pin(match=("other/**",)), Pin(match=("data/**",), why="the paper's figures"))
+    assert refusal_of([lying("standard")], TO_ARCHIVE, pins=pins) == "pinned (pins[1]): the paper's figures"
+
+
+def test_a_pin_whose_time_is_over_holds_nothing():
+    assert moves_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("**",), until_s=1.0),))
+
+
+def test_what_somebody_reads_stays():
+    assert refusal_of([lying("standard", in_use=True)], TO_ARCHIVE) == "in use"
+
+
+def test_a_checkpoint_that_is_not_complete_stays():
+    groups = [checkpoint(0, step, {"standard": BIG}, days=100.0, complete=step == 2) for step in (1, 2)]
+    _, refusals = planned(groups[:1], TO_ARCHIVE)
+    assert refusals[0].reason == "not complete yet"
+
+
+def test_the_newest_checkpoint_of_a_run_is_copied_and_goes_only_when_that_copy_can_be_read():
+    newest = checkpoint(0, 9, {"standard": BIG}, days=100.0)
+    (move,), _ = planned([newest], TO_ARCHIVE)
+    assert (move.action, move.src, move.dst) == ("copy", 1, 2)
+    assert move.reason.endswith("; copied only: it is the newest complete checkpoint of its run")
+    both = checkpoint(0, 9, {"standard": BIG, "archive": BIG}, days=100.0)
+    assert moves_of([both], TO_ARCHIVE) == [(both.path, "drop", "standard", "archive")]
+    frozen = checkpoint(0, 9, {"standard": BIG, "archive": replace(BIG, state=ARCHIVED)}, days=100.0)
+    assert "never deleted, nor its last readable copy given up" in refusal_of([frozen], TO_ARCHIVE)
+
+
+def test_the_newest_checkpoint_does_not_change_its_class_in_place():
+    newest = checkpoint(0, 9, {"standard": BIG}, days=100.0)
+    assert "newest" in refusal_of([newest], TO_ARCHIVE, one_bucket=True)
+
+
+# -- keep lists ------------------------------------------------------------------------------------------------------
+
+
+def run_of(*steps: int, tier: str = "hot", **facts) -> list[Group]:
+    return [checkpoint(0, step, {tier: BIG}, **{"days": 20.0, **facts}) for step in steps]
+
+
+def test_what_keep_lists_do_not_name_goes_down_and_what_none_names_to_the_end():
+    assert moves_of(run_of(1, 2, 3), KEEP) == [
+        ("ckpt/r0/step-1", "move", "hot", "archive"),
+        ("ckpt/r0/step-2", "move", "hot", "standard"),
+    ]
+
+
+def test_what_is_too_young_for_the_end_waits_in_the_last_tier_with_a_keep_list():
+    groups = [checkpoint(0, 1, {"standard": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    assert moves_of(groups, KEEP) == []
+    young = [checkpoint(0, 1, {"hot": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    assert moves_of(young, KEEP) == [("ckpt/r0/step-1", "move", "hot", "standard")]
+
+
+def test_what_lies_further_down_already_is_dropped_and_not_copied_to_the_next_tier():
+    groups = [checkpoint(0, 1, {"hot": BIG, "archive": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    assert moves_of(groups, KEEP) == [("ckpt/r0/step-1", "drop", "hot", "archive")]
+
+
+def test_what_lies_below_the_end_stays_there():
+    rule = Rule(name="r", match=("**",), keep={"hot": Keep(last=1)}, then="standard")
+    assert moves_of([*run_of(1, tier="archive"), *run_of(2)], rule) == []
+
+
+def test_without_an_end_it_goes_to_the_next_tier():
+    rule = Rule(name="r", match=("**",), keep={"hot": Keep(last=1)})
+    assert moves_of(run_of(1, 2), rule) == [("ckpt/r0/step-1", "move", "hot", "standard")]
+
+
+def test_files_beside_checkpoints_are_not_what_keep_lists_are_about():
+    log = Group("ckpt/r0/train.log", {"hot": BIG}, days=1000.0)
+    assert planned([log], KEEP) == ((), ())
+
+
+def test_a_tag_of_the_rule_file_counts_in_keep_lists():
+    rule = KEEP.model_copy(update={"keep": {"hot": Keep(tags=("release",)), "standard": Keep(last=1)}})
+    groups = run_of(1, 2, 3)
+    tags = (Tag(match=("ckpt/*/step-1",), tags=("release",)),)
+    assert [path for path, *_ in moves_of(groups, rule, tags=tags)] == ["ckpt/r0/step-2"]
+
+
+# -- deleting --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_old_enough_is_deleted_from_all_tiers():
+    (move,), _ = planned([lying("standard", "archive", copy=replace(BIG, days=95))], DELETE)
+    assert (move.action, move.src, move.dst) == ("delete", 1, None)
+    assert move.reason == "written 100 days ago (delete_after = 10 days)"
+    assert move.money.saving_month == pytest.approx(0.1 * (0.02 + 0.004))
+
+
+@pytest.mark.parametrize(
+    ("steps", "facts", "why"),
+    [
+        ((1, 2, 3), {}, "newest"),
+        ((1,), {"tags": frozenset({"a"})}, "tagged a"),
+    ],
+)
+def test_neither_the_newest_nor_what_is_tagged_is_ever_deleted(steps, facts, why):
+    groups = run_of(*steps, tier="standard", **facts)
+    moves, refusals = planned(groups, DELETE)
+    assert len(moves) == len(groups) - 1
+    assert why in refusals[-1].reason
+
+
+def test_what_a_keep_list_names_is_never_deleted():
+    deleted = [path for path, action, *_ in moves_of(run_of(1, 2, 3, 4, days=400.0), KEEP) if action == "delete"]
+    assert deleted == ["ckpt/r0/step-1", "ckpt/r0/step-2"]
+
+
+# -- dollars ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_object_is_refused_with_its_size_and_the_least_that_is_billed():
+    small = lying("standard", copy=Copy(60, days=100))
+    assert refusal_of([small], TO_ARCHIVE) == (
+        'its objects have 60 B, and archive bills 100 B at least (small = "refuse")'
+    )
+    assert moves_of([small], TO_ARCHIVE, tiering=Tiering(small="move"))
+
+
+def test_a_small_file_beside_large_ones_does_not_hold_a_checkpoint():
+    assert moves_of([lying("standard", copy=Copy(50 * MB, 2, 10, days=100))], TO_ARCHIVE)
+
+
+def test_leaving_a_class_early_is_refused_with_its_fee():
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
+    group = lying("archive", copy=Copy(10**9, days=30))
+    assert refusal_of([group], back) == 'leaving archive before its 90 days are over costs $0.008 (early = "refuse")'
+    (move,), _ = planned([group], back, tiering=Tiering(early="pay"))
+    assert move.money.once == pytest.approx(0.004 * 60 / 30 + 0.03 + 0.015 / 1000)
+
+
+def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
+    prices = (FREE, STANDARD, replace(COLD, put_1000=5.0))
+    group = lying("standard", copy=Copy(10**9, days=100))
+    tiering = Tiering(max_break_even_s=5 * DAY_S)
+    assert refusal_of([group], TO_ARCHIVE, prices=prices, tiering=tiering) == (
+        "costs $0.005 once and saves $0.016 a month: earned back in 9.38 days (max_break_even = 5 days)"
+    )
+    assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=10 * DAY_S))
+
+
+def test_what_costs_more_where_it_goes_is_never_earned_back():
+    group = lying("standard", copy=Copy(10**9, days=100))
+    prices = (FREE, STANDARD, replace(COLD, store_gb_month=0.03))
+    why = refusal_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=DAY_S))
+    assert "saves -$0.01 a month: never earned back" in why
+
+
+def test_room_on_a_disk_of_ones_own_is_not_weighed_in_dollars():
+    assert moves_of([lying("hot")], TO_ARCHIVE, tiering=Tiering(max_break_even_s=DAY_S))
+
+
+def test_where_prices_are_unknown_dollars_decide_nothing():
+    tiering = Tiering(max_break_even_s=1.0)
+    (move,), _ = planned([lying("standard")], TO_ARCHIVE, prices=(FREE, None, COLD), tiering=tiering)
+    assert (move.money.once, move.money.saving_month) == (0.0, 0.0)
+
+
+# -- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (ARCHIVED, "its copy in archive is archived: restore it first: tiercache restore data/x"),
+        (RESTORING, "its copy in archive is being restored: it can be read when that is done"),
+    ],
+)
+def test_what_must_be_restored_is_no_source(state, why):
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
+    frozen = lying("archive", copy=replace(BIG, state=state))
+    assert refusal_of([frozen], back, prices=(FREE, STANDARD, FROZEN)) == why
+
+
+def test_what_was_restored_for_a_while_is_a_source():
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
+    assert moves_of([lying("archive", copy=replace(BIG, state=RESTORED))], back)
+
+
+def test_a_copy_that_is_not_whole_is_no_source():
+    assert "is not whole" in refusal_of([lying("hot", copy=replace(BIG, whole=False))], TO_ARCHIVE)
+
+
+# -- capacities ------------------------------------------------------------------------------------------------------
+
+STAY = Rule(name="stay", match=("**",))
+
+
+def ten_in_hot(**facts) -> list[Group]:
+    return [Group(f"f{i}", {"hot": Copy(10, days=100)}, days=100.0, unused_days=float(i), **facts) for i in range(10)]
+
+
+def test_over_high_the_least_recently_used_go_down_until_low():
+    moves, refusals = planned(ten_in_hot(), STAY, capacity=(105, None, None))
+    assert [one.group for one in moves] == [9, 8, 7]
+    assert {one.rule for one in moves} == {"tiers.hot.high"}
+    assert moves[0].reason == "hot is 95.2% full (high = 90%), and this was not used for 9 days"
+    assert refusals == ()
+
+
+def test_below_high_nothing_goes():
+    assert moves_of(ten_in_hot(), STAY, capacity=(112, None, None)) == []
+
+
+def test_what_rules_send_away_counts_before_the_watermark():
+    rule = Rule(name="r", match=("f9", "f8"), to="standard", age_s=0.0)
+    assert [path for path, *_ in moves_of(ten_in_hot(), rule, STAY, capacity=(105, None, None))] == ["f8", "f9"]
+
+
+def test_what_has_a_verified_copy_further_down_is_only_dropped():
+    groups = [replace(one, copies={"hot": Copy(10, days=100), "archive": Copy(10, days=100)}) for one in ten_in_hot()]
+    assert {way[1:] for way in moves_of(groups, STAY, capacity=(105, None, None))} == {("drop", "hot", "archive")}
+
+
+def test_a_keep_list_and_a_pin_hold_against_a_watermark():
+    groups = [checkpoint(0, step, {"hot": Copy(10)}, unused_days=float(9 - step), days=20.0) for step in range(10)]
+    rule = Rule(name="runs", match=("**",), keep={"hot": Keep(every_steps=1)})
+    assert moves_of(groups, rule, capacity=(105, None, None)) == []
+    assert moves_of(ten_in_hot(), STAY, capacity=(105, None, None), pins=(Pin(match=("**",)),)) == []
+
+
+def test_a_watermark_leaves_the_newest_checkpoint_of_a_run_where_it_is():
+    groups = [checkpoint(run, 1, {"hot": Copy(10)}, days=20.0) for run in range(10)]
+    assert planned(groups, STAY, capacity=(50, None, None)) == ((), ())
+
+
+def test_a_watermark_is_about_room_and_not_about_earning_back():
+    groups = [Group(f"f{i}", {"standard": Copy(10, days=100)}, days=100.0) for i in range(10)]
+    prices = (FREE, STANDARD, replace(STANDARD, name="x:r:T"))
+    tiering = Tiering(max_break_even_s=DAY_S)
+    assert moves_of(groups, STAY, capacity=(None, 105, None), prices=prices, tiering=tiering)
+
+
+def test_what_is_smaller_may_still_have_room_where_something_larger_has_none():
+    groups = [Group(f"f{n}", {"standard": Copy(n, days=100)}, days=100.0) for n in (400, 600, 300)]
+    moves, refusals = planned(groups, TO_ARCHIVE, capacity=(None, None, 900))
+    assert [[one.group for one in found] for found in (moves, refusals)] == [[0, 2], [1]]
+
+
+def test_room_that_one_rule_has_taken_is_not_there_for_the_next():
+    groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
+    rules = [TO_ARCHIVE.model_copy(update={"match": (f"f{i}",)}) for i in range(3)]
+    assert [path for path, *_ in moves_of(groups, *rules, capacity=(None, None, 900))] == ["f0", "f1"]
+
+
+def test_what_has_no_room_where_it_should_go_is_refused():
+    groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
+    moves, refusals = planned(groups, TO_ARCHIVE, capacity=(None, None, 900))
+    assert [one.group for one in moves] == [0, 1]
+    assert refusals[0].reason == "no room in archive: its capacity is 900 B"
+
+
+# -- promotion -------------------------------------------------------------------------------------------------------
+
+PROMOTE = TO_ARCHIVE.model_copy(update={"promote": "on_access"})
+
+
+def test_what_was_used_since_it_went_down_is_copied_up():
+    used = lying("archive", copy=replace(BIG, days=50), unused_days=3)
+    (move,), _ = planned([used], PROMOTE)
+    assert (move.action, move.src, move.dst) == ("copy", 2, 0)
+    assert move.reason == "used 3 days ago, since it lies below hot"
+
+
+def test_a_copy_leaves_its_source_and_pays_no_fee_for_it():
+    used = lying("archive", copy=Copy(10**9, days=50), unused_days=3)
+    (move,), _ = planned([used], PROMOTE)
+    assert move.money.once == pytest.approx(0.03 + 0.09 + 120 * 0.01 / 1000)
+    assert move.money.saving_month == 0
+
+
+def test_what_was_used_before_it_went_down_is_not():
+    assert moves_of([lying("archive", copy=replace(BIG, days=2), unused_days=3)], PROMOTE) == []
+
+
+def test_what_its_rule_would_send_down_again_is_not_copied_up():
+    assert moves_of([lying("archive", copy=replace(BIG, days=50), unused_days=40)], PROMOTE) == []
+
+
+def test_promotion_fills_the_hot_tier_to_its_low_mark_with_what_was_used_last():
+    groups = [Group(f"f{i}", {"archive": Copy(300, days=50)}, days=100.0, unused_days=float(5 - i)) for i in range(4)]
+    moves, refusals = planned(groups, PROMOTE, capacity=(1000, None, None))
+    assert [one.group for one in moves] == [3, 2]
+    assert {one.group for one in refusals} == {0, 1}
+
+
+def test_what_must_be_restored_to_be_promoted_is_refused_with_the_command():
+    frozen = lying("archive", copy=replace(BIG, days=50, state=ARCHIVED), unused_days=3)
+    assert "tiercache restore data/x" in refusal_of([frozen], PROMOTE)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_of_other_tiers_is_refused():
+    snapshot = snapshot_of([], tiers=("hot", "standard"))
+    with pytest.raises(ValueError, match="take it again"):
+        decide(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
+
+
+@pytest.mark.parametrize(("prices", "limits"), [(PRICES[:2], (None,) * 3), (PRICES, (None,) * 2)])
+def test_prices_and_capacities_are_one_a_tier(prices, limits):
+    with pytest.raises(ValueError, match="of 3 tiers, got 2"):
+        decide(snapshot_of([]), tier_file(), prices, capacity_bytes=limits)
+
+
+def test_of_nothing_nothing_is_decided():
+    assert planned([], TO_ARCHIVE, KEEP) == ((), ())

@@ -1,0 +1,336 @@
+"""The policy by property: what it decides is what an oracle decides group by group, and never loses anything."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tier.planner_oracle import PlannerOracle
+from tests.tier.snapshots import COLD, DAY_S, FROZEN, PRICES, STANDARD, TIERS, Copy, Group, snapshot_of, tier_file
+
+from tiercache.prices import FREE
+from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING, Decisions
+from tiercache.tier.policy import decide
+from tiercache.tierfile import Best, Keep, Pin, Rule, Tag, Tiering
+
+# Worlds take long to draw, and half a dozen properties share them.
+FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))
+days = st.integers(0, 12).map(float)
+copies = st.builds(
+    Copy,
+    n_bytes=st.sampled_from([50, 90, 1000, 5000, 20_000_000, 4_000_000_000]),
+    n_objects=st.sampled_from([1, 1, 3]),
+    days=st.none() | days,
+    state=st.sampled_from([HERE, HERE, HERE, ARCHIVED, RESTORING, RESTORED]),
+    whole=st.booleans() | st.just(True),
+    verified=st.booleans(),
+)
+lying = st.dictionaries(st.sampled_from(TIERS), copies, min_size=1)
+facts = {
+    "days": st.integers(0, 30).map(float),
+    "unused_days": st.none() | days,
+    "uses": st.integers(0, 4),
+    "unreported": st.sampled_from([False, False, True]),
+    "in_use": st.sampled_from([False, False, False, True]),
+}
+
+
+def group(kind: str, folder: str, number: int, at: dict[str, Copy], named: dict) -> Group:
+    """Many share a folder, and none a path. Objects of one bucket have one class."""
+    if kind == "checkpoint":
+        return Group(f"{folder}/r{number % 2}/step-{number}", at, kind, number * 5, number % 2, **named)
+    return Group(f"{folder}/{kind}-{number}", at, kind, **{k: v for k, v in named.items() if k not in OF_RUNS})
+
+
+OF_RUNS = ("complete", "metrics", "tags")
+of_runs = {
+    "complete": st.sampled_from([True, True, True, False]),
+    "metrics": st.fixed_dictionaries({}, optional={"loss": st.sampled_from([1.0, 2.0, 3.0])}),
+    "tags": st.sampled_from([frozenset(), frozenset(), frozenset({"release"})]),
+}
+KINDS = ("checkpoint", "checkpoint", "shard", "file")
+
+
+@st.composite
+def worlds(draw, max_size: int = 10) -> list[Group]:
+    n = draw(st.integers(0, max_size))
+    named = st.fixed_dictionaries(facts | of_runs)
+    kinds, folders = st.sampled_from(KINDS), st.sampled_from(["a", "b", "c"])
+    return [group(draw(kinds), draw(folders), i, draw(lying), draw(named)) for i in range(n)]
+
+
+in_days = st.none() | st.integers(1, 10).map(lambda n: n * DAY_S)
+kinds = st.none() | st.sampled_from(["shard", "file", "checkpoint"])
+larger = st.none() | st.just(500)
+to_rules = st.builds(
+    lambda **keys: Rule(name="to", **keys),
+    match=st.sampled_from([("a/**",), ("b/**",), ("**",)]),
+    kind=kinds,
+    larger_than_bytes=larger,
+    to=st.sampled_from([*TIERS, "archive", "archive"]),
+    sources=st.sampled_from([(), (), ("hot",), ("standard", "hot"), ("archive",)]),
+    idle_s=in_days,
+    age_s=in_days,
+    uses_below=st.none() | st.integers(1, 3),
+    promote=st.sampled_from(["never", "on_access"]),
+    delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
+)
+keeps = st.builds(
+    Keep,
+    last=st.none() | st.integers(1, 3),
+    every_steps=st.none() | st.just(15),
+    best=st.sampled_from([(), (Best(metric="loss", n=1),)]),
+    tags=st.sampled_from([(), ("release",)]),
+    younger_s=in_days,
+)
+
+
+@st.composite
+def keep_rules(draw) -> Rule:
+    then = draw(st.sampled_from([None, "archive", "archive"]))
+    return Rule(
+        name="keep",
+        match=draw(st.sampled_from([("a/**",), ("**",)])),
+        keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
+        then=then,
+        after_s=draw(in_days) if then else None,
+        promote=draw(st.sampled_from(["never", "on_access"])),
+        delete_after_s=draw(st.none() | st.integers(5, 40).map(lambda n: n * DAY_S)),
+    )
+
+
+tierings = st.builds(
+    Tiering,
+    small=st.sampled_from(["refuse", "move"]),
+    early=st.sampled_from(["refuse", "pay", "pay"]),
+    max_break_even_s=st.none() | st.sampled_from([DAY_S, 30 * DAY_S]),
+)
+pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), until_s=5.0),)])
+
+
+@st.composite
+def files(draw, *, one_bucket: bool | None = None):
+    rules = draw(st.lists(st.one_of(to_rules, keep_rules()), max_size=3))
+    bucket = draw(st.booleans()) if one_bucket is None else one_bucket
+    tags = draw(st.sampled_from([(), (Tag(match=("b/**",), tags=("release",)),)]))
+    return tier_file(rules, one_bucket=bucket, tiering=draw(tierings), pins=draw(pins), tags=tags)
+
+
+prices = st.sampled_from([PRICES, (FREE, STANDARD, FROZEN), (FREE, COLD, FROZEN)])
+UNLIMITED = (None, None, None)
+
+
+def fitting(file, groups: Sequence[Group]) -> list[Group]:
+    """Objects of one bucket lie in one of its tiers; what is tagged by the file is tagged."""
+    one_bucket = file.tiers[1].url == file.tiers[2].url
+    out = []
+    for one in groups:
+        at = dict(one.copies)
+        if one_bucket and "standard" in at:
+            at.pop("archive", None)
+        if one.kind == "checkpoint" and file.tags and one.path.startswith("b/"):
+            one = replace(one, tags=one.tags | {"release"})
+        out.append(replace(one, copies=at))
+    return out
+
+
+def without_promotion(file):
+    return file.model_copy(update={"rules": tuple(r.model_copy(update={"promote": "never"}) for r in file.rules)})
+
+
+@given(worlds(), files(), prices)
+def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced):
+    file = without_promotion(file)
+    groups = fitting(file, groups)
+    oracle = PlannerOracle(file, priced, groups)
+    expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
+    found = decide(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED)
+    moves = {
+        one.group: (one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst]) for one in found.moves
+    }
+    assert moves == {row: (one.action, one.src, one.dst) for row, one in expected.items() if not one.refused}
+    assert {one.group for one in found.refusals} == {row for row, one in expected.items() if one.refused}
+
+
+# -- with capacities: what must be true of any plan ------------------------------------------------------------------
+
+limits_of_one = st.sampled_from([0, 1000, 8000, 30_000_000, 5_000_000_000, None])
+capacities = st.tuples(limits_of_one, limits_of_one, st.none() | limits_of_one)
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_a_group_has_one_move_or_one_refusal_and_the_same_snapshot_the_same_plan(groups, file, priced, limits):
+    snapshot = snapshot_of(fitting(file, groups))
+    found = decide(snapshot, file, priced, capacity_bytes=limits)
+    names = [one.group for one in (*found.moves, *found.refusals)]
+    assert len(names) == len(set(names))
+    assert decide(snapshot, file, priced, capacity_bytes=limits) == found
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_what_is_held_is_left_alone_and_the_newest_keeps_a_copy_that_can_be_read(groups, file, priced, limits):
+    groups = fitting(file, groups)
+    oracle = PlannerOracle(file, priced, groups)
+    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+        moved = groups[one.group]
+        assert moved.complete
+        assert not moved.in_use
+        assert not oracle.is_pinned(moved)
+        if one.group in oracle.newest:
+            others = [c for name, c in moved.copies.items() if TIERS.index(name) != one.src]
+            readable = any(c.state == HERE and c.whole and c.verified for c in others)
+            assert one.action == "copy" or (one.action == "drop" and readable)
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_it(groups, file, priced, limits):
+    groups = fitting(file, groups)
+    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+        at = groups[one.group].copies
+        src = at[TIERS[one.src]]
+        dst = None if one.dst is None else at.get(TIERS[one.dst])
+        if one.action == "drop":
+            assert src.whole
+            assert dst is not None
+            assert dst.whole
+            assert dst.verified
+        elif one.action != "delete":
+            assert src.whole
+            assert src.state in (HERE, RESTORED)
+            same_place = file.tiers[one.src].url == file.tiers[one.dst].url
+            assert (one.action == "reclass") == same_place
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_only_what_a_rule_deletes_by_age_and_nothing_keeps_is_deleted(groups, file, priced, limits):
+    groups = fitting(file, groups)
+    oracle = PlannerOracle(file, priced, groups)
+    for one in decide(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+        if one.action == "delete":
+            gone = groups[one.group]
+            rule = oracle.rule_of(gone)
+            assert rule.delete_after_s is not None
+            assert gone.days * DAY_S >= rule.delete_after_s
+            assert not gone.tags
+            assert not any(one.group in oracle._kept(rule, keep) for keep in rule.keep.values())
+
+
+def bytes_in(groups: Sequence[Group], tier: int) -> int:
+    return sum(group.copies[TIERS[tier]].n_bytes for group in groups if TIERS[tier] in group.copies)
+
+
+def balance(groups: Sequence[Group], found: Decisions, tier: int) -> tuple[int, int]:
+    """Bytes that come, and that go when all is done."""
+    comes = goes = 0
+    for one in found.moves:
+        at = groups[one.group].copies
+        if one.dst == tier and one.action != "drop":
+            comes += at[TIERS[one.src]].n_bytes
+        if one.action == "delete":
+            goes += at[TIERS[tier]].n_bytes if TIERS[tier] in at else 0
+        elif one.src == tier and one.action != "copy":
+            goes += at[TIERS[tier]].n_bytes
+    return comes, goes
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_nothing_is_sent_where_it_has_no_room_even_before_grace_is_over(groups, file, priced, limits):
+    groups = fitting(file, groups)
+    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    for tier, limit in enumerate(limits):
+        comes, _ = balance(groups, found, tier)
+        assert limit is None or comes == 0 or bytes_in(groups, tier) + comes <= limit
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities)
+def test_a_tier_over_its_mark_gives_up_the_least_recently_used_until_the_low_mark_and_no_more(
+    groups, file, priced, limits
+):
+    file = without_promotion(file)
+    groups = fitting(file, groups)
+    found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+    refused = {one.group for one in found.refusals}
+    for tier, limit in enumerate(limits[:-1]):
+        sent = [one.group for one in found.moves if one.rule == f"tiers.{TIERS[tier]}.high"]
+        if limit is None:
+            assert not sent
+            continue
+        comes, goes = balance(groups, found, tier)
+        left = bytes_in(groups, tier) + comes - goes
+        freed = sum(groups[row].copies[TIERS[tier]].n_bytes for row in sent)
+        if sent:
+            assert left + freed > limit * 0.9
+            least = min(sent, key=lambda row: unused(groups[row]))
+            assert left + groups[least].copies[TIERS[tier]].n_bytes > int(limit * 0.75)
+        moved = {one.group for one in found.moves}
+        stay = [row for row in range(len(groups)) if TIERS[tier] in groups[row].copies and row not in moved]
+        free = [row for row in stay if row not in refused and not holds(groups, row, tier, file, priced)]
+        if left > limit * 0.9:
+            assert free == []
+        assert all(unused(groups[row]) <= unused(groups[gone]) for row in free for gone in sent)
+
+
+def unused(one: Group) -> float:
+    return one.days if one.unused_days is None else min(one.days, one.unused_days)
+
+
+def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
+    """Whether anything holds a group where it is, whatever the watermark."""
+    one, oracle = groups[row], PlannerOracle(file, priced, groups)
+    if one.in_use or not one.complete or row in oracle.newest or oracle.is_pinned(one):
+        return True
+    rule = oracle.rule_of(one)
+    if rule is None or TIERS[tier] not in rule.keep or one.kind != "checkpoint":
+        return False
+    too_small = (
+        rule.larger_than_bytes is not None and max(c.n_bytes for c in one.copies.values()) <= rule.larger_than_bytes
+    )
+    return not too_small and row in oracle._kept(rule, rule.keep[TIERS[tier]])
+
+
+# -- plan after plan -------------------------------------------------------------------------------------------------
+
+
+def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | None]:
+    """What there is when a plan has been carried out; None: deleted."""
+    out: list[Group | None] = list(groups)
+    for one in found.moves:
+        at = dict(groups[one.group].copies)
+        if one.action == "delete":
+            out[one.group] = None
+            continue
+        src = at[TIERS[one.src]]
+        if one.action != "drop":
+            state = ARCHIVED if priced[one.dst].restore else HERE
+            at[TIERS[one.dst]] = replace(src, days=0.0, state=state, whole=True, verified=True)
+        if one.action != "copy":
+            del at[TIERS[one.src]]
+        out[one.group] = replace(groups[one.group], copies=at)
+    return out
+
+
+@given(worlds(8), files(), prices, capacities)
+def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file, priced, limits):
+    """Nothing goes up and down again for ever; no group loses its last whole copy, nor the newest its last readable."""
+    groups = fitting(file, groups)
+    file = file.model_copy(update={"tiering": Tiering(early="pay", small="move")})
+    for _ in range(12):
+        found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
+        after = applied(groups, found, priced)
+        newest = PlannerOracle(file, priced, groups).newest
+        for row, (old, new) in enumerate(zip(groups, after, strict=True)):
+            assert new is not None or row not in newest
+            if new is not None:
+                assert any(c.whole for c in new.copies.values()) or not any(c.whole for c in old.copies.values())
+                if row in newest and any(c.whole and c.state == HERE for c in old.copies.values()):
+                    assert any(c.whole and c.state == HERE for c in new.copies.values())
+        if not found.moves:
+            return
+        groups = [one for one in after if one is not None]
+    raise AssertionError(f"moves without end: {found.moves}")

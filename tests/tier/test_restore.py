@@ -1,0 +1,347 @@
+"""Archived objects back: what it costs, asking for it, and waiting by the store's own word."""
+
+from __future__ import annotations
+
+import os
+import threading
+import urllib.request
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ObjectInfo
+from tiercache.prices import Prices, RestorePrice
+from tiercache.store import MemoryStore
+from tiercache.testing import FakeClock
+from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
+from tiercache.tier.restore import Requested, plan_restore, promotion, request, wait
+from tiercache.tier.stores import Stores, state_of
+from tiercache.tier.transfer import Transfer
+from tiercache.tierfile import Tier, TierFile
+
+HOUR_S = 3600.0
+GLACIER = Prices(
+    "glacier",
+    restore={"standard": RestorePrice(gb=0.01, per_1000=0.05, hours=5), "bulk": RestorePrice(gb=0.0, hours=12)},
+)
+FREE = Prices("free")
+_numbers = count()
+
+
+class Vault:
+    """An archive over a MemoryStore: all of it is in GLACIER, and a restore takes some hours of its clock."""
+
+    def __init__(self, clock, hours=5.0):
+        self.store = MemoryStore(f"vault-{next(_numbers)}")
+        self.url = self.store.url
+        self.clock, self.hours = clock, hours
+        self.ready_s: dict[str, float] = {}
+        self.asked: list[tuple[str, int | None, str]] = []
+        self.forgets = False
+        self.n_heads = 0
+
+    def head(self, key):
+        self.n_heads += 1
+        info, said = self.store.head(key), None
+        if key in self.ready_s:
+            is_ready = self.ready_s[key] <= self.clock.monotonic()
+            said = (
+                'ongoing-request="false", expiry-date="Fri, 21 Dec 2040 00:00:00 GMT"'
+                if is_ready
+                else 'ongoing-request="true"'
+            )
+        return ObjectInfo(key, info.n_bytes, info.etag, storage_class="GLACIER", restore=said)
+
+    def restore(self, key, *, days, speed):
+        self.asked.append((key, days, speed))
+        if key in self.ready_s:
+            return "done"
+        self.ready_s[key] = self.clock.monotonic() + self.hours * HOUR_S
+        return "started"
+
+
+class World:
+    """Two tiers: home, and a vault below it."""
+
+    def __init__(self, clock, hours=5.0):
+        self.clock, self.vault = clock, Vault(clock, hours)
+        self.home = MemoryStore(f"home-{next(_numbers)}")
+        tiers = (
+            Tier(name="home", role="standard", url=self.home.url),
+            Tier(name="vault", role="archive", url=self.vault.url, storage_class="GLACIER"),
+        )
+        self.file = TierFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
+        self.stores = Stores(
+            self.file, stores={"home": self.home, "vault": self.vault.store}, archives={"vault": self.vault}
+        )
+
+    def plan(self, *keys, prices=(FREE, GLACIER), **more):
+        return plan_restore(self.file, self.stores, keys, prices, **more)
+
+    def archive(self, **objects):
+        for key, n_bytes in objects.items():
+            self.vault.store.put(key, bytes(n_bytes))
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def world(clock):
+    return World(clock)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_names_what_must_be_restored_and_what_is_there_already(world):
+    world.archive(a=1000, b=10)
+    world.home.put("b", b"near")
+    plan = world.plan("b", "a")
+    assert (plan.names, plan.here, plan.n_bytes) == (("a",), ("b",), 1000)
+
+
+def test_it_costs_what_the_price_table_says(world):
+    world.archive(a=500_000, b=500_000)
+    assert world.plan("a", "b").cost == pytest.approx(0.001 * 0.01 + 2 * 0.05 / 1000)
+
+
+def test_what_is_on_its_way_costs_nothing_more(world):
+    world.archive(a=500_000)
+    request(world.stores, world.plan("a"))
+    plan = world.plan("a")
+    assert (plan.cost, plan.hours, plan.asked) == (0.0, 5, ())
+
+
+def test_what_is_restored_takes_no_more_time(world, clock):
+    world.archive(a=500_000)
+    request(world.stores, world.plan("a"))
+    clock.advance(6 * HOUR_S)
+    assert world.plan("a").hours == 0.0
+
+
+def test_another_speed_has_another_price(world):
+    world.archive(a=500_000)
+    plan = world.plan("a", speed="bulk")
+    assert (plan.cost, plan.hours) == (0.0, 12)
+
+
+def test_without_prices_dollars_and_hours_are_not_known(world):
+    world.archive(a=1)
+    plan = world.plan("a", prices=(None, None))
+    assert (plan.cost, plan.hours) == (None, None)
+
+
+def test_a_speed_that_a_class_does_not_have_is_refused_with_those_it_has(world):
+    world.archive(a=1)
+    with pytest.raises(ValueError, match="'expedited' for restores; it has standard, bulk"):
+        world.plan("a", speed="expedited")
+
+
+@pytest.mark.parametrize("given", [{"speed": "soon"}, {"days": 0}])
+def test_a_plan_that_makes_no_sense_is_refused(world, given):
+    world.archive(a=1)
+    with pytest.raises(ValueError, match=r"no such speed|1 day at least"):
+        world.plan("a", **given)
+
+
+def test_what_is_in_no_tier_is_not_found(world):
+    with pytest.raises(NotFound, match="in none of the tiers home, vault"):
+        world.plan("a")
+
+
+def test_the_command_does_what_the_plan_does(world):
+    world.vault.store.put("a b", b"")
+    plan = world.plan("a b", speed="bulk", days=2)
+    expected = "tiercache restore 'a b' --rules /etc/tiers.toml --speed bulk --days 2 --wait"
+    assert plan.command == expected
+
+
+def test_a_command_of_very_many_names_says_that_there_are_more(world):
+    world.archive(**{f"k{number:02}": 0 for number in range(25)})
+    assert world.plan(*(f"k{number:02}" for number in range(25))).command.endswith("# and 5 more")
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_archived_object_is_asked_for_once(world):
+    world.archive(a=1, b=1)
+    assert request(world.stores, world.plan("a", "b")) == Requested(started=2)
+    assert request(world.stores, world.plan("a", "b")) == Requested(running=2)
+    assert sorted(key for key, _, _ in world.vault.asked) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("days", "asked"), [(7, 7), (None, 3)])
+def test_copies_stay_as_long_as_was_asked_or_as_their_promotion_takes(world, days, asked):
+    world.archive(a=1)
+    request(world.stores, world.plan("a", days=days, speed="bulk"))
+    assert world.vault.asked == [("a", asked, "bulk")]
+
+
+def test_what_is_restored_is_asked_to_stay_longer(world, clock):
+    world.archive(a=1)
+    request(world.stores, world.plan("a"))
+    clock.advance(6 * HOUR_S)
+    assert request(world.stores, world.plan("a", days=9)) == Requested(done=1)
+    assert world.vault.asked[-1] == ("a", 9, "standard")
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wait_ends_when_the_store_says_that_all_can_be_read(world, clock):
+    world.archive(**{f"k{number}": 1 for number in range(40)})
+    plan, told = world.plan(*(f"k{number}" for number in range(40))), []
+    request(world.stores, plan)
+    start_s = clock.monotonic()
+    plan = world.plan(*plan.names)
+    assert wait(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
+    assert 5 * HOUR_S <= clock.monotonic() - start_s <= 5 * HOUR_S + 61
+    assert told[-1] == (40, 40)
+
+
+def test_a_store_is_asked_about_once_a_minute_and_of_few_objects(world, clock):
+    world.archive(**{f"k{number:03}": 1 for number in range(200)})
+    plan = world.plan(*(f"k{number:03}" for number in range(200)))
+    request(world.stores, plan)
+    world.vault.n_heads = 0
+    wait(world.stores, plan, clock=clock)
+    assert world.vault.n_heads < 400 * 16  # 5 hours of minutes, and those that are found sooner
+
+
+def test_a_wait_that_takes_too_long_says_what_is_missing(world, clock):
+    world.archive(a=1, b=1)
+    plan = world.plan("a", "b")
+    request(world.stores, plan)
+    world.vault.ready_s["a"] = 0.0
+    assert [one.key for one in wait(world.stores, plan, clock=clock, deadline_s=HOUR_S)] == ["b"]
+
+
+def test_a_wait_that_is_called_off_ends(world, clock):
+    world.archive(a=1)
+    plan, cancel = world.plan("a"), threading.Event()
+    request(world.stores, plan)
+    cancel.set()
+    assert [one.key for one in wait(world.stores, plan, clock=clock, cancel=cancel)] == ["a"]
+
+
+def test_what_nobody_restores_is_not_waited_for(world, clock):
+    world.archive(a=1)
+    with pytest.raises(StoreError, match="neither restored nor on its way"):
+        wait(world.stores, world.plan("a"), clock=clock)
+
+
+# -- promotion --------------------------------------------------------------------------------------------------------
+
+
+def promoted(world, *keys, **more):
+    return promotion(world.file, world.plan(*keys), made_s=1.0, **more)
+
+
+def test_what_was_restored_is_copied_home_and_stays_in_the_archive(world):
+    world.archive(a=3)
+    (move,) = promoted(world, "a").moves
+    assert (move.action, move.src, move.dst, [one.key for one in move.objects]) == ("copy", "vault", "home", ["a"])
+
+
+def test_a_checkpoint_is_one_move_with_its_mark_last(world):
+    keys = ["run/step-5/.metadata", "run/step-5/__0_0.distcp", "run/step-5/__1_0.distcp"]
+    for key in keys:
+        world.vault.store.put(key, b"x")
+    (move,) = promoted(world, *keys).moves
+    assert (move.kind, move.path, move.objects[-1].key) == ("checkpoint", "run/step-5", keys[0])
+
+
+def test_a_shard_is_a_shard(world):
+    world.vault.store.put("data/shards/0.tcs", b"x")
+    assert [move.kind for move in promoted(world, "data/shards/0.tcs").moves] == ["shard"]
+
+
+@pytest.mark.parametrize(("etag", "crc32c"), [("right", 7), ("of another", None), (None, None)])
+def test_a_promotion_is_held_to_the_checksum_that_the_catalog_knows_of_this_very_object(world, etag, crc32c):
+    world.archive(a=3)
+    (archived,) = world.plan("a").objects
+    book = {"a": (archived.n_bytes, archived.etag if etag == "right" else etag, 7, True)}
+    (move,) = promoted(world, "a", known=lambda tier: book if tier == "vault" else {}).moves
+    assert move.objects[0].crc32c == crc32c
+
+
+def test_a_promotion_is_of_the_rule_file_that_it_was_made_by(world):
+    world.archive(a=1)
+    plan = promoted(world, "a")
+    assert (plan.rules_sha256, [tier.url for tier in plan.tiers]) == ("of the file", [world.home.url, world.vault.url])
+
+
+def test_where_the_archive_is_a_class_of_home_the_class_is_changed(clock):
+    vault = Vault(clock)
+    tiers = (
+        Tier(name="home", role="standard", url=vault.url),
+        Tier(name="vault", role="archive", url=vault.url, storage_class="GLACIER"),
+    )
+    file = TierFile(path=Path("t.toml"), sha256="", tiers=tiers)
+    archives = dict.fromkeys(("home", "vault"), vault)
+    stores = Stores(file, stores=dict.fromkeys(archives, vault.store), archives=archives)
+    vault.store.put("a", b"x")
+    plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
+    assert [one.tier for one in plan.objects] == ["vault"]
+    assert [move.action for move in promotion(file, plan, made_s=1.0).moves] == ["reclass"]
+
+
+# -- moto -------------------------------------------------------------------------------------------------------------
+
+
+def set_transition(server, times):
+    """How many looks a restore takes on moto; None: it is done at once."""
+    how = {"progression": "immediate"} if times is None else {"progression": "manual", "times": times}
+    body = str({"model_name": "s3::keyrestore", "transition": how}).replace("'", '"').encode()
+    url = f"{server.endpoint}/moto-api/state-manager/set-transition"
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, data=body, timeout=5).close()
+
+
+@pytest.mark.s3
+def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path, clock):
+    set_transition(moto_server, 3)
+    folder = f"restore-{os.urandom(4).hex()}"
+    tiers = (
+        Tier(name="home", role="standard", url=str(tmp_path)),
+        Tier(
+            name="vault", role="archive", url=f"{moto_server.url}/{folder}", storage_class="GLACIER",
+            storage_options=moto_server.storage_options,
+        ),
+    )  # fmt: skip
+    file, data = TierFile(path=Path("t.toml"), sha256="", tiers=tiers), os.urandom(1000)
+    with Stores(file) as stores, Transfer(stores) as transfer:
+        stores.store("home").put("a", data)
+        info = stores.head("home", "a")
+        transfer.copy("home", "vault", PlannedObject("a", info.n_bytes, info.etag))
+        stores.store("home").delete(["a"])
+        plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
+        assert [one.state for one in plan.objects] == [ARCHIVED]
+        assert request(stores, plan) == Requested(started=1)
+        assert state_of(stores.head("vault", "a")) == RESTORING
+        assert wait(stores, plan, clock=clock) == ()
+        (move,) = promotion(file, plan, made_s=1.0).moves
+        transfer.copy(move.src, move.dst, move.objects[0])
+        assert stores.store("home").get("a") == data
+        assert state_of(stores.head("vault", "a")) == RESTORED
+    set_transition(moto_server, None)
+
+
+@pytest.mark.s3
+def test_on_seaweedfs_a_restore_says_that_classes_are_names_only(s3_server):
+    tier = Tier(
+        name="vault", role="archive", url=f"{s3_server.url}/restore-{os.urandom(4).hex()}", storage_class="GLACIER",
+        storage_options=s3_server.storage_options,
+    )  # fmt: skip
+    file = TierFile(path=Path("t.toml"), sha256="", tiers=(tier,))
+    with Stores(file) as stores:
+        with stores.archive("vault").create("a", storage_class="GLACIER") as upload:
+            upload.put_part(0, b"x")
+            upload.complete()
+        with pytest.raises(StoreError, match="names only"):
+            request(stores, plan_restore(file, stores, ["a"], [None]))

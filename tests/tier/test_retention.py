@@ -1,0 +1,100 @@
+"""Keep lists by property: sorting all series together names what walking each of them names."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.tier.planner_oracle import kept_plainly
+from tests.tier.snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
+
+from tiercache.tier.retention import kept, newest
+from tiercache.tierfile import Best, Keep
+
+HERE = {"standard": Copy()}
+
+
+metrics = st.fixed_dictionaries({}, optional={"loss": st.sampled_from([1.0, 2.0, 2.5, math.nan, math.inf])})
+checkpoints = st.builds(
+    lambda run, step, **facts: checkpoint(run, step, HERE, **facts),
+    st.integers(0, 2),
+    st.one_of(st.integers(0, 30), st.just(-1)),
+    complete=st.booleans() | st.just(True),
+    days=st.integers(0, 12).map(float),
+    metrics=metrics,
+    tags=st.sets(st.sampled_from(["a", "b"]), max_size=1).map(frozenset),
+)
+bests = st.builds(
+    lambda n, mode: Best(metric="loss", n=n, mode=mode), st.integers(1, 3), st.sampled_from(["min", "max"])
+)
+keeps = st.builds(
+    Keep,
+    last=st.none() | st.integers(1, 4),
+    every_steps=st.none() | st.integers(1, 12),
+    every_s=st.none() | st.sampled_from([DAY_S, 2 * DAY_S, 5 * DAY_S]),
+    best=st.lists(bests, max_size=2).map(tuple),
+    tags=st.sampled_from([(), ("a",), ("a", "b")]),
+    younger_s=st.none() | st.integers(1, 6).map(lambda days: days * DAY_S),
+)
+
+
+@given(st.lists(checkpoints, max_size=14), keeps, st.data())
+def test_a_keep_list_names_what_walking_each_series_names(groups, keep, data):
+    rows = data.draw(st.permutations(range(len(groups)))) if groups else []
+    rows = rows[: data.draw(st.integers(0, len(rows)))]
+    found = kept(snapshot_of(groups), np.array(rows, np.int64), keep)
+    assert {row for row, is_named in zip(rows, found.tolist(), strict=True) if is_named} == kept_plainly(
+        groups, rows, keep
+    )
+
+
+@given(st.lists(checkpoints, max_size=14))
+def test_the_newest_of_a_run_is_its_complete_checkpoint_with_the_highest_step(groups):
+    found = set(np.flatnonzero(newest(snapshot_of(groups))).tolist())
+    wanted = set()
+    for series in {group.series for group in groups}:
+        rows = [row for row, group in enumerate(groups) if group.series == series and group.complete]
+        wanted |= set(sorted(rows, key=lambda row: (groups[row].step, -groups[row].days, row))[-1:])
+    assert found == wanted
+
+
+def named_steps(groups: list[Group], **keys: object) -> list[int]:
+    snapshot = snapshot_of(groups)
+    found = kept(snapshot, np.arange(len(groups)), Keep(**keys))
+    return sorted(group.step for group, is_named in zip(groups, found.tolist(), strict=True) if is_named)
+
+
+def run(*steps: int, **facts: object) -> list[Group]:
+    return [checkpoint(0, step, HERE, days=float(1000 - step), **facts) for step in steps]
+
+
+def test_steps_are_numbers_not_texts():
+    assert named_steps(run(9, 10, 100), last=2) == [10, 100]
+
+
+def test_every_n_steps_keeps_the_first_at_or_after_each_multiple():
+    assert named_steps(run(40, 90, 110, 150, 300), every_steps=100) == [40, 110, 300]
+
+
+def test_every_so_long_counts_from_the_first():
+    groups = [checkpoint(0, step, HERE, days=days) for step, days in ((1, 9.5), (2, 9.0), (3, 8.4), (4, 7.5), (5, 7.4))]
+    assert named_steps(groups, every_s=DAY_S) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("min", [20, 30]), ("max", [10, 40])])
+def test_the_best_of_a_metric_are_lowest_or_highest_and_those_without_it_are_not_among_them(mode, steps):
+    values = {10: 9.0, 20: 1.0, 30: 2.0, 40: 8.0}
+    groups = [checkpoint(0, step, HERE, metrics={"loss": value}) for step, value in values.items()]
+    groups.append(checkpoint(0, 50, HERE))
+    assert named_steps(groups, best=(Best(metric="loss", n=2, mode=mode),)) == steps
+
+
+def test_of_equal_values_the_later_step_is_the_better():
+    groups = [checkpoint(0, step, HERE, metrics={"loss": 1.0}) for step in (10, 20, 30)]
+    assert named_steps(groups, best=(Best(metric="loss", n=1),)) == [30]
+
+
+def test_one_that_is_not_complete_takes_nobodys_place():
+    groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False)]
+    assert named_steps(groups, last=1) == [20]

@@ -1,0 +1,201 @@
+"""What waits is asked about anew: clocks, last copies, classes, disks."""
+
+import pytest
+from tests.tier.moving import HookAt, World, moved_away
+
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.store import LocalFolder
+from tiercache.testing import FaultStore
+from tiercache.tier.survey import Survey
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path / "world")
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_was_ahead_when_grace_began_does_not_make_it_last_for_years(world):
+    world.now_s += 3.2e7
+    moved_away(world, "f")
+    world.now_s -= 3.2e7
+    assert world.settle().waiting_drops == 1
+    world.later()
+    assert world.settle().done == 1
+
+
+def test_a_clock_that_goes_back_drops_nothing(world):
+    moved_away(world, "f")
+    world.now_s -= 3.2e7
+    world.settle()
+    assert world.where("f") == ["standard", "archive"]
+
+
+# -- last copies -----------------------------------------------------------------------------------------------------
+
+
+def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world):
+    world.put("standard", "f")
+    world.put("archive", "f")
+    world.apply(world.plan(world.move("f", "standard", None, action="delete")))
+    world.survey = Survey(deletes=frozenset(["f"]))
+    world.settle()
+    assert world.where("f") == ["standard", "archive"]
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == []
+
+
+@pytest.mark.parametrize(
+    ("survey", "why"),
+    [
+        (Survey(), "no rule deletes it now"),
+        (Survey(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
+        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine does"),
+    ],
+)
+def test_a_last_copy_that_is_wanted_by_now_stays(world, survey, why):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", None, action="delete")))
+    world.later()
+    world.survey = survey
+    assert why in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard"]
+
+
+def test_a_copy_that_came_since_stops_a_deletion(world):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", None, action="delete")))
+    world.put("hot", "f")
+    world.later()
+    world.survey = Survey(deletes=frozenset(["f"]))
+    assert "expected no copy there" in world.settle().stopped[0].reason
+    assert world.where("f") == ["hot", "standard"]
+
+
+def test_another_object_under_the_key_stops_a_deletion(world):
+    world.put("standard", "f")
+    world.inner["hot"].put("f", b"another")
+    applied = world.apply(world.plan(world.move("f", "standard", None, action="delete")))
+    assert "expected a copy of 1000 bytes, found 7" in applied.stopped[0].reason
+
+
+def test_readers_are_told_before_a_last_copy_goes(world):
+    moved_away(world, "f")
+    world.later()
+    world.settle()
+    world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
+    world.later()
+    world.survey = Survey(deletes=frozenset(["f"]))
+    rows = []
+    with HookAt("tier_drop.unplaced", do=lambda: rows.append(world.row("f"))):
+        world.settle()
+    assert rows == [None]
+    assert world.where("f") == []
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """One bucket is standard and archive: the latter is its GLACIER class."""
+    return World(tmp_path / "world", classes=True, shared=True)
+
+
+def class_of(world, key):
+    return world.inner["standard"].head(key).storage_class or "STANDARD"
+
+
+def test_a_class_that_ends_readability_is_announced_and_waits(bucket):
+    bucket.put("standard", "f")
+    bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
+    assert class_of(bucket, "f") == "STANDARD"
+    assert bucket.row("f").state == "archived"
+    bucket.later()
+    assert bucket.settle().done == 1
+    assert class_of(bucket, "f") == "GLACIER"
+    assert bucket.where("f") != []
+
+
+def test_a_class_that_can_be_read_is_given_at_once(tmp_path):
+    world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
+    world.put("standard", "f")
+    applied = world.apply(world.plan(world.move("f", "standard", "archive", action="reclass")))
+    assert (applied.done, applied.waiting_drops) == (1, 0)
+    assert class_of(world, "f") == "STANDARD_IA"
+    assert world.row("f") is None
+
+
+def test_the_newest_checkpoint_stays_readable(bucket):
+    bucket.put("standard", "f")
+    bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
+    bucket.later()
+    bucket.survey = Survey(protected=frozenset(["f"]))
+    assert "stays where it can be read" in bucket.settle().stopped[0].reason
+    assert class_of(bucket, "f") == "STANDARD"
+    assert bucket.row("f") is None
+
+
+def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
+    world = World(tmp_path / "world", classes=True)
+    moved_away(world, "f")
+    world.later()
+    world.survey = Survey(protected=frozenset(["f"]))
+    assert "stays where it can be read" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+
+
+def test_a_move_within_one_bucket_is_no_copy_and_no_drop(bucket):
+    bucket.put("standard", "f")
+    applied = bucket.apply(bucket.plan(bucket.move("f", "standard", "archive")))
+    assert "expected two places, found" in applied.stopped[0].reason
+
+
+# -- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(world, tmp_path):
+    """The archive is a folder, that a disk is mounted on."""
+    text = (world.root / "tiercache.toml").read_text()
+    (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
+    world.inner["archive"] = LocalFolder(tmp_path / "disk")
+    world.faulty["archive"] = FaultStore(world.inner["archive"])
+    return tmp_path / "disk"
+
+
+def test_a_disk_that_is_not_mounted_gets_no_copies(world, disk, tmp_path):
+    world.put("standard", "f", "g")
+    assert world.apply(world.plan(world.move("f", "standard", "archive"), name="1")).stopped == ()
+    disk.rename(tmp_path / "unmounted")
+    disk.mkdir()
+    applied = world.apply(world.plan(world.move("g", "standard", "archive"), name="2"))
+    assert "is the disk of tier archive mounted?" in applied.stopped[0].reason
+    assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_is_not_mounted_when_grace_is_over_drops_nothing(world, disk, tmp_path):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", "archive")))
+    disk.rename(tmp_path / "unmounted")
+    world.later()
+    assert "found none" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard"]
+
+
+def test_moves_that_count_on_each_others_sources_are_not_made_together(world):
+    """However such rows came into the journal: each is right alone."""
+    world.put("hot", "f")
+    world.apply(world.plan(world.move("f", "hot", "archive", action="copy"), name="copy"))
+    world.apply(world.plan(world.move("f", "hot", "archive", action="drop"), name="down"))
+    with TierCatalog(world.catalog_path) as catalog:
+        down = catalog.of_plan("down")[1]
+        world.apply(world.plan(world.move("f", "archive", "hot", action="drop"), name="up"))
+        catalog.write([down])
+    world.later()
+    world.settle()
+    world.settle()
+    assert len(world.where("f")) == 1

@@ -1,0 +1,183 @@
+"""The stores of a rule file's tiers, and what a copy's state is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.errors import NotFound
+from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
+from tiercache.tier.stores import Stores, restored_until, state_of
+from tiercache.tierfile import Tier, TierFile, load_tiers
+
+GOES = 'ongoing-request="true"'
+STAYS = 'ongoing-request="false", expiry-date="Fri, 21 Dec 2012 00:00:00 GMT"'
+STAYS_UNTIL_S = 1_356_048_000.0
+
+
+def info_of(storage_class=None, restore=None):
+    return ObjectInfo("a", 1, storage_class=storage_class, restore=restore)
+
+
+@pytest.fixture
+def rules(tmp_path):
+    """A rule file of tiers given as their tables' texts."""
+
+    def write(**tiers):
+        path = tmp_path / "tiercache.toml"
+        path.write_text("".join(f"[tiers.{name}]\n{text}\n" for name, text in tiers.items()))
+        return load_tiers(path)
+
+    return write
+
+
+# -- states ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("storage_class", "restore", "state"),
+    [
+        (None, None, HERE),
+        ("STANDARD", None, HERE),
+        ("GLACIER_IR", None, HERE),
+        ("GLACIER", None, ARCHIVED),
+        ("DEEP_ARCHIVE", None, ARCHIVED),
+        ("GLACIER", GOES, RESTORING),
+        ("DEEP_ARCHIVE", STAYS, RESTORED),
+        ("INTELLIGENT_TIERING", None, HERE),
+        ("INTELLIGENT_TIERING", 'archive-status="DEEP_ARCHIVE_ACCESS"', ARCHIVED),
+        ("INTELLIGENT_TIERING", GOES, RESTORING),
+    ],
+)
+def test_the_stores_word_counts_and_the_class_where_there_is_none(storage_class, restore, state):
+    assert state_of(info_of(storage_class, restore)) == state
+
+
+@pytest.mark.parametrize(("now_s", "state"), [(STAYS_UNTIL_S - 1, RESTORED), (STAYS_UNTIL_S, ARCHIVED)])
+def test_a_restored_copy_that_has_expired_is_archived(now_s, state):
+    assert state_of(info_of("GLACIER", STAYS), now_s) == state
+
+
+def test_when_a_restored_copy_goes_is_in_seconds_since_the_epoch():
+    assert restored_until(info_of("GLACIER", STAYS)) == STAYS_UNTIL_S
+
+
+@given(st.text())
+def test_whatever_a_store_says_has_a_state(said):
+    assert state_of(info_of("GLACIER", said), 0.0) in (ARCHIVED, RESTORING, RESTORED)
+
+
+def test_a_date_that_is_none_is_not_known():
+    assert restored_until(info_of("GLACIER", 'ongoing-request="false", expiry-date="soon"')) is None
+
+
+# -- stores ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tier_has_one_store_however_often_it_is_asked_for(rules, tmp_path):
+    with Stores(rules(hot=f"url = '{tmp_path / 'hot'}'")) as stores:
+        assert isinstance(stores.store("hot"), LocalFolder)
+        assert stores.store("hot") is stores.store("hot")
+
+
+def test_a_store_that_is_given_takes_the_place_of_the_url(rules):
+    given_store = MemoryStore()
+    with Stores(rules(hot="url = 's3://bucket'"), stores={"hot": given_store}) as stores:
+        assert (stores.store("hot") is given_store, stores.archive("hot")) == (True, None)
+
+
+def test_a_local_tier_has_no_archive(rules, tmp_path):
+    with Stores(rules(hot=f"url = '{tmp_path}'")) as stores:
+        assert stores.archive("hot") is None
+
+
+def test_a_class_without_boto3_names_the_extra(rules, monkeypatch):
+    monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
+    file = rules(standard="url = 's3://b'", archive="url = 's3://c'\nstorage_class = 'GLACIER'")
+    with Stores(file) as stores:
+        assert stores.archive("standard") is None
+        with pytest.raises(ValueError, match=r"tiers.archive.storage_class.*tiercache\[archive\]"):
+            stores.archive("archive")
+
+
+def test_a_listing_and_a_head_of_a_folder_are_the_stores(rules, tmp_path):
+    with Stores(rules(hot=f"url = '{tmp_path / 'hot'}'")) as stores:
+        stores.store("hot").put("a/b", b"12")
+        assert [(info.key, info.n_bytes) for info in stores.listing("hot", "a/")] == [("a/b", 2)]
+        assert stores.head("hot", "a/b").n_bytes == 2
+        with pytest.raises(NotFound):
+            stores.head("hot", "c")
+
+
+# -- places ---------------------------------------------------------------------------------------------------------
+
+
+def two_tiers(first, second, **more):
+    """A rule file of two tiers that no file would pass."""
+    tiers = (Tier(name="hot", role="hot", url=first), Tier(name="cold", role="archive", url=second, **more))
+    return TierFile(path=Path("rules.toml"), sha256="", tiers=tiers)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_same"),
+    [
+        ("s3://b/x", "s3://b/x/", True),
+        ("s3://b/x", "s3a://b/x", True),
+        ("s3://b/x", "s3://b/y", False),
+        ("s3://b/x", "gs://b/x", False),
+        ("memory://b/x", "memory://b/x/", True),
+    ],
+)
+def test_two_urls_are_one_place_or_two(first, second, is_same):
+    with Stores(two_tiers(first, second)) as stores:
+        assert stores.same_place("hot", "cold") == is_same
+
+
+def test_a_link_leads_to_the_same_place(rules, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with Stores(rules(hot=f"url = '{tmp_path / 'real'}'", standard=f"url = '{tmp_path / 'link'}'")) as stores:
+        assert stores.same_place("hot", "standard")
+
+
+def test_one_bucket_at_two_endpoints_is_two_places():
+    with Stores(two_tiers("s3://b/x", "s3://b/x", storage_options={"endpoint": "http://two"})) as stores:
+        assert not stores.same_place("hot", "cold")
+
+
+@pytest.mark.parametrize(
+    ("storage_class", "tier"),
+    [("STANDARD", "standard"), (None, "standard"), ("GLACIER", "archive"), ("STANDARD_IA", "standard")],
+)
+def test_of_tiers_with_one_url_an_object_is_in_the_one_of_its_class(rules, storage_class, tier):
+    file = rules(standard="url = 's3://b'", archive="url = 's3://b'\nstorage_class = 'GLACIER'")
+    with Stores(file) as stores:
+        assert stores.tier_of(stores.sharing("standard"), info_of(storage_class)) == tier
+
+
+def test_where_every_tier_of_a_url_has_a_class_the_first_has_the_rest(rules):
+    tables = {
+        name: f"url = 's3://b'\nstorage_class = '{name.upper()}'\nrole = 'archive'"
+        for name in ("glacier_ir", "glacier")
+    }
+    with Stores(rules(hot="url = '/x'", **tables)) as stores:
+        assert stores.tier_of(stores.sharing("glacier"), info_of("STANDARD")) == "glacier_ir"
+
+
+# -- capacity -------------------------------------------------------------------------------------------------------
+
+
+def test_a_share_is_of_the_disk_that_the_folder_will_be_on(rules, tmp_path, monkeypatch):
+    monkeypatch.setattr("tiercache.tier.stores.shutil.disk_usage", lambda path: type("Usage", (), {"total": 1000}))
+    with Stores(rules(hot=f"url = '{tmp_path / 'not' / 'yet'}'\ncapacity = '50%'")) as stores:
+        assert stores.capacity("hot") == 500
+
+
+def test_a_size_is_itself_and_without_one_there_is_no_limit(rules):
+    with Stores(rules(hot="url = '/x'\ncapacity = '2KB'", standard="url = 's3://b'")) as stores:
+        assert (stores.capacity("hot"), stores.capacity("standard")) == (2000, None)

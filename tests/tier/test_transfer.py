@@ -1,0 +1,359 @@
+"""Copies from tier to tier: what arrives is what was read, or it is not there."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing import CountingStore, FakeClock, Fault, FaultKind, FaultStore, GateStore
+from tiercache.testing.wrapper import WrapperStore
+from tiercache.tier.model import PlannedObject
+from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import PART_BYTES, Transfer
+from tiercache.tierfile import Tier, TierFile
+
+SMALL = b"a small object"
+LARGE = os.urandom(2 * PART_BYTES + 1234)
+SIZES = pytest.mark.parametrize(
+    "data", [b"", SMALL, LARGE[:PART_BYTES], LARGE], ids=["empty", "small", "part", "large"]
+)
+
+
+_numbers = count()
+
+
+def memory():
+    """An empty store of its own."""
+    return MemoryStore(f"transfer-{next(_numbers)}")
+
+
+class Place:
+    """Two tiers, `near` and `far`, and a transfer between them."""
+
+    def __init__(self, near, far, *, archives=None, classes=None, **options):
+        roles = {"near": "hot", "far": "archive"}
+        tiers = tuple(
+            Tier(name=name, role=role, url=f"memory://{name}", storage_class=(classes or {}).get(name))
+            for name, role in roles.items()
+        )
+        self.near, self.far = near, far
+        self.stores = Stores(
+            TierFile(path=Path("rules.toml"), sha256="", tiers=tiers),
+            stores={"near": near, "far": far},
+            archives=archives,
+        )
+        self.transfer = Transfer(self.stores, **options)
+
+    def planned(self, key="a", store=None, **changes):
+        """An object as a plan would have it."""
+        info = (store or self.near).head(key)
+        given = {"n_bytes": info.n_bytes, "etag": info.etag, "modified_s": info.modified_s, **changes}
+        return PlannedObject(key, **given)
+
+    def copy(self, **changes):
+        return self.transfer.copy("near", "far", self.planned(**changes))
+
+
+@pytest.fixture
+def place():
+    made = []
+
+    def make(near=None, far=None, **options):
+        made.append(Place(near or memory(), far or memory(), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.transfer.close()
+        one.stores.close()
+        for store in (one.near, one.far):
+            store.delete([info.key for info in store.list()])
+
+
+class WrongWrites(WrapperStore):
+    """Keeps other bytes than it was given, of the same length: `turn` says which."""
+
+    def __init__(self, inner, turn: Callable[[bytes], bytes]):
+        super().__init__(inner)
+        self.turn = turn
+
+    def create(self, key, *, if_absent=False):
+        upload, turn = self.inner.create(key, if_absent=if_absent), self.turn
+        put_part = upload.put_part
+        upload.put_part = lambda number, data: put_part(number, turn(bytes(data)))
+        return upload
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+@SIZES
+def test_a_copy_has_the_bytes_and_their_sum(place, data):
+    here = place()
+    here.near.put("a", data)
+    copied = here.copy()
+    assert here.far.get("a") == data
+    assert (copied.n_bytes, copied.crc32c, copied.etag) == (len(data), crc32c(data), here.far.head("a").etag)
+
+
+@SIZES
+def test_files_are_copied_between_folders(place, tmp_path, data):
+    here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"))
+    here.near.put("deep/a", data)
+    here.transfer.copy("near", "far", here.planned("deep/a"))
+    assert (tmp_path / "far" / "deep" / "a").read_bytes() == data
+
+
+def test_the_source_stays(place):
+    here = place()
+    here.near.put("a", SMALL)
+    here.copy()
+    assert here.near.get("a") == SMALL
+
+
+def test_a_copy_takes_the_place_of_what_was_there(place):
+    here = place()
+    here.near.put("a", SMALL)
+    here.far.put("a", b"older")
+    here.copy()
+    assert here.far.get("a") == SMALL
+
+
+def test_bytes_are_told_as_they_are_read(place):
+    here, told = place(), []
+    here.near.put("a", LARGE)
+    here.transfer.copy("near", "far", here.planned(), on_bytes=told.append)
+    assert (sum(told), len(told)) == (len(LARGE), 3)
+
+
+def test_many_copy_at_once(place):
+    here = place(jobs=4)
+    keys = [f"k{number}" for number in range(12)]
+    for number, key in enumerate(keys):
+        here.near.put(key, bytes([number]) * (PART_BYTES + number))
+    threads = [threading.Thread(target=here.transfer.copy, args=("near", "far", here.planned(key))) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(here.far.get(key) == here.near.get(key) for key in keys)
+
+
+# -- what is not what was planned -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"n_bytes": 1}, {"etag": '"other"'}, {"etag": None, "modified_s": 1.0}])
+def test_another_object_than_was_planned_is_not_copied(place, changes):
+    here = place()
+    here.near.put("a", SMALL)
+    with pytest.raises(ObjectChanged, match="what was planned"):
+        here.copy(**changes)
+    assert list(here.far.list()) == []
+
+
+def test_what_is_gone_is_not_found(place):
+    here = place()
+    with pytest.raises(NotFound):
+        here.transfer.copy("near", "far", PlannedObject("a", 1))
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_an_object_that_changes_under_way_leaves_the_target_as_it_was(place, data):
+    near = FaultStore(memory(), [Fault("read_into", kind=FaultKind.REPLACED)])
+    here = place(near)
+    near.inner.put("a", data)
+    here.far.put("a", b"older")
+    one = here.planned()
+    near.inner.put("a", data[::-1])
+    with pytest.raises(ObjectChanged):
+        here.transfer.copy("near", "far", one)
+    assert here.far.get("a") == b"older"
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_source_that_is_not_what_its_checksum_says_leaves_the_target_as_it_was(place, data):
+    here = place()
+    here.near.put("a", data)
+    here.far.put("a", b"older")
+    with pytest.raises(StoreError, match="the source is not what it should be: expected CRC-32C"):
+        here.copy(crc32c=crc32c(data) ^ 1)
+    assert here.far.get("a") == b"older"
+
+
+def test_a_bit_that_turns_while_the_source_is_read_is_found_by_its_checksum(place):
+    near = FaultStore(memory(), [Fault("read_into", nth=2, kind=FaultKind.BIT_FLIP)])
+    here = place(near)
+    near.put("a", LARGE)
+    with pytest.raises(StoreError, match="the source is not what it should be"):
+        here.copy(crc32c=crc32c(LARGE))
+    assert list(here.far.list()) == []
+
+
+def test_two_tiers_of_one_place_are_not_copied_onto_themselves(tmp_path):
+    tiers = tuple(Tier(name=name, role=name, url=str(tmp_path)) for name in ("hot", "archive"))
+    stores = Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers))
+    with stores, Transfer(stores) as transfer, pytest.raises(ValueError, match="have one URL"):
+        transfer.copy("hot", "archive", PlannedObject("a", 1))
+
+
+# -- what does not arrive ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_copy_that_arrived_wrong_is_removed(place, data):
+    here = place(far=WrongWrites(memory(), lambda part: part[:-1] + bytes([part[-1] ^ 1])))
+    here.near.put("a", data)
+    with pytest.raises(StoreError, match="the copy is not what it should be") as caught:
+        here.copy()
+    assert (caught.value.wrong, list(here.far.list())) == (True, [])
+
+
+def test_a_copy_that_arrived_short_is_removed(place):
+    here = place(far=WrongWrites(memory(), lambda part: part[:-1]))
+    here.near.put("a", SMALL)
+    with pytest.raises(StoreError, match="expected 14 bytes, found 13 bytes"):
+        here.copy()
+    assert list(here.far.list()) == []
+
+
+@pytest.mark.parametrize(("data", "verb"), [(SMALL, "read_tail"), (LARGE, "read_into")], ids=["small", "large"])
+def test_a_bit_that_turns_while_the_copy_is_read_back_counts_as_wrong(place, data, verb):
+    here = place(far=FaultStore(memory(), [Fault(verb, kind=FaultKind.BIT_FLIP)]))
+    here.near.put("a", data)
+    with pytest.raises(StoreError, match="the copy is not what it should be"):
+        here.copy()
+    assert list(here.far.list()) == []
+
+
+def test_what_somebody_else_wrote_meanwhile_is_not_removed(place):
+    far = GateStore(memory())
+    here, caught = place(far=far), []
+    here.near.put("a", SMALL)
+
+    def copy():
+        with pytest.raises(ObjectChanged, match="somebody else") as error:
+            here.copy()
+        caught.append(error.value)
+
+    with far.stop_at("after_complete") as gate:
+        thread = threading.Thread(target=copy)
+        thread.start()
+        gate.wait_reached()
+        far.inner.put("a", b"theirs")
+    thread.join()
+    assert (len(caught), far.inner.get("a")) == (1, b"theirs")
+
+
+VERBS = ("create", "put_part", "complete")
+CASES = [(SMALL, verb) for verb in (*VERBS, "read_tail")] + [(LARGE, verb) for verb in (*VERBS, "head", "read_into")]
+
+
+@pytest.mark.parametrize(("data", "verb"), CASES)
+def test_a_target_that_fails_is_an_error_and_the_next_try_makes_the_copy(place, data, verb):
+    far = FaultStore(memory(), [Fault(verb)])
+    here = place(far=far)
+    here.near.put("a", data)
+    with pytest.raises(StoreError, match="scripted fault"):
+        here.copy()
+    assert far.struck == [(verb, "a")]
+    here.copy()
+    assert far.inner.get("a") == data
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_source_that_fails_at_any_part_leaves_nothing(place, nth):
+    near = FaultStore(memory(), [Fault("read_into", nth=nth)])
+    here = place(near)
+    near.put("a", LARGE)
+    with pytest.raises(StoreError, match="scripted fault"):
+        here.copy()
+    assert list(here.far.list()) == []
+
+
+def test_a_lost_answer_of_the_last_request_is_an_error_though_the_copy_is_there(place):
+    here = place(far=FaultStore(memory(), [Fault("complete", kind=FaultKind.LOST_ANSWER)]))
+    here.near.put("a", SMALL)
+    with pytest.raises(StoreError, match="scripted fault"):
+        here.copy()
+    assert here.far.inner.get("a") == SMALL
+
+
+# -- pace, cancelling, memory -----------------------------------------------------------------------------------------
+
+
+def test_all_copies_together_keep_to_the_rate(place):
+    clock = FakeClock()
+    here = place(rate_bytes_s=PART_BYTES, clock=clock, jobs=1)
+    start_s = clock.monotonic()
+    for key in ("a", "b"):
+        here.near.put(key, LARGE[: 2 * PART_BYTES])
+        here.transfer.copy("near", "far", here.planned(key))
+    assert clock.monotonic() - start_s >= 3.0  # the fourth part begins when three have had their time
+
+
+def test_without_a_rate_nobody_waits(place):
+    clock = FakeClock()
+    here = place(clock=clock)
+    here.near.put("a", LARGE)
+    here.copy()
+    assert clock.slept == []
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_copy_that_is_called_off_leaves_nothing(place, data):
+    cancel = threading.Event()
+    near = GateStore(memory())
+    here, caught = place(near, cancel=cancel), []
+    near.put("a", data)
+
+    def copy():
+        with pytest.raises(StoreError, match="cancelled") as error:
+            here.copy()
+        caught.append(error.value.cancelled)
+
+    verb = "read_into" if data is LARGE else "read_tail"
+    with near.stop_at(f"before_{verb}") as gate:
+        thread = threading.Thread(target=copy)
+        thread.start()
+        gate.wait_reached()
+        cancel.set()
+    thread.join()
+    assert (caught, list(here.far.list())) == ([True], [])
+
+
+def test_a_copy_that_nobody_wants_any_more_is_not_begun(place):
+    cancel = threading.Event()
+    near = CountingStore(memory())
+    here = place(near, cancel=cancel)
+    near.put("a", SMALL)
+    one = here.planned()
+    cancel.set()
+    near.calls.clear()
+    with pytest.raises(StoreError, match="cancelled"):
+        here.transfer.copy("near", "far", one)
+    assert near.calls == []
+
+
+@pytest.mark.parametrize("given", [{"jobs": 0}, {"rate_bytes_s": 0}])
+def test_options_that_make_no_sense_are_refused(place, given):
+    with pytest.raises(ValueError, match="at least 1"):
+        place(**given)
+
+
+# -- drops ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_dropped_is_gone_and_the_missing_are_no_error(place):
+    here = place()
+    here.near.put("a", SMALL)
+    here.near.put("b", SMALL)
+    here.transfer.drop("near", [here.planned("a"), PlannedObject("nothing", 1)])
+    assert [info.key for info in here.near.list()] == ["b"]

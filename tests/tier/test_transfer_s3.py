@@ -1,0 +1,186 @@
+"""Copies and changes of class in buckets: on SeaweedFS, which names checksums, and on moto, which archives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import ObjectChanged, StoreError
+from tiercache.store import open_store
+from tiercache.tier.model import PlannedObject
+from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import PART_BYTES, Transfer
+from tiercache.tierfile import Tier, TierFile
+
+pytestmark = pytest.mark.s3
+
+SMALL = b"a small object"
+LARGE = os.urandom(2 * PART_BYTES + 1234)
+SIZES = pytest.mark.parametrize(
+    "data", [b"", SMALL, LARGE[:PART_BYTES], LARGE], ids=["empty", "small", "part", "large"]
+)
+
+
+class Bucket:
+    """Tiers in a folder of a server's bucket."""
+
+    def __init__(self, server, tmp_path):
+        self.server, self.folder = server, f"transfer-{os.urandom(4).hex()}"
+        self.options = server.storage_options
+        self.url = f"{server.url}/{self.folder}"
+        tiers = (
+            self._tier("hot", "hot", str(tmp_path / "hot"), {}),
+            self._tier("standard", "standard", f"{self.url}/standard"),
+            self._tier("cold", "archive", f"{self.url}/standard", storage_class="GLACIER_IR"),
+            self._tier("archive", "archive", f"{self.url}/archive", storage_class="GLACIER"),
+            self._tier("other", "archive", f"{self.url}/other"),
+        )
+        self.stores = Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers))
+        self.transfer = Transfer(self.stores)
+
+    def _tier(self, name, role, url, options=None, **more):
+        return Tier(name=name, role=role, url=url, storage_options=self.options if options is None else options, **more)
+
+    def planned(self, tier, key="a"):
+        info = self.stores.head(tier, key)
+        return PlannedObject(key, info.n_bytes, info.etag, info.modified_s)
+
+    def copy(self, src, dst, key="a", **more):
+        return self.transfer.copy(src, dst, self.planned(src, key), **more)
+
+    def bytes_read(self, tier):
+        return self.stores.store(tier).counters["bytes_read"]
+
+
+@pytest.fixture(params=["seaweedfs", "moto"])
+def bucket(request, tmp_path):
+    server = request.getfixturevalue("s3_server" if request.param == "seaweedfs" else "moto_server")
+    made = Bucket(server, tmp_path)
+    yield made
+    made.transfer.close()
+    made.stores.close()
+
+
+@SIZES
+def test_a_file_goes_to_the_bucket_and_back(bucket, data):
+    bucket.stores.store("hot").put("a", data)
+    assert bucket.copy("hot", "standard").crc32c == crc32c(data)
+    bucket.stores.store("hot").delete(["a"])
+    assert bucket.copy("standard", "hot").crc32c == crc32c(data)
+    assert bucket.stores.store("hot").get("a") == data
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_copy_into_an_archive_has_its_class_and_is_verified_without_being_read(bucket, data):
+    bucket.stores.store("hot").put("a", data)
+    assert bucket.copy("hot", "archive").crc32c == crc32c(data)
+    info = bucket.stores.head("archive", "a")
+    assert (info.storage_class, info.n_bytes, bucket.bytes_read("archive")) == ("GLACIER", len(data), 0)
+
+
+def test_an_archived_object_is_no_source(bucket):
+    bucket.stores.store("hot").put("a", SMALL)
+    bucket.copy("hot", "archive")
+    with pytest.raises(StoreError, match="must be restored first: tiercache restore a") as caught:
+        bucket.copy("archive", "standard")
+    assert caught.value.archived
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_between_folders_of_a_server_it_copies_by_itself(bucket, data):
+    bucket.stores.store("standard").put("a", data)
+    copied = bucket.copy("standard", "archive")
+    info = bucket.stores.head("archive", "a")
+    assert (copied.n_bytes, info.storage_class) == (len(data), "GLACIER")
+    assert (copied.etag, bucket.bytes_read("standard")) == (info.etag, 0)
+
+
+def test_where_the_servers_sums_do_not_tell_the_bytes_are_streamed(s3_server, tmp_path):
+    here = Bucket(s3_server, tmp_path)
+    with here.transfer, here.stores:
+        with here.stores.store("standard").create("a") as upload:  # in parts: its ETag is of parts, and there is no sum
+            upload.put_part(0, LARGE)
+            upload.complete()
+        assert here.copy("standard", "archive").crc32c == crc32c(LARGE)
+        assert here.bytes_read("standard") == len(LARGE)
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_class_changes_where_the_object_lies(bucket, data):
+    bucket.stores.store("standard").put("a", data)
+    done = bucket.transfer.reclass("cold", bucket.planned("standard"))
+    info = bucket.stores.head("cold", "a")
+    assert (info.storage_class, info.n_bytes, done.etag) == ("GLACIER_IR", len(data), info.etag)
+    assert bucket.stores.store("standard").get("a") == data
+
+
+def test_tiers_of_one_url_list_what_has_their_class(bucket):
+    for key in ("a", "b"):
+        bucket.stores.store("standard").put(key, SMALL)
+    bucket.transfer.reclass("cold", bucket.planned("standard", "b"))
+    listed = {name: [info.key for info in bucket.stores.listing(name)] for name in ("standard", "cold")}
+    assert listed == {"standard": ["a"], "cold": ["b"]}
+
+
+def test_a_class_that_it_has_already_costs_no_copy(bucket):
+    bucket.stores.store("standard").put("a", SMALL)
+    bucket.transfer.reclass("cold", bucket.planned("standard"))
+    before = bucket.stores.head("cold", "a")
+    bucket.transfer.reclass("cold", bucket.planned("cold"))
+    assert bucket.stores.head("cold", "a").modified_s == before.modified_s
+
+
+def test_objects_of_a_bucket_are_dropped_together(bucket):
+    keys = [f"k{number}" for number in range(5)]
+    for key in keys:
+        bucket.stores.store("standard").put(key, b"")
+    bucket.transfer.drop("standard", [PlannedObject(key, 0) for key in keys])
+    assert list(bucket.stores.listing("standard")) == []
+
+
+def test_from_one_server_to_another_bytes_are_streamed(s3_server, moto_server, tmp_path):
+    urls = {"standard": s3_server, "archive": moto_server}
+    tiers = tuple(
+        Tier(name=name, role=name, url=f"{server.url}/between", storage_options=server.storage_options)
+        for name, server in urls.items()
+    )
+    with Stores(TierFile(path=Path("rules.toml"), sha256="", tiers=tiers)) as stores, Transfer(stores) as transfer:
+        stores.store("standard").put("a", SMALL)
+        info = stores.head("standard", "a")
+        transfer.copy("standard", "archive", PlannedObject("a", info.n_bytes, info.etag))
+        assert stores.store("archive").get("a") == SMALL
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_without_boto3_a_copy_is_read_back(s3_server, tmp_path, monkeypatch, data):
+    monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
+    here = Bucket(s3_server, tmp_path)
+    here.stores.store("hot").put("a", data)
+    with here.transfer, here.stores:
+        here.copy("hot", "standard")
+        assert here.bytes_read("standard") == len(data)
+        assert open_store(f"{here.url}/standard", **here.options).get("a") == data
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_an_object_of_another_class_than_was_planned_for_is_what_it_was(bucket, data):
+    bucket.stores.store("standard").put("a", data)
+    one = bucket.planned("standard")
+    bucket.stores.store("standard").put("a", data[::-1])
+    with pytest.raises(ObjectChanged, match="what was planned"):
+        bucket.transfer.reclass("cold", one)
+    assert bucket.stores.head("standard", "a").storage_class == "STANDARD"
+
+
+@pytest.mark.parametrize("dst", ["archive", "other"])
+def test_what_the_server_copies_is_held_against_the_checksum_that_is_known(bucket, dst):
+    bucket.stores.store("standard").put("a", SMALL)
+    info = bucket.stores.head("standard", "a")
+    known = PlannedObject("a", info.n_bytes, info.etag, crc32c=crc32c(SMALL))
+    assert bucket.transfer.copy("standard", dst, known).crc32c == crc32c(SMALL)
+    with pytest.raises(StoreError, match="the source is not what it should be"):
+        bucket.transfer.copy("standard", dst, replace(known, crc32c=crc32c(SMALL) ^ 1))
