@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from tests import guide_session
 
+from tiercache.prices import prices_of
 from tiercache.testing.s3_server import S3Server
+from tiercache.tierfile import load_tiers
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "tiers.md"
 
@@ -26,3 +28,14 @@ def test_the_guide_to_restores_says_what_they_print(tmp_path):
     text = PAGE.read_text()
     with S3Server(kind="moto", bucket="bucket") as server:
         assert differences(text, guide_session.replay_s3(text, tmp_path, server)) == []
+
+
+TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "standard", "archive"))
+
+
+@pytest.mark.parametrize("part", guide_session.blocks(PAGE.read_text(), "toml part"), ids=lambda part: part.split()[0])
+def test_parts_of_rule_files_in_the_guide_are_read(part, tmp_path):
+    path = tmp_path / "tiercache.toml"
+    path.write_text(part if "[tiers." in part else TIERS + part)
+    file = load_tiers(path)
+    assert file.rules or file.pins or prices_of(file.home).store_gb_month == 0.021

@@ -30,12 +30,12 @@ def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
 
 def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
     catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
-    catalog.record([("cold", "k", KnownCopy(4, None, 8, made=True))])
-    assert catalog.known("cold", ["k", "other"]) == {"k": KnownCopy(4, None, 8, made=True)}
+    catalog.record([("cold", "k", KnownCopy(4, None, 8, made_from="s3://home"))])
+    assert catalog.known("cold", ["k", "other"]) == {"k": KnownCopy(4, None, 8, made_from="s3://home")}
 
 
 def test_a_copy_that_was_only_intended_is_not_verified(catalog):
-    catalog.record([("cold", "k", KnownCopy(3, None, None, made=True))])
+    catalog.record([("cold", "k", KnownCopy(3, None, None, made_from="s3://home"))])
     assert catalog.checksums("cold") == {}
     assert catalog.known("cold", ["k"])["k"].is_intended
 
@@ -118,3 +118,11 @@ def test_its_folder_is_for_its_user_alone(catalog):
     catalog.write([ROW])
     assert catalog.path.stat().st_mode & 0o777 == 0o600
     assert catalog.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copy_whose_source_goes_is_nobodys_copy(catalog):
+    catalog.record(
+        [("cold", "k", KnownCopy(3, '"e"', 9, "s3://home")), ("cold", "l", KnownCopy(3, '"e"', 9, "s3://home"))]
+    )
+    catalog.keep([("cold", "k")])
+    assert [one.made_from for one in catalog.known("cold", ["k", "l"]).values()] == ["", "s3://home"]

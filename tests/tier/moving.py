@@ -62,7 +62,7 @@ class World:
         if self.shared and name == "archive":
             return self.inner["standard"]
         if self.classes and name != "hot":
-            return DiskBucket(self.root / name, self.url(name), Script())
+            return DiskBucket(self.root / name, self.url(name), Script(), says_sums=True)
         return MemoryStore(self.root.as_posix().strip("/").replace("/", "-"), name)
 
     def url(self, name: str) -> str:

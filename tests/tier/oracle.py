@@ -177,7 +177,7 @@ class Oracle:
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
         newer = [other for other in self.groups.values() if other.series == group.series and other.step > group.step]
-        here = [o for o in newer if o.name not in self.deleted and all(self.alive.get(k) for k in o.keys)]
+        here = [other for other in newer if other.name not in self.deleted and self._looks_whole(other)]
         if group.series and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"
         return ""
@@ -234,14 +234,19 @@ class Oracle:
                     self.in_parts.add((place, group.name))
 
     def newest_complete(self, picture: Picture, now_s: float) -> dict[str, str]:
-        """Series to its newest checkpoint that is whole and readable somewhere now."""
+        """Series to its newest checkpoint that looks whole, if it is so, and can be read, in some place now."""
         newest: dict[str, Group] = {}
         for group in self.groups.values():
-            if not group.series or not self._is_complete(group, now_s) or not self._whole_in(group, picture):
-                continue
-            if group.series not in newest or group.step > newest[group.series].step:
+            known = newest.get(group.series)
+            is_newer = bool(group.series) and (known is None or group.step > known.step)
+            if is_newer and self._looks_whole(group) and self._is_complete(group, now_s):
                 newest[group.series] = group
-        return {series: group.name for series, group in newest.items()}
+        return {series: group.name for series, group in newest.items() if self._whole_in(group, picture)}
+
+    def _looks_whole(self, group: Group) -> bool:
+        """Whether what makes it whole lies somewhere: that people have taken away or spoilt it cannot be seen."""
+        wanted = (group.last,) if group.last else group.keys
+        return all(any(key in objects for objects in self.before.values()) for key in wanted)
 
     def _is_complete(self, group: Group, now_s: float) -> bool:
         if group.last:

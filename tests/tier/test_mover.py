@@ -1,5 +1,7 @@
 """Plans are carried out, so that nothing is lost when the world changes between any two steps."""
 
+from dataclasses import replace
+
 import pytest
 from tests.tier.moving import GRACE_S, PARTS, HookAt, World, checkpoint, content, moved_away
 
@@ -323,3 +325,29 @@ def test_a_copy_that_had_to_be_made_again_has_a_grace_of_its_own(world):
     world.later(GRACE_S / 2 + 1)
     assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
+
+
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_a_copy_of_what_another_tier_had_is_not_replaced(world, is_dropped):
+    """1. hot has v1 and home v2. 2. v1 goes to the archive. 3. v2 would, in the place of the last v1."""
+    world.put("hot", "f")
+    world.inner["standard"].put("f", b"v2")
+    world.apply(world.plan(world.move("f", "hot", "archive"), name="1"))
+    if is_dropped:
+        world.later()
+        assert world.settle().done == 1
+    move = world.move("f", "standard", "archive", number=2)
+    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert "archive" in world.where("f")
+
+
+def test_a_copy_whose_source_was_dropped_is_not_replaced(world):
+    moved_away(world, "f")
+    world.later()
+    world.settle()
+    world.inner["standard"].put("f", b"anew")
+    move = world.move("f", "standard", "archive")
+    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert world.where("f") == ["archive"]

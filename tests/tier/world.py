@@ -218,15 +218,19 @@ class World:
         self.by_hand()
 
     def rot(self, place: str, key: str) -> None:
-        """A bit turns, and the store says so by another ETag: the bytes were written anew, wrongly."""
-        where = self.places[place]
-        if where.is_bucket:
-            about, data = read_object(self.path(place, key))
+        """A bit turns.
+
+        Of the copy in the coldest place, the one that stays, the store says so by another ETag: it was written anew,
+        wrongly. Of any other nothing is to be seen: it must not take the place of the right one.
+        """
+        path, picture = self.path(place, key), self.picture()
+        is_last = not any(key in picture[other] for other in [*picture][[*picture].index(place) + 1 :])
+        if self.places[place].is_bucket:
+            about, data = read_object(path)
             spoilt = flipped(data)
-            now = about_now(spoilt, about["class"])
-            write_bucket_object(self.path(place, key), now, spoilt)
+            write_bucket_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
         else:
-            spoilt = flipped(self.path(place, key).read_bytes())
+            spoilt = flipped(path.read_bytes())
             self.lay(place, key, spoilt)
         self.oracle.rotted(place, key, spoilt)
         self.by_hand()

@@ -29,7 +29,7 @@ _MOST_VARIABLES = 500  # SQLite takes 999 at least
 _SCHEMA = """
 CREATE TABLE copies (
     place TEXT NOT NULL, key TEXT NOT NULL, n_bytes INTEGER NOT NULL, etag TEXT, crc32c INTEGER,
-    made INTEGER NOT NULL,
+    made_from TEXT NOT NULL,
     PRIMARY KEY (place, key)
 ) WITHOUT ROWID;
 CREATE TABLE moves (
@@ -48,19 +48,19 @@ CREATE INDEX moves_path ON moves (home, path);
 class KnownCopy(NamedTuple):
     """An object as it was when its bytes were verified. While size and ETag are these, it is that object.
 
-    made: by a move, as a copy of something; else it was there before. With neither ETag nor checksum it is one that was
-    about to be made where nothing lay: who finds it half done may make it again.
+    made_from: the place that a move has copied it from, while that still has its object; else "". With neither ETag nor
+    checksum it is one that was about to be made where nothing lay: who finds it half done may make it again.
     """
 
     n_bytes: int
     etag: str | None
     crc32c: int | None
-    made: bool = False
+    made_from: str = ""
 
     @property
     def is_intended(self) -> bool:
         """Whether it was about to be made, and nobody knows more."""
-        return self.made and self.etag is None and self.crc32c is None
+        return bool(self.made_from) and self.etag is None and self.crc32c is None
 
 
 class JournalObject(NamedTuple):
@@ -165,7 +165,7 @@ class TierCatalog:
             for start in range(0, len(wanted), _MOST_VARIABLES):
                 some = wanted[start : start + _MOST_VARIABLES]
                 marks = ", ".join("?" * len(some))
-                query = f"SELECT key, n_bytes, etag, crc32c, made FROM copies WHERE place = ? AND key IN ({marks})"  # noqa: S608
+                query = f"SELECT key, n_bytes, etag, crc32c, made_from FROM copies WHERE place = ? AND key IN ({marks})"  # noqa: S608
                 found.update(map(_known, db.execute(query, (place, *some))))
             return found
 
@@ -173,9 +173,16 @@ class TierCatalog:
 
     def record(self, copies: Iterable[tuple[str, str, KnownCopy]]) -> None:
         """Note verified copies: (tier, key, what it is) each."""
-        rows = [(self.place(tier), key, one.n_bytes, one.etag, one.crc32c, one.made) for tier, key, one in copies]
+        rows = [(self.place(tier), key, one.n_bytes, one.etag, one.crc32c, one.made_from) for tier, key, one in copies]
         if rows:
             query = "INSERT OR REPLACE INTO copies VALUES (?, ?, ?, ?, ?, ?)"
+            self._database.run(lambda db: db.executemany(query, rows))
+
+    def keep(self, copies: Iterable[tuple[str, str]]) -> None:
+        """Note that what copies were made from goes: they may be the last of their bytes. (tier, key) each."""
+        rows = [(self.place(tier), key) for tier, key in copies]
+        if rows:
+            query = "UPDATE copies SET made_from = '' WHERE place = ? AND key = ?"
             self._database.run(lambda db: db.executemany(query, rows))
 
     def forget(self, copies: Iterable[tuple[str, str]]) -> None:
@@ -235,9 +242,9 @@ def _prepare(db: sqlite3.Connection) -> None:
             db.execute(statement)
 
 
-def _known(values: tuple[str, int, str | None, int | None, int]) -> tuple[str, KnownCopy]:
-    key, n_bytes, etag, crc, made = values
-    return key, KnownCopy(n_bytes, etag, crc, made=bool(made))
+def _known(values: tuple[str, int, str | None, int | None, str]) -> tuple[str, KnownCopy]:
+    key, n_bytes, etag, crc, made_from = values
+    return key, KnownCopy(n_bytes, etag, crc, made_from)
 
 
 def _values(row: JournalRow) -> tuple[object, ...]:

@@ -1,7 +1,12 @@
 """Making a copy whole and verified in another tier: objects that are there and equal stay, all else is copied.
 
-What lies in dst under a key is never overwritten unless it is a copy that a move made itself and is as it was then. A
-group's last object, which makes it whole, is copied when all others are there: a copy never looks whole and is not.
+What lies in dst under a key is never overwritten, unless it is as a move made it from this very src, which has another
+object now. Never a copy whose source was dropped, or that came from another tier::
+
+    1. hot has v1 of a key, and home v2. 2. v1 is copied to the archive, and dropped from hot.
+    3. v2 is copied to the archive, in the place of the last v1.
+
+A group's last object, which makes it whole, is copied when all others are there: a copy never looks whole and is not.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ _AT_ONCE_BYTES = 8 << 20
 class Job:
     """A move in work. why: it is stopped, "" while it is not; over: nothing is left to do.
 
-    made: verified copies that are not on the books yet, (tier, key, what it is) each. is_new: not all of the copy in dst
-    was on the books before. The lock guards what threads add.
+    made: verified copies that are not on the books yet, (tier, key, what it is) each. is_new: not all of what is in
+    dst was on the books before. The lock guards what threads add.
     """
 
     move: Move
@@ -85,10 +90,13 @@ class Copying:
         it, and what nobody has compared is not overwritten: it would lie there for good, and its source too.
         """
         jobs = [job for job in jobs if self._sight.stores.class_of(job.row.dst) in RESTORED_FIRST]
-        wanted = {(job.row.dst, one.key): one for job in jobs for one in job.row.objects}
+        wanted = {
+            (job.row.dst, one.key): KnownCopy(one.n_bytes, None, None, job.row.src_place)
+            for job in jobs
+            for one in job.row.objects
+        }
         found = self._sight.heads(list(wanted))
-        new = [(dst, key, one) for (dst, key), one in wanted.items() if found[dst, key] is None]
-        self._sight.catalog.record([(dst, key, KnownCopy(one.n_bytes, None, None, made=True)) for dst, key, one in new])
+        self._sight.catalog.record([(*at, copy) for at, copy in wanted.items() if found[at] is None])
 
     def _record(self, jobs: Sequence[Job]) -> None:
         self._sight.catalog.record([copy for job in jobs for copy in job.made])
@@ -122,16 +130,16 @@ class Copying:
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         job.is_new = True
-        self._note(job, one, KnownCopy(copied.n_bytes, copied.etag, crc, made=True), copied.n_bytes)
+        self._note(job, one, KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place), copied.n_bytes)
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int) -> None:
         """Put a verified copy on the books, and its source: they were read whole, and were equal."""
         books = self._sight.catalog
         source = books.known(job.row.src, [one.key]).get(one.key)
-        was_made = source is not None and source.made and source.etag == one.etag
+        came_from = source.made_from if source is not None and source.etag == one.etag else ""
         pair = [(job.row.dst, one.key, copy)]
         if one.etag is not None:
-            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, made=was_made)))
+            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, came_from)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             books.record(pair)
             pair = []
@@ -144,24 +152,24 @@ class Copying:
         sight, dst = self._sight, job.row.dst
         known = sight.catalog.known(dst, [one.key]).get(one.key)
         expected = self._source_sum(job, one)
+        is_cold = state_of(info) in (ARCHIVED, RESTORING)
         if info.n_bytes == one.n_bytes and expected is not None:
             found = sight.sum_of(dst, info, known)
             # What cannot be read is known by the store's own word alone.
             if expected == (info.crc32c if found is None else found):
                 is_known = known is not None and is_same(info, known)
-                made = known is not None and known.made and is_known
+                came_from = known.made_from if known is not None and is_known else ""
                 job.is_new = job.is_new or not is_known
-                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, made=made), 0)
+                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, came_from), 0)
                 self._on_bytes(one.n_bytes)
                 return True
-        if known is not None and known.is_intended and known.n_bytes == info.n_bytes == one.n_bytes:
-            return False
-        if known is not None and known.made and is_same(info, known) and len(job.row.objects) == 1:
-            return False  # a copy of what src was before: it may be replaced
+        if known is not None and known.made_from == job.row.src_place:
+            if known.is_intended and known.n_bytes == info.n_bytes == one.n_bytes and is_cold:
+                return False  # what can be read is compared, and another's
+            if is_same(info, known) and len(job.row.objects) == 1:
+                return False  # a copy of what src was before: it may be replaced
         where = f"{sight.stores.store(dst).url}/{one.key}"
-        archived = (
-            ", which must be restored before it can be compared" if state_of(info) in (ARCHIVED, RESTORING) else ""
-        )
+        archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
             f"{where}: expected nothing there, or a copy of the {one.n_bytes} bytes in {job.row.src}; found another "
             f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
@@ -189,9 +197,9 @@ class Copying:
         reach("tier_move.class_changed")
         crc = changed.crc32c if changed.crc32c is not None else one.crc32c
         if crc is not None:
-            made = known is not None and known.made
+            came_from = "" if known is None else known.made_from
             with job.lock:
-                job.made.append((dst, one.key, KnownCopy(changed.n_bytes, changed.etag, crc, made=made)))
+                job.made.append((dst, one.key, KnownCopy(changed.n_bytes, changed.etag, crc, came_from)))
 
 
 def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:

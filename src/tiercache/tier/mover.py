@@ -18,7 +18,7 @@ What may happen between two steps:
     1-2  killed: an open row, no harm. The plan applied again goes on; another plan's move of the path replaces the row.
     2-3  killed: copies that nobody knows. They are compared with src, and not copied again.
     3-4  src is replaced: step 4 sees another ETag and stops; the copy in dst stays, verified for what it is, and is
-         overwritten by a later move only while it is as a move made it, and if the group is that object alone.
+         overwritten by a later move from src only while it is as it was made, and if the group is that object alone.
     4-5  src is replaced in this instant: readers are led to what it was before. Step 7 sees it, and takes that back.
     5-6  killed: readers are told and nothing waits. The plan applied again starts grace; another plan asks for a drop.
     6-7  the copy in dst is lost, spoilt or restored and moved by somebody: step 7 compares, and stops.

@@ -263,6 +263,7 @@ class Settling:
         self._catalog.write([replace(one.row, state="dropping", changed_s=self._now_s) for one in due])
         for one in due:
             one.is_begun = True
+        self._catalog.keep([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
         reach("tier_drop.journaled")
         self._unplace([one for one in due if one.row.action == "delete"])
         going = [one for one in due if one.verdict == "go"]
@@ -335,7 +336,7 @@ class Settling:
         crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
         if crc is None:
             return None
-        return dst, obj.key, KnownCopy(changed.n_bytes, changed.etag, crc, made=known is not None and known.made)
+        return dst, obj.key, KnownCopy(changed.n_bytes, changed.etag, crc, "" if known is None else known.made_from)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class Sight:
         found = self.transfer.sum_of(tier, info)
         if found != known.crc32c:
             return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
-        self.catalog.record([(tier, key, KnownCopy(info.n_bytes, info.etag, found, made=known.made))])
+        self.catalog.record([(tier, key, KnownCopy(info.n_bytes, info.etag, found, known.made_from))])
         return ""
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
