@@ -50,6 +50,7 @@ silence = 1
 max_break_even = 1
 small = "move"
 early = "pay"
+uncounted = "idle"
 jobs = 1
 rate = 1
 state_dir = "h"

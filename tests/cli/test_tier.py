@@ -41,6 +41,7 @@ after = "0s"
 [tiering]
 grace = "0s"
 small = "move"
+uncounted = "idle"
 state_dir = "state"
 """
 DAY_S = 86400.0

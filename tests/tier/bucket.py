@@ -93,7 +93,9 @@ def key_of(file: str) -> str:
 
 
 def about_now(data: bytes, storage_class: str) -> dict:
-    return {"class": storage_class, "modified_s": time.time(), "restore": None, "etag": hashlib.md5(data).hexdigest()}
+    """What is said of an object that is written now: its sums are of these bytes, whatever becomes of them."""
+    etag, crc = hashlib.md5(data).hexdigest(), crc32c(data)
+    return {"class": storage_class, "modified_s": time.time(), "restore": None, "etag": etag, "crc32c": crc}
 
 
 def is_readable(about: dict) -> bool:
@@ -105,7 +107,7 @@ def is_readable(about: dict) -> bool:
 class DiskBucket(Store):
     """Objects below a prefix of the folder `root`; any number of them, in any number of processes. An ArchiveStore too.
 
-    says_sums: head() gives the CRC-32C.
+    says_sums: head() gives the CRC-32C, of what was written.
     """
 
     min_part_bytes = 1
@@ -164,7 +166,7 @@ class DiskBucket(Store):
             key,
             len(data),
             etag=f'"{about["etag"]}"',
-            crc32c=crc32c(data) if self.says_sums else None,
+            crc32c=about["crc32c"] if self.says_sums else None,
             modified_s=about["modified_s"],
             storage_class=about["class"] or "STANDARD",
             restore=restore_header(about),
@@ -260,15 +262,16 @@ class DiskBucket(Store):
 
     def sums(self, key: str) -> Mapping[str, str]:
         with self._call("head", key):
-            about, data = self._found(key)
-            sums = {"ChecksumCRC32C": sum_text(crc32c(data))} if self.says_sums else {}
+            about, _ = self._found(key)
+            sums = {"ChecksumCRC32C": sum_text(about["crc32c"])} if self.says_sums else {}
             return {**sums, "ETag": f'"{about["etag"]}"'}
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         with self._call("set_class", key), self._locked():
             about, data = self._read(key, "")
             self._check_match(key, about, if_match)
-            self._change(key, **about_now(data, storage_class))
+            kept = {"etag": about["etag"], "crc32c": about["crc32c"]}
+            self._change(key, **about_now(data, storage_class) | kept)
             return self._info(key, *self._found(key))
 
     def can_copy_from(self, src: object) -> bool:

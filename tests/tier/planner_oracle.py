@@ -138,7 +138,7 @@ class PlannerOracle:
         if not sources:
             return None
         wish = self._sent(row, sources, rule.to)
-        if group.unreported and (rule.idle_s is not None or rule.uses_below is not None):
+        if group.unreported and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
             wish.refused = True
         return wish
 

@@ -1,5 +1,6 @@
 """Data sets in an inventory: the shards that versions name, wherever they lie, and what machines said of their use."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -51,6 +52,27 @@ def test_shards_that_only_an_old_version_names_are_live(local):
     with tc.Writer(local.home, schema={"id": "int64"}, mode="overwrite") as writer:
         writer.write_batch({"id": np.arange(3)})
     assert set(local.names) < set(local.take().paths)
+
+
+def test_before_anybody_counts_no_use_is_known(local):
+    assert local.take().snapshot.unreported.all()
+
+
+def test_idleness_begins_when_tiers_begin_to_look(local):
+    local.store.put(placement.MARK_KEY, placement.encode_mark(0, NOW_S - 5000))
+    for path in local.home.rglob("*.tcs"):
+        os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
+    snapshot = local.take().snapshot
+    assert not snapshot.unreported.any()
+    assert (snapshot.last_use_s == int(NOW_S - 5000)).all()
+
+
+def test_who_knows_that_nobody_used_it_may_count_from_when_it_was_written(local):
+    rules = local.root / "tiercache.toml"
+    rules.write_text(f'{rules.read_text()}\n[tiering]\nuncounted = "idle"\n')
+    snapshot = local.take().snapshot
+    assert not snapshot.unreported.any()
+    assert (snapshot.last_use_s == snapshot.created_s).all()
 
 
 def test_a_shard_has_the_checksum_of_its_manifest(local):
@@ -204,6 +226,6 @@ def test_the_catalog_of_moves_is_understood(local):
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
     with TierCatalog(local.root / "state" / "tiers.sqlite") as catalog:
-        catalog.record([("archive", name, KnownCopy(found.n_bytes, found.etag, found.crc32c, made=True))])
+        catalog.record([("archive", name, KnownCopy(found.n_bytes, found.etag, found.crc32c, made_from="standard"))])
         look = local.take(catalog)
     assert [look.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]

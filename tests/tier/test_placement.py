@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pyarrow as pa
 import pytest
@@ -156,6 +157,23 @@ def test_where_nothing_can_be_listed_numbers_that_were_forgotten_are_stepped_ove
         assert placement.read(http).number == 2 * N_KEPT
         http.close()
     memory.delete(objects)
+
+
+def test_the_mark_says_since_when_whatever_is_committed_after_it(store):
+    before_s = int(time.time())
+    placement.adopt(store)
+    since_s = placement.adopted_s(store)
+    assert before_s <= since_s <= time.time()
+    store.put(MARK_KEY, placement.encode_mark(0, since_s - 1000))
+    for n in range(2):
+        placement.commit(store, {"a": row("a", n_bytes=n)})
+    assert placement.adopted_s(store) == since_s - 1000
+
+
+@pytest.mark.parametrize("mark", [b"", b"[]", b'{"since": "x"}', b'{"since": true}'])
+def test_a_mark_that_says_no_time_is_a_mark_all_the_same(store, mark):
+    store.put(MARK_KEY, mark)
+    assert (placement.is_adopted(store), placement.adopted_s(store)) == (True, None)
 
 
 def test_what_was_missed_is_searched_for_though_the_mark_is_gone(store):

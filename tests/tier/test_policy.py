@@ -80,7 +80,12 @@ def test_what_is_younger_than_its_last_use_counts_from_when_it_was_written():
 
 
 def test_what_a_machine_may_have_used_that_has_not_reported_is_not_idle():
-    assert "has not reported" in refusal_of([lying("standard", unreported=True)], TO_ARCHIVE)
+    assert "its use is not known yet" in refusal_of([lying("standard", unreported=True)], TO_ARCHIVE)
+
+
+def test_what_may_go_however_lately_it_was_used_needs_no_report():
+    rule = Rule(name="r", match=("**",), to="archive", idle_s=0.0)
+    assert moves_of([lying("standard", unreported=True, unused_days=0)], rule)
 
 
 def test_age_asks_nobody_what_was_used():

@@ -70,6 +70,7 @@ settle = "10m"
 small = "move"
 early = "pay"
 silence = "1h"
+uncounted = "idle"
 """
 DATA = "data"
 N_RECORDS = 600
@@ -310,7 +311,7 @@ class World:
             if place.is_bucket and f"{url}/".startswith(f"{place.url}/"):
                 below = url[len(place.url) + 1 :].strip("/")
                 prefix = f"{below}/" if below else ""
-                return DiskBucket(place.root, url, self.script, prefix, says_sums=place.name == "cold")
+                return DiskBucket(place.root, url, self.script, prefix, says_sums=place.name != "hot")
         return None
 
     def file(self) -> TierFile:

@@ -153,14 +153,17 @@ class _Reader:
         reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
+        waits = self._file.tiering.uncounted == "wait"
+        # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
+        since_s = placement.adopted_s(self._store) if has_mark and waits else None
         shards = Shards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
-            last_use_s=used.last_use_s,
+            last_use_s=used.last_use_s if since_s is None else np.fmax(used.last_use_s, since_s),
             uses=used.uses,
             in_use=used.in_use,
-            unreported=np.full(len(table), used.unreported),
+            unreported=np.full(len(table), used.unreported or (waits and not has_mark)),
         )
         elsewhere = self._elsewhere(table.names) if has_mark else ()
         return shards, DataSet(

@@ -25,6 +25,7 @@ import itertools
 import json
 import re
 import secrets
+import time
 from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass
@@ -182,9 +183,10 @@ def search(store: Store, known: Placement | None = None) -> Placement:
     return _newest(store, listed) if listed else nothing()
 
 
-def encode_mark(number: int) -> bytes:
-    """The mark's text."""
-    return json.dumps({"format": "tiercache-tiers", "version": FORMAT_VERSION, "placement": number}).encode() + b"\n"
+def encode_mark(number: int, since_s: float | None = None) -> bytes:
+    """The mark's text. since_s: when tiers began to look after the data, seconds since the epoch."""
+    facts = {"format": "tiercache-tiers", "version": FORMAT_VERSION, "placement": number}
+    return json.dumps(facts | ({} if since_s is None else {"since": int(since_s)})).encode() + b"\n"
 
 
 def placement_key(number: int) -> str:
@@ -192,8 +194,23 @@ def placement_key(number: int) -> str:
     return f"{PLACEMENT_FOLDER}{number:020d}.arrow"
 
 
+def adopted_s(store: Store) -> float | None:
+    """When tiers began to look after what lies in store, and uses to be counted; None: nobody says. As is_adopted."""
+    since = (_mark(store) or {}).get("since")
+    return float(since) if isinstance(since, int | float) and not isinstance(since, bool) else None
+
+
 def _hint(store: Store) -> int | None:
     """The hinted number, 0 where the mark has none that can be; None: there is no mark."""
+    mark = _mark(store)
+    if mark is None:
+        return None
+    number = mark.get("placement")
+    return number if type(number) is int and 0 < number < 10**18 else 0
+
+
+def _mark(store: Store) -> dict[str, Any] | None:
+    """What the mark says, nothing where it cannot be read; None: there is none."""
     try:
         data = store.get(MARK_KEY)
     except NotFound:
@@ -202,11 +219,11 @@ def _hint(store: Store) -> int | None:
         if error.status == _FORBIDDEN and not error.retryable:
             return None  # what is not there is forbidden to who may not list a bucket: he reads what lies at home
         raise
-    with suppress(ValueError, AttributeError):
-        number = json.loads(data).get("placement")
-        if type(number) is int and 0 < number < 10**18:
-            return number
-    return 0
+    with suppress(ValueError):
+        mark = json.loads(data)
+        if isinstance(mark, dict):
+            return mark
+    return {}
 
 
 def _newest(store: Store, hint: int) -> Placement:
@@ -264,7 +281,7 @@ def _listed(store: Store) -> int | None:
 def adopt(store: Store) -> None:
     """Set the mark: machines report from now on what they use. Harmless when repeated. Raises StoreError."""
     if not is_adopted(store):
-        store.put_if_absent(MARK_KEY, encode_mark(0))
+        store.put_if_absent(MARK_KEY, encode_mark(0, time.time()))
 
 
 def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
@@ -326,7 +343,7 @@ def _tidy(store: Store, number: int) -> None:
     """Hint at the newest, and forget those that nobody can be reading any more. What fails is done by the next."""
     with suppress(StoreError):
         if (_hint(store) or 0) < number:
-            store.put(MARK_KEY, encode_mark(number))
+            store.put(MARK_KEY, encode_mark(number, adopted_s(store)))
         reach("tier_placement.hinted")
         if number > N_KEPT:
             store.delete([placement_key(old) for old in range(max(1, number - 2 * N_KEPT), number - N_KEPT + 1)])

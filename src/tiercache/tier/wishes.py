@@ -230,7 +230,7 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
     waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, _same("", waits))))
-    unknown = waiting.saying(_same("a machine that may have used it has not reported yet", waits))
+    unknown = waiting.saying(_same("its use is not known yet: no machine that may have used it has reported", waits))
     return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
 
 
@@ -264,7 +264,7 @@ def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
         fits &= view.unused_s[rows] >= rule.idle_s
     if rule.uses_below is not None:
         fits &= view.snapshot.uses[rows] < rule.uses_below
-    asks_use = rule.idle_s is not None or rule.uses_below is not None
+    asks_use = bool(rule.idle_s) or rule.uses_below is not None  # after no time at all everything is idle
     return fits, fits & view.snapshot.unreported[rows] & asks_use
 
 

@@ -223,6 +223,7 @@ class Tiering(Table):
     max_break_even_s: Seconds | None = Field(default=None, validation_alias="max_break_even")
     small: Literal["refuse", "move"] = "refuse"
     early: Literal["refuse", "pay"] = "refuse"
+    uncounted: Literal["wait", "idle"] = "wait"
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
