@@ -61,11 +61,11 @@ class Books:
 
     def __init__(self, case: str, ranges: Mapping[str, range]) -> None:
         self._known = {
-            tier: {CASES[case](i): (1_000_000 + i % 7, f'"{i:032x}"', i, True) for i in numbers}
+            tier: {CASES[case](i): (1_000_000 + i % 7, f'"{i:032x}"', i, True, None) for i in numbers}
             for tier, numbers in (ranges.items() if case == "books" else ())
         }
 
-    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool]]:
+    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
         """See inventory.Known."""
         return self._known.get(tier, {})
 

@@ -2,6 +2,7 @@
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ def catalog(tmp_path):
 
 def test_copies_are_known_by_the_place_that_a_name_stands_for(catalog):
     catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
-    assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True)}
+    assert catalog.checksums("cold") == catalog.checksums("s3://cold") == {"k": (3, '"e"', 9, True, None)}
     catalog.bind({"cold": "s3://other"})
     assert catalog.checksums("cold") == {}
 
@@ -32,6 +33,29 @@ def test_a_copy_that_is_recorded_again_is_the_new_one(catalog):
     catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
     catalog.record([("cold", "k", KnownCopy(4, None, 8, made_from="s3://home"))])
     assert catalog.known("cold", ["k", "other"]) == {"k": KnownCopy(4, None, 8, made_from="s3://home")}
+
+
+def test_a_copy_keeps_when_its_object_was_written_first(catalog):
+    copy = KnownCopy(3, '"e"', 9, written_s=1234.5)
+    catalog.record([("cold", "k", copy)])
+    assert catalog.known("cold", ["k"]) == {"k": copy}
+    assert catalog.checksums("cold") == {"k": (3, '"e"', 9, True, 1234.5)}
+
+
+def test_an_object_that_is_known_for_its_date_alone_is_not_verified(catalog):
+    catalog.record([("cold", "k", KnownCopy(3, '"e"', None, written_s=1234.5, verified=False))])
+    assert catalog.checksums("cold") == {"k": (3, '"e"', None, False, 1234.5)}
+    assert not catalog.known("cold", ["k"])["k"].verified
+
+
+def test_books_with_other_columns_are_made_anew(catalog):
+    catalog.path.parent.mkdir()
+    with closing(sqlite3.connect(catalog.path)) as db:
+        db.execute("CREATE TABLE copies (place TEXT, key TEXT, n_bytes INTEGER, etag TEXT, crc32c INTEGER)")
+        db.commit()
+    assert catalog.checksums("cold") == {}
+    catalog.record([("cold", "k", KnownCopy(3, '"e"', 9))])
+    assert list(catalog.checksums("cold")) == ["k"]
 
 
 def test_a_copy_that_was_only_intended_is_not_verified(catalog):

@@ -48,18 +48,18 @@ class Script:
     faults: list[list] = field(default_factory=list)
     struck: list[str] = field(default_factory=list)
     dead: bool = False
-    on_call: Callable[[str], object] | None = None
+    on_call: Callable[[str, str], object] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __reduce__(self):
         return Script, ()  # elsewhere nothing is scripted
 
-    def due(self, verb: str) -> str:
+    def due(self, verb: str, key: str) -> str:
         """What befalls this call; "": nothing."""
         if self.dead:
             raise Died
         if self.on_call is not None:
-            self.on_call(verb)
+            self.on_call(verb, key)
         with self.lock:
             for fault in self.faults:
                 if fault[0] == verb:
@@ -140,7 +140,7 @@ class DiskBucket(Store):
     def _call(self, verb: str, key: str) -> Iterator[str]:
         """A call that may go wrong: yields what befalls its bytes."""
         self.counters.add("requests")
-        due = self.script.due(verb)
+        due = self.script.due(verb, key)
         if due == "error":
             raise StoreError(f"scripted fault in {verb}", url=self._at(key), retryable=True, status=503)
         yield due

@@ -56,9 +56,9 @@ class Books(dict):
     def checksums(self, tier, /):
         return {key: known for (of, key), known in self.items() if of == tier}
 
-    def verify(self, store, key, crc32c=7):
+    def verify(self, store, key, crc32c=7, *, verified=True, written_s=None):
         info = store.infos[key]
-        self[store.name.rpartition("-")[2], key] = (info.n_bytes, info.etag, crc32c, True)
+        self[store.name.rpartition("-")[2], key] = (info.n_bytes, info.etag, crc32c, verified, written_s)
 
 
 @dataclass

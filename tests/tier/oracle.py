@@ -198,7 +198,7 @@ class Oracle:
         return [
             f"{place}/{name}: looks complete and lacks {', '.join(missing)}"
             for place, name, missing in self._looks_whole_and_is_not(picture)
-            if (place, name) not in self.apart
+            if (place, name) not in self.apart | self.in_parts
         ]
 
     def _looks_whole_and_is_not(self, picture: Picture) -> Iterator[tuple[str, str, list[str]]]:
@@ -226,12 +226,11 @@ class Oracle:
                     found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
         return found
 
-    def note_parts(self, picture: Picture) -> None:
-        """Somebody has just done something by hand: what lies in parts now, he has taken apart."""
-        for group in self.groups.values():
-            for place, objects in picture.items():
-                if 0 < sum(key in objects for key in group.keys) < len(group.keys):
-                    self.in_parts.add((place, group.name))
+    def note_parts(self, place: str, key: str, picture: Picture) -> None:
+        """Somebody has just done something to an object by hand: if its group lies there in parts, he knows."""
+        group = self.groups[self.group_of[key]]
+        is_apart = 0 < sum(one in picture[place] for one in group.keys) < len(group.keys)
+        (self.in_parts.add if is_apart else self.in_parts.discard)((place, group.name))
 
     def newest_complete(self, picture: Picture, now_s: float) -> dict[str, str]:
         """Series to its newest checkpoint that looks whole, if it is so, and can be read, in some place now."""

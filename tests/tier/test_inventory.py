@@ -51,6 +51,41 @@ def test_a_group_was_created_when_its_oldest_copy_was_written(tiers):
     assert tiers.take().of("x", "created_s") == OLD_S
 
 
+def test_a_copy_is_as_old_as_its_object_where_the_books_know_it(tiers):
+    tiers.archive.add("x", modified_s=NOW_S)
+    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
+    look = tiers.take()
+    assert (look.of("x", "created_s"), look.has("x", "archive", "modified_s")) == (OLD_S, NOW_S)
+
+
+@pytest.mark.parametrize("written", [{"etag": '"another"'}, {"n_bytes": 101}, {"etag": None}])
+def test_an_object_that_was_written_anew_begins_anew(tiers, written):
+    tiers.archive.add("x", modified_s=NOW_S - 60)
+    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
+    tiers.archive.add("x", **{"n_bytes": 100, "modified_s": NOW_S, **written})
+    assert tiers.take().of("x", "created_s") == NOW_S
+
+
+def test_a_checkpoint_is_as_young_as_what_was_written_last_of_it(tiers):
+    for key, written_s in (("step-1/a.pt", OLD_S), ("step-1/b.pt", OLD_S + 5)):
+        tiers.archive.add(key, modified_s=NOW_S)
+        tiers.books.verify(tiers.archive, key, written_s=written_s)
+    assert tiers.take().of("step-1", "created_s") == OLD_S + 5
+
+
+def test_an_object_that_is_known_for_its_date_alone_is_not_verified(tiers):
+    tiers.archive.add("x", modified_s=NOW_S)
+    tiers.books.verify(tiers.archive, "x", None, verified=False, written_s=OLD_S)
+    look = tiers.take()
+    assert (look.of("x", "created_s"), look.has("x", "archive", "verified")) == (OLD_S, False)
+
+
+def test_what_came_down_or_up_is_not_idle_at_once(tiers):
+    tiers.archive.add("x", modified_s=NOW_S)
+    tiers.books.verify(tiers.archive, "x", written_s=OLD_S)
+    assert tiers.take().of("x", "last_use_s") == NOW_S
+
+
 def test_an_object_without_a_date_is_as_old_as_it_is_known(tiers):
     tiers.hot.add("x", modified_s=None)
     assert tiers.take().of("x", "created_s") == NOW_S

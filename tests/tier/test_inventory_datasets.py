@@ -150,7 +150,7 @@ def test_a_verified_copy_of_a_shard_needs_nothing_on_the_books_of_its_source(loc
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
-    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c, True)})
+    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c, True, None)})
     assert local.take(books).has(name, "archive", "verified")
 
 
@@ -159,7 +159,7 @@ def test_a_copy_of_a_shard_with_another_checksum_than_its_manifest_s_is_not_whol
     (local.root / "archive" / name).parent.mkdir(parents=True)
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
-    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c ^ 1, True)})
+    books = Books({("archive", name): (found.n_bytes, found.etag, found.crc32c ^ 1, True, None)})
     look = local.take(books)
     assert [look.has(name, tier, "whole") for tier in ("standard", "archive")] == [True, False]
 

@@ -11,9 +11,9 @@ N_ROUNDS = 2_000  # of `make stress`
 N_PROCESSES = 2
 
 
-def rounds(folder, n_rounds, seed, timeout_s=170):
+def rounds(folder, n_rounds, seed, *more, timeout_s=170):
     """The report of that many struck rounds."""
-    arguments = ["--rounds", str(n_rounds), "--seed", str(seed)]
+    arguments = ["--rounds", str(n_rounds), "--seed", str(seed), *more]
     done = run_warm(["-m", "tests.stress.tier_rounds", str(folder), *arguments], timeout_s=timeout_s)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
@@ -28,7 +28,7 @@ def check(report, n_rounds):
 
 def test_a_mover_that_dies_at_any_point_loses_nothing(tmp_path):
     n_rounds = len(points_of_tiers())
-    report = rounds(tmp_path, n_rounds, seed=7)
+    report = rounds(tmp_path, n_rounds, 7, "--shapes", "local", "one_bucket", "one_warm")
     check(report, n_rounds)
 
 
@@ -37,7 +37,9 @@ def test_a_mover_that_dies_at_any_point_loses_nothing(tmp_path):
 def test_two_thousand_deaths_of_movers_lose_nothing(tmp_path, capsys):
     n_each = N_ROUNDS // N_PROCESSES
     with ThreadPoolExecutor(N_PROCESSES) as pool:
-        reports = list(pool.map(lambda n: rounds(tmp_path / str(n), n_each, 200 + n, 7000), range(N_PROCESSES)))
+        reports = list(
+            pool.map(lambda n: rounds(tmp_path / str(n), n_each, 200 + n, timeout_s=7000), range(N_PROCESSES))
+        )
     with capsys.disabled():
         print()
         for report in reports:

@@ -128,7 +128,12 @@ LAYOUTS = {
         {"ds/global_step1000": 1000},
     ),
     "OLMo": (
-        ("o/step1000-unsharded/model.pt", "o/step2000/model_and_optim/.metadata", "o/step2000/train/rank0.pt"),
+        (
+            "o/step1000-unsharded/model.pt",
+            "o/step2000/model_and_optim/.metadata",
+            "o/step2000/model_and_optim/__0_0.distcp",
+            "o/step2000/train/rank0.pt",
+        ),
         {"o/step1000-unsharded": 1000, "o/step2000": 2000},
     ),
     "Orbax": (
@@ -266,6 +271,7 @@ def test_files_have_no_series():
          "the end of a save: a .metadata.tmp lies there"),
         (("s/checkpoint-1/model.safetensors", "s/checkpoint-1/training_args.bin"), "trainer_state.json"),
         (("s/checkpoint-1/optimizer.pt", "s/checkpoint-1/trainer_state.json"), "weights"),
+        (("s/step-1/.metadata", "s/step-1/rng.json"), "weights"),
         (("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"), "all shards that their names count"),
     ],
 )  # fmt: skip

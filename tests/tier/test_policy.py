@@ -176,6 +176,10 @@ def test_a_pin_holds_what_it_matches_and_says_why():
     assert refusal_of([lying("standard")], TO_ARCHIVE, pins=pins) == "pinned (pins[1]): the paper's figures"
 
 
+def test_a_pin_of_all_that_is_in_a_checkpoint_pins_the_checkpoint():
+    assert "pinned" in refusal_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("data/x/**",)),))
+
+
 def test_a_pin_whose_time_is_over_holds_nothing():
     assert moves_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("**",), until_s=1.0),))
 

@@ -266,7 +266,7 @@ def test_a_shard_is_a_shard(world):
 def test_a_promotion_is_held_to_the_checksum_that_the_catalog_knows_of_this_very_object(world, etag, crc32c):
     world.archive(a=3)
     (archived,) = world.plan("a").objects
-    book = {"a": (archived.n_bytes, archived.etag if etag == "right" else etag, 7, True)}
+    book = {"a": (archived.n_bytes, archived.etag if etag == "right" else etag, 7, True, None)}
     (move,) = promoted(world, "a", known=lambda tier: book if tier == "vault" else {}).moves
     assert move.objects[0].crc32c == crc32c
 

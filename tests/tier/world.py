@@ -198,7 +198,7 @@ class World:
         """Somebody writes an object, atomically."""
         self.lay(place, key, data)
         self.oracle.wrote(place, key, data, time.time())
-        self.by_hand()
+        self.by_hand(place, key)
 
     def lay(self, place: str, key: str, data: bytes) -> None:
         where = self.places[place]
@@ -216,7 +216,7 @@ class World:
         """Somebody deletes an object, there alone."""
         self.path(place, key).unlink()
         self.oracle.removed(place, key)
-        self.by_hand()
+        self.by_hand(place, key)
 
     def rot(self, place: str, key: str) -> None:
         """A bit turns.
@@ -234,7 +234,7 @@ class World:
             spoilt = flipped(path.read_bytes())
             self.lay(place, key, spoilt)
         self.oracle.rotted(place, key, spoilt)
-        self.by_hand()
+        self.by_hand(place, key)
 
     def pin(self, *names: str) -> None:
         """The rule file has pins of these groups from now on."""
@@ -242,11 +242,11 @@ class World:
         self.write_rules()
         self.oracle.pinned = {key for name in names for key in self.oracle.groups[name].keys}
 
-    def by_hand(self) -> None:
-        """What lies there now is what people have made."""
+    def by_hand(self, place: str, key: str) -> None:
+        """Somebody has done something to an object: what lies there now is what people have made."""
         picture = self.picture()
         self.oracle.begins(picture, time.time())
-        self.oracle.note_parts(picture)
+        self.oracle.note_parts(place, key, picture)
 
     def days_pass(self, days: float) -> None:
         self.clock.jump(days * DAY_S)

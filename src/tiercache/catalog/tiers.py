@@ -1,7 +1,8 @@
 """What this machine knows of tiers: copies that were verified, and the journal of moves. `<state>/tiers.sqlite`.
 
 Durable, and yet nothing hangs on it: a copy that is not on these books is verified anew, a move that is not in the
-journal is begun anew. What is lost with the file is work, never data; see tier/mover.py for why.
+journal is begun anew. What is lost with the file is work, never data; see tier/mover.py for why. With it go the dates
+of first writing: what was moved is then as young as its copies, which is the safe side, for it is deleted later.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MOST_VARIABLES = 500  # SQLite takes 999 at least
 _SCHEMA = """
 CREATE TABLE copies (
     place TEXT NOT NULL, key TEXT NOT NULL, n_bytes INTEGER NOT NULL, etag TEXT, crc32c INTEGER,
-    made_from TEXT NOT NULL,
+    made_from TEXT NOT NULL, written_s REAL, verified INTEGER NOT NULL,
     PRIMARY KEY (place, key)
 ) WITHOUT ROWID;
 CREATE TABLE moves (
@@ -50,12 +51,16 @@ class KnownCopy(NamedTuple):
 
     made_from: the place that a move has copied it from, while that still has its object; else "". With neither ETag nor
     checksum it is one that was about to be made where nothing lay: who finds it half done may make it again.
+    written_s: when the object was written first, whatever copy this is; None: its own date counts. verified: False of
+    one whose bytes nobody has compared, which is here for its date alone.
     """
 
     n_bytes: int
     etag: str | None
     crc32c: int | None
     made_from: str = ""
+    written_s: float | None = None
+    verified: bool = True
 
     @property
     def is_intended(self) -> bool:
@@ -110,6 +115,7 @@ class JournalRow:
     changed_s: float
 
 
+_COPY = ", ".join(KnownCopy._fields)
 _COLUMNS = ", ".join(field.name for field in fields(JournalRow))
 _MARKS = ", ".join("?" * len(fields(JournalRow)))
 
@@ -149,12 +155,15 @@ class TierCatalog:
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
-    def checksums(self, tier: str) -> Mapping[str, tuple[int, str | None, int | None, bool]]:
-        """Of each object that was verified in a tier: size, ETag, CRC-32C, True. With another ETag it is another."""
+    def checksums(self, tier: str) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
+        """Of each object of a tier: size, ETag, CRC-32C, whether it was verified, when the object was written first.
+
+        With another ETag it is another.
+        """
         known = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
-        query = f"SELECT key, n_bytes, etag, crc32c FROM copies WHERE place = ? AND {known}"  # noqa: S608
+        query = f"SELECT key, n_bytes, etag, crc32c, verified, written_s FROM copies WHERE place = ? AND {known}"  # noqa: S608
         rows = self._database.run(lambda db: db.execute(query, (self.place(tier),)).fetchall())
-        return {key: (n_bytes, etag, crc, True) for key, n_bytes, etag, crc in rows}
+        return {key: (n_bytes, etag, crc, bool(verified), since) for key, n_bytes, etag, crc, verified, since in rows}
 
     def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, KnownCopy]:
         """What is known of these objects."""
@@ -165,17 +174,17 @@ class TierCatalog:
             for start in range(0, len(wanted), _MOST_VARIABLES):
                 some = wanted[start : start + _MOST_VARIABLES]
                 marks = ", ".join("?" * len(some))
-                query = f"SELECT key, n_bytes, etag, crc32c, made_from FROM copies WHERE place = ? AND key IN ({marks})"  # noqa: S608
+                query = f"SELECT key, {_COPY} FROM copies WHERE place = ? AND key IN ({marks})"  # noqa: S608
                 found.update(map(_known, db.execute(query, (place, *some))))
             return found
 
         return self._database.run(work)
 
     def record(self, copies: Iterable[tuple[str, str, KnownCopy]]) -> None:
-        """Note verified copies: (tier, key, what it is) each."""
-        rows = [(self.place(tier), key, one.n_bytes, one.etag, one.crc32c, one.made_from) for tier, key, one in copies]
+        """Note copies: (tier, key, what it is) each."""
+        rows = [(self.place(tier), key, *one) for tier, key, one in copies]
         if rows:
-            query = "INSERT OR REPLACE INTO copies VALUES (?, ?, ?, ?, ?, ?)"
+            query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
             self._database.run(lambda db: db.executemany(query, rows))
 
     def keep(self, copies: Iterable[tuple[str, str]]) -> None:
@@ -242,9 +251,9 @@ def _prepare(db: sqlite3.Connection) -> None:
             db.execute(statement)
 
 
-def _known(values: tuple[str, int, str | None, int | None, str]) -> tuple[str, KnownCopy]:
-    key, n_bytes, etag, crc, made_from = values
-    return key, KnownCopy(n_bytes, etag, crc, made_from)
+def _known(values: tuple[str, int, str | None, int | None, str, float | None, int]) -> tuple[str, KnownCopy]:
+    key, n_bytes, etag, crc, made_from, written_s, verified = values
+    return key, KnownCopy(n_bytes, etag, crc, made_from, written_s, bool(verified))
 
 
 def _values(row: JournalRow) -> tuple[object, ...]:

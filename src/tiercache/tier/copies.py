@@ -18,8 +18,8 @@ from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
 if TYPE_CHECKING:
     from tiercache.tier.listing import Listed
 
-# Key -> (n_bytes, etag, crc32c, ...).
-Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool]]
+# Key -> (n_bytes, etag, crc32c, verified, written_s).
+Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | None]]
 
 # A copy is as hard to read as the hardest of its objects.
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
@@ -57,6 +57,7 @@ class Copies:
     """Copies of groups. Rows of the first columns are copies, by group and tier; see model.Snapshot for most of them.
 
     Attributes:
+        written_s: float64[n], when what is its youngest object was written first, whatever copy that was.
         marked_s: float64[n], when its youngest mark was written; -inf: it has none that counts.
         rest_s: float64[n], when the youngest of all else was written.
         unfinished: bool[n], it has an object that somebody may be writing.
@@ -72,6 +73,7 @@ class Copies:
     n_bytes: NDArray[np.int64]
     smallest_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
+    written_s: NDArray[np.float64]
     marked_s: NDArray[np.float64]
     rest_s: NDArray[np.float64]
     unfinished: NDArray[np.bool_]
@@ -101,7 +103,7 @@ def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> 
     Args:
         listed: what lies in the tiers.
         objects: those of them that belong to groups.
-        book: of a tier, what is known of objects whose bytes were verified; asked for one tier after another.
+        book: of a tier, what is known of its objects; asked for one tier after another.
     """
     order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
     row, key, group = objects.row[order], objects.key[order], objects.group[order]
@@ -121,6 +123,7 @@ def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> 
         n_bytes=_reduced(np.add, n_bytes, first),
         smallest_bytes=_reduced(np.minimum, n_bytes, first),
         modified_s=_reduced(np.maximum, modified_s, first),
+        written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
         marked_s=_reduced(np.maximum, np.where(is_mark, modified_s, _NEVER_S), first),
         rest_s=_reduced(np.maximum, np.where(is_mark, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[order], first),
@@ -139,17 +142,23 @@ class _Facts:
     """What is known of each object, in the given order.
 
     crc32c: int64[m]; differs: bool[m], from what it should be, or from what lies under its key elsewhere; verified:
-    bool[m], by the books, and so is what lies under its key elsewhere.
+    bool[m], by the books, and so is what lies under its key elsewhere; written_s: float64[m], by the books, inf where
+    they do not say.
     """
 
     def __init__(self, listed: Listed, objects: Objects, order: NDArray[np.int64], book: Callable[[int], Book]) -> None:
         row, key, is_shard = objects.row[order], objects.key[order], objects.is_shard[order]
         n_bytes = listed.n_bytes[row]
         crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
+        self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
-            same, crcs = _look_up(listed, row, number, book(number))
-            verified[same] = True
+            same, found = _look_up(listed, row, number, book(number))
+            if not len(same):
+                continue
+            verified[same] = found["verified"].to_numpy()
+            crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
             crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
+            self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
         stated = objects.crc32c[order]
         wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
         # A shard is what its size and checksum say it is, wherever it lies and whatever wrote it there.
@@ -167,19 +176,19 @@ class _Facts:
         self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
 
 
-def _look_up(
-    listed: Listed, row: NDArray[np.int64], tier: int, known: Book
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which of a tier's objects have the size and ETag that they are known by, and the checksum that is known."""
+def _look_up(listed: Listed, row: NDArray[np.int64], tier: int, known: Book) -> tuple[NDArray[np.int64], pa.Table]:
+    """Which of a tier's objects have the size and ETag that they are known by, and what is known of each."""
     at = np.flatnonzero(listed.tier[row] == tier)
     if not known or not len(at):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.empty(0, np.int64), pa.table({})
     book = pa.table(
         {
             "key": pa.array(list(known), pa.large_string()),
             "n_bytes": pa.array([one[0] for one in known.values()], pa.int64()),
             "etag": pa.array([one[1] for one in known.values()], pa.large_string()),
             "crc32c": pa.array([one[2] for one in known.values()], pa.int64()),
+            "verified": pa.array([one[3] for one in known.values()], pa.bool_()),
+            "written_s": pa.array([one[4] for one in known.values()], pa.float64()),
         }
     )
     hit = find(listed.keys.take(pa.array(row[at])), book["key"])
@@ -189,7 +198,7 @@ def _look_up(
     etags = pa.chunked_array([listed.etags.take(pa.array(row[at]))])
     same_etag = pc.equal(found["etag"], etags).fill_null(False)
     same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[at]] == found["n_bytes"].to_numpy())
-    return at[same], np.asarray(found["crc32c"].fill_null(NO_CRC).to_numpy(), np.int64)[same]
+    return at[same], found.filter(pa.array(same))
 
 
 def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -20,7 +20,7 @@ from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import CommitConflict, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.model import ARCHIVED, RESTORING
-from tiercache.tier.steps import Infos, Sight, as_planned, is_same
+from tiercache.tier.steps import Infos, Sight, as_planned, as_reclassed, earliest, first_written_s, is_same
 from tiercache.tier.stores import RESTORED_FIRST, state_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Copying:
 
     def reclass(self, jobs: Sequence[Job]) -> None:
         """Give each job's objects the class of its dst."""
+        for job in jobs:
+            self._sight.remember_dates(job.row.dst, job.row.objects)
         self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
         reach("tier_move.reclassed")
         self._record(jobs)
@@ -126,20 +128,26 @@ class Copying:
             return
         if not job.goes_on:
             return
-        copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes)
+        replaces = info is not None
+        copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         job.is_new = True
         self._note(job, one, KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place), copied.n_bytes)
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int) -> None:
-        """Put a verified copy on the books, and its source: they were read whole, and were equal."""
+        """Put a verified copy on the books, and its source: they were read whole, and were equal.
+
+        The copy is as old as the object that it is of, also when its source is gone.
+        """
         books = self._sight.catalog
         source = books.known(job.row.src, [one.key]).get(one.key)
         came_from = source.made_from if source is not None and source.etag == one.etag else ""
+        first_s = first_written_s(one, source)
+        copy = copy._replace(written_s=earliest(copy.written_s, first_s))
         pair = [(job.row.dst, one.key, copy)]
         if one.etag is not None:
-            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, came_from)))
+            pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             books.record(pair)
             pair = []
@@ -157,10 +165,10 @@ class Copying:
             found = sight.sum_of(dst, info, known)
             # What cannot be read is known by the store's own word alone.
             if expected == (info.crc32c if found is None else found):
-                is_known = known is not None and is_same(info, known)
-                came_from = known.made_from if known is not None and is_known else ""
-                job.is_new = job.is_new or not is_known
-                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, came_from), 0)
+                same = known if known is not None and known.verified and is_same(info, known) else None
+                came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
+                job.is_new = job.is_new or same is None
+                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, came_from, first_s), 0)
                 self._on_bytes(one.n_bytes)
                 return True
         if known is not None and known.made_from == job.row.src_place:
@@ -195,11 +203,9 @@ class Copying:
         known = sight.catalog.known(dst, [one.key]).get(one.key)
         changed = sight.transfer.reclass(dst, as_planned(one))
         reach("tier_move.class_changed")
-        crc = changed.crc32c if changed.crc32c is not None else one.crc32c
-        if crc is not None:
-            came_from = "" if known is None else known.made_from
+        if (copy := as_reclassed(one, known, changed)) is not None:
             with job.lock:
-                job.made.append((dst, one.key, KnownCopy(changed.n_bytes, changed.etag, crc, came_from)))
+                job.made.append((dst, one.key, copy))
 
 
 def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:

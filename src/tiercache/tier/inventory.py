@@ -40,8 +40,8 @@ _MANY = 10
 class Known(Protocol):
     """What the catalog knows of copies."""
 
-    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool]]:
-        """Of each object of a tier whose bytes were verified: size, ETag, CRC-32C, and whether a move made it."""
+    def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
+        """Of each object of a tier: size, ETag, CRC-32C, whether its bytes were verified, when it was written first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,13 +252,14 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: floa
 def _snapshot(
     file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
-    created_s = np.full(len(grouped.kind), np.inf)
-    np.minimum.at(created_s, copies.group, copies.modified_s)
+    created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
+    np.minimum.at(created_s, copies.group, copies.written_s)
+    # What was restored in place is not idle at once: where nothing is known of its use, its oldest copy's date counts.
+    np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
     uses, in_use, unreported = np.zeros(len(created_s), np.int64), np.zeros_like(of_shard), np.zeros_like(of_shard)
     uses[of_shard], in_use[of_shard] = grouped.shards.uses[shard], grouped.shards.in_use[shard]
     unreported[of_shard] = grouped.shards.unreported[shard]
-    last_use_s = created_s.copy()
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
     return Snapshot(
         now_s=now_s,

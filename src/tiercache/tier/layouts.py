@@ -370,6 +370,8 @@ def _lacking(seen: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
     trainers = np.unique(series[trainer | seen.groups_with(seen.named(r"^training_args\.bin$"))])
     is_trainer = np.isin(series, trainers[trainers != NO_SERIES])
     lacks[seen.count_wrong()] = SHARDS
+    # A .metadata that is left alone (its .distcp were deleted by hand) would be taken for the newest that is whole.
+    lacks[seen.groups_with(seen.metadata & ~seen.beside(weights)[seen.folder])] = WEIGHTS
     lacks[is_trainer & ~seen.groups_with(weights)] = WEIGHTS
     lacks[is_trainer & ~trainer] = TRAINER_STATE
     parts = seen.named(r"^__[0-9]+_[0-9]+\.distcp$")

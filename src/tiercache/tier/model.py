@@ -42,8 +42,8 @@ class Snapshot:
         step: int64[n_groups], of checkpoints; NO_STEP.
         series: int32[n_groups], a number for each run that checkpoints belong to; NO_SERIES for all else.
         complete: bool[n_groups], a checkpoint that is whole in some tier; True for all else.
-        created_s: float64[n_groups], when it was written first.
-        last_use_s: float64[n_groups], when it was used last; created_s where nothing is known of it.
+        created_s: float64[n_groups], when it was written first, wherever that was: a move makes nothing younger.
+        last_use_s: float64[n_groups], when it was used last; where nothing is known of it, the date of its oldest copy.
         uses: int64[n_groups], how often, as far as is known.
         unreported: bool[n_groups], a machine that may have used it has not reported: it is not idle.
         in_use: bool[n_groups], somebody reads it now.

@@ -108,7 +108,7 @@ class Placing:
                 storage_class=self._file.tier(row.dst).storage_class,
                 state="archived" if ends or (info is not None and not is_readable(info)) else "here",
                 n_bytes=one.n_bytes,
-                crc32c=one.crc32c if known is None else known.crc32c,
+                crc32c=one.crc32c if known is None or known.crc32c is None else known.crc32c,
                 promote=None if promote is None else self.url(promote, folder),
                 hot_bytes=None if promote is None else self._stores.capacity(promote),
             )

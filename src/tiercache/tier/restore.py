@@ -289,7 +289,7 @@ def promotion(
 
 
 def _planned(one: Archived, book: Book) -> PlannedObject:
-    n_bytes, etag, crc32c, _ = book.get(one.key, (-1, None, None, False))
+    n_bytes, etag, crc32c, *_ = book.get(one.key, (-1, None, None, False, None))
     is_it = n_bytes == one.n_bytes and etag is not None and etag == one.etag
     return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c if is_it else None)
 

@@ -16,7 +16,7 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import has_class
 from tiercache.tier.placing import Changes, Heads, Placing, found_infos
-from tiercache.tier.steps import Infos, as_planned, is_readable
+from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
 
 if TYPE_CHECKING:
     from tiercache.tier.lock import TierLock
@@ -318,6 +318,8 @@ class Settling:
 
     def _reclass(self, due: Sequence[Due]) -> None:
         pairs = [(one, obj) for one in due for _, obj in one.there]
+        for one in due:
+            self._sight.remember_dates(one.row.dst, [obj for _, obj in one.there])
         made = [copy for copy in self._sight.pool.map(self._reclassed, pairs) if copy is not None]
         reach("tier_drop.reclassed")
         self._catalog.record(made)
@@ -333,10 +335,8 @@ class Settling:
         except TierCacheError as error:
             one.say("keep", str(error))
             return None
-        crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
-        if crc is None:
-            return None
-        return dst, obj.key, KnownCopy(changed.n_bytes, changed.etag, crc, "" if known is None else known.made_from)
+        copy = as_reclassed(obj, known, changed)
+        return None if copy is None else (dst, obj.key, copy)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
     from tiercache.tier.stores import Stores
-    from tiercache.tier.transfer import Transfer
+    from tiercache.tier.transfer import Copied, Transfer
     from tiercache.tierfile import TierFile
 
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
@@ -105,7 +105,7 @@ class Sight:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if known is None or known.is_intended:
+        if known is None or known.is_intended or not known.verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
         if info.n_bytes != known.n_bytes:
             return f"{at}: expected the {known.n_bytes} bytes that were verified, found {info.n_bytes}"
@@ -124,7 +124,7 @@ class Sight:
         found = self.transfer.sum_of(tier, info)
         if found != known.crc32c:
             return f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x}"
-        self.catalog.record([(tier, key, KnownCopy(info.n_bytes, info.etag, found, known.made_from))])
+        self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
         return ""
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
@@ -134,6 +134,19 @@ class Sight:
         if state_of(info) in (ARCHIVED, RESTORING):
             return None
         return self.transfer.sum_of(tier, info)
+
+    def remember_dates(self, tier: str, objects: Sequence[JournalObject]) -> None:
+        """Put on the books when these were written first: a change of class gives them a new date."""
+        books = self.catalog.known(tier, [one.key for one in objects])
+        dated = []
+        for one in objects:
+            known = books.get(one.key)
+            if one.etag is None or (first_s := first_written_s(one, known)) is None:
+                continue
+            if known is None or (known.n_bytes, known.etag) != (one.n_bytes, one.etag):
+                known = KnownCopy(one.n_bytes, one.etag, None, verified=False)
+            dated.append((tier, one.key, known._replace(written_s=first_s)))
+        self.catalog.record(dated)
 
     # -- what holds for the whole move ------------------------------------------------------------------------------
 
@@ -212,6 +225,31 @@ class Sight:
 def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
     """Whether an object is the one on the books, by size and ETag."""
     return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
+
+
+def first_written_s(one: JournalObject, known: KnownCopy | None) -> float | None:
+    """When an object was written first: its date, or an earlier one that the books have of this very object."""
+    is_it = known is not None and one.etag is not None and (known.n_bytes, known.etag) == (one.n_bytes, one.etag)
+    return earliest(one.modified_s, known.written_s if known is not None and is_it else None)
+
+
+def earliest(*dates_s: float | None) -> float | None:
+    """The first of the dates that are known."""
+    return min((date_s for date_s in dates_s if date_s is not None), default=None)
+
+
+def as_reclassed(one: JournalObject, known: KnownCopy | None, changed: Copied) -> KnownCopy | None:
+    """What the books have to say of an object whose class was changed; None: nothing new.
+
+    known: what they said before, see Sight.remember_dates. Who has no checksum is on them for its date alone.
+    """
+    crc = changed.crc32c if changed.crc32c is not None else one.crc32c
+    came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
+    if crc is not None:
+        return KnownCopy(changed.n_bytes, changed.etag, crc, came_from, first_s)
+    if changed.etag in (None, one.etag):
+        return None
+    return KnownCopy(changed.n_bytes, changed.etag, None, written_s=first_s, verified=False)
 
 
 def is_readable(info: ObjectInfo) -> bool:

@@ -93,7 +93,13 @@ class Transfer:
         self._buffers.clear()
 
     def copy(
-        self, src: str, dst: str, one: PlannedObject, *, on_bytes: Callable[[int], object] | None = None
+        self,
+        src: str,
+        dst: str,
+        one: PlannedObject,
+        *,
+        on_bytes: Callable[[int], object] | None = None,
+        replaces: bool = True,
     ) -> Copied:
         """Copy an object to another tier, under the same key and in that tier's class, and verify the copy.
 
@@ -104,10 +110,12 @@ class Transfer:
             dst: name of the tier that gets it.
             one: what the object must be: size, ETag (or else date), and CRC-32C as far as they are known.
             on_bytes: called with the length of each part that was read; from any thread.
+            replaces: False: nothing lay there when it was looked; what somebody has put there since stays, as far as
+                the store can see to it (a local folder can; others are asked once more before a streamed copy is made).
 
         Raises:
             NotFound: it is not in src.
-            ObjectChanged: it is not what `one` says, or changed meanwhile.
+            ObjectChanged: it is not what `one` says, or changed meanwhile; or something lies there that may not go.
             StoreError: .archived: it must be restored first; .cancelled; .wrong: what arrived was not what had been
                 read, and has been removed; or a store failed.
             ValueError: both tiers are one place: that is a reclass().
@@ -119,8 +127,8 @@ class Transfer:
         if self._stores.same_endpoint(src, dst) and (made := self._by_server(src, dst, one, said)) is not None:
             return made
         if one.n_bytes <= _SMALL_BYTES:
-            return self._at_once(src, dst, one, said)
-        return self._streamed(src, dst, one, said)
+            return self._at_once(src, dst, one, said, replaces=replaces)
+        return self._streamed(src, dst, one, said, replaces=replaces)
 
     def check(self, name: str, one: PlannedObject) -> ObjectInfo:
         """What an object is, if it is what was planned and can be read. Raises as copy()."""
@@ -174,7 +182,9 @@ class Transfer:
         on_bytes(info.n_bytes)
         return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
 
-    def _at_once(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied:
+    def _at_once(
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+    ) -> Copied:
         """A small object: one request says what it is, and is it; for many small ones requests are what counts."""
         self._pace.take(one.n_bytes)
         try:
@@ -188,26 +198,50 @@ class Transfer:
         on_bytes(len(data))
         with self._upload(dst, info) as (upload, _):
             upload.put_part(0, data)
-            return self._completed(src, dst, one, upload, crc32c(data))
+            return self._completed(src, dst, one, (upload, crc32c(data)), replaces=replaces)
 
-    def _streamed(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied:
+    def _streamed(
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+    ) -> Copied:
         info = self.check(src, one)
         reading = Reading(self._stores.store(src), info, self._cancel)
         with self._upload(dst, info) as (upload, in_order):
             crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
-            return self._completed(src, dst, one, upload, crc)
+            if not replaces:
+                self._check_absent(dst, one.key)
+            return self._completed(src, dst, one, (upload, crc), replaces=replaces)
 
-    def _completed(self, src: str, dst: str, one: PlannedObject, upload: Upload, crc: int) -> Copied:
-        """The copy, published and verified."""
+    def _completed(
+        self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool
+    ) -> Copied:
+        """The copy, published and verified. written: the upload, and the CRC-32C of what it was given."""
+        upload, crc = written
         if one.crc32c is not None and crc != one.crc32c:
             # Before complete(): what is at the target stays.
             raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
         self._check_cancelled(dst, one.key)
-        made = upload.complete() or self._stores.head(dst, one.key)
+        if not replaces and isinstance(self._stores.store(dst), LocalFolder):
+            made = upload.complete(if_absent=True)
+            if made is None:
+                raise self._taken(dst, self._stores.head(dst, one.key))
+        else:
+            made = upload.complete() or self._stores.head(dst, one.key)
         reach("tier_transfer.published")
         if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
             return Copied(one.n_bytes, crc, made.etag)
         return self._verified(dst, one.n_bytes, crc, made)
+
+    def _check_absent(self, dst: str, key: str) -> None:
+        """Raise ObjectChanged where something lies. Reading the source takes minutes, in which somebody may write."""
+        try:
+            info = self._stores.head(dst, key)
+        except NotFound:
+            return
+        raise self._taken(dst, info)
+
+    def _taken(self, dst: str, info: ObjectInfo) -> ObjectChanged:
+        message = "somebody has written it since it was looked whether it is there: it is not overwritten"
+        return ObjectChanged(message, url=self._at(dst, info.key), expected="nothing", found=f"{info.n_bytes} bytes")
 
     def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
         """The CRC-32C of all parts, those written here that bring their bytes. None is under way afterwards."""

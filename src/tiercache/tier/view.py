@@ -82,7 +82,8 @@ class View:
         tagged = np.zeros(snapshot.n_groups, np.bool_)
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
-        pin = first_match(snapshot.paths, [(pin.match, ()) for pin in pins])
+        # The mover knows the objects of a group, and `run/step-10/**` names them; here its path stands for them.
+        pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
         leaves = _pairs(file.tiers, lambda a, b: _leaves(file.tiers[a], file.tiers[b], prices[a], prices[b]))
         return cls(
             snapshot=snapshot,
@@ -174,3 +175,8 @@ def _is_s3(tier: Tier) -> bool:
 def _bucket(tier: Tier) -> str:
     scheme, _, rest = tier.url.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}"
+
+
+def _folders(globs: Sequence[str]) -> tuple[str, ...]:
+    """The folders of which globs name all that is in them."""
+    return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")

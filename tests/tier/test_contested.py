@@ -1,0 +1,48 @@
+"""What somebody writes where a copy is on its way is his, and stays."""
+
+import time
+
+import pytest
+from tests.tier.jobs import fill
+from tests.tier.world import World
+
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.store import LocalFolder
+from tiercache.tier.mover import Mover
+from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import Transfer
+
+KEY, MINE = "files/a.bin", b"written while a copy was under way"
+
+
+class Contested(LocalFolder):
+    """Somebody writes an object of the name under which an upload has begun."""
+
+    def create(self, key, *, if_absent=False):
+        upload = super().create(key, if_absent=if_absent)
+        if key == KEY:
+            self.put(key, MINE)
+        return upload
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_an_object_that_comes_while_a_copy_is_made_is_not_overwritten(tmp_path, monkeypatch, is_small):
+    if not is_small:
+        monkeypatch.setattr("tiercache.tier.transfer._SMALL_BYTES", 0)
+    world = World(tmp_path, "local")
+    with world.entered():
+        fill(world)
+        plan = world.plan()
+        file, cold = world.file(), Contested(world.places["cold"].root)
+        with (
+            Stores(file, stores={"archive": cold}) as stores,
+            TierCatalog(tmp_path / "state" / "tiers.sqlite") as catalog,
+            Transfer(stores) as transfer,
+        ):
+            mover = Mover(file, stores, catalog, transfer)
+            applied = mover.apply(plan)
+            world.days_pass(1.5)
+            mover.settle(time.time())
+    assert [one.path for one in applied.stopped] == [KEY]
+    assert world.path("cold", KEY).read_bytes() == MINE
+    assert world.path("hot", KEY).exists()
