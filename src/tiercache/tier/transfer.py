@@ -157,7 +157,7 @@ class Transfer:
         return f"{self._stores.store(name).url}/{key}"
 
     def _by_server(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied | None:
-        """The copy that the server made; None where its sums do not say that it is one."""
+        """The copy that the server made; None where its sums do not say that it is one: it is removed then."""
         info = self.check(src, one)
         source, target = self._archive(src), self._archive(dst)
         self._pace.take(info.n_bytes)
@@ -170,14 +170,14 @@ class Transfer:
             if_match=info.etag,
             crc32c=one.crc32c,
         )
-        if made.n_bytes != info.n_bytes:
-            return None
         if one.crc32c is not None and made.crc32c is None:
             # That the copy is the source says nothing of what the source should be: that takes its bytes.
             is_proven = _is_readable(made) and self.sum_of(dst, made) == one.crc32c
         else:
             is_proven = _is_proven(before, target.sums(one.key), one, made)
-        if not is_proven:
+        if made.n_bytes != info.n_bytes or not is_proven:
+            # Ours, and perhaps of a source that rotted: it must neither stand there nor be taken for somebody's.
+            self._remove(dst, made)
             return None
         on_bytes(info.n_bytes)
         return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
