@@ -176,6 +176,7 @@ class TestTiers:
             ("[tiers.hot]", "tiers.hot.url: is missing"),
             ("[tiers.hot]\nurl = 5", "tiers.hot.url: Input should be a valid string"),
             ('[tiers.hot]\nurl = ""', "tiers.hot.url: a tier needs a URL or path"),
+            ('[tiers.hot]\nurl = "/a\\u0000b"', "tiers.hot.url: no URL or path has a NUL"),
             ('[tiers.hot]\nurl = "s3://key:hush@b/x"', "tiers.hot.url: credentials belong into the environment"),
             ('[tiers.hot]\nurl = "/a"\nurll = "/b"', "tiers.hot.urll: no such key; did you mean 'url'?"),
             ('[tiers.hot]\nurl = "/a"\nname = "x"', "tiers.hot.name: no such key; "),
@@ -333,6 +334,8 @@ class TestRules:
             ('match = "*"\nkeep_warm = {last = 1}', "rules[1].keep_warm: no tier is called 'warm' or has that role"),
             ('match = "*"\nkeep_hot = 3', "rules[1].keep_hot: expected a table, got 3"),
             ('match = "*"\nkeep_hot = {}', "rules[1].keep_hot: names nothing to keep; there are best, every"),
+            ('match = "*"\nkeep_hot = {best = []}', "rules[1].keep_hot.best: expected one or more, got an empty list"),
+            ('match = "*"\nkeep_hot = {tags = []}', "rules[1].keep_hot.tags: expected one or more, got an empty list"),
             (
                 'match = "*"\nkeep_hot = {last = 0}',
                 "rules[1].keep_hot.last: Input should be greater than or equal to 1, got 0",

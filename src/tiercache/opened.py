@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary, ref
 import numpy as np
 import pyarrow as pa
 
+from tiercache.access import Access, Opener
 from tiercache.cache import CachedStore
 from tiercache.cache.copy_names import CopyNames
 from tiercache.cache.place import Place, warn_if_larger
@@ -30,10 +31,7 @@ from tiercache.shard.manifest import latest, list_versions, read_shards, read_ve
 from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.projection import column_ranges
-from tiercache.shard.reader import ShardReader
-from tiercache.store import LocalStore, MemoryStore, Store
-from tiercache.tier.placed import placed
-from tiercache.tier.reading import TieredReading
+from tiercache.store import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from tiercache.model import Following
     from tiercache.shard.blocks import Blocks
     from tiercache.shard.layout import Footer
+    from tiercache.shard.reader import ShardReader
     from tiercache.shard.segments import ShardTable
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
@@ -57,34 +56,6 @@ MAX_TABLES = 4096
 T = TypeVar("T")
 
 logger = logging.getLogger("tiercache")
-
-
-@dataclass(frozen=True, slots=True)
-class _Opener:
-    """Opens shards of one version. store: through which; footers: those that were read before."""
-
-    store: Store
-    tiers: TieredReading
-    table: ShardTable
-    dataset_id: str
-    footers: Footers
-
-    def open(self, shard: int, **how: Any) -> ShardReader:
-        """Through the cache, if there is one."""
-        return self._open_through(self.store, shard, **how)
-
-    def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
-        """From where it lies, unless the cache has it."""
-        store, info = self.store, self.table.info(shard)
-        if isinstance(store, CachedStore) and not store.is_here(info.name, info.identity(self.dataset_id)):
-            store = store.inner
-        return self._open_through(store, shard, **how)
-
-    def _open_through(self, store: Store, shard: int, **how: Any) -> ShardReader:
-        info = self.table.info(shard)
-        identity, footer = info.identity(self.dataset_id), self.footers.take(shard)
-        near = self.tiers.opened(info.name, identity)
-        return ShardReader(near or store, info.name, info=info, identity=identity, footer=footer, **how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +88,8 @@ class OpenedVersion:
 
     def __init__(self, place: Place, version: int | None, columns: Sequence[str] | None) -> None:
         self.place = place
-        self.inner = place.open()
-        self.placed = placed(self.inner, place.storage_options, place.cached)
-        self.cache = place.cache_of(self.inner)
-        self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
-        self.tiers = TieredReading(self.placed, self.store)
+        self.access = access = Access(place)
+        self.inner, self.cache, self.store = access.inner, access.cache, access.store
         self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
         self.stored_schema: Schema = self.manifest.schema
         self.table: ShardTable = read_shards(self.store, self.manifest)
@@ -134,7 +102,7 @@ class OpenedVersion:
             warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
-    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = _Opener.open) -> None:
+    def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns, where they are known
@@ -147,7 +115,7 @@ class OpenedVersion:
         # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
         how = {"verify": self.place.verify, "served": self._served}
         self._footers = Footers()
-        opener = _Opener(self.store, self.tiers, self.table, self.dataset_id, self._footers)
+        opener = Opener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
         self._readers = readers.Readers(partial(open_shard, opener, **how), self._mapped)
 
     @property
@@ -341,16 +309,16 @@ class OpenedVersion:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching what is served of these shards and is not here."""
-        store = self.store if self.cache is not None else self.tiers.far()
-        if not isinstance(store, CachedStore):
+        fetcher = self.access.fetcher
+        if fetcher is None:
             return
         # One that is open asks for what it needs. If it was refused it is read by ranges to its end: fetched as a whole
         # where there is room by now, what was read of it would come twice.
         coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
         objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
         for shard, (key, identity) in zip(coming, objects, strict=True):
-            if not self.tiers.has_moved or not self._is_at_a_disk(key, identity):
-                store.fetch_ahead(key, identity, self._ranges.get(shard))
+            if self.access.is_worth_fetching(key, identity):
+                fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
 
     def is_at_hand(self, shard: int) -> bool:
         """Whether the shard is open, and what is served of it lies in a mapping as it is."""
@@ -358,9 +326,8 @@ class OpenedVersion:
 
     def heal(self, shard: int) -> bool:
         """Drop a shard's copy from the cache if it is not what the source sent; True: it was, load it again."""
-        store, (key, identity) = self.store, self._object(shard)
-        healed = self.tiers.distrust(key, identity)
-        healed = (isinstance(store, LocalStore) and store.distrust(key, identity)) or healed
+        key, identity = self._object(shard)
+        healed = self.access.distrust(key, identity)
         self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
         if healed:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
@@ -368,28 +335,15 @@ class OpenedVersion:
 
     def is_near(self, shard: int) -> bool:
         """Whether what is served of the shard lies on this machine: in a local folder, or in the cache."""
-        if isinstance(self.store, CachedStore):
-            (key, identity), ranges = self._object(shard), self._ranges.get(shard)
-            return self.is_at_hand(shard) or self.store.is_here(key, identity, ranges)
-        if self.tiers.has_moved:
-            return self._is_at_a_disk(*self._object(shard))
-        return isinstance(self.inner, LocalStore | MemoryStore)
-
-    def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
-        """Whether a shard lies in a folder of this machine that is no cache."""
-        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_far(key)
-        return is_home or self.tiers.near(key, identity) is not None
+        key, identity = self._object(shard)
+        is_open = self.is_cached and self.is_at_hand(shard)
+        return is_open or self.access.is_near(key, identity, self._ranges.get(shard))
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
         """See Source."""
-        objects = self.table.objects
-
-        def is_cached(i: int) -> bool:
-            ((key, identity),) = objects(self.dataset_id, shards[i : i + 1])
-            return isinstance(self.store, CachedStore) and self.store.is_here(key, identity)
-
         keys = self.table.names.take(pa.array(shards))
-        self.tiers.make_ready(keys, is_cached, reads_all=len(shards) == len(self.table))
+        reads_all = len(shards) == len(self.table)
+        self.access.make_ready(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
         """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
@@ -399,11 +353,11 @@ class OpenedVersion:
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
         """The same version with other columns, shards of its own. Raises SchemaError (a column is not there)."""
-        return self._served_otherwise(columns, _Opener.open)
+        return self._served_otherwise(columns, Opener.open)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
         """As `with_columns`, to be read once: what the cache has not is read past it, for it would push others out."""
-        return self._served_otherwise(columns, _Opener.open_past_cache)
+        return self._served_otherwise(columns, Opener.open_past_cache)
 
     def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
         def make() -> OpenedVersion:
@@ -432,20 +386,12 @@ class OpenedVersion:
 
     def figures(self) -> dict[str, float]:
         """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
-        counters = self.placed.figures()
-        stats = self.cache.counters.snapshot() if self.cache is not None else {}
-        return {
-            "requests": counters.get("requests", 0),
-            "bytes_fetched": counters.get("bytes_read", 0),
-            "cache_hits": stats.get("hits", 0),
-            "cache_misses": stats.get("misses", 0),
-        }
+        return self.access.figures()
 
     def close(self) -> None:
         """Give shards and connections back; shards in use stay good until they are dropped."""
         self._readers.clear()
-        self.tiers.close()
-        self.store.close()
+        self.access.close()
         for keeper in self._keepers:
             found = keeper()
             if found is not None:
@@ -469,7 +415,7 @@ class OpenedVersion:
             info = self.table.info(shard)
             if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
-                footer = read_footer_alone(self.placed.by_ranges, info.name, info)
+                footer = read_footer_alone(self.access.placed.by_ranges, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)

@@ -99,6 +99,21 @@ def test_moves_that_are_long_over_are_forgotten(catalog):
     assert list(catalog.of_plan("plan")) == [2]
 
 
+def test_moves_that_were_stopped_and_that_no_plan_has_any_more_are_forgotten(catalog):
+    catalog.write([ROW, replace(ROW, number=2, state="dropping")])
+    catalog.prune(100.0 + 91 * 86400)
+    assert list(catalog.of_plan("plan")) == [2]
+
+
+def test_a_row_takes_the_place_of_others_in_one_step(catalog):
+    catalog.write([ROW, replace(ROW, number=2)])
+    with pytest.raises(ValueError, match="one of the states"):
+        catalog.write([replace(ROW, number=3, state="lost")], instead_of=[("plan", 1)])
+    assert list(catalog.of_plan("plan")) == [1, 2]
+    catalog.write([replace(ROW, number=3)], instead_of=[("plan", 1)])
+    assert list(catalog.of_plan("plan")) == [2, 3]
+
+
 def test_a_state_that_is_none_is_refused(catalog):
     with pytest.raises(ValueError, match="one of the states"):
         catalog.write([replace(ROW, state="lost")])

@@ -16,6 +16,12 @@ def test_columns_stand_under_each_other_and_numbers_to_the_right():
     assert aligned([["only", "head"]]) == ["only  head"]
 
 
+def test_names_of_files_do_nothing_to_a_table_or_its_terminal(capsys):
+    Output().table("x", [], [{"path": "a\nb\x1b[2J\u202egpj.\udcff", "n": "1"}, {"path": "é 🎉", "n": "2"}])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["path", r"a\nb\x1b[2J\u202egpj.\udcff", "é 🎉"]
+
+
 def test_counting():
     assert [count(0, "shard"), count(1, "shard"), count(1200, "copy", "copies")] == [
         "0 shards",

@@ -71,6 +71,7 @@ def root(photos, tmp_path, monkeypatch):
     for step, days in ((9, 3), (10, 2), (11, 1)):
         write_checkpoint(root, step, days)
     (root / "tiercache.toml").write_text(RULES)
+    (root / "cold").mkdir()
     monkeypatch.chdir(root)
     return root
 
@@ -113,6 +114,7 @@ class TestCheck:
         assert lines[-1] == f"{root}/tiercache.toml: 3 tiers, 2 rules, 0 pins"
 
     def test_a_tier_that_cannot_be_reached_is_said_and_ends_with_1(self, tiercache, root):
+        (root / "cold").rmdir()
         (root / "cold").write_text("a file, where a folder should be")
         done = tiercache("tier", "check", "--json", code=1)
         tiers = {event["tier"]: event for event in done.events if event["event"] == "tier"}
@@ -123,12 +125,43 @@ class TestCheck:
 
     def test_a_folder_that_is_not_there_yet_is_told(self, tiercache, root):
         """It may be a disk that is not mounted."""
-        assert f"note: tiers.archive: there is no folder {root}/cold yet\n" in tiercache("tier", "check").out
+        (root / "cold").rmdir()
+        note = f"note: tiers.archive: there is no folder {root}/cold: it counts as empty\n"
+        for more in (["check"], ["check", "--offline"], ["plan"], ["ls"], ["run", "--once", "--dry-run"]):
+            assert tiercache("tier", *more).out.count(note) == 1, more
+
+    @pytest.mark.parametrize(
+        ("tier", "said"), [("cold", "tier.id: expected "), ("nvme", "nvme is empty, and copies were seen there")]
+    )
+    def test_a_disk_that_is_not_mounted_is_told(self, tiercache, root, tier, said):
+        """Its folder is there, and empty."""
+        (root / "tiercache.toml").write_text(RULES.replace('grace = "0s"', 'grace = "1d"'))
+        tiercache("tier", "run", "--once")
+        (root / tier).rename(root / "away")
+        (root / tier).mkdir()
+        for more in (["check"], ["plan"], ["ls"], ["run", "--once", "--dry-run"]):
+            doubts = [e["text"] for e in tiercache("tier", *more, "--json").events if e["event"] == "doubt"]
+            assert [said in text for text in doubts] == [True], more
+
+    def test_tiers_that_are_as_they_were_raise_no_doubt(self, tiercache, root):
+        tiercache("tier", "run", "--once")
+        for more in (["check"], ["plan"], ["ls"], ["run", "--once"]):
+            assert not [e for e in tiercache("tier", *more, "--json").events if e["event"] == "doubt"], more
 
     def test_what_nobody_can_be_sure_of_is_told(self, tiercache, root):
         (root / "store/datasets/photos/shards/0123456789abcdef-000000.tcs").write_bytes(b"of a commit that never came")
         out = tiercache("tier", "check").out
         assert "note: 1 object left alone, shards that no version of their data set names: datasets/" in out
+
+    def test_a_file_name_that_is_no_text_is_left_alone_and_stops_nothing(self, tiercache, root):
+        (root / "nvme" / "runs" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"from an old archive")
+        assert (
+            "note: 1 object left alone, their names cannot be keys: runs/caf\\udce9.txt\n"
+            in tiercache("tier", "check").out
+        )
+        assert tiercache("tier", "run", "--once", "--json").events[-1]["stopped"] == []
+        assert steps(root, "cold") == ["step-10", "step-9"]
+        assert tiercache("restore", "runs", "--dry-run").out == "nothing is to be restored: all of it can be read\n"
 
     def test_offline_no_tier_is_asked(self, tiercache, tmp_path):
         rules = tmp_path / "rules.toml"
@@ -217,6 +250,18 @@ class TestApply:
         again = tiercache("tier", "apply", plan, "--yes", "--json").events[-1]
         assert (again["stopped"], again["n_bytes"]) == (0, 0)
 
+    def test_data_sets_that_it_speaks_of_are_looked_after(self, tiercache, root):
+        """Also where it moves nothing of them yet: whose use nobody counts would wait for ever."""
+        (root / "tiercache.toml").write_text(RULES.replace('uncounted = "idle"\n', ""))
+        tiercache("tier", "plan", "--out", "plan.jsonl")
+        mark = root / "store/datasets/photos/_tiercache/tiers.json"
+        tiercache("tier", "apply", "plan.jsonl", "--dry-run")
+        assert not mark.exists()
+        done = tiercache("tier", "apply", "plan.jsonl", "--yes", "--json").events[-1]
+        assert (done["adopted"], mark.exists(), shards(root, "cold")) == (["datasets/photos"], True, [])
+        again = tiercache("tier", "apply", "plan.jsonl", "--yes", "--json").events[-1]
+        assert again["adopted"] == []
+
     def test_what_has_changed_since_is_stopped_and_the_rest_is_made(self, tiercache, root, plan):
         (root / "nvme/runs/a/step-9/model.bin").write_bytes(b"another")
         done = tiercache("tier", "apply", plan, "--yes", "--json", code=3)
@@ -228,12 +273,12 @@ class TestApply:
 
     def test_nobody_to_ask_is_an_error(self, tiercache, root, plan):
         assert tiercache("tier", "apply", plan, code=2).err.endswith("not a terminal; say --yes\n")
-        assert not (root / "cold").exists()
+        assert not any((root / "cold").iterdir())
 
     def test_a_dry_run_shows_the_plan_and_moves_nothing(self, tiercache, root, plan):
         summary = tiercache("tier", "apply", plan, "--dry-run", "--json").events[-1]
         assert (summary["dry_run"], summary["n_moves"]) == (True, len(shards(root, "store")) + 2)
-        assert not (root / "cold").exists()
+        assert not any((root / "cold").iterdir())
 
     def test_the_rule_file_is_the_one_that_the_plan_was_made_by(self, tiercache, root, plan, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -305,10 +350,9 @@ class TestRun:
         *rows, summary = tiercache("tier", "run", "--once", "--dry-run", "--json").events
         assert summary["dry_run"] is True
         assert sum(row["event"] == "move" for row in rows) == summary["moves"] == len(shards(root, "store")) + 2
-        assert not (root / "cold").exists()
+        assert not any((root / "cold").iterdir())
 
     def test_moves_that_are_stopped_end_with_3(self, tiercache, root):
-        (root / "cold").mkdir()
         (root / "cold" / "runs").write_text("a file, where a folder should be")
         done = tiercache("tier", "run", "--once", "--json", code=3)
         stopped = [event["path"] for event in done.events if event["event"] == "stopped"]
@@ -321,7 +365,7 @@ class TestRun:
         with closing(open_store(str(root / "store"))) as store, TierLock(store, folder=root / "state"):
             done = tiercache("tier", "run", "--once", code=1)
         assert "is moving things between these tiers" in done.err
-        assert not (root / "cold").exists()
+        assert not any((root / "cold").iterdir())
 
     def test_without_once_it_says_that_nothing_stays_resident(self, tiercache, root):
         assert "say --once" in tiercache("tier", "run", code=2).err

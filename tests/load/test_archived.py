@@ -11,6 +11,7 @@ from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 
 import tiercache as tc
 from tiercache.errors import ArchivedShards
+from tiercache.prices import price_table
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing.http_server import HttpFaultServer, Misbehave
 from tiercache.testing.s3_server import S3Server
@@ -161,12 +162,34 @@ def test_of_very_many_the_message_names_some_and_the_error_all(world):
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:
-        dataset.source.tiers.make_ready(pa.chunked_array([names]), lambda i: False, reads_all=True)
+        dataset.source.access.tiers.make_ready(pa.chunked_array([names]), lambda i: False, reads_all=True)
     assert caught.value.names == tuple(names)
     assert "and 42 more" in str(caught.value)
     assert caught.value.command == f"tiercache restore {world.moved.store.url} --wait"
     assert caught.value.hours >= 12
     dataset.close()
+
+
+def test_each_class_is_priced_by_its_own_row_of_the_table(world):
+    def asked() -> ArchivedShards:
+        dataset = world.dataset()
+        with pytest.raises(ArchivedShards) as caught:
+            iter(tc.DataLoader(dataset, batch_size=16))
+        dataset.close()
+        return caught.value
+
+    first, second, third = world.moved.keys[:3]
+    world.archive([first])
+    quick = asked()
+    world.archive([second], storage_class="DEEP_ARCHIVE")
+    both = asked()
+    _, table = price_table()
+    deep = next(prices for name, prices in table.items() if name.endswith(":DEEP_ARCHIVE")).restore["standard"]
+    n_bytes = next(info.n_bytes for info in world.moved.infos if info.name == second)
+    assert both.hours == deep.hours > quick.hours
+    assert both.cost == pytest.approx(quick.cost + n_bytes / 1e9 * deep.gb + deep.per_1000 / 1000, rel=1e-9)
+    world.archive([third], storage_class="SOMETHING_ELSE")
+    assert (asked().hours, asked().cost) == (None, None)
 
 
 def test_a_class_without_a_known_price_is_named_without_one(world):

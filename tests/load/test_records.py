@@ -19,8 +19,8 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache import opened
 from tiercache.shard import chunks, readers
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.source import Source
 from tiercache.testing.http_server import HttpFaultServer
 
@@ -143,7 +143,7 @@ def test_records_of_mapped_shards_are_found_without_asking_them_one_by_one(both,
     fast, slow = both
     assert mapped_now(fast, [3, 290, 100])
     assert not mapped_now(slow, [3, 290, 100])
-    monkeypatch.setattr(opened.ShardReader, "take", None)
+    monkeypatch.setattr(ShardReader, "take", None)
     everything = fast[:]
     assert everything["id"].tolist() == list(range(N))
     assert fast[7]["id"] == 7

@@ -10,6 +10,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore
 from tiercache.store.archive import CopySizes, S3Archive, open_archive
+from tiercache.store.aws import S3Calls
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
@@ -300,6 +301,70 @@ def test_seaweedfs_cannot_restore_and_the_error_says_what_that_means(s3, opened)
     assert (caught.value.unable, caught.value.status) == (True, 405)
 
 
+WHOLE_OR_PARTS = pytest.mark.parametrize("whole_bytes", [1 << 30, 1])
+
+
+def meanwhile(archive, monkeypatch, operation, do, *, after=False):
+    """Have something done before (or after) the first request of an operation."""
+    ask, waiting = archive.call, [do]
+
+    def call(name, key, **request):
+        is_it = name == operation and bool(waiting)
+        if is_it and not after:
+            waiting.pop()()
+        said = ask(name, key, **request)
+        if is_it and after:
+            waiting.pop()()
+        return said
+
+    monkeypatch.setattr(archive, "call", call)
+
+
+@WHOLE_OR_PARTS
+def test_what_is_written_while_a_class_changes_stays(s3, opened, monkeypatch, whole_bytes):
+    archive = opened(s3, whole_bytes=whole_bytes, part_bytes=PART)
+    put(archive, "a", b"x" * PART)
+    last = "copy_object" if whole_bytes > 1 else "complete_multipart_upload"
+    meanwhile(archive, monkeypatch, last, lambda: s3.put("a", b"new"))
+    with pytest.raises(ObjectChanged):
+        archive.set_class("a", "STANDARD_IA")
+    assert (s3.get("a"), s3.uploads()) == (b"new", [])
+
+
+@WHOLE_OR_PARTS
+@pytest.mark.parametrize("has_old_boto3", [False, True])
+def test_a_copy_by_the_server_that_must_be_new_leaves_what_is_there(
+    s3, opened, monkeypatch, whole_bytes, has_old_boto3
+):
+    src, dst = opened(s3), opened(s3, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
+    if has_old_boto3:
+        monkeypatch.setattr(S3Calls, "takes", lambda *_args: False)
+    put(src, "a", b"x" * PART)
+    assert dst.copy_from(src, "a", "free", if_absent=True).n_bytes == PART
+    put(dst, "a", b"mine")
+    with pytest.raises(ObjectChanged):
+        dst.copy_from(src, "a", "a", if_absent=True)
+    assert dst.head("a").n_bytes == len(b"mine")
+    assert dst.copy_from(src, "a", "a").n_bytes == PART
+
+
+def test_an_old_boto3_changes_classes_too(door, opened, monkeypatch):
+    monkeypatch.setattr(S3Calls, "takes", lambda *_args: False)
+    archive = opened(door)
+    put(archive, "a", b"data")
+    assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"
+
+
+@WHOLE_OR_PARTS
+def test_what_somebody_writes_over_a_new_copy_is_not_taken_for_it(door, opened, monkeypatch, whole_bytes):
+    src, dst = opened(door), opened(door, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
+    put(src, "a", b"x" * PART)
+    last = "copy_object" if whole_bytes > 1 else "complete_multipart_upload"
+    meanwhile(dst, monkeypatch, last, lambda: put(dst, "a", b"theirs"), after=True)
+    with pytest.raises(ObjectChanged, match="somebody else"):
+        dst.copy_from(src, "a", "a")
+
+
 # -- deletes --------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +374,15 @@ def test_many_are_deleted_and_the_missing_are_no_error(archive, door):
         door.put(key, b"")
     assert archive.delete_many([*keys, "nothing"]) == []
     assert list(archive.list()) == []
+
+
+def test_what_is_no_longer_what_was_meant_is_not_deleted(s3, opened):
+    archive = opened(s3)
+    etags = [put(archive, key, b"old").etag for key in "ab"]
+    s3.put("b", b"new")
+    failed = archive.delete_many(["a", "b", "gone"], if_match=[*etags, etags[0]])
+    assert [key for key, _ in failed] == ["b"]
+    assert [info.key for info in archive.list()] == ["b"]
 
 
 def test_what_could_not_be_deleted_is_named_with_the_reason(archive, monkeypatch):

@@ -278,13 +278,24 @@ class DiskBucket(Store):
         return isinstance(src, DiskBucket)
 
     def copy_from(
-        self, src: "DiskBucket", src_key: str, key: str, *, storage_class=None, if_match=None, crc32c=None
+        self,
+        src: "DiskBucket",
+        src_key: str,
+        key: str,
+        *,
+        storage_class=None,
+        if_match=None,
+        crc32c=None,
+        if_absent=False,
     ) -> ObjectInfo:
         del crc32c
         with self._call("copy_from", key) as due:
             about, data = src._read(src_key, "")
             self._check_match(key, about, if_match)
-            return self._keep(key, data, storage_class or "", due)
+            made = (self._keep_absent if if_absent else self._keep)(key, data, storage_class or "", due)
+            if made is None:
+                raise ObjectChanged(url=self._at(key), expected="nothing")
+            return made
 
     def _check_match(self, key: str, about: dict, if_match: str | None) -> None:
         if if_match is not None and if_match != f'"{about["etag"]}"':
@@ -304,7 +315,8 @@ class DiskBucket(Store):
             self._change(key, restore={"ready_s": ready_s, "until_s": until_s})
             return "started"
 
-    def delete_many(self, keys: Iterable[str]) -> Sequence[tuple[str, str]]:
+    def delete_many(self, keys: Iterable[str], *, if_match=None) -> Sequence[tuple[str, str]]:
+        del if_match  # not every server looks at it
         failed = []
         for key in keys:
             try:

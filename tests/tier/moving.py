@@ -1,7 +1,8 @@
 """Three tiers in memory, or in buckets with classes, for tests of the mover: scripted stores and a clock by hand."""
 
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -158,6 +159,15 @@ class World:
     def journal(self) -> Mapping[int, str]:
         with TierCatalog(self.catalog_path) as catalog:
             return {number: row.state for number, row in catalog.of_plan("plan").items()}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Plan and state of every move in the journal."""
+        with closing(sqlite3.connect(self.catalog_path)) as db:
+            return db.execute("SELECT plan, state FROM moves ORDER BY plan, number").fetchall()
+
+    def lose_journal(self) -> None:
+        with closing(sqlite3.connect(self.catalog_path)) as db, db:
+            db.execute("DELETE FROM moves")
 
     def lose_catalog(self) -> None:
         for path in self.catalog_path.parent.glob("tiers.sqlite*"):

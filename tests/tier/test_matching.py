@@ -123,6 +123,8 @@ def test_globs_mean_what_the_reference_says(glob, path, matches):
         ("[z-a]", "runs backwards"),
         ("a\\*", "no escape"),
         ("{a,b}" * 11, "more than 1000"),
+        ("{a}" * 2000, "more than 100 braces"),
+        ("{" * 2000 + "a" + "}" * 2000, "more than 100 braces"),
     ],
 )
 def test_what_is_no_glob_is_said_with_the_glob(glob, what):

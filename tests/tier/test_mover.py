@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from tests.tier.moving import GRACE_S, PARTS, HookAt, World, checkpoint, content, moved_away
 
+from tiercache.testing import Fault
 from tiercache.tier import placement
 from tiercache.tier.survey import Survey
 
@@ -87,6 +88,40 @@ def test_a_plan_a_day_does_not_begin_grace_anew(world):
     world.later(GRACE_S / 2 + 1)
     assert world.settle().done == 1
     assert world.journal() == {1: "cancelled"}
+
+
+def test_grace_begins_when_readers_were_told_however_long_copies_took(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    with HookAt("tier_move.copied", do=lambda: world.later(2 * GRACE_S)):
+        world.apply(plan)
+    assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]
+
+
+@pytest.mark.parametrize("stopped", ["before it is begun", "when it is begun"])
+def test_what_is_stopped_every_day_has_one_row_in_the_journal(world, stopped):
+    world.put("standard", "f")
+    if stopped == "when it is begun":
+        world.inner["archive"].put("f", b"another's")
+    move = world.move("f", "standard", "archive")
+    if stopped == "before it is begun":
+        world.inner["standard"].put("f", b"new")
+    for day in range(3):
+        world.later()
+        assert len(world.apply(world.plan(move, name=f"day {day}")).stopped) == 1
+    assert world.rows() == [("day 2", "begun")]
+
+
+def test_a_stop_that_goes_by_does_not_begin_grace_anew(world):
+    moved_away(world, "f")
+    drop = world.move("f", "standard", "archive", action="drop")
+    for name, faults in (("1", 1), ("2", 1), ("3", 0)):
+        world.later(GRACE_S / 4)
+        with HookAt("tier_move.looked", do=lambda: world.fail("archive", *[Fault("head", nth=1)] * faults)):  # noqa: B023
+            assert len(world.apply(world.plan(drop, name=name)).stopped) == faults
+    world.later(GRACE_S / 4 + 1)
+    assert world.settle().done == 1
 
 
 def test_progress_says_how_far_a_plan_is(world):
@@ -346,6 +381,30 @@ def test_a_copy_whose_source_was_dropped_is_not_replaced(world):
     moved_away(world, "f")
     world.later()
     world.settle()
+    world.inner["standard"].put("f", b"anew")
+    move = world.move("f", "standard", "archive")
+    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert world.where("f") == ["archive"]
+
+
+def test_a_copy_whose_source_somebody_removed_is_not_replaced(world):
+    moved_away(world, "f")
+    world.inner["standard"].delete(["f"])
+    world.later()
+    assert world.settle().done == 1
+    world.inner["standard"].put("f", b"anew")
+    move = world.move("f", "standard", "archive")
+    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert world.where("f") == ["archive"]
+
+
+def test_a_copy_whose_move_was_found_done_is_not_replaced(world):
+    plan = moved_away(world, "f")[0]
+    world.inner["standard"].delete(["f"])
+    world.lose_journal()
+    assert world.apply(plan).done == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
     move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -335,7 +336,7 @@ def test_by_the_default_cache_too(packed, tmp_path):
             assert by_arrow(dataset) == ALL
             for _ in range(n_epochs):
                 assert by_loader(dataset) == ALL
-            assert isinstance(dataset.source.placed, PlacedFolder)
+            assert isinstance(dataset.source.access.placed, PlacedFolder)
             dataset.close()
         sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
@@ -346,7 +347,7 @@ def test_a_damaged_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_pat
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
         dataset = tc.Dataset(moved.store.url, cache=cache)
-        far = dataset.source.placed.far
+        far = dataset.source.access.placed.far
         cache.warm(far, [(info.name, info.identity(moved.dataset_id)) for info in moved.infos])
         for copy in (tmp_path / "cache").rglob("*"):
             if copy.is_file() and copy.stat().st_size == moved.infos[0].n_bytes:
@@ -420,6 +421,34 @@ def test_workers_find_moved_shards(packed, tmp_path, method, is_known):
     dataset.close()
 
 
+WRONG_URLS = [
+    "file://elsewhere/data",
+    "nosuchscheme://a/b",
+    "http://user:hunter2@127.0.0.1:9/x?y=1",
+    "s3://u:hunter2@b",
+]
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_place_that_cannot_be_opened_is_an_error_of_the_store_without_its_credentials(packed, tmp_path, url):
+    moved = Moved(packed, LocalFolder(tmp_path / "home"))
+    moved.move(moved.keys[:1], LocalFolder(tmp_path / "cold"))
+    info = moved.infos[0]
+    placement.commit(moved.store, {info.name: Row(info.name, url, n_bytes=info.n_bytes)})
+    with closing(tc.Dataset(moved.store.url)) as dataset:
+        with pytest.raises(StoreError, match="leads to where nothing can be read") as caught:
+            by_loader(dataset)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_hot_tier_that_cannot_be_opened_stops_no_reader(packed, tmp_path, url):
+    moved = Moved(packed, LocalFolder(tmp_path / "home"))
+    moved.move(moved.keys, LocalFolder(tmp_path / "cold"), promote=url)
+    with closing(tc.Dataset(moved.store.url)) as dataset:
+        assert by_loader(dataset) == ALL
+
+
 def test_workers_forked_from_a_reader_of_another_store_open_their_own(server, tmp_path):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))
@@ -463,7 +492,7 @@ def test_a_shard_that_was_brought_back_while_its_archived_copy_was_asked_is_read
         far = ServedStore(cold, "far")
         moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        dataset.source.placed.places.look()
+        dataset.source.access.placed.places.look()
         moved.move(moved.keys, moved.store, src=far, drop=False)
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL

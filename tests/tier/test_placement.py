@@ -94,6 +94,23 @@ def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forb
         placement.read(failing)
 
 
+def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbidden(store):
+    for n in range(3):
+        placement.commit(store, {f"{n}": row(f"{n}")})
+    keys = [placement.placement_key(number) for number in range(4, 60)]
+    forbidden = [Fault("get", keys=key, status=403, retryable=False, times=9999) for key in keys]
+    cannot_list = Fault("list", status=403, retryable=False, times=9999)
+    found = placement.read(FaultStore(store, [*forbidden, cannot_list]))
+    assert (found.number, len(found)) == (3, 3)
+
+
+def test_a_placement_that_is_there_and_forbidden_is_an_error(store):
+    placement.commit(store, {"a": row("a")})
+    forbidden = Fault("get", keys=placement.placement_key(1), status=403, retryable=False, times=9999)
+    with pytest.raises(StoreError, match="scripted fault"):
+        placement.read(FaultStore(store, [forbidden]))
+
+
 def test_a_mark_without_a_placement_says_that_nothing_lies_elsewhere(store):
     assert not placement.is_adopted(store)
     placement.adopt(store)
@@ -361,6 +378,34 @@ def test_one_that_is_cut_short_or_lies_under_another_number_is_reported(store):
     for wrong, number in ((data[:-9], 1), (b"", 1), (data, 2)):
         with pytest.raises(CorruptShard, match="placement"):
             placement.decode(wrong, number, url="u")
+
+
+@pytest.mark.parametrize("column", ["url", "n_bytes"])
+def test_one_with_a_row_that_cannot_be_is_reported(store, column):
+    rows = placement.commit(store, {"a": row("a")}).rows
+    wrong = {"url": pa.array([""], pa.large_string()), "n_bytes": pa.array([-1])}[column]
+    field = rows.schema.field(column)
+    rows = rows.set_column(rows.schema.get_field_index(column), field, wrong)
+    with pytest.raises(CorruptShard, match="without a place"):
+        placement.decode(placement.encode(placement.Placement(1, rows)), 1, url="u")
+
+
+def test_one_whose_facts_are_nested_beyond_reading_is_reported(store):
+    rows = placement.commit(store, {"a": row("a")}).rows
+    schema = rows.schema.with_metadata({b"tiercache": b"[" * 200_000})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(rows.replace_schema_metadata(schema.metadata))
+    with pytest.raises(CorruptShard, match="cannot be read"):
+        placement.decode(sink.getvalue().to_pybytes(), 1, url="u")
+
+
+@pytest.mark.parametrize("since", [b"1e999", b"NaN", b"1" + b"0" * 400, b"[" * 200_000], ids=range(4))
+def test_a_mark_that_says_no_time_that_can_be_is_a_mark_without_one(store, since):
+    store.put(MARK_KEY, b'{"placement":0,"since":' + since + b"}")
+    assert placement.adopted_s(store) is None
+    placement.commit(store, {"a": row("a")})
+    assert placement.read(store).find("a") is not None
 
 
 def test_one_of_a_later_release_says_so(store):

@@ -131,7 +131,7 @@ objects = st.builds(
     st.none() | st.integers(0, 2**32 - 1),
 )
 ways = {
-    "path": texts,
+    "path": keys,
     "kind": st.sampled_from(["file", "shard", "checkpoint"]),
     "src": texts,
     "rule": texts,
@@ -145,6 +145,11 @@ def with_way(one):
     return replace(one, dst=None if one.action == "delete" else one.dst or "")
 
 
+def below_path(move):
+    """Its objects are the group, or in it."""
+    return replace(move, objects=tuple(replace(one, key=f"{move.path}/{one.key}") for one in move.objects))
+
+
 actions = st.sampled_from(["copy", "move", "drop", "reclass", "delete"])
 moves = st.builds(
     Move,
@@ -155,7 +160,7 @@ moves = st.builds(
     money=money,
     seconds=st.floats(0, 1e9),
     **ways,
-).map(with_way)
+).map(lambda move: with_way(below_path(move)))
 refusals = st.builds(Refusal, action=actions, dst=texts, n_bytes=st.integers(0, 2**50), **ways).map(with_way)
 held = st.dictionaries(texts, st.builds(Holding, st.integers(0, 2**60), st.integers(0, 2**40), amounts), max_size=2)
 plans = st.builds(
@@ -286,6 +291,30 @@ def test_a_key_that_leaves_its_tier_is_refused(tmp_path):
     path.write_text("".join(f"{line}\n" for line in summed(lines)))
     with pytest.raises(ValueError, match="not a valid key"):
         read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"path": "../x"}, "line 2: path: not a valid key"),
+        ({"path": "data/\udcff"}, "line 2: path: .*surrogates not allowed"),
+        ({"path": "data/_tiercache/versions"}, "line 2: path: .* is tiercache's own"),
+        ({"path": "data"}, ""),
+        ({"path": "other"}, "line 2: objects: expected other or what is in it, got data/x/0"),
+        ({"id": 10**30}, "line 2: id: expected a number that is not negative and has 63 bits at most"),
+        ({"id": -1}, "line 2: id: expected a number that is not negative"),
+    ],
+)
+def test_a_move_that_no_planner_writes_is_refused(tmp_path, change, said):
+    path = tmp_path / "plan.jsonl"
+    lines = [json.loads(line) for line in plan_lines(made(OLD, TO_ARCHIVE))]
+    lines[1] |= change
+    path.write_text("".join(f"{line}\n" for line in summed(lines)))
+    if said:
+        with pytest.raises(ValueError, match=said):
+            read_plan(path)
+    else:
+        assert read_plan(path).moves[0].path == change["path"]
 
 
 def test_what_is_nested_without_end_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from tests.tier.snapshots import (
 from tiercache.prices import FREE
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.policy import decide
+from tiercache.tier.wishes import ago
 from tiercache.tierfile import Keep, Pin, Rule, Tag, Tiering
 
 MB = 1_000_000
@@ -168,12 +169,16 @@ def test_of_two_ways_that_cost_the_same_the_faster_tier_is_read():
     ]
 
 
+def test_one_hour_is_no_hours():
+    assert [ago(0), ago(1), ago(2), ago(48)] == ["0 hours", "1 hour", "2 hours", "2 days"]
+
+
 # -- what is held ----------------------------------------------------------------------------------------------------
 
 
 def test_a_pin_holds_what_it_matches_and_says_why():
     pins = (Pin(match=("other/**",)), Pin(match=("data/**",), why="the paper's figures"))
-    assert refusal_of([lying("standard")], TO_ARCHIVE, pins=pins) == "pinned (pins[1]): the paper's figures"
+    assert refusal_of([lying("standard")], TO_ARCHIVE, pins=pins) == "pinned (pins[2]): the paper's figures"
 
 
 def test_a_pin_of_all_that_is_in_a_checkpoint_pins_the_checkpoint():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tiercache.model import ShardIdentity
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
-from tiercache.tier import placement
+from tiercache.tier import placement, promote
 from tiercache.tier.machine import tier_above
 from tiercache.tier.places import Places, _same_service
 from tiercache.tier.promote import HotFolder, Promoter, hot_folder
@@ -63,7 +64,7 @@ class World:
     def read(self, way=by_loader) -> None:
         dataset = tc.Dataset(self.moved.store.url)
         assert way(dataset) == ALL
-        assert dataset.source.tiers._promoter.wait(30)
+        assert dataset.source.access.tiers._promoter.wait(30)
         dataset.close()
 
 
@@ -86,7 +87,7 @@ def _read_known(world: World) -> None:
     for _ in range(2):  # the first opening finds out
         assert by_record(dataset) == ALL
         dataset.source._readers.clear()
-    assert dataset.source.tiers._promoter.wait(30)
+    assert dataset.source.access.tiers._promoter.wait(30)
     dataset.close()
 
 
@@ -95,7 +96,7 @@ def test_one_record_brings_its_own_shard_only(packed, tmp_path):
     dataset = tc.Dataset(world.moved.store.url)
     dataset.source.make_ready(np.arange(0))
     assert dataset[N - 1]["id"] == N - 1
-    assert dataset.source.tiers._promoter.wait(30)
+    assert dataset.source.access.tiers._promoter.wait(30)
     dataset.close()
     assert world.here == {world.moved.keys[-1]}
 
@@ -162,6 +163,7 @@ def test_a_place_is_opened_by_the_options_that_this_machines_rules_have_for_its_
         ("http://a.org/x", "http://b.org/x", False),
         ("s3://a/x", "gs://a/x", False),
         ("s3://a/x", "/nvme/x", False),
+        ("zip://x.zip::http://a.org/y", "zip://x.zip::http://b.org/y", False),
     ],
 )
 def test_options_of_the_home_are_shown_to_no_other_server(home, place, are_shown):
@@ -190,7 +192,7 @@ def test_what_the_cache_has_fetched_is_not_fetched_twice(packed, tmp_path):
         moved.move(moved.keys, served, promote=hot.url)
         dataset = tc.Dataset(moved.store.url, cache=cache)
         assert by_loader(dataset) == ALL
-        assert dataset.source.tiers._promoter.wait(30)
+        assert dataset.source.access.tiers._promoter.wait(30)
         dataset.close()
         assert {info.key for info in hot.list()} == set(moved.keys)
         sent = sum(seen.n_bytes for seen in server.log if seen.method == "GET")
@@ -263,6 +265,27 @@ def test_closing_stops_it_and_keeps_no_half_copy(one):
     assert list(hot.list()) == []
     promoter.close()
     assert promoter.copy(row, identity)
+
+
+def test_processes_that_copy_to_one_tier_keep_one_account_of_its_room(one):
+    places, row, identity, cold, hot = one
+    two = HotFolder(hot.url, 2 * identity.n_bytes)
+    promoters = [Promoter(places, lambda: cold, lambda url: two) for _ in range(2)]
+    rows = [replace(row, key=f"{n}.tcs") for n in range(3)]
+    for one_of_them in rows:
+        cold.put(one_of_them.key, cold.get("a.tcs"))
+    assert [promoters[n % 2].copy(rows[n], identity) for n in range(3)] == [True, True, False]
+    assert sum(info.n_bytes for info in hot.list()) == two.limit_bytes
+
+
+def test_what_others_have_put_into_a_tier_counts_after_a_while(one, monkeypatch):
+    places, row, identity, cold, hot = one
+    promoter = Promoter(places, lambda: cold, lambda url: HotFolder(hot.url, 2 * identity.n_bytes))
+    assert promoter.copy(row, identity)
+    hot.delete(["a.tcs"])
+    hot.put("theirs", bytes(2 * identity.n_bytes))
+    monkeypatch.setattr(promote, "LOOK_S", 0.0)
+    assert not promoter.copy(row, identity)
 
 
 def test_a_disk_that_is_nearly_full_gets_no_copy(one, monkeypatch):

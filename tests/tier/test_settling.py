@@ -5,7 +5,7 @@ from tests.tier.moving import HookAt, World, moved_away
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
-from tiercache.testing import FaultStore
+from tiercache.testing import Fault, FaultStore
 from tiercache.tier.survey import Survey
 
 
@@ -199,3 +199,29 @@ def test_moves_that_count_on_each_others_sources_are_not_made_together(world):
     world.settle()
     world.settle()
     assert len(world.where("f")) == 1
+
+
+@pytest.mark.parametrize("what", ["a move", "a deletion"])
+def test_a_source_that_is_written_while_it_is_about_to_be_dropped_stays(world, what):
+    world.put("standard", "f")
+    action, dst = ("move", "archive") if what == "a move" else ("delete", None)
+    world.apply(world.plan(world.move("f", "standard", dst, action=action)))
+    world.survey = Survey(deletes=frozenset(["f"]))
+    world.later()
+    with HookAt("tier_drop.journaled", do=lambda: world.inner["standard"].put("f", b"written now")) as hook:
+        settled = world.settle()
+    assert hook.hit
+    assert "expected 1000 bytes, found 11" in settled.stopped[0].reason
+    assert world.inner["standard"].get("f") == b"written now"
+    assert world.row("f") is None
+    assert world.journal() == {1: "cancelled"}
+
+
+def test_a_source_that_cannot_be_looked_at_again_is_dropped_another_time(world):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", "archive")))
+    world.later()
+    with HookAt("tier_drop.journaled", do=lambda: world.fail("standard", Fault("head"))):
+        assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]
+    assert world.settle().done == 1

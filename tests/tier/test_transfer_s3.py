@@ -184,3 +184,40 @@ def test_what_the_server_copies_is_held_against_the_checksum_that_is_known(bucke
     assert bucket.transfer.copy("standard", dst, known).crc32c == crc32c(SMALL)
     with pytest.raises(StoreError, match="the source is not what it should be"):
         bucket.transfer.copy("standard", dst, replace(known, crc32c=crc32c(SMALL) ^ 1))
+
+
+@pytest.mark.parametrize("src", ["hot", "standard"])
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_copy_that_must_be_new_leaves_what_is_there(s3_server, tmp_path, src, data):
+    here = Bucket(s3_server, tmp_path)
+    with here.transfer, here.stores:
+        here.stores.store(src).put("a", data)
+        assert here.copy(src, "other", replaces=False).n_bytes == len(data)
+        here.stores.store("other").put("a", b"mine")
+        with pytest.raises(ObjectChanged, match="not overwritten"):
+            here.copy(src, "other", replaces=False)
+        assert here.stores.store("other").get("a") == b"mine"
+        assert here.copy(src, "other").n_bytes == len(data)
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_a_copy_that_must_be_new_leaves_what_is_there_without_boto3_too(s3_server, tmp_path, monkeypatch, data):
+    monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)
+    here = Bucket(s3_server, tmp_path)
+    here.stores.store("hot").put("a", data)
+    here.stores.store("other").put("a", b"mine")
+    with here.transfer, here.stores, pytest.raises(ObjectChanged, match="not overwritten"):
+        here.copy("hot", "other", replaces=False)
+    assert here.stores.store("other").get("a") == b"mine"
+    here.stores.close()
+
+
+def test_what_is_no_longer_what_was_planned_is_not_dropped(s3_server, tmp_path):
+    here = Bucket(s3_server, tmp_path)
+    with here.transfer, here.stores:
+        here.stores.store("standard").put("a", b"old")
+        planned = here.planned("standard")
+        here.stores.store("standard").put("a", b"new")
+        with pytest.raises(StoreError, match="PreconditionFailed"):
+            here.transfer.drop("standard", [planned])
+        assert here.stores.store("standard").get("a") == b"new"

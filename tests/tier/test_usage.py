@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from tiercache.testing.http_server import HttpFaultServer, Misbehave
 from tiercache.tier import usage
 from tiercache.tier.places import Places
 from tiercache.tier.usage import IN_USE_S, REPORT_S, USAGE_FOLDER, Reader, Recorder, Report
+from tiercache.waiting import wait_for
 
 ALL = list(range(N))
 DAY_S = 86400.0
@@ -168,7 +171,7 @@ def test_it_reports_once_an_hour_while_it_is_read_and_not_after_it_is_closed():
     recorder = Recorder(places, clock=clock, now_s=lambda: NOW_S + clock.monotonic())
     places.look()
     recorder.note("a")
-    recorder.begin(reads_all=False)
+    recorder.begin(())
     for _ in range(400):
         if home.n_calls("put", "*usage*") >= 5:
             break
@@ -290,6 +293,27 @@ def test_workers_that_read_are_reported_by_who_began_the_run(moved):
     assert isinstance(loader, TorchLoader)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the_run(moved, method):
+    moved.adopt()
+    n_first = sum(info.n_records for info in moved.infos[:2])
+    with closing(tc.Dataset(moved.store.url)) as dataset:
+        view = dataset.select(range(n_first))
+        loader = tc.DataLoader(view, batch_size=10, num_workers=1, multiprocessing_context=method, collate_fn=_as_it_is)
+        batches = iter(loader)
+        next(batches)
+        wait_for(lambda: bool(reports(moved)), 30)
+        said = usage.merge(reports(moved), pa.array(moved.keys), now_s=time.time())
+        assert said.in_use.tolist() == [True, True] + [False] * (len(moved.keys) - 2)
+        assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
+        for _ in batches:
+            pass
+
+
+def _as_it_is(batch):
+    return batch
+
+
 def _identity(record):
     return record
 
@@ -375,6 +399,40 @@ def test_a_report_that_cannot_be_read_is_of_a_machine_that_has_not_reported():
     for one in found:
         assert usage.merge([one], NAMES, now_s=now_s).unreported
     store.delete([info.key for info in store.list()])
+
+
+LYING = {
+    "nested": b"[" * 200_000,
+    "no time": usage.encode(Report("m", math.nan)),
+    "no end": usage.encode(Report("m", NOW_S, 0, {"r": Reader(NOW_S, math.inf)})),
+    "no count": usage.encode(Report("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
+    "a count of many": usage.encode(Report("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
+    "fewer than none": usage.encode(Report("m", NOW_S, shards={"a": (NOW_S, -3)})),
+    "a time of many digits": usage.encode(Report("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
+}
+
+
+@pytest.mark.parametrize("text", LYING.values(), ids=LYING.keys())
+def test_a_report_that_cannot_be_true_keeps_the_data_where_it_is_and_stops_no_reader(moved, text):
+    moved.adopt()
+    moved.store.put(usage.usage_key("other"), text)
+    moved.store.put(usage.usage_key(usage.machine_name()), text)
+    said = usage.merge(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
+    assert said.unreported
+    with closing(tc.Dataset(moved.store.url)) as dataset:
+        assert by_loader(dataset) == ALL
+    assert len(usage.decode(moved.store.get(usage.usage_key(usage.machine_name())), "m").shards) == len(moved.keys)
+
+
+def test_a_reader_of_a_name_that_is_no_processs_stops_no_report(moved):
+    moved.adopt()
+    mine = f"-{usage.pid_namespace()}-0"
+    names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
+    readers = {name: Reader(NOW_S, NOW_S) for name in names}
+    moved.store.put(usage.usage_key(usage.machine_name()), usage.encode(Report("m", NOW_S, readers=readers)))
+    with closing(tc.Dataset(moved.store.url)) as dataset:
+        assert by_loader(dataset) == ALL
+    assert set(report(moved).shards) == set(moved.keys)
 
 
 TIMES = st.floats(NOW_S - 10 * DAY_S, NOW_S)

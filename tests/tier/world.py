@@ -335,7 +335,7 @@ class World:
         return [
             f"{move.action} of {move.path} from {move.src} is {move.state} {move.note}"
             for move in moves
-            if move.state in ("placed", "dropping") or (move.state == "waiting" and move.due_s < time.time())
+            if move.state == "dropping" or (move.state == "waiting" and move.due_s < time.time())
         ]
 
     def plan(self) -> Plan:

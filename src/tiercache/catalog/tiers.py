@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import sqlite3
     from pathlib import Path
 
-# begun: nothing is promised yet; placed: every reader is told; waiting: grace runs until due_s; dropping: deletions may
-# have begun; done; cancelled: another move took its place, or the world changed.
-MoveState: TypeAlias = Literal["begun", "placed", "waiting", "dropping", "done", "cancelled"]
-OPEN_STATES: tuple[MoveState, ...] = ("begun", "placed", "waiting", "dropping")
-OVER_STATES: tuple[MoveState, ...] = ("done", "cancelled")
-KEPT_S = 90 * 86400.0  # that a move which is over stays in the journal, for people
+# begun: nothing is promised yet, and where it was stopped it stays so; waiting: grace runs until due_s; dropping:
+# deletions may have begun; done; cancelled: another move took its place, or the world changed.
+MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelled"]
+OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
+_PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
+KEPT_S = 90 * 86400.0  # that a move which is over, or was stopped for good, stays in the journal, for people
 _MOST_VARIABLES = 500  # SQLite takes 999 at least
 
 _SCHEMA = """
@@ -215,13 +215,19 @@ class TierCatalog:
 
     # -- the journal ------------------------------------------------------------------------------------------------
 
-    def write(self, rows: Sequence[JournalRow]) -> None:
-        """Put these rows into the journal, whole, in the place of what it had of the same moves; all or none."""
-        values = [_values(row) for row in rows]
-        if values:
-            self._database.run(
-                lambda db: db.executemany(f"INSERT OR REPLACE INTO moves ({_COLUMNS}) VALUES ({_MARKS})", values)  # noqa: S608
-            )
+    def write(self, rows: Sequence[JournalRow], *, instead_of: Iterable[tuple[str, int]] = ()) -> None:
+        """Put these rows into the journal, whole, in the place of what it had of the same moves; all or none.
+
+        instead_of: (plan, number) of rows that they take the place of, too.
+        """
+        values, gone = [_values(row) for row in rows], [*instead_of]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("DELETE FROM moves WHERE plan = ? AND number = ?", gone)
+            db.executemany(f"INSERT OR REPLACE INTO moves ({_COLUMNS}) VALUES ({_MARKS})", values)  # noqa: S608
+
+        if values or gone:
+            self._database.run(work)
 
     def of_plan(self, plan: str) -> Mapping[int, JournalRow]:
         """What the journal has of a plan, by number."""
@@ -234,10 +240,10 @@ class TierCatalog:
         return self._rows(f"home = ? AND state IN ({marks})", (home, *wanted))
 
     def prune(self, now_s: float) -> None:
-        """Forget moves that have long been over."""
-        marks = ", ".join("?" * len(OVER_STATES))
+        """Forget moves that have long been over, and those that were stopped long ago and that no plan has now."""
+        marks = ", ".join("?" * len(_PRUNED_STATES))
         query = f"DELETE FROM moves WHERE state IN ({marks}) AND changed_s < ?"  # noqa: S608
-        self._database.run(lambda db: db.execute(query, (*OVER_STATES, now_s - KEPT_S)))
+        self._database.run(lambda db: db.execute(query, (*_PRUNED_STATES, now_s - KEPT_S)))
 
     def _rows(self, where: str, values: tuple[object, ...]) -> tuple[JournalRow, ...]:
         query = f"SELECT {_COLUMNS} FROM moves WHERE {where} ORDER BY changed_s, plan, number"  # noqa: S608

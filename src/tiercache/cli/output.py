@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,8 +23,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+# Line ends, what terminals obey, and what turns the direction of writing: names of files may hold them.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with what is done and the total."""
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would not show but do."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class Output:
             for row in rows:
                 self.event(event, row)
         elif texts:
-            for line in aligned([list(texts[0]), *(list(text.values()) for text in texts)]):
+            for line in aligned([list(texts[0]), *([printable(cell) for cell in text.values()] for text in texts)]):
                 typer.echo(line)
 
     def summary(self, facts: Mapping[str, Any], text: str) -> None:

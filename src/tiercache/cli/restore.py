@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
 import typer
 
 from tiercache.cli.failures import PARTLY, PENDING
@@ -22,6 +21,7 @@ from tiercache.errors import NotFound
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.store.archive import SPEEDS, Speed
 from tiercache.tier import restore as restoring
+from tiercache.tier.listing import keys_of
 from tiercache.tier.model import HERE
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.stores import state_of
@@ -110,7 +110,7 @@ def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
 def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
     """Objects of a tier that a path or glob means."""
     listed = list(tiers.stores.listing(tier, folder_of(text)))
-    is_meant = chosen(pa.array([info.key for info in listed], pa.large_string()), [text])
+    is_meant = chosen(keys_of(listed), [text])
     found = [listed[i] for i in np.flatnonzero(is_meant)]
     if text and not found and not is_glob(text):
         with suppress(NotFound):

@@ -12,11 +12,12 @@ import typer
 
 from tiercache.cli.failures import FAILED, PARTLY
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose, Yes
-from tiercache.cli.output import Output, count
+from tiercache.cli.output import Output, count, printable
 from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
 from tiercache.cli.tier_plan import Limit, plan_facts, plan_text, print_plan
 from tiercache.cli.tier_texts import span
 from tiercache.model import format_bytes
+from tiercache.tier.adopting import adopt_planned
 from tiercache.tier.model import Plan
 from tiercache.tier.mover import Applied, Mover, Stopped
 from tiercache.tier.plan import read_plan
@@ -35,6 +36,8 @@ def apply(
 ) -> None:
     """Make the moves of a plan, exactly. A move whose objects or tiers have changed since is stopped; the others go on.
 
+    Data sets whose shards it moves or refuses are looked after from then on: machines report what they use.
+
     Sources of moves go later: `tiercache tier run --once` deletes them when grace is over. Without --rules the rule
     file is the one that the plan was made by.
     """
@@ -50,8 +53,10 @@ def apply(
             output.event("note", {"text": text}, f"note: {text}")
         if stored.moves and not yes:
             ask(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
+        adopted = adopt_planned(stored, tiers.stores)
         applied = carry_out(output, tiers, stored)
-    output.summary(_facts(stored, applied), _text(stored, applied, tiers.file.tiering.grace_s))
+    text = _text(stored, applied, tiers.file.tiering.grace_s) + adopted_text(adopted)
+    output.summary(_facts(stored, applied) | {"adopted": list(adopted)}, text)
     if applied.stopped:
         raise typer.Exit(PARTLY)
 
@@ -73,7 +78,12 @@ def print_stopped(output: Output, stopped: Sequence[Stopped]) -> None:
     """What was not done, and why."""
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
-        output.event("stopped", facts, f"stopped: {one.path}: {one.reason}")
+        output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
+
+
+def adopted_text(adopted: Sequence[str]) -> str:
+    """The end of a summary, where tiers look after data sets that they did not look after before."""
+    return f"; {count(len(adopted), 'data set')} looked after from now on" if adopted else ""
 
 
 def ask(question: str, otherwise: str) -> None:

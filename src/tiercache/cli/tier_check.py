@@ -12,13 +12,14 @@ import typer
 from tiercache.cli.failures import FAILED
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory
+from tiercache.tier.marks import no_folder
 from tiercache.tier.model import KINDS
 from tiercache.tier.view import rules_of
 from tiercache.tierfile import Rule, Tier, TierFile
@@ -51,7 +52,8 @@ def check(
     elif offline:
         file = read_rules(rules)
         _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
-        _sum_up(output, file, list(_doubts(file)), 0)
+        say_doubts(output, filter(None, map(no_folder, file.tiers)))
+        _sum_up(output, file, 0)
     else:
         with opened_tiers(rules) as tiers:
             _check(output, tiers)
@@ -66,25 +68,22 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         inventory = tiers.stock(output)
         _print_rules(output, file, inventory)
         _print_left_alone(output, inventory.facts)
+        tiers.say_absent(output, inventory)
         tiers.say_uncounted(output, inventory, [found.folder for found in inventory.facts["datasets"]])
-    _sum_up(output, file, list(_doubts(file)), n_failed)
+    _sum_up(output, file, n_failed)
     if n_failed:
         raise typer.Exit(FAILED)
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
     """What went wrong, or "yes". A listing is asked for: it needs the right that everything else needs."""
-    if tier.is_local and (path := _folder(tier)).exists() and not path.is_dir():
+    if tier.is_local and (path := Path(Location.parse(tier.url).path)).exists() and not path.is_dir():
         return f"{path}: not a folder"
     try:
         next(iter(tiers.stores.listing(tier.name)), None)
     except (StoreError, ValueError, OSError) as error:
         return " ".join(str(error).split())
     return "yes"
-
-
-def _folder(tier: Tier) -> Path:
-    return Path(Location.parse(tier.url).path)
 
 
 def _print_tiers(output: Output, file: TierFile, reached: dict[str, str]) -> None:
@@ -157,8 +156,6 @@ def _does(rule: Rule) -> str:
 def _doubts(file: TierFile) -> Iterator[str]:
     """What may be, but is hardly meant."""
     for tier in file.tiers:
-        if tier.is_local and not _folder(tier).exists():
-            yield f"tiers.{tier.name}: there is no folder {_folder(tier)} yet"
         if tier.prices is None and not tier.is_local:
             yield f"tiers.{tier.name} has no prices: plans count no dollars for it"
         if isinstance(tier.prices, str) and tier.prices.startswith("aws:"):
@@ -167,9 +164,8 @@ def _doubts(file: TierFile) -> Iterator[str]:
                 yield f"tiers.{tier.name} writes class {written} and has the prices of {priced}"
 
 
-def _sum_up(output: Output, file: TierFile, doubts: list[str], n_failed: int) -> None:
-    for doubt in doubts:
-        output.event("doubt", {"text": doubt}, f"note: {doubt}")
+def _sum_up(output: Output, file: TierFile, n_failed: int) -> None:
+    say_doubts(output, _doubts(file))
     facts = {
         "rules_file": str(file.path),
         "tiers": len(file.tiers),

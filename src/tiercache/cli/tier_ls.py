@@ -38,7 +38,9 @@ def ls(
     output = Output(as_json, quiet)
     with opened_tiers(rules) as tiers:
         wanted = "" if path is None else path_of(tiers.file, path)
-        snapshot = tiers.stock(output).snapshot
+        inventory = tiers.stock(output)
+        tiers.say_absent(output, inventory)
+        snapshot = inventory.snapshot
         note = tiers.without_prices()
     found = np.flatnonzero(chosen(snapshot.paths, [wanted])).tolist()
     if path is not None and not found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from tiercache.cli.output import Output
 from tiercache.prices import Prices, priced
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.marks import absent
 from tiercache.tier.matching import first_match
 from tiercache.tier.run import catalog_path
 from tiercache.tier.stores import Stores
@@ -62,8 +63,13 @@ class OpenTiers:
         for found in inventory.facts.get("datasets", ()):
             if not found.is_adopted and not found.problem and any(path.startswith(found.folder) for path in paths):
                 folder = found.folder.rstrip("/") or "/"
-                text = f"{folder}: its use is not counted yet; machines report it from the first `tier run --once` on"
+                from_then = "machines report it from the first `tier apply` or `tier run --once` on"
+                text = f"{folder}: its use is not counted yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
+
+    def say_absent(self, output: Output, inventory: Inventory) -> None:
+        """A note for each tier that may lack what lies in it."""
+        say_doubts(output, absent(self.file, self.stores, self.catalog, inventory.facts["emptied"]))
 
     def capacities(self) -> list[int | None]:
         """Bytes that may lie in each tier; None: no limit."""
@@ -73,6 +79,12 @@ class OpenTiers:
         """What must be said of dollars that are not counted; "" where all are."""
         names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
         return f"; dollars without {', '.join(names)}, which has no prices" if names else ""
+
+
+def say_doubts(output: Output, doubts: Iterable[str]) -> None:
+    """A note for each thing that may be, but is hardly meant."""
+    for doubt in doubts:
+        output.event("doubt", {"text": doubt}, f"note: {doubt}")
 
 
 @contextmanager

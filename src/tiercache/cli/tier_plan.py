@@ -52,6 +52,7 @@ def made_plan(output: Output, tiers: OpenTiers) -> Plan:
     inventory = tiers.stock(output)
     decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=tiers.capacities())
     made = planned(decisions, inventory, tiers.file, tiers.prices)
+    tiers.say_absent(output, inventory)
     tiers.say_uncounted(output, inventory, [move.path for move in made.moves if move.kind == "shard"])
     return made
 

@@ -8,8 +8,8 @@ import typer
 
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_apply import print_stopped
-from tiercache.cli.tier_opening import Rules, read_rules
+from tiercache.cli.tier_apply import adopted_text, print_stopped
+from tiercache.cli.tier_opening import Rules, read_rules, say_doubts
 from tiercache.cli.tier_plan import Limit, plan_text, print_plan
 from tiercache.cli.tier_texts import print_holdings
 from tiercache.model import format_bytes
@@ -36,6 +36,7 @@ def run(
     file = read_rules(rules)
     with output.progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+    say_doubts(output, report.doubts)
     if dry_run:
         print_plan(output, report.plan, limit)
     else:
@@ -59,6 +60,5 @@ def _text(report: RunReport) -> str:
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
         (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
-        (len(report.adopted), f"{count(len(report.adopted), 'data set')} looked after from now on"),
     ]
-    return "; ".join([text, *(words for n, words in parts if n)])
+    return "; ".join([text, *(words for n, words in parts if n)]) + adopted_text(report.adopted)

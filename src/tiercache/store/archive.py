@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import quote_plus
 
 from tiercache.config import aws_reach
-from tiercache.errors import StoreError
+from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, open_store
 from tiercache.store.aws import S3Calls, has_boto3
@@ -81,11 +81,13 @@ class ArchiveStore(Protocol):
         storage_class: str | None = None,
         if_match: str | None = None,
         crc32c: int | None = None,
+        if_absent: bool = False,
     ) -> ObjectInfo:
-        """Copy by the server, replacing; only where can_copy_from(src). Raises as set_class().
+        """Copy by the server; only where can_copy_from(src). Raises as set_class().
 
         crc32c: what its bytes sum to, where somebody knows: the server is then asked for such a sum of the copy too,
-        which stands in the answer where it can, and is the caller's to compare.
+        which stands in the answer where it can, and is the caller's to compare. if_absent: raise ObjectChanged where
+        something lies, which is replaced otherwise.
         """
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
@@ -98,8 +100,11 @@ class ArchiveStore(Protocol):
             StoreError: with .unable True where the store cannot restore; its classes are then names only.
         """
 
-    def delete_many(self, keys: Sequence[str]) -> Failed:
-        """Delete, by a thousand a request; what could not be deleted, each with the reason."""
+    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
+        """Delete, by a thousand a request; what could not be deleted, each with the reason.
+
+        if_match: the ETag that each must have, as far as the server looks at it; None: whatever it has.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +121,21 @@ class CopySizes:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Of a copy by the server: its class, the source's ETag, and whether its CRC-32C is to be compared with one."""
+    """Of a copy by the server: its class, the source's ETag, and whether its CRC-32C is to be compared with one.
+
+    where: "itself": in the place of the source, while that is there; "absent": where nothing is; else "any".
+    """
 
     storage_class: str | None
     if_match: str | None
-    needs_crc32c: bool
+    where: Literal["itself", "absent", "any"]
+    needs_crc32c: bool = False
+
+    def condition(self, source_etag: str) -> dict[str, str]:
+        """What must be so in the place that it goes to, in a request's words."""
+        if self.where == "any":
+            return {}
+        return {"IfMatch": source_etag} if self.where == "itself" else {"IfNoneMatch": "*"}
 
 
 class S3Archive:
@@ -218,7 +233,7 @@ class S3Archive:
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """A copy to itself: one request, or in parts where it is large."""
-        return self._copied(self, key, key, _Wanted(storage_class, if_match, needs_crc32c=False))
+        return self._copied(self, key, key, _Wanted(storage_class, if_match, "itself"))
 
     def can_copy_from(self, src: ArchiveStore) -> bool:
         """Whether both are of one endpoint, reached with one set of credentials."""
@@ -238,11 +253,12 @@ class S3Archive:
         storage_class: str | None = None,
         if_match: str | None = None,
         crc32c: int | None = None,
+        if_absent: bool = False,
     ) -> ObjectInfo:
         """One request, or in parts where it is large."""
         if not isinstance(src, S3Archive) or not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
-        wanted = _Wanted(storage_class, if_match, crc32c is not None)
+        wanted = _Wanted(storage_class, if_match, "absent" if if_absent else "any", crc32c is not None)
         return self._copied(src, src_key, key, wanted)
 
     def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _Wanted) -> ObjectInfo:
@@ -260,25 +276,51 @@ class S3Archive:
             "StorageClass": wanted.storage_class,
             "ChecksumAlgorithm": kind,
         }
+        condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            self._copy_whole(key, head, request, writing)
+            if condition and not self._calls.takes("CopyObject", *condition):  # a boto3 of before 2025-10
+                self._check(key, wanted, expected)
+                condition = {}
+            etag = self._copy_whole(key, head, request, writing | condition)
         else:
             writing |= {name: head.get(name) for name in _KEPT} | {"Tagging": src.tags(src_key, head)}
             writing["ChecksumType"] = "FULL_OBJECT" if kind else None
-            self._copy_parts(key, int(head["ContentLength"]), request, writing)
-        return self.head(key)
+            etag = self._copy_parts(key, int(head["ContentLength"]), request, writing, condition)
+        made = self.head(key)
+        if None not in (etag, made.etag) and _bare(etag) != _bare(made.etag):
+            message = "somebody else has written it since it was copied"
+            raise ObjectChanged(message, url=self.at(key), expected=etag, found=made.etag)
+        return made
 
-    def _copy_whole(self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]) -> None:
+    def _check(self, key: str, wanted: _Wanted, source_etag: str) -> None:
+        """Look at the place of a copy, where the request itself cannot. Raises ObjectChanged."""
         try:
-            self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
+            found = self.head(key).etag
+        except NotFound:
+            found = None
+        expected = source_etag if wanted.where == "itself" else None
+        if found != expected:
+            raise ObjectChanged("it is not as it was", url=self.at(key), expected=expected, found=found)
+
+    def _copy_whole(
+        self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]
+    ) -> str | None:
+        """Copy by one request; the ETag of what was made."""
+        try:
+            said = self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
         except StoreError as error:
             if error.facts.get("code") != "InvalidRequest":
                 raise
             # SeaweedFS takes no copy to itself that changes the class alone; with its metadata given anew, it does.
             kept = {name: head.get(name) for name in _KEPT}
-            self.call("copy_object", key, **request, **writing, **kept, MetadataDirective="REPLACE")
+            said = self.call("copy_object", key, **request, **writing, **kept, MetadataDirective="REPLACE")
+        etag: str | None = said.get("CopyObjectResult", {}).get("ETag")
+        return etag
 
-    def _copy_parts(self, key: str, n_bytes: int, request: dict[str, Any], writing: dict[str, Any]) -> None:
+    def _copy_parts(
+        self, key: str, n_bytes: int, request: dict[str, Any], writing: dict[str, Any], condition: dict[str, str]
+    ) -> str | None:
+        """Copy in parts; the ETag of what was made."""
         begun = self.call("create_multipart_upload", key, **writing)
         upload_id = str(begun["UploadId"])
 
@@ -299,10 +341,12 @@ class S3Archive:
         jobs = [(number, start, min(start + step, n_bytes)) for number, start in enumerate(starts, start=1)]
         try:
             parts = self._side_by_side(copy_part, jobs)
-            self.call("complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts})
+            joined = {"UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
+            etag: str | None = self.call("complete_multipart_upload", key, **joined, **condition).get("ETag")
         except BaseException:
             self._abort(key, upload_id)
             raise
+        return etag
 
     def _abort(self, key: str, upload_id: str) -> None:
         """Drop an upload; what cannot be dropped stays until the bucket's own rule removes it."""
@@ -358,14 +402,16 @@ class S3Archive:
             raise
         return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
 
-    def delete_many(self, keys: Sequence[str]) -> Failed:
+    def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
         """DeleteObjects."""
         failed: Failed = []
         names = {self.full(key): key for key in keys}
+        etags = dict(zip(names, if_match or [None] * len(keys), strict=True))
         full = [*names]
         for start in range(0, len(full), _DELETE_KEYS):
             some = full[start : start + _DELETE_KEYS]
-            wanted = {"Objects": [{"Key": name} for name in some], "Quiet": True}
+            objects = [{"Key": name, **({"ETag": etags[name]} if etags[name] else {})} for name in some]
+            wanted = {"Objects": objects, "Quiet": True}
             said = self._ask("delete_objects", self.at(names[some[0]]), Delete=wanted)
             failed += [
                 (names[error["Key"]], f"{error.get('Code', '')}: {error.get('Message', '')}")
@@ -385,6 +431,11 @@ def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archi
     if not isinstance(store, CloudStore):
         raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
     return S3Archive.of(store)
+
+
+def _bare(etag: str | None) -> str:
+    """Without quotes, which some servers leave out of some answers."""
+    return (etag or "").strip('"')
 
 
 def _is_object(key: str) -> bool:

@@ -144,6 +144,11 @@ class S3Calls:
             raise StoreError(f"{operation}: {type(error).__name__}", url=where, retryable=lost) from None
         return answer
 
+    def takes(self, operation: str, *names: str) -> bool:
+        """Whether the boto3 that is installed knows these arguments of an operation ("CopyObject")."""
+        shape = self._client.get().meta.service_model.operation_model(operation).input_shape
+        return set(names) <= set(shape.members)
+
     def close(self) -> None:
         """Drop this process's connections."""
         self._client.drop()

@@ -32,10 +32,11 @@ class Application:
         sight: Sight,
         lock: TierLock,
         plan: Plan,
-        now_s: float,
+        clock: Callable[[], float],
         on_progress: Callable[[Progress], object] | None,
     ) -> None:
-        self._sight, self._lock, self._plan, self._now_s = sight, lock, plan, now_s
+        self._sight, self._lock, self._plan, self._clock = sight, lock, plan, clock
+        self._now_s = clock()
         self._file, self._catalog = sight.file, sight.catalog
         self._placing = Placing(sight)
         self._copying = Copying(sight, self._moved_bytes)
@@ -240,16 +241,29 @@ class Application:
         A wait for the very same deletion goes on where it was: a plan a day would otherwise wait for ever.
         """
         rows: list[JournalRow] = []
+        gone: list[tuple[str, int]] = []
         for job in jobs:
+            gone += self._stopped_before(job)
             for old in self._open.pop(job.row.path, ()):
-                if (old.plan, old.number) == (job.row.plan, job.row.number):
-                    continue
                 if _asks_the_same(old, job.row):
                     job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
                 note = f"plan {job.row.plan} moves it"
                 rows.append(replace(old, state="cancelled", note=note, changed_s=self._now_s))
             rows.append(job.row)
-        self._catalog.write(rows)
+        self._catalog.write(rows, instead_of=gone)
+
+    def _stopped_before(self, job: Job) -> list[tuple[str, int]]:
+        """Earlier moves of the path that came to nothing, whose rows this one's takes the place of.
+
+        What is stopped every day, for whatever reason, would otherwise leave a row a day.
+        """
+        begun = [old for old in self._open[job.row.path] if old.state == "begun"]
+        self._open[job.row.path] = [old for old in self._open[job.row.path] if old.state != "begun"]
+        others = [old for old in begun if (old.plan, old.number) != (job.row.plan, job.row.number)]
+        for old in others:
+            if _asks_the_same(old, job.row):
+                job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
+        return [(old.plan, old.number) for old in others]
 
     def _make(self, jobs: Sequence[Job]) -> None:
         """Copies, and changes of class that leave objects readable."""
@@ -303,21 +317,27 @@ class Application:
         return ""
 
     def _end(self, jobs: Sequence[Job]) -> None:
-        """Journal what waits and what is done, and what stopped with its reason."""
-        grace_s, rows = self._file.tiering.grace_s, []
+        """Journal what waits and what is done, and what stopped with its reason.
+
+        Grace begins now, when readers were told, and not when apply() began: copies may have taken days.
+        """
+        grace_s, now_s, rows = self._file.tiering.grace_s, self._clock(), []
+        gone: list[tuple[str, int]] = []
         for job in jobs:
             if job.over and not job.why:
                 rows.append(replace(job.row, state="done"))
+                self._keep(job.row)
             elif job.why:
+                gone += self._stopped_before(job)
                 rows.append(replace(job.row, note=job.why))
             elif job.row.action == "copy" or (job.row.action == "reclass" and not ends_reading(self._sight, job.row)):
                 rows.append(replace(job.row, state="done"))
             else:
                 # A copy that is new has not been there since an earlier wait for the same deletion began.
-                goes_on = 0 < job.row.since_s <= self._now_s and not job.is_new
-                since_s = job.row.since_s if goes_on else self._now_s
+                goes_on = 0 < job.row.since_s <= now_s and not job.is_new
+                since_s = job.row.since_s if goes_on else now_s
                 rows.append(replace(job.row, state="waiting", since_s=since_s, due_s=since_s + grace_s))
-        self._catalog.write([replace(row, changed_s=self._now_s) for row in rows])
+        self._catalog.write([replace(row, changed_s=now_s) for row in rows], instead_of=gone)
         for job in jobs:
             self._copied_bytes += job.n_bytes
             if job.why:
@@ -325,6 +345,10 @@ class Application:
             else:
                 self._n_done += 1
         self._tell()
+
+    def _keep(self, row: JournalRow) -> None:
+        """The source is gone, whoever took it: what is in dst may be the last of its bytes."""
+        self._catalog.keep([(row.dst, one.key) for one in row.objects if row.dst])
 
 
 def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:

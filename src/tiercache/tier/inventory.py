@@ -51,9 +51,10 @@ class Inventory:
     Attributes:
         snapshot: as the planner sees it.
         facts: for people and the mover: `datasets` (tuple of DataSet), `missed` (tiers that were not listed),
-            `n_objects`, `n_own`, and what was left alone, each a count with some names: `orphans` (shards that no
-            version names), `missing` (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are
-            not the same in two tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
+            `emptied` (local tiers that have nothing, and of which the catalog knows copies), `n_objects`, `n_own`, and
+            what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
+            (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
+            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
     """
 
     snapshot: Snapshot
@@ -106,7 +107,8 @@ def take_inventory(
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
     snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, complete=complete, metrics=metrics)
     facts = _facts(listed, grouped, copies, complete, datasets)
-    return Inventory(snapshot, facts | {"n_own": int(own.sum()), "unread": scores.unread}, listed, copies)
+    more = {"n_own": int(own.sum()), "unread": scores.unread, "emptied": _emptied(file, listed, known)}
+    return Inventory(snapshot, facts | more, listed, copies)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -308,6 +310,11 @@ def _facts(
         "differing": _some(differing),
         "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
     }
+
+
+def _emptied(file: TierFile, listed: Listed, known: Known) -> tuple[str, ...]:
+    local = [file.tiers[number] for number in listed.tiers if file.tiers[number].is_local]
+    return tuple(t.name for t in local if not np.any(listed.tier == file.index(t.name)) and known.checksums(t.name))
 
 
 def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:

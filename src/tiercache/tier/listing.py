@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event, Lock
@@ -107,6 +107,15 @@ def list_tiers(
     return _joined(file, [part for part in parts if part is not None], sorted(work.missed), work.words)
 
 
+def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
+    """Their keys, large_string. File names that are no UTF-8 get backslashes, which no key has."""
+    keys = [info.key for info in infos]
+    try:
+        return pa.array(keys, pa.large_string())
+    except UnicodeEncodeError:
+        return pa.array([key.encode(errors="backslashreplace").decode() for key in keys], pa.large_string())
+
+
 def _say_nothing(tier: str, n_objects: int) -> None:
     del tier, n_objects
 
@@ -191,7 +200,7 @@ class _Work:
         infos = [info for _, info in batch]
         part.columns.append(
             (
-                pa.array([info.key for info in infos], pa.large_string()),
+                keys_of(infos),
                 pa.array([info.etag for info in infos], pa.large_string()),
                 np.array([number for number, _ in batch], np.int8),
                 np.array([info.n_bytes for info in infos], np.int64),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 _ROWS_AT_A_TIME = 1 << 16
 # Alternatives of one glob when its braces are written out.
 _MOST_ALTERNATIVES = 1000
+_MOST_BRACES = 100
 _SLASH, _LAST_CODE = ord("/"), 0x10FFFF
 # Stands for `**` while braces are written out: `*{,x}*` holds two stars, not one of these. No key has a NUL.
 _DEEP = "\0"
@@ -108,8 +109,11 @@ def _marked(glob: str) -> str:
     """The glob with _DEEP for `**`."""
     if _DEEP in glob:
         raise ValueError("no path has a NUL")
-    out, runs = [], ""
+    out, runs, n_braces = [], "", 0
     for at, sign in _signs(glob):
+        n_braces += sign == "{"
+        if n_braces > _MOST_BRACES:
+            raise ValueError(f"it has more than {_MOST_BRACES} braces")
         runs = runs + sign if sign == "*" else ""
         if runs != "**":
             out.append(sign)

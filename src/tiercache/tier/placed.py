@@ -10,10 +10,11 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import pyarrow.compute as pc
 
 from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
-from tiercache.prices import Prices, RestorePrice, price_table
+from tiercache.prices import Prices, price_table
 from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
 from tiercache.tier.places import Found, Places, is_far
 
@@ -200,27 +201,28 @@ class _Needed:
     url: str
     rows: tuple[Row, ...]
 
-    @property
-    def price(self) -> RestorePrice | None:
-        """At the usual speed, for the classes that these are of, as the price table has them; None: not known."""
+    def estimate(self) -> tuple[float | None, float | None]:
+        """Hours until the last can be read, and dollars, both at the usual speed; None: no price is known."""
         _, table = price_table()
         by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
-        found = [
-            by_class[c].restore.get("standard") for c in {str(row.storage_class) for row in self.rows} if c in by_class
-        ]
-        known = [price for price in found if price is not None]
-        return max(known, key=lambda price: price.hours) if known and len(known) == len(found) else None
+        hours = cost = 0.0
+        for row in self.rows:
+            known = by_class.get(row.storage_class)
+            price = None if known is None else known.restore.get("standard")
+            if price is None:
+                return None, None
+            hours = max(hours, price.hours)
+            cost += row.n_bytes / 1e9 * price.gb + price.per_1000 / 1000
+        return hours, cost
 
     def error(self) -> ArchivedShards:
         """What is raised, with names, bytes, hours, cost in dollars and command as its facts."""
         names = [row.key for row in self.rows]
-        n_bytes, price = sum(row.n_bytes for row in self.rows), self.price
-        hours = None if price is None else price.hours
-        cost = None if price is None else n_bytes / 1e9 * price.gb + len(names) / 1000 * price.per_1000
+        n_bytes, (hours, cost) = sum(row.n_bytes for row in self.rows), self.estimate()
         asked = names if len(names) <= _SHOWN else []
         command = shlex.join(["tiercache", "restore", self.url, *asked, "--wait"])
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        price_text = "" if price is None else f"; restoring takes up to {hours:g} hours and costs about ${cost:,.2f}"
+        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs about ${cost:,.2f}"
         return ArchivedShards(
             f"{self.url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
             f"restored first{price_text}: {command}\n({shown})",
@@ -262,7 +264,7 @@ def _archived(
     if not len(placement):
         return ()
     at = placement.among(keys)
-    archived = placement.rows["state"].combine_chunks().to_numpy(zero_copy_only=False) == "archived"
+    archived = pc.equal(placement.rows["state"], "archived").to_numpy()
     rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
     with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
         can_read = list(pool.map(store.places.can_be_read, rows))

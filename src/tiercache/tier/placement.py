@@ -57,6 +57,7 @@ MAX_REBASES = 100
 # How far is probed across a gap where the store cannot list: more than one writer can be late with its hint.
 _MAX_GAP = 4 * N_KEPT
 _FORBIDDEN = 403
+_NEVER_S = 1e12  # no clock says so
 _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
 _META = b"tiercache"
 
@@ -197,7 +198,9 @@ def placement_key(number: int) -> str:
 def adopted_s(store: Store) -> float | None:
     """When tiers began to look after what lies in store, and uses to be counted; None: nobody says. As is_adopted."""
     since = (_mark(store) or {}).get("since")
-    return float(since) if isinstance(since, int | float) and not isinstance(since, bool) else None
+    if isinstance(since, bool) or not isinstance(since, int | float):
+        return None
+    return float(since) if 0 <= since < _NEVER_S else None
 
 
 def _hint(store: Store) -> int | None:
@@ -216,10 +219,10 @@ def _mark(store: Store) -> dict[str, Any] | None:
     except NotFound:
         return None
     except StoreError as error:
-        if error.status == _FORBIDDEN and not error.retryable:
-            return None  # what is not there is forbidden to who may not list a bucket: he reads what lies at home
+        if _is_forbidden(error):
+            return None  # he reads what lies at home
         raise
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         mark = json.loads(data)
         if isinstance(mark, dict):
             return mark
@@ -237,7 +240,7 @@ def _newest(store: Store, hint: int) -> Placement:
             return _beyond(store, hint)
         if not listed:
             return nothing()
-        found = _probe(store, listed)  # unless it was removed since, for ten newer ones
+        found = _probe(store, listed, is_listed=True)  # unless it was removed since, for ten newer ones
     raise StoreError("placement changes faster than it can be read", url=store.url, retryable=True)
 
 
@@ -248,20 +251,30 @@ def _beyond(store: Store, hint: int) -> Placement:
     return _probe(store, found) or nothing()
 
 
-def _probe(store: Store, number: int) -> Placement | None:
-    """The newest of number, number + 1, ... without a gap; None if there is no `number`."""
-    data, newer = None, _get(store, number)
+def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement | None:
+    """The newest of number, number + 1, ... without a gap; None if there is no `number`. is_listed: as _get's."""
+    data, newer = None, _get(store, number, is_listed=is_listed)
     while newer is not None:
         data, number = newer, number + 1
         newer = _get(store, number)
     return None if data is None else decode(data, number - 1, url=f"{store.url}/{placement_key(number - 1)}")
 
 
-def _get(store: Store, number: int) -> bytes | None:
+def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
+    """A placement's file; None: there is none. is_listed: it was seen, so that "forbidden" means just that."""
     try:
         return store.get(placement_key(number)) if number > 0 else None
     except NotFound:
         return None
+    except StoreError as error:
+        if _is_forbidden(error) and not is_listed:
+            return None
+        raise
+
+
+def _is_forbidden(error: StoreError) -> bool:
+    """Whether a store forbids an object: to who may not list a bucket also one that is not there."""
+    return error.status == _FORBIDDEN and not error.retryable
 
 
 def _listed(store: Store) -> int | None:
@@ -278,10 +291,12 @@ def _listed(store: Store) -> int | None:
 # -- changing -------------------------------------------------------------------------------------------------------
 
 
-def adopt(store: Store) -> None:
-    """Set the mark: machines report from now on what they use. Harmless when repeated. Raises StoreError."""
-    if not is_adopted(store):
-        store.put_if_absent(MARK_KEY, encode_mark(0, time.time()))
+def adopt(store: Store) -> bool:
+    """Set the mark: machines report from now on what they use. Whether it was not there. Raises StoreError."""
+    if is_adopted(store):
+        return False
+    store.put_if_absent(MARK_KEY, encode_mark(0, time.time()))
+    return True
 
 
 def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
@@ -379,7 +394,7 @@ def decode(data: bytes, number: int, *, url: str) -> Placement:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         facts: dict[str, Any] = json.loads((table.schema.metadata or {})[_META])
         found, nonce, stated = int(facts["format"]), str(facts["nonce"]), (facts["number"], facts["crc32c"])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="placement") from error
     if found > FORMAT_VERSION:
         message = f"is a placement of format {found}, this release reads up to {FORMAT_VERSION}: install a newer one"
@@ -408,7 +423,11 @@ def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str
     if bad or any(a >= b for a, b in itertools.pairwise(keys)):
         return "keys out of order"
     states = pc.unique(table["state"]).to_pylist()
-    return f"a state of {states}" if set(states) - set(get_args(State)) else ""
+    if set(states) - set(get_args(State)):
+        return f"a state of {states}"
+    if pc.any(pc.less(table["n_bytes"], 0)).as_py() or pc.any(pc.equal(table["url"], "")).as_py():
+        return "a row without a place, or with a size below 0"
+    return ""
 
 
 def _sum_of(table: pa.Table) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange
-from tiercache.store import LocalFolder, Store, open_store
+from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.tier import placement
 from tiercache.tier.machine import tier_above
 
@@ -165,7 +165,12 @@ class Places:
         if found is None:
             tier = tier_above(url)
             own = self.options if _same_service(url, self.home.url) else {}
-            found = known.stores[url] = open_store(url, **(own if tier is None else own | tier.storage_options))
+            try:
+                found = open_store(url, **(own if tier is None else own | tier.storage_options))
+            except ValueError as error:
+                message = f"the placement of {self.home.url} leads to where nothing can be read: {error}"
+                raise StoreError(message, url=redact(url)) from error
+            known.stores[url] = found
         return found
 
     def stores(self) -> tuple[Store, ...]:
@@ -282,8 +287,8 @@ class Places:
         row = self.row(key)
         for url in () if row is None else (row.promote, row.url):
             if url is not None and is_local(url):
-                store = self.store_of(url)
                 try:
+                    store = self.store_of(url)
                     if isinstance(store, LocalFolder) and store.head(key).n_bytes == n_bytes:
                         return store
                 except StoreError:
@@ -336,7 +341,7 @@ def _same_service(url: str, home: str) -> bool:
     Of these clouds the options say which server is asked; of all else the URL does.
     """
     scheme = scheme_of(url)
-    if scheme != scheme_of(home):
+    if scheme != scheme_of(home) or "::" in url:  # a chain leads on, to whatever it names
         return False
     return scheme in _CLOUDS or url.split("/")[:3] == home.split("/")[:3]
 

@@ -50,22 +50,12 @@ class Placing:
             return ""
         parent = row.path.rpartition("/")[0]
         if parent not in self._folders:
-            self._folders[parent] = self._data_set_above(parent)
+            self._folders[parent] = data_set_above(self._stores.store(self.home), parent)
         found = self._folders[parent]
         if found is None:
             url = self._stores.store(self.home).url
             raise TierCacheError(f"{url}: expected a data set above {row.path}, found none: no versions lie there")
         return found
-
-    def _data_set_above(self, folder: str) -> str | None:
-        home = self._stores.store(self.home)
-        while True:
-            prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
-            if next(iter(home.list(prefix)), None) is not None:
-                return folder
-            if not folder:
-                return None
-            folder = folder.rpartition("/")[0]
 
     def chain(self, folder: str) -> Store:
         """The store whose placement speaks of what lies below a folder."""
@@ -190,6 +180,17 @@ class Placing:
         return self.commit(changes)
 
 
+def data_set_above(home: Store, folder: str) -> str | None:
+    """The nearest folder upwards, itself included, in which versions of a data set lie. Raises StoreError."""
+    while True:
+        prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
+        if next(iter(home.list(prefix)), None) is not None:
+            return folder
+        if not folder:
+            return None
+        folder = folder.rpartition("/")[0]
+
+
 def ends_reading(sight: Sight, row: JournalRow) -> bool:
     """Whether a move gives objects, where they lie, a class in which they must be restored before they can be read."""
     return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
@@ -204,8 +205,13 @@ def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInf
     """Of a move's objects, what was found in a tier. Raises the store's error where one stands for an answer."""
     found: dict[str, ObjectInfo | None] = {}
     for one in row.objects:
-        info = heads[tier, one.key]
-        if isinstance(info, StoreError):
-            raise info
-        found[one.key] = info
+        found[one.key] = found_in(heads, tier, one.key)
     return found
+
+
+def found_in(heads: Heads, tier: str, key: str) -> ObjectInfo | None:
+    """What was found of an object in a tier. Raises the store's error where one stands for an answer."""
+    info = heads[tier, key]
+    if isinstance(info, StoreError):
+        raise info
+    return info

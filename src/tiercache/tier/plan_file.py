@@ -19,7 +19,10 @@ from tiercache.tier.model import KINDS, Action, Holding, Kind, Money, Move, Plan
 
 FORMAT, VERSION = "tiercache-plan", 1
 
+_OWN_FOLDER = "_tiercache/"
+
 _WRITE_BYTES = 1 << 20
+_TOO_LARGE = 1 << 63  # of an integer, for the journal
 _TIER_KEYS = ("url", "role", "storage_class", "prices")
 _MOVE_KEYS = ("path", "kind", "action", "src", "dst", "rule", "reason")
 _REFUSAL_KEYS = (*_MOVE_KEYS, "n_bytes")
@@ -201,6 +204,8 @@ class _Reader:
         value = row.get(key)
         if isinstance(value, bool) or not isinstance(value, (float, int) if kind is float else kind):
             raise self.wrong(f"{key}: expected {kind.__name__}, got {value!r}")
+        if isinstance(value, int) and kind is int and not 0 <= value < _TOO_LARGE:
+            raise self.wrong(f"{key}: expected a number that is not negative and has 63 bits at most, got {value}")
         try:
             return kind(value)  # type: ignore[call-arg]
         except OverflowError as error:
@@ -239,7 +244,17 @@ class _Reader:
         dst = self.maybe(row, "dst", str)
         if (dst is None) != (action == "delete"):
             raise self.wrong(f"dst: expected a tier, and none of a delete; got {dst!r} of a {action}")
-        return self.field(row, "path", str), kind, action, self.field(row, "src", str), dst
+        return self.key("path", self.field(row, "path", str)), kind, action, self.field(row, "src", str), dst
+
+    def key(self, where: str, text: str) -> str:
+        """A key of a tier, that none of tiercache's own is. Half a surrogate pair is no text: encode() says so."""
+        try:
+            text.encode()
+            if _OWN_FOLDER in f"{text}/":
+                raise ValueError(f"{text!r} is tiercache's own, and never moved")
+            return check_key(text)
+        except ValueError as error:
+            raise self.wrong(f"{where}: {error}") from error
 
     def move(self, row: Mapping[str, Any]) -> Move:
         move = Move(
@@ -258,18 +273,17 @@ class _Reader:
         if (len(move.objects), move.n_bytes) != (row.get("n_objects"), row.get("n_bytes")):
             said = f"{row.get('n_objects')} objects of {row.get('n_bytes')} bytes"
             raise self.wrong(f"objects: expected {said}, got {len(move.objects)} of {move.n_bytes}")
+        for one in move.objects:
+            if one.key != move.path and not one.key.startswith(f"{move.path}/"):
+                raise self.wrong(f"objects: expected {move.path} or what is in it, got {one.key}")
         return move
 
     def object(self, values: object) -> PlannedObject:
         if not isinstance(values, list) or len(values) != len(_OBJECT_KEYS):
             raise self.wrong(f"objects: expected [key, n_bytes, etag, modified_s, crc32c], got {values!r}")
         named = dict(zip(_OBJECT_KEYS, values, strict=True))
-        try:
-            key = check_key(self.field(named, "key", str))
-        except ValueError as error:
-            raise self.wrong(f"objects: {error}") from error
         return PlannedObject(
-            key,
+            self.key("objects", self.field(named, "key", str)),
             self.field(named, "n_bytes", int),
             self.maybe(named, "etag", str),
             self.maybe(named, "modified_s", float),

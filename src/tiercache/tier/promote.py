@@ -10,12 +10,14 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import threading
 import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tiercache import config
@@ -26,7 +28,7 @@ from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.store.contract import LocalStore
 from tiercache.tier.machine import existing, tier_above
-from tiercache.waiting import SYSTEM_CLOCK
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,9 @@ PART_BYTES = 8 << 20
 FREE_SHARE = 0.05
 # For so long it is believed how much lies in a hot tier: listing 100,000 files takes 0.3 s.
 LOOK_S = 30.0
+# The account of a hot tier is held while it is looked at, not longer.
+LOCK_S = 10.0
+_ACCOUNT = struct.Struct("=dQ")  # when it was looked at, by the machine's clock since it booted; bytes in it
 
 logger = logging.getLogger("tiercache")
 
@@ -85,7 +90,6 @@ class Promoter:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Row, ShardIdentity]] = deque()
         self._seen: set[str] = set()
-        self._used: dict[str, tuple[float, int]] = {}  # of a hot tier: when it was looked at, bytes in it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._pid = os.getpid()
@@ -159,7 +163,7 @@ class Promoter:
                 return False  # another process has copied it
         except FileNotFoundError:
             pass
-        if not self._has_room(hot, row, identity.n_bytes):
+        if not self._take_room(hot, row, identity.n_bytes):
             logger.info("%s: not copied to %s, which has no room for it", row.key, hot.url)
             return False
         total = 0
@@ -174,26 +178,18 @@ class Promoter:
             if total != identity.crc32c:
                 logger.warning("%s: not copied to %s: its bytes are not what its data set says", row.key, hot.url)
                 return False
-            done = upload.complete(if_absent=True) is not None
-        looked_s, used_bytes = self._used.get(hot.url, (0.0, 0))
-        self._used[hot.url] = looked_s, used_bytes + identity.n_bytes
-        return done
+            return upload.complete(if_absent=True) is not None
 
-    def _has_room(self, hot: HotFolder, row: Row, n_bytes: int) -> bool:
+    def _take_room(self, hot: HotFolder, row: Row, n_bytes: int) -> bool:
         limits = [limit for limit in (hot.limit_bytes, row.hot_bytes) if limit is not None]
         folder = self._places.store_of(hot.url)
         if isinstance(folder, LocalFolder):
             disk = shutil.disk_usage(existing(hot.url))
             if disk.free - n_bytes < FREE_SHARE * disk.total:
                 return False
-        if not limits:
-            return True
-        now_s = SYSTEM_CLOCK.monotonic()
-        looked_s, used_bytes = self._used.get(hot.url, (-LOOK_S, 0))
-        if now_s - looked_s >= LOOK_S:  # other processes put something there too
-            looked_s, used_bytes = now_s, sum(info.n_bytes for info in folder.list())
-            self._used[hot.url] = looked_s, used_bytes
-        return used_bytes + n_bytes <= min(limits)
+        return not limits or _reserve(
+            hot.url, n_bytes, min(limits), lambda: sum(info.n_bytes for info in folder.list())
+        )
 
 
 class _Reading:
@@ -233,14 +229,47 @@ def _work(promoter: weakref.ref[Promoter]) -> None:
         del found
 
 
+def _reserve(url: str, n_bytes: int, limit_bytes: int, count: Callable[[], int]) -> bool:
+    """Take room in a hot tier, of which all processes of this machine keep one account; False: there is not so much.
+
+    Each would otherwise fill it with what the others have not put there yet. Room of a copy that failed comes back with
+    the next look. count: bytes in it by now.
+    """
+    fd = _lock_file("room", url)
+    try:
+        if not wait_for(partial(_try_lock, fd), LOCK_S):
+            return False
+        now_s, found = SYSTEM_CLOCK.monotonic(), os.pread(fd, _ACCOUNT.size, 0)
+        looked_s, used_bytes = _ACCOUNT.unpack(found) if len(found) == _ACCOUNT.size else (-LOOK_S, 0)
+        if not 0 <= now_s - looked_s < LOOK_S:
+            looked_s, used_bytes = now_s, count()
+        has_room: bool = used_bytes + n_bytes <= limit_bytes
+        os.pwrite(fd, _ACCOUNT.pack(looked_s, used_bytes + (n_bytes if has_room else 0)), 0)
+        return has_room
+    finally:
+        with suppress(OSError):
+            flock(fd, LOCK_UN)  # as in copy()
+        os.close(fd)
+
+
 def _claim(url: str) -> int | None:
     """A lock on copying to url, held until the descriptor is closed; None: another process of this machine has it."""
-    folder = config.state_folder() / "locks"
-    make_folder(folder, 0o700)
-    fd = open_file(folder / f"promote-{hashlib.sha256(url.encode()).hexdigest()[:32]}", os.O_RDWR | os.O_CREAT)
-    try:
-        flock(fd, LOCK_EX | LOCK_NB)
-    except OSError:
+    fd = _lock_file("promote", url)
+    if not _try_lock(fd):
         os.close(fd)
         return None
     return fd
+
+
+def _lock_file(what: str, url: str) -> int:
+    folder = config.state_folder() / "locks"
+    make_folder(folder, 0o700)
+    return open_file(folder / f"{what}-{hashlib.sha256(url.encode()).hexdigest()[:32]}", os.O_RDWR | os.O_CREAT)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        flock(fd, LOCK_EX | LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -65,7 +65,7 @@ class TieredReading:
         """Hear that a run begins that reads these shards, and see that it can. See check_readable."""
         check_readable(self._placed, keys, is_here)
         if self._places.is_adopted:
-            self._recorder.begin(reads_all=reads_all)
+            self._recorder.begin(None if reads_all else keys.to_pylist())
 
     def close(self) -> None:
         """Report what was used, and stop copying. It may be used again."""

@@ -102,7 +102,7 @@ def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     """Without what is pinned, in use, not complete yet, or tagged and to be deleted."""
     whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
     pinned = view.pin[wishes.group]
-    text = say(lambda pin: f"pinned (pins[{pin}]){whys[pin]}", pinned[pinned >= 0])
+    text = say(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     wishes = sift(wishes, refused, pinned >= 0, text)
     in_use = view.snapshot.in_use[wishes.group]
     wishes = sift(wishes, refused, in_use, _said("in use", in_use))

@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.errors import StoreError
 from tiercache.points import reach
 from tiercache.prices import priced
-from tiercache.tier import placement
-from tiercache.tier.below import below
+from tiercache.tier.adopting import adopt_ruled
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.lock import TierLock
-from tiercache.tier.matching import first_match
-from tiercache.tier.model import RESTORING, SHARD, Plan
+from tiercache.tier.marks import absent
+from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.mover import Applied, Mover, Progress, Stopped
 from tiercache.tier.plan import planned
 from tiercache.tier.policy import decide
@@ -51,6 +46,7 @@ class RunReport:
         applied: what came of it.
         settled: deletions whose grace was over, and those that an earlier run had left half done.
         adopted: folders of data sets that tiers look after from now on.
+        doubts: tiers that may lack what lies in them: marks.py.
         n_groups: that there are.
         n_restoring: copies that are being restored.
         seconds: how long it took.
@@ -61,6 +57,7 @@ class RunReport:
     applied: Applied = field(default_factory=Applied)
     settled: Applied = field(default_factory=Applied)
     adopted: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     n_groups: int = 0
     n_restoring: int = 0
     seconds: float = 0.0
@@ -147,7 +144,7 @@ class _Run:
 
     def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
         self._file, self._stores, self._catalog = file, stores, catalog
-        self._started_s = time.monotonic()
+        self._started_s, self._doubts = time.monotonic(), tuple[str, ...]()
 
     def rehearse(self) -> RunReport:
         inventory, plan = self._planned()
@@ -163,7 +160,8 @@ class _Run:
             reach("tier_run.finished")
             inventory, plan = self._planned()
             reach("tier_run.planned")
-            adopted = self._adopt(inventory)
+            adopted = adopt_ruled(inventory, self._stores)
+            reach("tier_run.adopted")
             applied = mover.apply(plan, on_progress=on_progress)
             reach("tier_run.applied")
             settled = mover.settle()
@@ -173,26 +171,10 @@ class _Run:
         file, stores = self._file, self._stores
         prices = [priced(tier) for tier in file.tiers]
         inventory = take_inventory(file, stores, self._catalog, now_s=time.time())
+        self._doubts = absent(file, stores, self._catalog, inventory.facts["emptied"])
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
         decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
         return inventory, planned(decisions, inventory, file, prices)
-
-    def _adopt(self, inventory: Inventory) -> tuple[str, ...]:
-        """Have machines report what they use of data sets that a rule speaks of; the folders of those that are new."""
-        snapshot, rules = inventory.snapshot, self._file.rules
-        shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
-        ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.excepted) for rule in rules]) >= 0))
-        adopted = []
-        for found in inventory.facts.get("datasets", ()):
-            if found.problem or found.is_adopted or not self._stores.same_place(found.tier, self._file.home.name):
-                continue
-            if np.any(pc.starts_with(ruled, found.folder).to_numpy(zero_copy_only=False)):
-                # A store that cannot be written: its moves say so.
-                with suppress(StoreError):
-                    placement.adopt(below(self._stores.store(found.tier), found.folder.rstrip("/")))
-                    adopted.append(found.folder.rstrip("/"))
-        reach("tier_run.adopted")
-        return tuple(adopted)
 
     def _report(
         self,
@@ -210,6 +192,7 @@ class _Run:
             applied or Applied(),
             settled or Applied(),
             tuple(adopted),
+            self._doubts,
             n_groups=snapshot.n_groups,
             n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
             seconds=time.monotonic() - self._started_s,

@@ -15,7 +15,7 @@ from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import has_class
-from tiercache.tier.placing import Changes, Heads, Placing, found_infos
+from tiercache.tier.placing import Changes, Heads, Placing, found_in, found_infos
 from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
 
 if TYPE_CHECKING:
@@ -171,9 +171,7 @@ class Settling:
         row, sight, changed = one.row, self._sight, ""
         for obj in row.objects:
             where = obj.where if row.action == "delete" else row.src
-            info = heads[where, obj.key]
-            if isinstance(info, StoreError):
-                raise info
+            info = found_in(heads, where, obj.key)
             if info is None:
                 one.is_whole = False
                 continue
@@ -266,6 +264,7 @@ class Settling:
         self._catalog.keep([(o.row.dst, one.key) for o in due if o.row.dst for one in o.row.objects])
         reach("tier_drop.journaled")
         self._unplace([one for one in due if one.row.action == "delete"])
+        self._look_again(due)
         going = [one for one in due if one.verdict == "go"]
         drops = [one for one in going if one.row.action != "reclass"]
         places = {tier.name: tier.url for tier in self._file.tiers}
@@ -273,6 +272,22 @@ class Settling:
         self._lock.announce(sorted({(places[where], one.row.path) for one in drops for where, _ in one.there}))
         self._drop(drops)
         self._reclass([one for one in going if one.row.action == "reclass"])
+
+    def _look_again(self, due: Sequence[Due]) -> None:
+        """Keep what was written since it was looked at: copies may have been read, and readers told, meanwhile."""
+        drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
+        heads = self._sight.heads(list(dict.fromkeys((where, obj.key) for one in drops for where, obj in one.there)))
+        for one in drops:
+            for where, obj in one.there:
+                try:
+                    info = found_in(heads, where, obj.key)
+                    why = "" if info is None else self._sight.moved(where, info, obj)
+                except TierCacheError as error:
+                    one.say("keep", str(error))
+                    continue
+                if why:
+                    one.say("cancel", why)
+        reach("tier_drop.looked_again")
 
     def _unplace(self, due: Sequence[Due]) -> None:
         """Have readers find nothing, rather than a place that is empty."""
@@ -342,13 +357,14 @@ class Settling:
 
     def _end(self, due: Sequence[Due]) -> None:
         self._take_back([one for one in due if one.verdict == "cancel" and one.is_whole and one.there])
-        rows, gone = [], []
+        rows, gone, lasting = [], [], []
         for one in due:
             row = one.row
             if one.verdict in ("go", "done"):
                 rows.append(replace(row, state="done", note="", changed_s=self._now_s))
                 self._settled.n_done += 1
                 if row.action != "reclass":
+                    lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.there]
                     self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
                 continue
@@ -359,6 +375,7 @@ class Settling:
                 rows.append(replace(kept, note=one.why, changed_s=self._now_s))
                 self._settled.n_waiting += 1
             self._settled.stopped.append((row, one.why))
+        self._catalog.keep(lasting)  # of what somebody else took away, too
         self._catalog.write(rows)
         reach("tier_drop.done")
         self._catalog.forget(gone)

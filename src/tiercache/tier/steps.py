@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import NotFound, StoreError
+from tiercache.tier.marks import MARK_KEY, read_mark, unlike
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import ARCHIVED, HERE, RESTORING, PlannedObject
 from tiercache.tier.stores import state_of
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 Infos: TypeAlias = Mapping[str, "ObjectInfo | None"]
 
 _PROBE_FOLDER = "_tiercache/probe/"
-_MARK_KEY = "_tiercache/tier.id"
 
 
 @dataclass(slots=True)
@@ -177,22 +177,14 @@ class Sight:
         if not self.file.tier(tier).is_local:
             return ""
         store, before = self.stores.store(tier), self.catalog.mark(tier)
-        try:
-            found = store.get(_MARK_KEY).decode(errors="replace").strip()
-        except NotFound:
-            if before is not None:
-                at = f"{store.url}/{_MARK_KEY}"
-                return (
-                    f"{at}: expected {before}, found nothing: is the disk of tier {tier} mounted? If it is a new one, "
-                    f"write that text there"
-                )
-            found = secrets.token_hex(16)
-            store.put_if_absent(_MARK_KEY, f"{found}\n".encode())
+        found = read_mark(store)
         if before is None:
+            if found is None:
+                found = secrets.token_hex(16)
+                store.put_if_absent(MARK_KEY, f"{found}\n".encode())
             self.catalog.remember_mark(tier, found)
-        elif found != before:
-            return f"{store.url}/{_MARK_KEY}: expected {before}, found {found}: another disk is mounted for tier {tier}"
-        return ""
+            return ""
+        return unlike(tier, store, found, before)
 
     def joined(self, src: str, dst: str) -> str:
         """Why two tiers may be one place, whose copies are one copy; "": they are not. Raises StoreError.

@@ -110,8 +110,8 @@ class Transfer:
             dst: name of the tier that gets it.
             one: what the object must be: size, ETag (or else date), and CRC-32C as far as they are known.
             on_bytes: called with the length of each part that was read; from any thread.
-            replaces: False: nothing lay there when it was looked; what somebody has put there since stays, as far as
-                the store can see to it (a local folder can; others are asked once more before a streamed copy is made).
+            replaces: False: nothing lay there when it was looked; what somebody has put there since stays. The store
+                sees to it; of more than a MiB in a cloud without boto3 it is asked once more directly before.
 
         Raises:
             NotFound: it is not in src.
@@ -124,7 +124,10 @@ class Transfer:
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
         self._check_cancelled(src, one.key)
         said = on_bytes or _nothing
-        if self._stores.same_endpoint(src, dst) and (made := self._by_server(src, dst, one, said)) is not None:
+        if (
+            self._stores.same_endpoint(src, dst)
+            and (made := self._by_server(src, dst, one, said, replaces=replaces)) is not None
+        ):
             return made
         if one.n_bytes <= _SMALL_BYTES:
             return self._at_once(src, dst, one, said, replaces=replaces)
@@ -156,20 +159,28 @@ class Transfer:
     def _at(self, name: str, key: str) -> str:
         return f"{self._stores.store(name).url}/{key}"
 
-    def _by_server(self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object]) -> Copied | None:
+    def _by_server(
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+    ) -> Copied | None:
         """The copy that the server made; None where its sums do not say that it is one: it is removed then."""
         info = self.check(src, one)
         source, target = self._archive(src), self._archive(dst)
         self._pace.take(info.n_bytes)
         before = source.sums(one.key)
-        made = target.copy_from(
-            source,
-            one.key,
-            one.key,
-            storage_class=self._stores.file.tier(dst).storage_class,
-            if_match=info.etag,
-            crc32c=one.crc32c,
-        )
+        try:
+            made = target.copy_from(
+                source,
+                one.key,
+                one.key,
+                storage_class=self._stores.file.tier(dst).storage_class,
+                if_match=info.etag,
+                crc32c=one.crc32c,
+                if_absent=not replaces,
+            )
+        except ObjectChanged:
+            if not replaces:
+                self._check_absent(dst, one.key)
+            raise
         if one.crc32c is not None and made.crc32c is None:
             # That the copy is the source says nothing of what the source should be: that takes its bytes.
             is_proven = _is_readable(made) and self.sum_of(dst, made) == one.crc32c
@@ -207,8 +218,6 @@ class Transfer:
         reading = Reading(self._stores.store(src), info, self._cancel)
         with self._upload(dst, info) as (upload, in_order):
             crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
-            if not replaces:
-                self._check_absent(dst, one.key)
             return self._completed(src, dst, one, (upload, crc), replaces=replaces)
 
     def _completed(
@@ -220,19 +229,28 @@ class Transfer:
             # Before complete(): what is at the target stays.
             raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
         self._check_cancelled(dst, one.key)
-        if not replaces and isinstance(self._stores.store(dst), LocalFolder):
-            made = upload.complete(if_absent=True)
-            if made is None:
-                raise self._taken(dst, self._stores.head(dst, one.key))
-        else:
-            made = upload.complete() or self._stores.head(dst, one.key)
+        made = self._published(dst, one, upload, replaces=replaces)
         reach("tier_transfer.published")
         if getattr(upload, "is_confirmed", False) and made.etag is not None and made.n_bytes == one.n_bytes:
             return Copied(one.n_bytes, crc, made.etag)
         return self._verified(dst, one.n_bytes, crc, made)
 
+    def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool) -> ObjectInfo:
+        """What was published. Reading the source takes minutes, in which somebody may write."""
+        store = self._stores.store(dst)
+        can_decide = (
+            one.n_bytes <= _SMALL_BYTES or not isinstance(store, CloudStore) or self._stores.archive(dst) is not None
+        )
+        if not replaces and not can_decide:
+            self._check_absent(dst, one.key)
+        made = upload.complete(if_absent=not replaces and can_decide)
+        if made is None:
+            self._check_absent(dst, one.key)
+            raise ObjectChanged("somebody writes and deletes it meanwhile", url=self._at(dst, one.key))
+        return made
+
     def _check_absent(self, dst: str, key: str) -> None:
-        """Raise ObjectChanged where something lies. Reading the source takes minutes, in which somebody may write."""
+        """Raise ObjectChanged where something lies."""
         try:
             info = self._stores.head(dst, key)
         except NotFound:
@@ -240,7 +258,8 @@ class Transfer:
         raise self._taken(dst, info)
 
     def _taken(self, dst: str, info: ObjectInfo) -> ObjectChanged:
-        message = "somebody has written it since it was looked whether it is there: it is not overwritten"
+        # Or we have, and the answer was lost: the next try compares it.
+        message = "it has been written since it was looked whether it is there: it is not overwritten"
         return ObjectChanged(message, url=self._at(dst, info.key), expected="nothing", found=f"{info.n_bytes} bytes")
 
     def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
@@ -390,19 +409,20 @@ class Transfer:
     def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, a thousand a request where the store can; those that are gone are no error.
 
-        Unconditional and in no order: what must be so before, and what must go first, is the caller's to see to.
+        In no order, and only S3 looks whether they still have their ETags: what must be so before, and what must go
+        first, is the caller's to see to.
 
         Raises:
             StoreError: some could not be deleted; .failed names them.
         """
-        keys = [one.key for one in objects]
         archive = self._stores.archive(name)
         if archive is None:
-            self._stores.store(name).delete(keys)
+            self._stores.store(name).delete([one.key for one in objects])
             return
-        for start in range(0, len(keys), _DELETE_KEYS):
-            self._check_cancelled(name, keys[start])
-            if failed := archive.delete_many(keys[start : start + _DELETE_KEYS]):
+        for start in range(0, len(objects), _DELETE_KEYS):
+            some = objects[start : start + _DELETE_KEYS]
+            self._check_cancelled(name, some[0].key)
+            if failed := archive.delete_many([one.key for one in some], if_match=[one.etag for one in some]):
                 (key, reason), n_failed = failed[0], len(failed)
                 message = f"{n_failed} objects could not be deleted, the first because of {reason}"
                 raise StoreError(message, url=self._at(name, key), failed=tuple(key for key, _ in failed))

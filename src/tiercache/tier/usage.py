@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
@@ -47,7 +48,9 @@ REPORT_S = 3600.0
 LOCK_S = 5.0
 # A reader that was heard so lately reads now: one report may come late, or be lost.
 IN_USE_S = 2.5 * REPORT_S
+_MANY_USES = 1 << 40  # some thousand machines' add up to less than an int64 holds
 _numbers = itertools.count()
+_PID = re.compile(r"[0-9]{1,10}")
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
 
 
@@ -176,8 +179,13 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
             for name, one in body["readers"].items()
         }
         shards = {str(name): (float(last), int(uses)) for name, (last, uses) in body["shards"].items()}
-        return Report(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        report = Report(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
+        times = [one for reader in readers.values() for one in (reader.since_s, reader.reported_s)]
+        times += [report.reported_s, report.all_s, *(last for last, _ in shards.values())]
+        if not all(map(math.isfinite, times)) or not all(0 <= uses < _MANY_USES for _, uses in shards.values()):
+            raise ValueError("times or counts that no machine has")
+        return report
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         lost = Reader(modified_s, modified_s - IN_USE_S, reads_all=True)
         return Report(machine, modified_s, readers={"unreadable": lost})
 
@@ -224,7 +232,7 @@ class Recorder:
     def _begin(self) -> None:
         self._lock, self._reporting = threading.Lock(), threading.Lock()
         self._opened: dict[str, int] = {}  # since the last report
-        self._held: set[str] = set()  # opened at any time: may be open still
+        self._held: set[str] = set()  # opened at any time, or to be: may be open still
         self._since_s = 0.0  # when it began to read; 0: it does not
         self._reads_all = self._has_failed = False
         self._stop: threading.Event | None = None  # of the thread that reports once an hour
@@ -239,12 +247,16 @@ class Recorder:
                 self._start()
             self._opened[name] = self._opened.get(name, 0) + 1
 
-    def begin(self, *, reads_all: bool) -> None:
-        """Hear that a run begins, of a data set that is known to be looked after: report now, and once an hour."""
+    def begin(self, keys: Iterable[str] | None) -> None:
+        """Hear that a run begins, of a data set that is known to be looked after: report now, and once an hour.
+
+        keys: of the shards that it reads, perhaps in workers, who report when they end; None: all there are.
+        """
         if self._pid != os.getpid():
             self._begin()
         with self._lock:
-            self._reads_all = self._reads_all or reads_all
+            self._reads_all = self._reads_all or keys is None
+            self._held.update(keys or ())
             if not self._since_s:
                 self._start()
             if self._stop is not None:
@@ -412,7 +424,7 @@ def _may_live(name: str) -> bool:
     """Whether a process of this machine may still be there; of another container one cannot know."""
     pid, _, rest = name.partition("-")
     started, _, rest = rest.partition("-")
-    return rest.partition("-")[0] != str(pid_namespace()) or not pid.isdigit() or _started(int(pid)) == started
+    return rest.partition("-")[0] != str(pid_namespace()) or not _PID.fullmatch(pid) or _started(int(pid)) == started
 
 
 def _started(pid: int) -> str:

@@ -126,6 +126,8 @@ def span(seconds: float) -> str:
 
 def ago(n_hours: int) -> str:
     """What hours() gave, for people."""
+    if n_hours == 1:
+        return "1 hour"
     return f"{n_hours} hours" if n_hours < 48 else f"{n_hours // 24} days"
 
 

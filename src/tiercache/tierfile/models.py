@@ -108,6 +108,8 @@ class Tier(Table):
     def _without_secrets(cls, url: str) -> str:
         if not url:
             raise ValueError("a tier needs a URL or path")
+        if "\0" in url:
+            raise ValueError("no URL or path has a NUL")
         user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
         if ":" in user or (found and url.lower().startswith(_URLS_WITHOUT_USERS)):
             raise ValueError("credentials belong into the environment, not into a URL")

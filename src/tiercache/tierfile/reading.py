@@ -154,6 +154,8 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
         if not _table(table, f"{where}.{key}"):
             raise ValueError(f"{where}.{key}: names nothing to keep; there are {', '.join(sorted(_keys(Keep)))}")
+        if empty := [inner for inner, value in table.items() if value == []]:
+            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more, got an empty list")
         keep[name] = _built(Keep, table, f"{where}.{key}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
