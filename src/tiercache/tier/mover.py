@@ -24,7 +24,7 @@ What may happen between two steps:
     6-7  the copy in dst is lost, spoilt or restored and moved by somebody: step 7 compares, and stops.
     6-7  another process moves the object back, with another journal: its placement leads to src, step 7 reads that.
     7-8  src is replaced: it is looked at once more, after all that takes long, and S3 is told which ETag it is to
-         delete. Other stores have no such request: the time that the announcement takes remain.
+         delete. Other stores have no such request: the time that the announcement takes remains.
     7-8  the lock was lost while this process slept: it is looked at after all that step 7 asks, directly before the
          deletion; and see lock.py for a process that sleeps just after that.
     8-8  killed among deletions: the row says "dropping", and the rest goes when dst is confirmed once more.
