@@ -3,12 +3,14 @@
 import os
 import sqlite3
 import stat
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
 
 import pytest
 
 from tiercache.cache.machine import is_disk_full
 from tiercache.catalog import Database
+from tiercache.waiting import wait_for
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -256,3 +258,25 @@ def test_what_cannot_be_made_is_the_systems_error_and_a_mistake_of_ours_is_not(t
     with pytest.raises(sqlite3.IntegrityError):
         database.run(wrong)
     assert values(database) == ["new"]
+
+
+def test_a_file_that_another_is_making_at_the_same_time_is_waited_for(database, tmp_path):
+    (tmp_path / "c.sqlite").touch()
+    other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")  # SQLite lets nobody else make a log meanwhile, and does not wait for it
+    asked = Event()
+    connection_of = sqlite3.connect
+
+    def connect(*args, **options):
+        asked.set()
+        return connection_of(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(sqlite3, "connect", connect)
+        found = pool.submit(values, database)
+        assert asked.wait(10)
+        assert not wait_for(found.done, 0.1)
+        other.execute("COMMIT")
+        assert found.result(10) == []
+    other.close()

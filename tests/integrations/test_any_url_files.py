@@ -17,6 +17,7 @@ from tests.integrations.conftest import DATA
 
 import tiercache as tc
 from tiercache.integrations.files import CachedFile
+from tiercache.store.spans import RequestSizes
 
 # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,11 @@ def test_a_file_says_what_it_is(fs, path):
         file.seek(-1)
 
 
-def test_threads_read_one_object_and_fetch_it_about_once(fs, source, path):
+def test_threads_read_one_object_and_fetch_no_byte_of_it_twice(fs, source, path, monkeypatch):
+    # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
+    # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_spans.py has the bounds of that.
+    monkeypatch.setattr("tiercache.store.fsspec._SIZES", RequestSizes(gap_bytes=0))
+
     def read(seed):
         chance = random.Random(seed)
         with fs.open(path) as file:
@@ -121,9 +126,7 @@ def test_threads_read_one_object_and_fetch_it_about_once(fs, source, path):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(8)))
-    assert fs._cache.stats()["bytes_fetched"] <= len(DATA)
-    # What lies between two pieces that are asked for together is read for nothing: store/spans.py.
-    assert source.n_bytes_read() < 2 * len(DATA)
+    assert source.n_bytes_read() == fs._cache.stats()["bytes_fetched"] <= len(DATA)
 
 
 def test_threads_share_an_open_file(fs, path):
@@ -178,7 +181,7 @@ def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path)
 def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, source, path, tmp_path):
     with tc.Cache(tmp_path / "small", size="64KiB", free_floor="0") as small:
         fs = make(cache=small)
-        with fs.open(path) as file:
+        with pytest.warns(RuntimeWarning, match="more than all of the cache"), fs.open(path) as file:
             pieces = [file.read(1000) for _ in range(1000)]
         assert b"".join(pieces) == DATA
         assert len(source.reads) < 20

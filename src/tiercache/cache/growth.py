@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.cache.lease import open_leased
 from tiercache.cache.partial import Part, charge_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.errors import ObjectChanged
@@ -89,16 +90,27 @@ class Growth:
         """The part to write to, made at the first call. Raises OSError."""
         part = self._part
         if part is None:
-            folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
-            try:
-                part = Part.create(folder, name, n_bytes)
-            except FileExistsError:  # where locks lie somebody else has begun one since we looked
-                found = Part.open(folder, name, n_bytes)
-                if found is None:
-                    raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-                part = found
+            part = self._made()
             self._begin(part)
             self._part, self.present = part, part.present
+        return part
+
+    def _made(self) -> Part:
+        """A new part; where locks lie somebody else may have begun one since we looked, or be done with it."""
+        folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
+        try:
+            part = Part.create(folder, name, n_bytes)
+        except FileExistsError:
+            found = Part.open(folder, name, n_bytes)
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
+            return found
+        copy_fd = open_leased(folder, name, n_bytes)
+        if copy_fd is not None:
+            os.close(copy_fd)
+            part.forget_name(keep_map=False)
+            part.close()
+            raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
         return part
 
     def book(self) -> None:
@@ -113,10 +125,11 @@ class Growth:
             self.drop()
 
     def drop(self) -> None:
-        """Remove the part, and what the books know of it."""
+        """Remove the part, and what the books know of it; where it lost its name, that is another's by now."""
         self.note(0)
         self.fetch.forget()  # a hold of our own would make it count as deleted but still being read
-        self._publisher.remove(self._wanted.name)
+        if self._part is not None and self._part.has_name:
+            self._publisher.remove(self._wanted.name)
         self._publisher.accounts.release(self._wanted.name)
 
     def end(self, error: BaseException) -> None:

@@ -248,12 +248,16 @@ class Part:
 
     @classmethod
     def create(cls, folder: Folder, name: str, n_bytes: int) -> Part:
-        """A new part without a unit. Raises OSError, FileExistsError where somebody else has just made one."""
+        """A new part without a unit. Raises OSError, FileExistsError where somebody else has just made one.
+
+        Whoever makes the part may make its map: one that lies there already is of a part that is gone.
+        """
         fd = folder.new_file(f"{name}.part")
         map_fd = None
         try:
             reach("fetch.part")
             os.ftruncate(fd, n_bytes)
+            folder.remove_file("copies", f"{name}.map")
             map_fd = folder.new_file(f"{name}.map")
             reach("fetch.map")
             os.ftruncate(map_fd, map_bytes(n_bytes))
@@ -271,10 +275,13 @@ class Part:
         """The part that is there; None: there is none. What cannot be gone on with is removed.
 
         One of an earlier boot is read back: each unit must be what its checksum says. One without a map has lost its
-        maker; but where locks lie he may be about to make the map, so he gets a moment.
+        maker; but where locks lie he may be about to make the map, so he gets a moment. And where nothing is, nothing
+        is removed: there he may have made it since we looked, and would fill, for himself, a file without a name.
         """
-        found = wait_for(lambda: _open_pair(folder, name, n_bytes), SETTLE_S if folder.has_file(f"{name}.part") else 0)
-        if found is None:
+        found = wait_for(lambda: _open_pair(folder, name, n_bytes) or not folder.has_file(f"{name}.part"), SETTLE_S)
+        if found is True:
+            return None
+        if not found:
             folder.remove_part(name)
             return None
         fds, boot = found

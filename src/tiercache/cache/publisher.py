@@ -205,14 +205,16 @@ class Publisher:
                 if isinstance(error, StoreError):
                     growth.end(error)
                     raise
+                fetch.forget()
+                self.owners.ensure()
+                growth.drop()
             except BaseException as error:
                 growth.end(error)
                 raise
             finally:
                 growth.close()
-            fetch.forget()
-            self.owners.ensure()
-            growth.drop()
+            if self._offer_copy(fetch):  # where locks lie: by whoever took the part's name
+                return None
         fetch.refuse(fetch.open_units()[0])  # somebody deletes parts as fast as we make them
         return None
 

@@ -32,6 +32,8 @@ _LOST = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_ERROR,
 )
+# Where locks lie, a file that was just made may be replaced by who saw it empty, and its successor too.
+_N_FILES = 4
 _SUFFIXES = ("", "-wal", "-shm", "-journal")
 # What goes wrong with the file, in the system's words. Other codes are mistakes of ours and stay SQLite's errors.
 _ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
@@ -80,7 +82,7 @@ class Database:
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """What work(connection) returns, done in one immediate transaction; rolled back if it raises.
 
-        Where the file turns out to be gone or damaged, work is done again, once, on a fresh one.
+        Where the file turns out to be gone or damaged, work is done again on a fresh one.
 
         Raises:
             OSError: the file is busy for too long (EBUSY), its disk is full (ENOSPC), or it cannot be read, written or
@@ -101,15 +103,16 @@ class Database:
             # threads would else give up one after the other, BUSY_S apart.
             if self._gave_up is not None and came_s < self._gave_up[0]:
                 raise self._gave_up[1]
-            try:
-                return self._attempt(work)
-            except sqlite3.DatabaseError as error:
-                code = error.sqlite_errorcode & 0xFF
-                if code == sqlite3.SQLITE_BUSY:
-                    self._gave_up = SYSTEM_CLOCK.monotonic(), error
-                if code not in _LOST:
-                    raise
-            self.replace()
+            for _ in range(_N_FILES - 1):
+                try:
+                    return self._attempt(work)
+                except sqlite3.DatabaseError as error:
+                    code = error.sqlite_errorcode & 0xFF
+                    if code == sqlite3.SQLITE_BUSY:
+                        self._gave_up = SYSTEM_CLOCK.monotonic(), error
+                    if code not in _LOST:
+                        raise
+                self.replace()
             return self._attempt(work)
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -135,14 +138,14 @@ class Database:
             self._guard_files()
             reach("catalog.guarded")
             # Before it is opened: of a file that is replaced meanwhile (where locks lie) the connection is a stale one.
-            inode = _inode(self.path)
+            self._inode = _inode(self.path)
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 self._set_up(connection)
             except BaseException:
                 connection.close()
                 raise
-            self._connection, self._inode = connection, inode
+            self._connection = connection
         return connection
 
     def _guard_files(self) -> None:
@@ -172,7 +175,7 @@ class Database:
     def _set_up(self, connection: sqlite3.Connection) -> None:
         # Mostly not synced: after a power loss the machine has another boot id, and the owner makes the tables anew.
         connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
-        connection.execute(f"PRAGMA journal_mode={'WAL' if self._wal else 'TRUNCATE'}")
+        _set_journal(connection, "WAL" if self._wal else "TRUNCATE")
         connection.execute("BEGIN IMMEDIATE")
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             self._prepare(connection)
@@ -211,6 +214,24 @@ class Database:
             connection, self._connection, self._inode = self._connection, None, 0
             if connection is not None:
                 connection.close()
+
+
+def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
+    """Set how the file is kept whole. Where locks lie others may be at the same: here SQLite itself does not wait."""
+    busy: list[sqlite3.OperationalError] = []
+
+    def is_set() -> bool:
+        try:
+            connection.execute(f"PRAGMA journal_mode={mode}")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            busy[:] = [error]
+            return False
+        return True
+
+    if not wait_for(is_set, BUSY_S):
+        raise busy[0]
 
 
 def _inode(path: Path) -> int:
