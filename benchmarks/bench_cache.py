@@ -5,10 +5,11 @@
 hit: a lookup, a lease and a mapping in an open data set, given back again, beside open, flock, fstat, mmap and close by
 hand in Python and in C. The required figure is a median under 20 us.
 records: shuffled epochs by the loader, of copies in the cache and of the same files in a local folder, in turns.
-readers: hits a second of 1 to 32 threads and processes, beside the same by hand.
+readers: hits a second of 1 to 32 threads and processes, beside the same by hand; of threads also how often one had to
+wait (voluntary switches) a hit.
 
-Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root), but not for
-readers: each process would have a processor alone, one after the other.
+Rows go to cache.jsonl. On a busy machine: chrt -f 10 (root), but not with --kind processes: each would have a processor
+alone, one after the other.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 REQUIRED_US = 20.0
 READERS = (1, 2, 8, 32)
+KINDS = ("threads", "processes")
 MARKS = ("<!-- cache hits: begin -->", "<!-- cache hits: end -->")
 Row = dict[str, Any]
 
@@ -110,13 +112,19 @@ def readers(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
     rows = []
     for n in READERS[:2] if given.quick else READERS:
         found: dict[tuple[str, str], list[float]] = {}
-        for _ in range(min(given.repetitions, 3)):
+        waits: dict[tuple[str, str], list[float]] = {}
+        for _ in range(given.repetitions):
             for how, way in in_threads.items():
-                found.setdefault(("threads", how), []).append(rate_of_threads(way, len(objects), n, min_s))
-                rate = rate_of_processes(how, str(folder), url, n, min_s)
-                found.setdefault(("processes", how), []).append(rate)
+                if "threads" in given.kind:
+                    rate, n_waits = rate_of_threads(way, len(objects), n, min_s)
+                    found.setdefault(("threads", how), []).append(rate)
+                    waits.setdefault(("threads", how), []).append(n_waits)
+                if "processes" in given.kind:
+                    rate = rate_of_processes(how, str(folder), url, n, min_s)
+                    found.setdefault(("processes", how), []).append(rate)
         rows += [
             {"stage": "readers", "kind": kind, "case": how, "n": n, **spread(rates)}
+            | ({"waits": statistics.median(waits[kind, how])} if kind == "threads" else {})
             for (kind, how), rates in found.items()
         ]
     cache.close()
@@ -144,7 +152,8 @@ def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
             ]
         else:
             figure = f"{row['median'] / 1e3:,.1f} thousand hits/s"
-            yield [f"{row['n']} {row['kind']}", row["case"], figure, f"{row['of_one']:.2f} x one"]
+            waits = f", {row['waits']:.1f} waits a hit" if "waits" in row else ""
+            yield [f"{row['n']} {row['kind']}", row["case"], figure, f"{row['of_one']:.2f} x one{waits}"]
 
 
 STAGES = {"hit": hit, "records": records, "readers": readers}
@@ -154,6 +163,7 @@ def main() -> None:
     """Measure, print and write rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, help="of readers")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shards", type=int, default=320)
     parser.add_argument("--folder", type=Path, default=OUT, help="where data, cache and rows go")

@@ -11,16 +11,12 @@ tier_inventory.jsonl; --quick is small, to see that it runs.
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rows import OUT, spread, table, write_rows
+from cases import Bench, mib, peak_bytes
+from rows import spread
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory import take_inventory
@@ -70,9 +66,14 @@ class Books:
         return self._known.get(tier, {})
 
 
-def measure(case: str, n: int, repetitions: int) -> dict[str, Any]:
-    """One case, in this process: seven of ten objects at home, two in the archive, one in the hot tier and at home."""
-    ranges = {"hot": range(n // 10), "standard": range(n * 7 // 10), "archive": range(n * 8 // 10, n)}
+def ranges_of(n: int) -> dict[str, range]:
+    """Numbers of objects in each tier: seven of ten at home, two in the archive, one in the hot tier and at home."""
+    return {"hot": range(n // 10), "standard": range(n * 7 // 10), "archive": range(n * 8 // 10, n)}
+
+
+def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
+    """One case, in this process."""
+    ranges, repetitions = ranges_of(options["objects"]), options["repetitions"]
     keep = {"hot": Keep(best=(Best(metric="val_loss", n=2, mode="min"),))}
     tiers = tuple(Tier(name=name, role=name, url=f"memory://{name}") for name in NAMES)
     file = TierFile(
@@ -107,57 +108,23 @@ def measure(case: str, n: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def cells(row: Mapping[str, Any]) -> Sequence[str]:
+    """What people see of a row."""
+    counts = [f"{row[name]:,}" for name in ("objects", "groups", "copies")]
+    times = [f"{row[name]['median']:.2f}" for name in ("seconds", "listing_s")]
+    return [*counts, *times, mib(row["peak_bytes"]), mib(row["made_bytes"])]
 
 
-def in_a_process(case: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One case, in a process of its own."""
-    numbers = ["--objects", str(given.objects), "--repetitions", str(given.repetitions)]
-    command = [sys.executable, __file__, "--case", case, *numbers]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    row: dict[str, Any] = json.loads(done.stdout)
-    return row
-
-
-def printed(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for people."""
-    lines = [
-        [
-            row["case"],
-            f"{row['objects']:,}",
-            f"{row['groups']:,}",
-            f"{row['copies']:,}",
-            f"{row['seconds']['median']:.2f}",
-            f"{row['listing_s']['median']:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['made_bytes'] / 2**20:.0f}",
-        ]
-        for row in rows
-    ]
-    return table(["case", "objects", "groups", "copies", "s", "of it listing", "peak MiB", "made MiB"], lines)
-
-
-def main() -> None:
-    """Measure, print and write rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=1_000_000)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=OUT, help="where the row goes")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case:
-        print(json.dumps(measure(given.case, given.objects, given.repetitions)))
-        return
-    if given.quick:
-        given.objects, given.repetitions = 5_000, 1
-    rows = [in_a_process(case, given) for case in given.only]
-    print(printed(rows))
-    write_rows(given.folder / "tier_inventory.jsonl", rows)
-
+BENCH = Bench(
+    name="tier_inventory",
+    script=__file__,
+    doc=str(__doc__),
+    cases=CASES,
+    options={"objects": 1_000_000, "repetitions": 3},
+    measure=measure,
+    titles=["objects", "groups", "copies", "s", "of it listing", "peak MiB", "made MiB"],
+    cells=cells,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

@@ -6,6 +6,9 @@ The plain copy reads a part, writes it, and reads the next, several objects at o
 side by side, as a transfer has them; it sums nothing and looks at nothing afterwards. The S3 server is SeaweedFS on
 this machine. A case is a way (from, to) with objects of one size. The two take turns, each repetition beginning with
 the other one; the disk is idle when the clock starts, and files are durable when it stops.
+
+Copies in a folder are read back from their disk a grace later, before their sources go. That is timed, too, by a clock
+of its own: "proof" is its speed, and "in all" the share of the plain copy's speed when both are counted.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rows import OUT, spread, table, write_rows
 from tiercache.model import ByteRange
+from tiercache.store import LocalFolder
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
+from tiercache.tier.pieces import Buffers
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
 from tiercache.tierfile import Tier, TierFile
@@ -41,7 +44,18 @@ SIZES = {"64 MiB": 64 << 20, "8 MiB": 8 << 20, "64 KiB": 64 << 10}
 MOST_OBJECTS = 1000
 QUICK_BYTES = 256 << 10
 WAYS = ("folder-folder", "folder-s3", "s3-folder", "s3-s3", "folder-s3.obstore")
-TITLES = ("way", "objects", "plain MB/s", "moved MB/s", "share", "min - max", "CPU s/GB plain", "CPU s/GB")
+TITLES = (
+    "way",
+    "objects",
+    "plain MB/s",
+    "moved MB/s",
+    "share",
+    "min - max",
+    "proof MB/s",
+    "in all",
+    "CPU s/GB plain",
+    "CPU s/GB",
+)
 
 
 @dataclass(frozen=True)
@@ -70,23 +84,25 @@ def plain(case: Case) -> None:
 
     def copy(one: PlannedObject) -> None:
         if archive is None:
-            copy_in_order(src, dst, one)
+            copy_in_order(src, dst, one, buffers)
         else:
             copy_side_by_side(src, archive, one, threads)
 
+    buffers = Buffers()
     with ThreadPoolExecutor(max(case.jobs, TOGETHER)) as threads, ThreadPoolExecutor(case.jobs) as pool:
         list(pool.map(copy, case.objects))
 
 
-def copy_in_order(src: Store, dst: Store, one: PlannedObject) -> None:
-    """A part after the other."""
-    buffer = memoryview(np.empty(min(one.n_bytes, PART_BYTES), np.uint8)).cast("B")
+def copy_in_order(src: Store, dst: Store, one: PlannedObject, buffers: Buffers) -> None:
+    """A part after the other, in memory like the transfer's: whole pages, which a folder writes past the page cache."""
+    buffer = buffers.take(min(one.n_bytes, PART_BYTES))
     with dst.create(one.key) as upload:
         for number, span in enumerate(parts(one.n_bytes)):
-            part = buffer[: span.n_bytes]
+            part = buffer.data[: span.n_bytes]
             src.read_into(one.key, [(span, part)])
             upload.put_part(number, part)
         upload.complete()
+    buffers.give(buffer)
 
 
 def copy_side_by_side(src: Store, archive: S3Archive, one: PlannedObject, threads: ThreadPoolExecutor) -> None:
@@ -120,6 +136,12 @@ def moved(case: Case) -> None:
     """What the mover does with them: copied, summed, verified."""
     with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
         list(pool.map(lambda one: transfer.copy(case.src, case.dst, one), case.objects))
+
+
+def proven(case: Case) -> None:
+    """What the mover does before it drops what copies in a folder were made from."""
+    with Transfer(case.stores, jobs=case.jobs) as transfer, ThreadPoolExecutor(case.jobs) as pool:
+        list(pool.map(lambda one: transfer.prove(case.dst, case.stores.head(case.dst, one.key)), case.objects))
 
 
 def cases(server: S3Server, folder: Path, asked: argparse.Namespace, wanted_bytes: int) -> Iterator[Case]:
@@ -168,6 +190,8 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
     ways: dict[str, Callable[[Case], None]] = {"plain": plain, "moved": moved}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
+    proof_s: list[float] = []
+    is_folder = isinstance(case.stores.store(case.dst), LocalFolder)
     for copy in ways.values():  # the first request of a client takes its time
         copy(replace(case, objects=case.objects[:1]))
         case.stores.store(case.dst).delete([case.objects[0].key])
@@ -178,8 +202,20 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
             ways[name](case)
             seconds[name].append(time.perf_counter() - start_s)
             cpu[name].append(time.process_time() - start_cpu_s)
+            if name == "moved" and is_folder:
+                start_s = time.perf_counter()
+                proven(case)
+                proof_s.append(time.perf_counter() - start_s)
             case.stores.store(case.dst).delete([one.key for one in case.objects])
-    return row(case, seconds, cpu)
+    return {**row(case, seconds, cpu), **proof_row(case, seconds, proof_s)}
+
+
+def proof_row(case: Case, seconds: dict[str, list[float]], proof_s: list[float]) -> dict[str, Any]:
+    """The speed of reading back, and the share of the plain copy's when it is counted in; None where nothing is."""
+    if not proof_s:
+        return {"proof_bytes_per_s": None, "share_in_all": None}
+    in_all = [a / (b + c) for a, b, c in zip(seconds["plain"], seconds["moved"], proof_s, strict=True)]
+    return {"proof_bytes_per_s": spread([case.n_bytes / s for s in proof_s]), "share_in_all": spread(in_all)}
 
 
 def row(case: Case, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
@@ -202,6 +238,7 @@ def row(case: Case, seconds: dict[str, list[float]], cpu: dict[str, list[float]]
 def line(found: dict[str, Any]) -> Sequence[str]:
     """A row for people."""
     speeds, cpu = found["bytes_per_s"], found["cpu_s_per_gb"]
+    proof, in_all = found["proof_bytes_per_s"], found["share_in_all"]
     return [
         found["case"],
         f"{found['n_objects']:,}",
@@ -209,6 +246,8 @@ def line(found: dict[str, Any]) -> Sequence[str]:
         f"{speeds['moved']['median'] / 1e6:,.0f}",
         f"{found['share']:.2f}",
         f"{found['shares']['min']:.2f} - {found['shares']['max']:.2f}",
+        f"{proof['median'] / 1e6:,.0f}" if proof else "",
+        f"{in_all['median']:.2f}" if in_all else "",
         f"{cpu['plain']['median']:.2f}",
         f"{cpu['moved']['median']:.2f}",
     ]

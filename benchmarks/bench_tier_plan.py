@@ -11,11 +11,6 @@ tier_plan.jsonl; --quick is small, to see that it runs.
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rows import OUT, spread, table, write_rows
+from cases import Bench, mib, peak_bytes
+from rows import spread
 from tiercache.prices import prices_of
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import CHECKPOINT, FILE, HERE, NO_SERIES, NO_STEP, SHARD, Snapshot
@@ -31,7 +27,7 @@ from tiercache.tier.policy import decide
 from tiercache.tierfile import Keep, Rule, Tier, TierFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 CASES = ("mixed", "all", "none")
 NOW_S, DAY_S = 1_790_000_000.0, 86_400.0
@@ -132,13 +128,9 @@ def made_snapshot(n: int) -> Snapshot:
     )
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure(case: str, n: int, n_rules: int, repetitions: int) -> dict[str, Any]:
+def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
     """One case, in this process."""
+    n, n_rules, repetitions = (options[name] for name in ("objects", "rules", "repetitions"))
     snapshot, file = made_snapshot(n), made_file(case, n_rules)
     prices = [prices_of(tier) for tier in TIERS]
     before, times, processor, matching = peak_bytes(), [], [], []
@@ -168,57 +160,23 @@ def measure(case: str, n: int, n_rules: int, repetitions: int) -> dict[str, Any]
     }
 
 
-def in_a_process(case: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One case, in a process of its own."""
-    numbers = [str(value) for value in (given.objects, given.rules, given.repetitions)]
-    command = [sys.executable, __file__, "--case", case, "--objects", numbers[0], "--rules", numbers[1]]
-    done = subprocess.run([*command, "--repetitions", numbers[2]], check=True, stdout=subprocess.PIPE, text=True)
-    row: dict[str, Any] = json.loads(done.stdout)
-    return row
+def cells(row: Mapping[str, Any]) -> Sequence[str]:
+    """What people see of a row."""
+    counts = [f"{row[name]:,}" for name in ("objects", "rules", "moves", "refusals")]
+    times = [f"{row[name]['median']:.2f}" for name in ("seconds", "cpu_s", "matching_s")]
+    return [*counts, *times, mib(row["peak_bytes"]), mib(row["made_bytes"])]
 
 
-def printed(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for people."""
-    lines = [
-        [
-            row["case"],
-            f"{row['objects']:,}",
-            str(row["rules"]),
-            f"{row['moves']:,}",
-            f"{row['refusals']:,}",
-            f"{row['seconds']['median']:.2f}",
-            f"{row['cpu_s']['median']:.2f}",
-            f"{row['matching_s']['median']:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['made_bytes'] / 2**20:.0f}",
-        ]
-        for row in rows
-    ]
-    return table(
-        ["case", "objects", "rules", "moves", "refused", "s", "CPU s", "of it matching", "peak MiB", "made MiB"], lines
-    )
-
-
-def main() -> None:
-    """Measure, print and write rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=1_000_000)
-    parser.add_argument("--rules", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=OUT, help="where the row goes")
-    parser.add_argument("--quick", action="store_true", help="small: to see that it runs")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case:
-        print(json.dumps(measure(given.case, given.objects, given.rules, given.repetitions)))
-        return
-    if given.quick:
-        given.objects, given.repetitions = 5_000, 1
-    rows = [in_a_process(case, given) for case in given.only]
-    print(printed(rows))
-    write_rows(given.folder / "tier_plan.jsonl", rows)
-
+BENCH = Bench(
+    name="tier_plan",
+    script=__file__,
+    doc=str(__doc__),
+    cases=CASES,
+    options={"objects": 1_000_000, "rules": 20, "repetitions": 3},
+    measure=measure,
+    titles=["objects", "rules", "moves", "refused", "s", "CPU s", "of it matching", "peak MiB", "made MiB"],
+    cells=cells,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import threading
 import time
 from pathlib import Path
@@ -52,21 +53,24 @@ def timed(hit: Callable[[int, int], None], n_objects: int, min_s: float, first: 
             return n, took_s
 
 
-def rate_of_threads(hit: Callable[[int, int], None], n_objects: int, n_threads: int, min_s: float) -> float:
-    """Hits a second of some threads together."""
-    gate, rates = threading.Barrier(n_threads), [0.0] * n_threads
+def rate_of_threads(
+    hit: Callable[[int, int], None], n_objects: int, n_threads: int, min_s: float
+) -> tuple[float, float]:
+    """Hits a second of some threads together, and how often a hit's thread had to wait for Python's lock or another."""
+    gate, rates, counts = threading.Barrier(n_threads), [0.0] * n_threads, [0] * n_threads
+    waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
     def read(number: int) -> None:
         gate.wait()
         n, took_s = timed(hit, n_objects, min_s, number * n_objects // n_threads)
-        rates[number] = n / took_s
+        rates[number], counts[number] = n / took_s, n
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(n_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(rates)
+    return sum(rates), (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - waits) / sum(counts)
 
 
 def _child(how: str, folder: str, url: str, min_s: float, number: int, pipe: Connection) -> None:

@@ -99,7 +99,7 @@ class OpenedVersion:
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
-            warn_if_larger(self.url, int(self.table.n_bytes.sum()), self.cache)
+            warn_if_larger(self.url, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:

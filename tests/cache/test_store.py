@@ -95,3 +95,22 @@ def test_copies_of_shards_stay_when_their_key_is_written(world):
     world.fetch(store, "a")
     store.delete(["a"])
     world.fetch(store, "a")
+
+
+def test_an_object_larger_than_the_cache_is_read_past_it_and_said_once(world):
+    world.put("large", 300_000)
+    world.put("larger", 400_000)
+    world.put("a")
+    cache = world.cache(200_000)
+    store = world.store(cache)
+    with store.open_local("a") as lease:
+        assert lease.wait([ByteRange(0, 1)])
+    with pytest.warns(
+        RuntimeWarning, match=r"/large has 293.0 KiB, more than all of the cache \(195.3 KiB\).*larger cache"
+    ):
+        assert store.open_local("large") is None
+    for key in ("large", "larger"):
+        assert store.open_local(key) is None
+        assert read(store, key, 1000, 290_000) == world.data[key][1000:290_000]
+    assert len(world.copies()) == 1, "nothing was evicted for what cannot be had"
+    assert cache.stats()["evicted"] == 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import weakref
+from threading import Lock
 
+import numpy as np
 import pytest
+from tests.load.conftest import join_loading
 
 import tiercache as tc
+from tiercache.load.window import Loading
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 1000
@@ -24,8 +29,8 @@ def server(tmp_path):
 
 
 def test_a_data_set_larger_than_its_cache_is_warned_of_once_with_the_arithmetic(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size=3000, free_floor="0%") as cache:
-        with pytest.warns(RuntimeWarning, match=r"KiB of shards, but the cache in .* holds 2.9 KiB: .* KiB \(\d\d%\)"):
+    with tc.Cache(tmp_path / "cache", size=6000, free_floor="0%") as cache:
+        with pytest.warns(RuntimeWarning, match=r"KiB of shards, but the cache in .* holds 5.9 KiB: .* KiB \(\d\d%\)"):
             dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         again = tc.Dataset(f"{server.url}/data", cache=cache)
         assert again[N - 1]["id"] == N - 1
@@ -62,3 +67,70 @@ def test_the_loaders_figures_survive_the_caches_folder(server, tmp_path):
         assert seen == list(range(N))
         assert loader.stats()["samples"] == N
         dataset.close()
+
+
+def test_shards_larger_than_the_cache_are_read_past_it_and_the_warning_counts_them(server, tmp_path):
+    n_shards = len([key for key in server.objects if "/shards/" in key])
+    with tc.Cache(tmp_path / "cache", size=3000, free_floor="0%") as cache:
+        said = (
+            rf"\(100%\) will be fetched .* every epoch, {n_shards} of {n_shards} shards because each is larger than all"
+        )
+        with pytest.warns(RuntimeWarning, match=said):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=100, shuffle=True)
+        assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
+        assert cache.entries() == []
+        dataset.close()
+
+
+class Windows:
+    """The windows that were loaded: how many of them, and how many bytes of what they decoded, are in memory."""
+
+    def __init__(self, monkeypatch):
+        self.refs, self.sizes, self.most_bytes, self.most = [], [], 0, 0
+        self._lock = Lock()
+        really_finish = Loading.finish
+
+        def finish(loading, threads):
+            loaded = really_finish(loading, threads)
+            self.refs.append([weakref.ref(blocks) for blocks in loaded.held])
+            self.sizes.append(loaded.private_bytes)
+            self.look()
+            return loaded
+
+        monkeypatch.setattr(Loading, "finish", finish)
+
+    def look(self):
+        with self._lock:  # who looks holds windows for that long, and the planner may load the next one meanwhile
+            self._count()
+
+    def _count(self):
+        alive = [[ref() for ref in refs if ref() is not None] for refs in list(self.refs)]
+        self.most = max(self.most, sum(map(bool, alive)))
+        self.most_bytes = max(self.most_bytes, sum(blocks.private_bytes for held in alive for blocks in held if blocks))
+
+
+def test_two_windows_are_the_most_that_is_in_memory_of_a_data_set_larger_than_its_cache(tmp_path, monkeypatch):
+    with tc.Writer(
+        tmp_path / "data", schema={"id": "int64"}, shard_size="2KiB", block_size="1KiB", compression="zstd:3"
+    ) as writer:
+        writer.write_batch({"id": np.random.default_rng(1).permutation(6 * N)})
+    windows = Windows(monkeypatch)
+    options = tc.LoaderOptions(seed=1, shuffle_group_bytes="16KiB", shuffle_window_bytes="4KiB", memory_bytes=1)
+    objects = {f"data/{f.relative_to(tmp_path / 'data')}": f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size=20_000, free_floor="0%") as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=64, shuffle=True, options=options)
+        for _ in range(2):
+            seen = []
+            for batch in loader:
+                seen += batch["id"].tolist()
+                windows.look()
+            assert sorted(seen) == list(range(6 * N))
+        del loader
+        join_loading()  # the next epoch's begin, which it has begun to read
+        dataset.close()
+    assert len(windows.sizes) > 20
+    assert windows.most == 2
+    assert 0 < windows.most_bytes <= 2 * max(windows.sizes)

@@ -186,6 +186,23 @@ def test_paths_and_file_urls_open_the_same_folder(tmp_path, make):
     assert store.url == str(root)
 
 
+def _is_cached(path):
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+def test_what_the_system_remembers_of_a_file_can_be_forgotten(store):
+    store.put("a", bytes(1 << 20))
+    if not _is_cached(store.root / "a"):
+        pytest.skip("the system does not say what it has cached")
+    store.forget_cached("a")
+    assert not _is_cached(store.root / "a")
+    assert store.get("a") == bytes(1 << 20)
+
+
 def _put_in_child(store, winners):
     winners.put(store.put_if_absent("prize", b"%d" % os.getpid()))
 

@@ -5,27 +5,22 @@ Then the folder is looked at as it lies, opened with no help by another child th
 looked at again. In some rounds a witness has the cache open all the while.
 """
 
-import argparse
 import fcntl
-import gc
-import json
 import os
 import random
-import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.stress import kills
 from tests.stress.inspection import DEADLINE_S, Inspection
 from tests.stress.jobs import JOBS, Job
+from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.stress.scene import SIZES, Model, Scene
 
-import tiercache
 from tiercache.testing.forks import Ended, ForkedChild
-from tiercache.testing.kill_points import Strike, points_in, reached, strike
+from tiercache.testing.kill_points import Strike, reached, strike
 
-MOST_HITS = 5  # of one job that a strike waits for
 EVERY_WITNESS = 4
 # These delete what the witness has open.
 WITHOUT_WITNESS = ("new_folder", "lost_catalog")
@@ -33,62 +28,31 @@ WITHOUT_WITNESS = ("new_folder", "lost_catalog")
 
 def points_here() -> dict[str, str]:
     """Every point of the source and where it stands, but those of tiers, which tests/stress/tier_rounds.py strikes."""
-    points = points_in(Path(tiercache.__file__).parent)
-    return {name: place for name, place in points.items() if not name.startswith("tier_")}
+    return points_where(lambda name: not name.startswith("tier_"))
 
 
 @dataclass
-class Report:
-    """Counts of one run. struck: by point; missed: rounds whose job ended before it got to the point."""
+class Report(kills.Report):
+    """witnessed: rounds in which another had the cache open."""
 
-    struck: Counter = field(default_factory=Counter)
-    missed: int = 0
     witnessed: int = 0
-    never_reached: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def n_struck(self) -> int:
-        return sum(self.struck.values())
-
-    def to_json(self) -> str:
-        rounds_per_s = (self.n_struck + self.missed) / max(self.seconds, 1e-9)
-        return json.dumps(vars(self) | {"n_struck": self.n_struck, "rounds_per_s": round(rounds_per_s, 1)})
 
 
-class Rounds:
-    """All rounds over one folder."""
+class Rounds(PointRounds[str]):
+    """All rounds over one folder; a place is a job."""
+
+    most_hits = 5
+    # Where locks lie one try in 3.4 strikes: a job often finds done what the strike waits for.
+    tries = (10, 100)
+    report: Report
 
     def __init__(self, root: Path, seed: int, only: str = "") -> None:
+        super().__init__({n: place for n, place in points_here().items() if only in n}, seed, Report())
         self.scene = Scene(root)
-        self.random = random.Random(seed)
-        self.points = {n: place for n, place in points_here().items() if only in n}
-        self.report = Report()
         self.model = Model({self.scene.names[key]: self.scene.data[key] for key in SIZES})
         self.inspection = Inspection(self.scene, self.model, seed)
-        self.hits: dict[str, Counter] = {}
-        self.now = ""
-
-    def run(self, n_rounds: int) -> Report:
-        """Strike until n_rounds have struck, or something is wrong."""
-        gc.freeze()  # a child's collector would copy every page of the parent's
-        began_s = time.monotonic()
-        self.learn()
-        n_tries = 0
-        while self.report.n_struck < n_rounds and not self.report.problems:
-            n_tries += 1
-            chosen = self.choose()
-            # Where locks lie one try in 3.4 strikes: a job often finds done what the strike waits for.
-            if chosen is None or n_tries > 10 * n_rounds + 100:
-                self.problem(f"{n_tries} tries struck {self.report.n_struck} times")
-                break
-            self.round(*chosen)
-        self.report.seconds = time.monotonic() - began_s
-        return self.report
 
     def learn(self) -> None:
-        """Let every job run once, to its end: what it reaches is where it can be struck."""
         for name in JOBS:
             self.inspection.plant()
             self.now = f"job {name}, not struck"
@@ -96,26 +60,14 @@ class Rounds:
             hits, ended = reached(work, deadline_s=DEADLINE_S)
             self.hits[name] = Counter(hits)
             self.take_in(ended, "it")
-            self.report.problems += [f"{self.now}: {problem}" for problem in self.inspection.problems()]
-        everywhere = set().union(*self.hits.values())
-        self.report.never_reached = [f"{n} ({at})" for n, at in self.points.items() if n not in everywhere]
+            self.problem(*self.inspection.problems())
 
-    def choose(self) -> tuple[str, Strike] | None:
-        """The point that was struck least, in one of the jobs that reach it, at one of the times."""
-        reachable = [point for point in self.points if any(point in hits for hits in self.hits.values())]
-        if not reachable:
-            return None
-        point = min(reachable, key=lambda p: (self.report.struck[p], self.random.random()))
-        job = self.random.choice([name for name, hits in self.hits.items() if point in hits])
-        return job, Strike(point, self.random.randint(1, min(self.hits[job][point], MOST_HITS)))
-
-    def round(self, job: str, at: Strike) -> None:
-        """Strike once, and look what it did."""
+    def round(self, place: str, at: Strike) -> None:
         self.inspection.plant()
-        self.now = f"job {job} struck at {at.point} ({self.points[at.point]}), time {at.nth}"
-        is_watched = self.report.n_struck % EVERY_WITNESS == 0 and job not in WITHOUT_WITNESS
+        self.now = f"job {place} struck at {at.point} ({self.points[at.point]}), time {at.nth}"
+        is_watched = self.report.n_struck % EVERY_WITNESS == 0 and place not in WITHOUT_WITNESS
         witness = Witness(self.scene) if is_watched else None
-        struck = strike(self.work_of(job), at, deadline_s=DEADLINE_S)
+        struck = strike(self.work_of(place), at, deadline_s=DEADLINE_S)
         if struck.hit:
             self.model.take_in(struck.lines)
             self.report.struck[at.point] += 1
@@ -125,7 +77,7 @@ class Rounds:
         if witness is not None:
             self.report.witnessed += 1
             self.take_in(witness.go_on(), "who had the cache open")
-        self.report.problems += [f"{self.now}: {problem}" for problem in self.inspection.problems()]
+        self.problem(*self.inspection.problems())
 
     def work_of(self, job: str):
         seed = self.random.random()
@@ -134,11 +86,7 @@ class Rounds:
     def take_in(self, ended: Ended, who: str) -> None:
         if not ended.hung:  # what it told stands between the lines of its traceback
             self.model.take_in(ended.lines)
-        if ended.code:
-            self.problem(f"{who} {'hung' if ended.hung else 'failed'}: {ended.error}")
-
-    def problem(self, text: str) -> None:
-        self.report.problems.append(f"{self.now}: {text}")
+        self.took(ended, who)
 
 
 class Witness:
@@ -174,20 +122,14 @@ class Witness:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="points whose name holds this")
+    parser = rounds_asked()
     parser.add_argument(
         "--locks", choices=["hold", "lie"], default="hold", help="lie: flock does nothing and says it did"
     )
     asked = parser.parse_args()
     if asked.locks == "lie":
         fcntl.flock = lambda fd, operation: None
-    report = Rounds(asked.folder, asked.seed, asked.only).run(asked.rounds)
-    print(report.to_json())
-    sys.exit(1 if report.problems else 0)
+    run_and_report(Rounds(asked.folder, asked.seed, asked.only), asked.rounds)
 
 
 if __name__ == "__main__":

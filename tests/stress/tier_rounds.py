@@ -5,55 +5,35 @@ n-th time that it reaches one point. The oracle of tests/tier looks at the tiers
 that come then, in processes of their own and with no help, days apart: in the end all is where the rules want it.
 """
 
-import argparse
-import gc
-import json
 import os
-import random
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.stress import kills
+from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.tier.jobs import JOBS, TierJob, heal
 from tests.tier.world import SHAPES, World
 
-import tiercache
 from tiercache.testing.forks import Ended, run_forked
-from tiercache.testing.kill_points import Strike, points_in, reached, strike
+from tiercache.testing.kill_points import Strike, reached, strike
 
 DEADLINE_S = 120.0
-MOST_HITS = 6  # of one job that a strike waits for
 HEALING_DAYS = (0.0, 1.5, 1.5)  # before each of the runs after a death
 
 
 def points_of_tiers() -> dict[str, str]:
     """Every point of an area of tiers, and where it stands in the source."""
-    points = points_in(Path(tiercache.__file__).parent)
-    return {name: place for name, place in points.items() if name.startswith("tier_")}
+    return points_where(lambda name: name.startswith("tier_"))
 
 
 @dataclass
-class Report:
-    """Counts of one run. struck: by point; missed: rounds whose job ended before it got to the point."""
+class Report(kills.Report):
+    """by_job: strikes by job and world."""
 
-    struck: Counter = field(default_factory=Counter)
     by_job: Counter = field(default_factory=Counter)
-    missed: int = 0
-    never_reached: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def n_struck(self) -> int:
-        return sum(self.struck.values())
-
-    def to_json(self) -> str:
-        rounds_per_s = (self.n_struck + self.missed) / max(self.seconds, 1e-9)
-        return json.dumps(vars(self) | {"n_struck": self.n_struck, "rounds_per_s": round(rounds_per_s, 1)})
 
 
 class Scenes:
@@ -96,36 +76,20 @@ def _link_or_copy(src: str, dst: str) -> None:
     (shutil.copy2 if "/state/" in src or src.endswith(".lock") else os.link)(src, dst)
 
 
-class Rounds:
-    """All rounds over one folder."""
+class Rounds(PointRounds[tuple[str, str]]):
+    """All rounds over one folder; a place is a job and the shape of its world."""
+
+    most_hits = 6
+    tries = (4, 50)
+    report: Report
 
     def __init__(self, root: Path, seed: int, only: str = "", shapes: tuple[str, ...] = SHAPES) -> None:
+        points = {name: place for name, place in points_of_tiers().items() if only in name}
+        super().__init__(points, seed, Report())
         self.shapes = shapes
         self.scenes = Scenes(root)
-        self.random = random.Random(seed)
-        self.points = {name: place for name, place in points_of_tiers().items() if only in name}
-        self.report = Report()
-        self.hits: dict[tuple[str, str], Counter] = {}
-        self.now = ""
-
-    def run(self, n_rounds: int) -> Report:
-        """Strike until n_rounds have struck, or something is wrong."""
-        gc.freeze()  # a child's collector would copy every page of the parent's
-        began_s = time.monotonic()
-        self.learn()
-        n_tries = 0
-        while self.report.n_struck < n_rounds and not self.report.problems:
-            n_tries += 1
-            chosen = self.choose()
-            if chosen is None or n_tries > 4 * n_rounds + 50:
-                self.problem(f"{n_tries} tries struck {self.report.n_struck} times")
-                break
-            self.round(*chosen)
-        self.report.seconds = time.monotonic() - began_s
-        return self.report
 
     def learn(self) -> None:
-        """Let every job run once, to its end: what it reaches is where it can be struck."""
         for job in JOBS.values():
             for shape in sorted({*job.shapes} & {*self.shapes}):
                 self.now = f"{job.name} ({shape}), not struck"
@@ -137,22 +101,10 @@ class Rounds:
                     hits, ended = reached(self.work(job, world), deadline_s=DEADLINE_S)
                     self.hits[job.name, shape] = Counter(hits)
                     self.took(ended, "it")
-                    self.report.problems += [f"{self.now}: {problem}" for problem in world.look()]
-        everywhere = set().union(*self.hits.values())
-        self.report.never_reached = [f"{n} ({at})" for n, at in self.points.items() if n not in everywhere]
+                    self.problem(*world.look())
 
-    def choose(self) -> tuple[TierJob, str, Strike] | None:
-        """The point that was struck least, in one of the jobs that reach it, at one of the times."""
-        reachable = [point for point in self.points if any(point in hits for hits in self.hits.values())]
-        if not reachable:
-            return None
-        point = min(reachable, key=lambda p: (self.report.struck[p], self.random.random()))
-        name, shape = self.random.choice([where for where, hits in self.hits.items() if point in hits])
-        nth = self.random.randint(1, min(self.hits[name, shape][point], MOST_HITS))
-        return JOBS[name], shape, Strike(point, nth)
-
-    def round(self, job: TierJob, shape: str, at: Strike) -> None:
-        """Strike once, and look what it did."""
+    def round(self, place: tuple[str, str], at: Strike) -> None:
+        job, shape = JOBS[place[0]], place[1]
         self.now = f"{job.name} ({shape}) struck at {at.point} ({self.points[at.point]}), time {at.nth}"
         world = self.scenes.lay(job, shape)
         with world.entered():
@@ -164,7 +116,7 @@ class Rounds:
             else:
                 self.report.missed += 1
                 self.took(struck.ended, "it")
-            self.report.problems += [f"{self.now}: as it lies: {problem}" for problem in world.look()]
+            self.problem(*(f"as it lies: {problem}" for problem in world.look()))
             self.heal(world)
 
     def work(self, job: TierJob, world: World) -> Callable:
@@ -178,29 +130,14 @@ class Rounds:
             if not self.took(run_forked(lambda tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S), "a run"):
                 return
             found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])
-            self.report.problems += [f"{self.now}: after run {number}: {problem}" for problem in found]
-
-    def took(self, ended: Ended, who: str) -> bool:
-        """Whether a child ended well; the problem is noted where it did not."""
-        if ended.code:
-            self.problem(f"{who} {'hung' if ended.hung else 'failed'}: {ended.error}")
-        return not ended.code
-
-    def problem(self, text: str) -> None:
-        self.report.problems.append(f"{self.now}: {text}")
+            self.problem(*(f"after run {number}: {problem}" for problem in found))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="points whose name holds this")
+    parser = rounds_asked()
     parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES, help="worlds, see tests/tier/world.py")
     asked = parser.parse_args()
-    report = Rounds(asked.folder, asked.seed, asked.only, tuple(asked.shapes)).run(asked.rounds)
-    print(report.to_json())
-    sys.exit(1 if report.problems else 0)
+    run_and_report(Rounds(asked.folder, asked.seed, asked.only, tuple(asked.shapes)), asked.rounds)
 
 
 if __name__ == "__main__":

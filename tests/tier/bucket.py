@@ -228,8 +228,8 @@ class DiskBucket(Store):
         self.counters.add("bytes_written", len(data))
         return self._info(key, about, data)
 
-    def create(self, key: str, *, storage_class: str | None = None, if_absent: bool = False) -> Upload:
-        del if_absent
+    def create(self, key: str, *, storage_class: str | None = None, if_absent: bool = False, if_match=None) -> Upload:
+        del if_absent, if_match
         with self._call("create", key):
             return _BucketUpload(self, check_key(key), storage_class or "")
 
@@ -287,8 +287,9 @@ class DiskBucket(Store):
         if_match=None,
         crc32c=None,
         if_absent=False,
+        over=None,
     ) -> ObjectInfo:
-        del crc32c
+        del crc32c, over
         with self._call("copy_from", key) as due:
             about, data = src._read(src_key, "")
             self._check_match(key, about, if_match)

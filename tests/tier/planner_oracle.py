@@ -6,6 +6,7 @@ For tiers without capacities, where no group depends on how full a tier is. It f
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,9 @@ class Expected:
 class PlannerOracle:
     """Knows the rules; decides of each group by itself."""
 
-    def __init__(self, file: Any, prices: Any, groups: list[Group]) -> None:
-        self.file, self.groups = file, groups
+    def __init__(self, file: Any, prices: Any, groups: list[Group], unseen: Collection[str] = ()) -> None:
+        """unseen: names of tiers whose disks may not be mounted."""
+        self.file, self.groups, self.unseen = file, groups, unseen
         self.prices = dict(zip(TIERS, prices, strict=True))
         self.urls = {tier.name: tier.url for tier in file.tiers}
         self.newest = self._newest()
@@ -190,6 +192,8 @@ class PlannerOracle:
         if held or self.is_pinned(group):
             return True
         if wish.action == "delete" and group.tags:
+            return True
+        if (wish.action == "delete" and len(self.unseen) > 0) or wish.dst in self.unseen:
             return True
         if row in self.newest:
             if wish.action in ("delete", "reclass"):

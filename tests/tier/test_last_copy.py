@@ -28,8 +28,8 @@ GROUPS = [group.name for group in pool()]
 CHECKPOINTS = [name for name in GROUPS if name.startswith("checkpoints/")]
 KEYS = [key for group in pool() for key in group.keys]
 SIZES = (1, 700, 20_000)
-VERBS = ("head", "read_into", "get", "put", "put_if_absent", "create", "put_part", "complete", "delete", "list",
-         "set_class", "copy_from")  # fmt: skip
+VERBS = ("head", "read_into", "read_tail", "get", "put", "put_if_absent", "create", "put_part", "complete", "delete",
+         "list", "set_class", "copy_from")  # fmt: skip
 
 groups = st.sampled_from(GROUPS)
 keys = st.sampled_from(KEYS)

@@ -125,7 +125,9 @@ def test_killed_at_any_point_nothing_is_lost_and_the_next_finishes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.LOST_ANSWER])
-@pytest.mark.parametrize("verb", ["head", "get", "put", "put_if_absent", "read_into", "complete", "delete", "list"])
+@pytest.mark.parametrize(
+    "verb", ["head", "read_tail", "put", "put_if_absent", "read_into", "complete", "delete", "list"]
+)
 def test_a_store_that_fails_at_any_call_loses_nothing(tmp_path, verb, kind):
     for nth, tier in ((1, "standard"), (2, "archive"), (4, "standard")):
         world = prepared(tmp_path, f"{tier}{nth}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.s3_fixtures import s3_server  # noqa: F401
 
-from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.errors import CommitConflict, StoreError
 from tiercache.points import set_hook
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
@@ -83,13 +82,13 @@ def test_after_any_changes_it_says_what_a_dict_would(steps):
 def test_where_there_is_no_mark_one_small_get_tells(store):
     counting = CountingStore(store)
     assert placement.read(counting) is None
-    assert counting.calls == [("get", MARK_KEY)]
+    assert counting.calls == [("read_tail", MARK_KEY)]
 
 
 def test_who_may_not_list_a_bucket_is_told_that_a_mark_that_is_not_there_is_forbidden(store):
-    forbidden = FaultStore(store, [Fault("get", keys=MARK_KEY, status=403, retryable=False)])
+    forbidden = FaultStore(store, [Fault("read_tail", keys=MARK_KEY, status=403, retryable=False)])
     assert placement.read(forbidden) is None
-    failing = FaultStore(store, [Fault("get", keys=MARK_KEY, status=503)])
+    failing = FaultStore(store, [Fault("read_tail", keys=MARK_KEY, status=503)])
     with pytest.raises(StoreError, match="scripted fault"):
         placement.read(failing)
 
@@ -98,7 +97,7 @@ def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbi
     for n in range(3):
         placement.commit(store, {f"{n}": row(f"{n}")})
     keys = [placement.placement_key(number) for number in range(4, 60)]
-    forbidden = [Fault("get", keys=key, status=403, retryable=False, times=9999) for key in keys]
+    forbidden = [Fault("read_tail", keys=key, status=403, retryable=False, times=9999) for key in keys]
     cannot_list = Fault("list", status=403, retryable=False, times=9999)
     found = placement.read(FaultStore(store, [*forbidden, cannot_list]))
     assert (found.number, len(found)) == (3, 3)
@@ -106,7 +105,7 @@ def test_who_may_not_list_a_bucket_finds_the_newest_though_the_next_one_is_forbi
 
 def test_a_placement_that_is_there_and_forbidden_is_an_error(store):
     placement.commit(store, {"a": row("a")})
-    forbidden = Fault("get", keys=placement.placement_key(1), status=403, retryable=False, times=9999)
+    forbidden = Fault("read_tail", keys=placement.placement_key(1), status=403, retryable=False, times=9999)
     with pytest.raises(StoreError, match="scripted fault"):
         placement.read(FaultStore(store, [forbidden]))
 
@@ -204,7 +203,7 @@ def test_who_knows_the_newest_lists_and_asks_for_the_next_only(store):
     known = placement.commit(store, {"a": row("a")})
     counting = CountingStore(store)
     assert placement.search(counting, known) is known
-    assert counting.calls == [("list", placement.PLACEMENT_FOLDER), ("get", placement_key(2))]
+    assert counting.calls == [("list", placement.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
 
 
 def test_what_was_missed_is_found_past_any_number_of_newer_ones_though_hints_fail(store):
@@ -351,79 +350,3 @@ def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):
 
     with pytest.raises(CommitConflict, match="3 others changed the placement first"):
         placement.commit(Crowd(store), {"a": row("a")})
-
-
-# -- damage ---------------------------------------------------------------------------------------------------------
-
-
-def test_every_flipped_byte_is_reported_or_changes_nothing(store):
-    made = placement.commit(store, {"a": row("a", storage_class="GLACIER", state="archived"), "b": row("b")})
-    data = store.get(placement_key(1))
-    n_reported = 0
-    for at in range(len(data)):
-        flipped = bytearray(data)
-        flipped[at] ^= 0x10
-        try:
-            found = placement.decode(bytes(flipped), 1, url="u")
-        except (CorruptShard, UnsupportedFormat):
-            n_reported += 1
-        else:
-            assert found.rows.equals(made.rows)
-    assert n_reported > len(data) // 10
-
-
-def test_one_that_is_cut_short_or_lies_under_another_number_is_reported(store):
-    placement.commit(store, {"a": row("a")})
-    data = store.get(placement_key(1))
-    for wrong, number in ((data[:-9], 1), (b"", 1), (data, 2)):
-        with pytest.raises(CorruptShard, match="placement"):
-            placement.decode(wrong, number, url="u")
-
-
-@pytest.mark.parametrize("column", ["url", "n_bytes"])
-def test_one_with_a_row_that_cannot_be_is_reported(store, column):
-    rows = placement.commit(store, {"a": row("a")}).rows
-    wrong = {"url": pa.array([""], pa.large_string()), "n_bytes": pa.array([-1])}[column]
-    field = rows.schema.field(column)
-    rows = rows.set_column(rows.schema.get_field_index(column), field, wrong)
-    with pytest.raises(CorruptShard, match="without a place"):
-        placement.decode(placement.encode(placement.Placement(1, rows)), 1, url="u")
-
-
-def test_one_whose_facts_are_nested_beyond_reading_is_reported(store):
-    rows = placement.commit(store, {"a": row("a")}).rows
-    schema = rows.schema.with_metadata({b"tiercache": b"[" * 200_000})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(rows.replace_schema_metadata(schema.metadata))
-    with pytest.raises(CorruptShard, match="cannot be read"):
-        placement.decode(sink.getvalue().to_pybytes(), 1, url="u")
-
-
-@pytest.mark.parametrize("since", [b"1e999", b"NaN", b"1" + b"0" * 400, b"[" * 200_000], ids=range(4))
-def test_a_mark_that_says_no_time_that_can_be_is_a_mark_without_one(store, since):
-    store.put(MARK_KEY, b'{"placement":0,"since":' + since + b"}")
-    assert placement.adopted_s(store) is None
-    placement.commit(store, {"a": row("a")})
-    assert placement.read(store).find("a") is not None
-
-
-def test_one_of_a_later_release_says_so(store):
-    made = placement.commit(store, {"a": row("a")})
-    schema = made.rows.schema.with_metadata(
-        {b"tiercache": json.dumps({"format": 2, "number": 1, "nonce": "", "crc32c": 0})}
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(made.rows.replace_schema_metadata(schema.metadata))
-    store.put(placement_key(2), sink.getvalue().to_pybytes())
-    with pytest.raises(UnsupportedFormat, match="format 2, this release reads up to 1"):
-        placement.read(store)
-
-
-def test_reading_one_from_a_store_that_fails_passes_the_error_on(store):
-    placement.commit(store, {"a": row("a")})
-    faulty = FaultStore(store, [Fault("get", keys="*.arrow", times=9)])
-    with pytest.raises(StoreError, match="scripted fault") as caught:
-        placement.read(faulty)
-    assert not isinstance(caught.value, NotFound)

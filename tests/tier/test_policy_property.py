@@ -118,6 +118,9 @@ def files(draw, *, one_bucket: bool | None = None):
 
 prices = st.sampled_from([PRICES, (FREE, STANDARD, FROZEN), (FREE, COLD, FROZEN)])
 UNLIMITED = (None, None, None)
+unseen = st.sampled_from(
+    [{}, {}, {"hot": "why"}, {"standard": "why"}, {"archive": "why"}, {"hot": "a", "archive": "b"}]
+)
 
 
 def fitting(file, groups: Sequence[Group]) -> list[Group]:
@@ -138,13 +141,13 @@ def without_promotion(file):
     return file.model_copy(update={"rules": tuple(r.model_copy(update={"promote": "never"}) for r in file.rules)})
 
 
-@given(worlds(), files(), prices)
-def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced):
+@given(worlds(), files(), prices, unseen)
+def test_without_capacities_each_group_goes_where_the_oracle_sends_it(groups, file, priced, missing):
     file = without_promotion(file)
     groups = fitting(file, groups)
-    oracle = PlannerOracle(file, priced, groups)
+    oracle = PlannerOracle(file, priced, groups, missing)
     expected = {row: wish for row in range(len(groups)) if (wish := oracle.decide(row)) is not None}
-    found = decide(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED)
+    found = decide(snapshot_of(groups), file, priced, capacity_bytes=UNLIMITED, missing=missing)
     moves = {
         one.group: (one.action, TIERS[one.src], None if one.dst is None else TIERS[one.dst]) for one in found.moves
     }
@@ -202,6 +205,16 @@ def test_a_copy_goes_only_for_one_that_is_whole_and_verified_or_that_is_made_of_
             assert src.state in (HERE, RESTORED)
             same_place = file.tiers[one.src].url == file.tiers[one.dst].url
             assert (one.action == "reclass") == same_place
+
+
+@FEWER
+@given(worlds(), files(), prices, capacities, unseen.filter(bool))
+def test_while_a_tier_cannot_be_seen_nothing_is_deleted_and_nothing_goes_there(groups, file, priced, limits, missing):
+    snapshot = snapshot_of(fitting(file, groups))
+    for one in decide(snapshot, file, priced, capacity_bytes=limits, missing=missing).moves:
+        assert one.action != "delete"
+        assert one.dst is not None
+        assert TIERS[one.dst] not in missing
 
 
 @FEWER

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_files_are_copied_between_folders(place, tmp_path, data):
     here.near.put("deep/a", data)
     here.transfer.copy("near", "far", here.planned("deep/a"))
     assert (tmp_path / "far" / "deep" / "a").read_bytes() == data
+
+
+def test_a_large_file_is_not_read_back_when_it_is_written_but_when_it_is_proven(place, tmp_path):
+    far = LocalFolder(tmp_path / "far")
+    here = place(LocalFolder(tmp_path / "near"), far)
+    here.near.put("a", LARGE)
+    here.copy()
+    assert far.counters["bytes_read"] == 0
+    assert here.transfer.prove("far", far.head("a")) == crc32c(LARGE)
+    assert far.counters["bytes_read"] == len(LARGE)
+
+
+def test_only_files_in_a_folder_must_be_proven(place, tmp_path):
+    here = place(LocalFolder(tmp_path / "near"))
+    assert [here.transfer.must_prove(name) for name in ("near", "far")] == [True, False]
 
 
 def test_the_source_stays(place):
@@ -357,3 +373,15 @@ def test_what_is_dropped_is_gone_and_the_missing_are_no_error(place):
     here.near.put("b", SMALL)
     here.transfer.drop("near", [here.planned("a"), PlannedObject("nothing", 1)])
     assert [info.key for info in here.near.list()] == ["b"]
+
+
+@pytest.mark.parametrize("n_objects", [1, 4])
+def test_large_files_are_whole_whether_one_is_copied_alone_or_many_are(place, tmp_path, n_objects):
+    here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"), jobs=4)
+    contents = {f"{number}": os.urandom(4 * PART_BYTES + number) for number in range(n_objects)}
+    for key, data in contents.items():
+        here.near.put(key, data)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda key: here.transfer.copy("near", "far", here.planned(key)), contents))
+    assert [one.crc32c for one in made] == [crc32c(data) for data in contents.values()]
+    assert {key: here.far.get(key) for key in contents} == contents

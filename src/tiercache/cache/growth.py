@@ -45,8 +45,10 @@ class Growth:
         """Have the books know a part that is there, and its readers too; where that fails it is closed."""
         try:
             self._make_known(part)
-        except BaseException:  # a disk that is full for the record, say: it is begun again when there is room
-            part.close()
+        except BaseException as error:
+            if isinstance(error, FileNotFoundError):  # somebody deletes what we make: drop() would not know of it
+                part.forget_name(keep_map=False)
+            part.close()  # a disk that is full for the record, say: it is begun again when there is room
             raise
 
     def _make_known(self, part: Part) -> None:

@@ -21,7 +21,7 @@ from tiercache.cache.units import bytes_of
 from tiercache.cache.verified import read_plain, read_verified
 from tiercache.cache.writing import Writing
 from tiercache.catalog import charge_bytes
-from tiercache.model import ByteRange, parse_bytes
+from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ class Opened:
         if writing is None:
             return
         try:
-            if writing.evictor.note_use(name) >= USES_PER_FLUSH:
+            # What was fetched ahead for this opening is used by it for the first time, as what is fetched by it is.
+            if writing.evictor.note_use(name, 0 if name in self._ahead else 1) >= USES_PER_FLUSH:
                 writing.evictor.flush_uses()
         except OSError as error:
             writing.publisher.disk_failed(error)
@@ -305,10 +306,22 @@ class Opened:
             writing.owners.ensure()  # of a deleted folder one cannot ask how much room it has
             writing.quarantine.settle()
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
-            return coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes))
+            if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
+                return True
+            self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
         except OSError as error:
             writing.publisher.disk_failed(error)
-            return False
+        return False
+
+    def _tell_if_too_large(self, wanted: Wanted, need_bytes: int, limit_bytes: int) -> None:
+        """Warn once of an object that no eviction makes room for. Of a data set's shards its opening has warned."""
+        if wanted.identity is None and charge_bytes(need_bytes) > limit_bytes:
+            self.notices.warn(
+                "too-large",
+                f"cache {self.folder.root}: {wanted.source} has {format_bytes(need_bytes)}, more than all of the cache "
+                f"({format_bytes(limit_bytes)}): it is read past the cache and fetched each time, as is all that is "
+                "larger; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
+            )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following | None:
         """Let all who use the folder know when this job reads which copies; None: it is only read. Raises OSError."""

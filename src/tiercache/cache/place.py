@@ -13,6 +13,9 @@ from tiercache.store import LocalStore, MemoryStore, Store, open_store
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tiercache.shard.cast import Casts
 
 Verify = Literal["first", "always", "never"]
@@ -67,18 +70,23 @@ def _default_cache() -> Cache | None:
 _warned: set[tuple[str, int, str]] = set()
 
 
-def warn_if_larger(url: str, n_bytes: int, cache: Cache) -> None:
-    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic."""
-    limit_bytes = cache.limit_bytes
+def warn_if_larger(url: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
+    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic.
+
+    shard_bytes: int64[n], of each shard. One that is larger than the cache is never cached: it is read by ranges.
+    """
+    limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
     reason = (url, n_bytes, str(cache.path))
     if n_bytes <= limit_bytes or reason in _warned:
         return
     _warned.add(reason)
-    more_bytes = n_bytes - limit_bytes
+    fits = shard_bytes <= limit_bytes
+    more_bytes = n_bytes - min(limit_bytes, int(shard_bytes[fits].sum()))
+    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each is larger than all of it"
     warnings.warn(
         f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
-        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch; a larger cache "
-        "(TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
+        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch{larger}; "
+        "a larger cache (TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
         RuntimeWarning,
         stacklevel=2,
     )

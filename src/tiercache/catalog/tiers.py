@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
+from tiercache.catalog.checksums import Checksums, batch_of
 from tiercache.catalog.database import Database
 from tiercache.catalog.files import make_folder
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     import sqlite3
     from pathlib import Path
 
+    from pyarrow import RecordBatch
+
 # begun: nothing is promised yet, and where it was stopped it stays so; waiting: grace runs until due_s; dropping:
 # deletions may have begun; done; cancelled: another move took its place, or the world changed.
 MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelled"]
 OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
 _PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
 KEPT_S = 90 * 86400.0  # that a move which is over, or was stopped for good, stays in the journal, for people
+_ROWS_AT_A_TIME = 1 << 14  # that are Python objects while many are read
 _MOST_VARIABLES = 500  # SQLite takes 999 at least
 
 _SCHEMA = """
@@ -155,15 +159,20 @@ class TierCatalog:
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
-    def checksums(self, tier: str) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
+    def checksums(self, tier: str) -> Checksums:
         """Of each object of a tier: size, ETag, CRC-32C, whether it was verified, when the object was written first.
 
         With another ETag it is another.
         """
         known = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
-        query = f"SELECT key, n_bytes, etag, crc32c, verified, written_s FROM copies WHERE place = ? AND {known}"  # noqa: S608
-        rows = self._database.run(lambda db: db.execute(query, (self.place(tier),)).fetchall())
-        return {key: (n_bytes, etag, crc, bool(verified), since) for key, n_bytes, etag, crc, verified, since in rows}
+        columns = "key, n_bytes, etag, crc32c, verified, written_s"
+        query = f"SELECT {columns} FROM copies WHERE place = ? AND {known} ORDER BY key"  # noqa: S608
+
+        def work(db: sqlite3.Connection) -> list[RecordBatch]:
+            rows = db.execute(query, (self.place(tier),))
+            return [batch_of(some) for some in iter(lambda: rows.fetchmany(_ROWS_AT_A_TIME), [])]
+
+        return Checksums(self._database.run(work))
 
     def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, KnownCopy]:
         """What is known of these objects."""
@@ -238,6 +247,11 @@ class TierCatalog:
         wanted = states or OPEN_STATES
         marks = ", ".join("?" * len(wanted))
         return self._rows(f"home = ? AND state IN ({marks})", (home, *wanted))
+
+    def waiting_homes(self) -> Mapping[str, int]:
+        """Of each home how many moves wait, also of those that no rule file has by now: they are never forgotten."""
+        query = "SELECT home, COUNT(*) FROM moves WHERE state IN ('waiting', 'dropping') GROUP BY home ORDER BY home"
+        return dict(self._database.run(lambda db: db.execute(query).fetchall()))
 
     def prune(self, now_s: float) -> None:
         """Forget moves that have long been over, and those that were stopped long ago and that no plan has now."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import typer
 
 from tiercache.cli.failures import FAILED
@@ -69,7 +70,9 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         _print_rules(output, file, inventory)
         _print_left_alone(output, inventory.facts)
         tiers.say_absent(output, inventory)
-        tiers.say_uncounted(output, inventory, [found.folder for found in inventory.facts["datasets"]])
+        tiers.say_left(output)
+        folders = [found.folder for found in inventory.facts["datasets"]]
+        tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))
     _sum_up(output, file, n_failed)
     if n_failed:
         raise typer.Exit(FAILED)

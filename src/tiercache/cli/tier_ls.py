@@ -40,6 +40,7 @@ def ls(
         wanted = "" if path is None else path_of(tiers.file, path)
         inventory = tiers.stock(output)
         tiers.say_absent(output, inventory)
+        tiers.say_left(output)
         snapshot = inventory.snapshot
         note = tiers.without_prices()
     found = np.flatnonzero(chosen(snapshot.paths, [wanted])).tolist()

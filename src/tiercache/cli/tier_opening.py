@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ import typer
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.cli.output import Output
+from tiercache.cli.output import Output, count
 from tiercache.prices import Prices, priced
+from tiercache.store import redact
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.marks import absent
@@ -58,10 +59,10 @@ class OpenTiers:
 
             return take_inventory(self.file, self.stores, self.catalog, now_s=time.time(), on_progress=progress)
 
-    def say_uncounted(self, output: Output, inventory: Inventory, paths: Collection[str]) -> None:
+    def say_uncounted(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
         """A note for each data set among paths whose use nobody has counted: that it is idle is not known."""
         for found in inventory.facts.get("datasets", ()):
-            if not found.is_adopted and not found.problem and any(path.startswith(found.folder) for path in paths):
+            if not found.is_adopted and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
                 folder = found.folder.rstrip("/") or "/"
                 from_then = "machines report it from the first `tier apply` or `tier run --once` on"
                 text = f"{folder}: its use is not counted yet; {from_then}"
@@ -70,6 +71,16 @@ class OpenTiers:
     def say_absent(self, output: Output, inventory: Inventory) -> None:
         """A note for each tier that may lack what lies in it."""
         say_doubts(output, absent(self.file, self.stores, self.catalog, inventory.facts["emptied"]))
+
+    def say_left(self, output: Output) -> None:
+        """A note for each home, not of this rule file, that moves in the books of this machine wait for."""
+        for home, n_moves in self.catalog.waiting_homes().items():
+            if home != self.file.home.url:
+                text = (
+                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the books of this machine: "
+                    f"nothing of them is deleted before `tiercache tier run --once` with a rule file of that home"
+                )
+                output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")
 
     def capacities(self) -> list[int | None]:
         """Bytes that may lie in each tier; None: no limit."""

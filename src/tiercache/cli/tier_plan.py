@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,9 @@ from tiercache.cli.output import Output, count
 from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
 from tiercache.cli.tier_texts import dollars, print_holdings, span
 from tiercache.model import format_bytes
-from tiercache.tier.model import Move, Plan, Refusal
+from tiercache.tier.marks import absences
+from tiercache.tier.model import SHARD, Move, Plan, Refusal
+from tiercache.tier.moves import paths_of, sums, sums_by_way
 from tiercache.tier.plan import planned, write_plan
 from tiercache.tier.policy import decide
 
@@ -50,10 +52,12 @@ def plan(
 def made_plan(output: Output, tiers: OpenTiers) -> Plan:
     """A plan of what lies in the tiers now."""
     inventory = tiers.stock(output)
-    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=tiers.capacities())
+    missing = absences(tiers.file, tiers.stores, tiers.catalog)
+    limits = tiers.capacities()
+    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=missing)
     made = planned(decisions, inventory, tiers.file, tiers.prices)
     tiers.say_absent(output, inventory)
-    tiers.say_uncounted(output, inventory, [move.path for move in made.moves if move.kind == "shard"])
+    tiers.say_uncounted(output, inventory, paths_of(made.moves, SHARD))
     return made
 
 
@@ -69,17 +73,19 @@ def print_plan(output: Output, made: Plan, limit: int) -> None:
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
 
 
-def _print_sums(output: Output, moves: Iterable[Move]) -> None:
+def _print_sums(output: Output, moves: Sequence[Move]) -> None:
     """People only: moves of one rule between two tiers, summed."""
-    sums: dict[tuple[str, str, str, str], list[float]] = {}
-    for move in moves:
-        row = sums.setdefault((move.rule, move.action, move.src, move.dst or ""), [0.0] * 4)
-        for i, amount in enumerate((1, move.n_bytes, move.money.once, move.money.saving_month)):
-            row[i] += amount
     texts = [
-        {"rule": rule, "does": action, "from": src, "to": dst, "moves": f"{n:,.0f}", "size": format_bytes(n_bytes)}
-        | {"cost": dollars(once), "saves/month": dollars(saving)}
-        for (rule, action, src, dst), (n, n_bytes, once, saving) in sums.items()
+        {
+            "rule": rule,
+            "does": action,
+            "from": src,
+            "to": dst or "",
+            "moves": f"{n:,}",
+            "size": format_bytes(of.n_bytes),
+        }
+        | {"cost": dollars(of.once), "saves/month": dollars(of.saving_month)}
+        for (rule, action, src, dst), (n, of) in sums_by_way(moves).items()
     ]
     output.table("sum", texts, texts)
 
@@ -143,13 +149,14 @@ def refusal_facts(one: Refusal) -> dict[str, Any]:
 
 def plan_facts(made: Plan) -> dict[str, Any]:
     """The summary of a plan as JSON has it."""
+    of = sums(made.moves)
     return {
         "plan": made.id,
         "n_moves": len(made.moves),
         "n_refused": len(made.refusals),
-        "n_bytes": sum(move.n_bytes for move in made.moves),
-        "cost": sum(move.money.once for move in made.moves),
-        "saving_month": sum(move.money.saving_month for move in made.moves),
+        "n_bytes": of.n_bytes,
+        "cost": of.once,
+        "saving_month": of.saving_month,
     }
 
 

@@ -18,10 +18,10 @@ from tiercache.store import CloudStore, open_store
 from tiercache.store.aws import S3Calls, has_boto3
 from tiercache.store.contract import Upload, check_key
 from tiercache.store.landing import worker_pool
-from tiercache.store.posix import TEMP_PREFIX
 from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.s3_answers import bare, described, encryption, is_object, listed
 from tiercache.store.s3_upload import S3Upload
-from tiercache.store.sums import sum_value, whole_sums
+from tiercache.store.sums import whole_sums
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 __all__ = ["SPEEDS", "ArchiveStore", "CopySizes", "Restoring", "S3Archive", "Speed", "has_boto3", "open_archive"]
@@ -54,8 +54,11 @@ class ArchiveStore(Protocol):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As Store.list(), with class and restore state."""
 
-    def create(self, key: str, *, storage_class: str | None = None) -> Upload:
+    def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> Upload:
         """An upload whose parts may come in parallel; the object has the class (None: the store's own).
+
+        if_match: the ETag of what it takes the place of: of another, or none, complete() raises ObjectChanged, as far
+        as the server looks at it.
 
         Where it has an attribute `is_confirmed` that is true after complete(), the server has named sums of all that it
         was given, and they were ours: then nothing need be read back, and of a class that is archived nothing can be.
@@ -82,12 +85,13 @@ class ArchiveStore(Protocol):
         if_match: str | None = None,
         crc32c: int | None = None,
         if_absent: bool = False,
+        over: str | None = None,
     ) -> ObjectInfo:
         """Copy by the server; only where can_copy_from(src). Raises as set_class().
 
         crc32c: what its bytes sum to, where somebody knows: the server is then asked for such a sum of the copy too,
         which stands in the answer where it can, and is the caller's to compare. if_absent: raise ObjectChanged where
-        something lies, which is replaced otherwise.
+        something lies, which is replaced otherwise; over: and where that has not this ETag.
         """
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
@@ -123,19 +127,26 @@ class CopySizes:
 class _Wanted:
     """Of a copy by the server: its class, the source's ETag, and whether its CRC-32C is to be compared with one.
 
-    where: "itself": in the place of the source, while that is there; "absent": where nothing is; else "any".
+    where: "itself": in the place of the source, while that is there; "absent": where nothing is; "over": in the place
+    of what has the ETag `over`; else "any".
     """
 
     storage_class: str | None
     if_match: str | None
-    where: Literal["itself", "absent", "any"]
+    where: Literal["itself", "absent", "over", "any"]
     needs_crc32c: bool = False
+    over: str | None = None
+
+    def expected(self, source_etag: str) -> str | None:
+        """The ETag of what it takes the place of; None: there is nothing."""
+        return source_etag if self.where == "itself" else self.over
 
     def condition(self, source_etag: str) -> dict[str, str]:
         """What must be so in the place that it goes to, in a request's words."""
         if self.where == "any":
             return {}
-        return {"IfMatch": source_etag} if self.where == "itself" else {"IfNoneMatch": "*"}
+        expected = self.expected(source_etag)
+        return {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
 
 
 class S3Archive:
@@ -198,7 +209,7 @@ class S3Archive:
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""
-        return _described(key, self.call("head_object", key, ChecksumMode="ENABLED"))
+        return described(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
     def sums(self, key: str) -> Mapping[str, str]:
         """One HEAD."""
@@ -220,16 +231,17 @@ class S3Archive:
             )
             for entry in page.get("Contents", ()):
                 key = entry["Key"].removeprefix(root)
-                if _is_object(key):
-                    yield _listed(key, entry)
+                if is_object(key):
+                    yield listed(key, entry)
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or token is None:
                 return
 
-    def create(self, key: str, *, storage_class: str | None = None) -> S3Upload:
+    def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
         """One request for an object of one part, else S3's multipart upload."""
         writing = {**self._calls.writing, **({"StorageClass": storage_class} if storage_class else {})}
-        return S3Upload(self, check_key(key), writing)
+        takes = all(self._calls.takes(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
+        return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """A copy to itself: one request, or in parts where it is large."""
@@ -254,11 +266,13 @@ class S3Archive:
         if_match: str | None = None,
         crc32c: int | None = None,
         if_absent: bool = False,
+        over: str | None = None,
     ) -> ObjectInfo:
         """One request, or in parts where it is large."""
         if not isinstance(src, S3Archive) or not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
-        wanted = _Wanted(storage_class, if_match, "absent" if if_absent else "any", crc32c is not None)
+        where: Literal["absent", "over", "any"] = "absent" if if_absent else "any" if over is None else "over"
+        wanted = _Wanted(storage_class, if_match, where, crc32c is not None, None if if_absent else over)
         return self._copied(src, src_key, key, wanted)
 
     def _copied(self, src: S3Archive, src_key: str, key: str, wanted: _Wanted) -> ObjectInfo:
@@ -272,7 +286,7 @@ class S3Archive:
         sums = whole_sums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
-            **_encryption(head, self._calls.writing),
+            **encryption(head, self._calls.writing),
             "StorageClass": wanted.storage_class,
             "ChecksumAlgorithm": kind,
         }
@@ -287,7 +301,7 @@ class S3Archive:
             writing["ChecksumType"] = "FULL_OBJECT" if kind else None
             etag = self._copy_parts(key, int(head["ContentLength"]), request, writing, condition)
         made = self.head(key)
-        if None not in (etag, made.etag) and _bare(etag) != _bare(made.etag):
+        if None not in (etag, made.etag) and bare(etag) != bare(made.etag):
             message = "somebody else has written it since it was copied"
             raise ObjectChanged(message, url=self.at(key), expected=etag, found=made.etag)
         return made
@@ -298,7 +312,7 @@ class S3Archive:
             found = self.head(key).etag
         except NotFound:
             found = None
-        expected = source_etag if wanted.where == "itself" else None
+        expected = wanted.expected(source_etag)
         if found != expected:
             raise ObjectChanged("it is not as it was", url=self.at(key), expected=expected, found=found)
 
@@ -431,58 +445,3 @@ def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archi
     if not isinstance(store, CloudStore):
         raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
     return S3Archive.of(store)
-
-
-def _bare(etag: str | None) -> str:
-    """Without quotes, which some servers leave out of some answers."""
-    return (etag or "").strip('"')
-
-
-def _is_object(key: str) -> bool:
-    """Whether it is a key: not a folder's marker of some browser, and not of an unfinished write."""
-    segments = key.split("/")
-    return all(segments) and not any(segment.startswith(TEMP_PREFIX) for segment in segments)
-
-
-def _encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """How a copy is encrypted: as the options say, or else with the key of the object's own."""
-    if given or not str(head.get("ServerSideEncryption", "")).startswith("aws:kms"):
-        return given
-    return {"ServerSideEncryption": head["ServerSideEncryption"], "SSEKMSKeyId": head.get("SSEKMSKeyId")}
-
-
-def _described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
-    """A HEAD in our words."""
-    when = head.get("LastModified")
-    restore = head.get("Restore")
-    if restore is None and head.get("ArchiveStatus") is not None:
-        restore = f'archive-status="{head["ArchiveStatus"]}"'  # of INTELLIGENT_TIERING
-    return ObjectInfo(
-        key,
-        int(head["ContentLength"]),
-        etag=head.get("ETag"),
-        version=head.get("VersionId"),
-        crc32c=sum_value(whole_sums(head).get("ChecksumCRC32C")),
-        modified_s=when.timestamp() if when is not None else None,
-        storage_class=head.get("StorageClass") or "STANDARD",
-        restore=restore,
-    )
-
-
-def _listed(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
-    """A line of a listing in our words; its restore state as x-amz-restore says it."""
-    status = entry.get("RestoreStatus")
-    restore = None
-    if status is not None and status.get("IsRestoreInProgress"):
-        restore = 'ongoing-request="true"'
-    elif status is not None and status.get("RestoreExpiryDate") is not None:
-        until = status["RestoreExpiryDate"]
-        restore = f'ongoing-request="false", expiry-date="{until.strftime("%a, %d %b %Y %H:%M:%S GMT")}"'
-    return ObjectInfo(
-        key,
-        int(entry["Size"]),
-        etag=entry.get("ETag"),
-        modified_s=entry["LastModified"].timestamp(),
-        storage_class=entry.get("StorageClass") or "STANDARD",
-        restore=restore,
-    )

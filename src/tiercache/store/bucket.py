@@ -14,7 +14,7 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
 from tiercache.store.landing import Landing, read_requests, worker_pool
-from tiercache.store.obstore import Client, Place, Taken
+from tiercache.store.obstore import WRITER_PART_BYTES, Client, Place, Taken
 from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
 from tiercache.store.obstore_upload import StreamedUpload
 from tiercache.store.options import CloudOptions
@@ -268,7 +268,7 @@ class _Target:
     """Where an upload's bytes go: for StreamedUpload, which knows nothing of obstore."""
 
     def __init__(self, store: ObstoreStore, key: str, *, exclusive: bool) -> None:
-        self.key, self.exclusive = key, exclusive
+        self.key, self.exclusive, self.part_bytes = key, exclusive, WRITER_PART_BYTES
         self._store = store
         self._streamed_key = f"{TEMP_PREFIX}{os.urandom(8).hex()}" if exclusive else key
 

@@ -188,6 +188,11 @@ class LocalFolder(Store):
                 return None
             return FileLease(os.dup(fd), n_bytes)
 
+    def forget_cached(self, key: str) -> None:
+        """Have what is read next come from the disk: the system drops its pages of a synced file when asked to."""
+        with self._opened(key, "forget_cached") as fd:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
         """False: the file is the object itself, there is nothing to fetch it from."""
         return False

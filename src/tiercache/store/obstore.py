@@ -25,7 +25,7 @@ from tiercache.store.options import CloudOptions
 _INNER_RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 _NO_RETRIES = {"max_retries": 0}
 _PAGE_KEYS = 1000
-_WRITER_PART_BYTES = 8 << 20
+WRITER_PART_BYTES = 8 << 20
 _WRITER_PARTS_AT_ONCE = 4
 _ERRORS = (obstore.exceptions.BaseError, OSError, NotImplementedError)
 
@@ -179,7 +179,7 @@ class Client:
         """A writer of a multipart upload: write(), close(), or __exit__ with an error to abort."""
         with self.errors(key, "create"):
             return obstore.open_writer(
-                self._repeating.get(), key, buffer_size=_WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
+                self._repeating.get(), key, buffer_size=WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
             )
 
 

@@ -46,9 +46,12 @@ class S3Upload(Upload):
     given, which need not be read back.
     """
 
-    def __init__(self, target: Target, key: str, writing: dict[str, Any]) -> None:
-        """writing: arguments of the request that makes the object: class, encryption."""
-        self._target, self._key, self._writing = target, key, writing
+    def __init__(self, target: Target, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
+        """writing: arguments of the request that makes the object: class, encryption.
+
+        if_match: the ETag of what it takes the place of; None: of anything.
+        """
+        self._target, self._key, self._writing, self._if_match = target, key, writing, if_match
         self._changed = Condition()
         self._held: tuple[int, bytes | bytearray] | None = None
         self._upload_id: str | None = None
@@ -112,28 +115,35 @@ class S3Upload(Upload):
         """Publish: by one request if there is one part."""
         if not self._stop():
             raise ValueError(f"{self._key}: the upload was completed or aborted before")
-        absent = {"IfNoneMatch": "*"} if if_absent else {}
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": self._if_match} if self._if_match else {}
         try:
-            if self._upload_id is None:
-                return self._put(absent)
-            return self._join(self._upload_id, absent)
+            return self._published(condition)
         except ObjectChanged:
+            self._drop()
             if not if_absent:
                 raise
-            self._drop()
             return None
+        except NotFound as error:
+            if "IfMatch" not in condition:
+                raise
+            self._drop()
+            message = "what it was to replace is gone"
+            raise ObjectChanged(message, url=self._target.at(self._key), expected=self._if_match) from error
 
-    def _put(self, absent: dict[str, str]) -> ObjectInfo:
+    def _published(self, condition: dict[str, str]) -> ObjectInfo:
+        return self._put(condition) if self._upload_id is None else self._join(self._upload_id, condition)
+
+    def _put(self, condition: dict[str, str]) -> ObjectInfo:
         number, data = self._held or (0, b"")
         if number:
             raise ValueError(f"{self._key}: part 0 is missing; parts are numbered 0, 1, 2, ... without gaps")
         self.crc32c = crc32c(data)
-        asked = {**self._writing, **absent, "Body": data, "ChecksumCRC32C": sum_text(self.crc32c)}
+        asked = {**self._writing, **condition, "Body": data, "ChecksumCRC32C": sum_text(self.crc32c)}
         said = self._target.call("put_object", self._key, **asked)
         self.is_confirmed = _confirms(said, self.crc32c, data)
         return ObjectInfo(self._key, len(data), etag=said.get("ETag"), version=said.get("VersionId"))
 
-    def _join(self, upload_id: str, absent: dict[str, str]) -> ObjectInfo:
+    def _join(self, upload_id: str, condition: dict[str, str]) -> ObjectInfo:
         try:
             parts = in_order(self._parts, self._key)
         except ValueError:
@@ -155,12 +165,12 @@ class S3Upload(Upload):
                 UploadId=upload_id,
                 MultipartUpload={"Parts": named},
                 **asked,
-                **absent,
+                **condition,
             )
         except NotFound:
             # Asked again because the answer was lost, S3 knows the upload no more: the object is there, or it is not.
             info = self._target.head(self._key)
-            if absent or info.n_bytes != total or info.crc32c != self.crc32c:
+            if "IfNoneMatch" in condition or info.n_bytes != total or info.crc32c != self.crc32c:
                 raise
             return info
         return ObjectInfo(self._key, total, etag=said.get("ETag"), version=said.get("VersionId"))

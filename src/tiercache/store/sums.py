@@ -1,11 +1,14 @@
-"""S3's text of a CRC-32C: base64 of its four bytes. Pure."""
+"""S3's texts of sums: a CRC-32C is base64 of its four bytes, an ETag is made of MD5s. Pure."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from tiercache.store.contract import Buffer
 
 # Of parts, not of the object's bytes: useless for comparing copies that were cut otherwise.
 _OF_PARTS = "COMPOSITE"
@@ -35,3 +38,40 @@ def whole_sums(answer: Mapping[str, Any]) -> dict[str, str]:
         for name, text in answer.items()
         if name.startswith(_NAME) and name not in ("ChecksumType", "ChecksumAlgorithm") and "-" not in str(text)
     }
+
+
+def is_md5_of(etag: str | None, data: Buffer) -> bool:
+    """Whether an ETag is the MD5 of data: S3's of an object that came by one request and is not encrypted by a key."""
+    return (etag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+class PartsEtag:
+    """The ETag that S3 gives to bytes which come in parts of one length, the last of them shorter. For one thread."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes = part_bytes
+        self._digests: list[bytes] = []
+        self._part = hashlib.md5(usedforsecurity=False)
+        self._n_bytes = 0
+
+    def add(self, data: Buffer) -> None:
+        """Append bytes; the GIL is dropped meanwhile."""
+        flat = memoryview(data).cast("B")
+        while flat.nbytes:
+            some = flat[: self._part_bytes - self._n_bytes]
+            self._part.update(some)
+            self._n_bytes += some.nbytes
+            if self._n_bytes == self._part_bytes:
+                self._end_part()
+            flat = flat[some.nbytes :]
+
+    def _end_part(self) -> None:
+        self._digests.append(self._part.digest())
+        self._part, self._n_bytes = hashlib.md5(usedforsecurity=False), 0
+
+    def matches(self, etag: str | None) -> bool:
+        """Whether an ETag is that of all that was added. Nothing may be added afterwards."""
+        if self._n_bytes:
+            self._end_part()
+        whole = hashlib.md5(b"".join(self._digests), usedforsecurity=False).hexdigest()
+        return (etag or "").strip('"') == f"{whole}-{len(self._digests)}"

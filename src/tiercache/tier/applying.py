@@ -9,9 +9,10 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tiercache.catalog.tiers import JournalObject, JournalRow
-from tiercache.errors import StoreError, TierCacheError
+from tiercache.errors import TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import Copying, Job
+from tiercache.tier.marks import deletions_wait
 from tiercache.tier.outcome import Applied, Progress, Stopped
 from tiercache.tier.placing import Changes, Heads, Placing, ends_reading, found_infos
 from tiercache.tier.steps import Infos, Sight, as_journaled
@@ -71,16 +72,9 @@ class Application:
         return Applied(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
     def _missing_tiers(self) -> dict[str, str]:
-        """Of tiers that get copies, why they may not be what they were."""
-        found: dict[str, str] = {}
-        names = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
-        for tier in self._file.tiers:
-            if tier.name in names:
-                try:
-                    found[tier.name] = self._sight.missing(tier.name)
-                except StoreError as error:
-                    found[tier.name] = str(error)
-        return found
+        """Of each tier why it may not be what it was, "" where it is. Those that are used first get their mark."""
+        gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
+        return {tier.name: self._sight.missing(tier.name, gets=tier.name in gets) for tier in self._file.tiers}
 
     def _moved_bytes(self, n_bytes: int) -> None:
         with self._guard:
@@ -110,7 +104,9 @@ class Application:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
         if move.action == "delete":
             missing = sorted(now.keys() - planned.keys())
-            return f"expected the tiers of the plan, found {', '.join(missing)} too: plan anew" if missing else ""
+            if missing:
+                return f"expected the tiers of the plan, found {', '.join(missing)} too: plan anew"
+            return deletions_wait(self._missing)
         if move.dst is None or move.dst == move.src:
             return f"expected two tiers, found {move.src} and {move.dst}"
         is_one = self._sight.stores.same_place(move.src, move.dst)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tiercache.catalog.checksums import Checksums
 from tiercache.tier.layouts import MARK, find
 from tiercache.tier.listing import NO_CRC
 from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
@@ -25,6 +27,8 @@ Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | 
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([HERE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
+_ROWS_AT_A_TIME = 1 << 16
+_TIERS = 256  # more than a number of a tier can be
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +97,22 @@ class Copies:
         return at if at < last and self.tier[at] == tier else None
 
 
+def copies_at(
+    group: NDArray[np.int32], tier: NDArray[np.int8], groups: NDArray[np.int64], tiers: NDArray[np.int8]
+) -> NDArray[np.int64]:
+    """The number of each group's copy in the tier beside it; -1: it has none. int64[len(groups)].
+
+    Args:
+        group, tier: of copies, by group and tier.
+        groups, tiers: what is asked.
+    """
+    known = group.astype(np.int64) * _TIERS + tier
+    asked = groups.astype(np.int64) * _TIERS + tiers
+    at = np.searchsorted(known, asked)
+    there = np.append(known, -1)[at] == asked
+    return np.where(there, at, -1)
+
+
 def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> Copies:
     """The copies that these objects make.
 
@@ -152,13 +172,12 @@ class _Facts:
         crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
-            same, found = _look_up(listed, row, number, book(number))
-            if not len(same):
-                continue
-            verified[same] = found["verified"].to_numpy()
-            crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
-            crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
-            self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
+            at = np.flatnonzero(listed.tier[row] == number)
+            for same, found in _look_up(listed, row, at[np.argsort(key[at])], book(number)):
+                verified[same] = found["verified"].to_numpy()
+                crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
+                crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
+                self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
         stated = objects.crc32c[order]
         wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
         # A shard is what its size and checksum say it is, wherever it lies and whatever wrote it there.
@@ -176,29 +195,35 @@ class _Facts:
         self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
 
 
-def _look_up(listed: Listed, row: NDArray[np.int64], tier: int, known: Book) -> tuple[NDArray[np.int64], pa.Table]:
-    """Which of a tier's objects have the size and ETag that they are known by, and what is known of each."""
-    at = np.flatnonzero(listed.tier[row] == tier)
+def _look_up(
+    listed: Listed, row: NDArray[np.int64], at: NDArray[np.int64], known: Book
+) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+    """Which of a tier's objects have the size and ETag that they are known by, and what is known of each; in parts.
+
+    at: the tier's, in the order of their keys: so a part is looked for among those of the books that lie in its range.
+    """
     if not known or not len(at):
-        return np.empty(0, np.int64), pa.table({})
-    book = pa.table(
-        {
-            "key": pa.array(list(known), pa.large_string()),
-            "n_bytes": pa.array([one[0] for one in known.values()], pa.int64()),
-            "etag": pa.array([one[1] for one in known.values()], pa.large_string()),
-            "crc32c": pa.array([one[2] for one in known.values()], pa.int64()),
-            "verified": pa.array([one[3] for one in known.values()], pa.bool_()),
-            "written_s": pa.array([one[4] for one in known.values()], pa.float64()),
-        }
-    )
-    hit = find(listed.keys.take(pa.array(row[at])), book["key"])
-    at, hit = at[hit >= 0], hit[hit >= 0]
-    found = book.take(pa.array(hit)).combine_chunks()
-    # Where a store gives no ETag one cannot see that an object was written anew.
-    etags = pa.chunked_array([listed.etags.take(pa.array(row[at]))])
-    same_etag = pc.equal(found["etag"], etags).fill_null(False)
-    same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[at]] == found["n_bytes"].to_numpy())
-    return at[same], found.filter(pa.array(same))
+        return
+    book = Checksums.of(known).table
+    if not _is_rising(book["key"]):
+        book = book.sort_by("key")
+    places, name = range(len(book)), lambda place: book["key"][place].as_py()
+    for start in range(0, len(at), _ROWS_AT_A_TIME):
+        some = at[start : start + _ROWS_AT_A_TIME]
+        keys = listed.keys.take(pa.array(row[some]))
+        first = bisect_left(places, keys[0].as_py(), key=name)
+        part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
+        hit = find(keys, part["key"])
+        some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
+        # Where a store gives no ETag one cannot see that an object was written anew.
+        etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
+        same_etag = pc.equal(found["etag"], etags).fill_null(False)
+        same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[some]] == found["n_bytes"].to_numpy())
+        yield some[same], found.filter(pa.array(same))
+
+
+def _is_rising(keys: pa.ChunkedArray) -> bool:
+    return bool(pc.all(pc.less(keys.slice(0, len(keys) - 1), keys.slice(1))).as_py())
 
 
 def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -128,7 +128,7 @@ class Copying:
             return
         if not job.goes_on:
             return
-        replaces = info is not None
+        replaces = False if info is None else info.etag or True
         copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c

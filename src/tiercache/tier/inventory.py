@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.copies import Copies, Objects, copies_of
+from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
-from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, find, matches, recognise, split_keys
-from tiercache.tier.listing import Listed, Progress, list_tiers
+from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, find, matches, recognise, rising, taken
+from tiercache.tier.listing import Listed, Progress, give_back, list_tiers
 from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, SHARD, Snapshot
+from tiercache.tier.moves import Pieces
 from tiercache.tier.scores import Scores, wanted_metrics
 
 if TYPE_CHECKING:
@@ -73,6 +73,16 @@ class Inventory:
         start, end = self._copies.start[copy : copy + 2].tolist()
         return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
 
+    def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
+        """The objects of each group's copy in the tier beside it, as objects() has them."""
+        listed, copies = self._listed, self._copies
+        copy = copies_at(copies.group, copies.tier, groups, tiers)
+        n_objects = np.where(copy < 0, 0, np.append(copies.n_objects, 0)[copy]).astype(np.int64)
+        start = np.concatenate([[0], np.cumsum(n_objects)])
+        at = np.arange(start[-1]) + np.repeat(copies.start[copy] - start[:-1], n_objects)
+        row, crc32c = copies.row[at], copies.crc32c[at]
+        return Pieces(start, row, crc32c, listed.keys, listed.etags, listed.n_bytes, listed.modified_s)
+
 
 def take_inventory(
     file: TierFile,
@@ -98,9 +108,11 @@ def take_inventory(
         ValueError: a tier's store cannot be.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
+    give_back()
     own = matches(listed.keys, OWN_KEY)
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
     grouped = _grouped(listed, own, shards)
+    give_back()
     copies = copies_of(listed, grouped.objects, lambda tier: known.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
     scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
@@ -138,16 +150,18 @@ class _Grouped:
 
 def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped:
     rows = np.flatnonzero(~own)
-    keys, key = _numbered(listed.keys.take(pa.array(rows)))
+    keys, key = _numbered(taken(listed.keys, rows))
+    give_back()
     shard = find(keys, shards.keys)
     is_orphan = (shard < 0) & matches(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = recognise(keys.take(pa.array(others)))
+    layout = recognise(taken(keys, others))
+    give_back()
     is_shard = np.flatnonzero(shard >= 0)
     # A folder that is a checkpoint and a shard of the same name: never seen, and the snapshot wants names but once.
     is_shard = is_shard[find(keys.take(pa.array(is_shard)), layout.paths) < 0]
-    paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))])
-    order = np.asarray(pc.sort_indices(paths).to_numpy(), np.int64)
+    paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
+    order = rising(paths)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     group = np.full(len(keys), NO_GROUP, np.int64)
@@ -162,7 +176,7 @@ def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped
     kind[of < 0] = SHARD
     left = ~in_layout
     return _Grouped(
-        paths=paths.take(pa.array(order)),
+        paths=taken(paths, order),
         kind=kind,
         shard=shard_of,
         of=of,
@@ -187,10 +201,10 @@ class _Columns:
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """The keys, each once and sorted, and the number of each."""
     encoded = keys.dictionary_encode()
-    order = np.asarray(pc.sort_indices(encoded.dictionary).to_numpy(), np.int64)
+    order = rising(encoded.dictionary)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    return encoded.dictionary.take(pa.array(order)), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
+    return taken(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 def _objects(
@@ -200,7 +214,7 @@ def _objects(
     rank, unfinished = np.full(len(keys), MEMBER, np.uint8), np.zeros(len(keys), np.bool_)
     rank[of.others], unfinished[of.others] = layout.rank, layout.unfinished
     on_top = np.zeros(len(keys), np.bool_)
-    on_top[of.others] = _on_top(keys.take(pa.array(of.others)), layout)
+    on_top[of.others] = layout.on_top
     mine = of.group[key] != NO_GROUP
     rows, key = rows[mine], key[mine]
     is_shard = of.shard[key] >= 0
@@ -218,17 +232,6 @@ def _objects(
         unfinished=unfinished[key],
         on_top=on_top[key],
     )
-
-
-def _on_top(keys: pa.Array, layout: Layout) -> NDArray[np.bool_]:
-    """Whether a key lies directly in the folder that its group is."""
-    if not len(keys) or not len(layout.paths):
-        return np.zeros(len(keys), np.bool_)
-    folders, folder, _ = split_keys(keys)
-    group_bytes = np.asarray(pc.binary_length(layout.paths).to_numpy(), np.int64)
-    folder_bytes = np.asarray(pc.binary_length(folders).to_numpy(), np.int64)
-    is_in = layout.group != NO_GROUP
-    return np.asarray(is_in & (folder_bytes[folder] == group_bytes[layout.group] + 1), np.bool_)
 
 
 # -- what is said of them -------------------------------------------------------------------------------------------

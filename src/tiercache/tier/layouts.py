@@ -17,8 +17,9 @@ The outermost folder with such a name is the checkpoint: global_step100 inside o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,8 @@ from tiercache.store.posix import TEMP_PREFIX
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 NO_GROUP = -1
+# What is made of names on the way stays small; larger parts are no faster.
+_ROWS_AT_A_TIME = 1 << 16
 
 # Ranks of a group's objects, by which they are sorted: what makes it whole comes last.
 MEMBER, INDEX, MARK = range(3)
@@ -97,6 +100,7 @@ class Layout:
         group: int32[n_keys]; NO_GROUP: of what nobody has finished writing, and what is no key.
         rank: uint8[n_keys], MEMBER, INDEX or MARK.
         unfinished: bool[n_keys], by its name.
+        on_top: bool[n_keys], it lies directly in the folder that its group is.
     """
 
     paths: pa.Array
@@ -108,6 +112,7 @@ class Layout:
     group: NDArray[np.int32]
     rank: NDArray[np.uint8]
     unfinished: NDArray[np.bool_]
+    on_top: NDArray[np.bool_]
 
 
 def recognise(keys: pa.Array) -> Layout:
@@ -118,26 +123,20 @@ def recognise(keys: pa.Array) -> Layout:
     at_row = in_folder.row[folder] if len(keys) else np.empty(0, np.int64)
     unfinished, no_key = matches(keys, _TEMPORARY), matches(keys, _NO_KEY)
     left = np.flatnonzero((at_row < 0) & ~unfinished & ~no_key)
-    in_file = _checkpoint_files(keys, folders, folder, names, left)
-    known = pa.concat_tables([in_folder.table, in_file]).combine_chunks()
-    group, paths = _numbered(keys, at_row, in_folder.table["path"], left, no_key)
-    row = find(paths, known["path"])
-    checkpoint = row >= 0
-    series = np.full(len(paths), NO_SERIES, np.int32)
-    step = np.full(len(paths), NO_STEP, np.int64)
-    step[checkpoint] = numbers(known["step"].take(pa.array(row[checkpoint])), np.int64)
-    series[checkpoint] = _series_of(known, row[checkpoint])
-    seen = _Members(names, folder, group, len(folders), len(paths))
+    group, paths, place = _numbered(keys, at_row, in_folder.table["path"], left, no_key)
+    known = _known_groups(in_folder.table, _checkpoint_files(folders, folder, names, left), place, len(paths))
+    seen = _Members(names, folder, group, len(folders), known.checkpoint)
     return Layout(
         paths=paths,
-        checkpoint=checkpoint,
-        step=step,
-        series=series,
-        lacks=np.where(checkpoint, _lacking(seen, series), NOTHING).astype(np.uint8),
-        marked=checkpoint & seen.groups_with(seen.marks()),
+        checkpoint=known.checkpoint,
+        step=known.step,
+        series=known.series,
+        lacks=np.where(known.checkpoint, _lacking(seen, known.series), NOTHING).astype(np.uint8),
+        marked=known.checkpoint & seen.groups_with(seen.marks()),
         group=group,
         rank=seen.ranks(),
         unfinished=unfinished,
+        on_top=_on_top(folders, folder, paths, group),
     )
 
 
@@ -146,9 +145,27 @@ def recognise(keys: pa.Array) -> Layout:
 
 def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
     """The folders of keys, "" or with a "/" at the end, each once; the number of each key's; and the last segments."""
-    parts = pc.extract_regex(keys, r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
-    found = pc.struct_field(parts, "folder").dictionary_encode()
-    return found.dictionary, numbers(found.indices, np.int64), pc.struct_field(parts, "name")
+    folders, names = [], []
+    for start in range(0, len(keys), _ROWS_AT_A_TIME):
+        found = pc.extract_regex(keys.slice(start, _ROWS_AT_A_TIME), r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
+        folders.append(pc.struct_field(found, "folder").dictionary_encode())
+        names.append(pc.struct_field(found, "name"))
+    number, once = _joined_codes(folders, keys.type)
+    return once, number, pa.concat_arrays([pa.array([], keys.type), *names])
+
+
+def rising(texts: pa.Array) -> NDArray[np.int64]:
+    """The numbers of texts in their order. Sorted ones are not sorted again: a second a million."""
+    if len(texts) > 1 and not pc.all(pc.less_equal(texts.slice(0, len(texts) - 1), texts.slice(1))).as_py():
+        return numbers(pc.sort_indices(texts), np.int64)
+    return np.arange(len(texts))
+
+
+def taken(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+    """The texts of rows, which are rising or each once; not copied where they are all, in their order."""
+    if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():
+        return texts
+    return texts.take(pa.array(rows))
 
 
 def matches(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
@@ -175,12 +192,12 @@ def numbers(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.f
 # -- checkpoints by their names -------------------------------------------------------------------------------------
 
 _NAMES = ("parent", "prefix", "word", "rest", "suffix")
-_KNOWN = pa.schema([("path", pa.large_string()), ("step", pa.int64()), ("series", pa.large_string())])
+_KNOWN = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InFolders:
-    """Checkpoints that are folders. table: as _KNOWN; row: int64[n_folders], in it, -1."""
+    """Checkpoints that are folders. table: as _KNOWN, and path; row: int64[n_folders], in it, -1."""
 
     table: pa.Table
     row: NDArray[np.int64]
@@ -195,13 +212,15 @@ def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.
     by_name = np.flatnonzero(numbers(named, np.int64))
     found = whole.take(pa.array(by_name))
     path = _joined([pc.struct_field(found, "parent"), pc.struct_field(found, "name")], "")
-    rows = _known_of(path, {name: pc.struct_field(found, name) for name in _NAMES}, pc.struct_field(found, "number"))
     by_number = dict(_number_folders(folders, folder, names, np.asarray(named.to_numpy(zero_copy_only=False), bool)))
     numbered = pa.array(list(by_number.values()), pa.large_string())
-    parts = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
+    more = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
     empty = pa.array([""] * len(numbered), pa.large_string())
-    columns = dict.fromkeys(_NAMES, empty) | {"parent": pc.struct_field(parts, "parent")}
-    rows = pa.concat_tables([rows, _known_of(numbered, columns, pc.struct_field(parts, "number"))])
+    columns = {}
+    for name in (*_NAMES, "number"):
+        rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
+        columns[name] = pa.concat_arrays([pc.struct_field(found, name), rest])
+    rows = _known_of(columns).append_column("path", pa.concat_arrays([path, numbered]))
     once, first = _first_of_each(rows)
     row = np.full(len(folders), -1, np.int64)
     row[np.concatenate([by_name, np.fromiter(by_number, np.int64, len(by_number))])] = first
@@ -251,54 +270,120 @@ def _numbered_above(folder: str) -> Iterator[str]:
 
 
 def _checkpoint_files(
-    keys: pa.Array, folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
-) -> pa.Table:
-    """Of the keys `left`, those that are a checkpoint each."""
-    found = pc.extract_regex(names.take(pa.array(left)), _FILE_NAME)
-    is_one = np.flatnonzero(numbers(pc.is_valid(found), np.int64))
-    found, left = found.take(pa.array(is_one)), left[is_one]
-    columns = {name: pc.struct_field(found, name) for name in _NAMES[1:]}
-    columns["parent"] = folders.take(pa.array(folder[left]))
-    return _known_of(keys.take(pa.array(left)), columns, pc.struct_field(found, "number"))
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+    """Of the keys `left` those that are a checkpoint each: their places in it, and what is known of them; in parts."""
+    for start in range(0, len(left), _ROWS_AT_A_TIME):
+        some = left[start : start + _ROWS_AT_A_TIME]
+        found = pc.extract_regex(names.take(pa.array(some)), _FILE_NAME)
+        is_one = np.flatnonzero(numbers(pc.is_valid(found), np.int64))
+        found = found.take(pa.array(is_one))
+        columns = {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")}
+        columns["parent"] = folders.take(pa.array(folder[some[is_one]]))
+        yield start + is_one, _known_of(columns)
 
 
-def _known_of(path: pa.Array, columns: dict[str, pa.Array], number: pa.Array) -> pa.Table:
-    """Step and series of checkpoints from the parts of their names.
+def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
+    """Step and series of checkpoints from the parts of their names, which are _NAMES and number.
 
     A step in the rest counts more than an epoch before it. A series is what is the same in all names of a run.
     """
     rest, word = columns["rest"], pc.utf8_lower(columns["word"])
     inner = pc.extract_regex(rest, _STEP_IN_REST)
     is_better = pc.and_(pc.is_valid(inner), pc.invert(pc.match_substring_regex(word, "step|iter")))
-    step = pc.if_else(is_better, pc.struct_field(inner, "number"), number).cast(pa.int64())
+    step = pc.if_else(is_better, pc.struct_field(inner, "number"), columns["number"]).cast(pa.int64())
     word = pc.if_else(is_better, pc.utf8_lower(pc.struct_field(inner, "word")), word)
     prefix, rest = (pc.replace_substring_regex(part, _VARYING, "") for part in (columns["prefix"], rest))
     series = _joined([columns["parent"], prefix, word, rest, columns["suffix"]], "\n")
-    return pa.Table.from_arrays([path, step, series], schema=_KNOWN)
+    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_KNOWN)
 
 
-def _series_of(known: pa.Table, row: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Numbers of series, in the order in which they come; int32[len(row)]."""
-    if not len(row):
-        return np.empty(0, np.int32)
-    encoded = known["series"].take(pa.array(row)).combine_chunks().dictionary_encode()
-    return numbers(encoded.indices, np.int64).astype(np.int32)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """Of groups: whether each is a checkpoint, its step, and the number of its series."""
+
+    checkpoint: NDArray[np.bool_]
+    step: NDArray[np.int64]
+    series: NDArray[np.int32]
+
+
+def _known_groups(
+    in_folder: pa.Table,
+    in_files: Iterable[tuple[NDArray[np.int64], pa.Table]],
+    place: NDArray[np.int64],
+    n_groups: int,
+) -> _Known:
+    """What is known of groups. place: int64[n], the group of each folder (-1: it is none), then of each file."""
+    groups, steps, series = [], [], []
+    # Folders last, so that they count: a file and a folder of one name are the folder.
+    files = ((len(in_folder) + rows, table) for rows, table in in_files)
+    for rows, table in chain(files, [(np.flatnonzero(place[: len(in_folder)] >= 0), in_folder)]):
+        groups.append(place[rows])
+        some = table if table is not in_folder else table.take(pa.array(rows))
+        steps.append(numbers(some["step"], np.int64))
+        series.append(_one(some["series"]))
+    group, codes = np.concatenate(groups), _joined_codes(series, pa.large_string())[0]
+    step, code = np.full(n_groups, NO_STEP, np.int64), np.full(n_groups, NO_SERIES, np.int64)
+    step[group], code[group] = np.concatenate(steps), codes
+    checkpoint = code != NO_SERIES
+    numbered = np.full(n_groups, NO_SERIES, np.int32)
+    numbered[checkpoint] = _in_order(code[checkpoint])
+    return _Known(checkpoint, step, numbered)
+
+
+def _joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
+    """The numbers of all values of some encoded texts among their values, and these, each once."""
+    once = pa.concat_arrays([pa.array([], kind), *(one.dictionary for one in encoded)]).dictionary_encode()
+    place, codes, start = numbers(once.indices, np.int64), [np.empty(0, np.int64)], 0
+    for one in encoded:
+        codes.append(place[start + numbers(one.indices, np.int64)])
+        start += len(one.dictionary)
+    return np.concatenate(codes), once.dictionary
+
+
+def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers for codes, in the order in which they come."""
+    _, first, number = np.unique(codes, return_index=True, return_inverse=True)
+    place = np.empty(len(first), np.int64)
+    place[np.argsort(first)] = np.arange(len(first))
+    return place[number]
 
 
 def _numbered(
     keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, left: NDArray[np.int64], no_key: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32], pa.Array]:
-    """The group of each key, and the paths of groups, sorted."""
-    inside = np.flatnonzero((row >= 0) & ~no_key)
-    members = np.concatenate([inside, left])
-    path = pa.concat_arrays([_one(folders.take(pa.array(row[inside]))), keys.take(pa.array(left))])
-    encoded = path.dictionary_encode()
-    order = numbers(pc.sort_indices(encoded.dictionary), np.int64)
-    place = np.empty(len(order), np.int32)
-    place[order] = np.arange(len(order), dtype=np.int32)
+) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
+    """The group of each key; the paths of groups, sorted; the group of each folder (-1: none), then of each in left."""
+    inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
+    used = np.unique(row[inside])
+    of_folders, of_keys = _one(folders), taken(keys, left)
+    # The group of a key that is called as a folder is, is the folder, though nothing else be in it.
+    same = find(of_keys, of_folders)
+    alone = np.flatnonzero(~np.isin(same, used))
+    paths = taken(of_keys, alone)
+    paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
+    order = rising(paths)
+    of_path = np.empty(len(order), np.int64)
+    of_path[order] = np.arange(len(order))
+    place = np.full(n_folders + len(left), -1, np.int64)
+    place[used] = of_path[: len(used)]
+    place[n_folders + alone] = of_path[len(used) :]
+    named = np.flatnonzero(same >= 0)
+    to_folder = np.setdiff1d(named, alone)
+    place[n_folders + to_folder] = place[same[to_folder]]
+    place[same[named]] = place[n_folders + named]
     group = np.full(len(keys), NO_GROUP, np.int32)
-    group[members] = place[numbers(encoded.indices, np.int64)]
-    return group, encoded.dictionary.take(pa.array(order))
+    group[inside] = place[row[inside]]
+    group[left] = place[n_folders:]
+    return group, taken(paths, order), place
+
+
+def _on_top(
+    folders: pa.Array, folder: NDArray[np.int64], paths: pa.Array, group: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Whether a key lies directly in the folder that its group is."""
+    group_bytes = np.append(numbers(pc.binary_length(paths), np.int64), NO_GROUP)  # of no group: none is as long
+    folder_bytes = numbers(pc.binary_length(folders), np.int64)
+    return np.asarray((group != NO_GROUP) & (folder_bytes[folder] == group_bytes[group] + 1), np.bool_)
 
 
 def _joined(columns: list[pa.Array], separator: str) -> pa.Array:
@@ -313,18 +398,34 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
 
 
 class _Members:
-    """The objects of groups by their names."""
+    """The objects of groups by their names. What is asked of checkpoints alone is not looked for in other files."""
 
     def __init__(
-        self, names: pa.Array, folder: NDArray[np.int64], group: NDArray[np.int32], n_folders: int, n_groups: int
+        self,
+        names: pa.Array,
+        folder: NDArray[np.int64],
+        group: NDArray[np.int32],
+        n_folders: int,
+        checkpoint: NDArray[np.bool_],
     ) -> None:
         self.names, self.folder, self.group = names, folder, group
-        self._n_folders, self._n_groups = n_folders, n_groups
-        self.metadata, self.trainer_state = self.named(r"^\.metadata$"), self.named(r"^trainer_state\.json$")
+        self._n_folders, self._n_groups = n_folders, len(checkpoint)
+        self._is_in = np.asarray(group != NO_GROUP, np.bool_)
+        of_checkpoint = self._is_in.copy()
+        of_checkpoint[self._is_in] = checkpoint[group[self._is_in]]
+        self._rows = np.flatnonzero(of_checkpoint)
+        self._names = taken(names, self._rows)
+        self.metadata, self.trainer_state = self.called(".metadata"), self.called("trainer_state.json")
+
+    def called(self, name: str) -> NDArray[np.bool_]:
+        """Whether a member has this name; bool[n_keys]."""
+        return np.asarray(pc.equal(self.names, name).to_numpy(zero_copy_only=False), np.bool_) & self._is_in
 
     def named(self, pattern: str) -> NDArray[np.bool_]:
-        """Whether the pattern is found in a member's name; bool[n_keys]."""
-        return matches(self.names, pattern) & np.asarray(self.group != NO_GROUP, np.bool_)
+        """Whether the pattern is found in a checkpoint's member's name; bool[n_keys]."""
+        found = np.zeros(len(self.names), np.bool_)
+        found[self._rows[matches(self._names, pattern)]] = True
+        return found
 
     def groups_with(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Whether a group has one of them; bool[n_groups]."""
@@ -344,7 +445,7 @@ class _Members:
 
     def ranks(self) -> NDArray[np.uint8]:
         """MEMBER, INDEX or MARK; uint8[n_keys]."""
-        rank = np.where(self.named(_INDEX), INDEX, MEMBER).astype(np.uint8)
+        rank = np.where(matches(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
         rank[self.marks()] = MARK
         return rank
 

@@ -34,10 +34,20 @@ def metrics_of(name: str) -> dict[str, float]:
     Counters (epoch, step and the like) are none; without "=" a value has a decimal point.
     """
     found: dict[str, float] = {}
-    for piece in _COUNTER.split(_SUFFIX.sub("", name)):
-        for match in _METRIC.finditer(piece):
-            found |= _finite(match["name"], float(match["number"] or match["decimal"]))
+    for (name_start, name_end), (start, end) in spans_of(name):
+        found |= _finite(name[name_start:name_end], float(name[start:end]))
     return found
+
+
+def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """(start, end) of each metric in a name, and of the number behind it."""
+    start, text = 0, _SUFFIX.sub("", name)
+    ends = [(counter.start(), counter.end()) for counter in _COUNTER.finditer(text)]
+    for end, next_start in [*ends, (len(text), len(text))]:
+        for match in _METRIC.finditer(text[start:end]):
+            named, number = match.span("name"), match.span("number" if match["number"] else "decimal")
+            yield (start + named[0], start + named[1]), (start + number[0], start + number[1])
+        start = next_start
 
 
 def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:

@@ -143,8 +143,8 @@ class Declined:
 class Decisions:
     """What the policy says of a snapshot. Moves in the order in which they are to be made; a group has one at most."""
 
-    moves: tuple[Chosen, ...] = ()
-    refusals: tuple[Declined, ...] = ()
+    moves: Sequence[Chosen] = ()
+    refusals: Sequence[Declined] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +232,8 @@ class Plan:
     rules: str
     rules_sha256: str
     tiers: tuple[PlannedTier, ...]
-    moves: tuple[Move, ...]
-    refusals: tuple[Refusal, ...] = ()
+    moves: Sequence[Move]
+    refusals: Sequence[Refusal] = ()
     before: Mapping[str, Holding] = field(default_factory=dict)
     after: Mapping[str, Holding] = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ A move from src to dst, each step journaled before the next, and each harmless w
     5. place     every reader is told where it lies from now on
     6. wait      for grace: readers that were not told yet go on reading src
     7. re-check  (settling.py) dst is whole and as it was verified, src is as it was copied, nobody reads it, no pin
-                 holds it, readers are told, and src and dst are two places
+                 holds it, readers are told, and src and dst are two places; files in dst are read from their disk
     8. drop      first the object that makes the group whole, then the rest
     9. done
 
@@ -21,7 +21,8 @@ What may happen between two steps:
          overwritten by a later move from src only while it is as it was made, and if the group is that object alone.
     4-5  src is replaced in this instant: readers are led to what it was before. Step 7 sees it, and takes that back.
     5-6  killed: readers are told and nothing waits. The plan applied again starts grace; another plan asks for a drop.
-    6-7  the copy in dst is lost, spoilt or restored and moved by somebody: step 7 compares, and stops.
+    6-7  the copy in dst is lost, spoilt or restored and moved by somebody: step 7 compares, and stops. No store says
+         that a file has rotted: that it is read shows it.
     6-7  another process moves the object back, with another journal: its placement leads to src, step 7 reads that.
     7-8  src is replaced: it is looked at once more, after all that takes long, and S3 is told which ETag it is to
          delete. Other stores have no such request: the time that the announcement takes remains.

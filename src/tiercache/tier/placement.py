@@ -21,137 +21,47 @@ anew.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import secrets
 import time
-from bisect import bisect_left
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from tiercache._native.checksum import crc32c
-from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.errors import CommitConflict, NotFound, StoreError, TierCacheError
 from tiercache.points import reach
-from tiercache.store import check_key
+from tiercache.tier.placement_file import (
+    FORMAT_VERSION,
+    MOST_BYTES,
+    MOST_ROWS,
+    Placement,
+    Row,
+    State,
+    decode,
+    encode,
+    nothing,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
     from tiercache.store import Store
+
+__all__ = ["Placement", "Row", "State", "adopt", "commit", "decode", "encode", "nothing", "read", "search"]
 
 MARK_KEY = "_tiercache/tiers.json"
 PLACEMENT_FOLDER = "_tiercache/placement/"
-FORMAT_VERSION = 1
 # Readers that opened an older one may still be probing from it.
 N_KEPT = 10
 # A loss means that another change landed: a hundred in a row is a crowd, not bad luck.
 MAX_REBASES = 100
 # How far is probed across a gap where the store cannot list: more than one writer can be late with its hint.
 _MAX_GAP = 4 * N_KEPT
+_MARK_BYTES = 64 << 10  # ours are a hundred: of a longer one the end is read, which says nothing
 _FORBIDDEN = 403
 _NEVER_S = 1e12  # no clock says so
 _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
-_META = b"tiercache"
-
-State: TypeAlias = Literal["here", "archived"]
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.large_string(), nullable=False),
-        pa.field("url", pa.large_string(), nullable=False),
-        pa.field("storage_class", pa.large_string()),
-        pa.field("state", pa.large_string(), nullable=False),
-        pa.field("n_bytes", pa.int64(), nullable=False),
-        pa.field("crc32c", pa.uint32()),
-        pa.field("promote", pa.large_string()),
-        pa.field("hot_bytes", pa.int64()),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Where an object lies.
-
-    Attributes:
-        key: in its home, which is the store that the placement lies in.
-        url: of the folder that it lies in under the same key: `url + "/" + key` is the object. Without credentials.
-        storage_class: that it has there; None: the store's own.
-        state: "here" can be read; "archived" must be restored first, unless the store says that it was by now.
-        n_bytes: its size.
-        crc32c: of it whole; None: not known.
-        promote: URL of the folder in the hot tier that it is copied to, under the same key, when it is read; None: not.
-        hot_bytes: most bytes that the hot tier may hold; None: as its disk has room.
-    """
-
-    key: str
-    url: str
-    storage_class: str | None = None
-    state: State = "here"
-    n_bytes: int = 0
-    crc32c: int | None = None
-    promote: str | None = None
-    hot_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a row that cannot be."""
-        check_key(self.key)
-        if not self.url or self.n_bytes < 0 or self.state not in get_args(State):
-            raise ValueError(f"a row needs a URL, a size of 0 or more and a state of {get_args(State)}, got {self!r}")
-
-
-class Placement:
-    """What lies elsewhere, as one numbered object says it. Immutable; safe from any thread.
-
-    number: 0 where nothing was ever placed; rows: by key, each once, with the columns of `Row`.
-    """
-
-    def __init__(self, number: int, rows: pa.Table, nonce: str = "") -> None:
-        self.number, self.rows, self.nonce = number, rows, nonce
-        self._keys: pa.Array = _one(rows["key"])
-
-    def __repr__(self) -> str:
-        return f"Placement({self.number}, {len(self)} rows)"
-
-    def __len__(self) -> int:
-        return int(self.rows.num_rows)
-
-    def find(self, key: str) -> Row | None:
-        """Where key lies; None: at home, as far as this one knows. 10 us among a million."""
-        at = bisect_left(range(len(self)), key, key=lambda i: self._keys[i].as_py())
-        return self.row(at) if at < len(self) and self._keys[at].as_py() == key else None
-
-    def row(self, at: int) -> Row:
-        """Row `at` of the table."""
-        return Row(**self.rows.slice(at, 1).to_pylist()[0])
-
-    def among(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """Of each key the number of its row, -1 for those at home; int64[len(keys)]."""
-        found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
-        return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
-
-    def with_changes(self, changes: Mapping[str, Row | None]) -> pa.Table:
-        """The rows as they are after changes: a row to put in its place, None: it is at home."""
-        gone = pa.array(list(changes), pa.large_string())
-        kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
-        added = [row for row in changes.values() if row is not None]
-        columns = [pa.array([getattr(row, f.name) for row in added], f.type) for f in _SCHEMA]
-        table = pa.concat_tables([kept, pa.Table.from_arrays(columns, schema=_SCHEMA)])
-        return table.take(pc.sort_indices(table, [("key", "ascending")])).combine_chunks()
-
-
-def nothing() -> Placement:
-    """A placement of nothing, number 0."""
-    return Placement(0, _SCHEMA.empty_table())
-
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -182,6 +92,23 @@ def search(store: Store, known: Placement | None = None) -> Placement:
         newer = _probe(store, listed + 1)
         return known if newer is None else newer
     return _newest(store, listed) if listed else nothing()
+
+
+def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
+    """Of the placements before the newest that are still there, the latest first, the rows that say another place.
+
+    Ends at the first that is gone or cannot be read: nothing hangs on them.
+    """
+    found = []
+    with suppress(TierCacheError):
+        for number in range(newest.number - 1, max(newest.number - N_KEPT, 0), -1):
+            data = _get(store, number)
+            if data is None:
+                break
+            before = decode(data, number, url=f"{store.url}/{placement_key(number)}").unlike(newest)
+            if len(before):
+                found.append(before)
+    return tuple(found)
 
 
 def encode_mark(number: int, since_s: float | None = None) -> bytes:
@@ -215,7 +142,7 @@ def _hint(store: Store) -> int | None:
 def _mark(store: Store) -> dict[str, Any] | None:
     """What the mark says, nothing where it cannot be read; None: there is none."""
     try:
-        data = store.get(MARK_KEY)
+        data, _ = store.read_tail(MARK_KEY, _MARK_BYTES)
     except NotFound:
         return None
     except StoreError as error:
@@ -262,14 +189,24 @@ def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement |
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
     """A placement's file; None: there is none. is_listed: it was seen, so that "forbidden" means just that."""
+    if number <= 0:
+        return None
     try:
-        return store.get(placement_key(number)) if number > 0 else None
+        return _whole(store, placement_key(number))
     except NotFound:
         return None
     except StoreError as error:
         if _is_forbidden(error) and not is_listed:
             return None
         raise
+
+
+def _whole(store: Store, key: str) -> bytes:
+    """A placement's file, in one request that reads MOST_BYTES at most. Raises CorruptShard where it is longer."""
+    data, info = store.read_tail(key, MOST_BYTES)
+    if info.n_bytes > MOST_BYTES:
+        raise too_large(info.n_bytes, url=f"{store.url}/{key}")
+    return data
 
 
 def _is_forbidden(error: StoreError) -> bool:
@@ -336,15 +273,21 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
 
 def _put(store: Store, proposed: Placement) -> bool:
     """Whether the number of `proposed` is its own after putting it there; False: another's, or gone by now."""
-    number, failure = proposed.number, None
+    number, failure, data = proposed.number, None, encode(proposed)
+    if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
+        raise StoreError(
+            f"expected a placement of at most {MOST_BYTES} bytes and {MOST_ROWS} rows, found {len(data)} bytes and "
+            f"{len(proposed)} rows, which no reader reads: fewer objects can lie elsewhere, in larger shards",
+            url=f"{store.url}/{placement_key(number)}",
+        )
     try:
-        if store.put_if_absent(placement_key(number), encode(proposed)):
+        if store.put_if_absent(placement_key(number), data):
             return True
     except StoreError as error:
         failure = error
     # Even a plain "no" may be about our own: a back end that tried again meets what its first try wrote.
     try:
-        found = decode(store.get(placement_key(number)), number, url=f"{store.url}/{placement_key(number)}")
+        found = decode(_whole(store, placement_key(number)), number, url=f"{store.url}/{placement_key(number)}")
     except NotFound:
         if failure is not None:
             raise failure from None
@@ -362,88 +305,3 @@ def _tidy(store: Store, number: int) -> None:
         reach("tier_placement.hinted")
         if number > N_KEPT:
             store.delete([placement_key(old) for old in range(max(1, number - 2 * N_KEPT), number - N_KEPT + 1)])
-
-
-# -- the file -------------------------------------------------------------------------------------------------------
-
-
-def encode(placement: Placement) -> bytes:
-    """Its Arrow IPC file, with number, nonce and a CRC-32C of the rows in the schema's metadata."""
-    facts = {
-        "format": FORMAT_VERSION,
-        "number": placement.number,
-        "nonce": placement.nonce,
-        "crc32c": _sum_of(placement.rows),
-    }
-    schema = _SCHEMA.with_metadata({_META: json.dumps(facts).encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(placement.rows.replace_schema_metadata(schema.metadata).combine_chunks())
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def decode(data: bytes, number: int, *, url: str) -> Placement:
-    """The placement of a file that was read from placement_key(number). url: of it, for errors.
-
-    Raises:
-        CorruptShard: it is not what was written.
-        UnsupportedFormat: a newer release wrote it.
-    """
-    try:
-        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
-        facts: dict[str, Any] = json.loads((table.schema.metadata or {})[_META])
-        found, nonce, stated = int(facts["format"]), str(facts["nonce"]), (facts["number"], facts["crc32c"])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise CorruptShard(f"cannot be read: {error}", url=url, part="placement") from error
-    if found > FORMAT_VERSION:
-        message = f"is a placement of format {found}, this release reads up to {FORMAT_VERSION}: install a newer one"
-        raise UnsupportedFormat(message, url=url, found=found, supported=FORMAT_VERSION)
-    problem = _problem(table, number, stated)
-    if problem:
-        raise CorruptShard(problem, url=url, part="placement")
-    return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
-
-
-def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str:
-    """Why a file is not the placement of that number; "" if it is. stated: its number and CRC-32C, as it says."""
-    if not table.schema.remove_metadata().equals(_SCHEMA):
-        return "another schema"
-    try:
-        table.validate(full=True)
-    except pa.ArrowInvalid as error:
-        return f"cannot be read: {error}"
-    if stated != (number, _sum_of(table)):
-        return f"the rows or the number are not those that it was written with: {stated}, where it should be {number}"
-    keys = table["key"].to_pylist()
-    try:
-        bad = [key for key in keys if not check_key(key)]
-    except ValueError as error:
-        return str(error)
-    if bad or any(a >= b for a, b in itertools.pairwise(keys)):
-        return "keys out of order"
-    states = pc.unique(table["state"]).to_pylist()
-    if set(states) - set(get_args(State)):
-        return f"a state of {states}"
-    if pc.any(pc.less(table["n_bytes"], 0)).as_py() or pc.any(pc.equal(table["url"], "")).as_py():
-        return "a row without a place, or with a size below 0"
-    return ""
-
-
-def _sum_of(table: pa.Table) -> int:
-    """CRC-32C of all values and of where nulls are, whatever the layout of the file."""
-    crc = 0
-    for column in map(_one, table.columns):
-        crc = crc32c(np.packbits(np.asarray(pc.is_valid(column).to_numpy(zero_copy_only=False), bool)).tobytes(), crc)
-        is_text = pa.types.is_large_string(column.type)
-        filled = pa.concat_arrays([column.fill_null("" if is_text else 0)])
-        numbers = pc.binary_length(filled) if is_text else filled
-        crc = crc32c(np.ascontiguousarray(numbers.to_numpy(zero_copy_only=False)).tobytes(), crc)
-        if is_text:
-            crc = crc32c("".join(filled.to_pylist()).encode(), crc)
-    return crc
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, pa.array([], column.type)])

@@ -4,16 +4,18 @@ What lies elsewhere is found without being told::
 
     1. the placement is known, and has a row for the key: its place is asked; else the home is
     2. who was asked says that there is nothing (404), another object (412) or one that must be restored (403): the
-       placement is read once more, and whoever has the object by now is asked by one HEAD
+       placement is read once more, and whoever has the object by now is asked by one HEAD; at last home, and the
+       places that earlier placements name, where a copy lies until grace is over
     3. if size and, where both are known, checksum are those that it should have, reading goes on there
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +56,7 @@ def is_archived(error: StoreError) -> bool:
 class _Known:
     """What one process knows. asked: whether the mark was asked for. etags: those of objects that moved, new for old.
 
+    earlier: number of the newest placement, and what those before it say otherwise.
     wrong: keys whose copy near by was found to be damaged; has_near, has_far: whether the placement leads to folders
     of this machine, and to stores that a cache is worth while for.
     """
@@ -64,6 +67,7 @@ class _Known:
     placement: Placement | None = None
     stores: dict[str, Store] = field(default_factory=dict)
     etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    earlier: tuple[int, tuple[Placement, ...]] | None = None
     wrong: set[str] = field(default_factory=set)
     has_near: bool = False
     has_far: bool = False
@@ -225,12 +229,16 @@ class Places:
         expected = row or before
         if expected is None:
             raise error  # nothing says that it ever lay elsewhere
-        # By the newest placement; at home, where it lies until grace is over; where it lay, but with another ETag.
         last: StoreError = error
-        for place in dict.fromkeys((row, None) if row is not None else (None, before)):
-            store = self.store_at(place)
+        for place in self._candidates(key, row, before):
             if place == before and (isinstance(error, NotFound) or is_archived(error)):
                 continue  # that was asked
+            try:
+                store = self.store_at(place)
+            except StoreError:
+                if place == row:
+                    raise
+                continue  # an earlier placement leads to where nothing can be read by now
             try:
                 info = store.head(key)
             except StoreError as failure:
@@ -248,6 +256,32 @@ class Places:
             raise archived_error(key, expected, self.store_at(expected)) from error
         raise last from (None if last is error else error)
 
+    def _candidates(self, key: str, row: Row | None, before: Row | None) -> Iterator[Row | None]:
+        """Where an object may be, each place once.
+
+        By the newest placement; at home, where it lies until grace is over; where it lay as far as this process knew;
+        and, where it went from one place to another, where earlier placements say that it lay: its copy there stays
+        until grace is over, and may be all there is of a copy that was lost.
+        """
+        asked: set[str | None] = set()
+        for place in itertools.chain((row, None, before), self._earlier(key, row)):
+            url = None if place is None or self._is_home(place.url) else place.url.rstrip("/")
+            if url not in asked:
+                asked.add(url)
+                yield place
+
+    def _earlier(self, key: str, row: Row | None) -> Iterator[Row]:
+        """Where earlier placements say that key lay, the latest first. They are read once for each newest one."""
+        known = self._here
+        newest = known.placement
+        if row is None or newest is None:
+            return
+        with known.lock:
+            if known.earlier is None or known.earlier[0] != newest.number:
+                known.earlier = newest.number, placement.moved_since(self.home, newest)
+            found = known.earlier[1]
+        yield from (one for one in (each.find(key) for each in found) if one is not None)
+
     def _read_again(self, key: str, error: StoreError) -> Row | None:
         try:
             self.look_again()
@@ -256,7 +290,7 @@ class Places:
         return self.row(key)
 
     def can_be_read(self, row: Row) -> bool:
-        """Whether an object that a placement calls archived can be read by now, in its place or still at home.
+        """Whether an object that a placement calls archived can be read by now: in its place, or where it was before.
 
         Its store is asked for a byte of it: a storage class alone says nothing of what was restored.
         """
@@ -269,11 +303,14 @@ class Places:
                 return True  # whoever reads it hears why not
         else:
             return True
-        if self._is_home(row.url):
-            return False
+        others = self._candidates(row.key, row, None)
+        return any(self._has_readable(place, row) for place in others if place is not row)
+
+    def _has_readable(self, place: Row | None, expected: Row) -> bool:
         try:
-            _read_a_byte(self.home, row.key)
-            return _is_same(self.home.head(row.key), row)
+            store = self.store_at(place)
+            _read_a_byte(store, expected.key)
+            return _is_same(store.head(expected.key), expected)
         except StoreError:
             return False
 

@@ -10,12 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 from tiercache.store.contract import check_key
 from tiercache.store.posix import NewFile, open_folder, write_all
 from tiercache.tier.model import KINDS, Action, Holding, Kind, Money, Move, Plan, PlannedObject, PlannedTier, Refusal
+from tiercache.tier.moves import Moves, Refusals, sums
+from tiercache.tier.plan_lines import HEAD_KEYS, lines_of_moves, lines_of_refusals
 
 FORMAT, VERSION = "tiercache-plan", 1
 
@@ -24,7 +27,7 @@ _OWN_FOLDER = "_tiercache/"
 _WRITE_BYTES = 1 << 20
 _TOO_LARGE = 1 << 63  # of an integer, for the journal
 _TIER_KEYS = ("url", "role", "storage_class", "prices")
-_MOVE_KEYS = ("path", "kind", "action", "src", "dst", "rule", "reason")
+_MOVE_KEYS = ("path", *HEAD_KEYS)
 _REFUSAL_KEYS = (*_MOVE_KEYS, "n_bytes")
 _HOLDING_KEYS = ("n_bytes", "n_objects", "dollars_month")
 _OBJECT_KEYS = ("key", "n_bytes", "etag", "modified_s", "crc32c")
@@ -36,12 +39,8 @@ T = TypeVar("T")
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The lines of a plan's file, without line ends."""
-    digest = hashlib.sha256()
-    for row in _rows(plan):
-        line = json.dumps(row, allow_nan=False)
-        digest.update(f"{line}\n".encode())
-        yield line
-    yield json.dumps({**_summary(plan), "sha256": digest.hexdigest()}, allow_nan=False)
+    for block in _blocks(plan):
+        yield from bytes(block).decode().splitlines()
 
 
 def write_plan(plan: Plan, path: Path) -> None:
@@ -49,30 +48,56 @@ def write_plan(plan: Plan, path: Path) -> None:
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
         new = NewFile(folder_fd)
         try:
-            at, data = 0, bytearray()
-            for line in plan_lines(plan):
-                data += f"{line}\n".encode()
-                if len(data) >= _WRITE_BYTES:
-                    write_all(new.fd, memoryview(data), at)
-                    at, data = at + len(data), bytearray()
-            write_all(new.fd, memoryview(data), at)
+            at, some = 0, bytearray()
+            for block in _blocks(plan):
+                some += block
+                if len(some) >= _WRITE_BYTES:
+                    write_all(new.fd, memoryview(some), at)
+                    at, some = at + len(some), bytearray()
+            write_all(new.fd, memoryview(some), at)
             new.publish(path.name)
         finally:
             new.close()
 
 
-def _rows(plan: Plan) -> Iterator[dict[str, Any]]:
+def _blocks(plan: Plan) -> Iterator[bytes | memoryview]:
+    """The file's bytes, whole lines at a time."""
+    digest = hashlib.sha256()
+    for block in chain([_line(_header(plan))], _lines_of_moves(plan.moves), _lines_of_refusals(plan.refusals)):
+        digest.update(block)
+        yield block
+    yield _line({**_summary(plan), "sha256": digest.hexdigest()})
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(row, allow_nan=False)}\n".encode()
+
+
+def _header(plan: Plan) -> dict[str, Any]:
     tiers = {tier.name: {key: getattr(tier, key) for key in _TIER_KEYS} for tier in plan.tiers}
     made = datetime.fromtimestamp(plan.made_s, UTC).isoformat(timespec="milliseconds")
-    yield {"format": FORMAT, "version": VERSION, "id": plan.id, "made": made} | {
+    return {"format": FORMAT, "version": VERSION, "id": plan.id, "made": made} | {
         "rules": plan.rules,
         "rules_sha256": plan.rules_sha256,
         "tiers": tiers,
     }
-    for move in plan.moves:
-        yield _move_row(move)
-    for one in plan.refusals:
-        yield {"line": "refused"} | {key: getattr(one, key) for key in _REFUSAL_KEYS}
+
+
+def _lines_of_moves(moves: Sequence[Move]) -> Iterator[bytes | memoryview]:
+    # What is no JSON raises where it is written as an object.
+    if isinstance(moves, Moves) and moves.is_finite():
+        return lines_of_moves(moves)
+    return (_line(_move_row(move)) for move in moves)
+
+
+def _lines_of_refusals(refusals: Sequence[Refusal]) -> Iterator[bytes | memoryview]:
+    if isinstance(refusals, Refusals):
+        return lines_of_refusals(refusals)
+    return (_line(_refusal_row(one)) for one in refusals)
+
+
+def _refusal_row(one: Refusal) -> dict[str, Any]:
+    return {"line": "refused"} | {key: getattr(one, key) for key in _REFUSAL_KEYS}
 
 
 def _move_row(move: Move) -> dict[str, Any]:
@@ -94,14 +119,15 @@ def _summary(plan: Plan) -> dict[str, Any]:
     def held(by_tier: Mapping[str, Holding]) -> dict[str, Any]:
         return {name: {key: getattr(one, key) for key in _HOLDING_KEYS} for name, one in by_tier.items()}
 
+    sums_of = sums(plan.moves)
     return {
         "line": "summary",
         "before": held(plan.before),
         "after": held(plan.after),
         "n_moves": len(plan.moves),
-        "n_bytes": sum(move.n_bytes for move in plan.moves),
-        "cost": sum(move.money.once for move in plan.moves),
-        "saving_month": sum(move.money.saving_month for move in plan.moves),
+        "n_bytes": sums_of.n_bytes,
+        "cost": sums_of.once,
+        "saving_month": sums_of.saving_month,
     }
 
 

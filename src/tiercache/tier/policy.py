@@ -11,16 +11,16 @@ mean. In this order, and a group gets one move at most:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.tier.model import CHECKPOINT, Action, Chosen, Decisions, Declined, Money, Snapshot
-from tiercache.tier.refusing import Bill, Room, bill, bytes_of, costly, held, newest_stays
+from tiercache.tier.decided import Choices, Dollars, Refused, Ways
+from tiercache.tier.model import CHECKPOINT, Decisions, Snapshot
+from tiercache.tier.refusing import Bill, Room, bill, bytes_of, costly, held, in_sight, newest_stays
 from tiercache.tier.view import Rows, View
 from tiercache.tier.wishes import (
-    ACTIONS,
     COPY,
     MOVE,
     Asked,
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tierfile import TierFile
 
-# Objects are made of columns so many at a time: the lists that they are made from stay small.
-_ROWS_AT_A_TIME = 1 << 16
-
 
 def decide(
     snapshot: Snapshot,
@@ -49,6 +46,7 @@ def decide(
     prices: Sequence[Prices | None],
     *,
     capacity_bytes: Sequence[int | None],
+    missing: Mapping[str, str] | None = None,
 ) -> Decisions:
     """What is to be done with what there is. The same of the same.
 
@@ -57,6 +55,7 @@ def decide(
         file: tiers, rules, pins, tags.
         prices: of each tier; None: unknown, and then dollars decide nothing about it.
         capacity_bytes: of each tier; None: no limit.
+        missing: tiers that may lack what lies in them, and why: marks.py. Nothing goes there, and nothing is deleted.
 
     Raises:
         ValueError: the snapshot is of other tiers than the file, prices or capacities are not one a tier, or a glob is
@@ -65,14 +64,14 @@ def decide(
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
             raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
-    return _Deciding(View.of(snapshot, file, prices), capacity_bytes).all()
+    return _Deciding(View.of(snapshot, file, prices), capacity_bytes, missing or {}).all()
 
 
 class _Deciding:
     """The moves of one plan as they come together. moving: bool[n_groups], those that have one."""
 
-    def __init__(self, view: View, capacity_bytes: Sequence[int | None]) -> None:
-        self.view, self.room = view, Room(view, capacity_bytes)
+    def __init__(self, view: View, capacity_bytes: Sequence[int | None], missing: Mapping[str, str]) -> None:
+        self.view, self.room, self.missing = view, Room(view, capacity_bytes), missing
         self.moving = np.zeros(view.snapshot.n_groups, np.bool_)
         self.moves: list[tuple[Wishes, Bill]] = []
         self.refused: list[Wishes] = []
@@ -83,6 +82,7 @@ class _Deciding:
         for rule in rules:
             self.refused.append(held(self.view, rule.refused, self.refused))
             wishes = newest_stays(self.view, held(self.view, rule.wanted, self.refused), self.refused)
+            wishes = in_sight(self.view, wishes, self.refused, self.missing)
             self._make(*costly(self.view, wishes, self.refused, for_room=False))
         for tier in range(self.view.n_tiers - 1):
             self._keep_below_high(tier, rules)
@@ -107,6 +107,7 @@ class _Deciding:
         rows = self._may_go(tier, rules)
         wanted, stuck = self._sent_down(tier, rows, f"{what.name} is {used / max(limit, 1):.1%} full")
         passed = [stuck]
+        wanted = in_sight(self.view, wanted, passed, self.missing)
         wishes, dollars = costly(self.view, wanted, passed, for_room=True)
         order = np.lexsort((wishes.group, -self.view.unused_s[wishes.group]))
         wishes, dollars = wishes.take(order), dollars.take(order)
@@ -158,7 +159,7 @@ class _Deciding:
         text = say(lambda unused: f"used {ago(unused)} ago, since it lies below {view.name(hot)}", unused)
         wanted, stuck = send(view, rows, sources, hot, (number, text))
         self.refused.append(_copies(stuck))
-        wishes = _copies(wanted)
+        wishes = in_sight(view, _copies(wanted), self.refused, self.missing)
         self._make(wishes, bill(view, wishes), view.file.tiers[hot].low)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
@@ -170,37 +171,18 @@ class _Deciding:
         refused = Wishes.all(self.refused)
         _, first = np.unique(refused.group, return_index=True)
         first = first[~self.moving[refused.group[first]]]
-        return Decisions(
-            tuple(self._chosen(wishes.take(order), dollars.take(order))), tuple(self._declined(refused.take(first)))
-        )
+        moves = Choices(self._ways(wishes.take(order)), _dollars(dollars.take(order)))
+        return Decisions(moves, Refused(self._ways(refused.take(first))))
 
-    def _chosen(self, wishes: Wishes, dollars: Bill) -> Iterator[Chosen]:
-        days, free = dollars.break_even_days, Money(break_even_days=0.0)
-        for start in range(0, len(wishes), _ROWS_AT_A_TIME):
-            part = slice(start, start + _ROWS_AT_A_TIME)
-            figures = (column[part].tolist() for column in (dollars.once, dollars.saving_month, days))
-            for columns, (once, saving, day) in zip(self._named(wishes, part), zip(*figures, strict=True), strict=True):
-                money = Money(once, saving, None if day == np.inf else day) if once or saving else free
-                yield Chosen(*columns, money)
-
-    def _declined(self, wishes: Wishes) -> Iterator[Declined]:
-        for start in range(0, len(wishes), _ROWS_AT_A_TIME):
-            for columns in self._named(wishes, slice(start, start + _ROWS_AT_A_TIME)):
-                yield Declined(*columns)
-
-    def _named(self, wishes: Wishes, part: slice) -> Iterator[tuple[int, Action, int, int | None, str, str]]:
+    def _ways(self, wishes: Wishes) -> Ways:
         rules = [rule.name for rule in self.view.file.rules]
         # Watermarks are -1 - tier: the last names, from the end.
         rules += [f"tiers.{name}.high" for name in reversed(self.view.snapshot.tiers)]
-        return zip(
-            wishes.group[part].tolist(),
-            [ACTIONS[action] for action in wishes.action[part].tolist()],
-            wishes.src[part].tolist(),
-            [None if dst < 0 else dst for dst in wishes.dst[part].tolist()],
-            [rules[rule] for rule in wishes.rule[part].tolist()],
-            wishes.text[part].tolist(),
-            strict=True,
-        )
+        return Ways(wishes.group, wishes.action, wishes.src, wishes.dst, wishes.rule, wishes.text, rules)
+
+
+def _dollars(dollars: Bill) -> Dollars:
+    return Dollars(dollars.once, dollars.saving_month, dollars.break_even_days)
 
 
 def _copies(wishes: Wishes) -> Wishes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tiercache.tier.costs import (
     month_dollars,
     reclass_dollars,
 )
+from tiercache.tier.marks import deletions_wait
 from tiercache.tier.model import CHECKPOINT, HERE
 from tiercache.tier.view import Flags, View
 from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wishes, ending, say, span
@@ -127,6 +128,17 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
     text = ending(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
     return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+
+
+def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping[str, str]) -> Wishes:
+    """Without what goes to a tier that may not be there, and without deletions while any may not: marks.py."""
+    if why := deletions_wait(missing):
+        deletes = wishes.action == DELETE
+        wishes = sift(wishes, refused, deletes, _said(why, deletes))
+    for name, why in missing.items():
+        there = wishes.dst == view.file.index(name)
+        wishes = sift(wishes, refused, there, _said(f"nothing goes to tier {name}: {why}", there))
+    return wishes
 
 
 def _readable_elsewhere(view: View, wishes: Wishes) -> Flags:

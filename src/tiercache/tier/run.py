@@ -22,7 +22,7 @@ from tiercache.prices import priced
 from tiercache.tier.adopting import adopt_ruled
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.lock import TierLock
-from tiercache.tier.marks import absent
+from tiercache.tier.marks import absences, absent
 from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.mover import Applied, Mover, Progress, Stopped
 from tiercache.tier.plan import planned
@@ -173,7 +173,8 @@ class _Run:
         inventory = take_inventory(file, stores, self._catalog, now_s=time.time())
         self._doubts = absent(file, stores, self._catalog, inventory.facts["emptied"])
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
-        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
+        missing = absences(file, stores, self._catalog)
+        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=missing)
         return inventory, planned(decisions, inventory, file, prices)
 
     def _report(

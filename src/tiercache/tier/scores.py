@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import StoreError
-from tiercache.tier.layouts import matches
+from tiercache.tier.layouts import matches, split_keys
 from tiercache.tier.listing import NO_CRC
-from tiercache.tier.metrics import FILES, metrics_of, read_metrics
+from tiercache.tier.metrics import FILES, read_metrics
 from tiercache.tier.model import HERE, RESTORED
+from tiercache.tier.name_metrics import metrics_in
 
 if TYPE_CHECKING:
     from tiercache.tier.copies import Copies
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tiercache.tierfile import TierFile
 
 _THREADS = 16
+_ROWS_AT_A_TIME = 1 << 16
 _MAY_HOLD = rf"(?:^|/)(?:{'|'.join(FILES)})$".replace(".json", r"\.json")
 _MAY_SAY = r"=|\d\.\d"
 
@@ -58,9 +60,12 @@ class Scores:
         found = {name: np.full(len(paths), np.nan) for name in names}
         if not names:
             return found
-        texts = paths.take(pa.array(checkpoints))
-        for at in np.flatnonzero(matches(texts, _MAY_SAY)).tolist():
-            _fill(found, int(checkpoints[at]), metrics_of(texts[at].as_py().rpartition("/")[2]))
+        for groups in _parts(checkpoints):
+            texts = paths.take(pa.array(groups))
+            says = matches(texts, _MAY_SAY)
+            last = split_keys(texts.filter(pa.array(says)))[2]
+            for name, column in metrics_in(last, names).items():
+                found[name][groups[says]] = column
         lacking = np.isnan(np.array([found[name][checkpoints] for name in names])).any(axis=0)
         self._read(found, paths, checkpoints[lacking])
         return found
@@ -81,18 +86,22 @@ class Scores:
 
     def _asked(self, groups: NDArray[np.int64]) -> dict[int, int | None]:
         """Groups that have a file with metrics -> the copy to read it from; None: it cannot be read."""
-        copies, listed = self._copies, self._listed
+        copies = self._copies
         wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
         wanted[groups] = True
         copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
         rows = np.flatnonzero(wanted[copies.group[copy_of]])
-        rows = rows[matches(listed.keys.take(pa.array(copies.row[rows])), _MAY_HOLD)]
+        rows = np.concatenate([rows[:0], *(self._holding(some) for some in _parts(rows))])
         asked: dict[int, int | None] = {}
         for copy in np.unique(copy_of[rows]).tolist():
             group = int(copies.group[copy])
             if asked.get(group) is None:
                 asked[group] = copy if copies.state[copy] in (HERE, RESTORED) else None
         return asked
+
+    def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the rows of copies' objects that may hold metrics."""
+        return rows[matches(self._listed.keys.take(pa.array(self._copies.row[rows])), _MAY_HOLD)]
 
     def _one(self, readable: tuple[int, int]) -> Mapping[str, float] | None:
         copy = readable[1]
@@ -106,6 +115,12 @@ class Scores:
             if error.retryable:
                 raise
             return None
+
+
+def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The rows, so many at a time that what is taken of them stays small."""
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        yield rows[start : start + _ROWS_AT_A_TIME]
 
 
 def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ the world has changed, and readers go home again; or kept waiting where that may
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import has_class
+from tiercache.tier.marks import absences, deletions_wait
 from tiercache.tier.placing import Changes, Heads, Placing, found_in, found_infos
 from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 # go: nothing speaks against it. done: it is so already. keep: it waits on, that may pass. cancel: the world changed.
 Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 
-# Between what is asked and what is deleted lie the questions about a batch.
-_BATCH_MOVES, _BATCH_OBJECTS = 64, 1000
+# Between what is asked and what is deleted lie the questions about a batch, and the reading of copies in folders.
+_BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 64, 1000, 64 << 30
 _SKEW_S = 60.0
 
 
@@ -109,6 +110,7 @@ class Settling:
         due = [Due(row, is_begun=row.state == "dropping") for row in rows]
         self._check(due, survey)
         self._part(due)
+        self._prove([one for one in due if one.verdict == "go" and one.row.action in ("move", "drop")])
         reach("tier_drop.checked")
         self._carry_out([one for one in due if one.verdict == "go"])
         self._end(due)
@@ -124,7 +126,11 @@ class Settling:
         pinned = self._sight.pinned([one.row for one in fit], self._now_s)
         wanted = [pair for one in fit for pair in self._asked_of(one.row)]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
+        missing = absences(self._file, self._sight.stores, self._catalog)
         for one in fit:
+            if why := _out_of_sight(one.row, missing):
+                one.say("keep", why)
+                continue
             try:
                 self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
             except TierCacheError as error:
@@ -253,6 +259,26 @@ class Settling:
             counted |= needs
             dropped |= takes
 
+    def _prove(self, due: Sequence[Due]) -> None:
+        """Have copies in folders read back, once, before what they were made from goes: no store answers for them."""
+        copies: list[tuple[Due, str, KnownCopy | None]] = []
+        for one in due:
+            if self._sight.transfer.must_prove(one.row.dst):
+                keys = [obj.key for obj in one.row.objects]
+                books = self._catalog.known(one.row.dst, keys)
+                copies += [(one, key, books.get(key)) for key in keys]
+        for (one, _, _), (verdict, why) in zip(copies, self._sight.pool.map(self._proof, copies), strict=True):
+            if why:
+                # Where some of src is gone it is finished when that is possible again, and not forgotten.
+                one.say("keep" if one.is_begun and not one.is_whole else verdict, why)
+
+    def _proof(self, copy: tuple[Due, str, KnownCopy | None]) -> tuple[Verdict, str]:
+        one, key, known = copy
+        try:
+            return "cancel", self._sight.proof(one.row.dst, key, known)
+        except TierCacheError as error:
+            return "keep", str(error)
+
     # -- doing ------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, due: Sequence[Due]) -> None:
@@ -276,7 +302,16 @@ class Settling:
     def _look_again(self, due: Sequence[Due]) -> None:
         """Keep what was written since it was looked at: copies may have been read, and readers told, meanwhile."""
         drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
-        heads = self._sight.heads(list(dict.fromkeys((where, obj.key) for one in drops for where, obj in one.there)))
+        wanted = [(where, obj.key) for one in drops for where, obj in one.there]
+        proven = [one for one in drops if one.row.dst and self._sight.transfer.must_prove(one.row.dst)]
+        wanted += [(one.row.dst, obj.key) for one in proven for obj in one.row.objects]
+        heads = self._sight.heads(list(dict.fromkeys(wanted)))
+        for one in proven:
+            try:
+                if why := self._unconfirmed(one.row, found_infos(heads, one.row.dst, one.row)):
+                    one.say("keep", why)  # asked about anew the next time
+            except TierCacheError as error:
+                one.say("keep", str(error))
         for one in drops:
             for where, obj in one.there:
                 try:
@@ -393,14 +428,27 @@ class Settling:
         reach("tier_drop.taken_back")
 
 
+def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:
+    """Why nothing can be said of what a move takes away; "": it can be seen. missing: tiers, and why.
+
+    Where dst cannot be seen, its copies cannot be confirmed: that is found out when they are asked about.
+    """
+    if row.action == "delete":
+        return deletions_wait(missing)
+    return missing.get(row.src, "")
+
+
 def _batches(rows: Sequence[JournalRow]) -> Iterator[list[JournalRow]]:
     batch: list[JournalRow] = []
-    n_objects = 0
+    n_objects = n_bytes = 0
     for row in rows:
-        if batch and (len(batch) >= _BATCH_MOVES or n_objects + len(row.objects) > _BATCH_OBJECTS):
+        row_bytes = sum(one.n_bytes for one in row.objects)
+        is_full = len(batch) >= _BATCH_MOVES or n_objects + len(row.objects) > _BATCH_OBJECTS
+        if batch and (is_full or n_bytes + row_bytes > _BATCH_BYTES):
             yield batch
-            batch, n_objects = [], 0
+            batch, n_objects, n_bytes = [], 0, 0
         batch.append(row)
         n_objects += len(row.objects)
+        n_bytes += row_bytes
     if batch:
         yield batch

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import NotFound, StoreError
-from tiercache.tier.marks import MARK_KEY, read_mark, unlike
+from tiercache.tier.marks import recognised
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import ARCHIVED, HERE, RESTORING, PlannedObject
 from tiercache.tier.stores import state_of
@@ -127,6 +127,29 @@ class Sight:
         self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
         return ""
 
+    def proof(self, tier: str, key: str, known: KnownCopy | None) -> str:
+        """Why a copy is not what it was made of, by its disk; "": it is. known: what the books have of it.
+
+        A wrong one is believed no more: the books know it as what a move made, which may be replaced.
+
+        Raises:
+            StoreError: it cannot be read, or changed meanwhile.
+        """
+        info = self.head(tier, key)
+        if why := self.confirmed(tier, key, info, known):
+            return why
+        at = f"{self.stores.store(tier).url}/{key}"
+        if info is None or known is None or known.crc32c is None:
+            return f"{at}: its checksum is not known: it cannot be compared"
+        found = self.transfer.prove(tier, info)
+        if found == known.crc32c:
+            return ""
+        self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
+        return (
+            f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
+            f"look at that disk, and remove this copy: the next plan makes it again"
+        )
+
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
         """The CRC-32C of an object: from the books if it is still that one, else read; None: it cannot be read."""
         if known is not None and known.crc32c is not None and is_same(info, known):
@@ -168,23 +191,12 @@ class Sight:
                 why[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
         return why
 
-    def missing(self, tier: str) -> str:
-        """Why a local tier may not be the one that was used before; "": it is, or was never used. Raises StoreError.
-
-        1. The disk of /mnt/archive is not mounted, and the folder is there. 2. Copies go into it, and are verified.
-        3. Their sources are dropped. 4. The disk is mounted, and hides the copies. So each has a mark, which is known.
-        """
-        if not self.file.tier(tier).is_local:
-            return ""
-        store, before = self.stores.store(tier), self.catalog.mark(tier)
-        found = read_mark(store)
-        if before is None:
-            if found is None:
-                found = secrets.token_hex(16)
-                store.put_if_absent(MARK_KEY, f"{found}\n".encode())
-            self.catalog.remember_mark(tier, found)
-            return ""
-        return unlike(tier, store, found, before)
+    def missing(self, tier: str, *, gets: bool = True) -> str:
+        """Why a local tier may not be the one that was used before; "": it is, or was never used: see recognised()."""
+        try:
+            return recognised(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
+        except StoreError as error:
+            return str(error)
 
     def joined(self, src: str, dst: str) -> str:
         """Why two tiers may be one place, whose copies are one copy; "": they are not. Raises StoreError.

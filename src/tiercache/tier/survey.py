@@ -9,6 +9,7 @@ import numpy as np
 
 from tiercache.prices import priced
 from tiercache.tier.inventory import take_inventory
+from tiercache.tier.marks import absences
 from tiercache.tier.model import CHECKPOINT, HERE
 from tiercache.tier.policy import decide
 from tiercache.tier.retention import newest
@@ -44,7 +45,8 @@ def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: flo
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
     prices = [priced(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    return survey_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity))
+    missing = absences(file, stores, catalog)
+    return survey_of(snapshot, decide(snapshot, file, prices, capacity_bytes=capacity, missing=missing))
 
 
 def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Lock
 
 from tiercache._native.checksum import combine, crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
@@ -17,9 +17,11 @@ from tiercache.points import reach
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import ArchiveStore
 from tiercache.store.contract import Upload
+from tiercache.store.obstore_upload import StreamedUpload
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.pieces import MOST_PARTS, PART_BYTES, Buffers, Pace, Part, Reading, cancelled, ranges_of
 from tiercache.tier.stores import Stores, state_of
+from tiercache.tier.targets import check_absent, check_over
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 # Parts of one object that are read ahead of the one that is written, or are under way together where parts may be.
@@ -33,7 +35,7 @@ _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A copy that was made and verified.
+    """A copy that was made and verified, as far as that can be now: see Transfer.must_prove().
 
     crc32c: of its bytes; None where the server copied and no sum of that kind was known: other sums, or the bytes
     themselves, were compared then. etag: the copy's.
@@ -80,6 +82,7 @@ class Transfer:
         self._pace = Pace(rate_bytes_s, clock, self._cancel)
         self._pool = ThreadPoolExecutor(max(jobs, _TOGETHER), thread_name_prefix="tiercache-transfer")
         self._buffers = Buffers()
+        self._lock, self._n_reading = Lock(), 0
 
     def __enter__(self) -> Transfer:
         return self
@@ -99,11 +102,13 @@ class Transfer:
         one: PlannedObject,
         *,
         on_bytes: Callable[[int], object] | None = None,
-        replaces: bool = True,
+        replaces: bool | str = True,
     ) -> Copied:
         """Copy an object to another tier, under the same key and in that tier's class, and verify the copy.
 
-        The copy appears whole, in place of what was there. Where the server of both can copy by itself, it does.
+        The copy appears whole, in place of what was there. Where the server of both can copy by itself, it does. A
+        store that names a sum of what it got is believed if it is ours; else the copy is read back, but for large
+        files: these are whole and synced, and the bytes on their disk are for prove().
 
         Args:
             src: name of the tier that it is read from.
@@ -111,7 +116,8 @@ class Transfer:
             one: what the object must be: size, ETag (or else date), and CRC-32C as far as they are known.
             on_bytes: called with the length of each part that was read; from any thread.
             replaces: False: nothing lay there when it was looked; what somebody has put there since stays. The store
-                sees to it; of more than a MiB in a cloud without boto3 it is asked once more directly before.
+                sees to it; of more than a MiB in a cloud without boto3 it is asked once more directly before. An ETag:
+                another object is not overwritten. It is asked directly before; by boto3 the request names it too.
 
         Raises:
             NotFound: it is not in src.
@@ -160,11 +166,13 @@ class Transfer:
         return f"{self._stores.store(name).url}/{key}"
 
     def _by_server(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> Copied | None:
         """The copy that the server made; None where its sums do not say that it is one: it is removed then."""
         info = self.check(src, one)
         source, target = self._archive(src), self._archive(dst)
+        if isinstance(replaces, str):
+            check_over(self._stores, dst, one.key, replaces)
         self._pace.take(info.n_bytes)
         before = source.sums(one.key)
         try:
@@ -176,10 +184,11 @@ class Transfer:
                 if_match=info.etag,
                 crc32c=one.crc32c,
                 if_absent=not replaces,
+                over=replaces if isinstance(replaces, str) else None,
             )
         except ObjectChanged:
             if not replaces:
-                self._check_absent(dst, one.key)
+                check_absent(self._stores, dst, one.key)
             raise
         if one.crc32c is not None and made.crc32c is None:
             # That the copy is the source says nothing of what the source should be: that takes its bytes.
@@ -194,7 +203,7 @@ class Transfer:
         return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
 
     def _at_once(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> Copied:
         """A small object: one request says what it is, and is it; for many small ones requests are what counts."""
         self._pace.take(one.n_bytes)
@@ -207,21 +216,21 @@ class Transfer:
             raise
         self._expect(src, one, info)
         on_bytes(len(data))
-        with self._upload(dst, info) as (upload, _):
+        with self._upload(dst, info, replaces) as (upload, _):
             upload.put_part(0, data)
             return self._completed(src, dst, one, (upload, crc32c(data)), replaces=replaces)
 
     def _streamed(
-        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool
+        self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> Copied:
         info = self.check(src, one)
         reading = Reading(self._stores.store(src), info, self._cancel)
-        with self._upload(dst, info) as (upload, in_order):
+        with self._upload(dst, info, replaces) as (upload, in_order):
             crc = self._written(upload, self._parts(reading, None if in_order else upload, on_bytes))
             return self._completed(src, dst, one, (upload, crc), replaces=replaces)
 
     def _completed(
-        self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool
+        self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool | str
     ) -> Copied:
         """The copy, published and verified. written: the upload, and the CRC-32C of what it was given."""
         upload, crc = written
@@ -235,32 +244,21 @@ class Transfer:
             return Copied(one.n_bytes, crc, made.etag)
         return self._verified(dst, one.n_bytes, crc, made)
 
-    def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool) -> ObjectInfo:
+    def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
         """What was published. Reading the source takes minutes, in which somebody may write."""
         store = self._stores.store(dst)
         can_decide = (
             one.n_bytes <= _SMALL_BYTES or not isinstance(store, CloudStore) or self._stores.archive(dst) is not None
         )
         if not replaces and not can_decide:
-            self._check_absent(dst, one.key)
+            check_absent(self._stores, dst, one.key)
+        if isinstance(replaces, str):
+            check_over(self._stores, dst, one.key, replaces)
         made = upload.complete(if_absent=not replaces and can_decide)
         if made is None:
-            self._check_absent(dst, one.key)
+            check_absent(self._stores, dst, one.key)
             raise ObjectChanged("somebody writes and deletes it meanwhile", url=self._at(dst, one.key))
         return made
-
-    def _check_absent(self, dst: str, key: str) -> None:
-        """Raise ObjectChanged where something lies."""
-        try:
-            info = self._stores.head(dst, key)
-        except NotFound:
-            return
-        raise self._taken(dst, info)
-
-    def _taken(self, dst: str, info: ObjectInfo) -> ObjectChanged:
-        # Or we have, and the answer was lost: the next try compares it.
-        message = "it has been written since it was looked whether it is there: it is not overwritten"
-        return ObjectChanged(message, url=self._at(dst, info.key), expected="nothing", found=f"{info.n_bytes} bytes")
 
     def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
         """The CRC-32C of all parts, those written here that bring their bytes. None is under way afterwards."""
@@ -274,11 +272,13 @@ class Transfer:
         return crc
 
     @contextmanager
-    def _upload(self, dst: str, info: ObjectInfo) -> Iterator[tuple[Upload, bool]]:
+    def _upload(self, dst: str, info: ObjectInfo, replaces: bool | str) -> Iterator[tuple[Upload, bool]]:
         """An upload to a tier, and whether it wants its parts in their order."""
         archive, store = self._stores.archive(dst), self._stores.store(dst)
         if archive is not None:
-            with archive.create(info.key, storage_class=self._stores.file.tier(dst).storage_class) as upload:
+            over = replaces if isinstance(replaces, str) else None
+            storage_class = self._stores.file.tier(dst).storage_class
+            with archive.create(info.key, storage_class=storage_class, if_match=over) as upload:
                 yield upload, False
             return
         if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
@@ -286,6 +286,8 @@ class Transfer:
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         with store.create(info.key) as upload:
+            if isinstance(upload, StreamedUpload):
+                upload.confirm()
             yield upload, True
 
     def _parts(
@@ -297,16 +299,26 @@ class Transfer:
             yield self._part(reading, ranges[0], upload, on_bytes)
             return
         running: deque[Future[Part]] = deque()
-        waiting = iter(ranges)
+        is_file = upload is None and isinstance(reading.store, LocalFolder)
+        self._count(1)
         try:
-            for wanted in waiting:
+            for wanted in ranges:
+                # Files that are copied beside this one keep disks busy meanwhile; handing parts over would only cost.
+                if is_file and not running and self._n_reading > 1:
+                    yield self._part(reading, wanted, upload, on_bytes)
+                    continue
                 running.append(self._pool.submit(self._part, reading, wanted, upload, on_bytes))
                 if len(running) > (_AHEAD if upload is None else _TOGETHER):
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
+            self._count(-1)
             self._give_up(running)
+
+    def _count(self, n: int) -> None:
+        with self._lock:
+            self._n_reading += n
 
     def _give_up(self, running: deque[Future[Part]]) -> None:
         """Wait for parts under way, which use the upload, and take their buffers back."""
@@ -342,7 +354,7 @@ class Transfer:
 
     def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> Copied:
         """The copy, if it is there and is what was read; else it is removed."""
-        info, found = self._looked_at(dst, made, n_bytes)
+        info, found = self._looked_at(dst, made, n_bytes, crc)
         where = self._at(dst, made.key)
         if made.etag is not None and info.etag != made.etag:
             message = "somebody else has written it since it was copied"
@@ -364,14 +376,27 @@ class Transfer:
             raise _wrong(where, crc, found, "the copy")
         return Copied(n_bytes, crc, info.etag)
 
-    def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int) -> tuple[ObjectInfo, int | None]:
-        """What a copy is, and its CRC-32C where one request gives both."""
+    def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int, crc: int) -> tuple[ObjectInfo, int | None]:
+        """What a copy is, and its CRC-32C where it is known already; crc: of what was written."""
         store = self._stores.store(name)
         if n_bytes <= _SMALL_BYTES and self._stores.archive(name) is None:
             data, info = store.read_tail(made.key, n_bytes + 1)
             return info, crc32c(data)
         # A folder has just looked at the file.
-        return (made if isinstance(store, LocalFolder) else self._stores.head(name, made.key)), None
+        return (made, crc) if self.must_prove(name) else (self._stores.head(name, made.key), None)
+
+    def must_prove(self, name: str) -> bool:
+        """Whether copies in a tier must stand prove() before what they were made from goes: files in a folder.
+
+        Only who reads a disk knows what it has, and the later the better: docs/design/2026-11-26-reading-back.md.
+        """
+        return isinstance(self._stores.store(name), LocalFolder)
+
+    def prove(self, name: str, info: ObjectInfo) -> int:
+        """The CRC-32C of a file as its disk has it, not as the system remembers it. Raises as copy()."""
+        if isinstance(store := self._stores.store(name), LocalFolder):
+            store.forget_cached(info.key)
+        return self.sum_of(name, info)
 
     def sum_of(self, name: str, info: ObjectInfo) -> int:
         """The CRC-32C of an object's bytes, all of them read. Raises as copy()."""

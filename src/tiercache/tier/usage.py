@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from functools import partial
 from multiprocessing import util
@@ -48,6 +48,8 @@ REPORT_S = 3600.0
 LOCK_S = 5.0
 # A reader that was heard so lately reads now: one report may come late, or be lost.
 IN_USE_S = 2.5 * REPORT_S
+_MOST_BYTES = 256 << 20  # a million shards with names of 40 characters take 70 MB
+_SKEW_S = 60.0  # writing it takes time, and clocks differ a little everywhere
 _MANY_USES = 1 << 40  # some thousand machines' add up to less than an int64 holds
 _numbers = itertools.count()
 _PID = re.compile(r"[0-9]{1,10}")
@@ -65,7 +67,7 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one machine has used. Times in seconds since the epoch, by its own clock.
+    """What one machine has used. Times in seconds since the epoch, by its own clock; read_reports() mends late ones.
 
     Attributes:
         machine: its name.
@@ -106,9 +108,29 @@ def read_reports(store: Store) -> list[Report]:
     """The reports of all machines. One that cannot be read is of a machine that has not reported. Raises StoreError."""
     found = []
     for info in store.list(USAGE_FOLDER):
+        modified_s = info.modified_s or 0.0
         with suppress(NotFound):
-            found.append(decode(store.get(info.key), _machine_of(info.key), info.modified_s or 0.0))
+            data = store.get(info.key) if info.n_bytes <= _MOST_BYTES else b""
+            found.append(by_store_clock(decode(data, _machine_of(info.key), modified_s), modified_s))
     return found
+
+
+def by_store_clock(report: Report, modified_s: float) -> Report:
+    """A report of a machine whose clock is behind, with its times put later by that.
+
+    The store says when it was written: a machine whose clock is a week behind would be gone, and what it reads idle.
+    Never earlier: of a clock that is ahead, or a file that was copied with its date, too late a time is the safe side.
+    """
+    behind_s = modified_s - max(report.reported_s, 0.0)
+    if behind_s <= _SKEW_S:
+        return report
+    readers = {
+        name: replace(one, since_s=one.since_s + behind_s, reported_s=one.reported_s + behind_s)
+        for name, one in report.readers.items()
+    }
+    shards = {name: (last_s + behind_s, uses) for name, (last_s, uses) in report.shards.items()}
+    all_s = report.all_s and report.all_s + behind_s
+    return Report(report.machine, modified_s, all_s, readers, shards)
 
 
 def merge(

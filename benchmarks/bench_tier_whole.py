@@ -1,0 +1,159 @@
+"""`tiercache tier plan --out`, whole: seconds and memory of all that it does for many objects, in one process.
+
+    python benchmarks/bench_tier_whole.py [--objects 1000000] [--rules 20] [--only files folders named books]
+
+Inventory, decision, plan, its file, and what is printed: the functions of the verb, on stores that list from memory.
+The cases are those of bench_tier_inventory.py, books with a catalog in SQLite. Most files move; of checkpoints in
+folders what keep lists do not name. `listing_s` is what listing alone takes, which is the stores' (Python objects of a
+million keys included), `rest_s` all else: that has to be under 10 s, `peak_bytes`, the process's, under 1 GiB. A
+repetition is a process of its own. Rows go to tier_whole.jsonl; --quick is small, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench_tier_inventory import CASES, NOW_S, MadeStore, ranges_of
+from bench_tier_plan import DAY_S, TIERS
+from cases import Bench, asked, mib, peak_bytes
+from rows import spread
+from tiercache.catalog.tiers import KnownCopy, TierCatalog
+from tiercache.cli.output import Output
+from tiercache.cli.tier_opening import OpenTiers
+from tiercache.cli.tier_plan import made_plan, plan_facts, plan_text, print_plan
+from tiercache.prices import priced
+from tiercache.tier.listing import list_tiers
+from tiercache.tier.plan import write_plan
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import Best, Keep, Rule, Tier, TierFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+LIMIT_S, LIMIT_BYTES = 10.0, 1 << 30
+SHOWN = 20
+MEASURED = ("seconds", "listing_s", "rest_s", "cpu_s")
+
+
+def made_file(n_rules: int) -> TierFile:
+    """Rules for files of teams and sets, for checkpoints, and for the rest."""
+    tiers = tuple(Tier(**(tier.model_dump() | {"url": f"memory://{tier.name}"})) for tier in TIERS)
+    rules = [
+        Rule(
+            name=f"r{i}",
+            match=(f"datasets/set-{i}/**", f"**/team-{i}/**/*.{{bin,npz}}"),
+            excepted=("**/*.keep",),
+            to="archive",
+            idle_s=DAY_S / 2,
+        )
+        for i in range(n_rules - 2)
+    ]
+    best = (Best(metric="val_loss", n=2, mode="min"),)
+    keep = {"hot": Keep(last=2), "standard": Keep(last=10, every_steps=5000, best=best)}
+    rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
+    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, promote="on_access"))
+    return TierFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
+
+
+def fill(path: Path, file: TierFile, n: int) -> None:
+    """Put all objects on a catalog's books."""
+    with TierCatalog(path, {tier.name: tier.url for tier in file.tiers}) as catalog:
+        for tier, numbers in ranges_of(n).items():
+            name = CASES["books"]
+            catalog.record((tier, name(i), KnownCopy(1_000_000 + i % 7, f'"{i:032x}"', i)) for i in numbers)
+
+
+def planned(tiers: OpenTiers, path: Path) -> dict[str, Any]:
+    """What the verb does once its tiers are open; the summary that it prints."""
+    output = Output(as_json=False, quiet=True)
+    made = made_plan(output, tiers)
+    write_plan(made, path)
+    with redirect_stdout(io.StringIO()):
+        print_plan(output, made, SHOWN)
+        output.summary(plan_facts(made), plan_text(made))
+    return plan_facts(made)
+
+
+def once(case: str, options: Mapping[str, int], folder: Path) -> dict[str, Any]:
+    """One case, once, in this process."""
+    file, n = made_file(options["rules"]), options["objects"]
+    made = {name: MadeStore(name, case, numbers) for name, numbers in ranges_of(n).items()}
+    places = {tier.name: tier.url for tier in file.tiers}
+    with Stores(file, stores=made) as stores, TierCatalog(folder / "tiers.sqlite", places) as catalog:
+        tiers = OpenTiers(file, stores, catalog, tuple(priced(tier) for tier in file.tiers))
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        facts = planned(tiers, folder / "plan.jsonl")
+        seconds, cpu_s, peak = time.perf_counter() - start_s, time.process_time() - start_cpu_s, peak_bytes()
+        start_s = time.perf_counter()
+        objects = len(list_tiers(file, stores, now_s=NOW_S))
+        listing_s = time.perf_counter() - start_s
+    return {
+        "objects": objects,
+        "moves": facts["n_moves"],
+        "refusals": facts["n_refused"],
+        "plan_bytes": (folder / "plan.jsonl").stat().st_size,
+        "seconds": seconds,
+        "listing_s": listing_s,
+        "rest_s": seconds - listing_s,
+        "cpu_s": cpu_s,
+        "peak_bytes": peak,
+    }
+
+
+def measure(case: str, options: Mapping[str, int]) -> dict[str, Any]:
+    """One case: as often as is wanted, each time in a process of its own, after one that fills the books."""
+    numbers = [str(options["objects"]), str(options["rules"])]
+    with tempfile.TemporaryDirectory() as folder:
+        if case == "books":
+            asked([__file__, "--fill", folder, case, *numbers])
+        found = [asked([__file__, "--once", folder, case, *numbers]) for _ in range(options["repetitions"])]
+    peak = max(row["peak_bytes"] for row in found)
+    figures = {name: spread([row[name] for row in found]) for name in MEASURED}
+    within = statistics.median(row["rest_s"] for row in found) < LIMIT_S and peak < LIMIT_BYTES
+    more = {"peak_bytes": peak, "rules": options["rules"], "within": within}
+    return {"benchmark": "tier_whole", "case": case} | found[0] | figures | more
+
+
+def cells(row: Mapping[str, Any]) -> Sequence[str]:
+    """What people see of a row."""
+    counts = [f"{row[name]:,}" for name in ("objects", "rules", "moves", "refusals")]
+    times = [f"{row[name]['median']:.2f}" for name in MEASURED]
+    return [*counts, *times, mib(row["peak_bytes"]), mib(row["plan_bytes"])]
+
+
+BENCH = Bench(
+    name="tier_whole",
+    script=__file__,
+    doc=str(__doc__),
+    cases=CASES,
+    options={"objects": 1_000_000, "rules": 20, "repetitions": 3},
+    measure=measure,
+    titles=["objects", "rules", "moves", "refused", "s", "listing", "rest", "CPU s", "peak MiB", "plan MiB"],
+    cells=cells,
+)
+
+
+def main() -> None:
+    """The benchmark, or one of the processes that it starts."""
+    if sys.argv[1:2] not in (["--once"], ["--fill"]):
+        BENCH.main()
+        return
+    what, folder, case, objects, rules = sys.argv[1:]
+    options = {"objects": int(objects), "rules": int(rules)}
+    if what == "--fill":
+        fill(Path(folder) / "tiers.sqlite", made_file(options["rules"]), options["objects"])
+        print("{}")
+    else:
+        print(json.dumps(once(case, options, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()

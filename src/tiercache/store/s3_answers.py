@@ -1,0 +1,65 @@
+"""S3's answers about objects, as boto3 gives them, in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tiercache.model import ObjectInfo
+from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.sums import sum_value, whole_sums
+
+
+def bare(etag: str | None) -> str:
+    """Without quotes, which some servers leave out of some answers."""
+    return (etag or "").strip('"')
+
+
+def is_object(key: str) -> bool:
+    """Whether it is a key: not a folder's marker of some browser, and not of an unfinished write."""
+    segments = key.split("/")
+    return all(segments) and not any(segment.startswith(TEMP_PREFIX) for segment in segments)
+
+
+def encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """How a copy is encrypted: as the options say, or else with the key of the object's own."""
+    if given or not str(head.get("ServerSideEncryption", "")).startswith("aws:kms"):
+        return given
+    return {"ServerSideEncryption": head["ServerSideEncryption"], "SSEKMSKeyId": head.get("SSEKMSKeyId")}
+
+
+def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
+    """A HEAD in our words."""
+    when = head.get("LastModified")
+    restore = head.get("Restore")
+    if restore is None and head.get("ArchiveStatus") is not None:
+        restore = f'archive-status="{head["ArchiveStatus"]}"'  # of INTELLIGENT_TIERING
+    return ObjectInfo(
+        key,
+        int(head["ContentLength"]),
+        etag=head.get("ETag"),
+        version=head.get("VersionId"),
+        crc32c=sum_value(whole_sums(head).get("ChecksumCRC32C")),
+        modified_s=when.timestamp() if when is not None else None,
+        storage_class=head.get("StorageClass") or "STANDARD",
+        restore=restore,
+    )
+
+
+def listed(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
+    """A line of a listing in our words; its restore state as x-amz-restore says it."""
+    status = entry.get("RestoreStatus")
+    restore = None
+    if status is not None and status.get("IsRestoreInProgress"):
+        restore = 'ongoing-request="true"'
+    elif status is not None and status.get("RestoreExpiryDate") is not None:
+        until = status["RestoreExpiryDate"]
+        restore = f'ongoing-request="false", expiry-date="{until.strftime("%a, %d %b %Y %H:%M:%S GMT")}"'
+    return ObjectInfo(
+        key,
+        int(entry["Size"]),
+        etag=entry.get("ETag"),
+        modified_s=entry["LastModified"].timestamp(),
+        storage_class=entry.get("StorageClass") or "STANDARD",
+        restore=restore,
+    )

@@ -1,0 +1,251 @@
+"""A plan's moves and refusals in columns, over what was listed: each is made an object when somebody looks at it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.model import ObjectInfo
+from tiercache.tier.decided import Dollars, Ways
+from tiercache.tier.listing import NO_CRC, keys_of
+from tiercache.tier.made import AT_A_TIME, Made
+from tiercache.tier.model import KINDS, Action, Kind, Move, PlannedObject, Refusal
+from tiercache.tier.wishes import COPY, MOVE
+
+# How long a move takes is a guess for people: many objects at once.
+_OBJECTS_A_SECOND = 100.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """The objects of some copies, as rows of columns that have others too.
+
+    Attributes:
+        start: int64[n + 1], of each copy, in the columns of m.
+        row: int64[m], in the columns below.
+        crc32c: int64[m], NO_CRC where nobody knows it.
+        keys: large_string[k]; etags: large_string[k], null where there is none.
+        n_bytes: int64[k].
+        modified_s: float64[k], NaN where nobody says.
+    """
+
+    start: NDArray[np.int64]
+    row: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
+    keys: pa.Array
+    etags: pa.Array
+    n_bytes: NDArray[np.int64]
+    modified_s: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, copies: Sequence[Sequence[ObjectInfo]]) -> Pieces:
+        """The columns of these."""
+        infos = [info for copy in copies for info in copy]
+        return cls(
+            start=np.cumsum([0, *map(len, copies)]),
+            row=np.arange(len(infos)),
+            crc32c=np.array([NO_CRC if info.crc32c is None else info.crc32c for info in infos], np.int64),
+            keys=keys_of(infos),
+            etags=pa.array([info.etag for info in infos], pa.large_string()),
+            n_bytes=np.array([info.n_bytes for info in infos], np.int64),
+            modified_s=np.array([np.nan if i.modified_s is None else i.modified_s for i in infos], np.float64),
+        )
+
+    def bytes_of_copies(self) -> NDArray[np.int64]:
+        """Of all objects of each; int64[n]."""
+        sums = np.concatenate([[0], np.cumsum(self.n_bytes[self.row])])
+        return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
+
+    def named(self, start: int, end: int) -> Iterator[tuple[str, int, str | None, float | None, int | None]]:
+        """(key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
+        part = slice(*self.start[[start, end]].tolist())
+        row = self.row[part]
+        return zip(
+            self.keys.take(pa.array(row)).to_pylist(),
+            self.n_bytes[row].tolist(),
+            self.etags.take(pa.array(row)).to_pylist(),
+            [None if time_s != time_s else time_s for time_s in self.modified_s[row].tolist()],
+            [None if crc == NO_CRC else crc for crc in self.crc32c[part].tolist()],
+            strict=True,
+        )
+
+
+# path, kind, action, src, dst, rule, reason
+Named: TypeAlias = tuple[str, Kind, Action, str, str | None, str, str]
+
+
+class Sums(NamedTuple):
+    """Of moves."""
+
+    n_bytes: int
+    once: float
+    saving_month: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Moves(Made[Move]):
+    """The moves of a plan, numbered from 1.
+
+    Attributes:
+        ways, dollars: as they were decided.
+        pieces: the objects of each, of its copy in src.
+        n_bytes: int64[n], of them.
+        paths, kind: of all groups.
+        tiers: names.
+        rate_bytes_s: at which is copied, about.
+    """
+
+    ways: Ways
+    dollars: Dollars
+    pieces: Pieces
+    n_bytes: NDArray[np.int64]
+    paths: pa.Array
+    kind: NDArray[np.uint8]
+    tiers: tuple[str, ...]
+    rate_bytes_s: float
+
+    def __len__(self) -> int:
+        return len(self.ways)
+
+    def made(self, start: int, end: int) -> Iterator[Move]:
+        """Those from start to end."""
+        objects = self.pieces.named(start, end)
+        n_objects, seconds = np.diff(self.pieces.start[start : end + 1]).tolist(), self.seconds(start, end).tolist()
+        columns = self.named(start, end), self.dollars.made(start, end), n_objects, seconds
+        for number, (named, money, n, one_s) in enumerate(zip(*columns, strict=True), start=start + 1):
+            some = tuple(PlannedObject(*next(objects)) for _ in range(n))
+            yield Move(number, *named, some, money, one_s)
+
+    def named(self, start: int, end: int) -> Iterator[Named]:
+        """Those from start to end."""
+        return _named(self.ways, self.paths, self.kind, self.tiers, (start, end))
+
+    def seconds(self, start: int, end: int) -> NDArray[np.float64]:
+        """About how long those from start to end take, each."""
+        part, n_objects = slice(start, end), np.diff(self.pieces.start[start : end + 1])
+        copied = np.where(np.isin(self.ways.action[part], (MOVE, COPY)), self.n_bytes[part], 0)
+        return np.round(copied / self.rate_bytes_s + n_objects / _OBJECTS_A_SECOND, 3)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """All of them, so many at a time that their objects are not too many, or one."""
+        start = 0
+        while start < len(self):
+            most = np.searchsorted(self.pieces.start, self.pieces.start[start] + AT_A_TIME, side="right")
+            end = max(start + 1, min(int(most) - 1, start + AT_A_TIME, len(self)))
+            yield start, end
+            start = end
+
+    def is_finite(self) -> bool:
+        """Whether all figures are numbers that JSON has."""
+        dollars, times = self.dollars, self.pieces.modified_s[self.pieces.row]
+        finite = np.isfinite(dollars.once).all() and np.isfinite(dollars.saving_month).all()
+        return bool(finite and not np.isnan(dollars.days).any() and not np.isinf(times).any())
+
+    def paths_of(self, kind: int) -> pa.Array:
+        """The paths of those that are of a kind (FILE and so on)."""
+        group = self.ways.group
+        return self.paths.take(pa.array(group[self.kind[group] == kind]))
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what they move, and of what it is known by."""
+        digest = hashlib.sha256()
+        for start, end in self.parts():
+            ways, rows = slice(start, end), slice(*self.pieces.start[[start, end]].tolist())
+            row = self.pieces.row[rows]
+            for texts in (
+                self.paths.take(pa.array(self.ways.group[ways])),
+                self.pieces.keys.take(pa.array(row)),
+                self.pieces.etags.take(pa.array(row)),
+            ):
+                for part in _content(texts):
+                    digest.update(part)
+            for column in (self.ways.action, self.ways.src, self.ways.dst, np.diff(self.pieces.start)):
+                digest.update(np.ascontiguousarray(column[ways]).data)
+            digest.update(self.pieces.n_bytes[row].data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Refusals(Made[Refusal]):
+    """The refusals of a plan. n_bytes: int64[n], of the copy in src; 0: there is none; else as Moves."""
+
+    ways: Ways
+    n_bytes: NDArray[np.int64]
+    paths: pa.Array
+    kind: NDArray[np.uint8]
+    tiers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ways)
+
+    def made(self, start: int, end: int) -> Iterator[Refusal]:
+        """Those from start to end."""
+        sizes = self.n_bytes[start:end].tolist()
+        return (Refusal(*one, n_bytes) for one, n_bytes in zip(self.named(start, end), sizes, strict=True))
+
+    def named(self, start: int, end: int) -> Iterator[Named]:
+        """Those from start to end."""
+        return _named(self.ways, self.paths, self.kind, self.tiers, (start, end))
+
+
+def sums(moves: Sequence[Move]) -> Sums:
+    """Bytes and dollars of all moves."""
+    if isinstance(moves, Moves):
+        # Added as one adds a list: to the last digit what the sum of the objects is.
+        dollars = (sum(column.tolist()) for column in (moves.dollars.once, moves.dollars.saving_month))
+        return Sums(int(moves.n_bytes.sum()), *dollars)
+    once, saving_month = (sum(getattr(move.money, name) for move in moves) for name in ("once", "saving_month"))
+    return Sums(sum(move.n_bytes for move in moves), once, saving_month)
+
+
+def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, Sums]]:
+    """How many there are of each (rule, action, src, dst), and their sums; in the order in which they come first."""
+    if not isinstance(moves, Moves):
+        found: dict[tuple[str, str, str, str | None], list[Move]] = {}
+        for move in moves:
+            found.setdefault((move.rule, move.action, move.src, move.dst), []).append(move)
+        return {way: (len(some), sums(some)) for way, some in found.items()}
+    ways, dollars = moves.ways, moves.dollars
+    code = ((ways.rule.astype(np.int64) * 256 + ways.action) * 256 + ways.src) * 256 + ways.dst
+    _, first, number, count = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
+    once, saving = (np.bincount(number, column, len(first)).tolist() for column in (dollars.once, dollars.saving_month))
+    n_bytes = np.zeros(len(first), np.int64)
+    np.add.at(n_bytes, number, moves.n_bytes)
+    found_by_way: dict[tuple[str, str, str, str | None], tuple[int, Sums]] = {}
+    for i in np.argsort(first).tolist():
+        _, _, action, src, dst, rule, _ = next(moves.named(int(first[i]), int(first[i]) + 1))
+        found_by_way[rule, action, src, dst] = int(count[i]), Sums(int(n_bytes[i]), once[i], saving[i])
+    return found_by_way
+
+
+def paths_of(moves: Sequence[Move], kind: int) -> pa.Array:
+    """The paths of the moves that are of a kind (FILE and so on)."""
+    if isinstance(moves, Moves):
+        return moves.paths_of(kind)
+    return pa.array([move.path for move in moves if move.kind == KINDS[kind]], pa.large_string())
+
+
+def _named(
+    ways: Ways, paths: pa.Array, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
+) -> Iterator[Named]:
+    group = ways.group[slice(*part)]
+    texts = paths.take(pa.array(group)).to_pylist()
+    return ((path, *words) for path, words in zip(texts, ways.worded(kind[group], tiers, part), strict=True))
+
+
+def _content(texts: pa.Array) -> Iterator[bytes | memoryview]:
+    """What texts are, as bytes that no others have: which there are, how long each is, and all of them together."""
+    whole = texts.fill_null("").cast(pa.large_string())
+    yield np.asarray(texts.is_valid().to_numpy(zero_copy_only=False), np.bool_).tobytes()
+    _, offsets, data = whole.buffers()
+    if len(whole):
+        ends = np.frombuffer(offsets, np.int64)[whole.offset : whole.offset + len(whole) + 1]
+        yield np.diff(ends).tobytes()
+        if data is not None:
+            yield memoryview(data)[int(ends[0]) : int(ends[-1])]

@@ -1,0 +1,95 @@
+"""Metrics in the names of many checkpoints at once: names that are alike but for their digits are read together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tiercache.tier.metrics import metrics_of, spans_of
+
+# Fewer names of one template are not worth an expression of their own.
+_FEW = 8
+_DIGITS = re.compile("[0-9]+")
+_ZERO, _NINE = ord("0"), ord("9")
+
+
+def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """What metrics.metrics_of() gives of each name, for the wanted metrics: float64[n] each, NaN where there is none.
+
+    names: large_string, file or folder names, without nulls.
+    """
+    found = {name: np.full(len(names), np.nan) for name in wanted}
+    if not len(names):
+        return found
+    encoded = _templates(names).dictionary_encode()
+    number = np.asarray(encoded.indices.to_numpy(), np.int64)
+    order = np.argsort(number, kind="stable")
+    starts = np.searchsorted(number[order], np.arange(len(encoded.dictionary) + 1)).tolist()
+    for i, template in enumerate(encoded.dictionary.to_pylist()):
+        places = _places(template, wanted)
+        if places:
+            rows = order[starts[i] : starts[i + 1]]
+            _read(found, rows, names.take(pa.array(rows)), (template, places))
+    return found
+
+
+_Place = tuple[str, tuple[int, int], tuple[int, int]]
+
+
+def _places(template: str, wanted: Sequence[str]) -> list[_Place]:
+    """Where the template may have a wanted metric: its name, (start, end) of that, and of its number."""
+    spans = [(name, number, template[slice(*name)]) for name, number in spans_of(template)]
+    alike = [(metric, _DIGITS.sub("0", metric)) for metric in wanted]
+    return [(metric, name, number) for name, number, text in spans for metric, like in alike if like == text]
+
+
+def _read(
+    found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array, of: tuple[str, list[_Place]]
+) -> None:
+    template, places = of
+    # A metric that a name has twice counts as it stands there last, if that is a number.
+    if len(rows) < _FEW or len({metric for metric, _, _ in places}) < len(places):
+        _one_by_one(found, rows, names)
+        return
+    for metric, name, number in places:
+        found[metric][rows] = _values(names, template, (metric, name, number))
+
+
+def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array) -> None:
+    for row, name in zip(rows.tolist(), names.to_pylist(), strict=True):
+        for metric, value in metrics_of(name).items():
+            if metric in found:
+                found[metric][row] = value
+
+
+def _templates(names: pa.Array) -> pa.Array:
+    """The names with one 0 for each run of digits: what is a counter or a metric never depends on which digits."""
+    _, offsets, data = names.buffers()
+    ends = np.frombuffer(offsets, np.int64)[names.offset : names.offset + len(names) + 1]
+    text = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
+    starts = ends - ends[0]
+    digit = (text >= _ZERO) & (text <= _NINE)
+    again = np.zeros(len(text), np.bool_)
+    again[1:] = digit[1:] & digit[:-1]
+    again[starts[:-1][starts[:-1] < len(text)]] = False
+    kept = ~again
+    short = np.where(digit, np.uint8(_ZERO), text)[kept]
+    short_ends = np.concatenate([[0], np.cumsum(kept)])[starts]
+    return pa.LargeStringArray.from_buffers(len(names), pa.py_buffer(short_ends), pa.py_buffer(short))
+
+
+def _values(names: pa.Array, template: str, place: _Place) -> list[float]:
+    """The numbers that stand in names where the template has one; NaN for what cannot be compared, or is another's."""
+    metric, (name_start, name_end), (start, end) = place
+    parts = template[:name_start], template[name_end:start], template[start:end], template[end:]
+    before, between, number, after = (re.escape(part).replace("0", "[0-9]+") for part in parts)
+    pattern = rf"\A{before}{re.escape(metric)}{between}(?P<value>{number}){after}\z"
+    texts = pc.struct_field(pc.extract_regex(names, pattern), "value")
+    values = [math.nan if text is None else float(text) for text in texts.to_pylist()]
+    return [value if math.isfinite(value) else math.nan for value in values]

@@ -1,0 +1,39 @@
+"""The benchmark of `tier plan` as a whole runs small, ends well, and measures what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("bench")
+    done = subprocess.run(
+        [sys.executable, "bench_tier_whole.py", "--quick", "--only", "named", "books", "--folder", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (folder / "tier_whole.jsonl").read_text().splitlines()]
+    return {row["case"]: row for row in found}
+
+
+def test_a_plan_with_most_of_the_objects_in_it_is_written(rows):
+    for row in rows.values():
+        assert row["moves"] > row["objects"] / 2
+        assert row["plan_bytes"] > 200 * row["moves"]
+
+
+def test_all_but_listing_is_told_apart_from_it(rows):
+    for row in rows.values():
+        assert row["seconds"]["median"] > row["listing_s"]["median"] > 0
+        assert row["rest_s"]["median"] == pytest.approx(row["seconds"]["median"] - row["listing_s"]["median"])

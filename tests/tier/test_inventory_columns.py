@@ -1,0 +1,172 @@
+"""What the inventory does in parts, to hold little at a time, is what it does of all at once."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tier.listed import NOW_S, OLD_S, Books, scripted
+
+from tiercache.catalog.checksums import Checksums, batch_of
+from tiercache.catalog.tiers import KnownCopy, TierCatalog
+from tiercache.tier import copies, layouts, scores
+from tiercache.tier.layouts import Layout, recognise, rising, taken
+
+PART = (
+    *(
+        "a",
+        "0",
+        "10",
+        "20",
+        "step-1",
+        "step-2",
+        "checkpoint-10",
+        "checkpoint-10.pt",
+        "step-1.pt",
+        "step-2.pt",
+        "é",
+        "x\ny",
+    ),
+    *("epoch=1-step=2-val_loss=0.3.ckpt", "epoch=2-step=4-val_loss=0.5.ckpt", "iter_0000100", "global_step3", "*[x]?"),
+    *(
+        "model.pt",
+        ".metadata",
+        "__0_0.distcp",
+        "trainer_state.json",
+        "training_args.bin",
+        "metadata.json",
+        "x.tmp",
+        "..",
+    ),
+    *("model-00001-of-00002.bin", "model-00002-of-00002.bin", "optimizer.pt", ".metadata.tmp", "caf\\xe9"),
+)
+keys = st.lists(st.sampled_from(PART), min_size=1, max_size=4).map("/".join)
+marked = st.tuples(keys, st.sampled_from(["", "", "", "/"])).map("".join)
+key_lists = st.lists(marked, max_size=20, unique=True)
+
+
+def equal(one, other):
+    return (
+        one.equals(other) if isinstance(one, pa.Array) else np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    )
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch, n_rows):
+    @given(key_lists)
+    def check(some):
+        texts = pa.array(some, pa.large_string())
+        whole = recognise(texts)
+        with monkeypatch.context() as patch:
+            patch.setattr(layouts, "_ROWS_AT_A_TIME", n_rows)
+            parts = recognise(texts)
+        for name in Layout.__slots__:
+            assert equal(getattr(whole, name), getattr(parts, name)), name
+
+    check()
+
+
+@given(key_lists)
+def test_an_object_is_on_top_where_its_group_is_its_folder(some):
+    found = recognise(pa.array(some, pa.large_string()))
+    paths = found.paths.to_pylist()
+    for key, group, on_top in zip(some, found.group.tolist(), found.on_top.tolist(), strict=True):
+        assert on_top == (group >= 0 and key.rpartition("/")[0] == paths[group] and "/" in key)
+
+
+@given(key_lists, st.booleans())
+def test_texts_are_put_in_order_whether_or_not_they_are_so_already(some, is_sorted):
+    some = sorted(some) if is_sorted else some
+    texts = pa.array(some, pa.large_string())
+    assert taken(texts, rising(texts)).to_pylist() == sorted(some)
+
+
+@given(key_lists, st.data())
+def test_texts_of_rows_are_those_whether_or_not_they_are_all(some, data):
+    rows = data.draw(st.permutations(range(len(some))))[: data.draw(st.integers(0, len(some)))]
+    found = taken(pa.array(some, pa.large_string()), np.array(rows, np.int64))
+    assert found.to_pylist() == [some[row] for row in rows]
+
+
+# -- the books -------------------------------------------------------------------------------------------------------
+
+known = st.tuples(
+    st.integers(0, 2),
+    st.none() | st.sampled_from(["x", '"y"']),
+    st.none() | st.integers(0, 2),
+    st.booleans(),
+    st.none() | st.sampled_from([OLD_S, NOW_S]),
+)
+
+
+@given(st.dictionaries(keys, known, max_size=6))
+def test_checksums_in_columns_are_the_mapping_that_they_stand_for(books):
+    rows = [(key, *one) for key, one in books.items()]
+    found = Checksums([batch_of(rows[:2]), batch_of(rows[2:])])
+    assert found == books
+    assert [*found] == [*books]
+    assert (len(found), bool(found), found.get("nothing")) == (len(books), bool(books), None)
+    assert Checksums.of(books) == books
+
+
+def test_a_catalog_reads_its_copies_in_parts_by_their_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiercache.catalog.tiers._ROWS_AT_A_TIME", 2)
+    with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
+        catalog.record(("memory://x", key, KnownCopy(1, "e", 7)) for key in ("é", "b", "a\n", "Z", "a"))
+        assert [*catalog.checksums("memory://x")] == ["Z", "a", "a\n", "b", "é"]
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_books_that_are_looked_up_in_parts_say_what_they_say_at_once(tmp_path, monkeypatch, n_rows):
+    tiers = scripted(tmp_path, f"parts-{n_rows}")
+
+    @settings(max_examples=50)
+    @given(st.dictionaries(st.sampled_from("abcdefghé"), known, max_size=8), st.data())
+    def check(books, data):
+        tiers.clear()
+        listed = data.draw(st.lists(st.sampled_from("abcdefghé"), unique=True))
+        for key in listed:
+            tiers.hot.add(key, data.draw(st.integers(0, 2)), etag=data.draw(st.none() | st.sampled_from(["x", '"y"'])))
+        tiers.books = Books({("hot", key): one for key, one in books.items()})
+        with monkeypatch.context() as patch:
+            patch.setattr(copies, "_ROWS_AT_A_TIME", n_rows)
+            look = tiers.take()
+        for path in look.paths:
+            (info,) = look.objects(path, "hot")
+            same = path in books and books[path][:2] == (info.n_bytes, info.etag) and info.etag is not None
+            assert look.has(path, "hot", "verified") == (same and books[path][3])
+            assert info.crc32c == (books[path][2] if same else None)
+
+    check()
+    tiers.clear()
+
+
+def test_the_objects_of_many_copies_are_those_of_each(tmp_path):
+    tiers = scripted(tmp_path, "pieces")
+    for n in range(3):
+        tiers.hot.add(f"step-{n}/a.pt", n)
+        tiers.archive.add(f"step-{n}/a.pt", n)
+        tiers.archive.add(f"step-{n}/b.pt", 7)
+    tiers.standard.add("x", 5)
+    look = tiers.take()
+    n_groups = look.snapshot.n_groups
+    groups, of_tiers = np.repeat(np.arange(n_groups), 3)[::-1], np.tile(np.arange(3), n_groups).astype(np.int8)
+    pieces = look.inventory.pieces(groups, of_tiers)
+    for i, (group, tier) in enumerate(zip(groups.tolist(), of_tiers.tolist(), strict=True)):
+        wanted = look.inventory.objects(group, tier)
+        assert [*pieces.named(i, i + 1)] == [(o.key, o.n_bytes, o.etag, o.modified_s, o.crc32c) for o in wanted]
+    tiers.clear()
+
+
+@pytest.mark.parametrize("n_rows", [1, 1 << 16])
+def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
+    monkeypatch.setattr(scores, "_ROWS_AT_A_TIME", n_rows)
+    tiers = scripted(tmp_path, f"metrics-{n_rows}")
+    tiers.rules = '[[rules]]\nname = "r"\nmatch = "**"\nkeep_hot = { best = "loss:1" }\n'
+    for n in range(12):
+        tiers.hot.add(f"run/step-{n}-loss={n / 4}.ckpt", 1)
+    look = tiers.take()
+    assert [look.snapshot.metrics["loss"][look.group(f"run/step-{n}-loss={n / 4}.ckpt")] for n in range(12)] == [
+        n / 4 for n in range(12)
+    ]
+    tiers.clear()

@@ -1,0 +1,166 @@
+"""A plan in columns is the plan in objects: each move, each line of its file, and the sums."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.tier import made, moves
+from tiercache.tier.decided import Choices, Dollars, Refused, Ways
+from tiercache.tier.model import KINDS, SHARD, Chosen, Declined, Money, Move, Plan, PlannedObject, Refusal
+from tiercache.tier.moves import Moves, Pieces, Refusals, paths_of, sums, sums_by_way
+from tiercache.tier.plan_file import plan_lines
+from tiercache.tier.wishes import ACTIONS
+
+TIERS = ("hot", "standard", "archive")
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
+    ['"', "\\", "\x7f", "\n", "é\u2028"]
+)
+amounts = st.floats(-1e12, 1e12) | st.sampled_from([0.0, -0.0, 1e-9, 1e300, 12345678901234567.0])
+money = st.builds(Money, amounts, amounts, st.none() | amounts).map(
+    lambda one: one if one.once or one.saving_month else Money(break_even_days=0.0)
+)
+ways = {
+    "action": st.sampled_from(ACTIONS),
+    "src": st.integers(0, 2),
+    "dst": st.none() | st.integers(0, 2),
+    "rule": texts,
+    "reason": texts,
+}
+objects = st.builds(
+    PlannedObject,
+    texts,
+    st.integers(0, 2**50),
+    st.none() | texts,
+    st.none() | amounts,
+    st.none() | st.integers(0, 2**32 - 1),
+)
+
+
+@st.composite
+def plans(draw) -> tuple[Moves, list[Move], Refusals, list[Refusal]]:
+    """Moves and refusals in columns, and the objects that they stand for."""
+    paths = draw(st.lists(texts, min_size=1, max_size=5, unique=True))
+    kind = draw(st.lists(st.integers(0, 2), min_size=len(paths), max_size=len(paths)))
+    groups = st.integers(0, len(paths) - 1)
+    chosen = draw(st.lists(st.builds(Chosen, group=groups, money=money, **ways), max_size=5))
+    declined = draw(st.lists(st.builds(Declined, group=groups, **ways), max_size=5))
+    copies = [draw(st.lists(objects, max_size=3)) for _ in chosen]
+    sizes = [draw(st.integers(0, 2**50)) for _ in declined]
+    pieces = pieces_of(copies)
+    of = {"paths": pa.array(paths, pa.large_string()), "kind": np.array(kind, np.uint8), "tiers": TIERS}
+    in_columns = Moves(Ways.of(chosen), Dollars.of(chosen), pieces, pieces.bytes_of_copies(), rate_bytes_s=2e8, **of)
+    named = [words(one, paths, kind) for one in chosen]
+    plain = [
+        Move(number, **named[number - 1], objects=tuple(copies[number - 1]), money=one.money)
+        for number, one in enumerate(chosen, start=1)
+    ]
+    refusals = [Refusal(**words(one, paths, kind), n_bytes=size) for one, size in zip(declined, sizes, strict=True)]
+    return in_columns, plain, Refusals(Ways.of(declined), np.array(sizes, np.int64), **of), refusals
+
+
+def words(one: Chosen | Declined, paths: list[str], kind: list[int]) -> dict:
+    dst = None if one.dst is None else TIERS[one.dst]
+    found = {"path": paths[one.group], "kind": KINDS[kind[one.group]], "action": one.action, "src": TIERS[one.src]}
+    return found | {"dst": dst, "rule": one.rule, "reason": one.reason}
+
+
+def pieces_of(copies: list[list[PlannedObject]]) -> Pieces:
+    """In rows that stand the wrong way round, as those of an inventory may."""
+    flat = [one for copy in copies for one in copy][::-1]
+    return Pieces(
+        start=np.cumsum([0, *map(len, copies)]),
+        row=np.arange(len(flat))[::-1].copy(),
+        crc32c=np.array([-1 if one.crc32c is None else one.crc32c for one in flat[::-1]], np.int64),
+        keys=pa.array([one.key for one in flat], pa.large_string()),
+        etags=pa.array([one.etag for one in flat], pa.large_string()),
+        n_bytes=np.array([one.n_bytes for one in flat], np.int64),
+        modified_s=np.array([np.nan if one.modified_s is None else one.modified_s for one in flat], np.float64),
+    )
+
+
+@pytest.fixture(params=[1, 2, made.AT_A_TIME])
+def at_a_time(request, monkeypatch):
+    """How many rows are made at a time."""
+    monkeypatch.setattr(made, "AT_A_TIME", request.param)
+    monkeypatch.setattr(moves, "AT_A_TIME", request.param)
+
+
+def timed(plain: list[Move], in_columns: Moves) -> list[Move]:
+    """The same, with the seconds that are a guess of the columns."""
+    return [
+        replace(one, seconds=seconds) for one, seconds in zip(plain, in_columns.seconds(0, len(plain)), strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("at_a_time")
+def test_columns_are_equal_to_the_objects_that_they_stand_for():
+    @given(plans())
+    def check(drawn):
+        in_columns, plain, refusals, plain_refusals = drawn
+        plain = timed(plain, in_columns)
+        assert in_columns == tuple(plain)
+        assert [*in_columns] == plain
+        assert [in_columns[i] for i in range(-len(plain), len(plain))] == plain * 2
+        assert in_columns[1:3] == tuple(plain[1:3])
+        assert in_columns[::-2] == tuple(plain[::-2])
+        assert refusals == tuple(plain_refusals)
+
+    check()
+
+
+@pytest.mark.usefixtures("at_a_time")
+def test_lines_of_columns_say_what_lines_of_objects_say():
+    @given(plans())
+    def check(drawn):
+        in_columns, plain, refusals, plain_refusals = drawn
+        fast = Plan("id", 1.0, "r", "5" * 64, (), in_columns, refusals)
+        slow = replace(fast, moves=timed(plain, in_columns), refusals=plain_refusals)
+        found, wanted = ([json.loads(line) for line in plan_lines(plan)] for plan in (fast, slow))
+        assert [line | {"sha256": ""} for line in found] == [line | {"sha256": ""} for line in wanted]
+
+    check()
+
+
+@given(plans())
+def test_sums_and_paths_of_columns_are_those_of_the_objects(drawn):
+    in_columns, plain, *_ = drawn
+    assert sums(in_columns) == sums(plain)
+    assert paths_of(in_columns, SHARD).to_pylist() == [one.path for one in plain if one.kind == "shard"]
+    found, wanted = sums_by_way(in_columns), sums_by_way(plain)
+    assert [(way, n, of.n_bytes) for way, (n, of) in found.items()] == [
+        (w, n, of.n_bytes) for w, (n, of) in wanted.items()
+    ]
+    for way, (_, of) in wanted.items():
+        assert found[way][1][1:] == pytest.approx(of[1:], rel=1e-9, abs=1e-3)
+
+
+@given(plans(), plans())
+def test_what_moves_other_objects_has_another_digest(one, other):
+    def content(plain: list[Move]) -> list:
+        return [
+            (move.path, move.action, move.src, move.dst, [(o.key, o.n_bytes, o.etag) for o in move.objects])
+            for move in plain
+        ]
+
+    assert (one[0].digest() == other[0].digest()) == (content(one[1]) == content(other[1]))
+
+
+@given(st.lists(st.builds(Chosen, group=st.integers(0, 9), money=money, **ways), max_size=5))
+def test_decisions_in_columns_are_those_that_they_were_made_of(chosen):
+    assert Choices(Ways.of(chosen), Dollars.of(chosen)) == chosen
+    declined = [Declined(one.group, one.action, one.src, one.dst, one.rule, one.reason) for one in chosen]
+    assert Refused(Ways.of(declined)) == declined
+
+
+def test_a_figure_that_json_has_not_is_refused_as_it_is_of_objects():
+    way = Chosen(0, "move", 0, 1, "r", "why", Money(float("inf"), 1.0, None))
+    pieces = pieces_of([[]])
+    paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
+    one = Moves(Ways.of([way]), Dollars.of([way]), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
+    with pytest.raises(ValueError, match="JSON"):
+        list(plan_lines(Plan("id", 1.0, "r", "5" * 64, (), one)))

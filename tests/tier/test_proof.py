@@ -1,0 +1,134 @@
+"""A copy in a folder is read back before what it was made from goes: nobody else answers for the bytes on a disk."""
+
+import os
+from dataclasses import replace
+
+import pytest
+from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, content, moved_away
+
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.errors import StoreError
+from tiercache.store import LocalFolder
+
+
+class Disk(LocalFolder):
+    """fails: what it reads cannot be read now."""
+
+    fails = False
+
+    def read_into(self, key, spans, **how):
+        if self.fails:
+            raise StoreError("read_into: Input/output error", url=f"{self.url}/{key}", retryable=True)
+        super().read_into(key, spans, **how)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """The archive is a folder."""
+    world = World(tmp_path / "world")
+    text = (world.root / "tiercache.toml").read_text()
+    (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
+    world.inner["archive"] = world.faulty["archive"] = Disk(tmp_path / "disk")
+    return world
+
+
+def rot(world, key):
+    """A bit turns on the disk, and nothing else: name, size and date are what they were."""
+    path = world.inner["archive"].root / key
+    before, etag = path.stat(), world.inner["archive"].head(key).etag
+    with path.open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert world.inner["archive"].head(key).etag == etag
+
+
+def test_a_sound_copy_lets_its_source_go(world):
+    moved_away(world, "f")
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == ["archive"]
+
+
+def test_a_copy_that_rotted_during_grace_keeps_its_source_and_readers_go_home(world):
+    moved_away(world, "f")
+    rot(world, "f")
+    world.later()
+    assert "on its disk: what it was made from stays" in world.settle().stopped[0].reason
+    assert (world.where("f"), world.row("f"), world.journal()) == (["standard"], None, {1: "cancelled"})
+
+
+def test_a_rotten_copy_is_believed_no_more_and_made_again(world):
+    moved_away(world, "f")
+    rot(world, "f")
+    world.later()
+    world.settle()
+    with TierCatalog(world.catalog_path) as catalog:
+        assert not catalog.known(str(world.inner["archive"].root), ["f"])["f"].verified
+    applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
+    assert applied.stopped == ()
+    world.later()
+    world.settle()
+    assert world.where("f") == ["archive"]
+
+
+def test_one_rotten_object_keeps_the_whole_group(world):
+    world.apply(checkpoint(world))
+    rot(world, PARTS[1])
+    world.later()
+    assert world.settle().done == 0
+    assert all("standard" in world.where(key) for key in PARTS)
+
+
+def test_a_drop_whose_copy_was_made_before_is_proven_too(world):
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
+    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
+    rot(world, "f")
+    world.later()
+    assert "on its disk" in world.settle().stopped[0].reason
+    assert world.where("f") == ["standard"]
+
+
+def test_a_copy_that_cannot_be_read_now_keeps_its_source_until_it_can(world):
+    moved_away(world, "f")
+    world.later()
+    world.inner["archive"].fails = True
+    assert "Input/output error" in world.settle().stopped[0].reason
+    assert world.where("f")[0] == "standard"
+    world.inner["archive"].fails = False
+    assert world.settle().done == 1
+    assert world.where("f") == ["archive"]
+
+
+def test_a_copy_that_is_replaced_after_it_was_proven_keeps_its_source(world):
+    moved_away(world, "f")
+    world.later()
+    with HookAt("tier_drop.checked", do=lambda: world.inner["archive"].put("f", b"another")) as hook:
+        settled = world.settle()
+    assert hook.hit
+    assert "expected the 1000 bytes that were verified, found 7" in settled.stopped[0].reason
+    assert world.where("f") == ["standard"]
+
+
+def test_a_copy_that_rots_while_its_source_is_dropped_keeps_what_is_left(world):
+    world.apply(checkpoint(world))
+    world.later()
+    with pytest.raises(Killed), HookAt("tier_drop.unmade"):
+        world.settle()
+    left = world.keys("standard")
+    rot(world, left[0])
+    assert world.settle().waiting_drops == 1
+    assert (world.keys("standard"), world.journal()) == (left, {1: "dropping"})
+    assert world.inner["standard"].get(left[0]) == content(left[0])
+
+
+def test_not_everything_is_read_before_anything_is_dropped(world, monkeypatch):
+    """For what was asked before is old by then."""
+    monkeypatch.setattr("tiercache.tier.settling._BATCH_BYTES", 1500)
+    moved_away(world, "f", "g", "h")
+    world.later()
+    with HookAt() as hook:
+        assert world.settle().done == 3
+    assert hook.reached.count("tier_drop.checked") == 3
