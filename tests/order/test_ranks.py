@@ -207,3 +207,14 @@ def test_values_out_of_range_are_refused() -> None:
         plan.positions_between(0, 6)
     with pytest.raises(ValueError, match="3 batches of 2"):
         plan.offset_after(3)
+
+
+@settings(max_examples=MANY)
+@given(drawn(), st.integers(0, 300), st.integers(0, 300))
+def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(how: Drawn, start: int, length: int) -> None:
+    for plan in plans(how):
+        start = min(start, plan.n_served)
+        stop = min(start + length, plan.n_served)
+        found = plan.rising_between(start, stop)
+        assert isinstance(found, range) == (plan.world_size == 1)
+        assert list(found) == plan.positions_between(start, stop).tolist()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiercache.shard.codec import ColumnCodec
+from tiercache.shard.codec import MEASURED_BLOCKS, BlockCodec, ColumnCodec
 from tiercache.shard.spec import Kind
 
 
@@ -12,3 +12,40 @@ def test_auto_keeps_zstd_where_it_saves_half(n_letters: int, kept: bool) -> None
     codec = ColumnCodec("auto", Kind.BYTES)
     blocks = np.random.default_rng(5).integers(0, n_letters, (6, 1 << 16), np.uint8)
     assert [codec.encode(block) is not None for block in blocks] == [kept] * 6
+
+
+def blocks_of(*n_letters: int, n_bytes: int = 1 << 16) -> list[np.ndarray]:
+    """A block: a column of so many random letters each; of one letter zstd leaves next to nothing."""
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, letters, n_bytes if letters > 1 else n_bytes // 4, np.uint8) for letters in n_letters]
+
+
+def encoded(codec: BlockCodec, block: list[np.ndarray]) -> list[bool]:
+    frames = codec.encode([chunk.nbytes for chunk in block], lambda number: block[number])
+    return [frame is not None for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("compression", "block", "kept"),
+    [
+        (["auto"] * 3, blocks_of(256, 256, 1), [False, False, False]),  # a ninth: not worth a frame in each block
+        (["auto"] * 2, blocks_of(256, 1), [False, True]),  # a fifth
+        (["auto"] * 4, blocks_of(256, 256, 1, 1), [False, False, True, True]),  # together a fifth
+        (["zstd", "auto", "auto"], blocks_of(256, 256, 1), [True, False, True]),  # frames there are anyhow
+        (["auto", "auto", "zstd"], blocks_of(256, 256, 1), [False, False, True]),  # somebody wants it
+    ],
+)
+def test_auto_leaves_a_block_raw_whose_columns_together_save_little(
+    compression: list[str], block: list[np.ndarray], kept: list[bool]
+) -> None:
+    codec = BlockCodec([ColumnCodec(text, Kind.BYTES) for text in compression])
+    assert [encoded(codec, block) for _ in range(MEASURED_BLOCKS + 2)] == [kept] * (MEASURED_BLOCKS + 2)
+
+
+def test_what_the_first_blocks_say_is_not_tried_again() -> None:
+    codec = BlockCodec([ColumnCodec("auto", Kind.BYTES), ColumnCodec("auto", Kind.BYTES)])
+    for _ in range(MEASURED_BLOCKS):
+        assert encoded(codec, blocks_of(256, 1, n_bytes=1 << 18)[:1] + blocks_of(1)) == [False, False]
+    asked: list[int] = []
+    codec.encode([1 << 18, 1 << 14], lambda number: asked.append(number) or blocks_of(1)[0])
+    assert asked == []

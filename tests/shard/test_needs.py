@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import struct
 import sys
 from dataclasses import replace
@@ -196,7 +197,7 @@ def test_a_footer_that_is_not_aligned_is_corruption():
 @pytest.fixture
 def store(shard) -> MemoryStore:
     info, data = shard
-    store = MemoryStore(f"needs-{id(shard)}")
+    store = MemoryStore(f"needs-{secrets.token_hex(8)}")  # another one each time: an id may come again
     store.put(info["name"], data)
     commit(store, [tc.model.ShardInfo(**info)], schema=SCHEMA, mode="create")
     return store

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.codec import ColumnCodec
+from tiercache.shard.codec import BlockCodec, ColumnCodec
 from tiercache.shard.fit import widen_bfloat16
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.shard_file import ShardFile
@@ -225,7 +225,8 @@ def test_a_shard_without_records_is_read_as_one():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
     uploads = Uploads(store)
-    info = ShardFile(uploads, "empty", schema, [ColumnCodec("auto", c.kind) for c in schema.columns]).finish({})
+    block_codec = BlockCodec([ColumnCodec("auto", c.kind) for c in schema.columns])
+    info = ShardFile(uploads, "empty", schema, block_codec).finish({})
     uploads.wait()
     reader = ShardReader(store, "empty", info=info)
     assert (reader.n_records, reader.footer.n_blocks) == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ class ServedStore(WrapperStore):
     """A folder of an HTTP server as its owner sees it, who writes what the server's readers cannot. Closes nothing."""
 
     def __init__(self, server: HttpFaultServer, folder: str) -> None:
-        super().__init__(MemoryStore(f"served-{id(server)}", folder))
+        super().__init__(MemoryStore(f"served-{secrets.token_hex(8)}", folder))
         self._server, self._folder = server, folder
         for key, data in server.objects.items():
             if key.startswith(f"{folder}/"):

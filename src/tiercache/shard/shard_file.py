@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tiercache._native.checksum import combine, crc32c, lay_out
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
-from tiercache.shard.codec import ColumnCodec
+from tiercache.shard.codec import BlockCodec
 from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.parts import Encoded, Part, encode
 from tiercache.shard.source import address_of
@@ -76,17 +76,41 @@ class _PartBuffer:
         self._uploads.complete(self._upload)
 
 
+class _Chunk:
+    """A chunk that is to be written: its buffers one after the other, each aligned.
+
+    ends: where each begins, and the chunk ends; lengths: of the buffers, without what aligns the next.
+    """
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.nodes = encoded.nodes
+        self._pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
+        self.lengths = [piece.nbytes for piece in self._pieces]
+        self.ends = list(accumulate(map(align, self.lengths), initial=0))
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the chunk, decoded."""
+        return self.ends[-1]
+
+    def lay_out(self, raw: _Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
+        """Copy the buffers to raw, uint8[n_bytes]. Returns the chunk's CRC-32C, and that of each page."""
+        sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
+        addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
+        return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
+
+
 class ShardFile:
     """A shard that is being written under `key`; nothing is there before finish(). One thread.
 
     To drop it, abort the uploads.
     """
 
-    def __init__(self, uploads: Uploads, key: str, schema: Schema, codecs: Sequence[ColumnCodec]) -> None:
+    def __init__(self, uploads: Uploads, key: str, schema: Schema, block_codec: BlockCodec) -> None:
         self.key = key
         self.n_blocks = 0
         self._schema = schema
-        self._codecs = codecs
+        self._codec = block_codec
         self._shard_id = secrets.token_bytes(16)
         self._block_first = [0]
         self._chunks: list[tuple[int, ...]] = []
@@ -111,46 +135,38 @@ class ShardFile:
 
     def add_block(self, parts: Sequence[Part]) -> None:
         """Append a block. parts: one of each column, of equal length."""
-        for number, column in enumerate(self._schema.columns):
-            encoded = encode(column, parts[number])
-            raw_bytes, stored_bytes = self._add_chunk(encoded, self._codecs[number])
-            self._statistics[number].add(parts[number], encoded.nodes[0][1], raw_bytes, stored_bytes)
+        chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
+        frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
+        for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
+            stored_bytes = self._add_chunk(chunk, frame)
+            self._statistics[number].add(parts[number], chunk.nodes[0][1], chunk.n_bytes, stored_bytes)
         self._block_first.append(self._block_first[-1] + parts[0].n)
         self.n_blocks += 1
 
-    def _add_chunk(self, encoded: Encoded, column_codec: ColumnCodec) -> tuple[int, int]:
-        """Append a chunk. Returns its length decoded, and stored."""
+    def _laid_out(self, chunk: _Chunk) -> _Bytes:
+        """A chunk where the file's next bytes go, which it need not become."""
+        raw = self._out.reserve(chunk.n_bytes)
+        chunk.lay_out(raw)
+        return raw
+
+    def _add_chunk(self, chunk: _Chunk, frame: bytes | None) -> int:
+        """Append a chunk, raw or as a frame. Returns the bytes that it takes."""
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
-        raw, crc, sums = self._lay_out(encoded)
-        frame = column_codec.encode(raw)
-        offset, stored_bytes, raw_bytes = self._out.n_bytes, len(raw), len(raw)
+        self._nodes.extend(chunk.nodes)
+        self._buffers.extend(zip(chunk.ends, chunk.lengths, strict=False))  # the last end begins no piece
         if frame is None:
+            stored_bytes = chunk.n_bytes
+            crc, sums = chunk.lay_out(self._out.reserve(stored_bytes))
             self._pages.append(sums)
             self._n_pages += len(sums)
         else:
             stored_bytes, crc = len(frame), crc32c(frame)
             self._out.reserve(stored_bytes)[:] = np.frombuffer(frame, np.uint8)
+        offset, kind = self._out.n_bytes, codec.RAW if frame is None else codec.ZSTD
         self._out.add(stored_bytes, crc)
-        kind = codec.RAW if frame is None else codec.ZSTD
-        self._chunks.append((offset, stored_bytes, raw_bytes, kind, crc, first_node, first_buffer, first_page))
+        self._chunks.append((offset, stored_bytes, chunk.n_bytes, kind, crc, first_node, first_buffer, first_page))
         self._out.append(bytes(align(stored_bytes) - stored_bytes))
-        return raw_bytes, stored_bytes
-
-    def _lay_out(self, encoded: Encoded) -> tuple[_Bytes, int, npt.NDArray[np.uint32]]:
-        """Copy a chunk's buffers, each aligned, to where the file's next bytes go, and note them.
-
-        Returns the chunk, its CRC-32C, and that of each page (used if it is stored raw: nothing beside compressing).
-        """
-        self._nodes.extend(encoded.nodes)
-        pieces = [_EMPTY if buffer is None else np.ascontiguousarray(buffer) for buffer in encoded.buffers]
-        lengths = [piece.nbytes for piece in pieces]
-        ends = list(accumulate(map(align, lengths), initial=0))
-        self._buffers.extend(zip(ends, lengths, strict=False))  # the last end begins no piece
-        raw = self._out.reserve(ends[-1])
-        sums = np.empty(-(-ends[-1] // PAGE_BYTES), np.uint32)
-        addresses = np.array([address_of(piece) for piece in pieces], np.uint64)
-        crc = lay_out(addresses, np.array(lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums)
-        return raw, crc, sums
+        return stored_bytes
 
     def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
         """Write footer and tail, and publish; it is there when the uploads have come so far."""

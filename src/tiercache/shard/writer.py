@@ -14,7 +14,7 @@ import pyarrow as pa
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.arrow_ingest import Stored
-from tiercache.shard.codec import ColumnCodec, parse_compression
+from tiercache.shard.codec import BlockCodec, ColumnCodec, parse_compression
 from tiercache.shard.cutter import BlockCutter, Parts
 from tiercache.shard.fit import MisfitError
 from tiercache.shard.ingest import build_part, part_of_column
@@ -85,7 +85,8 @@ class ShardWriter:
             for name in self._options.compression:
                 schema.index(name)
         self.writer_id = writer_id or secrets.token_hex(8)
-        self._codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
+        codecs = [ColumnCodec(self._options.compression_of(c.name), c.kind) for c in schema.columns]
+        self._codec = BlockCodec(codecs)
         self._block_bytes = min(self._options.block_bytes, self._options.shard_bytes)
         self._cutter = BlockCutter(schema.columns, self._block_bytes)
         self._rows = RecordBuffer(schema.columns, self._block_bytes)
@@ -199,7 +200,7 @@ class ShardWriter:
         for block in blocks:
             if self._file is None:
                 key = shard_key(self.writer_id, len(self._infos))
-                self._file = ShardFile(self._uploads, key, self._schema, self._codecs)
+                self._file = ShardFile(self._uploads, key, self._schema, self._codec)
             self._file.add_block(block)
             # A quarter of the footer's limit: the next block's rows and the rest of the footer surely fit.
             if self._file.n_bytes >= self._options.shard_bytes or self._file.table_bytes > FOOTER_LIMIT_BYTES // 4:
