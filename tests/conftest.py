@@ -73,6 +73,9 @@ def no_leaks() -> Iterator[None]:
     problems = [f"thread {thread.name}" for thread in _threads_left(threads)]
     if _open_files() - files:
         gc.collect()  # what a reference cycle of the test held is no leak
+        for thread in threading.enumerate():
+            if thread.name == "QueueFeederThread":  # of a queue that was closed: it closes both ends of its pipe
+                thread.join(JOIN_S)
         problems += [f"descriptor {fd} -> {target}" for fd, target in sorted(_open_files() - files)]
     problems += [f"shared memory {name}" for name in sorted(_shared_names() - names)]
     if problems:

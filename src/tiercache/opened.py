@@ -391,11 +391,11 @@ class OpenedVersion:
     def close(self) -> None:
         """Give shards and connections back; shards in use stay good until they are dropped."""
         self._readers.clear()
-        self.access.close()
-        for keeper in self._keepers:
+        for keeper in self._keepers:  # first: what reads ahead would begin anew at a store that was closed
             found = keeper()
             if found is not None:
                 found.forget()
+        self.access.close()
 
     def when_closed(self, keeper: Keeper) -> None:
         """See Source. Of two threads that call it at once one may go unheard: its keeper then keeps until it goes."""

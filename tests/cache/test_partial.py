@@ -6,15 +6,18 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import tiercache as tc
 from tiercache.cache import partial
 from tiercache.cache.publisher import Publisher
+from tiercache.cache.record import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore, GateStore, WrapperStore
+from tiercache.testing.folder_check import allocated_bytes
 
 UNIT = 4096
 MIB = 1 << 20
@@ -45,6 +48,23 @@ def test_only_what_is_asked_for_is_fetched_reserved_and_kept(world):
     with world.store(cache).open_local("a", identity) as lease:
         assert wait(lease, (MIB, MIB + UNIT))
     assert (cache.stats()["hits"], cache.stats()["misses"]) == (1, 1)
+
+
+def test_what_came_in_pieces_is_booked_with_the_block_in_which_the_disk_lists_them(world):
+    identity = world.put("a", MIB)
+    cache = world.cache("100MB")
+    with world.store(cache).open_local("a", identity) as lease:
+        for start in range(0, 32 * UNIT, 2 * UNIT):
+            assert wait(lease, (start, start + UNIT))
+            os.fdatasync(lease.fd)  # as the kernel does by itself when memory is short
+        assert wait(lease, (0, MIB))
+        let_end(cache)
+    (copy,) = world.copies()
+    if copy.stat().st_blocks * 512 == MIB:
+        pytest.skip("this file system lists them elsewhere")
+    assert cache.stats()["bytes_used"] >= allocated_bytes(cache.path / "copies")
+    cache._open().writing.accounts.reconcile()
+    assert cache.stats()["bytes_used"] == allocated_bytes(cache.path / "copies")
 
 
 def test_a_reader_waits_for_its_own_bytes_only(world):
@@ -252,6 +272,23 @@ def read_in_pieces(path, source, log, identity, number, barrier):
                 right &= lease.wait([ByteRange(start, end)], deadline_s=60)
                 right &= os.pread(lease.fd, end - start, start) == data[start:end]
     os._exit(0 if right else 1)
+
+
+def test_a_part_of_which_another_has_brought_the_rest_gets_its_name(world):
+    identity = world.put("a", 2 * MIB)
+    cache = world.cache("100MB")
+
+    class Beside(WrapperStore):
+        def read_into(self, key, spans, **options):
+            other = partial.Part.open(cache._open().folder, name_of_identity(identity), 2 * MIB)
+            other.write(MIB, np.frombuffer(world.data["a"][MIB:], np.uint8))
+            other.close()
+            return super().read_into(key, spans, **options)
+
+    with cache.store(Beside(world.inner)).open_local("a", identity) as lease:
+        assert wait(lease, (0, MIB))
+        let_end(cache)
+    assert world.copy("a").read_bytes() == world.data["a"]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -78,6 +78,23 @@ def test_what_was_fetched_for_a_use_far_ahead_holds_nobody_up(world, policy):
         assert cache.stats()["evicted"] > 0
 
 
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_a_cache_of_which_all_is_wanted_soon_lets_others_in_and_keeps_to_a_smaller_limit(world, policy):
+    *keys, more = put_shards(world, 9)
+    cache = shards_cache(world, 8, policy=policy)
+    store = world.store(cache)
+    with ExitStack() as plans:
+        for first in range(0, 8, 2):  # jobs that stand still, each before what was fetched ahead for it
+            plans.enter_context(closing(publish(world, cache, keys[first : first + 2], [NEVER, NEVER])))
+        for key in keys:
+            fetch_ahead(world, store, key)
+        world.fetch(store, more)
+        assert store.is_here(more, world.identity(more))
+        smaller = shards_cache(world, 4, policy=policy)
+        stats = smaller.stats()
+        assert 2 * CHARGE <= stats["bytes_used"] <= stats["limit_bytes"] == 4 * CHARGE + 4 * MAP_BYTES
+
+
 def test_the_opening_for_which_a_copy_was_fetched_ahead_is_no_second_use(world):
     (key,) = put_shards(world, 1)
     cache = shards_cache(world, 4, policy="s3fifo")

@@ -15,6 +15,7 @@ from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 
 import tiercache as tc
 from tiercache.load.coming import Coming
+from tiercache.load.window import loading_pool
 from tiercache.opened import OpenedVersion
 
 SOURCE = SimpleNamespace(is_cached=False)
@@ -341,3 +342,26 @@ def test_what_was_made_ready_goes_when_the_data_set_is_closed(make_dataset, tmp_
     shown.close()
     assert not any(one() is not None for one in begun)
     assert len(ids_of(loader)) == len(found)  # it may be used again
+
+
+def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_for_it(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    ids_of(loader)
+    loads, load, after = [], OpenedVersion.load, []
+
+    def closing(n_threads):
+        dataset.close()
+        after.append(len(loads))
+        return loading_pool(n_threads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
+        patch.setattr("tiercache.load.coming.loading_pool", closing)
+        iterator = iter(loader)  # epochs follow one another by now
+        for _ in iterator:
+            pass
+        iterator._pipeline._planner.join(30)
+        wait_until(lambda: not any(one.name.startswith("tiercache-load") for one in threading.enumerate()))
+    assert after
+    assert len(loads) == after[0]

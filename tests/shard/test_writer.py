@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch  # noqa: F401 -- values of bfloat16 are its own
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,7 +108,8 @@ def test_arrays_may_be_changed_after_they_were_written(store):
 
 def test_auto_stores_raw_what_does_not_shrink_and_zstd_what_does(store):
     noise = np.random.default_rng(2).integers(0, 256, (4000, 32), np.uint8)
-    batch = {"noise": noise, "label": np.arange(16000).reshape(4000, 4) % 10, "picture": [b"\xff\xd8" + bytes(40)] * 4000}
+    labels = np.arange(16000).reshape(4000, 4) % 10
+    batch = {"noise": noise, "label": labels, "picture": [b"\xff\xd8" + bytes(40)] * 4000}
     schema = {"noise": Tensor("uint8", (32,)), "label": Tensor("int64", (4,)), "picture": Image("jpeg")}
     with ShardWriter(store, Schema.of(schema), ShardOptions(block_bytes=1 << 20)) as writer:
         writer.write_batch(batch)

@@ -18,6 +18,7 @@ from tiercache.store.spans import RequestSizes
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import Misbehave
 from tiercache.testing.reading import ReadSuite, pattern, read_ranges
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20
 DATA = pattern(3 * MIB)
@@ -274,3 +275,29 @@ def test_secrets_of_the_url_stand_in_no_error(http_server):
     assert "s3cret" not in shown
     assert "user" not in shown
     store.close()
+
+
+@pytest.mark.parametrize("n_requests", [1, 2])
+def test_a_store_that_is_closed_tries_nothing_again(http_server, make, n_requests):
+    """Else who reads ahead for nobody would ask a server that is gone for half a minute."""
+    http_server.objects = {"a": DATA}
+    http_server.when(lambda method, path: Misbehave("status", 503))
+    tuning = {"policy": RetryPolicy(n_attempts=99, first_s=60.0, longest_s=60.0), "clock": SYSTEM_CLOCK}
+    store, errors = make(**tuning), []
+    ranges = WHOLE if n_requests == 1 else [ByteRange(0, 10), ByteRange(len(DATA) - 10, len(DATA))]
+
+    def read():
+        try:
+            read_ranges(store, "a", ranges)
+        except StoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    wait_for(lambda: len(http_server.log) >= n_requests, 10)
+    store.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert errors[0].retryable
+    http_server.when(lambda method, path: None)
+    assert read_ranges(store, "a", WHOLE) == [DATA]

@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.retry import Patience, RetryPolicy, trying_until, with_retries
 from tiercache.testing import FakeClock
 from tiercache.waiting import SystemClock, pause, wait_for
 
@@ -114,3 +114,18 @@ def test_the_system_clock_passes_time_and_a_set_event_stops_it():
     assert clock.monotonic() - before_s >= 0.01
     cancel.set()
     assert not pause(60, clock, cancel)
+
+
+def test_what_nobody_wants_any_more_is_asked_once():
+    unwanted, asked = Event(), []
+
+    def attempt():
+        asked.append(1)
+        unwanted.set()
+        raise StoreError("away", url="u", retryable=True)
+
+    with trying_until(unwanted):
+        patience = Patience("u", "get", clock=FakeClock())
+    with pytest.raises(StoreError, match="away"):
+        with_retries(attempt, RetryPolicy(), patience)
+    assert len(asked) == 1

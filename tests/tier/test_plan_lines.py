@@ -106,6 +106,7 @@ def test_columns_are_equal_to_the_objects_that_they_stand_for():
         assert in_columns == tuple(plain)
         assert [*in_columns] == plain
         assert [in_columns[i] for i in range(-len(plain), len(plain))] == plain * 2
+        assert [in_columns[i] for i in np.arange(len(plain))] == plain
         assert in_columns[1:3] == tuple(plain[1:3])
         assert in_columns[::-2] == tuple(plain[::-2])
         assert refusals == tuple(plain_refusals)
@@ -137,6 +138,15 @@ def test_sums_and_paths_of_columns_are_those_of_the_objects(drawn):
     ]
     for way, (_, of) in wanted.items():
         assert found[way][1][1:] == pytest.approx(of[1:], rel=1e-9, abs=1e-3)
+
+
+def test_a_rule_that_is_called_as_a_watermark_is_summed_with_it():
+    chosen = [Chosen(0, "move", 0, 1, "tiers.hot.high", "why")] * 3
+    ways = replace(Ways.of(chosen), rule=np.array([0, -1, 0], np.int16), rules=["tiers.hot.high"] * 2)
+    pieces = pieces_of([[]] * 3)
+    paths, kind = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8)
+    some = Moves(ways, Dollars.of(chosen), pieces, pieces.bytes_of_copies(), paths, kind, TIERS, 1.0)
+    assert [n for n, _ in sums_by_way(some).values()] == [3]
 
 
 @given(plans(), plans())

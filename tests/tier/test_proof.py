@@ -132,3 +132,82 @@ def test_not_everything_is_read_before_anything_is_dropped(world, monkeypatch):
     with HookAt() as hook:
         assert world.settle().done == 3
     assert hook.reached.count("tier_drop.checked") == 3
+
+
+def test_a_copy_that_cannot_be_read_twice_is_counted_on_no_more_and_readers_go_home(world):
+    moved_away(world, "f")
+    world.later()
+    world.inner["archive"].fails = True
+    world.settle()
+    assert world.row("f") is not None
+    assert "Input/output error" in world.settle().stopped[0].reason
+    assert (world.row("f"), world.journal()) == (None, {1: "cancelled"})
+    applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
+    assert "Input/output error" in applied.stopped[0].reason
+    assert world.row("f") is None
+
+
+def test_a_daily_plan_of_the_same_drop_does_not_forget_that_the_copy_could_not_be_read(world):
+    moved_away(world, "f")
+    world.later()
+    world.inner["archive"].fails = True
+    world.settle()
+    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="daily"))
+    world.settle()
+    assert (world.where("f")[0], world.row("f")) == ("standard", None)
+
+
+def test_readers_of_a_rotten_copy_go_back_to_a_source_that_is_not_home(world):
+    world.put("hot", "f")
+    world.apply(world.plan(world.move("f", "hot", "archive")))
+    assert world.row("f").url == str(world.inner["archive"].root)
+    rot(world, "f")
+    world.later()
+    world.settle()
+    assert (world.row("f").url, world.where("f")) == (world.url("hot"), ["hot"])
+
+
+def test_a_source_that_is_another_by_now_gets_no_readers_of_the_old_one(world):
+    world.put("hot", "f")
+    world.apply(world.plan(world.move("f", "hot", "archive")))
+    world.inner["hot"].put("f", b"anew")
+    world.later()
+    assert world.settle().stopped
+    assert world.row("f").url == str(world.inner["archive"].root)
+
+
+def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monkeypatch):
+    monkeypatch.setattr("tiercache.tier.settling._BATCH_BYTES", 1500)
+    monkeypatch.setattr("tiercache.tier.settling._SURVEY_S", -1.0)
+    moved_away(world, "f", "g")
+    world.later()
+
+    def begins_to_read():
+        world.survey = replace(world.survey, in_use=frozenset({"g"}))
+
+    with HookAt("tier_drop.ended", do=begins_to_read):
+        settled = world.settle()
+    assert (settled.done, settled.waiting_drops) == (1, 1)
+    assert "found that a machine does" in settled.stopped[0].reason
+
+
+def test_what_was_read_back_is_told_while_it_is_read_and_in_the_sum(world):
+    moved_away(world, "f", "g")
+    world.later()
+    told = []
+    with world.opened() as mover:
+        assert mover.settle(on_progress=told.append).proof_bytes == 2000
+    assert sorted((one.done_bytes, one.n_bytes, one.n_moves) for one in told) == [(1000, 2000, 2), (2000, 2000, 2)]
+
+
+def test_what_is_half_gone_waits_for_its_copy_however_often_that_cannot_be_read(world):
+    world.apply(checkpoint(world))
+    world.later()
+    with pytest.raises(Killed), HookAt("tier_drop.unmade"):
+        world.settle()
+    world.inner["archive"].fails = True
+    for _ in range(3):
+        assert world.settle().waiting_drops == 1
+    world.inner["archive"].fails = False
+    assert world.settle().done == 1
+    assert [world.where(key) for key in PARTS] == [["archive"]] * 3

@@ -196,6 +196,13 @@ def copies_not_verified() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def copies_not_proven() -> Iterator[None]:
+    """A file is what it was as long as it looks like that."""
+    with patch("tiercache.tier.transfer.Transfer.must_prove", lambda self, name: False):
+        yield
+
+
 @dataclass(frozen=True)
 class Case:
     """A mutant, the trial that must notice it, and a word of what the oracle says."""
@@ -217,6 +224,7 @@ CASES = (
     Case(dropped_in_any_order, dies_in_mid_drop, "looks complete and lacks"),
     Case(copied_in_any_order, dies_in_mid_copy, "looks complete and lacks"),
     Case(copies_not_verified, copy_is_flipped, "that nobody wrote"),
+    Case(copies_not_proven, copy_is_spoilt, "lie nowhere any more", "local"),
 )
 
 

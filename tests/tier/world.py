@@ -1,6 +1,7 @@
 """Three tiers in a folder, what people do to them, and the library's own doings, each with the oracle looking on."""
 
 import json
+import os
 import pickle
 import random
 import sys
@@ -221,8 +222,9 @@ class World:
     def rot(self, place: str, key: str) -> None:
         """A bit turns.
 
-        Of the copy in the coldest place, the one that stays, the store says so by another ETag: it was written anew,
-        wrongly. Of any other nothing is to be seen: it must not take the place of the right one.
+        Of the copy in the coldest place, the one that stays, a bucket says so by another ETag: it was written anew,
+        wrongly; of a file nothing is to be seen. Of any other copy it is the other way round: nothing is to be seen in
+        a bucket, where it must not take the place of the right one.
         """
         path, picture = self.path(place, key), self.picture()
         is_last = not any(key in picture[other] for other in [*picture][[*picture].index(place) + 1 :])
@@ -232,9 +234,14 @@ class World:
             write_bucket_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
         else:
             spoilt = flipped(path.read_bytes())
-            self.lay(place, key, spoilt)
+            self._lay_unseen(path, spoilt) if is_last else self.lay(place, key, spoilt)
         self.oracle.rotted(place, key, spoilt)
         self.by_hand(place, key)
+
+    def _lay_unseen(self, path: Path, data: bytes) -> None:
+        before = path.stat()
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def pin(self, *names: str) -> None:
         """The rule file has pins of these groups from now on."""

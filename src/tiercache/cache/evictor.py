@@ -43,6 +43,9 @@ WATERMARK_SHARE = 0.01
 # Of the limit: what was fetched for a use that comes within so many bytes of a job's reading. Loaders fetch four shards
 # ahead of the groups that they read; all of a cache must not be held for them.
 SOON_SHARE = 0.25
+# Of the limit: what is spared at most. A cache of which all is wanted soon, by many jobs or by some that stand still,
+# would let nobody else in, and not keep to a limit that has become smaller.
+SPARED_SHARE = 0.5
 # Copies deleted by hand, or by a process that died before it booked them out, leave the books too high. Before room is
 # refused the folder is looked at again, but a full cache refuses often, and a look takes milliseconds.
 LOOK_AGAIN_S = 60.0
@@ -302,13 +305,16 @@ class Evictor:
 
 
 def _wanted_soon(books: Books, next_use: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool[n]: what a live plan reads now, and what was fetched for a use that is about to come.
+    """bool[n]: what a live plan reads now, and what was fetched for a use that is about to come; the soonest of them.
 
     For policies that know no plans. A loader fetches ahead, and its copies have no reader yet: of two jobs side by side
     each evicted what the other had fetched ahead, and both fetched it twice (docs/design/2026-11-25-cache-policy.md).
     """
     is_fresh = books.last_use == books.turn  # neither was it used since it came, nor moved
     wanted: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= books.limit_bytes * SOON_SHARE))
+    rows = np.flatnonzero(wanted)
+    rows = rows[np.argsort(next_use[rows], kind="stable")]
+    wanted[rows[np.cumsum(books.charge_bytes[rows]) > books.limit_bytes * SPARED_SHARE]] = False
     return wanted
 
 

@@ -165,7 +165,7 @@ class Folder:
             with suppress(OSError):
                 status = os.lstat(f"{path}{kind}")
                 if stat.S_ISREG(status.st_mode):
-                    taken[kind] = status.st_blocks * _DISK_UNIT_BYTES if kind else _whole_blocks(status.st_size)
+                    taken[kind] = _taken_by(status, kind)
         return _charge(taken)
 
     def touched_s(self, name: str) -> float:
@@ -189,8 +189,7 @@ class Folder:
                 if kind in ("", "part", "map") and NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):  # evicted meanwhile
                         status = entry.stat(follow_symlinks=False)
-                        n_bytes = status.st_blocks * _DISK_UNIT_BYTES if kind else _whole_blocks(status.st_size)
-                        taken.setdefault(name, {})[f".{kind}" if kind else ""] = n_bytes
+                        taken.setdefault(name, {})[f".{kind}" if kind else ""] = _taken_by(status, kind)
         charges = {name: _charge(parts) for name, parts in taken.items()}
         return {name: charge for name, charge in charges.items() if charge is not None}
 
@@ -342,8 +341,13 @@ class Folder:
             os.close(fd)
 
 
-def _whole_blocks(n_bytes: int) -> int:
-    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+def _taken_by(status: os.stat_result, kind: str) -> int:
+    """What a copy (kind ""), a part or a map takes; a copy no less than its size, whatever is on disk by now.
+
+    It may be a block more: ext4 keeps the extents of what came in pieces there, and leaves them there.
+    """
+    n_bytes = status.st_blocks * _DISK_UNIT_BYTES
+    return n_bytes if kind else max(n_bytes, -(-status.st_size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
 def _charge(taken: dict[str, int]) -> int | None:

@@ -65,9 +65,10 @@ class Growth:
     def _record(self) -> str:
         return self._wanted.record(self._wanted.crc32c).to_json()
 
-    @property
     def is_whole(self) -> bool:
-        """Whether all units are there."""
+        """Whether all units are there by now."""
+        if self._part is not None:
+            self._part.look_again()
         return self._part is not None and bool(self.present.all())
 
     def admit(self, units: Mask) -> bool:

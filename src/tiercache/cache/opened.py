@@ -308,14 +308,15 @@ class Opened:
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
                 return True
-            self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
+            if wanted.identity is None:  # of a data set's shards its opening has warned
+                self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
         except OSError as error:
             writing.publisher.disk_failed(error)
         return False
 
     def _tell_if_too_large(self, wanted: Wanted, need_bytes: int, limit_bytes: int) -> None:
-        """Warn once of an object that no eviction makes room for. Of a data set's shards its opening has warned."""
-        if wanted.identity is None and charge_bytes(need_bytes) > limit_bytes:
+        """Warn once of an object that no eviction makes room for."""
+        if charge_bytes(need_bytes) > limit_bytes:
             self.notices.warn(
                 "too-large",
                 f"cache {self.folder.root}: {wanted.source} has {format_bytes(need_bytes)}, more than all of the cache "

@@ -275,11 +275,14 @@ class Part:
         """The part that is there; None: there is none. What cannot be gone on with is removed.
 
         One of an earlier boot is read back: each unit must be what its checksum says. One without a map has lost its
-        maker; but where locks lie he may be about to make the map, so he gets a moment. And where nothing is, nothing
-        is removed: there he may have made it since we looked, and would fill, for himself, a file without a name.
+        maker; but where locks lie he may be about to make the map, so he gets a moment. And where no part is, none is
+        removed: there he may have made it since we looked, and would fill, for himself, a file without a name.
         """
+        has_map = folder.has_file(f"{name}.map")  # asked first: whoever makes a part makes its map after it
         found = wait_for(lambda: _open_pair(folder, name, n_bytes) or not folder.has_file(f"{name}.part"), SETTLE_S)
         if found is True:
+            if has_map and not folder.has_copy(name):
+                folder.remove_file("copies", f"{name}.map")
             return None
         if not found:
             folder.remove_part(name)
@@ -331,6 +334,10 @@ class Part:
             reach("fetch.flags")
         self.present[first : first + n] = True
         return whole if missing.all() else None
+
+    def look_again(self) -> None:
+        """See what another has written too, where locks lie. Of two that do so after their last write one sees all."""
+        self.present |= read_flags(self._map_fd, 0, len(self.present))
 
     def hold(self) -> Held:
         """A reader's hold on this very file, whatever has its name by now."""

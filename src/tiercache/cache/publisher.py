@@ -224,7 +224,7 @@ class Publisher:
         while True:
             while fetch.open_units()[0].any():
                 self._run_download(growth, download)
-            if growth.is_whole:
+            if growth.is_whole():
                 growth.note(0)
                 wrong = self._publish(fetch, growth.part(), download.whole_sum())
                 if wrong is not None:
@@ -310,9 +310,16 @@ class Publisher:
                 self.accounts.release(wanted.name)
 
     def charge_of_copy(self, wanted: Wanted) -> int:
-        """What the whole copy takes, with its record, and its map where that is kept."""
-        kept = charge_bytes(map_bytes(wanted.n_bytes)) - BLOCK_BYTES if wanted.identity is None else 0
-        return charge_bytes(wanted.n_bytes) + kept
+        """What the whole copy takes, with its record, and its map where that is kept.
+
+        What came in pieces may take some blocks beyond its size (folder.py). They are charged as far as there is
+        certainly room for them: what was reserved for the map, where that goes.
+        """
+        least = charge_bytes(wanted.n_bytes)
+        most = least + charge_bytes(map_bytes(wanted.n_bytes)) - BLOCK_BYTES
+        if wanted.identity is None:
+            return most
+        return min(max(self.folder.charge_of(wanted.name) or 0, least), most)
 
     def _remember_poison(self, wanted: Wanted, found: int) -> None:
         self.counters.add("poisoned")

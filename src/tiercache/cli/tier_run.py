@@ -56,6 +56,7 @@ def _text(report: RunReport) -> str:
     text = f"{applied.done:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     text += f"; {count(settled.done, 'deletion')} made, {format_bytes(settled.n_bytes)}"
     parts = [
+        (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),

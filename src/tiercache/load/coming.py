@@ -78,6 +78,7 @@ class Coming:
         self._lock = threading.Lock()
         self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
         self._share: OrderShare | None = None
+        self._unwanted = threading.Event()  # of what is loaded of it: whoever closes the data set does not wait for it
         self._is_over = False  # taken or forgotten: nothing is to be made ready any more
         self._pid = os.getpid()
 
@@ -142,7 +143,8 @@ class Coming:
     def _let_go(self, plan: Publishing) -> None:
         ready = self._end()
         plan.close()
-        if ready is not None:
+        if ready is not None:  # else nobody has begun it, or it is taken
+            self._unwanted.set()  # also where its loading is just being begun, and nobody has it to cancel yet
             drop(ready)
 
     def _end(self) -> Future[Begun | None] | None:
@@ -166,7 +168,7 @@ class Coming:
         if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
             return Begun(pieces, ())
         executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
-        loading = [Loading(self._source, *pair, executor, threads.n_threads) for pair in pairs]
+        loading = [Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs]
         executor.shutdown(wait=False)
         for one in loading:
             one.load_at_hand()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tiercache.errors import CorruptShard
 from tiercache.load.split import split
+from tiercache.store.retry import trying_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,19 +150,27 @@ class Loading:
         wanted: bool[n_blocks].
         executor: whose threads load; it may be shut down meanwhile.
         n_threads: that load.
+        unwanted: once it is set, what no thread has begun to load is not loaded; None: cancel() alone says so.
     """
 
     def __init__(
-        self, source: Source, window: Window, wanted: NDArray[np.bool_], executor: Executor, n_threads: int
+        self,
+        source: Source,
+        window: Window,
+        wanted: NDArray[np.bool_],
+        executor: Executor,
+        n_threads: int,
+        *,
+        unwanted: Event | None = None,
     ) -> None:
         self.window = window
         self.wanted = wanted
-        self._source = source
+        self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
         parts = split(window, wanted, n_threads, source.is_at_hand)
         self._at_hand = list(parts.at_hand)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(places, executor.submit(self._load, places)) for places in parts.work]
+        self._work = [(places, executor.submit(self._load_wanted, places)) for places in parts.work]
 
     def finish(self, threads: Threads) -> Loaded:
         """The window, once all of it is there. To be called once.
@@ -194,6 +204,12 @@ class Loading:
         """Let what has not begun not begin."""
         for _, future in self._work:
             future.cancel()
+
+    def _load_wanted(self, places: NDArray[np.int64]) -> Blocks:
+        if self._unwanted is not None and self._unwanted.is_set():
+            raise CancelledError
+        with trying_until(self._unwanted):
+            return self._load(places)
 
     def _load(self, places: NDArray[np.int64]) -> Blocks:
         shard = int(self.window.shards[places[0]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypeVar
@@ -55,6 +55,7 @@ class ObstoreStore(Store):
         self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
         self._client = Client(place, options, self.counters)
         self._pool = worker_pool(tuning.n_threads)
+        self._stops: set[Event] = set()  # of calls under way
 
     def __repr__(self) -> str:
         return f"ObstoreStore({self.url!r})"
@@ -63,13 +64,25 @@ class ObstoreStore(Store):
         return ObstoreStore, (self._place, self._options, self._tuning)
 
     def close(self) -> None:
-        """End the threads of this process and drop its connections."""
+        """End the threads of this process and drop its connections; calls under way try nothing again."""
+        for stop in list(self._stops):
+            stop.set()
         self._pool.drop()
         self._client.close()
 
+    @contextmanager
+    def _stoppable(self, stop: Event) -> Iterator[Event]:
+        """Have close() set stop meanwhile: else who reads ahead for nobody would try a server that is gone for long."""
+        self._stops.add(stop)
+        try:
+            yield stop
+        finally:
+            self._stops.discard(stop)
+
     def _retried(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         patience = Patience(self._client.at(key), doing, clock=self._tuning.clock)
-        return with_retries(attempt, self._tuning.policy, patience)
+        with self._stoppable(Event()) as stop:
+            return with_retries(attempt, self._tuning.policy, patience, stop=stop)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""
@@ -122,12 +135,13 @@ class ObstoreStore(Store):
         check_key(key)
         check_spans(spans)
         patience = Patience(self._client.at(key), "read_into", deadline_s, cancel, clock=self._tuning.clock)
-        reading = _Reading(self._client, key, if_match)
+        reading, landing = _Reading(self._client, key, if_match), Landing()
 
         def read_one(request: Request, landing: Landing) -> None:
-            with_retries(lambda: reading.attempt(request, landing), self._tuning.policy, patience, stop=landing.closed)
+            with_retries(lambda: reading.attempt(request, landing), self._tuning.policy, patience, stop=landing.stop)
 
-        read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, patience)
+        with self._stoppable(landing.stop):
+            read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, patience, landing)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """One PUT."""

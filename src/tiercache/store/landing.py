@@ -27,11 +27,12 @@ _CANCEL_POLL_S = 0.05
 class Landing:
     """The door to the caller's buffers: open while its call runs. closed: set when it is over, so that workers stop.
 
-    The lock guards the door and the count of copies under way; bytes are copied outside it.
+    stop: set then too, and before that where nothing is to be tried again because the store is being closed. The lock
+    guards the door and the count of copies under way; bytes are copied outside it.
     """
 
     def __init__(self) -> None:
-        self.closed = Event()
+        self.closed, self.stop = Event(), Event()
         self._changed = Condition()
         self._n_copies = 0
 
@@ -56,6 +57,7 @@ class Landing:
         """Shut the door and wait for copies under way."""
         with self._changed:
             self.closed.set()
+            self.stop.set()
             self._changed.wait_for(lambda: not self._n_copies)
 
 
@@ -105,16 +107,17 @@ def read_requests(
     read_one: Callable[[Request, Landing], None],
     pool: PerProcess[ThreadPoolExecutor],
     patience: Patience,
+    landing: Landing | None = None,
 ) -> None:
     """Carry out all requests, many at a time; after it has returned or raised, no buffer is written.
 
-    A single request of a call that only the store can end runs in the calling thread.
+    A single request of a call that only the store can end runs in the calling thread. landing: a new one, of this call.
 
     Raises:
         StoreError: the first that a request raised, or that patience ended.
     """
     patience.check()
-    landing = Landing()
+    landing = landing or Landing()
     if len(requests) <= 1 and patience.is_endless:
         for request in requests:
             read_one(request, landing)

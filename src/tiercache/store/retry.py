@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import TypeVar
@@ -37,6 +39,29 @@ class RetryPolicy:
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
 
 
+class _Here(threading.local):
+    """Of each thread: what says that nobody wants what it asks for any more."""
+
+    unwanted: Event | None = None
+
+
+_here = _Here()
+
+
+@contextmanager
+def trying_until(unwanted: Event | None) -> Iterator[None]:
+    """Have calls of this thread try nothing again once unwanted is set; what they are asked once, they are asked.
+
+    For who reads ahead: 1. the data set is closed, and its server too. 2. A thread that was on its way asks, and would
+    try again for half a minute.
+    """
+    before, _here.unwanted = _here.unwanted, unwanted
+    try:
+        yield
+    finally:
+        _here.unwanted = before
+
+
 class Patience:
     """How long one call may go on: until its deadline, or until it is cancelled. Read from any thread."""
 
@@ -44,13 +69,18 @@ class Patience:
         self, url: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None, *, clock: Clock
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
-        self.deadline_s = deadline_s
+        self.deadline_s, self._unwanted = deadline_s, _here.unwanted
         self.start_s = clock.monotonic()
 
     @property
     def is_endless(self) -> bool:
         """Whether nothing but the store itself can end the call."""
         return self.deadline_s is None and self.cancel is None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody wants the answer still, as far as the thread that asks was told: see trying_until()."""
+        return self._unwanted is None or not self._unwanted.is_set()
 
     @property
     def left_s(self) -> float | None:
@@ -89,6 +119,8 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, patience: Patien
             n_failed += 1
             spent_s = patience.clock.monotonic() - patience.start_s
             if not error.retryable or error.facts.get("maybe_done") or n_failed >= policy.n_attempts:
+                raise
+            if not patience.is_wanted:
                 raise
             pause_s = policy.pause_s(n_failed)
             left_s = patience.left_s

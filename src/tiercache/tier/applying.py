@@ -242,7 +242,7 @@ class Application:
             gone += self._stopped_before(job)
             for old in self._open.pop(job.row.path, ()):
                 if _asks_the_same(old, job.row):
-                    job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
+                    job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s, note=old.note)
                 note = f"plan {job.row.plan} moves it"
                 rows.append(replace(old, state="cancelled", note=note, changed_s=self._now_s))
             rows.append(job.row)

@@ -29,8 +29,8 @@ class Made(Sequence[T], Generic[T]):
     def __getitem__(self, at: slice) -> tuple[T, ...]: ...
 
     def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
-        if isinstance(at, int):
-            place = range(len(self))[at]
+        if not isinstance(at, slice):
+            place = range(len(self))[at]  # numpy's integers too, as of a tuple
             return next(self.made(place, place + 1))
         start, end, step = at.indices(len(self))
         if step == 1:

@@ -119,14 +119,15 @@ class Mover:
         with self._locked() as lock, self._sight() as sight:
             return Application(sight, lock, plan, self.now_s, on_progress).run()
 
-    def settle(self, now_s: float | None = None) -> Applied:
+    def settle(self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None) -> Applied:
         """Make the deletions whose grace is over, and changes of class that end readability; and finish broken ones.
 
         Each is re-checked: what is not as it must be stays, and is told. now_s: seconds since the epoch, None: now.
-        Raises as apply().
+        on_progress: hears how much of the copies was read back. Raises as apply().
         """
+        now_s = self.now_s() if now_s is None else now_s
         with self._locked() as lock, self._sight() as sight:
-            return _applied(Settling(sight, lock, self._survey, self.now_s() if now_s is None else now_s).run())
+            return _applied(Settling(sight, lock, self._survey, now_s, on_progress=on_progress).run())
 
     def finish(self) -> Applied:
         """Make the deletions that were begun and broken off, and no others. Raises as apply()."""
@@ -157,4 +158,4 @@ class Mover:
 
 def _applied(settled: Settled) -> Applied:
     stopped = tuple(Stopped(row.number, why, row.path, row.plan) for row, why in settled.stopped)
-    return Applied(settled.n_done, stopped, settled.n_waiting, settled.n_bytes)
+    return Applied(settled.n_done, stopped, settled.n_waiting, settled.n_bytes, settled.proof_bytes)

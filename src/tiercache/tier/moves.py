@@ -212,7 +212,9 @@ def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None],
             found.setdefault((move.rule, move.action, move.src, move.dst), []).append(move)
         return {way: (len(some), sums(some)) for way, some in found.items()}
     ways, dollars = moves.ways, moves.dollars
-    code = ((ways.rule.astype(np.int64) * 256 + ways.action) * 256 + ways.src) * 256 + ways.dst
+    # A rule may be called as a watermark is: then they are one, as for people.
+    number_of = np.array([ways.rules.index(name) for name in ways.rules], np.int64)
+    code = ((number_of[ways.rule] * 256 + ways.action) * 256 + ways.src) * 256 + ways.dst
     _, first, number, count = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
     once, saving = (np.bincount(number, column, len(first)).tolist() for column in (dollars.once, dollars.saving_month))
     n_bytes = np.zeros(len(first), np.int64)

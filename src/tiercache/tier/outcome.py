@@ -24,17 +24,19 @@ class Applied:
         stopped: those that are not, and why.
         waiting_drops: how many deletions wait for their grace, of all plans.
         n_bytes: that were copied; by settle(): that were dropped.
+        proof_bytes: of copies in folders, that settle() read back before it dropped what they were made from.
     """
 
     done: int = 0
     stopped: tuple[Stopped, ...] = ()
     waiting_drops: int = 0
     n_bytes: int = 0
+    proof_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a plan is. n_moves, n_bytes: of all of it."""
+    """How far a plan, or the deletions that are due, are. n_moves, n_bytes: of all of it; of deletions: read back."""
 
     done_moves: int
     n_moves: int

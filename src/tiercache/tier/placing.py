@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.errors import StoreError, TierCacheError
@@ -165,19 +166,33 @@ class Placing:
         return ""
 
     def take_back(self, rows: Iterable[JournalRow]) -> dict[str, str]:
-        """Have readers go home again for moves from home that will not be finished. Of chains that failed, why."""
+        """Have readers go back to where they were, for moves that will not be finished. Of chains that failed, why.
+
+        Raises as placement.read(), and StoreError where src cannot be asked.
+        """
         changes: dict[str, Changes] = defaultdict(dict)
         for row in rows:
-            if row.action == "delete" or not self.is_home(row.src):
+            if row.action == "delete":
                 continue
             folder = self.folder(row)
             start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
-            for one in row.objects:
-                key = one.key.removeprefix(start)
-                said = self._said(folder, key)
-                if said is not None and same_url(said.url, there):
-                    changes[folder][key] = None
+            keys = [one.key.removeprefix(start) for one in row.objects]
+            said = {key: self._said(folder, key) for key in keys}
+            led = [key for key, one in said.items() if one is not None and same_url(one.url, there)]
+            back = self._back(row, keys) if led else {}
+            changes[folder].update({key: back[key] for key in led if key in back})
         return self.commit(changes)
+
+    def _back(self, row: JournalRow, keys: Iterable[str]) -> Changes:
+        """What placement says where a move's objects lie in src; nothing where they are not there as they were."""
+        if self.is_home(row.src):
+            return dict.fromkeys(keys)
+        infos = self._sight.infos(row.src, [one.key for one in row.objects])
+        for one in row.objects:
+            info = infos[one.key]
+            if info is None or self._sight.moved(row.src, info, one):
+                return {}
+        return self.wanted(replace(row, dst=row.src, dst_place=row.src_place), infos, {})
 
 
 def data_set_above(home: Store, folder: str) -> str | None:

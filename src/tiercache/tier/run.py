@@ -88,6 +88,7 @@ class RunReport:
             "copied_bytes": self.applied.n_bytes,
             "dropped": self.settled.done,
             "dropped_bytes": self.settled.n_bytes,
+            "proof_bytes": self.settled.proof_bytes,
             "waiting_drops": self.settled.waiting_drops,
             "restoring": self.n_restoring,
             "adopted": list(self.adopted),
@@ -120,7 +121,7 @@ def run_once(
     Args:
         file: the rule file.
         dry_run: change nothing: list and plan.
-        on_progress: hears how far the plan is; from several threads.
+        on_progress: hears how far the plan is, then how much of copies was read back; from several threads.
         stores: of its tiers, stays the caller's; None: they are opened and closed here.
 
     Raises:
@@ -164,7 +165,7 @@ class _Run:
             reach("tier_run.adopted")
             applied = mover.apply(plan, on_progress=on_progress)
             reach("tier_run.applied")
-            settled = mover.settle()
+            settled = mover.settle(on_progress=on_progress)
         return self._report(inventory, plan, applied, _both(finished, settled), adopted)
 
     def _planned(self) -> tuple[Inventory, Plan]:
@@ -205,7 +206,8 @@ def _both(first: Applied, then: Applied) -> Applied:
     """Two settlings as one: what the first kept, the second has asked again."""
     again = {(one.plan, one.number) for one in then.stopped}
     stopped = tuple(one for one in first.stopped if (one.plan, one.number) not in again)
-    return Applied(first.done + then.done, stopped + then.stopped, then.waiting_drops, first.n_bytes + then.n_bytes)
+    n_bytes, proof_bytes = first.n_bytes + then.n_bytes, first.proof_bytes + then.proof_bytes
+    return Applied(first.done + then.done, stopped + then.stopped, then.waiting_drops, n_bytes, proof_bytes)
 
 
 def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:

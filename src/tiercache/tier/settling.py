@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
@@ -16,8 +17,10 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import has_class
 from tiercache.tier.marks import absences, deletions_wait
+from tiercache.tier.outcome import Progress
 from tiercache.tier.placing import Changes, Heads, Placing, found_in, found_infos
 from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
+from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from tiercache.tier.lock import TierLock
@@ -30,15 +33,18 @@ Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 # Between what is asked and what is deleted lie the questions about a batch, and the reading of copies in folders.
 _BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 64, 1000, 64 << 30
 _SKEW_S = 60.0
+# So old may be what is in use, the newest, and asked for.
+_SURVEY_S = 600.0
 
 
 @dataclass(slots=True)
 class Settled:
-    """What came of it. stopped: what was kept or cancelled, and why."""
+    """What came of it. proof_bytes: of copies, read back; stopped: what was kept or cancelled, and why."""
 
     n_done: int = 0
     n_waiting: int = 0
     n_bytes: int = 0
+    proof_bytes: int = 0
     stopped: list[tuple[JournalRow, str]] = field(default_factory=list)
 
 
@@ -64,7 +70,10 @@ class Due:
 
 
 class Settling:
-    """One settle(). only_begun: of deletions alone that were begun before and broken off."""
+    """One settle(). only_begun: of deletions alone that were begun before and broken off.
+
+    on_progress: hears how many bytes of copies were read back, of how many; from several threads. The lock guards that.
+    """
 
     def __init__(
         self,
@@ -74,9 +83,11 @@ class Settling:
         now_s: float,
         *,
         only_begun: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> None:
         self._sight, self._lock, self._now_s, self._only_begun = sight, lock, now_s, only_begun
-        self._ask_survey = survey
+        self._ask_survey, self._on_progress = survey, on_progress
+        self._guard, self._n_due, self._due_bytes = Lock(), 0, 0
         self._file, self._catalog = sight.file, sight.catalog
         self._placing = Placing(sight)
         self._settled = Settled()
@@ -85,8 +96,12 @@ class Settling:
         """Do it. Raises as Mover.settle()."""
         due = self._due()
         if due:
-            survey = self._ask_survey(self._now_s)
+            proven = [row for row in due if _needs_proof(row) and self._sight.transfer.must_prove(row.dst)]
+            self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
+            survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
             for batch in _batches(due):
+                if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # the copies of the batch before took long to read
+                    survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
                 self._work(batch, survey)
         return self._settled
 
@@ -110,7 +125,7 @@ class Settling:
         due = [Due(row, is_begun=row.state == "dropping") for row in rows]
         self._check(due, survey)
         self._part(due)
-        self._prove([one for one in due if one.verdict == "go" and one.row.action in ("move", "drop")])
+        self._prove([one for one in due if one.verdict == "go" and _needs_proof(one.row)])
         reach("tier_drop.checked")
         self._carry_out([one for one in due if one.verdict == "go"])
         self._end(due)
@@ -275,9 +290,21 @@ class Settling:
     def _proof(self, copy: tuple[Due, str, KnownCopy | None]) -> tuple[Verdict, str]:
         one, key, known = copy
         try:
-            return "cancel", self._sight.proof(one.row.dst, key, known)
+            return "cancel", self._sight.proof(one.row.dst, key, known, self._have_read)
         except TierCacheError as error:
-            return "keep", str(error)
+            is_half_gone = one.is_begun and not one.is_whole  # then that copy is all there is of the rest
+            if (why := str(error)) != one.row.note or known is None or is_half_gone:
+                return "keep", why
+            # As the last time: a disk that is broken does not mend itself, and readers cannot read it either.
+            self._sight.disbelieve(one.row.dst, key, known)
+            return "cancel", why
+
+    def _have_read(self, n_bytes: int) -> None:
+        with self._guard:
+            self._settled.proof_bytes += n_bytes
+            done_bytes = self._settled.proof_bytes
+        if self._on_progress is not None:
+            self._on_progress(Progress(self._settled.n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
 
     # -- doing ------------------------------------------------------------------------------------------------------
 
@@ -416,7 +443,7 @@ class Settling:
         self._catalog.forget(gone)
 
     def _take_back(self, due: Sequence[Due]) -> None:
-        """Where readers were led to dst, and src at home stays: have them go home again, before that is forgotten."""
+        """Where readers were led to dst, and src stays: have them go back there, before that is forgotten."""
         try:
             failed = self._placing.take_back([one.row for one in due])
         except TierCacheError as error:
@@ -426,6 +453,11 @@ class Settling:
             if why:
                 one.verdict, one.why = "keep", f"{one.why}; {why}"
         reach("tier_drop.taken_back")
+
+
+def _needs_proof(row: JournalRow) -> bool:
+    """Whether a move takes a source away for which its copy must stand."""
+    return row.action in ("move", "drop")
 
 
 def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ what was expected and what was found.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -127,10 +127,11 @@ class Sight:
         self.catalog.record([(tier, key, known._replace(etag=info.etag, crc32c=found))])
         return ""
 
-    def proof(self, tier: str, key: str, known: KnownCopy | None) -> str:
+    def proof(self, tier: str, key: str, known: KnownCopy | None, on_bytes: Callable[[int], object]) -> str:
         """Why a copy is not what it was made of, by its disk; "": it is. known: what the books have of it.
 
-        A wrong one is believed no more: the books know it as what a move made, which may be replaced.
+        on_bytes: called with the length of each part that was read; from any thread. A wrong one is believed no more:
+        the books know it as what a move made, which may be replaced.
 
         Raises:
             StoreError: it cannot be read, or changed meanwhile.
@@ -141,14 +142,18 @@ class Sight:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None or known is None or known.crc32c is None:
             return f"{at}: its checksum is not known: it cannot be compared"
-        found = self.transfer.prove(tier, info)
+        found = self.transfer.prove(tier, info, on_bytes)
         if found == known.crc32c:
             return ""
-        self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
+        self.disbelieve(tier, key, known)
         return (
             f"{at}: expected CRC-32C {known.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
             f"look at that disk, and remove this copy: the next plan makes it again"
         )
+
+    def disbelieve(self, tier: str, key: str, known: KnownCopy) -> None:
+        """Have the books say of a copy that nobody has verified it; what a move made may be replaced still."""
+        self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
         """The CRC-32C of an object: from the books if it is still that one, else read; None: it cannot be read."""

@@ -392,16 +392,16 @@ class Transfer:
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
-    def prove(self, name: str, info: ObjectInfo) -> int:
-        """The CRC-32C of a file as its disk has it, not as the system remembers it. Raises as copy()."""
+    def prove(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
+        """The CRC-32C of a file as its disk has it, not as the system remembers it. on_bytes, raises: as copy()."""
         if isinstance(store := self._stores.store(name), LocalFolder):
             store.forget_cached(info.key)
-        return self.sum_of(name, info)
+        return self.sum_of(name, info, on_bytes)
 
-    def sum_of(self, name: str, info: ObjectInfo) -> int:
-        """The CRC-32C of an object's bytes, all of them read. Raises as copy()."""
+    def sum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
+        """The CRC-32C of an object's bytes, all of them read. on_bytes, raises: as copy()."""
         crc = 0
-        with closing(self._parts(Reading(self._stores.store(name), info, self._cancel), None, _nothing)) as parts:
+        with closing(self._parts(Reading(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
             for part in parts:
                 crc = combine(crc, part.crc32c, part.n_bytes)
                 self._buffers.give(part.buffer)
