@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import tiercache as tc
+
 OWN_MODULES_MS = 50.0
 
 
@@ -72,3 +74,17 @@ except ImportError as error:
 """
     assert f"tiercache.{name} needs torch" in run_python("-c", code).stdout
     assert "pip install 'tiercache[torch]'" in run_python("-c", code).stdout
+
+
+def test_reading_loads_nothing_that_only_filters_need(tmp_path):
+    with tc.Writer(tmp_path, schema={"x": "int64"}) as writer:
+        writer.write_batch({"x": list(range(100))})
+    code = f"""
+import sys, tiercache as tc
+dataset = tc.Dataset({str(tmp_path)!r})
+loader = tc.DataLoader(dataset, 10, shuffle=True)
+assert [sum(len(batch["x"]) for batch in loader) for _ in range(3)] == [100, 100, 100]
+dataset.close()
+print([m for m in ["pandas", "pyarrow.dataset", "pyarrow.acero", "pyarrow.parquet"] if m in sys.modules])
+"""
+    assert run_python("-W", "error", "-c", code).stdout.strip() == "[]"

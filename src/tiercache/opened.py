@@ -31,6 +31,7 @@ from tiercache.shard.manifest import latest, list_versions, read_shards, read_ve
 from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.projection import column_ranges
+from tiercache.shard.segments import as_arrow
 from tiercache.store import LocalStore
 
 if TYPE_CHECKING:
@@ -341,7 +342,7 @@ class OpenedVersion:
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
         """See Source."""
-        keys = self.table.names.take(pa.array(shards))
+        keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.access.make_ready(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
