@@ -1,5 +1,6 @@
 """A database that may vanish, rot, be busy, and be forked over."""
 
+import fcntl
 import os
 import sqlite3
 import stat
@@ -280,3 +281,24 @@ def test_a_file_that_another_is_making_at_the_same_time_is_waited_for(database, 
         other.execute("COMMIT")
         assert found.result(10) == []
     other.close()
+
+
+def test_a_file_that_another_has_just_made_in_its_place_is_not_replaced_again(database, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)  # or the other one would wait at the door
+    set_up, spoilt = Database._set_up, []
+
+    def set_up_late(self, connection):
+        if self is database and not spoilt:
+            spoilt.append(connection)
+            for suffix in ("", "-wal", "-shm"):
+                (tmp_path / f"c.sqlite{suffix}").unlink(missing_ok=True)
+            other = Database(tmp_path / "c.sqlite", wal=True, make_folder=lambda: None, prepare=prepare)
+            add(other, "theirs")
+            other.close()
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+            raise error
+        set_up(self, connection)
+
+    monkeypatch.setattr(Database, "_set_up", set_up_late)
+    assert values(database) == ["new", "theirs"]
