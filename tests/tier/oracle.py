@@ -222,9 +222,15 @@ class Oracle:
         for group in self.groups.values():
             for place, objects in picture.items():
                 there, missing = [key for key in group.keys if key in objects], self._missing(group, place, picture)
+                missing = [key for key in missing if self._is_good_somewhere(key, picture)]
                 if there and missing and (place, group.name) not in self.in_parts:
                     found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
         return found
+
+    def _is_good_somewhere(self, key: str, picture: Picture) -> bool:
+        """Whether it could be copied: of what is spoilt wherever it lies nobody can make a copy."""
+        places = [place for place, objects in picture.items() if key in objects]
+        return any(self.rotten.get((place, key)) != picture[place][key].data for place in places)
 
     def note_parts(self, place: str, key: str, picture: Picture) -> None:
         """Somebody has just done something to an object by hand: if its group lies there in parts, he knows."""

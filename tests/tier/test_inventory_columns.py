@@ -10,7 +10,8 @@ from tests.tier.listed import NOW_S, OLD_S, Books, scripted
 from tiercache.catalog.checksums import Checksums, batch_of
 from tiercache.catalog.tiers import KnownCopy, TierCatalog
 from tiercache.tier import copies, layouts, scores
-from tiercache.tier.layouts import Layout, recognise, rising, taken
+from tiercache.tier.columns import rising, taken
+from tiercache.tier.layouts import Layout, recognise
 
 PART = (
     *(

@@ -250,6 +250,37 @@ def test_a_copy_of_what_the_source_was_before_is_replaced(world):
     assert world.where("f") == ["standard", "archive"]
 
 
+def rotten_in_hot(world):
+    """Two copies on the books, of which that in hot has rotted; a move of it to the archive."""
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
+    world.inner["hot"].put("f", content("other"))
+    return world.plan(world.move("f", "hot", "archive"), name="down")
+
+
+def test_a_source_that_has_rotted_is_copied_from_another_tier_that_has_it(world):
+    assert world.apply(rotten_in_hot(world)).stopped == ()
+    assert world.where("f") == ["standard", "archive"]
+    world.later()
+    assert world.settle().stopped == ()
+    assert [info.key for info in world.inner["hot"].list() if info.key == "f"] == []
+
+
+@pytest.mark.parametrize("harm", ["gone", "rotten too"])
+def test_a_source_that_has_rotted_everywhere_stops_its_move(world, harm):
+    plan = rotten_in_hot(world)
+    world.inner["standard"].delete(["f"])
+    if harm == "rotten too":
+        world.inner["standard"].put("f", content("other"))
+    reason = world.apply(plan).stopped[0].reason
+    assert "the source is not what it should be" in reason
+    assert world.url("hot") in reason
+    assert world.keys("archive") == []
+    world.later()
+    world.settle()
+    assert world.keys("hot") == ["f"]
+
+
 def test_an_equal_object_that_is_there_is_compared_and_not_copied(world):
     world.put("standard", "f")
     world.put("archive", "f")

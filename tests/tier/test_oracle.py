@@ -98,6 +98,13 @@ def test_a_checkpoint_in_the_making_is_right_and_one_left_half_is_not(oracle):
     assert "2 of its 3 objects were left" in oracle.at_rest(now)[0]
 
 
+def test_a_checkpoint_left_half_for_what_has_rotted_everywhere_is_right(oracle):
+    oracle.rotted("hot", "c/1/last", b"rot")
+    hot, half = objects(OLD, NEW, FILE) | {"c/1/last": Seen(b"rot")}, {k: Seen(data(k)) for k in OLD.keys[:2]}
+    assert oracle.at_rest(picture(hot, half)) == []
+    assert oracle.at_rest({**picture(hot, half), "warm": objects(OLD)}) != []
+
+
 def test_a_pinned_copy_that_goes_is_found(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pinned = {"f"}

@@ -12,20 +12,22 @@ A group's last object, which makes it whole, is copied when all others are there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
-from tiercache.errors import CommitConflict, TierCacheError
+from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
-from tiercache.tier.model import ARCHIVED, RESTORING
+from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.steps import Infos, Sight, as_planned, as_reclassed, earliest, first_written_s, is_same
 from tiercache.tier.stores import RESTORED_FIRST, state_of
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move
+    from tiercache.tier.transfer import Copied
 
 # Who copies for so long writes it into the books at once, and has nothing to copy again when he is killed.
 _AT_ONCE_BYTES = 8 << 20
@@ -129,14 +131,38 @@ class Copying:
         if not job.goes_on:
             return
         replaces = False if info is None else info.etag or True
-        copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
+        of_source = True
+        try:
+            copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
+        except StoreError as error:
+            if not error.facts.get("spoilt"):
+                raise
+            copied, of_source = self._copied_from_others(job, one, replaces, error), False
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
         job.is_new = True
-        self._note(job, one, KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place), copied.n_bytes)
+        copy = KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place)
+        self._note(job, one, copy, copied.n_bytes, of_source=of_source)
 
-    def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int) -> None:
-        """Put a verified copy on the books, and its source: they were read whole, and were equal.
+    def _copied_from_others(self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError) -> Copied:
+        """A copy of an object that has rotted in src, of the same one in another tier. Raises spoilt: there is none.
+
+        Else its group would stay in dst in parts, each day anew, until somebody came to look.
+        """
+        sight, dst = self._sight, job.row.dst
+        for tier in sight.file.tiers:
+            if any(sight.stores.same_place(tier.name, other) for other in (job.row.src, dst)):
+                continue
+            known = sight.catalog.known(tier.name, [one.key]).get(one.key)
+            if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
+                continue
+            asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
+            with suppress(StoreError):  # what is to be told is what befell src
+                return sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
+        raise spoilt
+
+    def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
+        """Put a verified copy on the books, and its source if it is of it: they were read whole, and were equal.
 
         The copy is as old as the object that it is of, also when its source is gone.
         """
@@ -146,7 +172,7 @@ class Copying:
         first_s = first_written_s(one, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
         pair = [(job.row.dst, one.key, copy)]
-        if one.etag is not None:
+        if of_source and one.etag is not None:
             pair.append((job.row.src, one.key, KnownCopy(one.n_bytes, one.etag, copy.crc32c, came_from, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             books.record(pair)

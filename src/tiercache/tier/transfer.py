@@ -123,7 +123,7 @@ class Transfer:
             NotFound: it is not in src.
             ObjectChanged: it is not what `one` says, or changed meanwhile; or something lies there that may not go.
             StoreError: .archived: it must be restored first; .cancelled; .wrong: what arrived was not what had been
-                read, and has been removed; or a store failed.
+                read, and has been removed; .spoilt: nor is the source what `one` says; or a store failed.
             ValueError: both tiers are one place: that is a reclass().
         """
         if self._stores.same_place(src, dst):
@@ -492,7 +492,7 @@ def _wrong(where: str, expected: object, found: object, what: str) -> StoreError
     message = f"{what} is not what it should be: expected {_shown(expected)}, found {_shown(found)}"
     if what == "the copy":
         message += "; it was removed"
-    return StoreError(message, url=where, wrong=True, expected=expected, found=found)
+    return StoreError(message, url=where, wrong=True, spoilt=what == "the source", expected=expected, found=found)
 
 
 def _shown(value: object) -> str:
