@@ -9,7 +9,7 @@ from tests.tier.listed import NOW_S, OLD_S, Books, scripted
 
 from tiercache.catalog.checksums import Checksums, batch_of
 from tiercache.catalog.tiers import KnownCopy, TierCatalog
-from tiercache.tier import copies, layouts, scores
+from tiercache.tier import columns, copies, layouts, scores
 from tiercache.tier.columns import rising, taken
 from tiercache.tier.layouts import Layout, recognise
 
@@ -60,6 +60,7 @@ def test_keys_that_are_recognised_in_parts_are_what_they_are_at_once(monkeypatch
         whole = recognise(texts)
         with monkeypatch.context() as patch:
             patch.setattr(layouts, "_ROWS_AT_A_TIME", n_rows)
+            patch.setattr(columns, "ROWS_AT_A_TIME", n_rows)
             parts = recognise(texts)
         for name in Layout.__slots__:
             assert equal(getattr(whole, name), getattr(parts, name)), name

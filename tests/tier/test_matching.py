@@ -104,6 +104,17 @@ def test_more_paths_than_pass_at_once_keep_their_places():
         ("a[é]", "aé", True),
         (".*", ".hidden", True),
         ("*", ".hidden", True),
+        ("**", "", False),
+        ("**", "a/", True),
+        ("a/**", "a/", False),
+        ("a/**", "a/b/", True),
+        ("a/**", "a//", True),
+        ("a/**/**", "a/", False),
+        ("a/*", "a/", True),
+        ("a/", "a/", True),
+        ("**/", "a/b/", True),
+        ("**/b", "b/", False),
+        ("{a/**,*.b}", "x.b", True),
     ],
 )
 def test_globs_mean_what_the_reference_says(glob, path, matches):

@@ -28,7 +28,8 @@ MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelle
 OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
 _PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
 KEPT_S = 90 * 86400.0  # that a move which is over, or was stopped for good, stays in the journal, for people
-_ROWS_AT_A_TIME = 1 << 14  # that are Python objects while many are read
+# That are Python objects while many are read: a million took 1.3 to 1.8 s, and by 16,384 at a time 2.1 to 2.9.
+_ROWS_AT_A_TIME = 1 << 12
 _MOST_VARIABLES = 500  # SQLite takes 999 at least
 
 _SCHEMA = """

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.checksums import Checksums
-from tiercache.tier.layouts import MARK, find
+from tiercache.tier.columns import find
+from tiercache.tier.layouts import MARK
 from tiercache.tier.listing import NO_CRC
 from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
 

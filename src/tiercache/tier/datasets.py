@@ -19,7 +19,7 @@ from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
 from tiercache.shard.versions import VERSIONS_FOLDER, Version
 from tiercache.tier import placement, usage
 from tiercache.tier.below import below
-from tiercache.tier.layouts import find, matches
+from tiercache.tier.columns import find, matches
 
 if TYPE_CHECKING:
     from tiercache.tier.listing import Listed

@@ -21,9 +21,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import ObjectInfo
+from tiercache.tier.columns import find, matches, rising, taken
 from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
-from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, find, matches, recognise, rising, taken
+from tiercache.tier.layouts import LACKS, MEMBER, NO_GROUP, NOTHING, Layout, recognise
 from tiercache.tier.listing import Listed, Progress, give_back, list_tiers
 from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, SHARD, Snapshot
 from tiercache.tier.moves import Pieces

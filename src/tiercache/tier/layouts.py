@@ -17,7 +17,7 @@ The outermost folder with such a name is the checkpoint: global_step100 inside o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,11 +27,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.store.posix import TEMP_PREFIX
+from tiercache.tier.alike import Alike
+from tiercache.tier.columns import find, joined_codes, matches, numbers, rising, split_keys, taken
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 NO_GROUP = -1
 # What is made of names on the way stays small; larger parts are no faster.
 _ROWS_AT_A_TIME = 1 << 16
+
+# Fewer names that are alike but for their digits are not worth a look at what they have in common.
+_FEW = 8
 
 # Ranks of a group's objects, by which they are sorted: what makes it whole comes last.
 MEMBER, INDEX, MARK = range(3)
@@ -140,55 +145,6 @@ def recognise(keys: pa.Array) -> Layout:
     )
 
 
-# -- columns ------------------------------------------------------------------------------------------------------
-
-
-def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
-    """The folders of keys, "" or with a "/" at the end, each once; the number of each key's; and the last segments."""
-    folders, names = [], []
-    for start in range(0, len(keys), _ROWS_AT_A_TIME):
-        found = pc.extract_regex(keys.slice(start, _ROWS_AT_A_TIME), r"(?s)^(?P<folder>(?:.*/)?)(?P<name>[^/]*)$")
-        folders.append(pc.struct_field(found, "folder").dictionary_encode())
-        names.append(pc.struct_field(found, "name"))
-    number, once = _joined_codes(folders, keys.type)
-    return once, number, pa.concat_arrays([pa.array([], keys.type), *names])
-
-
-def rising(texts: pa.Array) -> NDArray[np.int64]:
-    """The numbers of texts in their order. Sorted ones are not sorted again: a second a million."""
-    if len(texts) > 1 and not pc.all(pc.less_equal(texts.slice(0, len(texts) - 1), texts.slice(1))).as_py():
-        return numbers(pc.sort_indices(texts), np.int64)
-    return np.arange(len(texts))
-
-
-def taken(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
-    """The texts of rows, which are rising or each once; not copied where they are all, in their order."""
-    if len(rows) == len(texts) and (rows[1:] > rows[:-1]).all():
-        return texts
-    return texts.take(pa.array(rows))
-
-
-def matches(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
-    """Whether the pattern is found in each text; bool[len(texts)]."""
-    found = pc.match_substring_regex(texts, pattern)
-    return np.asarray(found.to_numpy(zero_copy_only=False), np.bool_) if len(texts) else np.empty(0, np.bool_)
-
-
-def find(texts: pa.Array, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """The first row of each text in `among`, -1 where it is not; int64[len(texts)]."""
-    if not len(texts) or not len(among):
-        return np.full(len(texts), -1, np.int64)
-    return numbers(pc.index_in(texts, value_set=among.cast(texts.type)).fill_null(-1), np.int64)
-
-
-def numbers(column: pa.Array | pa.ChunkedArray, kind: type[np.int64] | type[np.float64]) -> NDArray[np.int64]:
-    """A column without nulls as numpy. Not through pandas."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-        column = column if isinstance(column, pa.Array) else pa.concat_arrays(column.chunks)
-    return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
-
-
 # -- checkpoints by their names -------------------------------------------------------------------------------------
 
 _NAMES = ("parent", "prefix", "word", "rest", "suffix")
@@ -275,12 +231,62 @@ def _checkpoint_files(
     """Of the keys `left` those that are a checkpoint each: their places in it, and what is known of them; in parts."""
     for start in range(0, len(left), _ROWS_AT_A_TIME):
         some = left[start : start + _ROWS_AT_A_TIME]
-        found = pc.extract_regex(names.take(pa.array(some)), _FILE_NAME)
+        texts, of = names.take(pa.array(some)), folder[some]
+        alike = Alike.of(texts)
+        known, row, alone = _known_shapes(alike)
+        together = np.flatnonzero((row[alike.shape] >= 0) & ~alike.is_long)
+        shapes = known.take(pa.array(row[alike.shape[together]]))
+        yield start + together, _known_together(alike, together, shapes, folders, of)
+        rest = np.flatnonzero(alone[alike.shape] | alike.is_long)
+        found = pc.extract_regex(texts.take(pa.array(rest)), _FILE_NAME)
         is_one = np.flatnonzero(numbers(pc.is_valid(found), np.int64))
-        found = found.take(pa.array(is_one))
-        columns = {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")}
-        columns["parent"] = folders.take(pa.array(folder[some[is_one]]))
-        yield start + is_one, _known_of(columns)
+        yield start + rest[is_one], _known_of(_columns_of(found, is_one, folders.take(pa.array(of[rest[is_one]]))))
+
+
+def _columns_of(found: pa.Array, rows: NDArray[np.int64], parents: pa.Array) -> dict[str, pa.Array]:
+    """The parts of names that _known_of() wants, of rows of what was found by _FILE_NAME."""
+    found = found.take(pa.array(rows))
+    return {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")} | {"parent": parents}
+
+
+def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.bool_]]:
+    """What is known of names by their shapes: the row of each shape in the table, -1; and those to be read one by one.
+
+    The step is the number of a run of digits, from 1, for each run is read as its number. Digits that a series has are
+    those of what no counter is: of such names, and of a few alike, each is read.
+    """
+    is_one = matches(alike.shapes, _FILE_NAME)
+    many = np.bincount(alike.shape, minlength=len(is_one)) >= _FEW
+    some = np.flatnonzero(is_one & many)
+    counted = [_counted(shape) for shape in alike.shapes.take(pa.array(some)).to_pylist()]
+    found = pc.extract_regex(pa.array(counted, pa.large_string()), _FILE_NAME)
+    no_parents = pa.array([""] * len(some), pa.large_string())
+    known = _known_of(_columns_of(found, np.arange(len(some)), no_parents))
+    series = _one(known["series"])
+    plain = np.flatnonzero(~matches(series.dictionary, "[0-9]")[numbers(series.indices, np.int64)])
+    row = np.full(len(is_one), -1, np.int64)
+    row[some[plain]] = plain
+    return known, row, is_one & (row < 0)
+
+
+def _counted(shape: str) -> str:
+    """The shape with 1, 2 and so on for its runs of digits."""
+    first, *rest = shape.split("0")
+    return first + "".join(f"{number}{text}" for number, text in enumerate(rest, start=1))
+
+
+def _known_together(
+    alike: Alike, rows: NDArray[np.int64], shapes: pa.Table, folders: pa.Array, folder: NDArray[np.int64]
+) -> pa.Table:
+    """What is known of rows of names from what is known of the shape of each. folder: of all names, in folders."""
+    series = _one(shapes["series"])
+    n_series = len(series.dictionary)
+    code = folder[rows] * n_series + numbers(series.indices, np.int64)
+    once, place = np.unique(code, return_inverse=True)
+    parents, rest = folders.take(pa.array(once // n_series)), series.dictionary.take(pa.array(once % n_series))
+    texts = pa.DictionaryArray.from_arrays(pa.array(place, pa.int32()), _joined([parents, rest], ""))
+    step = alike.number(rows, numbers(shapes["step"], np.int64))
+    return pa.Table.from_arrays([pa.array(step), texts], schema=_KNOWN)
 
 
 def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
@@ -322,23 +328,13 @@ def _known_groups(
         some = table if table is not in_folder else table.take(pa.array(rows))
         steps.append(numbers(some["step"], np.int64))
         series.append(_one(some["series"]))
-    group, codes = np.concatenate(groups), _joined_codes(series, pa.large_string())[0]
+    group, codes = np.concatenate(groups), joined_codes(series, pa.large_string())[0]
     step, code = np.full(n_groups, NO_STEP, np.int64), np.full(n_groups, NO_SERIES, np.int64)
     step[group], code[group] = np.concatenate(steps), codes
     checkpoint = code != NO_SERIES
     numbered = np.full(n_groups, NO_SERIES, np.int32)
     numbered[checkpoint] = _in_order(code[checkpoint])
     return _Known(checkpoint, step, numbered)
-
-
-def _joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
-    """The numbers of all values of some encoded texts among their values, and these, each once."""
-    once = pa.concat_arrays([pa.array([], kind), *(one.dictionary for one in encoded)]).dictionary_encode()
-    place, codes, start = numbers(once.indices, np.int64), [np.empty(0, np.int64)], 0
-    for one in encoded:
-        codes.append(place[start + numbers(one.indices, np.int64)])
-        start += len(one.dictionary)
-    return np.concatenate(codes), once.dictionary
 
 
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -354,11 +350,13 @@ def _numbered(
 ) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
     """The group of each key; the paths of groups, sorted; the group of each folder (-1: none), then of each in left."""
     inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
-    used = np.unique(row[inside])
+    is_used = np.zeros(n_folders + 1, np.bool_)  # the last is for -1: of none
+    is_used[row[inside]] = True
+    used = np.flatnonzero(is_used)
     of_folders, of_keys = _one(folders), taken(keys, left)
     # The group of a key that is called as a folder is, is the folder, though nothing else be in it.
     same = find(of_keys, of_folders)
-    alone = np.flatnonzero(~np.isin(same, used))
+    alone, to_folder = np.flatnonzero(~is_used[same]), np.flatnonzero(is_used[same])
     paths = taken(of_keys, alone)
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = rising(paths)
@@ -368,7 +366,6 @@ def _numbered(
     place[used] = of_path[: len(used)]
     place[n_folders + alone] = of_path[len(used) :]
     named = np.flatnonzero(same >= 0)
-    to_folder = np.setdiff1d(named, alone)
     place[n_folders + to_folder] = place[same[to_folder]]
     place[same[named]] = place[n_folders + named]
     group = np.full(len(keys), NO_GROUP, np.int32)

@@ -7,17 +7,17 @@ one character but `/`, `{a,b}` for either. There is no escape: `[*]` is a star.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-# So many paths pass all rules together: what is filtered on the way stays small. Larger ones are no faster.
-_ROWS_AT_A_TIME = 1 << 16
+from tiercache.tier.columns import ROWS_AT_A_TIME, matches, split_keys, taken
+
 # Alternatives of one glob when its braces are written out.
 _MOST_ALTERNATIVES = 1000
 _MOST_BRACES = 100
@@ -41,65 +41,52 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     Raises:
         ValueError: what is not a glob; it says which, and what is wrong with it.
     """
-    rules = [(_Globs.of(match), _Globs.of(excepted)) for match, excepted in globs]
+    rules = [(_patterns(match), _patterns(excepted)) for match, excepted in globs]
     found = np.full(len(paths), -1, np.int16)
-    for start in range(0, len(paths), _ROWS_AT_A_TIME):
-        texts = paths.slice(start, _ROWS_AT_A_TIME)
-        left = np.arange(start, start + len(texts))
+    for start in range(0, len(paths), ROWS_AT_A_TIME):
+        some = _Paths(paths.slice(start, ROWS_AT_A_TIME))
+        left = np.arange(len(some.names))
         for number, (match, excepted) in enumerate(rules):
-            hit = match.hits(texts)
-            if hit.any():
-                hit[hit] = ~excepted.hits(texts.filter(pa.array(hit)))
-                found[left[hit]] = number
-                texts, left = texts.filter(pa.array(~hit)), left[~hit]
+            hit = some.hits(left, match)
+            hit[hit] = ~some.hits(left[hit], excepted)
+            found[start + left[hit]] = number
+            left = left[~hit]
             if not len(left):
                 break
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Globs:
-    """Globs, any of which matches. pattern: None: nothing does; prefix: what all that match begins with."""
+# Expressions of folders (with the last slash), and of the last segments in them.
+_Patterns: TypeAlias = Mapping[str, str]
 
-    pattern: str | None
-    prefix: str = ""
-    everything_below: bool = False
 
-    @classmethod
-    def of(cls, globs: tuple[str, ...]) -> _Globs:
-        alternatives, parts = [], []
-        for glob in globs:
-            try:
-                written_out = _without_braces(_marked(glob))
-                parts += [_translated(one) for one in written_out]
-            except ValueError as error:
-                raise ValueError(f"not a glob: {glob!r}: {error}") from error
-            alternatives += written_out
-        if not alternatives:
-            return cls(None)
-        prefix = _common([_literal(one) for one in alternatives])
-        # `folder/**` needs no expression: all that begins so, and is longer, matches.
-        below = alternatives == [prefix + _DEEP]
-        return cls(rf"\A(?:{'|'.join(parts)})\z", prefix, below)
+class _Paths:
+    """Some paths, cut at their last slash: of a million files in a thousand folders a thousand are looked at."""
 
-    def hits(self, texts: pa.Array) -> NDArray[np.bool_]:
-        """bool[n], the caller's own."""
-        if self.pattern is None:
-            return np.zeros(len(texts), np.bool_)
-        if not self.prefix:
-            return _flags(pc.match_substring_regex(texts, self.pattern))
-        hit = _flags(pc.starts_with(texts, self.prefix))
-        if hit.any():
-            near = texts.filter(pa.array(hit))
-            if self.everything_below:
-                hit[hit] = _flags(pc.greater(pc.binary_length(near), len(self.prefix.encode())))
-            else:
-                hit[hit] = _flags(pc.match_substring_regex(near, self.pattern))
+    def __init__(self, paths: pa.Array) -> None:
+        self.folders, self.folder, self.names = split_keys(paths.cast(pa.large_string()))
+
+    def hits(self, rows: NDArray[np.int64], patterns: _Patterns) -> NDArray[np.bool_]:
+        """Which of the rows match; bool[len(rows)], the caller's own."""
+        hit = np.zeros(len(rows), np.bool_)
+        for of_folder, of_name in patterns.items():
+            near = np.flatnonzero(~hit & matches(self.folders, of_folder)[self.folder[rows]])
+            if len(near):
+                hit[near] = matches(taken(self.names, rows[near]), of_name)
         return hit
 
 
-def _flags(array: pa.Array) -> NDArray[np.bool_]:
-    return np.array(array.to_numpy(zero_copy_only=False), np.bool_)
+def _patterns(globs: tuple[str, ...]) -> _Patterns:
+    """What paths match that match any of the globs."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for glob in globs:
+        try:
+            for one in _without_braces(_marked(glob)):
+                for of_folder, of_name in _cut(one):
+                    names[of_folder].append(of_name)
+        except ValueError as error:
+            raise ValueError(f"not a glob: {glob!r}: {error}") from error
+    return {rf"\A(?:{of_folder})\z": rf"\A(?:{'|'.join(some)})\z" for of_folder, some in names.items()}
 
 
 # -- one glob --------------------------------------------------------------------------------------------------------
@@ -171,15 +158,16 @@ def _signs(glob: str) -> Iterator[tuple[int, str]]:
         at = end
 
 
-def _literal(glob: str) -> str:
-    """What a glob without braces begins with, before anything that is not itself."""
-    return next((glob[:at] for at, sign in _signs(glob) if len(sign) > 1 or sign in f"*?{_DEEP}"), glob)
-
-
-def _common(texts: list[str]) -> str:
-    """What all of them begin with. Those that sort first and last differ the soonest."""
-    first, last = min(texts), max(texts)
-    return first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))]
+def _cut(glob: str) -> Iterator[tuple[str, str]]:
+    """Expressions of folder and last segment that both fit where a glob without braces does."""
+    end = max((at + 1 for at, sign in _signs(glob) if sign == "/"), default=0)
+    folder, name = _translated(glob[:end]), glob[end:]
+    if name == _DEEP:
+        # Segments of `**` stand in the folder too. A path that ends with a slash has no last one.
+        yield rf"{folder}(?s:.*)", "(?s:.+)"
+        yield rf"{folder}(?s:.+)", ""
+    else:
+        yield folder, _translated(name)
 
 
 def _translated(glob: str) -> str:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tiercache.tier.alike import Alike
 from tiercache.tier.metrics import metrics_of, spans_of
 
 # Fewer names of one template are not worth an expression of their own.
 _FEW = 8
 _DIGITS = re.compile("[0-9]+")
-_ZERO, _NINE = ord("0"), ord("9")
 
 
 def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
@@ -27,11 +27,10 @@ def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.f
     found = {name: np.full(len(names), np.nan) for name in wanted}
     if not len(names):
         return found
-    encoded = _templates(names).dictionary_encode()
-    number = np.asarray(encoded.indices.to_numpy(), np.int64)
-    order = np.argsort(number, kind="stable")
-    starts = np.searchsorted(number[order], np.arange(len(encoded.dictionary) + 1)).tolist()
-    for i, template in enumerate(encoded.dictionary.to_pylist()):
+    alike = Alike.of(names)
+    order = np.argsort(alike.shape, kind="stable")
+    starts = np.searchsorted(alike.shape[order], np.arange(len(alike.shapes) + 1)).tolist()
+    for i, template in enumerate(alike.shapes.to_pylist()):
         places = _places(template, wanted)
         if places:
             rows = order[starts[i] : starts[i + 1]]
@@ -66,22 +65,6 @@ def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], 
         for metric, value in metrics_of(name).items():
             if metric in found:
                 found[metric][row] = value
-
-
-def _templates(names: pa.Array) -> pa.Array:
-    """The names with one 0 for each run of digits: what is a counter or a metric never depends on which digits."""
-    _, offsets, data = names.buffers()
-    ends = np.frombuffer(offsets, np.int64)[names.offset : names.offset + len(names) + 1]
-    text = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]]
-    starts = ends - ends[0]
-    digit = (text >= _ZERO) & (text <= _NINE)
-    again = np.zeros(len(text), np.bool_)
-    again[1:] = digit[1:] & digit[:-1]
-    again[starts[:-1][starts[:-1] < len(text)]] = False
-    kept = ~again
-    short = np.where(digit, np.uint8(_ZERO), text)[kept]
-    short_ends = np.concatenate([[0], np.cumsum(kept)])[starts]
-    return pa.LargeStringArray.from_buffers(len(names), pa.py_buffer(short_ends), pa.py_buffer(short))
 
 
 def _values(names: pa.Array, template: str, place: _Place) -> list[float]:

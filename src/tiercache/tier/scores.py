@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import StoreError
-from tiercache.tier.layouts import matches, split_keys
+from tiercache.tier.columns import matches, split_keys
 from tiercache.tier.listing import NO_CRC
 from tiercache.tier.metrics import FILES, read_metrics
 from tiercache.tier.model import HERE, RESTORED

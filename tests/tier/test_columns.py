@@ -1,0 +1,34 @@
+"""Columns of texts are what their texts are one by one, in parts and as slices too."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.tier import columns
+from tiercache.tier.columns import split_keys, text_of
+
+keys = st.lists(st.text("ab/é\n/", max_size=8), max_size=12)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 1 << 16])
+def test_keys_are_cut_at_their_last_slash(monkeypatch, n_rows):
+    monkeypatch.setattr(columns, "ROWS_AT_A_TIME", n_rows)
+
+    @given(keys, st.integers(0, 3))
+    def check(texts, skipped):
+        folders, folder, names = split_keys(pa.array(texts, pa.large_string()).slice(skipped))
+        wanted = [text.rpartition("/") for text in texts[skipped:]]
+        assert [folders[number].as_py() for number in folder.tolist()] == [before + sep for before, sep, _ in wanted]
+        assert names.to_pylist() == [name for _, _, name in wanted]
+        assert len(set(folders.to_pylist())) == len(folders)
+        names.validate(full=True)
+
+    check()
+
+
+@given(keys, st.integers(0, 3))
+def test_the_bytes_of_texts_are_theirs_from_end_to_end(texts, skipped):
+    ends, text = text_of(pa.array(texts, pa.large_string()).slice(skipped))
+    bounds = zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    assert [text[start:end].tobytes().decode() for start, end in bounds] == texts[skipped:]
