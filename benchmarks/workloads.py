@@ -84,7 +84,7 @@ TOKENS = Workload("tokens", (array_field("values", "uint16", (1024,)),), 64, 1 <
 BYTES = Workload("bytes", (Field("values", "bytes", "uint8", (), 20_000),), 256, 1 << 14)
 TENSORS = Workload("tensors", (array_field("values", "uint8", (3, 64, 64)),), 256, 1 << 15)
 ROWS = Workload(
-    "rows", (array_field("vector", "float32", (16,)), Field("text", "text", "uint8", (), 60)), 1024, 1 << 19
+    "rows", (array_field("vector", "float32", (16,)), Field("text", "text", "uint8", (), 60)), 1024, 1 << 21
 )
 IMAGES = Workload("images", (Field("image", "jpeg", "uint8", (), 64_000),), 64, 1 << 11)
 WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, ROWS, IMAGES)}

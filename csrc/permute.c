@@ -140,13 +140,26 @@ static inline void place(const tc_rows *rows, uint64_t x, uint32_t *block, uint3
     *row = (uint32_t)(x - (uint64_t)rows->first[at]);
 }
 
+/* Positions as they are: a run of each block, in loops that the compiler makes vectors of (a tenth of the time of place() for each). */
+static void find_runs(const tc_rows *rows, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+    for (size_t done = 0, k; done < m; done += k) {
+        uint32_t at, first;
+        place(rows, start + done, &at, &first);
+        size_t left = (size_t)(rows->first[at + 1] - (int64_t)(start + done));
+        k = left < m - done ? left : m - done;
+        for (size_t i = 0; i < k; i++)
+            block[done + i] = at;
+        for (size_t i = 0; i < k; i++)
+            row[done + i] = first + (uint32_t)i;
+    }
+}
+
 enum { CHUNK = 256 }; /* 2 KiB of indices between the two loops: stays in the first cache */
 
 void tc_rows_find(const tc_rows *rows, const tc_permutation *p, uint64_t start, size_t m, uint32_t *block,
                   uint32_t *row) {
     if (!p) {
-        for (size_t i = 0; i < m; i++)
-            place(rows, start + i, block + i, row + i);
+        find_runs(rows, start, m, block, row);
         return;
     }
     uint64_t drawn[CHUNK];

@@ -321,6 +321,7 @@ static int take_cell(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     *first_row = c->first_row;
     if (status == TC_OK) {
         *slot = c->slot;
+        atomic_store_explicit(&c->slot->n_holders, 1, memory_order_relaxed);
         ring->n_out++;
         atomic_fetch_add_explicit(&held_bytes, c->slot->capacity, memory_order_relaxed);
     } else if (c->slot) {
@@ -368,7 +369,11 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
     return status;
 }
 
+void tc_slot_hold(tc_slot *slot) { atomic_fetch_add_explicit(&slot->n_holders, 1, memory_order_relaxed); }
+
 void tc_slot_release(tc_slot *slot) {
+    /* Whoever fills it again must come after all that its holders did with it. */
+    if (atomic_fetch_sub_explicit(&slot->n_holders, 1, memory_order_acq_rel) != 1) return;
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);

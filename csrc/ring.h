@@ -58,6 +58,8 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired);
  * *first_row: the sequence's row that the batch begins with. Taking retires the rows of the batch that was taken before. */
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row);
 
+/* One more who has it. It goes back to the ring when it was released as often as it was held, and once more. Both from any thread. */
+void tc_slot_hold(tc_slot *slot);
 void tc_slot_release(tc_slot *slot);
 
 /* Have objects of a slot's batch filled from their sources by its ring's threads, before any batch is gathered. */

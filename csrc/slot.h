@@ -1,6 +1,8 @@
 /* Slot: a batch's memory, and how it is filled from the rows of windows. No locks here: a slot has one owner at a time (see ring.h). */
 #ifndef TC_SLOT_H
 #define TC_SLOT_H
+#include <stdatomic.h>
+
 #include "gather.h"
 
 #define TC_NOMEM (-12)
@@ -30,6 +32,7 @@ typedef struct tc_slot {
     struct tc_ring *ring;
     struct tc_slot *next;
     const void *filler; /* the ring's: the thread that filled it last */
+    _Atomic size_t n_holders; /* while it is at a consumer */
     uint8_t *memory;
     size_t capacity;
     int own; /* memory is this slot's own mapping, not a piece of the ring's arena */

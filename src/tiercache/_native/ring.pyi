@@ -41,6 +41,14 @@ class Plan:
     @property
     def held(self) -> object: ...
 
+class Layout:
+    """How rows of a column lie one after the other.
+
+    code, bits: of their type, as DLPack has them (0 int, 1 uint, 2 float, 4 bfloat, 6 bool); shape: of a row.
+    """
+
+    def __init__(self, code: int, bits: int, shape: tuple[int, ...] = ()) -> None: ...
+
 class Slot:
     """A batch's memory, a writable buffer of bytes (give it to torch.frombuffer).
 
@@ -56,6 +64,13 @@ class Slot:
 
     def places(self, stream: int) -> tuple[int, int, int]:
         """Where a stream lies: its values and (VAR) its int64 offsets, in bytes, and (VAR) how many elements it has."""
+
+    def tensor(self, layout: Layout, offset: int, n_rows: int) -> object:
+        """A DLPack capsule of n_rows from offset on, in bytes, for whoever takes such: it keeps the slot by itself.
+
+        Raises:
+            ValueError: they are not all in the slot.
+        """
 
     def start_bytes(self, stream: int) -> None:
         """Make the objects of a REF stream, and have the ring's threads begin to fill them."""

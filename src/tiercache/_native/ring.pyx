@@ -3,6 +3,7 @@
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -76,6 +77,20 @@ cdef extern from "ring.h" nogil:
     void tc_ring_figures(tc_ring *, tc_figures *)
     size_t tc_held_bytes()
 
+cdef extern from "tensor.h" nogil:
+    enum:
+        TC_TENSOR_DIMS
+
+    ctypedef struct tc_layout:
+        uint8_t code
+        uint8_t bits
+        int n_dims
+        int64_t *dims
+        size_t row_bytes
+
+    void *tc_tensor_new(tc_slot *, size_t, const tc_layout *, size_t)
+    void tc_tensor_drop(void *)
+
 cdef extern from "pool.h" nogil:
     void tc_pool_hold()
     void tc_pool_let_go()
@@ -94,6 +109,7 @@ CLOSED = TC_CLOSED
 
 # A wait is cut into slices, so that Ctrl-C is seen: PyErr_CheckSignals costs nothing beside one.
 cdef uint64_t SLICE_NS = 50_000_000
+cdef const char *DLPACK = "dltensor"
 cdef double LONGEST_S = 1e9  # of a timeout: its nanoseconds must fit 64 bits
 
 
@@ -190,6 +206,27 @@ cdef class Filling:
         return self.objects
 
 
+cdef class Layout:
+    """How rows of a column lie one after the other: DLPack's code and bits of their type, and their shape."""
+
+    cdef tc_layout layout
+
+    def __init__(self, uint8_t code, uint8_t bits, shape=()):
+        if len(shape) >= TC_TENSOR_DIMS or bits % 8:
+            raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {len(shape)} of {bits} bits")
+        self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
+        self.layout.row_bytes = bits // 8
+        for i, n in enumerate(shape):
+            self.layout.dims[<Py_ssize_t>i] = n
+            self.layout.row_bytes *= <size_t>n
+
+
+cdef void drop_unused(object capsule) noexcept:
+    # Who takes a tensor over names its capsule anew.
+    if PyCapsule_IsValid(capsule, DLPACK):
+        tc_tensor_drop(PyCapsule_GetPointer(capsule, DLPACK))
+
+
 cdef class Slot:
     """A batch's memory, as a writable buffer of bytes; goes back to the ring when the last tensor over it is dropped."""
 
@@ -221,6 +258,15 @@ cdef class Slot:
 
     def places(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
+
+    def tensor(self, Layout layout not None, size_t offset, size_t n_rows):
+        cdef size_t row_bytes = layout.layout.row_bytes, capacity = self.slot.capacity
+        if offset > capacity or (row_bytes > 0 and n_rows > (capacity - offset) // row_bytes):
+            raise ValueError(f"{n_rows} rows of {row_bytes} bytes from {offset} on are more than the slot's {capacity} bytes")
+        cdef void *tensor = tc_tensor_new(self.slot, offset, &layout.layout, n_rows)
+        if tensor == NULL:
+            raise MemoryError("no memory for a tensor over a batch")
+        return PyCapsule_New(tensor, DLPACK, <PyCapsule_Destructor>drop_unused)
 
     def start_bytes(self, size_t stream):
         if self.fillings is None:

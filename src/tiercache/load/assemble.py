@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils import dlpack
 
 from tiercache._native import gather
+from tiercache._native.ring import Layout
 from tiercache.load.buffer import Buffer
 from tiercache.load.fills import stored_fill, value_of
 from tiercache.load.serving import Serving, is_stack_of_rows, varying
@@ -42,7 +45,7 @@ class BadValueError(ValueError):
 class Assembler:
     """Makes batches of slots. One consumer thread.
 
-    A batch of fixed-shape columns costs an array and a tensor over it: 0.8 us a column here. Where the streams of
+    A batch of fixed-shape columns costs a tensor over it for each: 0.35 us here. Where the streams of
     a slot begin follows from its rows alone (values of varied length apart), so that is computed once for each batch
     size.
     """
@@ -129,18 +132,38 @@ def _dtype(column: Column) -> torch.dtype:
 
 
 def _tensor_maker(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Make:
-    stored = np.dtype(np.int16) if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
-    array: Callable[..., Any] = np.ndarray  # its stubs know no buffers but the built-in ones
-    from_numpy = torch.from_numpy
+    over = _tensors_over(dtype, shape)
+    return lambda slot, n, places: over(slot, places[stream], n)
 
-    # An array over the slot and a tensor over the array: 0.8 us, where torch.frombuffer and view cost 1.5.
-    def make(slot: Slot, n: int, places: Places) -> torch.Tensor:
-        return from_numpy(array((n, *shape), stored, slot, places[stream]))
 
-    def make_bfloat16(slot: Slot, n: int, places: Places) -> torch.Tensor:
-        return from_numpy(array((n, *shape), stored, slot, places[stream])).view(dtype)
+def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
+    """What makes a tensor [n, *shape] over a slot's memory, given the slot, an offset in bytes and n.
 
-    return make_bfloat16 if dtype is torch.bfloat16 else make
+    By DLPack 0.35 us here; an array over the slot and a tensor over the array take 0.55, torch.frombuffer and view 1.1.
+    """
+    if (code := _dlpack_code(dtype)) is None:
+        stored = np.dtype(str(dtype).removeprefix("torch."))
+        array: Callable[..., Any] = np.ndarray  # its stubs know no buffers but the built-in ones
+        return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
+    layout = Layout(code, 8 * dtype.itemsize, shape)
+    return lambda slot, offset, n: _from_dlpack(slot.tensor(layout, offset, n))
+
+
+# torch.from_dlpack looks at its argument for 0.1 us, and then calls this.
+_from_dlpack: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", dlpack.from_dlpack)  # noqa: SLF001
+
+
+@cache
+def _dlpack_code(dtype: torch.dtype) -> int | None:
+    """DLPack's number for a kind of dtype; None: this torch does not take it so."""
+    if dtype is torch.bfloat16:
+        return 4
+    array = np.zeros(1, str(dtype).removeprefix("torch."))
+    try:
+        _from_dlpack(array.__dlpack__())
+    except (RuntimeError, BufferError):
+        return None
+    return {"i": 0, "u": 1, "f": 2, "b": 6}[array.dtype.kind]
 
 
 def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
@@ -213,20 +236,18 @@ def _lengths_maker(column: Column, stream: int) -> Make:
 def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int, Places], Buffer]:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
     inner = tuple(d or 0 for d in column.shape[1:]) if rows else ()
-    frombuffer, int64 = torch.frombuffer, torch.int64
+    n_inner = math.prod(inner)
+    values_over, offsets_over = _tensors_over(dtype, inner), _tensors_over(torch.int64)
+    shapes_over = _tensors_over(torch.int32, (n_dims,))
 
     def make(slot: Slot, n: int, places: Places) -> Buffer:
         start, offsets_at, n_elements = slot.places(stream)
-        offsets = frombuffer(slot, dtype=int64, count=n + 1, offset=offsets_at)
+        offsets = offsets_over(slot, offsets_at, n + 1)
         if n_elements == 0:
             values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype)
         else:
-            values = frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
-            values = values.view(-1, *inner) if inner else values
-        if rows:
-            return Buffer(values, offsets)
-        shapes = frombuffer(slot, dtype=torch.int32, count=n * n_dims, offset=places[stream + 1])
-        return Buffer(values, offsets, shapes.view(n, n_dims))
+            values = values_over(slot, start, n_elements // n_inner)
+        return Buffer(values, offsets) if rows else Buffer(values, offsets, shapes_over(slot, places[stream + 1], n))
 
     return make
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.order import Window
+from tiercache.order.memory import MOST_ROWS, empty_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,8 +23,8 @@ _Rising: TypeAlias = range | NDArray[np.int64]
 # A window is handed on in pieces, the first one small and each four times the one before: the rows of a window of 10^8
 # records take seconds to compute (80 ns each), the first batch must not; and a piece is computed in about the time in
 # which the fastest consumers are served the one before.
-FIRST_PIECE_ROWS = 1 << 13
-PIECE_ROWS = 1 << 20
+FIRST_PIECE_ROWS = 1 << 15
+PIECE_ROWS = MOST_ROWS
 # Asking a stretch for a run of rows takes 2.6 us, and a row 14 to 80 ns: runs that lie further apart than so many rows
 # are asked for one by one. Of 4 ranks on one stream a row costs 25 ns so (batches of 256), and 66 where all that lies
 # between is computed (batches of 8).
@@ -101,7 +102,7 @@ class Piece:
         return tuple(np.split(touched, ends[:-1]))
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        block, row = np.empty(self.n_rows, np.uint32), np.empty(self.n_rows, np.uint32)
+        block, row = empty_rows(self.n_rows), empty_rows(self.n_rows)
         for lot in self._lots:
             found = lot.find()
             if lot.places is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tiercache.order.groups import Groups, together
+from tiercache.order.memory import empty_rows
 from tiercache.order.part import Lane, MixedPart, Run, part_options
 from tiercache.order.shares import Deal, StreamShares, apportion, stream_records
 
@@ -161,8 +162,7 @@ class MixedStretch:
         """
         if not 0 <= lo <= hi <= self.stop - self.start:
             raise ValueError(f"positions [{lo}, {hi}) are no range inside a stretch of {self.stop - self.start}")
-        block = np.empty(hi - lo, np.uint32)
-        row = np.empty(hi - lo, np.uint32)
+        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
         drawn = self._shares.drawn(self.start + lo)
         places = self._shares.places(self.start + lo, self.start + hi)
         n_blocks = 0

@@ -12,6 +12,7 @@ from tiercache._native.permute import RowFinder
 from tiercache.order.epoch import EpochOrder
 from tiercache.order.groups import Groups, together
 from tiercache.order.keys import derive_key
+from tiercache.order.memory import empty_rows
 from tiercache.order.options import Layout, OrderOptions
 from tiercache.order.shares import stream_records
 
@@ -238,7 +239,7 @@ class _WholeRun:
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         lane, length = self.lane, self.lane.length
-        block, row = np.empty(n, np.uint32), np.empty(n, np.uint32)
+        block, row = empty_rows(n), empty_rows(n)
         done = 0
         while done < n:
             own_epoch, position = divmod(lane.base + (draw + done) * lane.step, length)

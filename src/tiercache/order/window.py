@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache._native.permute import RowFinder
+from tiercache.order.memory import empty_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +72,7 @@ class Window:
         """
         if hi < lo:
             raise ValueError(f"positions [{lo}, {hi}) are no range")
-        block = np.empty(hi - lo, np.uint32)
-        row = np.empty(hi - lo, np.uint32)
+        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
         self._finder.find(lo, block, row)
         if self.row_start is not None:
             row += self.row_start[block]

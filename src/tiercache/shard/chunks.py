@@ -55,6 +55,8 @@ class Unchecked:
 
     def rows(self) -> Addresses | None:
         """The rows of chunks in which pages are left to check, zeros for others; None: there are none."""
+        if self._flags.all():  # from the second epoch on, where all columns are served
+            return None
         # How many pages were right before each page of the shard: some 10 us for a GiB.
         right = np.concatenate([[0], np.cumsum(self._flags, dtype=np.int64)])
         done = right[self._last] - right[self._first] == self._last - self._first

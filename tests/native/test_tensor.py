@@ -1,0 +1,151 @@
+"""Tensors over a slot by DLPack: the right bytes, and memory that stays theirs as long as one of them lives."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from tiercache._native import gather
+from tiercache._native.ring import Layout, Plan, Ring, held_bytes
+from tiercache.load import assemble
+
+N_ROWS, BATCH_ROWS = 40, 8
+DTYPES = list(assemble.TORCH_DTYPES.values())
+UINT8 = Layout(1, 8, (64,))
+
+
+def ring_of(rows: np.ndarray, depth: int = 2) -> Ring:
+    """Batches of uint8[8, width] in the stored order."""
+    ring = Ring(
+        np.array([[gather.FIXED, rows.shape[1]]], np.uint32),
+        batch_rows=BATCH_ROWS,
+        depth=depth,
+        n_threads=1,
+        slot_bytes=BATCH_ROWS * rows.shape[1],
+    )
+    addresses = np.array([[[rows.ctypes.data, 0, 0]]], np.uint64)
+    assert ring.push(Plan(addresses, np.zeros(len(rows), np.uint32), np.arange(len(rows), dtype=np.uint32), rows))
+    ring.finish()
+    return ring
+
+
+@pytest.fixture
+def rows():
+    return np.random.default_rng(5).integers(0, 256, (N_ROWS, 64), dtype=np.uint8)
+
+
+@pytest.fixture
+def ring(rows):
+    ring = ring_of(rows)
+    yield ring
+    ring.close()
+
+
+@pytest.mark.parametrize(
+    ("by_dlpack", "dtype"),
+    # numpy has no bfloat16, which every torch takes by DLPack
+    [(True, dtype) for dtype in DTYPES] + [(False, dtype) for dtype in DTYPES if dtype is not torch.bfloat16],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4), (0,)], ids=str)
+def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, shape, by_dlpack):
+    if not by_dlpack:  # as with a torch that does not take the dtype so
+        monkeypatch.setattr(assemble, "_dlpack_code", lambda _: None)
+    expected = torch.arange(BATCH_ROWS * max(int(np.prod(shape)), 1)).to(dtype)[: BATCH_ROWS * int(np.prod(shape))]
+    width = int(np.prod(shape)) * dtype.itemsize
+    stored = expected.view(torch.uint8).numpy() if dtype is not torch.bool else expected.numpy().view(np.uint8)
+    ring = ring_of(np.ascontiguousarray(stored.reshape(BATCH_ROWS, width)) if width else np.zeros((8, 0), np.uint8))
+    slot = ring.take(10)
+    tensor = assemble._tensors_over(dtype, shape)(slot, slot.places(0)[0], slot.n_rows)
+    del slot
+    ring.close()
+    assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (BATCH_ROWS, *shape))
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor, expected.reshape(BATCH_ROWS, *shape))
+    tensor.zero_()  # it is the user's own
+
+
+def test_this_torch_takes_every_dtype_by_dlpack():
+    assert [dtype for dtype in DTYPES if assemble._dlpack_code(dtype) is None] == []
+
+
+def test_memory_is_used_again_only_when_the_last_tensor_over_it_is_gone(rows, ring):
+    kept, addresses = [], set()
+    while not isinstance(slot := ring.take(10), int):
+        kept.append(from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)))
+        addresses.add(kept[-1].data_ptr())
+        del slot
+    assert len(addresses) == N_ROWS // BATCH_ROWS
+    assert np.array_equal(torch.cat(kept).numpy(), rows)
+
+
+def test_the_slot_stays_for_a_view_of_a_view_and_goes_with_it(ring):
+    before = held_bytes()
+    slot = ring.take(10)
+    first, second = (from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)) for _ in range(2))
+    del slot
+    view = first[2:4].view(-1)[5:]
+    del first, second
+    gc.collect()
+    assert held_bytes() > before
+    assert view.sum() > 0
+    del view
+    assert held_bytes() == before
+
+
+def test_a_capsule_that_nobody_takes_over_lets_the_slot_go(ring):
+    before = held_bytes()
+    slot = ring.take(10)
+    capsule = slot.tensor(UINT8, 0, slot.n_rows)
+    del slot
+    assert held_bytes() > before
+    del capsule
+    assert held_bytes() == before
+
+
+def test_a_tensor_outlives_its_ring(rows):
+    ring = ring_of(rows)
+    slot = ring.take(10)
+    tensor = from_dlpack(slot.tensor(UINT8, 0, slot.n_rows))
+    ring.close()
+    del slot, ring
+    gc.collect()
+    assert np.array_equal(tensor.numpy(), rows[:BATCH_ROWS])
+
+
+def test_tensors_may_be_dropped_by_any_threads_at_once(rows):
+    before, start = held_bytes(), threading.Barrier(4)
+
+    def drop(held: list[torch.Tensor]) -> None:
+        start.wait()
+        while held:
+            held.pop()
+
+    for _ in range(50):
+        ring, lists = ring_of(rows), [[] for _ in range(4)]
+        while not isinstance(slot := ring.take(10), int):
+            for held in lists:
+                held.append(from_dlpack(slot.tensor(UINT8, 0, slot.n_rows)))
+        del slot
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(drop, lists))
+        ring.close()
+    assert held_bytes() == before
+
+
+@pytest.mark.parametrize(("offset", "n_rows"), [(0, 1 << 20), (1 << 40, 1), (64, 1 << 58)])
+def test_rows_outside_the_slot_are_refused(ring, offset, n_rows):
+    with pytest.raises(ValueError, match="are more than"):
+        ring.take(10).tensor(UINT8, offset, n_rows)
+
+
+@pytest.mark.parametrize(("bits", "shape"), [(8, (1,) * 64), (4, (2,))])
+def test_a_layout_that_no_tensor_has_is_refused(bits, shape):
+    with pytest.raises(ValueError, match="whole bytes"):
+        Layout(1, bits, shape)

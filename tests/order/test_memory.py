@@ -1,0 +1,71 @@
+"""Memory of rows is lent again when nothing refers to it, and never before."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tiercache.order.memory import MOST_ROWS, empty_rows
+
+N = 100_000
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else_has_some():
+    gc.collect()
+
+
+def place(array):
+    return array.ctypes.data
+
+
+def test_what_nobody_has_is_lent_again():
+    rows = empty_rows(N)
+    at = place(rows)
+    del rows
+    assert place(empty_rows(MOST_ROWS)) == at
+
+
+@pytest.mark.parametrize(
+    "refer",
+    [lambda rows: rows[10:20], lambda rows: rows.view(np.int32), memoryview, lambda rows: rows[::2].reshape(2, -1)],
+    ids=["slice", "other dtype", "memoryview", "view of a view"],
+)
+def test_what_somebody_refers_to_is_not(refer):
+    rows = empty_rows(N)
+    at = place(rows)
+    view = refer(rows)
+    del rows
+    assert at not in {place(empty_rows(N)) for _ in range(20)}
+    del view
+    assert place(empty_rows(N)) == at
+
+
+def test_arrays_that_are_lent_at_a_time_do_not_overlap():
+    held = [empty_rows(N) for _ in range(10)]
+    for number, rows in enumerate(held):
+        rows[:] = number
+    assert [int(rows.min()) == int(rows.max()) == n for n, rows in enumerate(held)] == [True] * 10
+
+
+def test_few_rows_and_more_than_are_kept_are_new_arrays():
+    for n in (0, 1, 1000, MOST_ROWS + 1):
+        rows = empty_rows(n)
+        assert (rows.dtype, rows.shape) == (np.uint32, (n,))
+        assert rows.base is None
+
+
+def test_threads_never_get_what_another_has():
+    def fill(number):
+        for _ in range(200):
+            rows = empty_rows(N)
+            rows[:] = number
+            if not (rows == number).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fill, range(4))) == [True] * 4
