@@ -449,3 +449,16 @@ def test_torch_pins_a_buffer_that_lies_deep_in_a_batch():
 def test_numbers_of_kinds_are_those_of_the_kernel():
     header = (Path(__file__).parents[2] / "csrc" / "forms.h").read_text()
     assert f"TC_PADDED = {PADDED}" in header
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "buffer"])
+def test_batches_are_on_the_cpu_whatever_torch_s_default_device_is(tmp_path, form):
+    path = tmp_path / "data"
+    with tc.Writer(path, schema={"flat": tc.Ragged("int8", (None,)), "none": tc.Tensor("int8", (0,))}) as writer:
+        writer.write_batch({"flat": [np.zeros(0, np.int8)] * 4, "none": np.zeros((4, 0), np.int8)})
+    iterator = iter(tc.DataLoader(tc.Dataset(path, forms={"flat": form}), batch_size=4))
+    with torch.device("meta"):
+        batch = next(iterator)
+    flat = batch["flat"]
+    tensors = flat if form == "list" else [flat.values if form == "buffer" else flat]
+    assert {tensor.device.type for tensor in (*tensors, batch["none"])} == {"cpu"}

@@ -135,15 +135,16 @@ def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
 
 
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.plan.FIRST_PIECE_ROWS", 64)
-    monkeypatch.setattr("tiercache.load.plan.PIECE_ROWS", 64)
+    monkeypatch.setattr("tiercache.load.plan.pieces.__defaults__", (64, 64))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(3000)), batch_size=16, shuffle=True, options=options)
-    iterator, served, most = iter(loader), [], 0
+    iterator, served, most, ends = iter(loader), [], 0, set()
     for batch in iterator:
         served += check_batch(batch)
-        most = max(most, len(iterator._pipeline._shared.pieces))
+        held = list(iterator._pipeline._shared.pieces)
+        most, ends = max(most, len(held)), ends | {end for end, _ in held}
     assert sorted(served) == list(range(3000))
+    assert len(ends) > 3000 // 64  # pieces
     assert most <= 3
 
 

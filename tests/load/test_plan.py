@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.load.plan import Piece, pieces
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
+from tiercache.order.memory import MOST_ROWS, empty_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
 MANY, SOME = (max(n, settings.default.max_examples) for n in (1000, 100))
@@ -253,5 +255,15 @@ def test_pieces_grow_from_a_small_first_one() -> None:
     order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=4), 0)
     plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
     found = list(itertools.islice(pieces(order, plan), 6))
-    assert [piece.n_rows for piece in found] == [1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 20, 1 << 20]
+    assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, *[1 << 18] * 4]
     assert [window.stream for window in found[-1].windows] == [2, 3]
+
+
+def test_rows_of_one_stretch_take_memory_that_was_used_before() -> None:
+    gc.collect()
+    lent = [empty_rows(MOST_ROWS) for _ in range(2)]
+    used = {rows.ctypes.data for rows in lent}
+    del lent
+    order = EpochOrder(uniform(2, 10, 10_000, 10).layout, OrderOptions(1, False, None, None), 0)
+    piece = next(pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
+    assert {rows.ctypes.data for rows in piece.rows()} == used

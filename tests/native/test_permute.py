@@ -290,6 +290,17 @@ def test_rows_are_found_in_very_uneven_blocks() -> None:
     assert np.all(row < records[block])
 
 
+@pytest.mark.parametrize("start", [0, 2**32 - 5, 2**32 - 1, 2**32, 2**33 - 12])
+def test_rows_are_found_in_blocks_of_as_many_rows_as_there_may_be(start: int) -> None:
+    most = 2**32 - 1
+    first = np.array([0, 0, most, most, 2 * most, 2 * most + 4, 2 * most + 4], np.int64)
+    block, row = np.empty(10, np.uint32), np.empty(10, np.uint32)
+    RowFinder(first, None).find(start, block, row)
+    expected = np.arange(start, start + 10)
+    assert np.array_equal(block, np.searchsorted(first, expected, side="right") - 1)
+    assert np.array_equal(row, expected - first[block])
+
+
 def test_cumulative_rows_that_cannot_be_are_refused() -> None:
     for first in ([0], [0, 0], [1, 2], [0, 5, 3], [0, -1, 4], [0, 2**32, 2**32 + 1]):
         with pytest.raises(ValueError, match=r"first must be|rows; a block"):

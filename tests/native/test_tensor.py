@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,8 +68,21 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
     ring.close()
     assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (BATCH_ROWS, *shape))
     assert tensor.is_contiguous()
+    assert tensor.stride() == torch.empty(tensor.shape).stride()
     assert torch.equal(tensor, expected.reshape(BATCH_ROWS, *shape))
     tensor.zero_()  # it is the user's own
+
+
+def test_a_tensor_without_elements_is_not_where_the_next_column_s_is(rows, ring):
+    slot = ring.take(10)
+    column, nothing = (
+        assemble._tensors_over(dtype, shape) for dtype, shape in ((torch.uint8, (64,)), (torch.int16, (0,)))
+    )
+    batch = {"column": column(slot, 0, slot.n_rows), "nothing": nothing(slot, 0, slot.n_rows)}
+    file = io.BytesIO()
+    torch.save(batch, file)  # it refuses two dtypes at one address
+    file.seek(0)
+    assert np.array_equal(torch.load(file)["column"].numpy(), rows[:BATCH_ROWS])
 
 
 def test_this_torch_takes_every_dtype_by_dlpack():
@@ -109,6 +123,33 @@ def test_a_capsule_that_nobody_takes_over_lets_the_slot_go(ring):
     assert held_bytes() == before
 
 
+def test_a_tensor_without_elements_has_the_strides_that_torch_gives_it(ring):
+    slot = ring.take(10)
+    for shape in ((0,), (3, 0), (0, 3), (2, 0, 2)):
+        tensor = from_dlpack(slot.tensor(Layout(1, 8, shape), 0, slot.n_rows))
+        assert tensor.stride() == torch.empty(slot.n_rows, *shape).stride()
+
+
+def test_the_slot_goes_where_there_is_no_memory_for_a_capsule(ring):
+    testcapi = pytest.importorskip("_testcapi")
+    before = held_bytes()
+    slot = ring.take(10)
+    tensor, n_rows = slot.tensor, slot.n_rows
+    try:
+        testcapi.set_nomemory(0, 0)  # of Python's own; the tensor's is malloc's
+        tensor(UINT8, 0, n_rows)
+    except MemoryError:
+        failed = True
+    else:
+        failed = False
+    finally:
+        testcapi.remove_mem_hooks()
+    assert failed
+    del slot, tensor
+    gc.collect()
+    assert held_bytes() == before
+
+
 def test_a_tensor_outlives_its_ring(rows):
     ring = ring_of(rows)
     slot = ring.take(10)
@@ -145,7 +186,12 @@ def test_rows_outside_the_slot_are_refused(ring, offset, n_rows):
         ring.take(10).tensor(UINT8, offset, n_rows)
 
 
-@pytest.mark.parametrize(("bits", "shape"), [(8, (1,) * 64), (4, (2,))])
+def test_rows_of_more_bytes_than_can_be_counted_are_refused():
+    with pytest.raises(OverflowError):
+        Layout(1, 8, (1 << 32, 1 << 32))
+
+
+@pytest.mark.parametrize(("bits", "shape"), [(8, (1,) * 64), (4, (2,)), (8, (-1, -1))])
 def test_a_layout_that_no_tensor_has_is_refused(bits, shape):
     with pytest.raises(ValueError, match="whole bytes"):
         Layout(1, bits, shape)

@@ -3,7 +3,8 @@
  *   ring_stress SEED N_RUNS      prints what was wrong, and ends with 1 then
  *
  * Damage that a run may carry: the page of a chunk with a wrong sum, a mapped file that is cut short, a number that does not fit its cast. Runs
- * may be closed at any instant, told the sizes of their batches, taken from with hardly any patience, and released from other threads.
+ * may be closed at any instant, told the sizes of their batches, taken from with hardly any patience, and released from other threads,
+ * which may have tensors over them for longer than whoever took them, or than the ring.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -18,6 +19,7 @@
 #include "guard.h"
 #include "pool.h"
 #include "ring.h"
+#include "tensor.h"
 
 enum { WIDTH = 5000, N_ROWS = 400, N_BLOCKS = 3, N_PLANS = 16, MOST_SIZES = N_PLANS * N_ROWS, PAGE_BYTES = 65536 };
 enum { N_PAGES = (WIDTH * N_ROWS + PAGE_BYTES - 1) / PAGE_BYTES };
@@ -188,6 +190,29 @@ static void *release(void *slot) {
     return NULL;
 }
 
+static pthread_t holder;
+static int has_holder;
+
+/* What a user does with a tensor of the FIXED stream: writes to it, and drops it. The first thing in it is where it begins. */
+static void *write_and_drop(void *tensor) {
+    memset(*(uint8_t **)tensor, 0xee, WIDTH);
+    tc_tensor_drop(tensor);
+    return NULL;
+}
+
+static void end_holder(void) {
+    if (has_holder) pthread_join(holder, NULL);
+    has_holder = 0;
+}
+
+static void hold(tc_slot *slot) {
+    static const tc_layout rows = {.code = 1, .bits = 8, .n_dims = 1, .dims = {WIDTH}, .row_bytes = WIDTH};
+    end_holder();
+    void *tensor = tc_tensor_new(slot, slot->values_at[FIXED], &rows, slot->n_rows);
+    if (tensor == NULL || pthread_create(&holder, NULL, write_and_drop, tensor)) exit(2);
+    has_holder = 1;
+}
+
 /* Take all, keeping a slot now and then. The status at the end, or -1 where anything was wrong. */
 static int take_all(run *r) {
     tc_slot *slot, *kept = NULL;
@@ -201,6 +226,7 @@ static int take_all(run *r) {
         int is_right = first == n_taken && n_taken + n <= total && status_is_right(r, status, n_taken, n);
         if (status == TC_OK) {
             is_right = is_right && slot->n_rows == n && batch_is_right(slot, n_taken) && errand_is_right(slot, n_taken);
+            if (any(3) == 0) hold(slot);
             pthread_t other;
             if (any(3) == 0 && pthread_create(&other, NULL, release, slot) == 0) pthread_join(other, NULL);
             else if (any(3) == 0 && kept == NULL) kept = slot;
@@ -242,6 +268,7 @@ static int is_right(run *r) {
     tc_ring_close(r->ring);
     pthread_join(planner, NULL);
     tc_ring_drop(r->ring);
+    end_holder();
     sums[BAD_BLOCK][BAD_PAGE] ^= (uint32_t)r->is_bad;
     return status == TC_END || (status == TC_CLOSED && r->close_us);
 }

@@ -8,6 +8,7 @@ from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
+import math
 from collections import deque
 
 from tiercache._native import checksum
@@ -212,13 +213,12 @@ cdef class Layout:
     cdef tc_layout layout
 
     def __init__(self, uint8_t code, uint8_t bits, shape=()):
-        if len(shape) >= TC_TENSOR_DIMS or bits % 8:
-            raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {len(shape)} of {bits} bits")
+        if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
+            raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
         self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
-        self.layout.row_bytes = bits // 8
+        self.layout.row_bytes = math.prod(shape, start=bits // 8)  # exact: wrapped, it would let rows outside a slot pass
         for i, n in enumerate(shape):
             self.layout.dims[<Py_ssize_t>i] = n
-            self.layout.row_bytes *= <size_t>n
 
 
 cdef void drop_unused(object capsule) noexcept:
@@ -266,7 +266,11 @@ cdef class Slot:
         cdef void *tensor = tc_tensor_new(self.slot, offset, &layout.layout, n_rows)
         if tensor == NULL:
             raise MemoryError("no memory for a tensor over a batch")
-        return PyCapsule_New(tensor, DLPACK, <PyCapsule_Destructor>drop_unused)
+        try:
+            return PyCapsule_New(tensor, DLPACK, <PyCapsule_Destructor>drop_unused)
+        except MemoryError:
+            tc_tensor_drop(tensor)
+            raise
 
     def start_bytes(self, size_t stream):
         if self.fillings is None:

@@ -100,7 +100,7 @@ class Assembler:
 
 def valid_mask(values: Sequence[Any]) -> torch.Tensor:
     """bool[n]: which values are not None."""
-    return torch.tensor([value is not None for value in values], dtype=torch.bool)
+    return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
 def _makers(column: Column, serving: Serving, first: int) -> list[tuple[str, Make]]:
@@ -141,6 +141,8 @@ def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[
 
     By DLPack 0.35 us here; an array over the slot and a tensor over the array take 0.55, torch.frombuffer and view 1.1.
     """
+    if 0 in shape:  # it would begin where the next stream does, and torch.save refuses two dtypes at one address
+        return lambda _slot, _offset, n: torch.empty((n, *shape), dtype=dtype, device="cpu")
     if (code := _dlpack_code(dtype)) is None:
         stored = np.dtype(str(dtype).removeprefix("torch."))
         array: Callable[..., Any] = np.ndarray  # its stubs know no buffers but the built-in ones
@@ -193,7 +195,7 @@ def _ragged_maker(column: Column, stream: int) -> Make:
         memory = memoryview(slot)
         shapes = np.frombuffer(memory, np.int32, n * n_dims, places[stream + 1]).reshape(n, n_dims)
         if n_elements == 0:
-            return [torch.empty(shape, dtype=dtype) for shape in shapes.tolist()]
+            return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes.tolist()]
         values = torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
         if rows:  # split where they lie: a view of each record would cost as much again
             return list(torch.split(values.view(-1, *inner) if inner else values, shapes[:, 0].tolist()))
@@ -216,7 +218,7 @@ def _padded_maker(column: Column, stream: int) -> Make:
         for dimension, longest in zip(vary, unpack(slot, head + 8 * (n + 1 + n * n_varying)), strict=True):
             box[dimension] = longest
         if n_elements == 0:
-            return torch.empty((n, *box), dtype=dtype)
+            return torch.empty((n, *box), dtype=dtype, device="cpu")
         return torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start).view(n, *box)
 
     return make
@@ -244,7 +246,7 @@ def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int, Places], 
         start, offsets_at, n_elements = slot.places(stream)
         offsets = offsets_over(slot, offsets_at, n + 1)
         if n_elements == 0:
-            values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype)
+            values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype, device="cpu")
         else:
             values = values_over(slot, start, n_elements // n_inner)
         return Buffer(values, offsets) if rows else Buffer(values, offsets, shapes_over(slot, places[stream + 1], n))

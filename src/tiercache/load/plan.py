@@ -102,12 +102,11 @@ class Piece:
         return tuple(np.split(touched, ends[:-1]))
 
     def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        if len(self._lots) == 1 and self._lots[0].places is None:
+            return self._lots[0].find()
         block, row = empty_rows(self.n_rows), empty_rows(self.n_rows)
         for lot in self._lots:
-            found = lot.find()
-            if lot.places is None:
-                return found
-            block[lot.places], row[lot.places] = found
+            block[lot.places], row[lot.places] = lot.find()
         return block, row
 
 
