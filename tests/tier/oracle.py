@@ -4,7 +4,7 @@ The world says what people do: write, remove, pin, and which bits it turns itsel
 point inside of one, the oracle looks at all objects as they lie and compares them with what lay there before.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 DAY_S = 86_400.0
@@ -47,10 +47,13 @@ class Oracle:
     """The record, and the checks.
 
     alive: key to contents to the place where somebody has written them and not replaced or removed them himself.
-    ever: all contents that a key has had. rotten: (place, key) to the bytes that the world itself has spoilt.
-    first_seen_s: (place, key, contents) to when they were seen there first. pinned: keys. asked_s: path of a group to
-    when a plan of it was applied first. apart: (place, group) that looked whole and were not when the step began;
-    in_parts: that people have left in parts. protected: series to its newest complete checkpoint, when it began.
+    ever: all contents that a key has had. rotten: (place, key) to the bytes that the world itself has spoilt there;
+    spoilt: key to all of these.
+    first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
+    there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
+    is_decided: it is so now. asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
+    that looked whole and were not when the step began; in_parts: that people have left in parts; whole_at: that were
+    whole since nothing of them was there. protected: series to its newest complete checkpoint, when it began.
     """
 
     grace_s: float
@@ -59,12 +62,17 @@ class Oracle:
     alive: dict[str, dict[bytes, set[str]]] = field(default_factory=dict)
     ever: dict[str, set[bytes]] = field(default_factory=dict)
     rotten: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    spoilt: dict[str, set[bytes]] = field(default_factory=dict)
     written_s: dict[str, float] = field(default_factory=dict)
     changed_s: dict[str, float] = field(default_factory=dict)
     first_seen_s: dict[tuple[str, str, bytes], float] = field(default_factory=dict)
+    once_seen_s: dict[tuple[str, str, bytes], float] = field(default_factory=dict)
     apart: set[tuple[str, str]] = field(default_factory=set)
     in_parts: set[tuple[str, str]] = field(default_factory=set)
+    whole_at: set[tuple[str, str]] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
+    pinned_late: set[str] = field(default_factory=set)
+    is_decided: bool = False
     asked_s: dict[str, float] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     before: Picture = field(default_factory=dict)
@@ -80,8 +88,15 @@ class Oracle:
             self.group_of[key] = group.name
 
     def wrote(self, place: str, key: str, data: bytes, now_s: float) -> None:
-        """Somebody has written these bytes there: they supersede all that nobody has laid elsewhere himself."""
+        """Somebody has written these bytes there: they supersede all that nobody has laid elsewhere himself.
+
+        Where he lays back what lay there before, grace goes on: it is for readers who are not told yet, and these find
+        there what they were told of. A store says the same size and ETag of it, and nobody can see that it was away.
+        """
         self.rotten.pop((place, key), None)
+        self.spoilt.get(key, set()).discard(data)
+        if (place, key, data) in self.once_seen_s:
+            self.first_seen_s[place, key, data] = self.once_seen_s[place, key, data]
         contents = self.alive.setdefault(key, {})
         for other in [*contents]:
             contents[other].discard(place)
@@ -106,6 +121,7 @@ class Oracle:
     def rotted(self, place: str, key: str, data: bytes) -> None:
         """A bit of it has turned."""
         self.rotten[place, key] = data
+        self.spoilt.setdefault(key, set()).add(data)
         self.ever[key].add(data)
         lies = self.before.get(place, {}).get(key)
         contents = self.alive.get(key, {})
@@ -118,6 +134,22 @@ class Oracle:
         """Somebody has applied a plan of these groups."""
         for path in paths:
             self.asked_s.setdefault(path, now_s)
+
+    def pins(self, keys: Iterable[str]) -> None:
+        """These keys are pinned from now on, and no others."""
+        keys = {*keys}
+        new = keys - self.pinned if self.is_decided else set()
+        self.pinned, self.pinned_late = keys, (self.pinned_late & keys) | new
+
+    def decides(self, *, is_decided: bool) -> None:
+        """The library says that it has looked at pins for the last time before it deletes; or that this is over.
+
+        Between a look and a deletion lies an instant, and nobody can promise that no pin comes in it. So it is promised
+        for all pins but those; and what they name and is still there when that deletion is over stays, like all else.
+        """
+        self.is_decided = is_decided
+        if not is_decided:
+            self.pinned_late = set()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +180,14 @@ class Oracle:
                 self.first_seen_s.setdefault((place, key, seen.data), now_s)
         for place, key, data in [*self.first_seen_s]:
             if not _lies(picture.get(place, {}), key, data):
-                del self.first_seen_s[place, key, data]
+                self.once_seen_s[place, key, data] = self.first_seen_s.pop((place, key, data))
+        for group in self.groups.values():
+            for place, objects in picture.items():
+                n_there = sum(key in objects for key in group.keys)
+                if n_there == len(group.keys):
+                    self.whole_at.add((place, group.name))
+                elif not n_there:
+                    self.whole_at.discard((place, group.name))
 
     def _lost(self, picture: Picture, now_s: float) -> list[str]:
         """Bytes that nobody holds any more, and that no rule deletes."""
@@ -172,7 +211,7 @@ class Oracle:
             return "no rule deletes it"
         if age_s < group.delete_after_s:
             return f"it is {age_s / DAY_S:.1f} days old"
-        if self.pinned & set(group.keys):
+        if (self.pinned - self.pinned_late) & set(group.keys):
             return "it is pinned"
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
@@ -216,14 +255,19 @@ class Oracle:
             if key not in picture[place] and any(key in now for now in (*picture.values(), *self.before.values()))
         ]
 
-    def at_rest(self, picture: Picture) -> list[str]:
-        """What is wrong when everything was done: a group in parts that nobody has taken apart."""
+    def at_rest(self, picture: Picture, wanted: Collection[tuple[str, str]] | None = None) -> list[str]:
+        """What is wrong when everything was done: a group in parts that nobody has taken apart.
+
+        wanted: (place, group), where the last plan would have it; None: wherever something of it lies.
+        """
         found = []
         for group in self.groups.values():
             for place, objects in picture.items():
-                there, missing = [key for key in group.keys if key in objects], self._missing(group, place, picture)
+                there, missing = {*group.keys} & objects.keys(), self._missing(group, place, picture)
                 missing = [key for key in missing if self._is_good_somewhere(key, picture)]
-                if there and missing and (place, group.name) not in self.in_parts:
+                is_wanted = wanted is None or (place, group.name) in wanted
+                is_known = (place, group.name) in self.in_parts
+                if there and missing and not is_known and (is_wanted or not self._may_stay(group, place, picture)):
                     found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
         return found
 
@@ -231,6 +275,32 @@ class Oracle:
         """Whether it could be copied: of what is spoilt wherever it lies nobody can make a copy."""
         places = [place for place, objects in picture.items() if key in objects]
         return any(self.rotten.get((place, key)) != picture[place][key].data for place in places)
+
+    def _may_stay(self, group: Group, place: str, picture: Picture) -> bool:
+        """Whether parts of a group may be left in a place where no plan wants it.
+
+        What a copy that was broken off has left stays: nothing is deleted for it (docs/design/2026-11-26-tiers.md). So
+        it is where two contents differ, of which nobody knows the right one, and where all that there is of the group
+        lies in another place, in which it is kept by now. But a deletion that was begun is finished.
+        """
+        is_contested = self._is_contested(place, {*group.keys} & picture[place].keys(), picture)
+        others = [picture[other].keys() & {*group.keys} for other in picture.keys() - {place}]
+        is_elsewhere = any(there >= picture[place].keys() & {*group.keys} | set().union(*others) for there in others)
+        return (place, group.name) not in self.whole_at and (is_contested or is_elsewhere)
+
+    def _is_contested(self, place: str, keys: set[str], picture: Picture) -> bool:
+        """Whether one of these is another object elsewhere, as somebody has written it: then it is moved no more.
+
+        1. A copy is broken off. 2. Its source is written anew; or it was one of two contents all the time, of which the
+        other place never said the checksum. 3. Of two copies that differ neither is whole, and nothing of the group is
+        moved (docs/reference/tiers.md): only people know which of them is wanted, and both stay.
+        """
+        for other in picture.keys() - {place}:
+            for key in keys & picture[other].keys():
+                data = picture[other][key].data
+                if data != picture[place][key].data and self.rotten.get((other, key)) != data:
+                    return True
+        return False
 
     def note_parts(self, place: str, key: str, picture: Picture) -> None:
         """Somebody has just done something to an object by hand: if its group lies there in parts, he knows."""
@@ -276,7 +346,7 @@ class Oracle:
     def _pins(self, picture: Picture) -> list[str]:
         found = []
         for place, objects in self.before.items():
-            for key in self.pinned & set(objects):
+            for key in (self.pinned - self.pinned_late) & set(objects):
                 now = picture.get(place, {}).get(key)
                 if now is None:
                     found.append(f"{place}/{key} is pinned, and gone from there")
@@ -292,12 +362,11 @@ class Oracle:
                 now = picture.get(place, {}).get(key)
                 if now is not None and not (seen.readable and not now.readable):
                     continue
-                if self.rotten.get((place, key)) == seen.data or not self.may_not_delete(self.group_of[key], now_s):
+                # Spoilt bytes have no grace, also where the library has copied them and takes that back, being wrong.
+                if seen.data in self.spoilt.get(key, ()) or not self.may_not_delete(self.group_of[key], now_s):
                     continue
                 holders = [other for other in picture if _lies(picture[other], key, seen.data)]
-                since_s = [
-                    self.first_seen_s[other, key, seen.data] for other in holders if other != place or now is None
-                ]
+                since_s = [self.first_seen_s[other, key, seen.data] for other in holders if other != place]
                 if now is not None:
                     since_s = [self.asked_s.get(self.group_of[key], NEVER)]
                 if since_s and min(since_s) + self.grace_s > now_s + 1.0:

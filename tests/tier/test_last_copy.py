@@ -31,6 +31,10 @@ SIZES = (1, 700, 20_000)
 VERBS = ("head", "read_into", "read_tail", "get", "put", "put_if_absent", "create", "put_part", "complete", "delete",
          "list", "set_class", "copy_from")  # fmt: skip
 
+# Where a batch has asked for pins for the last time, and where its deletions and changes of class are made.
+DECIDED = ("tier_drop.decided", "tier_move.decided")
+DONE = ("tier_drop.reclassed", "tier_move.reclassed")
+
 groups = st.sampled_from(GROUPS)
 keys = st.sampled_from(KEYS)
 hands = st.sampled_from(["hot", "home"])
@@ -205,6 +209,8 @@ class TierMachine(RuleBasedStateMachine):
             if script.dead:
                 raise Died
             found.extend(f"at {name}: {problem}" for problem in self.world.look())
+            if name in DECIDED or name in DONE:
+                self.world.oracle.decides(is_decided=name in DECIDED)
             if name.startswith("tier_") and next(n_points) == nth:
                 script.dead = True
                 self.seen[f"died at {name}"] += 1
@@ -228,7 +234,9 @@ class TierMachine(RuleBasedStateMachine):
         finally:
             points.set_hook(before)
             script.dead, script.faults, script.on_call = False, [], None
-        check(found + self.world.look())
+        found += self.world.look()
+        self.world.oracle.decides(is_decided=False)
+        check(found)
 
     # -- what holds ---------------------------------------------------------------------------------------------------
 
@@ -242,9 +250,9 @@ class TierMachine(RuleBasedStateMachine):
         for days in (0.0, 1.5, 1.5):
             self.world.days_pass(days)
             self.world.begin_job()
-            self.world.run_once()
+            plan = self.world.run_once().plan
             check(self.world.look())
-        check(self.world.oracle.at_rest(self.world.picture()))
+        check(self.world.oracle.at_rest(self.world.picture(), self.world.wanted(plan)))
         self.read_all_records()
 
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from tests.tier.moving import GRACE_S, PARTS, HookAt, World, checkpoint, content, moved_away
+from tests.tier.bucket import flipped, read_object, write_object
+from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
 from tiercache.testing import Fault
 from tiercache.tier import placement
@@ -301,6 +302,25 @@ def test_a_pin_stops_a_move_and_a_drop_that_waits(world):
     assert "the paper" in world.apply(world.plan(*plan.moves, name="again")).stopped[0].reason
 
 
+def test_a_pin_that_comes_while_a_plan_is_applied_keeps_its_class(tmp_path):
+    world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive", action="reclass"))
+    with HookAt("tier_move.begun", do=lambda: world.write_rules('[[pins]]\nmatch = "f"\nwhy = "the paper"\n')):
+        applied = world.apply(plan)
+    assert "the paper" in applied.stopped[0].reason
+    assert (world.inner["standard"].head("f").storage_class or "STANDARD") == "STANDARD"
+
+
+def test_a_rule_file_that_cannot_be_read_by_now_moves_nothing(world):
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive"))
+    with world.opened() as mover:
+        (world.root / "tiercache.toml").write_text("[[pins")
+        assert "expected to read the pins anew" in mover.apply(plan).stopped[0].reason
+    assert world.where("f") == ["standard"]
+
+
 def test_a_pin_that_is_over_holds_nothing(world):
     world.write_rules('[[pins]]\nmatch = "f"\nuntil = 2020-01-01\n')
     moved_away(world, "f")
@@ -391,6 +411,38 @@ def test_a_copy_that_had_to_be_made_again_has_a_grace_of_its_own(world):
     world.later(GRACE_S / 2 + 1)
     assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
+
+
+@pytest.mark.parametrize("point", ["tier_move.recorded", "tier_move.looked", "tier_move.placed"])
+def test_a_copy_that_was_made_again_before_its_mover_was_killed_has_a_grace_of_its_own(world, point):
+    moved_away(world, "f")
+    world.later(GRACE_S / 2)
+    world.inner["archive"].delete(["f"])
+    with HookAt(point), pytest.raises(Killed):
+        world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
+    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="again"))
+    world.later(GRACE_S / 2 + 1)
+    assert world.settle().waiting_drops == 1
+    assert world.where("f") == ["standard", "archive"]
+    world.later(GRACE_S / 2)
+    assert world.settle().done == 1
+
+
+@pytest.mark.parametrize("keys", [("f",), PARTS])
+def test_an_archived_copy_that_nobody_has_verified_is_not_replaced_by_a_source_that_has_rotted(tmp_path, keys):
+    """The mover was killed when it had copied it: these may be the last of its bytes; and the group looks whole."""
+    world = World(tmp_path / "world", classes=True)
+    world.put("standard", *keys)
+    path = keys[0].rpartition("/")[0] or keys[0]
+    move = world.move(path, "standard", "archive", keys=keys, kind="checkpoint" if len(keys) > 1 else "file")
+    move = replace(move, objects=tuple(replace(one, crc32c=None) for one in move.objects))
+    with HookAt("tier_move.copied"), pytest.raises(Killed):
+        world.apply(world.plan(move, name="1"))
+    file = world.inner["standard"]._path(keys[0])
+    about, data = read_object(file)
+    write_object(file, about, flipped(data))
+    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert world.where(keys[0]) == ["archive"]
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])

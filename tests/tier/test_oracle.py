@@ -53,6 +53,31 @@ def test_a_copy_that_is_dropped_sooner_is_found(oracle):
     assert "grace" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=1.5)
 
 
+def test_a_copy_of_what_has_rotted_may_be_taken_back_at_once(oracle):
+    oracle.rotted("hot", "f", b"rot")
+    hot = objects(OLD, NEW) | {"f": Seen(b"rot")}
+    assert found(oracle, picture(hot, {"f": Seen(b"rot")})) == ""
+    assert found(oracle, picture(hot)) == ""
+
+
+@pytest.fixture
+def removed(oracle):
+    """The file lay in cold for a day, and was removed from there."""
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    oracle.removed("cold", "f")
+    oracle.begins(picture(), 2.1 * DAY_S)
+    return oracle
+
+
+def test_a_copy_that_is_made_again_has_a_grace_of_its_own(removed):
+    assert "grace" in found(removed, picture(objects(OLD, NEW), objects(FILE)), day=2.1)
+
+
+def test_a_copy_that_somebody_lays_back_has_the_grace_that_it_had(removed):
+    removed.wrote("cold", "f", data("f"), 2.1 * DAY_S)
+    assert found(removed, picture(objects(OLD, NEW), objects(FILE)), day=2.1) == ""
+
+
 def test_an_object_that_lies_nowhere_is_found(oracle):
     assert "lie nowhere any more" in found(oracle, picture(objects(OLD, NEW)))
 
@@ -92,22 +117,62 @@ def test_a_checkpoint_that_looks_complete_and_is_not_is_found(oracle):
     assert "looks complete and lacks c/1/a" in found(oracle, picture(cold={k: Seen(data(k)) for k in OLD.keys[1:]}))
 
 
-def test_a_checkpoint_in_the_making_is_right_and_one_left_half_is_not(oracle):
-    now = picture(cold={k: Seen(data(k)) for k in OLD.keys[:2]})
-    assert found(oracle, now) == ""
-    assert "2 of its 3 objects were left" in oracle.at_rest(now)[0]
+HALF = {k: Seen(data(k)) for k in OLD.keys[:2]}
+LAST = {k: Seen(data(k)) for k in OLD.keys[2:]}
+WANTED = {("cold", "c/1")}
+
+
+def test_a_checkpoint_in_the_making_is_right_and_one_that_a_plan_leaves_half_is_not(oracle):
+    assert found(oracle, picture(cold=HALF)) == ""
+    assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED)[0]
 
 
 def test_a_checkpoint_left_half_for_what_has_rotted_everywhere_is_right(oracle):
     oracle.rotted("hot", "c/1/last", b"rot")
-    hot, half = objects(OLD, NEW, FILE) | {"c/1/last": Seen(b"rot")}, {k: Seen(data(k)) for k in OLD.keys[:2]}
-    assert oracle.at_rest(picture(hot, half)) == []
-    assert oracle.at_rest({**picture(hot, half), "warm": objects(OLD)}) != []
+    hot = objects(OLD, NEW, FILE) | {"c/1/last": Seen(b"rot")}
+    assert oracle.at_rest(picture(hot, HALF), WANTED) == []
+    assert oracle.at_rest({**picture(hot, HALF), "warm": objects(OLD)}, WANTED) != []
+
+
+def test_a_checkpoint_left_half_where_no_plan_wants_it_is_right_if_it_is_whole_elsewhere(oracle):
+    assert oracle.at_rest(picture(cold=HALF), ()) == []
+    assert "2 of its 3 objects were left" in oracle.at_rest({"hot": LAST, "cold": HALF}, ())[1]
+
+
+def test_a_checkpoint_of_which_a_deletion_left_half_is_not(oracle):
+    assert found(oracle, picture(cold=objects(OLD))) == ""
+    assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), ())[0]
+
+
+def test_a_checkpoint_left_half_of_what_was_written_anew_is_right_and_of_what_has_rotted_it_is_not(oracle):
+    new = data("c/1/a", 1)
+    now = {"hot": {"c/1/a": Seen(new)}, "cold": HALF, "warm": LAST}
+    oracle.rotted("hot", "c/1/a", new)
+    assert "cold/c/1: 2 of its 3 objects were left" in oracle.at_rest(now, ())
+    oracle.wrote("hot", "c/1/a", new, 0.0)
+    assert "cold/c/1: 2 of its 3 objects were left" not in oracle.at_rest(now, ())
 
 
 def test_a_pinned_copy_that_goes_is_found(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pinned = {"f"}
+    assert "is pinned, and gone" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=9)
+
+
+def test_a_pin_that_comes_when_it_is_decided_what_goes_is_too_late_for_that_alone(oracle):
+    assert found(oracle, picture(cold=objects(FILE, OLD))) == ""
+    oracle.decides(is_decided=True)
+    oracle.pins(["f", *OLD.keys])
+    assert found(oracle, picture(objects(OLD, NEW), objects(FILE, OLD)), day=9) == ""
+    oracle.decides(is_decided=False)
+    assert "c/1/a is pinned, and gone" in found(oracle, picture(objects(NEW), objects(FILE, OLD)), day=9)
+
+
+def test_a_pin_that_came_before_it_was_decided_what_goes_holds(oracle):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    oracle.pins(["f"])
+    oracle.decides(is_decided=True)
+    oracle.pins(["f", "c/1/a"])
     assert "is pinned, and gone" in found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=9)
 
 

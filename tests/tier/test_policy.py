@@ -199,6 +199,12 @@ def test_a_checkpoint_that_is_not_complete_stays():
     assert refusals[0].reason == "not complete yet"
 
 
+def test_a_checkpoint_of_which_no_copy_is_whole_stays_and_people_hear_why():
+    half = replace(BIG, whole=False)
+    _, refusals = planned([checkpoint(0, 1, {"standard": half}, days=100.0, complete=False)], TO_ARCHIVE)
+    assert "no copy of it is whole" in refusals[0].reason
+
+
 def test_the_newest_checkpoint_of_a_run_is_copied_and_goes_only_when_that_copy_can_be_read():
     newest = checkpoint(0, 9, {"standard": BIG}, days=100.0)
     (move,), _ = planned([newest], TO_ARCHIVE)

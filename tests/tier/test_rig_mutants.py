@@ -84,6 +84,19 @@ def pinned_since(world: World) -> list[str]:
     return found + step(world, world.settle)
 
 
+def pinned_meanwhile(world: World) -> list[str]:
+    """Somebody pins it when pins were asked for already, and its copy is just being looked at."""
+    found = waited(world)
+
+    def pin(verb: str, key: str) -> None:
+        if (verb, key) == ("head", "files/a.bin"):
+            world.script.on_call = None
+            world.pin("files/a.bin")
+
+    world.script.on_call = pin
+    return found + step(world, world.settle)
+
+
 def dies_in_mid_drop(world: World) -> list[str]:
     return waited(world) + step(world, world.settle, "tier_drop.unmade")
 
@@ -157,6 +170,13 @@ def pins_not_asked() -> Iterator[None]:
 
 
 @contextmanager
+def pins_asked_too_early() -> Iterator[None]:
+    """Who pins something while copies are looked at is not heard."""
+    with patch.object(Settling, "_heed_pins", lambda self, due: None):
+        yield
+
+
+@contextmanager
 def dropped_in_any_order() -> Iterator[None]:
     """The object that makes a checkpoint whole goes last."""
     really = Settling._drop
@@ -221,6 +241,7 @@ CASES = (
     Case(class_not_announced, at_once, "became unreadable", "one_bucket"),
     Case(target_overwritten, other_is_there, "lie nowhere any more"),
     Case(pins_not_asked, pinned_since, "is pinned, and gone"),
+    Case(pins_asked_too_early, pinned_meanwhile, "is pinned, and gone"),
     Case(dropped_in_any_order, dies_in_mid_drop, "looks complete and lacks"),
     Case(copied_in_any_order, dies_in_mid_copy, "looks complete and lacks"),
     Case(copies_not_verified, copy_is_flipped, "that nobody wrote"),

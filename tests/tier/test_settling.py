@@ -1,7 +1,9 @@
 """What waits is asked about anew: clocks, last copies, classes, disks."""
 
+from contextlib import suppress
+
 import pytest
-from tests.tier.moving import HookAt, World, moved_away
+from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
@@ -225,3 +227,73 @@ def test_a_source_that_cannot_be_looked_at_again_is_dropped_another_time(world):
         assert world.settle().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     assert world.settle().done == 1
+
+
+# -- pins --------------------------------------------------------------------------------------------------------------
+
+PIN = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'
+
+
+@pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled", "tier_drop.looked_again"])
+@pytest.mark.parametrize("action", ["move", "delete", "reclass"])
+def test_a_pin_that_comes_while_things_are_looked_at_holds(tmp_path, point, action):
+    """Copies may be read for hours before their sources go."""
+    world = World(tmp_path / "world", classes=action == "reclass", shared=action == "reclass")
+    world.put("standard", "f")
+    world.apply(world.plan(world.move("f", "standard", None if action == "delete" else "archive", action=action)))
+    world.survey = Survey(deletes=frozenset(["f"]))
+    world.later()
+    with HookAt(point, do=lambda: world.write_rules(PIN)) as hook:
+        settled = world.settle()
+    assert hook.hit
+    assert "the paper" in settled.stopped[0].reason
+    assert "standard" in world.where("f")
+    assert (world.inner["standard"].head("f").storage_class or "STANDARD") == "STANDARD"
+    assert world.row("f") is None
+    assert world.journal() == {1: "cancelled"}
+
+
+def test_a_rule_file_that_cannot_be_read_by_now_drops_nothing(world):
+    moved_away(world, "f")
+    world.later()
+    with HookAt("tier_drop.journaled", do=lambda: (world.root / "tiercache.toml").write_text("[[pins")):
+        settled = world.settle()
+    assert "expected to read the pins anew" in settled.stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+    world.write_rules()
+    assert world.settle().done == 1
+
+
+def test_half_of_a_checkpoint_that_is_pinned_then_is_kept_and_finished_when_it_is_pinned_no_more(world):
+    """What is gone of it is gone: dst has all of it, and it is not forgotten."""
+    world.apply(checkpoint(world))
+    world.later()
+    with HookAt("tier_drop.unmade"), pytest.raises(Killed):
+        world.settle()
+    world.write_rules('[[pins]]\nmatch = "ck/step-1"\n')
+    assert world.settle().waiting_drops == 1
+    assert world.where(PARTS[0]) == ["standard", "archive"]
+    world.write_rules()
+    assert world.settle().done == 1
+    assert world.where(PARTS[0]) == ["archive"]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_readers_find_again_what_was_pinned_when_they_were_told_that_it_goes(world, is_killed):
+    moved_away(world, "f")
+    world.later()
+    world.settle()
+    world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
+    world.later()
+    world.survey = Survey(deletes=frozenset(["f"]))
+
+    def come():
+        world.write_rules(PIN)
+        if is_killed:
+            raise Killed
+
+    with HookAt("tier_drop.unplaced", do=come), suppress(Killed):
+        world.settle()
+    world.settle()
+    assert world.where("f") == ["archive"]
+    assert world.row("f").url == world.url("archive")

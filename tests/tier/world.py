@@ -230,13 +230,18 @@ class World:
         is_last = not any(key in picture[other] for other in [*picture][[*picture].index(place) + 1 :])
         if self.places[place].is_bucket:
             about, data = read_object(path)
-            spoilt = flipped(data)
+            spoilt = self._spoilt(key, data)
             write_bucket_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
         else:
-            spoilt = flipped(path.read_bytes())
+            spoilt = self._spoilt(key, path.read_bytes())
             self._lay_unseen(path, spoilt) if is_last else self.lay(place, key, spoilt)
         self.oracle.rotted(place, key, spoilt)
         self.by_hand(place, key)
+
+    def _spoilt(self, key: str, data: bytes) -> bytes:
+        """With one bit turned, which makes of it what it never was: one that turns twice would mend it."""
+        turned = (data[:-1] + bytes([data[-1] ^ 1 << bit]) for bit in range(8))
+        return next((one for one in turned if one not in self.oracle.ever[key]), flipped(data))
 
     def _lay_unseen(self, path: Path, data: bytes) -> None:
         before = path.stat()
@@ -247,7 +252,7 @@ class World:
         """The rule file has pins of these groups from now on."""
         self.pins = names
         self.write_rules()
-        self.oracle.pinned = {key for name in names for key in self.oracle.groups[name].keys}
+        self.oracle.pins(key for name in names for key in self.oracle.groups[name].keys)
 
     def by_hand(self, place: str, key: str) -> None:
         """Somebody has done something to an object: what lies there now is what people have made."""
@@ -366,6 +371,11 @@ class World:
     def run_once(self):
         self.oracle.asked(self.oracle.groups, time.time())
         return run_once(self.file())
+
+    def wanted(self, plan: Plan) -> set[tuple[str, str]]:
+        """(place, group) of all that a plan moves, where it is to lie."""
+        place = {"hot": "hot", "standard": "home", "archive": "home" if self.is_one else "cold"}
+        return {(place[move.dst], move.path) for move in plan.moves if move.dst is not None}
 
     def read_data_set(self) -> str:
         """What is wrong with the records; "" where nothing is, or where shards must be restored first."""

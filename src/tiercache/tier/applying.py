@@ -226,8 +226,14 @@ class Application:
         job.row = replace(row, objects=tuple(objects) or row.objects)
 
     def _check_pins(self, jobs: Sequence[Job]) -> None:
-        pinned = self._sight.pinned([job.row for job in jobs if job.row.action != "copy"], self._now_s)
-        for job in jobs:
+        asked = [job for job in jobs if job.row.action != "copy"]
+        try:
+            pinned = self._sight.pinned([job.row for job in asked], self._now_s)
+        except TierCacheError as error:
+            for job in asked:
+                job.stop(str(error))
+            return
+        for job in asked:
             if why := pinned.get((job.row.plan, job.row.number)):
                 job.stop(why)
 
@@ -264,7 +270,10 @@ class Application:
     def _make(self, jobs: Sequence[Job]) -> None:
         """Copies, and changes of class that leave objects readable."""
         self._copying.copy([job for job in jobs if job.row.action in ("copy", "move")])
-        self._copying.reclass([j for j in jobs if j.row.action == "reclass" and not ends_reading(self._sight, j.row)])
+        reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_reading(self._sight, j.row)]
+        self._check_pins(reclassed)  # once more: copies may have taken hours
+        reach("tier_move.decided")
+        self._copying.reclass([job for job in reclassed if job.goes_on])
 
     def _place(self, jobs: Sequence[Job]) -> None:
         """Confirm the copies in dst, and tell readers."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Who copies for so long writes it into the books at once, and has nothing to copy again when he is killed.
 _AT_ONCE_BYTES = 8 << 20
+# By which clocks of stores may differ.
+_SKEW_S = 60.0
 
 
 @dataclass(slots=True)
@@ -130,6 +132,7 @@ class Copying:
             return
         if not job.goes_on:
             return
+        self._begin_anew(job)
         replaces = False if info is None else info.etag or True
         of_source = True
         try:
@@ -140,9 +143,20 @@ class Copying:
             copied, of_source = self._copied_from_others(job, one, replaces, error), False
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
-        job.is_new = True
         copy = KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place)
         self._note(job, one, copy, copied.n_bytes, of_source=of_source)
+
+    def _begin_anew(self, job: Job) -> None:
+        """Note that what is in dst is new, and has a grace of its own, before it is on the books as verified.
+
+        1. A move waits, and its copy is lost. 2. It is made again, and on the books. 3. The process is killed. 4. The
+        next one finds a verified copy, and a wait for the same deletion that began long before there was that copy.
+        """
+        with job.lock:
+            job.is_new = True
+            if job.row.since_s > 0:
+                job.row = replace(job.row, since_s=0.0, due_s=0.0)
+                self._sight.catalog.write([job.row])
 
     def _copied_from_others(self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError) -> Copied:
         """A copy of an object that has rotted in src, of the same one in another tier. Raises spoilt: there is none.
@@ -193,12 +207,14 @@ class Copying:
             if expected == (info.crc32c if found is None else found):
                 same = known if known is not None and known.verified and is_same(info, known) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
-                job.is_new = job.is_new or same is None
+                if same is None:
+                    self._begin_anew(job)
                 self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, came_from, first_s), 0)
                 self._on_bytes(one.n_bytes)
                 return True
         if known is not None and known.made_from == job.row.src_place:
-            if known.is_intended and known.n_bytes == info.n_bytes == one.n_bytes and is_cold:
+            is_size = known.n_bytes == info.n_bytes == one.n_bytes
+            if known.is_intended and is_size and is_cold and self._may_make_again(job, one, info):
                 return False  # what can be read is compared, and another's
             if is_same(info, known) and len(job.row.objects) == 1:
                 return False  # a copy of what src was before: it may be replaced
@@ -209,6 +225,22 @@ class Copying:
             f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
         )
         return False
+
+    def _may_make_again(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
+        """Whether src may take the place of an archived copy that a killed process has left, and nobody has verified.
+
+        Where the store says a checksum of it, that is not src's: then one of the two is wrong, and perhaps src::
+
+            1. It is copied, and the process is killed. 2. src rots. 3. What is in dst is the last of its bytes.
+
+        So src must have been written anew since, and the group not look whole in dst: a part that is replaced may fail.
+        """
+        if info.crc32c is None:
+            return True
+        if one.modified_s is None or info.modified_s is None or one.modified_s <= info.modified_s + _SKEW_S:
+            return False
+        objects = job.row.objects
+        return len(objects) == 1 or self._sight.head(job.row.dst, objects[-1].key) is None
 
     def _source_sum(self, job: Job, one: JournalObject) -> int | None:
         """The CRC-32C that a copy must have; None where nothing says it and src cannot be read."""

@@ -17,6 +17,8 @@ What may happen between two steps:
 
     1-2  killed: an open row, no harm. The plan applied again goes on; another plan's move of the path replaces the row.
     2-3  killed: copies that nobody knows. They are compared with src, and not copied again.
+    2-6  killed, when what is copied was lost while it waited: the row says that before the books know the new copy, and
+         grace begins anew.
     3-4  src is replaced: step 4 sees another ETag and stops; the copy in dst stays, verified for what it is, and is
          overwritten by a later move from src only while it is as it was made, and if the group is that object alone.
     4-5  src is replaced in this instant: readers are led to what it was before. Step 7 sees it, and takes that back.
@@ -26,6 +28,8 @@ What may happen between two steps:
     6-7  another process moves the object back, with another journal: its placement leads to src, step 7 reads that.
     7-8  src is replaced: it is looked at once more, after all that takes long, and S3 is told which ETag it is to
          delete. Other stores have no such request: the time that the announcement takes remains.
+    7-8  it is pinned: the rule file is read anew after all that takes long. From tier_drop.decided on, while one batch
+         of deletions is announced and made, a pin is too late for that batch; it holds for all that is left.
     7-8  the lock was lost while this process slept: it is looked at after all that step 7 asks, directly before the
          deletion; and see lock.py for a process that sleeps just after that.
     8-8  killed among deletions: the row says "dropping", and the rest goes when dst is confirmed once more.
@@ -50,8 +54,8 @@ from typing import TYPE_CHECKING
 
 from tiercache.tier.applying import Application
 from tiercache.tier.lock import TierLock
-from tiercache.tier.outcome import Applied, Progress, Stopped
-from tiercache.tier.settling import Settled, Settling
+from tiercache.tier.outcome import Applied, Progress, Settled, Stopped
+from tiercache.tier.settling import Settling
 from tiercache.tier.steps import Sight
 from tiercache.tier.survey import Survey, take_survey
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tiercache.catalog.tiers import JournalRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,14 @@ class Progress:
     n_moves: int
     done_bytes: int
     n_bytes: int
+
+
+@dataclass(slots=True)
+class Settled:
+    """Deletions as they come about. proof_bytes: of copies, read back; stopped: what was kept or cancelled, and why."""
+
+    n_done: int = 0
+    n_waiting: int = 0
+    n_bytes: int = 0
+    proof_bytes: int = 0
+    stopped: list[tuple[JournalRow, str]] = field(default_factory=list)

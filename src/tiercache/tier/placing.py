@@ -172,9 +172,10 @@ class Placing:
         """
         changes: dict[str, Changes] = defaultdict(dict)
         for row in rows:
-            if row.action == "delete":
-                continue
             folder = self.folder(row)
+            if row.action == "delete":
+                changes[folder].update(self._still_there(row, folder))
+                continue
             start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
             keys = [one.key.removeprefix(start) for one in row.objects]
             said = {key: self._said(folder, key) for key in keys}
@@ -182,6 +183,20 @@ class Placing:
             back = self._back(row, keys) if led else {}
             changes[folder].update({key: back[key] for key in led if key in back})
         return self.commit(changes)
+
+    def _still_there(self, row: JournalRow, folder: str) -> Changes:
+        """Where that lies which was to be deleted and stays, if readers were told of nothing and home has nothing."""
+        start, keys = f"{folder}/" if folder else "", {one.key for one in row.objects}
+        if any(self.is_home(one.where) or self._said(folder, one.key.removeprefix(start)) for one in row.objects):
+            return {}
+        for tier in reversed(self._file.tiers):
+            objects = tuple(one for one in row.objects if one.where == tier.name)
+            if {one.key for one in objects} == keys:
+                infos = self._sight.infos(tier.name, keys)
+                if all(infos.values()):
+                    moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
+                    return self.wanted(moved, infos, {})
+        return {}
 
     def _back(self, row: JournalRow, keys: Iterable[str]) -> Changes:
         """What placement says where a move's objects lie in src; nothing where they are not there as they were."""

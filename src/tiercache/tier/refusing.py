@@ -26,6 +26,8 @@ from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wish
 
 Dollars = NDArray[np.float64]
 
+_NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of the two"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bill:
@@ -108,7 +110,8 @@ def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     in_use = view.snapshot.in_use[wishes.group]
     wishes = sift(wishes, refused, in_use, _said("in use", in_use))
     partial = ~view.snapshot.complete[wishes.group] & (view.snapshot.kind[wishes.group] == CHECKPOINT)
-    wishes = sift(wishes, refused, partial, _said("not complete yet", partial))
+    whole = view.whole[:, wishes.group[partial]].any(axis=0)
+    wishes = sift(wishes, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
     tagged = view.tagged[wishes.group] & (wishes.action == DELETE)
     return sift(wishes, refused, tagged, _tagged(view, wishes.take(tagged)))
 

@@ -17,7 +17,7 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
 from tiercache.tier.copying import has_class
 from tiercache.tier.marks import absences, deletions_wait
-from tiercache.tier.outcome import Progress
+from tiercache.tier.outcome import Progress, Settled
 from tiercache.tier.placing import Changes, Heads, Placing, found_in, found_infos
 from tiercache.tier.steps import Infos, as_planned, as_reclassed, is_readable
 from tiercache.waiting import SYSTEM_CLOCK
@@ -35,17 +35,6 @@ _BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 64, 1000, 64 << 30
 _SKEW_S = 60.0
 # So old may be what is in use, the newest, and asked for.
 _SURVEY_S = 600.0
-
-
-@dataclass(slots=True)
-class Settled:
-    """What came of it. proof_bytes: of copies, read back; stopped: what was kept or cancelled, and why."""
-
-    n_done: int = 0
-    n_waiting: int = 0
-    n_bytes: int = 0
-    proof_bytes: int = 0
-    stopped: list[tuple[JournalRow, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -126,6 +115,7 @@ class Settling:
         self._check(due, survey)
         self._part(due)
         self._prove([one for one in due if one.verdict == "go" and _needs_proof(one.row)])
+        self._heed_pins(due)
         reach("tier_drop.checked")
         self._carry_out([one for one in due if one.verdict == "go"])
         self._end(due)
@@ -138,7 +128,7 @@ class Settling:
             if why := self._misnamed(one.row):
                 one.say("cancel", why)
         fit = [one for one in due if one.verdict == "go"]
-        pinned = self._sight.pinned([one.row for one in fit], self._now_s)
+        pinned = self._pins_of(fit)
         wanted = [pair for one in fit for pair in self._asked_of(one.row)]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
         missing = absences(self._file, self._sight.stores, self._catalog)
@@ -150,6 +140,23 @@ class Settling:
                 self._check_one(one, heads, survey, pinned.get((one.row.plan, one.row.number), ""))
             except TierCacheError as error:
                 one.say("keep", str(error))
+
+    def _pins_of(self, due: Sequence[Due]) -> Mapping[tuple[str, int], str]:
+        """Which of them a pin holds by now, as Sight.pinned(); all are kept where nobody can say."""
+        try:
+            return self._sight.pinned([one.row for one in due], self._now_s)
+        except TierCacheError as error:
+            for one in due:
+                one.say("keep", str(error))
+            return {}
+
+    def _heed_pins(self, due: Sequence[Due]) -> None:
+        """Cancel what was pinned since it was asked about: copies may have been read for hours."""
+        going = [one for one in due if one.verdict == "go"]
+        pinned = self._pins_of(going)
+        for one in going:
+            if pin := pinned.get((one.row.plan, one.row.number)):
+                one.say("keep" if one.is_begun and not one.is_whole else "cancel", pin)
 
     def _misnamed(self, row: JournalRow) -> str:
         """Why the rule file no longer has the tiers of a move; "": it has."""
@@ -318,6 +325,8 @@ class Settling:
         reach("tier_drop.journaled")
         self._unplace([one for one in due if one.row.action == "delete"])
         self._look_again(due)
+        self._heed_pins(due)
+        reach("tier_drop.decided")  # who pins something from here on is too late for this batch
         going = [one for one in due if one.verdict == "go"]
         drops = [one for one in going if one.row.action != "reclass"]
         places = {tier.name: tier.url for tier in self._file.tiers}

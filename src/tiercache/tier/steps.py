@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import pyarrow as pa
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.tier.marks import recognised
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import ARCHIVED, HERE, RESTORING, PlannedObject
 from tiercache.tier.stores import state_of
+from tiercache.tierfile import load_tiers
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -179,8 +180,16 @@ class Sight:
     # -- what holds for the whole move ------------------------------------------------------------------------------
 
     def pinned(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
-        """Which of these moves a pin forbids now, by plan and number, and why."""
-        pins = [pin for pin in self.file.pins if pin.until_s is None or pin.until_s > now_s]
+        """Which of these moves a pin forbids now, by plan and number, and why.
+
+        The rule file is read anew: a run may take days, and who pins something meanwhile means it. Raises
+        TierCacheError where it cannot be read now: then nobody knows.
+        """
+        try:
+            file = load_tiers(self.file.path)
+        except ValueError as error:
+            raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
+        pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > now_s]
         if not pins:
             return {}
         texts, owners = [], []
