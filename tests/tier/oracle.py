@@ -262,6 +262,8 @@ class Oracle:
         """
         found = []
         for group in self.groups.values():
+            if self.pinned & {*group.keys}:  # what is pinned stays as it is, the rest of a deletion that was begun too
+                continue
             for place, objects in picture.items():
                 there, missing = {*group.keys} & objects.keys(), self._missing(group, place, picture)
                 missing = [key for key in missing if self._is_good_somewhere(key, picture)]

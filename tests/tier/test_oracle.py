@@ -144,6 +144,14 @@ def test_a_checkpoint_of_which_a_deletion_left_half_is_not(oracle):
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), ())[0]
 
 
+def test_a_pinned_checkpoint_is_left_as_it_is(oracle):
+    assert found(oracle, picture(cold=objects(OLD))) == ""
+    oracle.pins(["c/1/a"])
+    assert oracle.at_rest(picture(cold=HALF), WANTED) == []
+    oracle.pins(["c/2/a"])
+    assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED)[0]
+
+
 def test_a_checkpoint_left_half_of_what_was_written_anew_is_right_and_of_what_has_rotted_it_is_not(oracle):
     new = data("c/1/a", 1)
     now = {"hot": {"c/1/a": Seen(new)}, "cold": HALF, "warm": LAST}
