@@ -264,6 +264,18 @@ def test_a_rule_file_that_cannot_be_read_by_now_drops_nothing(world):
     assert world.settle().done == 1
 
 
+def test_a_pin_that_is_missing_from_the_file_by_now_holds_for_the_run_that_began_with_it(world):
+    """Who writes a file in two halves has written one without pins, in between, that can be read."""
+    moved_away(world, "f")
+    world.later()
+    world.write_rules(PIN)
+    with world.opened() as mover:
+        world.write_rules()
+        settled = mover.settle()
+    assert "the paper" in settled.stopped[0].reason
+    assert world.where("f") == ["standard", "archive"]
+
+
 def test_half_of_a_checkpoint_that_is_pinned_then_is_kept_and_finished_when_it_is_pinned_no_more(world):
     """What is gone of it is gone: dst has all of it, and it is not forgotten."""
     world.apply(checkpoint(world))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
@@ -23,6 +23,7 @@ from tiercache.points import reach
 from tiercache.tier.model import ARCHIVED, RESTORING, PlannedObject
 from tiercache.tier.steps import Infos, Sight, as_planned, as_reclassed, earliest, first_written_s, is_same
 from tiercache.tier.stores import RESTORED_FIRST, state_of
+from tiercache.tier.transfer import is_md5
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
@@ -134,23 +135,27 @@ class Copying:
             return
         self._begin_anew(job)
         replaces = False if info is None else info.etag or True
-        of_source = True
+        source = src
         try:
             copied = sight.transfer.copy(src, dst, as_planned(one), on_bytes=self._on_bytes, replaces=replaces)
         except StoreError as error:
             if not error.facts.get("spoilt"):
                 raise
-            copied, of_source = self._copied_from_others(job, one, replaces, error), False
+            source, copied = self._copied_from_others(job, one, replaces, error)
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
-        copy = KnownCopy(copied.n_bytes, copied.etag, crc, job.row.src_place)
-        self._note(job, one, copy, copied.n_bytes, of_source=of_source)
+        # What another tier had is not src's to replace: what rotted there may look like a new object one day.
+        copy = KnownCopy(copied.n_bytes, copied.etag, crc, sight.file.tier(source).url)
+        self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: Job) -> None:
-        """Note that what is in dst is new, and has a grace of its own, before it is on the books as verified.
+        """Note that what is in dst is new, and has a grace of its own, before it is there or on the books as verified.
 
         1. A move waits, and its copy is lost. 2. It is made again, and on the books. 3. The process is killed. 4. The
         next one finds a verified copy, and a wait for the same deletion that began long before there was that copy.
+
+        A write for each such move, and not one a batch before the books: where ETags are made of bytes these know the
+        new copy as soon as it lies there, for they have not forgotten the lost one.
         """
         with job.lock:
             job.is_new = True
@@ -158,8 +163,12 @@ class Copying:
                 job.row = replace(job.row, since_s=0.0, due_s=0.0)
                 self._sight.catalog.write([job.row])
 
-    def _copied_from_others(self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError) -> Copied:
-        """A copy of an object that has rotted in src, of the same one in another tier. Raises spoilt: there is none.
+    def _copied_from_others(
+        self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError
+    ) -> tuple[str, Copied]:
+        """A copy of an object that has rotted in src, made of the same one in another tier, and which.
+
+        Raises spoilt: there is none.
 
         Else its group would stay in dst in parts, each day anew, until somebody came to look.
         """
@@ -172,7 +181,7 @@ class Copying:
                 continue
             asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
             with suppress(StoreError):  # what is to be told is what befell src
-                return sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
+                return tier.name, sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
         raise spoilt
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
@@ -207,15 +216,16 @@ class Copying:
             if expected == (info.crc32c if found is None else found):
                 same = known if known is not None and known.verified and is_same(info, known) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
-                if same is None:
-                    self._begin_anew(job)
-                self._note(job, one, KnownCopy(info.n_bytes, info.etag, expected, came_from, first_s), 0)
-                self._on_bytes(one.n_bytes)
-                return True
+                copy = KnownCopy(info.n_bytes, info.etag, expected, came_from, first_s)
+                return self._found(job, one, copy, is_new=same is None)
         if known is not None and known.made_from == job.row.src_place:
             is_size = known.n_bytes == info.n_bytes == one.n_bytes
-            if known.is_intended and is_size and is_cold and self._may_make_again(job, one, info):
-                return False  # what can be read is compared, and another's
+            if known.is_intended and is_size and is_cold:  # what can be read is compared, and another's
+                if _is_by_etag(info, one):
+                    copy = KnownCopy(info.n_bytes, info.etag, None, job.row.src_place)
+                    return self._found(job, one, copy, is_new=True)
+                if self._may_make_again(job, one, info):
+                    return False
             if is_same(info, known) and len(job.row.objects) == 1:
                 return False  # a copy of what src was before: it may be replaced
         where = f"{sight.stores.store(dst).url}/{one.key}"
@@ -225,6 +235,14 @@ class Copying:
             f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
         )
         return False
+
+    def _found(self, job: Job, one: JournalObject, copy: KnownCopy, *, is_new: bool) -> Literal[True]:
+        """Note that a copy lies in dst already."""
+        if is_new:
+            self._begin_anew(job)
+        self._note(job, one, copy, 0)
+        self._on_bytes(one.n_bytes)
+        return True
 
     def _may_make_again(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
         """Whether src may take the place of an archived copy that a killed process has left, and nobody has verified.
@@ -264,6 +282,16 @@ class Copying:
         if (copy := as_reclassed(one, known, changed)) is not None:
             with job.lock:
                 job.made.append((dst, one.key, copy))
+
+
+def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
+    """Whether an ETag alone says that a copy is src, as it does of copies by a server that knows no checksum.
+
+    1. It is copied, and the process is killed. 2. src rots, under its old ETag. 3. What is in dst is the last of its
+    bytes: made again, it would be overwritten first, and compared then.
+    """
+    has_sum = info.crc32c is not None or one.crc32c is not None
+    return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
 
 
 def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:

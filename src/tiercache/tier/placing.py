@@ -45,7 +45,7 @@ class Placing:
         """The folder whose placement speaks of a move's objects.
 
         Raises:
-            TierCacheError: a shard of no data set at home.
+            TierCacheError: .no_data_set: a shard of no data set at home; or home cannot be asked.
         """
         if row.kind != "shard":
             return ""
@@ -55,7 +55,8 @@ class Placing:
         found = self._folders[parent]
         if found is None:
             url = self._stores.store(self.home).url
-            raise TierCacheError(f"{url}: expected a data set above {row.path}, found none: no versions lie there")
+            message = f"{url}: expected a data set above {row.path}, found none: no versions lie there"
+            raise TierCacheError(message, no_data_set=True)
         return found
 
     def chain(self, folder: str) -> Store:
@@ -165,24 +166,37 @@ class Placing:
             return f"{row.path}: expected placement to lead to {there}, found {where}"
         return ""
 
-    def take_back(self, rows: Iterable[JournalRow]) -> dict[str, str]:
-        """Have readers go back to where they were, for moves that will not be finished. Of chains that failed, why.
+    def take_back(self, rows: Iterable[JournalRow]) -> dict[tuple[str, int], str]:
+        """Have readers go back to where they were, for moves that will not be finished.
 
-        Raises as placement.read(), and StoreError where src cannot be asked.
+        Returns: of moves for which that failed, by plan and number, why. One that cannot be asked about is no other's
+        concern.
         """
         changes: dict[str, Changes] = defaultdict(dict)
+        chains: dict[str, list[JournalRow]] = defaultdict(list)
+        failed: dict[tuple[str, int], str] = {}
         for row in rows:
-            folder = self.folder(row)
-            if row.action == "delete":
-                changes[folder].update(self._still_there(row, folder))
-                continue
-            start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
-            keys = [one.key.removeprefix(start) for one in row.objects]
-            said = {key: self._said(folder, key) for key in keys}
-            led = [key for key, one in said.items() if one is not None and same_url(one.url, there)]
-            back = self._back(row, keys) if led else {}
-            changes[folder].update({key: back[key] for key in led if key in back})
-        return self.commit(changes)
+            try:
+                folder = self.folder(row)
+                changes[folder].update(self._way_back(row, folder))
+                chains[folder].append(row)
+            except TierCacheError as error:
+                if not error.facts.get("no_data_set"):  # else there is no placement that leads anybody
+                    failed[row.plan, row.number] = str(error)
+        for folder, why in self.commit(changes).items():
+            failed.update({(row.plan, row.number): why for row in chains[folder]})
+        return failed
+
+    def _way_back(self, row: JournalRow, folder: str) -> Changes:
+        """What placement is to say where readers were led away, or told of nothing; raises as placement.read()."""
+        if row.action == "delete":
+            return self._still_there(row, folder)
+        start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
+        keys = [one.key.removeprefix(start) for one in row.objects]
+        said = {key: self._said(folder, key) for key in keys}
+        led = [key for key, one in said.items() if one is not None and same_url(one.url, there)]
+        back = self._back(row, keys) if led else {}
+        return {key: back[key] for key in led if key in back}
 
     def _still_there(self, row: JournalRow, folder: str) -> Changes:
         """Where that lies which was to be deleted and stays, if readers were told of nothing and home has nothing."""

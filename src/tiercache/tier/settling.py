@@ -427,7 +427,9 @@ class Settling:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _end(self, due: Sequence[Due]) -> None:
-        self._take_back([one for one in due if one.verdict == "cancel" and one.is_whole and one.there])
+        back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.there]
+        # Of a deletion readers are told when it begins, and not before.
+        self._take_back([one for one in back if one.is_begun or one.row.action != "delete"])
         rows, gone, lasting = [], [], []
         for one in due:
             row = one.row
@@ -453,13 +455,9 @@ class Settling:
 
     def _take_back(self, due: Sequence[Due]) -> None:
         """Where readers were led to dst, and src stays: have them go back there, before that is forgotten."""
-        try:
-            failed = self._placing.take_back([one.row for one in due])
-        except TierCacheError as error:
-            failed = dict.fromkeys({self._placing.folder(one.row) for one in due}, str(error))
+        failed = self._placing.take_back([one.row for one in due])
         for one in due:
-            why = failed.get(self._placing.folder(one.row)) if failed else None
-            if why:
+            if why := failed.get((one.row.plan, one.row.number)):
                 one.verdict, one.why = "keep", f"{one.why}; {why}"
         reach("tier_drop.taken_back")
 

@@ -182,14 +182,18 @@ class Sight:
     def pinned(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
         """Which of these moves a pin forbids now, by plan and number, and why.
 
-        The rule file is read anew: a run may take days, and who pins something meanwhile means it. Raises
+        The rule file is read anew: a run may take days, and who pins something meanwhile means it. What it pinned when
+        the run began holds too: half of a file that is being written is whole TOML, and lacks pins. Raises
         TierCacheError where it cannot be read now: then nobody knows.
         """
+        if not rows:
+            return {}
         try:
             file = load_tiers(self.file.path)
         except ValueError as error:
             raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
-        pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > now_s]
+        both = (*file.pins, *(pin for pin in self.file.pins if pin not in file.pins))
+        pins = [pin for pin in both if pin.until_s is None or pin.until_s > now_s]
         if not pins:
             return {}
         texts, owners = [], []

@@ -473,7 +473,7 @@ def _is_readable(info: ObjectInfo) -> bool:
     return state_of(info) not in (ARCHIVED, RESTORING)
 
 
-def _is_md5(etag: str) -> bool:
+def is_md5(etag: str) -> bool:
     """Whether an ETag is of all bytes: one of parts depends on how they were cut, or was only carried over."""
     return _MD5.fullmatch(etag) is not None
 
@@ -485,7 +485,7 @@ def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: Planned
     names = [name for name in before.keys() & after.keys() if name != "ETag"]
     if names:
         return all(before[name] == after[name] for name in names)
-    return _is_md5(before.get("ETag", "")) and before["ETag"].strip('"') == after.get("ETag", "").strip('"')
+    return is_md5(before.get("ETag", "")) and before["ETag"].strip('"') == after.get("ETag", "").strip('"')
 
 
 def _wrong(where: str, expected: object, found: object, what: str) -> StoreError:
