@@ -109,13 +109,18 @@ class Oracle:
         self.deleted.discard(self.group_of[key])
 
     def removed(self, place: str, key: str) -> None:
-        """Somebody has removed it from there; where it lies elsewhere, he relies on that."""
+        """Somebody has removed it from there; where it lies elsewhere, he relies on that.
+
+        But while a batch of deletions is announced and made, he may remove the copy that one of them relies on: no
+        store can be asked to delete one object only while another is there.
+        """
         self.rotten.pop((place, key), None)
         contents = self.alive.get(key, {})
         for data in [*contents]:
             if _lies(self.before.get(place, {}), key, data):
                 contents[data].discard(place)
-                if not any(_lies(objects, key, data) for other, objects in self.before.items() if other != place):
+                others = (objects for other, objects in self.before.items() if other != place)
+                if self.is_decided or not any(_lies(objects, key, data) for objects in others):
                     del contents[data]
 
     def rotted(self, place: str, key: str, data: bytes) -> None:

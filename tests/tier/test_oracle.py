@@ -176,6 +176,20 @@ def test_a_pin_that_comes_when_it_is_decided_what_goes_is_too_late_for_that_alon
     assert "c/1/a is pinned, and gone" in found(oracle, picture(objects(NEW), objects(FILE, OLD)), day=9)
 
 
+def test_who_removes_what_a_deletion_relies_on_while_it_is_made_loses_both(oracle):
+    hot, cold = objects(OLD, NEW), objects(FILE)
+    assert found(oracle, picture(objects(OLD, NEW, FILE), cold)) == ""
+    oracle.begins(picture(objects(OLD, NEW, FILE), cold), 2 * DAY_S)
+    oracle.removed("cold", "f")
+    assert "lie nowhere any more" in found(oracle, picture(hot), day=2)
+    oracle.wrote("hot", "f", data("f"), 0.0)
+    oracle.wrote("cold", "f", data("f"), 0.0)
+    oracle.begins(picture(objects(OLD, NEW, FILE), cold), 2 * DAY_S)
+    oracle.decides(is_decided=True)
+    oracle.removed("cold", "f")
+    assert "lie nowhere any more" not in found(oracle, picture(hot), day=2)
+
+
 def test_a_pin_that_came_before_it_was_decided_what_goes_holds(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pins(["f"])

@@ -229,6 +229,20 @@ def test_a_source_that_cannot_be_looked_at_again_is_dropped_another_time(world):
     assert world.settle().done == 1
 
 
+@pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled"])
+@pytest.mark.parametrize("harm", ["removed", "written anew"])
+def test_a_copy_that_goes_while_other_copies_are_read_keeps_its_source(world, point, harm):
+    moved_away(world, "f")
+    world.later()
+    archive = world.inner["archive"]
+    with HookAt(point, do=lambda: archive.delete(["f"]) if harm == "removed" else archive.put("f", b"theirs")) as hook:
+        settled = world.settle()
+    assert hook.hit
+    assert settled.done == 0
+    assert f"{world.url('archive')}/f" in settled.stopped[0].reason
+    assert "standard" in world.where("f")
+
+
 # -- pins --------------------------------------------------------------------------------------------------------------
 
 PIN = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'

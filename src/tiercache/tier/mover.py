@@ -28,6 +28,8 @@ What may happen between two steps:
     6-7  another process moves the object back, with another journal: its placement leads to src, step 7 reads that.
     7-8  src is replaced: it is looked at once more, after all that takes long, and S3 is told which ETag it is to
          delete. Other stores have no such request: the time that the announcement takes remains.
+    7-8  the copy in dst is removed by somebody: it is looked at once more, as src is. Who removes it while the deletion
+         of the other one is announced and made loses both: no store deletes one object only while another is there.
     7-8  it is pinned: the rule file is read anew after all that takes long. From tier_drop.decided on, while one batch
          of deletions is announced and made, a pin is too late for that batch; it holds for all that is left.
     7-8  the lock was lost while this process slept: it is looked at after all that step 7 asks, directly before the

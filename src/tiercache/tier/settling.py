@@ -336,13 +336,13 @@ class Settling:
         self._reclass([one for one in going if one.row.action == "reclass"])
 
     def _look_again(self, due: Sequence[Due]) -> None:
-        """Keep what was written since it was looked at: copies may have been read, and readers told, meanwhile."""
+        """Keep what was written, or has lost its other copy, since it was looked at: that may be hours ago by now."""
         drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
         wanted = [(where, obj.key) for one in drops for where, obj in one.there]
-        proven = [one for one in drops if one.row.dst and self._sight.transfer.must_prove(one.row.dst)]
-        wanted += [(one.row.dst, obj.key) for one in proven for obj in one.row.objects]
+        placed = [one for one in drops if one.row.dst]
+        wanted += [(one.row.dst, obj.key) for one in placed for obj in one.row.objects]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
-        for one in proven:
+        for one in placed:
             try:
                 if why := self._unconfirmed(one.row, found_infos(heads, one.row.dst, one.row)):
                     one.say("keep", why)  # asked about anew the next time
