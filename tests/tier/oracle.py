@@ -51,7 +51,8 @@ class Oracle:
     spoilt: key to all of these.
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
-    is_decided: it is so now. asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
+    removed_late: groups of which somebody has removed something then; is_decided: it is so now.
+    asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
     that looked whole and were not when the step began; in_parts: that people have left in parts; whole_at: that were
     whole since nothing of them was there. protected: series to its newest complete checkpoint, when it began.
     """
@@ -72,6 +73,7 @@ class Oracle:
     whole_at: set[tuple[str, str]] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
     pinned_late: set[str] = field(default_factory=set)
+    removed_late: set[str] = field(default_factory=set)
     is_decided: bool = False
     asked_s: dict[str, float] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
@@ -115,6 +117,8 @@ class Oracle:
         store can be asked to delete one object only while another is there.
         """
         self.rotten.pop((place, key), None)
+        if self.is_decided:
+            self.removed_late.add(self.group_of[key])
         contents = self.alive.get(key, {})
         for data in [*contents]:
             if _lies(self.before.get(place, {}), key, data):
@@ -154,7 +158,7 @@ class Oracle:
         """
         self.is_decided = is_decided
         if not is_decided:
-            self.pinned_late = set()
+            self.pinned_late, self.removed_late = set(), set()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -162,7 +166,8 @@ class Oracle:
         """A step begins: what lies there by the hands of people is as it should be."""
         self._note_seen(picture, now_s)
         self.before = picture
-        self.protected = self.newest_complete(picture, now_s)
+        if not self.is_decided:
+            self.protected = self.newest_complete(picture, now_s)
         self.apart = {(place, group) for place, group, _ in self._looks_whole_and_is_not(picture)}
 
     def look(self, picture: Picture, now_s: float) -> list[str]:
@@ -221,10 +226,14 @@ class Oracle:
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
         newer = [other for other in self.groups.values() if other.series == group.series and other.step > group.step]
-        here = [other for other in newer if other.name not in self.deleted and self._looks_whole(other)]
+        here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
         if group.series and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"
         return ""
+
+    def _counted(self, group: Group) -> bool:
+        """Whether it is one of the newer ones: also if somebody has removed it when it was decided what goes."""
+        return group.name in self.removed_late or self._looks_whole(group)
 
     def _strange(self, picture: Picture) -> list[str]:
         """Bytes that nobody has ever written under that name."""
@@ -347,7 +356,7 @@ class Oracle:
         return [
             f"{name} is the newest complete checkpoint of {series}, and no place has it whole and readable"
             for series, name in self.protected.items()
-            if not self._whole_in(self.groups[name], picture)
+            if name not in self.removed_late and not self._whole_in(self.groups[name], picture)
         ]
 
     def _pins(self, picture: Picture) -> list[str]:

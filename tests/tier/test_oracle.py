@@ -190,6 +190,18 @@ def test_who_removes_what_a_deletion_relies_on_while_it_is_made_loses_both(oracl
     assert "lie nowhere any more" not in found(oracle, picture(hot), day=2)
 
 
+@pytest.mark.parametrize("is_decided", [True, False])
+def test_who_removes_a_newer_checkpoint_when_it_is_decided_that_an_older_one_goes_is_too_late(oracle, is_decided):
+    whole = objects(OLD, NEW, FILE)
+    oracle.begins(picture(whole), 31 * DAY_S)
+    oracle.decides(is_decided=is_decided)
+    without = {key: seen for key, seen in whole.items() if key != "c/2/last"}
+    oracle.removed("hot", "c/2/last")
+    oracle.begins(picture(without), 31 * DAY_S)
+    left = {key: seen for key, seen in without.items() if key not in OLD.keys}
+    assert ("lie nowhere any more" in found(oracle, picture(left), day=31)) == (not is_decided)
+
+
 def test_a_pin_that_came_before_it_was_decided_what_goes_holds(oracle):
     assert found(oracle, picture(cold=objects(FILE))) == ""
     oracle.pins(["f"])
