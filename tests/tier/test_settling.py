@@ -243,6 +243,22 @@ def test_a_copy_that_goes_while_other_copies_are_read_keeps_its_source(world, po
     assert "standard" in world.where("f")
 
 
+def test_what_makes_a_checkpoint_whole_is_deleted_first_also_where_another_tier_has_not_got_it(world):
+    world.put("hot", *PARTS)
+    world.put("standard", *PARTS[:-1])
+    plan = world.plan(world.move("ck/step-1", "hot", None, action="delete", keys=PARTS, kind="checkpoint"))
+    world.survey = Survey(deletes=frozenset(["ck/step-1"]))
+    world.apply(plan)
+    world.later()
+    seen = []
+    with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("hot"))):
+        settled = world.settle()
+    assert settled.done == 1
+    assert PARTS[-1] not in seen[0]
+    assert seen[0] != []
+    assert world.keys("hot") == world.keys("standard") == []
+
+
 # -- pins --------------------------------------------------------------------------------------------------------------
 
 PIN = '[[pins]]\nmatch = "f"\nwhy = "the paper"\n'

@@ -378,12 +378,14 @@ class Settling:
 
     def _drop(self, due: Sequence[Due]) -> None:
         """Delete: first what makes each group whole, so that nothing looks whole and is not; then all else."""
-        keys = {(one.row.plan, one.row.number): one.row.objects[-1].key for one in due if len(one.row.objects) > 1}
+        # By tier, for what makes it whole may be in one of several, and stands last there alone.
+        rows = [one.row for one in due if len(one.row.objects) > 1]
+        keys = {(row.plan, row.number, obj.where): obj.key for row in rows for obj in row.objects}
         first: list[tuple[Due, str, JournalObject]] = []
         rest: list[tuple[Due, str, JournalObject]] = []
         for one in due:
-            last = keys.get((one.row.plan, one.row.number))
             for where, obj in one.there:
+                last = keys.get((one.row.plan, one.row.number, obj.where))
                 (first if obj.key == last else rest).append((one, where, obj))
         self._delete(first)
         reach("tier_drop.unmade")
