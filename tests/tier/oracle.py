@@ -269,14 +269,19 @@ class Oracle:
             if key not in picture[place] and any(key in now for now in (*picture.values(), *self.before.values()))
         ]
 
-    def at_rest(self, picture: Picture, wanted: Collection[tuple[str, str]] | None = None) -> list[str]:
+    def at_rest(
+        self, picture: Picture, wanted: Collection[tuple[str, str]] | None = None, handled: Collection[str] = ()
+    ) -> list[str]:
         """What is wrong when everything was done: a group in parts that nobody has taken apart.
 
-        wanted: (place, group), where the last plan would have it; None: wherever something of it lies.
+        wanted: (place, group), where the last plan would have it; None: wherever something of it lies. handled: groups
+        that people have changed object by object: parts that stay of these may be what they want.
         """
         found = []
         for group in self.groups.values():
-            if self.pinned & {*group.keys}:  # what is pinned stays as it is, the rest of a deletion that was begun too
+            if group.name in handled or self.pinned & {
+                *group.keys
+            }:  # what is pinned stays as it is, the rest of a deletion that was begun too
                 continue
             for place, objects in picture.items():
                 there, missing = {*group.keys} & objects.keys(), self._missing(group, place, picture)

@@ -144,6 +144,11 @@ def test_a_checkpoint_of_which_a_deletion_left_half_is_not(oracle):
     assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), ())[0]
 
 
+def test_a_checkpoint_that_people_have_taken_in_hand_is_theirs(oracle):
+    assert oracle.at_rest(picture(cold=HALF), WANTED, {"c/1"}) == []
+    assert "2 of its 3 objects were left" in oracle.at_rest(picture(cold=HALF), WANTED, {"c/2"})[0]
+
+
 def test_a_pinned_checkpoint_is_left_as_it_is(oracle):
     assert found(oracle, picture(cold=objects(OLD))) == ""
     oracle.pins(["c/1/a"])

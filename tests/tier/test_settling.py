@@ -84,13 +84,18 @@ def test_another_object_under_the_key_stops_a_deletion(world):
     assert "expected a copy of 1000 bytes, found 7" in applied.stopped[0].reason
 
 
-def test_readers_are_told_before_a_last_copy_goes(world):
+def last_copy_may_go(world):
+    """F lies in the archive alone, and its deletion waits for nothing any more."""
     moved_away(world, "f")
     world.later()
     world.settle()
     world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
     world.later()
     world.survey = Survey(deletes=frozenset(["f"]))
+
+
+def test_readers_are_told_before_a_last_copy_goes(world):
+    last_copy_may_go(world)
     rows = []
     with HookAt("tier_drop.unplaced", do=lambda: rows.append(world.row("f"))):
         world.settle()
@@ -322,12 +327,7 @@ def test_half_of_a_checkpoint_that_is_pinned_then_is_kept_and_finished_when_it_i
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_readers_find_again_what_was_pinned_when_they_were_told_that_it_goes(world, is_killed):
-    moved_away(world, "f")
-    world.later()
-    world.settle()
-    world.apply(world.plan(world.move("f", "archive", None, action="delete"), name="delete"))
-    world.later()
-    world.survey = Survey(deletes=frozenset(["f"]))
+    last_copy_may_go(world)
 
     def come():
         world.write_rules(PIN)

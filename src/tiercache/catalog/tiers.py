@@ -28,7 +28,8 @@ MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelle
 OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
 _PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
 KEPT_S = 90 * 86400.0  # that a move which is over, or was stopped for good, stays in the journal, for people
-# That are Python objects while many are read: a million took 1.3 to 1.8 s, and by 16,384 at a time 2.1 to 2.9.
+# That are Python objects while many are read. By 16,384 at a time a million took 2.1 to 2.9 s, by 1,024 at a time 1.3
+# to 1.8, but one run in three then held 50 to 100 MiB more; this is between.
 _ROWS_AT_A_TIME = 1 << 12
 _MOST_VARIABLES = 500  # SQLite takes 999 at least
 

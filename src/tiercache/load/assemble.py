@@ -227,12 +227,8 @@ def _padded_maker(column: Column, stream: int) -> Make:
 def _lengths_maker(column: Column, stream: int) -> Make:
     n_varying = len(varying(column))
 
-    def make(slot: Slot, n: int, _places: Places) -> torch.Tensor:
-        at = slot.places(stream)[1] + 8 * (n + 1)
-        lengths = torch.frombuffer(slot, dtype=torch.int64, count=n * n_varying, offset=at)
-        return lengths if n_varying == 1 else lengths.view(n, n_varying)
-
-    return make
+    over = _tensors_over(torch.int64, (n_varying,) if n_varying > 1 else ())
+    return lambda slot, n, _places: over(slot, slot.places(stream)[1] + 8 * (n + 1), n)
 
 
 def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int, Places], Buffer]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.checksums import Checksums
-from tiercache.tier.columns import find
+from tiercache.tier.columns import ROWS_AT_A_TIME, find
 from tiercache.tier.layouts import MARK
 from tiercache.tier.listing import NO_CRC
 from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
@@ -28,7 +28,6 @@ Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | 
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([HERE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
-_ROWS_AT_A_TIME = 1 << 16
 _TIERS = 256  # more than a number of a tier can be
 
 
@@ -209,8 +208,8 @@ def _look_up(
     if not _is_rising(book["key"]):
         book = book.sort_by("key")
     places, name = range(len(book)), lambda place: book["key"][place].as_py()
-    for start in range(0, len(at), _ROWS_AT_A_TIME):
-        some = at[start : start + _ROWS_AT_A_TIME]
+    for start in range(0, len(at), ROWS_AT_A_TIME):
+        some = at[start : start + ROWS_AT_A_TIME]
         keys = listed.keys.take(pa.array(row[some]))
         first = bisect_left(places, keys[0].as_py(), key=name)
         part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)

@@ -28,12 +28,19 @@ from numpy.typing import NDArray
 
 from tiercache.store.posix import TEMP_PREFIX
 from tiercache.tier.alike import Alike
-from tiercache.tier.columns import find, joined_codes, matches, numbers, rising, split_keys, taken
+from tiercache.tier.columns import (
+    ROWS_AT_A_TIME,
+    find,
+    joined_codes,
+    matches,
+    numbers,
+    rising,
+    split_keys,
+    taken,
+)
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 NO_GROUP = -1
-# What is made of names on the way stays small; larger parts are no faster.
-_ROWS_AT_A_TIME = 1 << 16
 
 # Fewer names that are alike but for their digits are not worth a look at what they have in common.
 _FEW = 8
@@ -229,8 +236,8 @@ def _checkpoint_files(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
     """Of the keys `left` those that are a checkpoint each: their places in it, and what is known of them; in parts."""
-    for start in range(0, len(left), _ROWS_AT_A_TIME):
-        some = left[start : start + _ROWS_AT_A_TIME]
+    for start in range(0, len(left), ROWS_AT_A_TIME):
+        some = left[start : start + ROWS_AT_A_TIME]
         texts, of = names.take(pa.array(some)), folder[some]
         alike = Alike.of(texts)
         known, row, alone = _known_shapes(alike)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import StoreError
-from tiercache.tier.columns import matches, split_keys
+from tiercache.tier.columns import ROWS_AT_A_TIME, matches, split_keys
 from tiercache.tier.listing import NO_CRC
 from tiercache.tier.metrics import FILES, read_metrics
 from tiercache.tier.model import HERE, RESTORED
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tiercache.tierfile import TierFile
 
 _THREADS = 16
-_ROWS_AT_A_TIME = 1 << 16
 _MAY_HOLD = rf"(?:^|/)(?:{'|'.join(FILES)})$".replace(".json", r"\.json")
 _MAY_SAY = r"=|\d\.\d"
 
@@ -119,8 +118,8 @@ class Scores:
 
 def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """The rows, so many at a time that what is taken of them stays small."""
-    for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        yield rows[start : start + _ROWS_AT_A_TIME]
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        yield rows[start : start + ROWS_AT_A_TIME]
 
 
 def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:
