@@ -6,8 +6,8 @@
     _tiercache/placement/<20 digits>.arrow     each whole: all that lies elsewhere, a row an object
 
 Who has not the mark costs its readers one small GET. A placement is changed by one put of the next number, which
-exactly one of racing writers wins; who loses merges its changes into the winner's and tries again. The hint is never
-trusted: readers probe upward from it, and list where it leads nowhere.
+exactly one of racing writers wins; who loses merges its changes into the winner's and tries again. No
+reader trusts the hint: readers probe upward from it, and list where it leads nowhere.
 
 Only the newest are kept, so that a number may be free again::
 
@@ -17,6 +17,12 @@ Only the newest are kept, so that a number may be free again::
 
 So whoever has put a number lists what there is: if there is a higher one, its own counts for nothing, and it begins
 anew.
+
+A put may be spoilt on its way. So what was put is read back, and only then does the mark say its number, and does a
+commit return: nobody acts on one that the mark does not reach. If such a one cannot be read, it counts for nothing,
+to readers and to the next writer, who steps over it. One that the mark reaches was whole once: what it said cannot be
+known from those before, and whoever reads it gets CorruptShard. Two writers in one instant may leave the lower number
+in the mark, until the next commit; that matters only if the higher one rots meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tiercache.errors import CommitConflict, NotFound, StoreError, TierCacheError
+from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.points import reach
 from tiercache.tier.placement_file import (
     FORMAT_VERSION,
@@ -59,6 +65,7 @@ MAX_REBASES = 100
 # How far is probed across a gap where the store cannot list: more than one writer can be late with its hint.
 _MAX_GAP = 4 * N_KEPT
 _MARK_BYTES = 64 << 10  # ours are a hundred: of a longer one the end is read, which says nothing
+_TRIES = 3  # of writing a mark that another writer, or a fault, writes otherwise
 _FORBIDDEN = 403
 _NEVER_S = 1e12  # no clock says so
 _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
@@ -97,17 +104,18 @@ def search(store: Store, known: Placement | None = None) -> Placement:
 def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
     """Of the placements before the newest that are still there, the latest first, the rows that say another place.
 
-    Ends at the first that is gone or cannot be read: nothing hangs on them.
+    Ends at the first that is gone, and steps over what is damaged: nothing hangs on them.
     """
     found = []
-    with suppress(TierCacheError):
+    with suppress(StoreError, UnsupportedFormat):
         for number in range(newest.number - 1, max(newest.number - N_KEPT, 0), -1):
-            data = _get(store, number)
-            if data is None:
-                break
-            before = decode(data, number, url=f"{store.url}/{placement_key(number)}").unlike(newest)
-            if len(before):
-                found.append(before)
+            with suppress(CorruptShard):
+                data = _get(store, number)
+                if data is None:
+                    break
+                before = _decoded(store, number, data).unlike(newest)
+                if len(before):
+                    found.append(before)
     return tuple(found)
 
 
@@ -133,10 +141,13 @@ def adopted_s(store: Store) -> float | None:
 def _hint(store: Store) -> int | None:
     """The hinted number, 0 where the mark has none that can be; None: there is no mark."""
     mark = _mark(store)
-    if mark is None:
-        return None
+    return None if mark is None else _number(mark) or 0
+
+
+def _number(mark: dict[str, Any]) -> int | None:
+    """The number up to which placements were read back; None: it says none that can be."""
     number = mark.get("placement")
-    return number if type(number) is int and 0 < number < 10**18 else 0
+    return number if type(number) is int and 0 <= number < 10**18 else None
 
 
 def _mark(store: Store) -> dict[str, Any] | None:
@@ -184,7 +195,36 @@ def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement |
     while newer is not None:
         data, number = newer, number + 1
         newer = _get(store, number)
-    return None if data is None else decode(data, number - 1, url=f"{store.url}/{placement_key(number - 1)}")
+    return None if data is None else _sound(store, number - 1, data)
+
+
+def _sound(store: Store, top: int, data: bytes) -> Placement:
+    """The newest that counts, where `top` is the newest there is: see above of those that were spoilt. data: of top."""
+    for number in range(top, 0, -1):
+        found = data if number == top else _get(store, number, is_listed=True)
+        if found is None:
+            break
+        try:
+            return _decoded(store, number, found, n_spoilt=top - number)
+        except CorruptShard:
+            read_back = _number(_mark(store) or {})
+            if read_back is None or number <= read_back:
+                raise
+    else:
+        return nothing(top)
+    return _decoded(store, top, data)  # why it cannot be read: none is left that could tell what lay where before
+
+
+def _decoded(store: Store, number: int, data: bytes, n_spoilt: int = 0) -> Placement:
+    """What was read, or what is read now where that cannot be decoded: a bit may have turned on the way."""
+    url = f"{store.url}/{placement_key(number)}"
+    try:
+        return decode(data, number, url=url, n_spoilt=n_spoilt)
+    except CorruptShard:
+        again = _get(store, number)
+        if again is None or again == data:
+            raise
+        return decode(again, number, url=url, n_spoilt=n_spoilt)
 
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
@@ -259,11 +299,13 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
     for _ in range(MAX_REBASES):
         rows = current.with_changes(changes)
         if rows.equals(current.rows):
+            _say_read_back(store, current.number)
             return current
-        proposed = Placement(current.number + 1, rows, secrets.token_hex(16))
+        proposed = Placement(current.number + current.n_spoilt + 1, rows, secrets.token_hex(16))
         if _put(store, proposed):
-            reach("tier_placement.written")
             if (_listed(store) or 0) <= proposed.number:
+                _say_read_back(store, proposed.number)
+                reach("tier_placement.hinted")
                 _tidy(store, proposed.number)
                 return proposed
             store.delete([placement_key(proposed.number)])  # see above: it was put too late
@@ -272,7 +314,7 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
 
 
 def _put(store: Store, proposed: Placement) -> bool:
-    """Whether the number of `proposed` is its own after putting it there; False: another's, or gone by now."""
+    """Whether `proposed` was put and read back whole; False: the number is another's, or gone by now, or it is spoilt."""
     number, failure, data = proposed.number, None, encode(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(
@@ -282,26 +324,37 @@ def _put(store: Store, proposed: Placement) -> bool:
         )
     try:
         if store.put_if_absent(placement_key(number), data):
-            return True
+            reach("tier_placement.written")
     except StoreError as error:
         failure = error
     # Even a plain "no" may be about our own: a back end that tried again meets what its first try wrote.
     try:
-        found = decode(_whole(store, placement_key(number)), number, url=f"{store.url}/{placement_key(number)}")
+        return _whole(store, placement_key(number)) == data
     except NotFound:
         if failure is not None:
             raise failure from None
         return False
     except StoreError as error:
         raise (failure or error) from error
-    return found.nonce == proposed.nonce
+
+
+def _say_read_back(store: Store, number: int) -> None:
+    """Have the mark say that placements up to number were whole when they were read back. Raises StoreError."""
+    for _ in range(_TRIES):
+        mark = _mark(store)
+        if mark is not None and (_number(mark) or 0) >= number:
+            return
+        store.put(MARK_KEY, encode_mark(number, adopted_s(store)))
+    raise StoreError(
+        f"expected the mark to say {number} after writing that, found another thing {_TRIES} times",
+        url=f"{store.url}/{MARK_KEY}",
+        retryable=True,
+        maybe_done=True,
+    )
 
 
 def _tidy(store: Store, number: int) -> None:
-    """Hint at the newest, and forget those that nobody can be reading any more. What fails is done by the next."""
-    with suppress(StoreError):
-        if (_hint(store) or 0) < number:
-            store.put(MARK_KEY, encode_mark(number, adopted_s(store)))
-        reach("tier_placement.hinted")
-        if number > N_KEPT:
+    """Forget those that nobody can be reading any more. What fails is done by the next."""
+    if number > N_KEPT:
+        with suppress(StoreError):
             store.delete([placement_key(old) for old in range(max(1, number - 2 * N_KEPT), number - N_KEPT + 1)])

@@ -86,11 +86,12 @@ class Row:
 class Placement:
     """What lies elsewhere, as one numbered object says it. Immutable; safe from any thread.
 
-    number: 0 where nothing was ever placed; rows: by key, each once, with the columns of `Row`.
+    number: 0 where nothing was ever placed; rows: by key, each once, with the columns of `Row`; n_spoilt: how many
+    later numbers there are that were spoilt while they were written, and count for nothing.
     """
 
-    def __init__(self, number: int, rows: pa.Table, nonce: str = "") -> None:
-        self.number, self.rows, self.nonce = number, rows, nonce
+    def __init__(self, number: int, rows: pa.Table, nonce: str = "", *, n_spoilt: int = 0) -> None:
+        self.number, self.rows, self.nonce, self.n_spoilt = number, rows, nonce, n_spoilt
         self._keys: pa.Array = _one(rows["key"])
 
     def __repr__(self) -> str:
@@ -130,9 +131,9 @@ class Placement:
         return table.take(pc.sort_indices(table, [("key", "ascending")])).combine_chunks()
 
 
-def nothing() -> Placement:
+def nothing(n_spoilt: int = 0) -> Placement:
     """A placement of nothing, number 0."""
-    return Placement(0, _SCHEMA.empty_table())
+    return Placement(0, _SCHEMA.empty_table(), n_spoilt=n_spoilt)
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ def encode(placement: Placement) -> bytes:
     return data
 
 
-def decode(data: bytes, number: int, *, url: str) -> Placement:
-    """The placement of a file that was read from placement_key(number). url: of it, for errors.
+def decode(data: bytes, number: int, *, url: str, n_spoilt: int = 0) -> Placement:
+    """The placement of a file that was read from placement_key(number). url: of it, for errors; n_spoilt: as it has.
 
     Raises:
         CorruptShard: it is not what was written, or more than anybody writes.
@@ -175,7 +176,7 @@ def decode(data: bytes, number: int, *, url: str) -> Placement:
     problem = _problem(table, number, stated)
     if problem:
         raise CorruptShard(problem, url=url, part="placement")
-    return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
+    return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce, n_spoilt=n_spoilt)
 
 
 def too_large(n_bytes: int, *, url: str) -> CorruptShard:
