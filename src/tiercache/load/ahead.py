@@ -3,12 +3,19 @@
 A mapping costs nothing until it is touched, and then a disk read for each place that is touched first: rows in random
 order read a disk at its worst. The blocks of a window are known before its first row is served, so they are read whole,
 in the order of the file, by the threads that load windows, while the window before is served.
+
+Rows at random places of 512 MiB miss the processor's table of addresses with nearly every row, unless the file lies in
+memory, and is mapped, in pieces of 2 MiB. Linux (5.18 and later, file systems with large folios: ext4 since 6.16) does
+so where the mapping was advised to before the first fault. Two threads then gathered rows of 2 KiB 1.15 to 1.3 times as
+fast, and reading the file took 0.007 s of a processor instead of 0.18 for WILLNEED, which makes pages of 4 KiB.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import re
 import sys
 from concurrent.futures import Future
 from functools import cache
@@ -33,9 +40,16 @@ NEAR_SHARE = 3
 # Asked for at once: enough for any disk to be read at its full speed, and closing never waits for more.
 STEP_BYTES = 4 << 20
 _PAGE_BYTES = mmap.PAGESIZE
+_HUGE_BYTES = 2 << 20
+# The kernel reads whole huge pages then, so that blocks that lie scattered bring near what lies beside them: up to so
+# many times what is wanted where all of the data set stays in memory anyway, and where it does not.
+_MOST_BESIDE, _MOST_BESIDE_IF_LARGER = 4.0, 1.25
+# A first window up to this size may be read in huge pages by the faults of its first batch, whose rows lie anywhere: it
+# waits for all of it in the worst case. In a larger one they read what is usual, which stays in smaller pieces.
+_FIRST_HUGE_BYTES = 1 << 30
 _LINUX = sys.platform == "linux"
 # Of Linux: COLD since 5.4, POPULATE_READ since 5.14.
-_RANDOM, _WILLNEED, _DONTNEED, _COLD, _POPULATE_READ = 1, 3, 4, 20, 22
+_RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _COLD, _POPULATE_READ = 1, 3, 4, 14, 20, 22
 
 
 class Ahead:
@@ -48,6 +62,15 @@ class Ahead:
         self._threads = threads
         self._stored_bytes = stored_bytes
         self._near: list[tuple[Window, list[tuple[Blocks, NDArray[np.uint64]]]]] = []
+
+    def expect_first(self, windows: Sequence[Loaded]) -> None:
+        """Hear of the windows whose rows are gathered at once, before anything of them is brought near."""
+        if not _LINUX:
+            return
+        fits = self._stored_bytes <= self._threads.limit_bytes - config.private_bytes()
+        for blocks, steps in [(blocks, plan_steps(blocks.mapped)) for loaded in windows for blocks in loaded.held]:
+            if int(steps[:, 1].sum()) <= _FIRST_HUGE_BYTES and not _are_resident(blocks, steps):
+                _expect_huge_pages(steps, fits=fits)
 
     def bring_near(self, windows: Sequence[Loaded], serving: Sequence[Window]) -> list[Future[int]]:
         """Start reading what is mapped of windows into memory, as much as there is room for; returns at once.
@@ -66,7 +89,8 @@ class Ahead:
         if not _LINUX or not windows:
             return []  # what the numbers above mean elsewhere is not known
         free_bytes = self._threads.limit_bytes - config.private_bytes()
-        self._let_go(serving, larger=self._stored_bytes > free_bytes)
+        fits = self._stored_bytes <= free_bytes
+        self._let_go(serving, larger=not fits)
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
@@ -81,16 +105,17 @@ class Ahead:
             # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
             self._near.append((loaded.window, [pair for pair in pairs if not pair[0].private_bytes]))
             held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
-            reads += [self._start(blocks, steps) for blocks, steps in held if len(steps)]
+            reads += [self._start(blocks, steps, fits=fits) for blocks, steps in held if len(steps)]
         return reads
 
-    def _start(self, blocks: Blocks, steps: NDArray[np.uint64]) -> Future[int]:
+    def _start(self, blocks: Blocks, steps: NDArray[np.uint64], *, fits: bool) -> Future[int]:
         # Asking takes 0.2 ms for 512 MiB that are mapped, populating them again 18 to 33 ms of a core, in each epoch.
         if _are_resident(blocks, steps):
             near: Future[int] = Future()
             near.set_result(int(steps[:, 1].sum()))
             return near
-        return self._threads.executor.submit(_read, blocks, steps, self._threads.stop)
+        huge = _expect_huge_pages(steps, fits=fits)
+        return self._threads.executor.submit(_read, blocks, steps, self._threads.stop, huge=huge)
 
     def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, mark their pages as first to go."""
@@ -107,7 +132,7 @@ def is_in_memory(blocks: Blocks) -> bool:
 
 
 def plan_steps(mapped: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The pages of mapped ranges as steps of STEP_BYTES at most, in order, no page twice.
+    """The pages of mapped ranges as steps of STEP_BYTES at most, in order, no page twice, cut at multiples of it.
 
     Args:
         mapped: uint64[n, 2], (address, bytes) of ranges, rising.
@@ -121,9 +146,9 @@ def plan_steps(mapped: NDArray[np.uint64]) -> NDArray[np.uint64]:
     breaks = np.flatnonzero(starts[1:] > ends[:-1]) + 1  # others share a page or touch
     firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(starts)]]) - 1
     steps = [
-        (at, min(STEP_BYTES, stop - at))
+        (max(at, start), min(at + STEP_BYTES, stop) - max(at, start))
         for start, stop in (zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True) if len(starts) else ())
-        for at in range(start, stop, STEP_BYTES)
+        for at in range(start // STEP_BYTES * STEP_BYTES, stop, STEP_BYTES)
     ]
     return np.array(steps, np.uint64).reshape(-1, 2)
 
@@ -131,6 +156,14 @@ def plan_steps(mapped: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
     """How many of the first parts fit room_bytes together."""
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
+
+
+def fit_huge_pages(steps: NDArray[np.uint64], *, fits: bool) -> bool:
+    """Whether these steps, at least one, are to be read in huge pages. fits: whether the data set fits memory."""
+    firsts, lasts = steps[:, 0] // _HUGE_BYTES, (steps.sum(axis=1) - 1) // _HUGE_BYTES
+    n_pages = int((lasts - firsts + 1).sum()) - int((firsts[1:] == lasts[:-1]).sum())
+    most = _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
+    return n_pages * _HUGE_BYTES <= most * int(steps[:, 1].sum())
 
 
 def _are_resident(blocks: Blocks, steps: NDArray[np.uint64]) -> bool:
@@ -149,10 +182,21 @@ def _expect_single_rows(steps: NDArray[np.uint64]) -> None:
         _advise(start, stop - start, _RANDOM)
 
 
-def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None]) -> int:
+def _expect_huge_pages(steps: NDArray[np.uint64], *, fits: bool) -> bool:
+    """Let the kernel read and map by huge pages what lies from the first to the last page, if they are to be.
+
+    A kernel before 5.18 would note it and read little at a time.
+    """
+    if not len(steps) or _kernel() < (5, 18) or not fit_huge_pages(steps, fits=fits):
+        return False
+    start, stop = int(steps[0, 0]), int(steps[-1].sum())
+    return _advise(start, stop - start, _HUGEPAGE)
+
+
+def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], *, huge: bool) -> int:
     """Have pages read and mapped, step by step; how many bytes are. _owner: keeps the mapping meanwhile."""
     # The disk hears of all of it at once; the steps then wait for what is under way.
-    for address, n_bytes in steps.tolist():
+    for address, n_bytes in steps.tolist() if not huge else ():
         _advise(address, n_bytes, _WILLNEED)
     near_bytes = 0
     for address, n_bytes in steps.tolist():
@@ -186,6 +230,13 @@ def _is_resident(address: int, n_bytes: int) -> bool:
     if _libc_mincore()(address, n_bytes, pages.ctypes.data):
         return False
     return bool((pages & 1).all())
+
+
+@cache
+def _kernel() -> tuple[int, int]:
+    """The kernel's version; (0, 0): it says none."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @cache

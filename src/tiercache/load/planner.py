@@ -174,6 +174,8 @@ class _Planner:
         joined = self._join(part)
         # Near before a row of it is asked for, while the window before is served.
         is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
+        if is_first:
+            self._near.expect_first(new)
         for read in self._near.bring_near(new, serving) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)

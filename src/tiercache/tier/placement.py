@@ -314,7 +314,7 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
 
 
 def _put(store: Store, proposed: Placement) -> bool:
-    """Whether `proposed` was put and read back whole; False: the number is another's, or gone by now, or it is spoilt."""
+    """Whether `proposed` was put and read back whole; False: its number is another's or gone, or it is spoilt."""
     number, failure, data = proposed.number, None, encode(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(
