@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -130,3 +134,25 @@ def test_what_the_consumer_holds_is_counted(path):
     del batches
     assert len(list(loader_of(path))) == 9
     assert np.array_equal(view, content)
+
+
+FAULTS_OF_EPOCHS = """
+import resource, sys
+import tiercache as tc
+
+loader = tc.DataLoader(tc.Dataset(sys.argv[1]), batch_size=64)
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert sum(len(batch["content"]) for batch in loader) == 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about how glibc's malloc gives memory back")
+def test_lists_of_bytes_lie_in_memory_that_is_used_again(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"content": "bytes"}, compression="none") as writer:
+        writer.write_batch({"content": [bytes([n % 256]) * 20_000 for n in range(1024)]})
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FAULTS_OF_EPOCHS, str(tmp_path / "data")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
+    assert int(done.stdout) < 100  # of 16 batches of 320 pages; where malloc gives them back it is 478 and more

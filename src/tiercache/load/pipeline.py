@@ -25,7 +25,7 @@ from tiercache._native.ring import CLOSED, END, FAILED, Ring
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.load.assemble import Assembler, BadValueError, Batch, valid_mask
 from tiercache.load.faults import bad_cast, bad_value
-from tiercache.load.memory import BatchMemory
+from tiercache.load.memory import BatchMemory, keep_freed_memory
 from tiercache.load.planner import Shared, plan
 from tiercache.load.serving import Serving
 from tiercache.load.streams import gather_streams, slot_bytes
@@ -109,6 +109,8 @@ class Pipeline:
         expected_bytes, about_bytes = slot_bytes(streams, batch_rows), _stored_bytes(work, batch_rows)
         if (streams[:, 0] & 0xFF == gather.VAR).any():  # with room for a batch that is longer than most
             expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
+        if self._assembler.bytes_streams:
+            keep_freed_memory()
         self._ring = Ring(
             streams,
             batch_rows=batch_rows,
