@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tiercache.load import ahead as ahead_module
 from tiercache.load.ahead import NEAR_SHARE, Ahead
 from tiercache.load.window import Threads
 
@@ -75,38 +76,83 @@ def test_pages_of_windows_that_were_served_can_be_read_again(mapped, make_ahead,
         assert not memory.any()
 
 
-@pytest.mark.parametrize(("kernel", "is_advised"), [((5, 18), True), ((5, 17), False), ((0, 0), False)])
-@pytest.mark.parametrize("is_first", [False, True])
-def test_a_kernel_that_reads_huge_pages_is_advised_to(mapped, make_ahead, monkeypatch, kernel, is_advised, is_first):
+HUGE = 2 << 20
+
+
+@pytest.fixture
+def large(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(8 * HUGE))
+    found = SimpleNamespace(memory=np.memmap(path, np.uint8, "r"))
+    yield found
+    found.memory = None
+
+
+def blocks_of(memory: np.ndarray, size: int, every: int, key: bytes | None = b"k") -> SimpleNamespace:
+    """A window of blocks of one shard that lie scattered."""
+    address = memory.__array_interface__["data"][0]
+    mapped = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
+    held = [SimpleNamespace(mapped=mapped, private_bytes=0, copy=None)]
+    return SimpleNamespace(held=held, window=SimpleNamespace(key=key))
+
+
+# Of each: the size of a block, from one's begin to the next one's; whether the data set fits memory.
+WHOLE, BLOCKS, NARROW = (HUGE, HUGE), (HUGE // 2, HUGE), (HUGE // 8, HUGE)
+
+
+@pytest.mark.parametrize(
+    ("lie", "fits", "is_huge"),
+    [
+        (WHOLE, True, True),
+        (WHOLE, False, True),
+        (BLOCKS, True, True),
+        (BLOCKS, False, False),
+        (NARROW, True, False),
+        (NARROW, False, False),
+    ],
+)
+def test_what_is_read_by_huge_pages_brings_little_that_is_not_wanted(large, make_ahead, lie, fits, is_huge):
+    ahead = make_ahead(1 << 40, len(large.memory) if fits else 1 << 50)
+    near_bytes(bring_near(ahead, blocks_of(large.memory, *lie)))
+    assert _is_huge(large.memory) == (is_huge and _kernel_is_new())
+
+
+@pytest.mark.parametrize("kernel", [(6, 15), (5, 18), (0, 0)])
+def test_a_kernel_that_has_none_for_files_is_not_asked(large, make_ahead, monkeypatch, kernel):
     monkeypatch.setattr("tiercache.load.ahead._kernel", lambda: kernel)
-    memory = mapped.memory
-    ahead, window = make_ahead(1 << 40), window_of(memory)
-    if is_first:
-        ahead.expect_first([window])
-    else:
-        near_bytes(bring_near(ahead, window))
-    if _huge_pages_are_known():
-        assert ("hg" in _flags(memory)) == is_advised
+    near_bytes(bring_near(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
+    assert not _is_huge(large.memory)
 
 
-def test_the_rows_of_a_first_window_that_is_large_are_read_as_usual(mapped, make_ahead, monkeypatch):
-    monkeypatch.setattr("tiercache.load.ahead._FIRST_HUGE_BYTES", N_BYTES - 1)
-    make_ahead(1 << 40).expect_first([window_of(mapped.memory)])
-    assert "hg" not in _flags(mapped.memory)
+@pytest.mark.parametrize("key", [None, b"k"])
+def test_rows_that_are_served_meanwhile_and_shuffled_do_not_wait_for_huge_pages(large, make_ahead, key):
+    window = blocks_of(large.memory, *WHOLE, key)
+    near_bytes(make_ahead(1 << 40).bring_near([window], [window.window], is_served=True))
+    assert _is_huge(large.memory) == (key is None and _kernel_is_new())
 
 
-def test_what_is_in_memory_already_is_not_advised_about(mapped, make_ahead):
-    window = window_of(mapped.memory)
+def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_expected_before(large, make_ahead):
+    window = blocks_of(large.memory, *WHOLE)
+    near_bytes(bring_near(make_ahead(1 << 40), window))
+    assert bring_near(make_ahead(1), window) == []
+    assert "rr" in _flags(large.memory)
+    assert not _is_huge(large.memory)
+
+
+def test_what_is_in_memory_already_is_not_advised_about(large, make_ahead):
+    window = blocks_of(large.memory, *WHOLE)
     window.held[0].copy = SimpleNamespace(tells_residence=True)
-    mapped.memory.sum()
-    ahead = make_ahead(1 << 40)
-    ahead.expect_first([window])
-    assert near_bytes(bring_near(ahead, window)) == N_BYTES
-    assert "hg" not in _flags(mapped.memory)
+    large.memory.sum()
+    assert near_bytes(bring_near(make_ahead(1 << 40), window)) == len(large.memory)
+    assert not _is_huge(large.memory)
 
 
-def _huge_pages_are_known() -> bool:
-    return Path("/sys/kernel/mm/transparent_hugepage").exists()
+def _kernel_is_new() -> bool:
+    return ahead_module._kernel() >= (6, 16) and Path("/sys/kernel/mm/transparent_hugepage").exists()
+
+
+def _is_huge(memory: np.ndarray) -> bool:
+    return "hg" in _flags(memory)
 
 
 def _flags(memory: np.ndarray) -> list[str]:

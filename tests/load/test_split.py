@@ -1,11 +1,10 @@
 """How blocks of a window are split among threads, and mapped ranges into steps: properties."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.load.ahead import STEP_BYTES, count_near, fit_huge_pages, plan_steps
+from tiercache.load.ahead import STEP_BYTES, count_near, plan_steps, share_of_huge_pages
 from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split
 from tiercache.order import Window
 
@@ -87,30 +86,16 @@ def test_steps_hold_every_page_of_the_ranges_once_and_no_other(drawn):
     assert all(start // STEP_BYTES == (start + n - 1) // STEP_BYTES for start, n in steps.tolist())
 
 
-@given(ranges, st.booleans())
-def test_huge_pages_are_read_where_they_bring_little_that_is_not_wanted(drawn, fits):
+@given(ranges)
+def test_the_share_of_huge_pages_counts_each_of_them_once(drawn):
     at, mapped = 1 << 30, []
     for gap, n_bytes in drawn:
         mapped.append((at + gap, n_bytes))
         at += gap + n_bytes
     steps = plan_steps(np.array(mapped, np.uint64).reshape(-1, 2))
     huge = {page for start, n in steps.tolist() for page in range(start >> 21, ((start + n - 1) >> 21) + 1)}
-    wanted = int(steps[:, 1].sum())
     if len(steps):
-        assert fit_huge_pages(steps, fits=fits) == (len(huge) << 21 <= wanted * (4 if fits else 1.25))
-
-
-@pytest.mark.parametrize(
-    ("n", "size", "gap", "expected"),
-    [
-        (1, 128 << 20, 0, (True, True)),  # a shard in the stored order
-        (64, 1 << 20, 15 << 20, (True, False)),  # blocks of a shuffled window
-        (64, 16 << 10, 1 << 20, (False, False)),  # a narrow column beside wide ones
-    ],
-)
-def test_whole_shards_are_read_in_huge_pages_and_narrow_columns_are_not(n, size, gap, expected):
-    mapped = np.array([((1 << 30) + i * (size + gap), size) for i in range(n)], np.uint64)
-    assert tuple(fit_huge_pages(plan_steps(mapped), fits=fits) for fits in (True, False)) == expected
+        assert share_of_huge_pages(steps) == (len(huge) << 21) / sum(n for _, n in steps.tolist())
 
 
 def test_only_the_first_parts_that_fit_together_are_brought_near():

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.s3_fixtures import s3_server  # noqa: F401
+from tests.tier.placements import numbers, row, rows_of, stopped_at
 
-from tiercache.errors import CommitConflict, CorruptShard, StoreError
-from tiercache.points import set_hook
+from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore, GateStore
 from tiercache.testing.http_server import HttpFaultServer
-from tiercache.testing.wrapper import WrapperStore
 from tiercache.tier import placement
 from tiercache.tier.placement import MARK_KEY, N_KEPT, Row, placement_key
 
@@ -27,18 +26,6 @@ def store(request) -> MemoryStore:
     store = MemoryStore(f"placement-{request.node.name}")
     yield store
     store.delete([info.key for info in store.list()])
-
-
-def row(key: str, url: str = "s3://cold/data", **how) -> Row:
-    return Row(key, url, n_bytes=how.pop("n_bytes", 5), crc32c=how.pop("crc32c", 7), **how)
-
-
-def rows_of(found: placement.Placement) -> dict[str, Row]:
-    return {one.key: one for one in map(found.row, range(len(found)))}
-
-
-def numbers(store) -> list[int]:
-    return sorted(int(info.key[-26:-6]) for info in store.list(placement.PLACEMENT_FOLDER))
 
 
 # -- what it says ---------------------------------------------------------------------------------------------------
@@ -295,10 +282,6 @@ def test_who_loses_a_number_merges_his_changes_into_the_winners(store):
     assert set(rows_of(placement.read(store))) == {"early", "late"}
 
 
-class _Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
 def test_a_commit_that_stops_at_any_point_is_done_by_its_repetition(store, point, n_before):
@@ -335,141 +318,12 @@ def test_a_deletion_that_fails_fails_no_commit(store):
 def test_who_cannot_write_the_mark_is_told_that_readers_may_know_already_and_repeats_it(store):
     placement.adopt(store)
     faulty = FaultStore(store, [Fault("put", keys=MARK_KEY)])
-    with pytest.raises(StoreError, match="scripted fault"):
+    with pytest.raises(StoreError, match="scripted fault") as failed:
         placement.commit(faulty, {"a": row("a")})
+    assert failed.value.maybe_done
     assert placement.read(store).find("a") == row("a")
     assert placement.commit(faulty, {"a": row("a")}).number == 1
     assert json.loads(store.get(MARK_KEY))["placement"] == 1
-
-
-def test_a_mark_that_is_spoilt_while_it_is_written_is_written_again(store):
-    class Spoiling(WrapperStore):
-        n_spoilt = 0
-
-        def put(self, key, data):
-            self.n_spoilt += 1
-            return super().put(key, b"{" if self.n_spoilt <= self.n_most else data)
-
-    faulty = Spoiling(store)
-    faulty.n_most = 1
-    placement.commit(faulty, {"a": row("a")})
-    assert json.loads(store.get(MARK_KEY))["placement"] == 1
-    faulty.n_most = 99
-    with pytest.raises(StoreError, match="expected the mark to say 2 after writing that") as failed:
-        placement.commit(faulty, {"b": row("b")})
-    assert (failed.value.retryable, failed.value.facts["maybe_done"]) == (True, True)
-
-
-# -- spoilt while they are written, or later ------------------------------------------------------------------------
-
-
-class Spoiling(WrapperStore):
-    """Of the first n placements that are put half arrives."""
-
-    def __init__(self, inner, n):
-        super().__init__(inner)
-        self.n_left = n
-
-    def put_if_absent(self, key, data):
-        if key.endswith(".arrow") and self.n_left:
-            self.n_left -= 1
-            data = data[: len(data) // 2]
-        return super().put_if_absent(key, data)
-
-
-def stopped_at(point: str, work) -> None:
-    """Do work until it reaches a point, as a process that is killed there."""
-
-    def stop(reached: str) -> None:
-        if reached == point:
-            raise _Stop
-
-    before = set_hook(stop)
-    try:
-        with pytest.raises(_Stop):
-            work()
-    finally:
-        set_hook(before)
-
-
-def spoil(store, number: int) -> None:
-    data = store.get(placement_key(number))
-    store.put(placement_key(number), data.replace(b"s3://", b"s3:/0"))
-
-
-@pytest.mark.parametrize("n_before", [0, 1, 5])
-@pytest.mark.parametrize("n_spoilt", [1, 3])
-def test_what_is_spoilt_while_it_is_written_is_noticed_and_written_under_the_next_number(store, n_before, n_spoilt):
-    for n in range(n_before):
-        placement.commit(store, {f"{n}": row(f"{n}")})
-    assert placement.commit(Spoiling(store, n_spoilt), {"a": row("a")}).number == n_before + n_spoilt + 1
-    found = placement.read(store)
-    assert set(rows_of(found)) == {"a", *map(str, range(n_before))}
-    assert placement.moved_since(store, found) == ()
-
-
-@pytest.mark.parametrize("n_before", [0, 1, N_KEPT + 3])
-def test_one_that_was_spoilt_and_never_read_back_counts_for_nothing_and_is_stepped_over(store, n_before):
-    for n in range(n_before):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    placement.adopt(store)
-    known = placement.read(store)
-    for n in range(2):
-        stopped_at(
-            "tier_placement.written", lambda n=n: placement.commit(Spoiling(store, 1), {"b": row("b", n_bytes=n)})
-        )
-    assert rows_of(placement.read(store)) == rows_of(placement.search(store, known)) == rows_of(known)
-    again = placement.commit(store, {"a": known.find("a")})
-    assert (again.number, numbers(store)[-1]) == (n_before, n_before + 2)
-    assert placement.commit(store, {"c": row("c")}).number == n_before + 3
-    assert rows_of(placement.read(store)) == {**rows_of(known), "c": row("c")}
-
-
-def test_places_of_before_are_found_past_one_that_is_damaged(store):
-    placement.commit(store, {"a": row("a", "s3://first/d")})
-    placement.commit(store, {"a": row("a", "s3://second/d")})
-    newest = placement.commit(store, {"a": row("a", "s3://third/d")})
-    spoil(store, 2)
-    assert [one.find("a").url for one in placement.moved_since(store, newest)] == ["s3://first/d"]
-
-
-@pytest.mark.parametrize("mark", [placement.encode_mark(2), placement.encode_mark(7), b"{}", b"", None])
-def test_one_that_rots_later_or_may_have_been_read_back_is_corrupt_for_readers_and_writers(store, mark):
-    for n in range(2):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    spoil(store, 2)
-    store.delete([MARK_KEY])
-    if mark is not None:
-        store.put(MARK_KEY, mark)
-    with pytest.raises(CorruptShard, match=placement_key(2)):
-        placement.search(store)
-    if mark is not None:
-        with pytest.raises(CorruptShard, match=placement_key(2)):
-            placement.read(store)
-        with pytest.raises(CorruptShard, match=placement_key(2)):
-            placement.commit(store, {"b": row("b")})
-    assert numbers(store) == [1, 2]
-
-
-def test_where_nothing_is_left_that_could_be_read_instead_it_is_corrupt(store):
-    for n in range(3):
-        placement.commit(store, {"a": row("a", n_bytes=n)})
-    store.put(MARK_KEY, placement.encode_mark(0))
-    store.delete([placement_key(1), placement_key(2)])
-    spoil(store, 3)
-    with pytest.raises(CorruptShard, match=placement_key(3)):
-        placement.read(store)
-
-
-def test_a_bit_that_turns_on_the_way_to_a_reader_or_writer_costs_one_more_request(store):
-    placement.commit(store, {"a": row("a")})
-    flip = Fault("read_tail", keys=placement_key(1), kind=FaultKind.BIT_FLIP)
-    assert rows_of(placement.read(FaultStore(store, [flip]))) == {"a": row("a")}
-    on_the_way_back = Fault("read_tail", keys=placement_key(2), kind=FaultKind.BIT_FLIP, nth=2)
-    faulty = FaultStore(store, [on_the_way_back])
-    assert placement.commit(faulty, {"b": row("b")}).number == 2
-    assert faulty.struck == [("read_tail", placement_key(2))]
-    assert numbers(store) == [1, 2]
 
 
 def test_a_crowd_that_always_wins_is_a_conflict(store, monkeypatch):

@@ -6,7 +6,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from tests.tier.test_placement import row
+from tests.tier.placements import row
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.store import MemoryStore

@@ -5,8 +5,8 @@ order read a disk at its worst. The blocks of a window are known before its firs
 in the order of the file, by the threads that load windows, while the window before is served.
 
 Rows at random places miss the processor's table of addresses with nearly every row, unless the file lies in memory, and
-is mapped, in pieces of 2 MiB. Linux (5.18 and later, file systems with large folios: ext4 since 6.16) does so where a
-mapping is advised to before its first fault. Shuffled rows then come 1.0 to 1.07 times as fast, and reading 512 MiB
+is mapped, in pieces of 2 MiB. Linux does so on file systems with large folios (ext4 since 6.16) where a mapping is
+advised to before its first fault. Shuffled rows then come 1.0 to 1.07 times as fast, and reading 512 MiB
 takes 0.007 s of a processor instead of 0.18 for WILLNEED, which makes pages of 4 KiB.
 """
 
@@ -44,12 +44,11 @@ _HUGE_BYTES = 2 << 20
 # The kernel reads whole huge pages then, so that blocks that lie scattered bring near what lies beside them: up to so
 # many times what is wanted where all of the data set stays in memory anyway, and where it does not.
 _MOST_BESIDE, _MOST_BESIDE_IF_LARGER = 4.0, 1.25
-# A first window up to this size may be read in huge pages by the faults of its first batch, whose rows lie anywhere: it
-# waits for all of it in the worst case. In a larger one they read what is usual, which stays in smaller pieces.
-_FIRST_HUGE_BYTES = 1 << 30
 _LINUX = sys.platform == "linux"
 # Of Linux: COLD since 5.4, POPULATE_READ since 5.14.
-_RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _COLD, _POPULATE_READ = 1, 3, 4, 14, 20, 22
+_RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _NOHUGEPAGE, _COLD, _POPULATE_READ = 1, 3, 4, 14, 15, 20, 22
+# Before it, advice to read ext4 by huge pages would make larger reads of small pages, fewer at a time.
+_HUGE_SINCE = (6, 16)
 
 
 class Ahead:
@@ -63,16 +62,9 @@ class Ahead:
         self._stored_bytes = stored_bytes
         self._near: list[tuple[Window, list[tuple[Blocks, NDArray[np.uint64]]]]] = []
 
-    def expect_first(self, windows: Sequence[Loaded]) -> None:
-        """Hear of the windows whose rows are gathered at once, before anything of them is brought near."""
-        if not _LINUX:
-            return
-        fits = self._stored_bytes <= self._threads.limit_bytes - config.private_bytes()
-        for blocks, steps in [(blocks, plan_steps(blocks.mapped)) for loaded in windows for blocks in loaded.held]:
-            if int(steps[:, 1].sum()) <= _FIRST_HUGE_BYTES and not _are_resident(blocks, steps):
-                _expect_huge_pages(steps, fits=fits)
-
-    def bring_near(self, windows: Sequence[Loaded], serving: Sequence[Window]) -> list[Future[int]]:
+    def bring_near(
+        self, windows: Sequence[Loaded], serving: Sequence[Window], *, is_served: bool = False
+    ) -> list[Future[int]]:
         """Start reading what is mapped of windows into memory, as much as there is room for; returns at once.
 
         What there is no room for is read when its rows are gathered, and if they are shuffled then without their
@@ -81,6 +73,8 @@ class Ahead:
         Args:
             windows: that were loaded.
             serving: which windows are, or will be next, these among them.
+            is_served: whether rows of these windows are being gathered already. Of shuffled ones nothing is read by
+                huge pages then: the first batch would wait for one for each of its rows.
 
         Returns:
             For each Blocks that is read a future of the bytes that are near. A range that cannot be read is no error
@@ -105,16 +99,18 @@ class Ahead:
             # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
             self._near.append((loaded.window, [pair for pair in pairs if not pair[0].private_bytes]))
             held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
-            reads += [self._start(blocks, steps, fits=fits) for blocks, steps in held if len(steps)]
+            waits = is_served and loaded.window.key is not None
+            most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
+            reads += [self._start(blocks, steps, most) for blocks, steps in held if len(steps)]
         return reads
 
-    def _start(self, blocks: Blocks, steps: NDArray[np.uint64], *, fits: bool) -> Future[int]:
+    def _start(self, blocks: Blocks, steps: NDArray[np.uint64], most: float) -> Future[int]:
         # Asking takes 0.2 ms for 512 MiB that are mapped, populating them again 18 to 33 ms of a core, in each epoch.
         if _are_resident(blocks, steps):
             near: Future[int] = Future()
             near.set_result(int(steps[:, 1].sum()))
             return near
-        huge = _expect_huge_pages(steps, fits=fits)
+        huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(steps) <= most and _expect(steps, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, steps, self._threads.stop, huge=huge)
 
     def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
@@ -158,12 +154,11 @@ def count_near(sizes: Sequence[int], room_bytes: int) -> int:
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 
-def fit_huge_pages(steps: NDArray[np.uint64], *, fits: bool) -> bool:
-    """Whether these steps, at least one, are to be read in huge pages. fits: whether the data set fits memory."""
+def share_of_huge_pages(steps: NDArray[np.uint64]) -> float:
+    """Bytes of the huge pages that these steps, at least one, lie in, over their own."""
     firsts, lasts = steps[:, 0] // _HUGE_BYTES, (steps.sum(axis=1) - 1) // _HUGE_BYTES
     n_pages = int((lasts - firsts + 1).sum()) - int((firsts[1:] == lasts[:-1]).sum())
-    most = _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
-    return n_pages * _HUGE_BYTES <= most * int(steps[:, 1].sum())
+    return n_pages * _HUGE_BYTES / int(steps[:, 1].sum())
 
 
 def _are_resident(blocks: Blocks, steps: NDArray[np.uint64]) -> bool:
@@ -174,23 +169,21 @@ def _are_resident(blocks: Blocks, steps: NDArray[np.uint64]) -> bool:
 def _expect_single_rows(steps: NDArray[np.uint64]) -> None:
     """Let the kernel read the pages that are touched and no others from their first to their last.
 
-    Else it reads what lies around, and throws out what it read before. The range is not split by block: each piece with
-    advice of its own counts against the process's mappings.
+    Else it reads what lies around, and throws out what it read before: 1 MiB for 256 rows so, and 336 MiB where huge
+    pages were expected before.
     """
     if len(steps):
-        start, stop = int(steps[0, 0]), int(steps[-1].sum())
-        _advise(start, stop - start, _RANDOM)
+        _expect(steps, _NOHUGEPAGE)
+        _expect(steps, _RANDOM)
 
 
-def _expect_huge_pages(steps: NDArray[np.uint64], *, fits: bool) -> bool:
-    """Let the kernel read and map by huge pages what lies from the first to the last page, if they are to be.
+def _expect(steps: NDArray[np.uint64], advice: int) -> bool:
+    """Advise the kernel of all that lies from the first to the last page.
 
-    A kernel before 5.18 would note it and read little at a time.
+    The range is not split by block: each piece with advice of its own counts against the process's mappings.
     """
-    if not len(steps) or _kernel() < (5, 18) or not fit_huge_pages(steps, fits=fits):
-        return False
     start, stop = int(steps[0, 0]), int(steps[-1].sum())
-    return _advise(start, stop - start, _HUGEPAGE)
+    return _advise(start, stop - start, advice)
 
 
 def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], *, huge: bool) -> int:

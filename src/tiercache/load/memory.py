@@ -79,10 +79,10 @@ def lent_bytes() -> int:
 def keep_freed_memory() -> None:
     """Let malloc keep up to 64 MiB that lists of objects free, for the objects of the next batches.
 
-    glibc gives memory at the end of its heap back to the system as soon as 128 KiB of it are free, so that the objects of
-    each batch of 5 MB were 200 fresh pages, and half of the processor time was the kernel's. It stops doing so, as in any
-    program that has freed a large array once, by freeing one: no page of it is touched. Who has set MALLOC_* or another
-    malloc keeps what he has.
+    glibc gives memory at the end of its heap back to the system as soon as 128 KiB of it are free: the objects of each
+    batch of 5 MB were 200 fresh pages, and half of the processor time was the kernel's. It stops doing so when one
+    large block is freed, as in any program that once frees a large array; no page of it is touched. Who has set
+    MALLOC_* or another malloc keeps what he has.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p

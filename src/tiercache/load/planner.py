@@ -174,8 +174,6 @@ class _Planner:
         joined = self._join(part)
         # Near before a row of it is asked for, while the window before is served.
         is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
-        if is_first:
-            self._near.expect_first(new)
         for read in self._near.bring_near(new, serving) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
@@ -186,7 +184,7 @@ class _Planner:
         if not self._ring.push(Plan(joined.addresses, *rows, joined, checks, self._shared.forms)):
             raise CancelledError
         if is_first:  # the first batch does not wait for its whole window
-            self._near.bring_near(new, serving)
+            self._near.bring_near(new, serving, is_served=True)
             if self._work.publishing is not None:
                 self._work.publishing.complete()
         self._serving = part.windows

@@ -2,12 +2,12 @@
 
 ::
 
-    _tiercache/tiers.json                      the mark: tiers look after this; with a hint to the newest placement
+    _tiercache/tiers.json                      the mark: tiers look after this; and up to which number it is whole
     _tiercache/placement/<20 digits>.arrow     each whole: all that lies elsewhere, a row an object
 
 Who has not the mark costs its readers one small GET. A placement is changed by one put of the next number, which
-exactly one of racing writers wins; who loses merges its changes into the winner's and tries again. No
-reader trusts the hint: readers probe upward from it, and list where it leads nowhere.
+exactly one of racing writers wins; who loses merges its changes into the winner's and tries again. The mark's number
+is where readers begin: they probe upward from it, and list where it leads nowhere.
 
 Only the newest are kept, so that a number may be free again::
 
@@ -21,8 +21,13 @@ anew.
 A put may be spoilt on its way. So what was put is read back, and only then does the mark say its number, and does a
 commit return: nobody acts on one that the mark does not reach. If such a one cannot be read, it counts for nothing,
 to readers and to the next writer, who steps over it. One that the mark reaches was whole once: what it said cannot be
-known from those before, and whoever reads it gets CorruptShard. Two writers in one instant may leave the lower number
-in the mark, until the next commit; that matters only if the higher one rots meanwhile.
+known from those before, and whoever reads it gets CorruptShard::
+
+    1. A puts 8, and reads it back
+    2. B reads 8 wrongly, more than once, where the mark says 7; it steps over it and puts 9, which lacks A's changes
+    3. A has the mark say 8
+
+Of the two, one sees the other: A lists after the mark says 8, and B looks at the mark again after 9 is there.
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
 
 def is_adopted(store: Store) -> bool:
     """Whether tiers look after what lies in store: its mark is there. One small GET. Raises StoreError."""
-    return _hint(store) is not None
+    return _marked(store) is not None
 
 
 def read(store: Store) -> Placement | None:
@@ -86,16 +91,16 @@ def read(store: Store) -> Placement | None:
         UnsupportedFormat: a newer release wrote it.
         StoreError: the store's.
     """
-    hint = _hint(store)
-    return None if hint is None else _newest(store, hint)
+    marked = _marked(store)
+    return None if marked is None else _newest(store, marked)
 
 
 def search(store: Store, known: Placement | None = None) -> Placement:
-    """As `read`, where something was missed: lists what there is, whatever mark and hint say. Raises as `read`."""
+    """As `read`, where something was missed: lists what there is, whatever the mark says. Raises as `read`."""
     listed = _listed(store)
     if listed is None:
-        return _newest(store, max(_hint(store) or 0, 0 if known is None else known.number))
-    if known is not None and known.number == listed:
+        return _newest(store, max(_marked(store) or 0, 0 if known is None else known.number))
+    if known is not None and known.number + known.n_spoilt == listed:
         newer = _probe(store, listed + 1)
         return known if newer is None else newer
     return _newest(store, listed) if listed else nothing()
@@ -119,9 +124,15 @@ def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
     return tuple(found)
 
 
-def encode_mark(number: int, since_s: float | None = None) -> bytes:
-    """The mark's text. since_s: when tiers began to look after the data, seconds since the epoch."""
-    facts = {"format": "tiercache-tiers", "version": FORMAT_VERSION, "placement": number}
+def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
+    """The mark's text.
+
+    Args:
+        number: up to which placements were read back; None: it is not known.
+        since_s: when tiers began to look after the data, seconds since the epoch.
+    """
+    facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
+    facts |= {} if number is None else {"placement": number}
     return json.dumps(facts | ({} if since_s is None else {"since": int(since_s)})).encode() + b"\n"
 
 
@@ -132,14 +143,18 @@ def placement_key(number: int) -> str:
 
 def adopted_s(store: Store) -> float | None:
     """When tiers began to look after what lies in store, and uses to be counted; None: nobody says. As is_adopted."""
-    since = (_mark(store) or {}).get("since")
+    return _since_s(_mark(store) or {})
+
+
+def _since_s(mark: dict[str, Any]) -> float | None:
+    since = mark.get("since")
     if isinstance(since, bool) or not isinstance(since, int | float):
         return None
     return float(since) if 0 <= since < _NEVER_S else None
 
 
-def _hint(store: Store) -> int | None:
-    """The hinted number, 0 where the mark has none that can be; None: there is no mark."""
+def _marked(store: Store) -> int | None:
+    """The number in the mark, 0 where it has none that can be; None: there is no mark."""
     mark = _mark(store)
     return None if mark is None else _number(mark) or 0
 
@@ -167,24 +182,24 @@ def _mark(store: Store) -> dict[str, Any] | None:
     return {}
 
 
-def _newest(store: Store, hint: int) -> Placement:
+def _newest(store: Store, start: int) -> Placement:
     """The newest from a number that may be there; number 0 where there is none at all."""
-    found = _probe(store, hint or 1)
+    found = _probe(store, start or 1)
     for _ in range(MAX_REBASES):
         if found is not None:
             return found
         listed = _listed(store)
         if listed is None:
-            return _beyond(store, hint)
+            return _beyond(store, start)
         if not listed:
             return nothing()
         found = _probe(store, listed, is_listed=True)  # unless it was removed since, for ten newer ones
     raise StoreError("placement changes faster than it can be read", url=store.url, retryable=True)
 
 
-def _beyond(store: Store, hint: int) -> Placement:
-    """The newest of a store that cannot list, where the hinted one is gone."""
-    further = range(hint + 1, hint + 1 + _MAX_GAP) if hint else ()
+def _beyond(store: Store, start: int) -> Placement:
+    """The newest of a store that cannot list, where `start` is gone."""
+    further = range(start + 1, start + 1 + _MAX_GAP) if start else ()
     found = next((number for number in further if _get(store, number) is not None), 0)
     return _probe(store, found) or nothing()
 
@@ -200,19 +215,25 @@ def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement |
 
 def _sound(store: Store, top: int, data: bytes) -> Placement:
     """The newest that counts, where `top` is the newest there is: see above of those that were spoilt. data: of top."""
-    for number in range(top, 0, -1):
-        found = data if number == top else _get(store, number, is_listed=True)
-        if found is None:
-            break
-        try:
-            return _decoded(store, number, found, n_spoilt=top - number)
-        except CorruptShard:
-            read_back = _number(_mark(store) or {})
-            if read_back is None or number <= read_back:
+    try:
+        return _decoded(store, top, data)
+    except CorruptShard:
+        read_back = _number(_mark(store) or {})
+        if read_back is None or top <= read_back:  # more were written and read back since, or it was whole once
+            newer = _probe(store, read_back) if read_back is not None and top < read_back else None
+            if newer is None:
                 raise
-    else:
-        return nothing(top)
-    return _decoded(store, top, data)  # why it cannot be read: none is left that could tell what lay where before
+            return newer
+        for number in range(top - 1, 0, -1):
+            found = _get(store, number, is_listed=True)
+            if found is None:
+                raise  # none is left that could tell what lay where before
+            try:
+                return _decoded(store, number, found, n_spoilt=top - number)
+            except CorruptShard:
+                if number <= read_back:
+                    raise
+        return nothing(n_spoilt=top)
 
 
 def _decoded(store: Store, number: int, data: bytes, n_spoilt: int = 0) -> Placement:
@@ -272,7 +293,8 @@ def adopt(store: Store) -> bool:
     """Set the mark: machines report from now on what they use. Whether it was not there. Raises StoreError."""
     if is_adopted(store):
         return False
-    store.put_if_absent(MARK_KEY, encode_mark(0, time.time()))
+    # What is there may have been acted upon, if a mark was there and is gone: it counts as read back.
+    store.put_if_absent(MARK_KEY, encode_mark(_listed(store), time.time()))
     return True
 
 
@@ -303,11 +325,14 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
             return current
         proposed = Placement(current.number + current.n_spoilt + 1, rows, secrets.token_hex(16))
         if _put(store, proposed):
-            if (_listed(store) or 0) <= proposed.number:
-                _say_read_back(store, proposed.number)
-                reach("tier_placement.hinted")
-                _tidy(store, proposed.number)
-                return proposed
+            try:
+                if _holds(store, proposed.number, current):
+                    reach("tier_placement.hinted")
+                    _tidy(store, proposed.number)
+                    return proposed
+            except StoreError as error:
+                error.facts["maybe_done"] = True
+                raise
             store.delete([placement_key(proposed.number)])  # see above: it was put too late
         current = search(store)
     raise CommitConflict(f"{MAX_REBASES} others changed the placement first", url=store.url, number=current.number)
@@ -335,21 +360,30 @@ def _put(store: Store, proposed: Placement) -> bool:
             raise failure from None
         return False
     except StoreError as error:
-        raise (failure or error) from error
+        unsettled = failure or error
+        unsettled.facts["maybe_done"] = True
+        raise unsettled from error
+
+
+def _holds(store: Store, number: int, before: Placement) -> bool:
+    """Whether a placement that was read back may be acted on; the mark says its number then. before: its base."""
+    if before.n_spoilt and (_marked(store) or 0) > before.number:
+        return False  # what was stepped over was whole
+    _say_read_back(store, number)
+    return (_listed(store) or 0) <= number
 
 
 def _say_read_back(store: Store, number: int) -> None:
     """Have the mark say that placements up to number were whole when they were read back. Raises StoreError."""
     for _ in range(_TRIES):
-        mark = _mark(store)
-        if mark is not None and (_number(mark) or 0) >= number:
+        mark = _mark(store) or _mark(store) or {}  # twice: of one that was read wrongly `since` would be lost
+        if (_number(mark) or 0) >= number:
             return
-        store.put(MARK_KEY, encode_mark(number, adopted_s(store)))
+        store.put(MARK_KEY, encode_mark(number, _since_s(mark)))
     raise StoreError(
         f"expected the mark to say {number} after writing that, found another thing {_TRIES} times",
         url=f"{store.url}/{MARK_KEY}",
         retryable=True,
-        maybe_done=True,
     )
 
 

@@ -1,0 +1,40 @@
+"""Placements for tests: rows, what one says, and a process that is killed at a point."""
+
+from __future__ import annotations
+
+import pytest
+
+from tiercache.points import set_hook
+from tiercache.tier import placement
+from tiercache.tier.placement import Row
+
+
+def row(key: str, url: str = "s3://cold/data", **how) -> Row:
+    return Row(key, url, n_bytes=how.pop("n_bytes", 5), crc32c=how.pop("crc32c", 7), **how)
+
+
+def rows_of(found: placement.Placement) -> dict[str, Row]:
+    return {one.key: one for one in map(found.row, range(len(found)))}
+
+
+def numbers(store) -> list[int]:
+    return sorted(int(info.key[-26:-6]) for info in store.list(placement.PLACEMENT_FOLDER))
+
+
+class _Stop(Exception):
+    pass
+
+
+def stopped_at(point: str, work) -> None:
+    """Do work until it reaches a point, as a process that is killed there."""
+
+    def stop(reached: str) -> None:
+        if reached == point:
+            raise _Stop
+
+    before = set_hook(stop)
+    try:
+        with pytest.raises(_Stop):
+            work()
+    finally:
+        set_hook(before)
