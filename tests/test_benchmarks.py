@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tiercache.load.ahead import _is_resident
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # All but "first_batch", which starts a process for each figure.
 STAGES = ("checksum", "gather", "assembly", "overhead", "first_epoch")
@@ -291,6 +293,24 @@ def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str],
         assert required.workload in peer.workloads
         assert required.shuffle in peer.shuffles
         assert required.form in (peer.forms if workloads[required.workload].varied else ("",))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache as Linux has it")
+def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    path = tmp_path / "inner" / "file"
+    path.parent.mkdir()
+    path.write_bytes(bytes(4 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        memory = np.memmap(path, np.uint8, "r")
+        address = memory.__array_interface__["data"][0]
+        if _is_resident(address, len(memory)):
+            pytest.skip("this file system keeps all of its files in memory")
+        bench("peers.runner").read_through(tmp_path)
+        assert _is_resident(address, len(memory))
 
 
 def test_right_batches_pass_both_checks_in_either_form(checked: tuple[Any, list[dict[str, Any]]]) -> None:

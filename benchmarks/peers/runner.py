@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = Path(__file__).parents[1]
 REASON_LENGTH = 300
+READ_BYTES = 8 << 20
 
 
 class FailedError(Exception):
@@ -36,6 +37,8 @@ class Runner:
             FailedError: it failed, served wrong records, or took too long.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
+        if job.task != "pack":
+            read_through(job.path if job.path.exists() else Path(job.source_folder))
         log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{job.form}-{job.workers}.log"
         with log.open("w") as errors:
             child = subprocess.Popen(
@@ -56,6 +59,15 @@ class Runner:
         if child.returncode:
             raise FailedError(f"{_reason(log)} (exit {child.returncode}; {log.name})")
         return json.loads(said.splitlines()[-1])
+
+
+def read_through(folder: Path) -> None:
+    """Bring all files of a folder into the page cache: some kernels throw out what was not read for some minutes."""
+    memory = memoryview(bytearray(READ_BYTES))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(memory):
+                pass
 
 
 def _end_group(child: subprocess.Popen[str]) -> None:
