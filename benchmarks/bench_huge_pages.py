@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 import tiercache as tc
+from peers.runner import read_through
 from rows import OUT, table, write_rows
 from tiercache.testing.cgroup import drop_pages
 
-PAGE, READ_BYTES = 4096, 8 << 20
+PAGE = 4096
 # kind -> schema of the wide column, its bytes a record, the batch
 KINDS: dict[str, tuple[Any, int, int]] = {
     "tokens": (tc.Tensor("uint16", (1024,)), 2048, 64),
@@ -42,22 +43,19 @@ def write(folder: Path, kind: str, n: int) -> None:
         for first in range(0, n, 4096):
             m = min(4096, n - first)
             raw = random.integers(0, 256, (m, n_bytes), np.uint8)
-            wide = [row.tobytes() for row in raw]
-            if kind != "bytes":
-                wide = np.frombuffer(b"".join(wide), spec.dtype).reshape(m, *spec.shape)
+            wide = [row.tobytes() for row in raw] if kind == "bytes" else raw.view(spec.dtype).reshape(m, *spec.shape)
             writer.write_batch({"wide": wide, "label": np.arange(first, first + m)})
 
 
 def read(folder: Path, *, by_pages: bool) -> None:
     """Bring a data set into the page cache, in pages or in what the kernel makes of large reads."""
     drop_pages(folder)
-    memory = memoryview(bytearray(PAGE if by_pages else READ_BYTES))
-    for path in sorted(folder.rglob("*.tcs")):
+    for path in sorted(folder.rglob("*.tcs")) if by_pages else ():
         with path.open("rb", buffering=0) as file:
-            if by_pages:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            while file.readinto(memory):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            while file.read(PAGE):
                 pass
+    read_through(folder)
 
 
 def epoch(loader: tc.DataLoader) -> float:

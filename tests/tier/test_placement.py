@@ -20,14 +20,6 @@ from tiercache.testing.http_server import HttpFaultServer
 from tiercache.tier import placement
 from tiercache.tier.placement import MARK_KEY, N_KEPT, Row, placement_key
 
-
-@pytest.fixture
-def store(request) -> MemoryStore:
-    store = MemoryStore(f"placement-{request.node.name}")
-    yield store
-    store.delete([info.key for info in store.list()])
-
-
 # -- what it says ---------------------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(["a", "b/c.tcs", "shards/é.tcs", "shards/0.tcs", "z", "A"])

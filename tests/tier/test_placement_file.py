@@ -9,17 +9,9 @@ import pytest
 from tests.tier.placements import row
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.store import MemoryStore
 from tiercache.testing import Fault, FaultStore
 from tiercache.tier import placement, placement_file
 from tiercache.tier.placement import MARK_KEY, placement_key
-
-
-@pytest.fixture
-def store(request) -> MemoryStore:
-    store = MemoryStore(f"placement-file-{request.node.name}")
-    yield store
-    store.delete([info.key for info in store.list()])
 
 
 def test_every_flipped_byte_is_reported_or_changes_nothing(store):

@@ -9,18 +9,10 @@ import pytest
 from tests.tier.placements import numbers, row, rows_of, stopped_at
 
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.store import MemoryStore
 from tiercache.testing import CountingStore, Fault, FaultStore, GateStore
 from tiercache.testing.wrapper import WrapperStore
 from tiercache.tier import placement
 from tiercache.tier.placement import MARK_KEY, N_KEPT, placement_key
-
-
-@pytest.fixture
-def store(request) -> MemoryStore:
-    store = MemoryStore(f"placement-spoilt-{request.node.name}")
-    yield store
-    store.delete([info.key for info in store.list()])
 
 
 class Spoiling(WrapperStore):
@@ -216,18 +208,17 @@ def test_who_knows_one_before_a_spoilt_one_asks_for_no_more_than_the_next(store)
 
 
 def test_a_mark_that_is_spoilt_while_it_is_written_is_written_again(store):
-    class Spoiling(WrapperStore):
-        n_spoilt = 0
+    class SpoilingMarks(WrapperStore):
+        n_left = 1
 
         def put(self, key, data):
-            self.n_spoilt += 1
-            return super().put(key, b"{" if self.n_spoilt <= self.n_most else data)
+            self.n_left -= 1
+            return super().put(key, b"{" if self.n_left >= 0 else data)
 
-    faulty = Spoiling(store)
-    faulty.n_most = 1
+    faulty = SpoilingMarks(store)
     placement.commit(faulty, {"a": row("a")})
     assert json.loads(store.get(MARK_KEY))["placement"] == 1
-    faulty.n_most = 99
+    faulty.n_left = 99
     with pytest.raises(StoreError, match="expected the mark to say 2 after writing that") as failed:
         placement.commit(faulty, {"b": row("b")})
     assert (failed.value.retryable, failed.value.maybe_done) == (True, True)

@@ -28,6 +28,9 @@ known from those before, and whoever reads it gets CorruptShard::
     3. A has the mark say 8
 
 Of the two, one sees the other: A lists after the mark says 8, and B looks at the mark again after 9 is there.
+
+Two that raise the mark in one instant may leave the lower number in it. Who wrote that finds the higher one in his
+list, and raises the mark again; if he is killed in between, the next commit does.
 """
 
 from __future__ import annotations
@@ -229,23 +232,25 @@ def _sound(store: Store, top: int, data: bytes) -> Placement:
             if found is None:
                 raise  # none is left that could tell what lay where before
             try:
-                return _decoded(store, number, found, n_spoilt=top - number)
+                sound = _decoded(store, number, found)
             except CorruptShard:
                 if number <= read_back:
                     raise
+            else:
+                return Placement(number, sound.rows, sound.nonce, n_spoilt=top - number)
         return nothing(n_spoilt=top)
 
 
-def _decoded(store: Store, number: int, data: bytes, n_spoilt: int = 0) -> Placement:
+def _decoded(store: Store, number: int, data: bytes) -> Placement:
     """What was read, or what is read now where that cannot be decoded: a bit may have turned on the way."""
     url = f"{store.url}/{placement_key(number)}"
     try:
-        return decode(data, number, url=url, n_spoilt=n_spoilt)
+        return decode(data, number, url=url)
     except CorruptShard:
         again = _get(store, number)
         if again is None or again == data:
             raise
-        return decode(again, number, url=url, n_spoilt=n_spoilt)
+        return decode(again, number, url=url)
 
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:

@@ -155,8 +155,8 @@ def encode(placement: Placement) -> bytes:
     return data
 
 
-def decode(data: bytes, number: int, *, url: str, n_spoilt: int = 0) -> Placement:
-    """The placement of a file that was read from placement_key(number). url: of it, for errors; n_spoilt: as it has.
+def decode(data: bytes, number: int, *, url: str) -> Placement:
+    """The placement of a file that was read from placement_key(number). url: of it, for errors.
 
     Raises:
         CorruptShard: it is not what was written, or more than anybody writes.
@@ -176,7 +176,7 @@ def decode(data: bytes, number: int, *, url: str, n_spoilt: int = 0) -> Placemen
     problem = _problem(table, number, stated)
     if problem:
         raise CorruptShard(problem, url=url, part="placement")
-    return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce, n_spoilt=n_spoilt)
+    return Placement(number, table.replace_schema_metadata(None).combine_chunks(), nonce)
 
 
 def too_large(n_bytes: int, *, url: str) -> CorruptShard:
