@@ -40,7 +40,7 @@ def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
         SimpleNamespace(mapped=np.array([[address + n * size, size]], np.uint64), private_bytes=0, copy=None)
         for n in range(n_parts)
     ]
-    return SimpleNamespace(held=held, window=SimpleNamespace(key=b"k"))
+    return SimpleNamespace(held=held, window=SimpleNamespace(key=b"k", is_in_order=False))
 
 
 def bring_near(ahead: Ahead, *windows: SimpleNamespace) -> list[Future[int]]:
@@ -88,12 +88,14 @@ def large(tmp_path):
     found.memory = None
 
 
-def blocks_of(memory: np.ndarray, size: int, every: int, key: bytes | None = b"k") -> SimpleNamespace:
+def blocks_of(memory: np.ndarray, size: int, every: int, *, is_in_order: bool = False) -> SimpleNamespace:
     """A window of blocks of one shard that lie scattered."""
     address = memory.__array_interface__["data"][0]
     mapped = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
     held = [SimpleNamespace(mapped=mapped, private_bytes=0, copy=None)]
-    return SimpleNamespace(held=held, window=SimpleNamespace(key=key))
+    return SimpleNamespace(
+        held=held, window=SimpleNamespace(key=None if is_in_order else b"k", is_in_order=is_in_order)
+    )
 
 
 # Of each: the size of a block, from one's begin to the next one's; whether the data set fits memory.
@@ -124,11 +126,11 @@ def test_a_kernel_that_has_none_for_files_is_not_asked(large, make_ahead, monkey
     assert not _is_huge(large.memory)
 
 
-@pytest.mark.parametrize("key", [None, b"k"])
-def test_rows_that_are_served_meanwhile_and_shuffled_do_not_wait_for_huge_pages(large, make_ahead, key):
-    window = blocks_of(large.memory, *WHOLE, key)
+@pytest.mark.parametrize("is_in_order", [True, False])
+def test_rows_that_are_served_meanwhile_in_any_order_do_not_wait_for_huge_pages(large, make_ahead, is_in_order):
+    window = blocks_of(large.memory, *WHOLE, is_in_order=is_in_order)
     near_bytes(make_ahead(1 << 40).bring_near([window], [window.window], is_served=True))
-    assert _is_huge(large.memory) == (key is None and _kernel_is_new())
+    assert _is_huge(large.memory) == (is_in_order and _kernel_is_new())
 
 
 def test_single_rows_of_what_has_no_room_are_read_alone_though_huge_pages_were_expected_before(large, make_ahead):

@@ -73,8 +73,8 @@ class Ahead:
         Args:
             windows: that were loaded.
             serving: which windows are, or will be next, these among them.
-            is_served: whether rows of these windows are being gathered already. Of shuffled ones nothing is read by
-                huge pages then: the first batch would wait for one for each of its rows.
+            is_served: whether rows of these windows are being gathered already. If they may be in any order,
+                nothing is read by huge pages: the first batch would wait for one for each of its rows.
 
         Returns:
             For each Blocks that is read a future of the bytes that are near. A range that cannot be read is no error
@@ -99,7 +99,7 @@ class Ahead:
             # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
             self._near.append((loaded.window, [pair for pair in pairs if not pair[0].private_bytes]))
             held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
-            waits = is_served and loaded.window.key is not None
+            waits = is_served and not loaded.window.is_in_order
             most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
             reads += [self._start(blocks, steps, most) for blocks, steps in held if len(steps)]
         return reads
@@ -111,7 +111,7 @@ class Ahead:
             near.set_result(int(steps[:, 1].sum()))
             return near
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(steps) <= most and _expect(steps, _HUGEPAGE)
-        return self._threads.executor.submit(_read, blocks, steps, self._threads.stop, huge=huge)
+        return self._threads.executor.submit(_read, blocks, steps, self._threads.stop, huge)
 
     def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, mark their pages as first to go."""
@@ -186,7 +186,7 @@ def _expect(steps: NDArray[np.uint64], advice: int) -> bool:
     return _advise(start, stop - start, advice)
 
 
-def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], *, huge: bool) -> int:
+def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], huge: bool) -> int:
     """Have pages read and mapped, step by step; how many bytes are. _owner: keeps the mapping meanwhile."""
     # The disk hears of all of it at once; the steps then wait for what is under way.
     for address, n_bytes in steps.tolist() if not huge else ():

@@ -182,6 +182,11 @@ class ListedWindow:
         return int(self.block_bytes.sum())
 
     @property
+    def is_in_order(self) -> bool:
+        """False: whoever listed them may have meant any order."""
+        return False
+
+    @property
     def windows(self) -> tuple[ListedWindow, ...]:
         """Itself."""
         return (self,)

@@ -61,6 +61,11 @@ class Window:
         """Itself: a window is a `Stretch` of an order whose stretches have one window each."""
         return (self,)
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether its rows are served as they are stored."""
+        return self.key is None
+
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Places of positions [lo, hi), counted from the window's start.
 
