@@ -139,6 +139,11 @@ def test_blocks_that_cost_nothing_are_not_counted():
     assert as_list(listed_window(7, found.cut(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
+def test_a_window_of_listed_records_promises_no_order():
+    found = Locator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
+    assert not listed_window(0, found).is_in_order
+
+
 def test_few_records_of_many_blocks_are_found_as_well():
     layout = layout_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
