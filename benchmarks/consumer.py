@@ -82,8 +82,7 @@ class Consumer:
     def seen(self) -> np.ndarray:
         """How often each record came since the last reset, int64[n]."""
         keys = np.concatenate(self._keys) if self._keys else np.empty(0, np.int64)
-        if len(keys) and not 0 <= keys.min() <= keys.max() < self._workload.n_records:
-            raise WrongBatchesError(f"record numbers from {keys.min()} to {keys.max()}")
+        self._check_numbers(keys)
         return np.bincount(keys, minlength=self._workload.n_records)
 
     @property
@@ -137,6 +136,7 @@ class Consumer:
             keys = as_array(batch[KEY]).reshape(-1)
             if len(keys) > self._workload.batch_size:
                 raise WrongBatchesError(f"a batch of {len(keys)} records, not {self._workload.batch_size}")
+            self._check_numbers(keys)
             for field in self._workload.fields:
                 if not self._same(field, batch[field.name], keys):
                     raise WrongBatchesError(
@@ -150,6 +150,10 @@ class Consumer:
         self.order = np.concatenate([np.empty(0, np.int64), *self._keys])
         self.check_counts(1, whole=whole)
         return whole
+
+    def _check_numbers(self, keys: np.ndarray) -> None:
+        if len(keys) and not 0 <= keys.min() <= keys.max() < self._workload.n_records:
+            raise WrongBatchesError(f"record numbers from {keys.min()} to {keys.max()}")
 
     def _same(self, field: Field, value: Any, keys: np.ndarray) -> bool:
         expected = self._expected[field.name][keys]

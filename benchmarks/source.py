@@ -22,7 +22,10 @@ GRID = 4
 
 
 class Source:
-    """The records of a workload in a folder that `generate` filled; columns are mapped read-only, nothing is kept."""
+    """The records of a workload in a folder that `generate` filled; columns are mapped read-only, nothing is kept.
+
+    The folder may hold more records than the workload: then these are its first ones.
+    """
 
     def __init__(self, workload: Workload, folder: Path) -> None:
         self.workload = workload
@@ -38,8 +41,9 @@ class Source:
         return np.memmap(self.folder / field.name, field.dtype, "r", shape=(self.workload.n_records, *field.shape))
 
     def data(self, field: Field) -> np.ndarray:
-        """All bytes of a column whose records vary, or could, in length: uint8[total]."""
-        return np.memmap(self.folder / field.name, np.uint8, "r")
+        """All bytes of a column, whether its records vary in length or not: uint8[total]."""
+        n_bytes = self.workload.n_records * field.n_bytes if field.kind == "array" else int(self.offsets(field)[-1])
+        return np.memmap(self.folder / field.name, np.uint8, "r", shape=(n_bytes,))
 
     def offsets(self, field: Field) -> np.ndarray:
         """Where records begin and end in `data`, int64[n + 1]."""
@@ -47,7 +51,9 @@ class Source:
 
     def expected(self, field: Field) -> np.ndarray:
         """The sum of each record's words [n], or the means of each image's cells [n, GRID, GRID, 3]."""
-        return np.load(self.folder / f"{field.name}.expected.npy")
+        every = np.load(self.folder / f"{field.name}.expected.npy", mmap_mode="r")
+        # A copy, as what is not of the workload shall not count as memory of who reads its first records.
+        return np.array(every[: self.workload.n_records])
 
     def batch(self, start: int, stop: int) -> dict[str, Any]:
         """Consecutive records by column: arrays, or lists of bytes or str."""

@@ -93,3 +93,8 @@ WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, RO
 def scaled(workload: Workload, scale: float) -> Workload:
     """The workload with so many times its records; at least two batches and a short one."""
     return replace(workload, n_records=max(int(workload.n_records * scale), 2 * workload.batch_size + 3))
+
+
+def first_of(workload: Workload, n_records: int) -> Workload:
+    """The workload with its first records only, so many of them; itself, if it has no more."""
+    return replace(workload, n_records=min(n_records, workload.n_records))

@@ -139,14 +139,12 @@ def test_what_cannot_be_installed_is_named_with_its_reason(bench: Callable[[str]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    compare, catalogue, workloads = bench("peers.compare"), bench("peers.catalogue"), bench("workloads")
-    tiny = replace(workloads.TENSORS, n_records=8)
-    failing = catalogue.Peer(title="no such adapter", tuned="never", shuffles=("none",))
-    plan = compare.Plan(
-        folder=tmp_path,
-        environments=tmp_path / "envs",
-        peers=("no_such_adapter",),
+def small_plan(compare: ModuleType, folder: Path, *peers: str) -> Any:
+    """One repetition of contenders that need no environment, shuffled or not, every record checked."""
+    return compare.Plan(
+        folder=folder,
+        environments=folder / "envs",
+        peers=peers,
         shuffles=("none", "full"),
         workers=(0,),
         repetitions=1,
@@ -156,6 +154,13 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], 
         reuse=False,
         resume=False,
     )
+
+
+def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    compare, catalogue, workloads = bench("peers.compare"), bench("peers.catalogue"), bench("workloads")
+    tiny = replace(workloads.TENSORS, n_records=8)
+    failing = catalogue.Peer(title="no such adapter", tuned="never", shuffles=("none",))
+    plan = small_plan(compare, tmp_path, "no_such_adapter")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(catalogue.PEERS, "no_such_adapter", failing)
         rows = compare.compare(tiny, plan, compare.Tasks(plan))
@@ -163,6 +168,67 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], 
     assert all("ModuleNotFoundError" in row["missing"] for row in rows)
     text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
     assert "no such adapter (shuffle none): ModuleNotFoundError" in text
+
+
+def test_a_contender_with_fewer_records_packs_and_reads_exactly_the_first_ones(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
+    tiny, source = replace(workloads.BYTES, batch_size=8, n_records=83), bench("source").Source
+    # One packs its records, one takes those that were generated, as they lie.
+    plan, shares = small_plan(compare, tmp_path, "numpy_memmap", "c_floor"), {"numpy_memmap": 37, "c_floor": 29}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, n in shares.items():
+            changes = {"shuffles": ("full",), "forms": ("list",), "fewer": {"bytes": n}}
+            patch.setitem(peers, name, replace(peers[name], **changes))
+        rows = [{**row, **bench("rows").machine()} for row in compare.compare(tiny, plan, compare.Tasks(plan))]
+    assert [row["peer"] for row in loads(rows)] == [*shares]
+    for row in loads(rows):
+        assert (row["workload"]["n_records"], row["whole_records"]) == (shares[row["peer"]], 83)
+        # Each of them came once, or the contender would have failed.
+        assert row["checked_share"]["median"] == 1
+    whole = source(tiny, tmp_path / "data" / "bytes")
+    packed = source(workloads.first_of(tiny, 37), tmp_path / "packed" / "numpy_memmap" / "bytes-37")
+    assert (packed.folder / "values").stat().st_size == whole.offsets(tiny.fields[0])[37]
+    assert packed.batch(0, 37)["values"] == whole.batch(0, 37)["values"]
+    assert packed.keys.tolist() == list(range(37))
+    text = bench("peers.report").markdown(rows)
+    assert text.count("### ") == 1
+    assert "83 records of bytes" in text
+    # Read by both, packed by one.
+    assert (text.count("37 records"), text.count("29 records")) == (2, 1)
+
+
+def test_every_share_of_a_workload_is_one_of_many_batches(bench: Callable[[str], ModuleType]) -> None:
+    workloads = bench("workloads").WORKLOADS
+    shares = [(peer, name, n) for peer in bench("peers.catalogue").PEERS.values() for name, n in peer.fewer.items()]
+    assert shares
+    for peer, name, n in shares:
+        assert name in peer.workloads
+        assert 32 * workloads[name].batch_size <= n < workloads[name].n_records
+
+
+def test_of_a_small_workload_nobody_gets_more_than_there_is(bench: Callable[[str], ModuleType]) -> None:
+    workloads = bench("workloads")
+    tenth = workloads.scaled(workloads.ROWS, 0.1)
+    assert workloads.first_of(tenth, 131_072).n_records == 131_072
+    assert workloads.first_of(tenth, 1 << 20) == tenth
+
+
+def test_what_is_packed_of_fewer_records_does_not_pass_for_all_of_them(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
+    plan, tiny = small_plan(compare, tmp_path, "numpy_memmap"), replace(workloads.TENSORS, batch_size=8, n_records=64)
+    again = replace(plan, reuse=True, resume=True)
+    packed = []
+    for fewer, how in (({}, plan), ({"tensors": 32}, again), ({}, again)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(peers, "numpy_memmap", replace(peers["numpy_memmap"], shuffles=(), fewer=fewer))
+            packed += [row["records_per_s"] for row in compare.compare(tiny, how, compare.Tasks(how))]
+    assert packed[2] == packed[0] != packed[1]
+    folder = tmp_path / "packed" / "numpy_memmap"
+    assert [(folder / name / "label").stat().st_size // 8 for name in ("tensors", "tensors-32")] == [64, 32]
 
 
 @pytest.fixture
@@ -286,6 +352,22 @@ def test_the_verdict_compares_with_the_floor_and_the_best_library(bench: Callabl
     assert lines["tokens, packed one by one", "2 x the fastest library"].measured == "3.00"
 
 
+def test_the_verdict_says_when_the_best_library_got_fewer_records(bench: Callable[[str], ModuleType]) -> None:
+    ours, lit = (
+        rates(peer, "full", "", rate, workload={"name": "rows", "n_records": n}, whole_records=2048)
+        for peer, rate, n in (("tiercache", 9.0, 2048), ("lit", 3.0, 512))
+    )
+    lines = {(line.what, line.required): line for line in bench("peers.verdict").verdict([lit, ours])}
+    line = lines["rows, shuffled", "ahead of every library"]
+    assert (line.met, line.measured) == (True, "3.00")
+    assert line.figures.endswith("(lit, 512 records)")
+
+
+def test_a_run_ends_with_how_long_each_workload_took(bench: Callable[[str], ModuleType]) -> None:
+    said = bench("peers.__main__").durations({"tokens": 90.0, "rows": 300.0})
+    assert said == "took tokens 1.5 min, rows 5.0 min, all 6.5 min"
+
+
 def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str], ModuleType]) -> None:
     peers, workloads = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS
     for required in bench("peers.verdict").TABLE:
@@ -337,6 +419,14 @@ def test_wrong_batches_are_refused(checked: tuple[Any, list[dict[str, Any]]]) ->
         consumer.read(batches)
         with pytest.raises(ValueError, match=r"records did not come|do not sum up"):
             consumer.check_sums(1)
+
+
+def test_a_record_beyond_the_first_ones_is_refused(checked: tuple[Any, list[dict[str, Any]]]) -> None:
+    consumer, (one, two) = checked
+    beyond = {**two, "label": two["label"] + 32}
+    for numbers in (beyond, {**one, "label": one["label"] - 1}):
+        with pytest.raises(ValueError, match="record numbers from"):
+            consumer.check_records([numbers])
 
 
 def test_the_quality_of_a_shuffle_is_told_from_the_order(bench: Callable[[str], ModuleType]) -> None:

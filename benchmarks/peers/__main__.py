@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from rows import OUT, machine, write_rows
 from workloads import WORKLOADS, scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 QUICK_SCALE = 0.0
 QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
@@ -80,6 +82,12 @@ def merged(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> lis
     return [*(row for row in rows if case(row) not in replaced), *new]
 
 
+def durations(took_s: Mapping[str, float]) -> str:
+    """How long the workloads took, each and together. took_s: by name."""
+    every = {**took_s, "all": sum(took_s.values())}
+    return "took " + ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in every.items())
+
+
 def draw(plan: Plan) -> None:
     """Draw the rows with matplotlib, which lives in an environment of its own."""
     try:
@@ -96,10 +104,13 @@ def main(arguments_given: list[str] | None = None) -> None:
     plan, scale = plan_of(given), QUICK_SCALE if given.quick else given.scale
     path, tasks = plan.folder / "peers.jsonl", Tasks(plan)
     rows = report.read(path) if plan.resume and path.exists() else []
+    took_s: dict[str, float] = {}
     for name in given.workload:
+        started = time.perf_counter()
         new = [{**machine(), **row} for row in compare(scaled(WORKLOADS[name], scale), plan, tasks)]
         rows = merged(rows, new)
         write_rows(path, rows)
+        took_s[name] = time.perf_counter() - started
     text = report.markdown(report.read(path))
     (plan.folder / "peers.md").write_text(text)
     print(text)
@@ -108,6 +119,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     if not given.keep:
         drop(plan)
     print(f"rows and tables: {plan.folder}")
+    print(durations(took_s), file=sys.stderr)
 
 
 if __name__ == "__main__":

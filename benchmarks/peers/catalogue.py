@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TORCH = "torch"
 PILLOW = "pillow"
@@ -26,6 +29,7 @@ class Peer:
         min_workers: it cannot do with fewer.
         forms: what it gives for columns of varied length.
         workloads: names of those that it is run on.
+        fewer: by workload, the most records of it that it gets, the first ones, where all of them would take minutes.
         baseline: no library, but something that libraries are measured against.
         packs: whether it has a format, and so a way to write it.
     """
@@ -39,6 +43,7 @@ class Peer:
     min_workers: int = 0
     forms: tuple[str, ...] = ("list",)
     workloads: tuple[str, ...] = ("tokens", "bytes", "tensors", "rows", "images")
+    fewer: Mapping[str, int] = field(default_factory=dict)
     baseline: bool = False
     packs: bool = True
 
@@ -70,18 +75,25 @@ PEERS = {
         distribution="mosaicml-streaming",
         requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
         shuffles=ALL,
+        # It packs 34 to 55 thousand a second, two million in up to a minute, and reads 12 to 20 thousand.
+        fewer={"rows": 131_072},
     ),
     "lit": Peer(
         title="LitData",
         distribution="litdata",
         requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
         shuffles=ALL,
+        # It packs 40 to 71 thousand a second, two million in up to a minute. In the stored order it reads 71 to 118
+        # thousand: with less than these an epoch would be no longer than a span.
+        fewer={"rows": 262_144},
     ),
     "wds": Peer(
         title="WebDataset",
         distribution="webdataset",
         requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
         shuffles=("none", "default"),
+        # It packs 2.4 to 4 thousand a second, 6 KB of tar each: two million in nine minutes or more, and 12 GB.
+        fewer={"rows": 65_536},
     ),
     "beton": Peer(
         title="FFCV",
@@ -103,6 +115,8 @@ PEERS = {
         title="Grain + ArrayRecord",
         distribution="grain",
         requirements=("numpy", "grain==0.2.18", "array-record==0.8.6", TORCH, PILLOW),
+        # The first batch of two million took more than five minutes, of 131,072 10 s.
+        fewer={"rows": 65_536},
     ),
     "lance_arrow": Peer(
         title="Lance",

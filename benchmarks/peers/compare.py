@@ -14,6 +14,7 @@ from peers.job import Job, cores
 from peers.ledger import Ledger
 from peers.runner import FailedError, Runner
 from rows import spread
+from workloads import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,7 +101,10 @@ class Tasks:
 
 
 def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
-    """All rows of a workload: one a contender for packing, one a case for loading, also where there are no figures."""
+    """All rows of a workload: one a contender for packing, one a case for loading, also where there are no figures.
+
+    A row's workload has the records that its contender got; its whole_records are those that the others got.
+    """
     generate(workload, plan.folder / "data" / workload.name)
     rows, running = [], []
     for name in plan.peers:
@@ -118,16 +122,20 @@ def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]
                 rows.append({"benchmark": "load", **_fixed(ready), "missing": ready.missing})
             else:
                 running.append(ready)
-    return [*rows, *measure(running, plan, tasks)]
+    rows += measure(running, plan, tasks)
+    return [{**row, "whole_records": workload.n_records} for row in rows]
 
 
 def _job(name: str, workload: Workload, plan: Plan) -> Job:
+    mine = first_of(workload, PEERS[name].fewer.get(workload.name, workload.n_records))
+    # What was packed before its contender got fewer records, or gets more, shall not pass for this.
+    place = workload.name if mine == workload else f"{workload.name}-{mine.n_records}"
     return Job(
         task="pack",
         peer=name,
-        workload=workload,
+        workload=mine,
         source_folder=str(plan.folder / "data" / workload.name),
-        folder=str(plan.folder / "packed" / name / workload.name),
+        folder=str(plan.folder / "packed" / name / place),
         library_folder=str(plan.folder),
         min_s=plan.min_s * (LONGER if any(field.kind == "jpeg" for field in workload.fields) else 1),
         check_s=0.0,
@@ -146,7 +154,7 @@ def _say(text: str) -> None:
 
 def pack(job: Job, peer: Peer, plan: Plan, tasks: Tasks) -> tuple[Case, dict[str, Any]]:
     """A contender with its environment made and its data packed, and the row of that."""
-    done, task = plan.folder / "packed" / job.peer / f"{job.workload.name}.done", replace(job, min_s=0.0)
+    done, task = job.path.with_name(f"{job.path.name}.done"), replace(job, min_s=0.0)
     try:
         python = interpreter(job.peer, peer, plan.environments)
         found = tasks.known(task) if done.exists() else None

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from peers.catalogue import PEERS
-from peers.report import read
+from peers.report import fewer, read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,8 @@ def bars(axes: Any, rows: Sequence[Row]) -> None:
     rates = [{name: rate / 1e3 for name, rate in row["samples_per_s.every"].items()} for row in rows]
     medians = [rate["median"] for rate in rates]
     spans = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
-    names = [row["title"] + (", its own shuffle" if row["shuffle"] == "default" else "") for row in rows]
+    own = {"default": "its own shuffle"}
+    names = [", ".join(filter(None, (row["title"], own.get(row["shuffle"]), fewer(row)))) for row in rows]
     drawn = axes.barh(names, medians, xerr=spans, color=[colour(row["peer"]) for row in rows], ecolor="#334155")
     axes.bar_label(drawn, [f"{median:,.3g}" if median < 100 else f"{median:,.0f}" for median in medians], padding=4)
     axes.set_xlabel("k samples/s, every byte read")

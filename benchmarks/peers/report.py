@@ -45,8 +45,10 @@ def markdown(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(row["workload"]["name"] for row in rows):
         of_it = [row for row in rows if row["workload"]["name"] == name]
         workload = workload_of(of_it[0]["workload"])
+        # Rows without that number are of earlier runs, in which every contender got all records.
+        n_records = max(row.get("whole_records", row["workload"]["n_records"]) for row in of_it)
         parts.append(f"### {name}")
-        parts.append(f"{workload.n_records:,} records of {workload.describe()}; batches of {workload.batch_size}.")
+        parts.append(f"{n_records:,} records of {workload.describe()}; batches of {workload.batch_size}.")
         for shuffle, order in ORDERS.items():
             for form in dict.fromkeys(row["form"] for row in of_it if row["benchmark"] == "load"):
                 parts += loading(of_it, shuffle, form, order)
@@ -97,8 +99,14 @@ def load_line(row: Row, floor: float | None) -> list[str]:
         f"{row['first_batch_s']['median'] * 1e3:,.0f}",
         f"{row['rank_correlation']['median']:.3f}",
         f"{row['neighbour_distance']['median']:.3f}",
-        ", ".join(filter(None, (row["note"], partly(row["checked_share"]["median"])))),
+        ", ".join(filter(None, (row["note"], fewer(row), partly(row["checked_share"]["median"])))),
     ]
+
+
+def fewer(row: Row) -> str:
+    """How many records a contender got, if not all of the workload's."""
+    n_records = row["workload"].get("n_records")
+    return f"{n_records:,} records" if n_records != row.get("whole_records", n_records) else ""
 
 
 def partly(share: float) -> str:
@@ -111,7 +119,7 @@ def pack_line(row: Row, record_bytes: int) -> list[str]:
     raw = (record_bytes + 8) * row["workload"]["n_records"]
     one_by_one = row.get("one_by_one_records_per_s")
     return [
-        f"{row['title']} {row['version']}".strip(),
+        ", ".join(filter(None, (f"{row['title']} {row['version']}".strip(), fewer(row)))),
         thousands(row["records_per_s"]),
         thousands(one_by_one) if one_by_one else "",
         f"{row['stored_bytes'] / 1e6:,.0f}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peers.catalogue import PEERS
-from peers.report import machine, put, read, table
+from peers.report import fewer, machine, put, read, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -158,7 +158,8 @@ def _beside(measure: Measure, ours: Row, libraries: Iterable[Row]) -> Line:
     best = (max if measure.at_least else min)(libraries, key=measure.of)
     mine, its = measure.of(ours), measure.of(best)
     ratio = mine / its if its else NAN
-    figures = f"{mine * measure.scale:,.2f} / {its * measure.scale:,.2f} {measure.unit} ({best['title']})"
+    name = ", ".join(filter(None, (best["title"], fewer(best))))
+    figures = f"{mine * measure.scale:,.2f} / {its * measure.scale:,.2f} {measure.unit} ({name})"
     met = measure.at_least <= ratio <= measure.at_most if measure.is_required else None
     return Line(_named(_case(ours)), measure.required, f"{ratio:.2f}", "", figures, met)
 
