@@ -1,5 +1,6 @@
 """A small world for the cache's tests: objects with identities, an inner store that counts, caches that are closed."""
 
+import contextlib
 import fcntl
 import os
 import random
@@ -32,6 +33,15 @@ def turn(path: Path, at: int) -> None:
         file.seek(at)
         file.write(bytes([byte ^ 1]))
     path.chmod(mode)
+
+
+def open_below(folder: Path) -> list[str]:
+    """What this process has open of a folder."""
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this listing
+            targets.append(str(link.readlink()))
+    return sorted(target for target in targets if target.startswith(f"{folder}/"))
 
 
 class World:

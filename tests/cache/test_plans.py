@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cache.conftest import open_below
 
+from tiercache import points
+from tiercache.cache import plans as plan_files
 from tiercache.cache.folder import Folder
 from tiercache.cache.names import Names
 from tiercache.cache.owners import Owners
@@ -69,6 +73,31 @@ def open_side(tmp_path):
 
 def files(side):
     return sorted(path.name for path in side.folder.plans.iterdir())
+
+
+def open_files(side):
+    """What this process has open of the folder's plan files."""
+    return open_below(side.folder.plans)
+
+
+@contextmanager
+def at_point(name, action):
+    """Do action() where that point is reached for the first time."""
+
+    def hook(reached):
+        if reached == name:
+            points.set_hook(before)
+            action()
+
+    before = points.set_hook(hook)
+    try:
+        yield
+    finally:
+        points.set_hook(before)
+
+
+def fail():
+    raise OSError(5, "scripted")
 
 
 def test_without_plans_nothing_is_planned(open_side):
@@ -306,3 +335,93 @@ def test_names_with_one_head_are_told_apart():
     raw[:, 19] = [1, 2, 3, 4]
     table = Names.of(raw[[0, 2]])
     assert table.rows_of(Names.of(raw)).tolist() == [0, -1, 1, -1]
+
+
+# -- closed under who is at work --------------------------------------------------------------------------------------
+
+
+def test_who_still_asks_when_the_plans_are_closed_is_answered_and_leaves_no_file_open(open_side, locks):
+    mine, yours = open_side(), open_side()
+    left_by(yours, (0,), [(0, 10, 100)])
+    following = yours.plans.publish(names_of(1), plan_of([(5, 6, 7)], "yours"))
+    open_before = open_files(mine)
+    mine.plans.close()
+    assert next_use(mine.plans, names_of(0, 1)).tolist() == [90, 5]
+    assert mine.plans.labels() == ["yours"]
+    assert open_files(mine) == open_before
+    following.close()
+
+
+def test_what_is_published_while_the_plans_are_withdrawn_is_withdrawn_too(open_side):
+    side, late = open_side(), []
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    with at_point("plan.withdrawn", lambda: late.append(side.plans.publish(names_of(2), plan_of([(5, 6, 7)])))):
+        side.plans.close()
+    assert len(late) == 1
+    assert files(side) == []
+    assert open_files(side) == []
+    for one in (following, *late):
+        one.advance(6)
+        one.close()
+
+
+def test_what_has_just_been_written_when_the_plans_are_closed_is_withdrawn(open_side):
+    side = open_side()
+    with at_point("plan.named", side.plans.close):
+        following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    assert files(side) == []
+    assert open_files(side) == []
+    following.close()
+
+
+def test_the_collector_may_close_a_plan_in_the_thread_that_is_writing_its_clock(open_side, monkeypatch):
+    side, n_written = open_side(), []
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    write = os.pwrite
+
+    def write_late(fd, data, at):
+        following.close()  # as by the finalizer of who had it; it must not wait for its own thread
+        n_written.append(write(fd, data, at))
+
+    monkeypatch.setattr(os, "pwrite", write_late)
+    following.advance(5)
+    assert n_written == [8], "by now another file may have its descriptor"
+    assert files(side) == []
+    assert open_files(side) == []
+
+
+# -- what fails halfway -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["plan.written", "plan.named"])
+def test_a_plan_that_cannot_be_published_leaves_neither_a_file_nor_a_descriptor(open_side, point):
+    side = open_side()
+    with at_point(point, fail), pytest.raises(OSError, match="scripted"):
+        side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    assert files(side) == []
+    assert open_files(side) == []
+
+
+def test_a_plan_whose_withdrawing_fails_is_closed_all_the_same(open_side):
+    side = open_side()
+    following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    with at_point("plan.withdrawn", fail), pytest.raises(OSError, match="scripted"):
+        following.close()
+    assert open_files(side) == []
+
+
+def test_a_plan_there_is_no_memory_for_is_not_left_open(open_side, monkeypatch):
+    mine, yours = open_side(), open_side()
+    following = mine.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
+    open_before = open_files(mine)
+
+    def decode_nothing(data):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_files, "decode", decode_nothing)
+        with pytest.raises(MemoryError):
+            next_use(yours.plans, names_of(1))
+    assert open_files(mine) == open_before
+    assert next_use(yours.plans, names_of(1)).tolist() == [5]
+    following.close()

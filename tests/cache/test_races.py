@@ -6,9 +6,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.cache.conftest import open_below
 
 from tiercache.cache import Cache
 from tiercache.cache.locks import NameLock
+from tiercache.cache.partial import Presence
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -72,6 +74,33 @@ def test_two_caches_of_one_folder_download_once_where_locks_hold(world, locks):
     assert world.n_reads() == 1 or locks == "locks lie"
     assert len(world.copies()) == 1
     assert world.caches[0].stats()["bytes_used"] == 16_384
+
+
+@pytest.mark.parametrize("locks", ["locks hold"], indirect=True)
+def test_a_part_that_who_waits_for_it_cannot_tell_of_is_not_held_by_him(world, monkeypatch):
+    """As two processes: one fetches, the other watches the map, and has no memory for what it says."""
+    copies = world.root / "cache" / "copies"
+    identity = world.put("a")
+    gated = GateStore(world.inner)
+    stores = [world.cache().store(gated), world.cache().store(gated)]
+    whole = [ByteRange(0, 10_000)]
+
+    def no_memory(presence):
+        raise MemoryError
+
+    with gated.stop_at("before_read_into") as gate:
+        first, second = (store.open_local("a", identity) for store in stores)
+        first.want(whole)
+        gate.wait_reached()
+        open_before = open_below(copies)
+        with monkeypatch.context() as patch:
+            patch.setattr(Presence, "mask", no_memory)
+            with pytest.raises(StoreError, match="MemoryError"):
+                second.wait(whole)
+        assert open_below(copies) == open_before
+        gate.open()
+    with first, second:
+        assert first.wait(whole)
 
 
 class SlowLog(WrapperStore):

@@ -9,13 +9,17 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.cache.conftest import open_below
 
 import tiercache as tc
+from tiercache.cache.plans import Plans
 from tiercache.load import publishing
+from tiercache.load.coming import Coming
 from tiercache.load.publishing import Publishing
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened import OpenedVersion
@@ -23,6 +27,9 @@ from tiercache.shard.readers import Letting
 from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
+# Options with which a rank reads other shards in each epoch.
+DEALT_ANEW = {"rank": 0, "world_size": 4, "streams": 4, "placement": "global"}
+DEALT_ANEW |= {"shuffle_group_bytes": "500KiB", "shuffle_window_bytes": "256KiB"}
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +122,12 @@ def test_what_a_rank_kept_is_not_given_up_for_one_that_ends_its_epoch_later(serv
 
 
 def test_where_shards_are_dealt_anew_the_plan_keeps_what_comes_back_soon(server, packed, tmp_path):
-    dealt = {"rank": 0, "world_size": 4, "streams": 4, "placement": "global"}
-    dealt = {**dealt, "shuffle_group_bytes": "500KiB", "shuffle_window_bytes": "256KiB"}
     total = {}
     for policy in ("plan", "resident"):
         cache, total[policy] = cache_of(tmp_path, packed, 0.25, policy), 0
         for epoch in range(6):
             server.log.clear()
-            read_epoch(server, cache, epoch, **dealt)
+            read_epoch(server, cache, epoch, **DEALT_ANEW)
             total[policy] += fetched(server) if epoch else 0
     assert total["plan"] < 0.95 * total["resident"]
 
@@ -312,6 +317,90 @@ def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed,
         assert published  # when it was ready, and taken back, for the loader has gone
         assert not list((tmp_path / "cache" / "plans").iterdir())
         dataset.close()
+
+
+def end_threads() -> None:
+    for name in ("tiercache-plan", "tiercache-load", "tiercache-fetch"):
+        for thread in threading.enumerate():
+            if thread.name.startswith(name):
+                thread.join(60)
+
+
+def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(server, packed, tmp_path, monkeypatch):
+    """It makes the next epoch ready, and asks for room; then data set and cache are closed; then it looks at plans."""
+    ready, asked, closed = threading.Event(), threading.Event(), threading.Event()
+    prepare, uses = Coming.prepare, Plans.uses
+
+    def prepare_late(self, *given):
+        ready.set()
+        prepare(self, *given)
+
+    def ask_late(self, *given):
+        if ready.is_set() and threading.current_thread().name == "tiercache-plan":
+            asked.set()
+            assert closed.wait(60)
+        return uses(self, *given)
+
+    monkeypatch.setattr(Coming, "prepare", prepare_late)
+    monkeypatch.setattr(Plans, "uses", ask_late)
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
+        assert sum(len(batch["id"]) for batch in loader) == N // 4
+        assert asked.wait(60)
+        dataset.close()
+    closed.set()
+    end_threads()
+    del loader, dataset, cache
+    assert {path.suffix for path in plan_files(tmp_path)} == {".left"}
+    assert open_below(tmp_path / "cache" / "plans") == []
+
+
+def test_a_plan_that_is_ready_when_all_is_closed_opens_no_cache_again(server, packed, tmp_path, monkeypatch):
+    closed, forecast = threading.Event(), publishing.forecast
+
+    def forecast_late(*given):
+        plan = forecast(*given)
+        assert closed.wait(60)
+        return plan
+
+    monkeypatch.setattr(publishing, "forecast", forecast_late)
+    monkeypatch.setattr(publishing, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
+    monkeypatch.setattr(Coming, "prepare", lambda *_: None)
+    with tc.Cache(tmp_path / "cache", size="64MiB", free_floor=0) as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options())
+        assert sum(len(batch["id"]) for batch in loader) == N
+        del loader
+        dataset.close()
+    closed.set()
+    end_threads()
+    assert list((tmp_path / "cache" / "owners").iterdir()) == []
+
+
+def test_the_plan_before_is_withdrawn_though_the_clock_of_the_next_cannot_be_told(monkeypatch):
+    class Deaf:
+        n_closed = 0
+
+        def advance(self, clock):
+            raise MemoryError
+
+        def close(self):
+            self.n_closed += 1
+
+    plans = [Deaf(), Deaf()]
+    coming = iter(plans)
+    monkeypatch.setattr(Publishing, "_follow", lambda *_: next(coming))
+    one = Publishing(SimpleNamespace(is_cached=True), None, None)
+    one._publish(1)
+    with pytest.raises(MemoryError):
+        one._advance(5)
+    with pytest.raises(MemoryError):
+        one._publish(1)
+    assert [plan.n_closed for plan in plans] == [1, 0]
+    one.close()
+    assert [plan.n_closed for plan in plans] == [1, 1]
 
 
 def test_a_plan_that_cannot_be_written_costs_nothing_but_knowledge(server, packed, tmp_path, monkeypatch):

@@ -27,10 +27,10 @@ import secrets
 import struct
 import time
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -45,6 +45,8 @@ from tiercache.points import reach
 from tiercache.store.posix import write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from tiercache.cache.folder import Folder
@@ -145,7 +147,11 @@ _NOTHING = Table(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_US
 
 
 class Plans:
-    """The live plans of a folder. Safe from any thread; the lock guards the plans that are known here."""
+    """The live plans of a folder. Safe from any thread; the lock guards the plans that are known here.
+
+    A thread may still be at work when the cache is closed: a loader waits 5 ms for the planner that makes the next
+    epoch ready. It is answered as before, but nothing stays open, or published, of what it does after that.
+    """
 
     def __init__(self, folder: Folder, owners: Owners) -> None:
         """Sweep what dead jobs have left."""
@@ -153,6 +159,7 @@ class Plans:
         self._lock = Lock()
         self._read: dict[str, _Read] = {}
         self._published: weakref.WeakSet[Published] = weakref.WeakSet()
+        self._is_closed = False
         with self._lock, suppress(OSError):
             self._refresh()
 
@@ -171,7 +178,12 @@ class Plans:
         if len(set(lengths)) > 1:
             raise ValueError(f"a plan needs shards, names, first, last and then of one length, got {lengths}")
         published = Published(self._folder, str(self._owners.me), Table.of(names, plan))
-        self._published.add(published)
+        with self._lock:
+            is_late = self._is_closed
+            if not is_late:
+                self._published.add(published)
+        if is_late:
+            published.close()
         return published
 
     def uses(self, *asked: Names) -> list[Uses]:
@@ -179,25 +191,38 @@ class Plans:
 
         See Table.uses(). The first table may be asked about again and again: where its names stand is remembered.
         """
-        with self._lock:
-            plans = self._refresh()
+        with self._live() as plans:
             return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
 
     def labels(self) -> list[str]:
         """Who reads, for people: of each live plan."""
-        with self._lock:
-            self._refresh()
+        with self._live():
             return sorted(plan.table.label for file, plan in self._read.items() if file.endswith(_SUFFIX))
 
     def close(self) -> None:
-        """Withdraw what was published here, and close what was read."""
-        for published in list(self._published):
-            published.close()
+        """Withdraw what was published here, and close what was read. Repeatable."""
         with self._lock:
-            while self._read:
-                close_private(self._read.popitem()[1].fd)
+            self._is_closed = True  # first: what is published from now on is on nobody's list
+            published = list(self._published)
+            self._close_read()
+        for one in published:
+            one.close()
 
     # -- who lives --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _live(self) -> Iterator[list[_Read]]:
+        """The live plans, under the lock."""
+        with self._lock:
+            try:
+                yield self._refresh()
+            finally:
+                if self._is_closed:
+                    self._close_read()
+
+    def _close_read(self) -> None:
+        while self._read:
+            close_private(self._read.popitem()[1].fd)
 
     def _refresh(self) -> list[_Read]:
         """The live plans. Dead ones are swept: they would keep copies for nobody."""
@@ -234,9 +259,8 @@ class Plans:
         """As _look, at what a reader left behind; readers: of the live plans."""
         read = self._read.get(file)
         with suppress(OSError):
-            read = read or _Read.open(self._folder, file)
+            read = self._read[file] = read or _Read.open(self._folder, file)
             if read.table.reader not in readers and abs(time.time() - os.fstat(read.fd).st_mtime) < LEFT_S:
-                self._read[file] = read
                 return
         self._read.pop(file, None)
         if read is not None:
@@ -285,11 +309,11 @@ class _Read:
         """Raises OSError. A file that is not a plan gives an empty table: it is swept when its owner is gone."""
         fd = open_file(folder.plans / file, os.O_RDONLY)
         try:
-            data = os.pread(fd, os.fstat(fd).st_size, 0)
+            table = decode(os.pread(fd, os.fstat(fd).st_size, 0)) or _NOTHING
         except BaseException:
             os.close(fd)
             raise
-        return cls(keep_private(fd), decode(data) or _NOTHING)
+        return cls(keep_private(fd), table)
 
     def uses(self, names: Names, *, keep: bool) -> Uses:
         """See Table.uses(), at the owner's clock now. keep: remember where the names stand."""
@@ -306,7 +330,12 @@ def _clock_of(fd: int) -> int:
 
 
 class Published:
-    """A plan of this process in the folder. Safe from any thread."""
+    """A plan of this process in the folder. Safe from any thread.
+
+    The lock is held while the clock is written and while the plan is withdrawn. The collector may close the plan in a
+    thread that is just writing its clock: then it is withdrawn when that is written, for by then another file may have
+    the number of its descriptor.
+    """
 
     def __init__(self, folder: Folder, owner: str, table: Table) -> None:
         """Write it, locked before it has its name. Raises OSError."""
@@ -321,11 +350,13 @@ class Published:
             reach("plan.named")
         except BaseException:
             close_private(fd)
-            with suppress(OSError):
-                temp.unlink()
+            for path in (temp, folder.plans / file):  # by either name it would live as long as this process
+                with suppress(OSError):
+                    path.unlink()
             raise
         self._fd, self._pid = fd, os.getpid()
-        self._lock = Lock()
+        self._lock = RLock()
+        self._is_writing = self._is_over = False
         left_at = None if table.reader == _NOBODY else table.end
         self._finalizer = weakref.finalize(self, _withdraw, folder, file, fd, self._pid, left_at)
 
@@ -334,26 +365,37 @@ class Published:
         if os.getpid() != self._pid:
             return  # a fork's: the lock may be held for ever by a thread that did not come along
         with self._lock:
-            if self._finalizer.alive:
+            if self._is_writing or not self._finalizer.alive:
+                return
+            try:
+                self._is_writing = True
                 with suppress(OSError):  # a plan that lags is only a worse plan
                     os.pwrite(self._fd, _CLOCK.pack(clock), _CLOCK_AT)
+            finally:
+                self._is_writing = False
+                if self._is_over:
+                    self._finalizer()
 
     def close(self) -> None:
         """Withdraw it. Repeatable."""
         if os.getpid() == self._pid:
             with self._lock:
-                self._finalizer()
+                self._is_over = True
+                if not self._is_writing:
+                    self._finalizer()
 
 
 def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None) -> None:
     """left_at: the clock from which on it is left behind, as it is at 0; None: never."""
     if os.getpid() != pid:
         return  # a fork's: the file is the parent's, and the descriptor is closed already
-    with suppress(OSError):
-        if left_at is not None and not 0 < _clock_of(fd) < left_at:
-            os.utime(fd)
-            (folder.plans / file).rename((folder.plans / file).with_suffix(_LEFT_SUFFIX))
-        else:
-            folder.remove_file("plans", file)
-    reach("plan.withdrawn")
-    close_private(fd)
+    try:
+        with suppress(OSError):
+            if left_at is not None and not 0 < _clock_of(fd) < left_at:
+                os.utime(fd)
+                (folder.plans / file).rename((folder.plans / file).with_suffix(_LEFT_SUFFIX))
+            else:
+                folder.remove_file("plans", file)
+        reach("plan.withdrawn")
+    finally:
+        close_private(fd)

@@ -16,7 +16,7 @@ from tiercache.cache.locks import NameLock
 from tiercache.cache.machine import is_disk_full
 from tiercache.cache.partial import Held, Part, hold_part, map_bytes
 from tiercache.cache.sums import checksum_of
-from tiercache.cache.units import n_units
+from tiercache.cache.units import Mask, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES
 from tiercache.errors import CorruptShard, StoreError
@@ -123,13 +123,12 @@ class Publisher:
         wanted = fetch.wanted
         fd = None if wanted.name in self.unrecorded else open_leased(self.folder, wanted.name, wanted.n_bytes)
         if fd is not None:
-            fetch.offer(Held(fd), np.ones(n_units(wanted.n_bytes), bool))
+            _offer(fetch, Held(fd))
             return True
         held = hold_part(self.folder, wanted.name, wanted.n_bytes)
-        if held is None or held.presence is None:
+        if held is None:
             return False
-        present = held.presence.mask()
-        fetch.offer(held, present)
+        present = _offer(fetch, held)
         # What is all there will have its name in a moment.
         return not present.all() and not fetch.open_units()[0].any()
 
@@ -151,7 +150,7 @@ class Publisher:
     def _offer_copy(self, fetch: Fetch) -> bool:
         fd = self._existing(fetch.wanted)
         if fd is not None:
-            fetch.offer(Held(fd), np.ones(n_units(fetch.wanted.n_bytes), bool))
+            _offer(fetch, Held(fd))
         return fd is not None and fetch.close_if_done()
 
     def _existing(self, wanted: Wanted) -> int | None:
@@ -325,6 +324,17 @@ class Publisher:
         self.counters.add("poisoned")
         if wanted.crc32c is not None:
             poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, found))
+
+
+def _offer(fetch: Fetch, held: Held) -> Mask:
+    """Let a fetch have a hold, taken over; what is there by it. A hold that nobody has would end with the process."""
+    try:
+        present = np.ones(n_units(fetch.wanted.n_bytes), bool) if held.presence is None else held.presence.mask()
+    except BaseException:
+        held.close()
+        raise
+    fetch.offer(held, present)
+    return present
 
 
 def _wrong_sum(wanted: Wanted, found: int) -> CorruptShard:

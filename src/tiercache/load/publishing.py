@@ -131,14 +131,17 @@ class Publishing:
         with self._lock:
             old, self._following = self._following, following or self._following
             before, self._before = self._before, None
-            if following is not None and self._clock:
-                following.advance(self._clock)
             over = [one for one in (old, before) if one is not None and one is not self._following]
             if self._is_closed and self._following is not None:
                 over.append(self._following)
                 self._following = None
-        for one in over:
-            one.close()
+        try:
+            with self._lock:
+                if self._following is not None and self._clock:
+                    self._following.advance(self._clock)
+        finally:  # nobody else knows of these any more
+            for one in over:
+                one.close()
 
     def _follow(self, max_shards: int) -> Following | None:
         share, source = self._share, self._source
@@ -152,6 +155,8 @@ class Publishing:
         looked: list[int] = []
         plan = forecast(owner, self._uses, self._later(looked), n_filled, max_shards)
         self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
+        if self._is_closed:  # while this was computed; the cache may be closed too, and would be opened again for it
+            return None
         return source.publish(replace(plan, reader=self._reader(share)))
 
     def _reader(self, share: OrderShare) -> str:
