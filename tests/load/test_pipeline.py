@@ -242,6 +242,14 @@ def test_a_planner_that_cannot_be_started_leaves_nothing_behind(make_dataset, mo
     assert [i for ids in ids_of(loader) for i in ids] == list(range(100))
 
 
+def test_what_was_closed_is_not_closed_again(make_dataset):
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
+    check_batch(next(iterator))
+    iterator.close()
+    iterator._pipeline._ring = None
+    iterator.close()
+
+
 class Interrupted:
     """A ring that Ctrl-C strikes just after it gave its batch number `at` (from 1) away."""
 

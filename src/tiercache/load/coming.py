@@ -121,7 +121,7 @@ class Coming:
         if self._pid != os.getpid():  # the lock may be held for ever
             return None
         ready = self._end()
-        if source is not self._source or state != self._state:
+        if source is not self._source or (state is not self._state and state != self._state):
             self.publishing.close()
             return None
         taken = Taken(self.share, ready, self.publishing)

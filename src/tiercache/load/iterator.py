@@ -42,6 +42,7 @@ class Position:
         self._begun = begun
         self._ranks = ranks
         self._redirected: RunState | None = None
+        self._next: RunState | None = None  # once it was asked for
         self.n_yielded = 0
         self.finished = False
 
@@ -55,7 +56,9 @@ class Position:
 
     def next_state(self) -> RunState:
         """Where the loader's next iter() begins: the next epoch, however far this one got."""
-        return self._redirected or replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+        if self._next is None:
+            self._next = replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+        return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
         """Let the loader go on with another epoch."""
@@ -126,13 +129,15 @@ class NativeIterator(Iterator[Batch]):
     def close(self) -> None:
         """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
         self._pipeline.close()
+        if self._counted:
+            return
         publishing, coming = self._work.publishing, self._work.coming
         if publishing is not None and coming is not None and self._position.finished:
             publishing.finish()
             coming.publishing.succeed(publishing)  # no moment without a plan, if an epoch follows
         elif publishing is not None:
             publishing.close()
-        if not self._counted and not self._pipeline.inherited:
+        if not self._pipeline.inherited:
             self._count(self.figures())
             self._counted = True
 

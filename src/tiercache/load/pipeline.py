@@ -23,12 +23,13 @@ import numpy as np
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, Ring
 from tiercache.errors import CorruptShard, TierCacheError
-from tiercache.load.assemble import Assembler, BadValueError, Batch, valid_mask
+from tiercache.load.assemble import BadValueError, Batch, valid_mask
 from tiercache.load.faults import bad_cast, bad_value
+from tiercache.load.fittings import Fittings
 from tiercache.load.memory import BatchMemory, keep_freed_memory
 from tiercache.load.planner import Shared, plan
 from tiercache.load.serving import Serving
-from tiercache.load.streams import gather_streams, slot_bytes
+from tiercache.load.streams import gather_streams
 from tiercache.load.window import Threads, loading_pool
 from tiercache.shard.blocks import describe
 from tiercache.shard.cast import served_columns
@@ -74,10 +75,10 @@ class Resources:
 class Work:
     """What a pipeline does: a rank's share of an epoch of a source, and how columns are served.
 
-    first_batch: of the share, from which on it is served; memory: for decoded batches, kept from epoch to epoch by
-    whoever begins the epochs; said: what the run has warned of; begun: how this epoch begins, if the one before makes
-    that ready; coming: the epoch that may follow; damage: what is passed by, None: damage is an error;
-    publishing: the epoch's plan, None: nobody knows what comes.
+    first_batch: of the share, from which on it is served; memory: for decoded batches; fittings: for the next epoch's
+    pipeline; both kept from epoch to epoch by whoever begins the epochs; said: what the run has warned of; begun: how
+    this epoch begins, if the one before makes that ready; coming: the epoch that may follow; damage: what is passed by,
+    None: damage is an error; publishing: the epoch's plan, None: nobody knows what comes.
     """
 
     source: Source
@@ -87,6 +88,7 @@ class Work:
     first_batch: int = 0
     serving: Serving = field(default_factory=Serving)
     memory: BatchMemory = field(default_factory=BatchMemory)
+    fittings: Fittings = field(default_factory=Fittings)
     said: set[str] = field(default_factory=set)
     begun: Future[Begun | None] | None = None
     coming: Coming | None = None
@@ -103,20 +105,17 @@ class Pipeline:
 
     def __init__(self, work: Work, resources: Resources) -> None:
         self._work = work
-        self._assembler = Assembler(work.source.schema, work.serving)
-        streams = gather_streams(work.source.schema, work.serving)
-        batch_rows = min(work.share.batch_size, max(work.share.n_records, 1))
-        expected_bytes, about_bytes = slot_bytes(streams, batch_rows), _stored_bytes(work, batch_rows)
-        if (streams[:, 0] & 0xFF == gather.VAR).any():  # with room for a batch that is longer than most
-            expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
+        fitted = work.fittings.of(work.source, work.serving)
+        self._assembler = fitted.assembler
+        sizes = fitted.sizes(work.share.batch_size, work.share.n_records)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         self._ring = Ring(
-            streams,
-            batch_rows=batch_rows,
-            depth=_depth(max(expected_bytes, about_bytes), resources.memory_bytes),
+            self._assembler.streams,
+            batch_rows=sizes.rows,
+            depth=_depth(max(sizes.expected_bytes, sizes.about_bytes), resources.memory_bytes),
             n_threads=resources.n_threads,
-            slot_bytes=expected_bytes,
+            slot_bytes=sizes.expected_bytes,
         )
         self._shared = Shared()
         self._pool = loading_pool(resources.n_threads)
@@ -127,6 +126,7 @@ class Pipeline:
         self._taken_rows = self._n_batches = self._n_bytes = self._n_skipped = 0
         self.replaced: dict[int, Place] = {}  # rows of the batch that was taken last, and what stands in their places
         self._pid = os.getpid()
+        self._is_closed = False
         self._taking = threading.RLock()
         self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
@@ -154,7 +154,7 @@ class Pipeline:
         A read that is under way at a store ends by itself, later. Nothing is done in a forked child, where no thread
         is left and any lock may be held for ever.
         """
-        if self.inherited:
+        if self._is_closed or self.inherited:
             return
         with contextlib.suppress(InvalidStateError):  # done before
             self._shared.stop.set_result(None)
@@ -169,6 +169,7 @@ class Pipeline:
             self._ring.forget()
             self._shared.pieces.clear()
         _live.discard(self)
+        self._is_closed = True
 
     @property
     def n_taken(self) -> int:
@@ -379,11 +380,6 @@ def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None
 def _depth(batch_bytes: int, memory_bytes: int) -> int:
     """How many batches to gather ahead."""
     return max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, memory_bytes) // max(batch_bytes, 1)))
-
-
-def _stored_bytes(work: Work, n_rows: int) -> int:
-    """About what so many records take as stored: the measure for columns whose records differ in length."""
-    return int(work.source.shard_bytes.sum()) // max(work.share.n_records, 1) * n_rows
 
 
 @atexit.register

@@ -17,6 +17,7 @@ from tiercache.load.damage import damage_of
 from tiercache.load.draws import Draws, next_seed
 from tiercache.load.epochs import epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.figures import summarise
+from tiercache.load.fittings import Fittings
 from tiercache.load.iterator import Delivery, NativeIterator, Position
 from tiercache.load.memory import BatchMemory
 from tiercache.load.options import LoaderOptions
@@ -74,6 +75,8 @@ class NativeRun:
         self._counters = Counters("padded")
         self._waits = Waits()
         self._memory = BatchMemory()
+        self._fittings = Fittings()
+        self._n_records: int | None = None  # of an epoch of the source, once it was asked for
         self._said: set[str] = set()
         self._n_epochs = 0  # that iter() began
         self._damage = damage_of(source, asked.options)
@@ -150,7 +153,7 @@ class NativeRun:
         """Batches of a whole epoch at this rank."""
         rank = self.rank()
         return RankPlan(
-            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, epoch_records(self._source)
+            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, self._epoch_records()
         ).n_batches
 
     def iterate(self) -> NativeIterator:
@@ -178,6 +181,7 @@ class NativeRun:
             waits=self._waits,
             serving=self._asked.serving,
             memory=self._memory,
+            fittings=self._fittings,
             said=self._said,
             begun=found.begun,
             coming=coming,
@@ -198,12 +202,18 @@ class NativeRun:
     def _draw(self) -> Draws:
         """Draw from torch's random numbers what torch's loader draws in iter()."""
         asked = self._asked
-        n_records = epoch_records(self._source)
+        n_records = self._epoch_records()
         ends_short = not asked.drop_last and n_records % asked.batch_size > 0
         draws = Draws(asked.generator, asked.shuffle, n_records, ends_short)
         if not (asked.persistent_workers and asked.num_workers and self._n_epochs):
             draws.begin()
         return draws
+
+    def _epoch_records(self) -> int:
+        """Records of an epoch: to sum them up was 70 us of each epoch's begin."""
+        if self._n_records is None:
+            self._n_records = epoch_records(self._source)
+        return self._n_records
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
         """Say, once, that ranks read blocks of one another."""
@@ -236,7 +246,7 @@ class NativeRun:
         """Read another version from here on. Its store counts from 0: what was fetched by now stays counted."""
         if source is not self._source:
             fetched, begins = self._fetched(), source.figures()
-            self._source = source
+            self._source, self._n_records = source, None
             self._damage = damage_of(source, self._options)
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
