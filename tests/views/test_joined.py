@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
+from tiercache.model import NEVER, ReadingPlan
+from tiercache.opened import OpenedVersion
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,24 @@ def test_figures_of_parts_that_share_a_data_set_are_counted_once(parts):
     a[:]
     assert tc.concat([a.take(3), a.skip(3)]).source.figures() == a.source.figures()
     assert len(tc.concat([a.take(3), a.skip(3)]).source.leaves) == 1
+
+
+@pytest.mark.parametrize("joined", [tc.concat, lambda parts: tc.mix(parts, [1, 1, 1])], ids=["joined", "mixed"])
+def test_where_one_data_set_cannot_publish_its_plan_those_of_the_others_are_withdrawn(parts, monkeypatch, joined):
+    published, withdrawn = [], []
+
+    def publish(version, plan):
+        if version is parts[2].source:
+            raise OSError("no room for a plan")
+        published.append(version.url)
+        return SimpleNamespace(close=lambda: withdrawn.append(version.url))
+
+    source = joined(parts).source
+    shards = np.arange(len(source.shard_records))
+    monkeypatch.setattr(OpenedVersion, "publish", publish)
+    with pytest.raises(OSError, match="no room for a plan"):
+        source.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
+    assert published == withdrawn == [part.source.url for part in parts[:2]]
 
 
 def test_joined_views_of_one_data_set_stay_views_of_one(parts):

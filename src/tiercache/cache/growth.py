@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +46,9 @@ class Growth:
         try:
             self._make_known(part)
         except BaseException as error:
-            if isinstance(error, FileNotFoundError):  # somebody deletes what we make: drop() would not know of it
-                part.forget_name(keep_map=False)
-            part.close()  # a disk that is full for the record, say: it is begun again when there is room
+            with closing(part):  # a disk that is full for the record, say: it is begun again when there is room
+                if isinstance(error, FileNotFoundError):  # somebody deletes what we make: drop() would not know of it
+                    part.forget_name(keep_map=False)
             raise
 
     def _make_known(self, part: Part) -> None:
@@ -108,13 +108,17 @@ class Growth:
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
             return found
-        copy_fd = open_leased(folder, name, n_bytes)
-        if copy_fd is not None:
+        try:
+            copy_fd = open_leased(folder, name, n_bytes)
+            if copy_fd is None:
+                return part
             os.close(copy_fd)
             part.forget_name(keep_map=False)
+        except BaseException:
             part.close()
-            raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
-        return part
+            raise
+        part.close()
+        raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
 
     def book(self) -> None:
         """Set the part's row on the books to what it is by now; one without a unit goes."""

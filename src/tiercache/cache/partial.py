@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -168,7 +168,12 @@ class Held:
 
     def dup(self) -> Held:
         """The same hold once more: they share one lock, which lasts until the last of them is closed."""
-        return Held(os.dup(self.fd), None if self.presence is None else self.presence.dup())
+        fd = os.dup(self.fd)
+        try:
+            return Held(fd, None if self.presence is None else self.presence.dup())
+        except BaseException:
+            os.close(fd)
+            raise
 
     def keep_private(self) -> None:
         """Let a forked child close it."""
@@ -178,9 +183,11 @@ class Held:
 
     def close(self) -> None:
         """End the hold. Once only."""
-        close_private(self.fd)  # never LOCK_UN: closing ends this hold and no other
-        if self.presence is not None:
-            self.presence.close()
+        try:
+            close_private(self.fd)  # never LOCK_UN: closing ends this hold and no other
+        finally:
+            if self.presence is not None:
+                self.presence.close()
 
 
 def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
@@ -205,15 +212,17 @@ def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
 
 
 def _close_all(*fds: int | None) -> None:
-    for fd in fds:
-        if fd is not None:
-            os.close(fd)
+    with ExitStack() as closing:  # where closing one fails (a network file system writes then), the others are closed
+        for fd in fds:
+            if fd is not None:
+                closing.callback(os.close, fd)
 
 
 def _open_pair(folder: Folder, name: str, n_bytes: int) -> tuple[tuple[int, int], str] | None:
     """Descriptors of a part and its map, for writing, and the boot they are of; None: there is no such pair."""
-    fd, map_fd = folder.open_to_write(f"{name}.part"), folder.open_to_write(f"{name}.map")
+    fd, map_fd = folder.open_to_write(f"{name}.part"), None
     try:
+        map_fd = folder.open_to_write(f"{name}.map")
         boot = None if fd is None or map_fd is None else _head_of(map_fd, fd, n_bytes)
     except BaseException:
         _close_all(fd, map_fd)
@@ -341,9 +350,14 @@ class Part:
 
     def hold(self) -> Held:
         """A reader's hold on this very file, whatever has its name by now."""
-        fd = _reopen(self.fd, self.folder.copy_path(f"{self.name}.part"))
-        try_shared(fd)
-        return Held(fd, Presence(_reopen(self._map_fd, self.folder.copy_path(f"{self.name}.map")), self.n_bytes))
+        fd, map_fd = _reopen(self.fd, self.folder.copy_path(f"{self.name}.part")), None
+        try:
+            try_shared(fd)
+            map_fd = _reopen(self._map_fd, self.folder.copy_path(f"{self.name}.map"))
+            return Held(fd, Presence(map_fd, self.n_bytes))
+        except BaseException:
+            _close_all(fd, map_fd)
+            raise
 
     @property
     def has_name(self) -> bool:
@@ -366,8 +380,10 @@ class Part:
 
     def close(self) -> None:
         """Close the files. Once only."""
-        close_private(self.fd)
-        close_private(self._map_fd)
+        try:
+            close_private(self.fd)
+        finally:
+            close_private(self._map_fd)
 
 
 def _reopen(fd: int, path: str) -> int:
@@ -376,10 +392,14 @@ def _reopen(fd: int, path: str) -> int:
     with suppress(FileNotFoundError, PermissionError):
         return os.open(f"/proc/self/fd/{fd}", flags)
     other = os.open(path, flags | os.O_NOFOLLOW)
-    if os.fstat(other).st_ino != os.fstat(fd).st_ino:
+    try:
+        if os.fstat(other).st_ino == os.fstat(fd).st_ino:
+            return other
+    except BaseException:
         os.close(other)
-        raise FileNotFoundError(errno.ENOENT, "another file has this name by now", path)
-    return other
+        raise
+    os.close(other)
+    raise FileNotFoundError(errno.ENOENT, "another file has this name by now", path)
 
 
 def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> Presence | None:

@@ -1,0 +1,174 @@
+"""Whatever fails, no descriptor is lost: each would be missing until the process ends."""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+
+import numpy as np
+import pytest
+from tests.cache.conftest import open_below
+
+from tiercache.cache import growth, partial
+from tiercache.cache.folder import Folder
+from tiercache.cache.partial import Part, hold_part, open_map
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange
+
+NAME, UNIT = "0" * 40, 4096
+N_BYTES = 3 * UNIT
+STRUCK = [(os, name) for name in ("open", "dup", "fstat", "pread", "pwrite", "ftruncate")]
+STRUCK += [(fcntl, "flock")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "cache")
+
+
+@pytest.fixture
+def part(folder):
+    part = Part.create(folder, NAME, N_BYTES)
+    part.write(0, np.ones(UNIT, np.uint8))
+    yield part
+    part.close()
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EMFILE, "as at the limit of open files")
+
+
+@contextlib.contextmanager
+def failing(monkeypatch, n):
+    """The n-th system call fails; gives the names of all that were made."""
+    made = []
+
+    def struck(name, real):
+        def call(*args, **options):
+            made.append(name)
+            return refuse() if len(made) == n else real(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in STRUCK:
+            patch.setattr(module, name, struck(name, getattr(module, name)))
+        yield made
+
+
+def check_each_call(monkeypatch, folder, work):
+    """Have each system call of work() fail in turn: what is open before is open after, and nothing else."""
+    before = open_below(folder.root.parent)
+    for n in itertools.count(1):
+        with failing(monkeypatch, n) as made, contextlib.suppress(OSError):
+            opened = work()
+            if opened is not None:
+                opened.close()
+        assert open_below(folder.root.parent) == before, f"the last of {made[:n]} failed"
+        if len(made) < n:
+            return
+
+
+@pytest.mark.parametrize("proc", [True, False], ids=["with /proc", "without /proc"])
+def test_a_hold_on_a_part_that_fails_leaves_nothing_open(folder, part, monkeypatch, proc):
+    really_open = os.open
+
+    def open_without_proc(path, *args, **options):
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(path)
+        return really_open(path, *args, **options)
+
+    if not proc:
+        monkeypatch.setattr(os, "open", open_without_proc)
+    check_each_call(monkeypatch, folder, part.hold)
+
+
+def test_a_hold_that_cannot_be_doubled_leaves_nothing_open(folder, part, monkeypatch):
+    with contextlib.closing(part.hold()) as held:
+        check_each_call(monkeypatch, folder, held.dup)
+
+
+def test_a_part_that_cannot_be_held_leaves_nothing_open(folder, part, monkeypatch):
+    check_each_call(monkeypatch, folder, lambda: hold_part(folder, NAME, N_BYTES))
+
+
+def test_a_map_that_cannot_be_read_leaves_nothing_open(folder, part, monkeypatch):
+    check_each_call(monkeypatch, folder, lambda: open_map(folder, NAME, part.fd, N_BYTES))
+
+
+@pytest.mark.parametrize("boot", ["of this boot", "of an earlier boot"])
+def test_a_part_that_cannot_be_gone_on_with_leaves_nothing_open(folder, part, monkeypatch, boot):
+    def of_boot():
+        with monkeypatch.context() as patch:
+            if boot == "of an earlier boot":
+                patch.setattr(partial, "boot_id", lambda: "another-boot")
+            return Part.open(folder, NAME, N_BYTES)
+
+    monkeypatch.setattr(partial, "SETTLE_S", 0.01)
+    check_each_call(monkeypatch, folder, of_boot)
+
+
+def test_a_part_that_cannot_be_made_leaves_nothing_open(folder, monkeypatch):
+    def make_anew():
+        for kind in (".part", ".map"):
+            (folder.copies / f"{NAME}{kind}").unlink(missing_ok=True)
+        return Part.create(folder, NAME, N_BYTES)
+
+    check_each_call(monkeypatch, folder, make_anew)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda part: part.hold().close(),
+        lambda part: Part.open(part.folder, NAME, N_BYTES).close(),
+        lambda part: hold_part(part.folder, NAME, N_BYTES + 1),
+    ],
+    ids=["a hold", "a part", "of another size"],
+)
+def test_where_closing_one_file_fails_the_other_is_closed_too(folder, part, monkeypatch, work):
+    """As close(2) does on a network file system, where it tells what could not be written: it has closed by then."""
+    before, really_close, closed = open_below(folder.root), os.close, []
+
+    def close(fd):
+        really_close(fd)
+        closed.append(fd)
+        if len(closed) == 1:
+            raise OSError(errno.EIO, "what was written is not on the server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close)
+        with pytest.raises(OSError, match="not on the server"):
+            work(part)
+    assert open_below(folder.root) == before
+
+
+def fetch_in_vain(world):
+    """Have an object fetched by a cache, which comes to nothing, and look at what is open when the cache is closed."""
+    cache = world.cache()
+    lease = world.store(cache).open_local("a", world.put("a"))
+    with lease, pytest.raises(StoreError, match="as at the limit of open files"):
+        lease.wait([ByteRange(0, 1)], deadline_s=30)
+    cache.close()
+    assert open_below(world.root / "cache") == []
+
+
+def test_a_new_part_is_closed_where_one_cannot_look_for_a_copy(world, monkeypatch):
+    monkeypatch.setattr(growth, "open_leased", refuse)
+    fetch_in_vain(world)
+
+
+def test_a_new_part_beside_a_copy_is_closed_where_it_cannot_be_removed(world, monkeypatch):
+    monkeypatch.setattr(growth, "open_leased", lambda *_: os.open(os.devnull, os.O_RDONLY))
+    monkeypatch.setattr(Part, "forget_name", refuse)
+    fetch_in_vain(world)
+
+
+def test_a_part_whose_record_is_deleted_is_closed_where_its_name_cannot_be_forgotten(world, monkeypatch):
+    def gone(*_):
+        raise FileNotFoundError(errno.ENOENT, "somebody deleted the folder")
+
+    monkeypatch.setattr(Folder, "write_record", gone)
+    monkeypatch.setattr(Part, "forget_name", refuse)
+    fetch_in_vain(world)
