@@ -33,6 +33,7 @@ SOURCES = {
         "csrc/pool.c",
         "csrc/errand.c",
         "csrc/slot.c",
+        "csrc/permute.c",
         "csrc/tensor.c",
         "csrc/forms.c",
         "csrc/gather.c",

@@ -113,17 +113,17 @@ void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t
         out[done] = tc_permute_one(&local, start + done);
 }
 
-unsigned tc_rows_shift(uint64_t n_rows, size_t k) {
+unsigned tc_finder_shift(uint64_t n_rows, size_t k) {
     unsigned shift = 0;
     while ((n_rows >> (shift + 1)) >= k && shift < 62)
         shift++;
     return shift;
 }
 
-size_t tc_rows_n_hints(uint64_t n_rows, unsigned shift) { return (size_t)((n_rows - 1) >> shift) + 1; }
+size_t tc_finder_n_hints(uint64_t n_rows, unsigned shift) { return (size_t)((n_rows - 1) >> shift) + 1; }
 
-void tc_rows_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints) {
-    size_t n_hints = tc_rows_n_hints((uint64_t)first[k], shift), block = 0;
+void tc_finder_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints) {
+    size_t n_hints = tc_finder_n_hints((uint64_t)first[k], shift), block = 0;
     for (size_t i = 0; i < n_hints; i++) {
         int64_t row = (int64_t)((uint64_t)i << shift);
         while (first[block + 1] <= row)
@@ -132,20 +132,20 @@ void tc_rows_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hint
     }
 }
 
-static inline void place(const tc_rows *rows, uint64_t x, uint32_t *block, uint32_t *row) {
-    uint32_t at = rows->hints[x >> rows->shift];
-    while (rows->first[at + 1] <= (int64_t)x)
+static inline void place(const tc_finder *finder, uint64_t x, uint32_t *block, uint32_t *row) {
+    uint32_t at = finder->hints[x >> finder->shift];
+    while (finder->first[at + 1] <= (int64_t)x)
         at++;
     *block = at;
-    *row = (uint32_t)(x - (uint64_t)rows->first[at]);
+    *row = (uint32_t)(x - (uint64_t)finder->first[at]);
 }
 
 /* Positions as they are: a run of each block, in loops that the compiler makes vectors of (a tenth of the time of place() for each). */
-static void find_runs(const tc_rows *rows, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+static void find_runs(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     for (size_t done = 0, k; done < m; done += k) {
         uint32_t at, first;
-        place(rows, start + done, &at, &first);
-        size_t left = (size_t)(rows->first[at + 1] - (int64_t)(start + done));
+        place(finder, start + done, &at, &first);
+        size_t left = (size_t)(finder->first[at + 1] - (int64_t)(start + done));
         k = left < m - done ? left : m - done;
         for (size_t i = 0; i < k; i++)
             block[done + i] = at;
@@ -156,17 +156,21 @@ static void find_runs(const tc_rows *rows, uint64_t start, size_t m, uint32_t *b
 
 enum { CHUNK = 256 }; /* 2 KiB of indices between the two loops: stays in the first cache */
 
-void tc_rows_find(const tc_rows *rows, const tc_permutation *p, uint64_t start, size_t m, uint32_t *block,
-                  uint32_t *row) {
-    if (!p) {
-        find_runs(rows, start, m, block, row);
-        return;
-    }
+static void find_permuted(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
     uint64_t drawn[CHUNK];
     for (size_t done = 0; done < m; done += CHUNK) {
         size_t n = m - done < CHUNK ? m - done : CHUNK;
-        tc_permute_fill(p, start + done, n, drawn);
+        tc_permute_fill(finder->permutation, start + done, n, drawn);
         for (size_t i = 0; i < n; i++)
-            place(rows, drawn[i], block + done + i, row + done + i);
+            place(finder, drawn[i], block + done + i, row + done + i);
     }
+}
+
+void tc_find_rows(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row) {
+    if (finder->permutation)
+        find_permuted(finder, start, m, block, row);
+    else
+        find_runs(finder, start, m, block, row);
+    for (size_t i = 0; finder->row_start && i < m; i++)
+        row[i] += finder->row_start[block[i]];
 }

@@ -41,23 +41,24 @@ uint64_t tc_permute_invert(const tc_permutation *p, uint64_t y);
 /* out[i] = permuted(start + i) for i < m; start + m <= n. */
 void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t *out);
 
-/* Rows of a run of blocks. first[0..k] are cumulative rows from 0, never falling, first[k] > 0; hints has
- * tc_rows_n_hints entries: the block that holds row (i << shift). With as many hints as blocks, or more, the scan from
- * a hint takes one step or less on average over all rows, however uneven the blocks are. */
-typedef struct {
+/* Where the rows of k blocks lie, in a served order. first[0..k] are cumulative rows from 0, never falling, first[k] > 0;
+ * hints has tc_finder_n_hints entries: the block that holds row (i << shift). With as many hints as blocks, or more, the
+ * scan from a hint takes one step or less on average over all rows, however uneven the blocks are. Read-only: threads
+ * share it. */
+typedef struct tc_finder {
     const int64_t *first;
     const uint32_t *hints;
     unsigned shift;
-} tc_rows;
+    const tc_permutation *permutation; /* NULL: rows come as they stand */
+    const uint32_t *row_start;         /* [k], what is added to the rows of each block; NULL: nothing */
+} tc_finder;
 
 /* The shift that gives at least k hints where the rows allow it, and the number of hints for it. */
-unsigned tc_rows_shift(uint64_t n_rows, size_t k);
-size_t tc_rows_n_hints(uint64_t n_rows, unsigned shift);
-void tc_rows_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints);
+unsigned tc_finder_shift(uint64_t n_rows, size_t k);
+size_t tc_finder_n_hints(uint64_t n_rows, unsigned shift);
+void tc_finder_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints);
 
-/* (block, row in it) of positions start .. start + m, permuted by p, or as they stand if p is NULL.
- * start + m <= first[k]. */
-void tc_rows_find(const tc_rows *rows, const tc_permutation *p, uint64_t start, size_t m, uint32_t *block,
-                  uint32_t *row);
+/* (block, row in it) of positions start .. start + m; start + m <= first[k]. */
+void tc_find_rows(const tc_finder *finder, uint64_t start, size_t m, uint32_t *block, uint32_t *row);
 
 #endif

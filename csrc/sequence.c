@@ -62,7 +62,7 @@ void tc_sequence_cut(tc_sequence *sequence, size_t n_rows, tc_batch *batch) {
     if (sequence->is_sized) sequence->next_size++;
     while (n_rows) {
         queued *head = sequence->head;
-        tc_part part = {head->plan, head->first, head->n < n_rows ? head->n : n_rows};
+        tc_part part = {head->plan, head->first, head->n < n_rows ? head->n : n_rows, NULL, NULL};
         tc_batch_add(batch, &part);
         head->first += part.n;
         head->n -= part.n;

@@ -64,14 +64,14 @@ tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity) {
 void tc_slot_free(tc_slot *slot) {
     if (slot->own) munmap(slot->memory, slot->capacity);
     free(slot->values_at);
+    free(slot->found);
     free(slot);
 }
 
 /* The rows of a part, of its plan's stream 0; of_stream makes those of the others. Breaks are counted once for all streams. */
 static tc_rows rows_of(const tc_part *part) {
     const tc_plan *plan = part->plan;
-    const uint32_t *block = plan->block + part->first, *row = plan->row + part->first;
-    return (tc_rows){plan->sources, plan->chunks, block, row, part->n, tc_count_breaks(block, row, part->n)};
+    return (tc_rows){plan->sources, plan->chunks, part->block, part->row, part->n, tc_count_breaks(part->block, part->row, part->n)};
 }
 
 static tc_rows of_stream(const tc_rows *rows, size_t n_blocks, size_t s) {
@@ -151,10 +151,36 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
+/* Find where the rows lie, while they are few: of a whole window they would be 8 bytes a row to be written and read again from memory, by
+ * one thread. */
+static int find_rows(tc_slot *slot, tc_part *parts, size_t n_parts) {
+    size_t n = slot->n_rows, done = 0;
+    for (size_t p = 0; p < n_parts; done += parts[p++].n) {
+        tc_part *part = &parts[p];
+        const tc_plan *plan = part->plan;
+        if (plan->finder == NULL) {
+            part->block = plan->block + part->first;
+            part->row = plan->row + part->first;
+            continue;
+        }
+        if (slot->n_found < n) {
+            uint32_t *found = realloc(slot->found, 2 * n * sizeof *found);
+            if (found == NULL) return TC_NOMEM;
+            slot->found = found;
+            slot->n_found = n;
+        }
+        uint32_t *block = slot->found + done, *row = block + slot->n_found;
+        tc_find_rows(plan->finder, plan->start + part->first, part->n, block, row);
+        part->block = block;
+        part->row = row;
+    }
+    return 0;
+}
+
 /* Lay the streams out in the slot (sizes known first, values of varied length after). */
 int tc_slot_begin(tc_slot *slot, const tc_content *content) {
     const tc_stream *streams = content->streams;
-    const tc_part *parts = content->parts;
+    tc_part *parts = content->parts;
     size_t n_streams = content->n_streams, n_parts = content->n_parts;
     const tc_form *forms = parts[0].plan->forms;
     size_t end = 0;
@@ -175,7 +201,8 @@ int tc_slot_begin(tc_slot *slot, const tc_content *content) {
             end += aligned(slot->n_rows * out_width(&streams[s]));
         }
     }
-    int status = slot_grow(slot, end + 1, 0);
+    int status = find_rows(slot, parts, n_parts);
+    if (status == 0) status = slot_grow(slot, end + 1, 0);
     if (status == 0 && is_measured) {
         size_t head = end;
         status = measure(slot, streams, n_streams, parts, n_parts);
@@ -198,7 +225,7 @@ int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t 
         const tc_part *part = &content->parts[p];
         size_t from = first > done ? first - done : 0, to = part->n < stop - done ? part->n : stop - done;
         if (from >= to) continue;
-        tc_part share = {part->plan, part->first + from, to - from};
+        tc_part share = {part->plan, part->first + from, to - from, part->block + from, part->row + from};
         status = copy_part(slot, content->streams, content->n_streams, &share, done + from);
     }
     tc_guard_leave();

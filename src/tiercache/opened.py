@@ -205,6 +205,11 @@ class OpenedVersion:
             tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
 
+    @property
+    def is_whole(self) -> bool:
+        """As Source.is_whole."""
+        return True
+
     def stored_rows(
         self,
         shards: NDArray[np.int32],  # noqa: ARG002 -- of Source

@@ -16,6 +16,7 @@ import pytest
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
+from tiercache.order import RowRun
 from tiercache.shard.reader import ShardReader
 
 
@@ -135,17 +136,32 @@ def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
 
 
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.plan.pieces.__defaults__", (64, 64))
+    monkeypatch.setattr("tiercache.load.plan.Piece.cut.__defaults__", (64,))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
-    loader = tc.DataLoader(tc.Dataset(make_dataset(3000)), batch_size=16, shuffle=True, options=options)
+    chosen = tc.Dataset(make_dataset(3005)).select(range(5, 3005))  # rows of a view are looked up by piece
+    loader = tc.DataLoader(chosen, batch_size=16, shuffle=True, options=options)
     iterator, served, most, ends = iter(loader), [], 0, set()
     for batch in iterator:
         served += check_batch(batch)
         held = list(iterator._pipeline._shared.pieces)
         most, ends = max(most, len(held)), ends | {end for end, _ in held}
-    assert sorted(served) == list(range(3000))
+    assert sorted(served) == list(range(5, 3005))
     assert len(ends) > 3000 // 64  # pieces
     assert most <= 3
+
+
+def test_of_one_stream_no_row_s_place_is_in_memory_before_its_batch_is_gathered(make_dataset, monkeypatch):
+    monkeypatch.setattr("tiercache.load.plan.Piece.cut.__defaults__", (64,))
+    options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
+    loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
+    iterator = iter(loader)
+    served = check_batch(next(iterator))
+    ((end, pushed),) = iterator._pipeline._shared.pieces
+    assert end == 3008  # all of the window, and no arrays
+    assert isinstance(pushed.rows, RowRun)
+    for batch in iterator:
+        served += check_batch(batch)
+    assert sorted(served) == list(range(3008))
 
 
 def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(make_dataset):

@@ -113,7 +113,7 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
         block, row = piece.rows()
         assert len(block) == len(row) == piece.n_rows > 0
         assert piece.rows()[0] is block
-        assert piece.n_rows <= max(case.sizes[0], case.sizes[1])
+        assert piece.n_rows <= max(case.sizes) or piece.run is not None
         streams = [window.stream for window in piece.windows]
         assert streams == sorted(set(streams))  # one window of each stream at a time
         touched = piece.touched
@@ -126,6 +126,40 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
                 assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
                 assert every[with_it[0]].touched[_place(every[with_it[0]], window)].any()  # and not before
     assert sum(piece.n_rows for piece in every) == plan.n_served
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.integers(1, 50), st.data())
+def test_a_run_and_a_piece_that_is_cut_name_the_same_rows(case: Case, max_rows: int, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    for piece in every:
+        block, row = piece.rows()
+        if piece.run is not None:
+            lo = data.draw(st.integers(0, piece.n_rows))
+            hi = data.draw(st.integers(lo, piece.n_rows))
+            found = piece.run.find(lo, hi)
+            assert [part.tolist() for part in found] == [block[lo:hi].tolist(), row[lo:hi].tolist()]
+        if piece.run is not None or piece.n_rows <= max_rows:
+            parts = list(piece.cut(max_rows))
+            assert all(part.n_rows == len(part.rows()[0]) <= max_rows for part in parts)
+            assert all(part.windows == piece.windows and part.wanted == piece.wanted for part in parts)
+            assert np.concatenate([part.rows()[0] for part in parts]).tolist() == block.tolist()
+            assert np.concatenate([part.rows()[1] for part in parts]).tolist() == row.tolist()
+
+
+def test_a_rank_alone_or_with_a_stream_of_its_own_has_a_piece_a_window() -> None:
+    footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
+    layout = Layout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    for world_size in (1, 4):
+        order = EpochOrder(layout, OrderOptions(1, True, None, 100 << 20, streams=world_size), 0)
+        plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
+        last = 0
+        for piece in pieces(order, plan):
+            (window,) = piece.windows
+            assert piece.n_rows == min(window.stop, plan.n_served) - last
+            last += piece.n_rows
+        assert last == plan.n_served
 
 
 def _place(piece: Piece, window: object) -> int:

@@ -281,6 +281,27 @@ def test_rows_are_found_in_the_blocks_that_hold_them(
     assert np.array_equal(row, expected - first[block])
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.one_of(st.none(), KEYS), st.data())
+def test_rows_count_from_where_their_block_begins(records: list[int], key: bytes | None, data: st.DataObject) -> None:
+    first = np.concatenate([[0], np.cumsum(records)]).astype(np.int64)
+    if not (n := int(first[-1])):
+        return
+    n_blocks = len(records)
+    starts = np.array(data.draw(st.lists(st.integers(0, 2**31), min_size=n_blocks, max_size=n_blocks)), np.uint32)
+    found = [np.empty(n, np.uint32) for _ in range(4)]
+    finder = RowFinder(first, key, starts)
+    finder.find(0, *found[:2])
+    RowFinder(first, key).find(0, *found[2:])
+    assert np.array_equal(found[0], found[2])
+    assert np.array_equal(found[1], found[3] + starts[found[0]])
+    assert (finder.n_rows, finder.n_blocks) == (n, n_blocks)
+
+
+def test_every_block_has_a_row_to_begin_with() -> None:
+    with pytest.raises(ValueError, match="a number for each of 2 blocks, got 3"):
+        RowFinder(np.array([0, 4, 8], np.int64), None, np.zeros(3, np.uint32))
+
+
 def test_rows_are_found_in_very_uneven_blocks() -> None:
     records = np.array([1] * 5000 + [1_000_000] + [0] * 5000 + [3] * 10, np.int64)
     first = np.concatenate([[0], np.cumsum(records)])

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache._native import gather
+from tiercache._native.permute import RowFinder
 from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes
 from tiercache.waiting import wait_for
 
@@ -396,3 +397,69 @@ def test_sizes_that_come_behind_their_rows_wake_a_worker():
     assert ring.push_sizes(np.array([3], np.uint32))
     assert wait_for(lambda: ring.figures()["ready"] == 2, 10)
     ring.close()
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.sampled_from([None, b"k" * 16]),
+    st.integers(1, 25),
+    st.integers(1, 3),
+    st.data(),
+)
+def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch_rows, n_threads, data):
+    n_blocks, n = len(records), sum(records)
+    rng = np.random.default_rng(n)
+    starts = rng.integers(0, 5, n_blocks).astype(np.uint32)
+    values = [rng.integers(0, 256, (k + 5, WIDTH), np.uint8) for k in records]
+    texts = [[b"x" * int(i) for i in rng.integers(0, 9, k + 5)] for k in records]
+    offsets = [np.concatenate([[0], np.cumsum([len(t) for t in block])]).astype(np.int64) for block in texts]
+    joined = [np.frombuffer(b"".join(block) + b"-", np.uint8) for block in texts]
+    addresses = np.zeros((2, n_blocks, 3), np.uint64)
+    for i in range(n_blocks):
+        addresses[0, i, 0] = values[i].ctypes.data
+        addresses[1, i] = joined[i].ctypes.data, offsets[i].ctypes.data, offsets[i][-1]
+    finder = RowFinder(np.concatenate([[0], np.cumsum(records)]).astype(np.int64), key, starts)
+    cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})
+    streams = np.array([[gather.FIXED, WIDTH], [gather.VAR, 1]], np.uint32)
+
+    def served(plans):
+        ring = Ring(streams, batch_rows=batch_rows, depth=3, n_threads=n_threads)
+        for plan in plans:
+            assert ring.push(plan)
+        ring.finish()
+        found = []
+        while not isinstance(slot := ring.take(), int):
+            memory = bytes(memoryview(slot))
+            n_rows, (fixed_at, _, _), (at, offsets_at, n_bytes) = slot.n_rows, slot.places(0), slot.places(1)
+            offsets_bytes = memory[offsets_at : offsets_at + 8 * (n_rows + 1)]
+            found.append(
+                (n_rows, memory[fixed_at : fixed_at + WIDTH * n_rows], offsets_bytes, memory[at : at + n_bytes])
+            )
+        return found
+
+    def arrays(lo, hi):
+        block, row = np.empty(hi - lo, np.uint32), np.empty(hi - lo, np.uint32)
+        finder.find(lo, block, row)
+        return Plan(addresses, block, row, None)
+
+    pairs = list(itertools.pairwise(cuts))
+    runs = [Plan.of_run(addresses, (finder, lo, hi - lo), None) for lo, hi in pairs]
+    assert [plan.n_rows for plan in runs] == [hi - lo for lo, hi in pairs]
+    expected = served([arrays(lo, hi) for lo, hi in pairs])
+    assert sum(batch[0] for batch in expected) == n
+    assert served(runs) == expected
+    mixed = [plan if i % 2 else arrays(*pair) for i, (plan, pair) in enumerate(zip(runs, pairs, strict=True))]
+    assert served(mixed) == expected  # parts of both kinds in one batch
+
+
+@pytest.mark.parametrize("run", [(-1, 2), (0, 11), (10, 1), (0, -1)])
+def test_a_run_outside_its_finder_is_refused(run):
+    finder = RowFinder(np.array([0, 4, 10], np.int64), None)
+    with pytest.raises(ValueError, match="of 10 in 2 blocks, with addresses of 2 blocks"):
+        Plan.of_run(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
+
+
+def test_a_run_of_more_blocks_than_there_are_addresses_for_is_refused():
+    finder = RowFinder(np.array([0, 4, 10], np.int64), None)
+    with pytest.raises(ValueError, match="with addresses of 1 blocks"):
+        Plan.of_run(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)

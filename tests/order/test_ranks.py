@@ -215,6 +215,18 @@ def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(how: Dr
     for plan in plans(how):
         start = min(start, plan.n_served)
         stop = min(start + length, plan.n_served)
-        found = plan.rising_between(start, stop)
-        assert isinstance(found, range) == (plan.world_size == 1)
-        assert list(found) == plan.positions_between(start, stop).tolist()
+        found, run = plan.rising_between(start, stop), plan.run_between(start, stop)
+        positions = plan.positions_between(start, stop).tolist()
+        assert list(found) == positions
+        assert isinstance(found, range) == (plan.world_size == 1 or run is not None)
+        steps = {after - before for before, after in itertools.pairwise(positions)}
+        follow_in_one_stream = steps <= {plan.n_streams} and len(plan.streams) == 1
+        assert (run is not None) == (bool(positions) and follow_in_one_stream)
+        assert run is None or list(run) == positions
+
+
+def test_all_full_batches_of_a_rank_with_a_stream_of_its_own_are_one_run() -> None:
+    for rank in range(8):
+        plan = RankPlan(4096, 8, rank, 64, True, 10**12, 8)
+        run = plan.run_between(0, plan.n_served)
+        assert run == range(4096 + rank, 10**12 // 512 * 512 - 8 + rank + 1, 8)

@@ -4,25 +4,6 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 
-cdef extern from "permute.h":
-    ctypedef struct tc_permutation:
-        uint64_t n
-    ctypedef struct tc_rows:
-        const int64_t *first
-        const uint32_t *hints
-        unsigned shift
-    const uint64_t TC_PERMUTE_MAX_N
-    void tc_permute_init(tc_permutation *p, uint64_t key_low, uint64_t key_high, uint64_t n) noexcept nogil
-    uint64_t tc_permute_one(const tc_permutation *p, uint64_t x) noexcept nogil
-    uint64_t tc_permute_invert(const tc_permutation *p, uint64_t y) noexcept nogil
-    void tc_permute_fill(const tc_permutation *p, uint64_t start, size_t m, uint64_t *out) noexcept nogil
-    unsigned tc_rows_shift(uint64_t n_rows, size_t k) noexcept nogil
-    size_t tc_rows_n_hints(uint64_t n_rows, unsigned shift) noexcept nogil
-    void tc_rows_hint(const int64_t *first, size_t k, unsigned shift, uint32_t *hints) noexcept nogil
-    void tc_rows_find(const tc_rows *rows, const tc_permutation *p, uint64_t start, size_t m,
-                      uint32_t *block, uint32_t *row) noexcept nogil
-
-
 # Below it the hand-over of the GIL costs more than the work (about 10 us).
 cdef size_t GIL_DROP_INDICES = 1024
 MAX_N = int(TC_PERMUTE_MAX_N)
@@ -98,18 +79,13 @@ cdef class RowFinder:
     Immutable and free of locks: any thread may call it.
     """
 
-    cdef int64_t *first
-    cdef uint32_t *hints
-    cdef tc_rows rows
-    cdef tc_permutation permutation
-    cdef bint permuted
-    cdef readonly object n_rows
-
-    def __cinit__(self, const int64_t[::1] first not None, key):
+    def __cinit__(self, const int64_t[::1] first not None, key, const uint32_t[::1] row_start=None):
         cdef size_t k, i
         if first.shape[0] < 2 or first[0] != 0 or first[first.shape[0] - 1] < 1 or first.shape[0] > 0xFFFFFFFF:
             raise ValueError("first must be the cumulative rows of one block or more, from 0, with one row or more")
         k = first.shape[0] - 1
+        if row_start is not None and <size_t>row_start.shape[0] != k:
+            raise ValueError(f"row_start needs a number for each of {k} blocks, got {row_start.shape[0]}")
         self.first = <int64_t *>malloc((k + 1) * sizeof(int64_t))
         if self.first == NULL:
             raise MemoryError()
@@ -118,20 +94,29 @@ cdef class RowFinder:
             if i and (self.first[i] < self.first[i - 1] or self.first[i] - self.first[i - 1] > 0xFFFFFFFF):
                 raise ValueError(f"block {i - 1} has {first[i] - first[i - 1]} rows; a block has 0 to 2**32 - 1")
         self.n_rows = first[k]
-        self.rows.shift = tc_rows_shift(self.first[k], k)
-        self.hints = <uint32_t *>malloc(tc_rows_n_hints(self.first[k], self.rows.shift) * sizeof(uint32_t))
+        self.n_blocks = <Py_ssize_t>k
+        self.finder.shift = tc_finder_shift(self.first[k], k)
+        self.hints = <uint32_t *>malloc(tc_finder_n_hints(self.first[k], self.finder.shift) * sizeof(uint32_t))
         if self.hints == NULL:
             raise MemoryError()
-        self.rows.first = self.first
-        self.rows.hints = self.hints
-        tc_rows_hint(self.first, k, self.rows.shift, self.hints)
-        self.permuted = key is not None
-        if self.permuted:
+        self.finder.first = self.first
+        self.finder.hints = self.hints
+        tc_finder_hint(self.first, k, self.finder.shift, self.hints)
+        if row_start is not None:
+            self.row_start = <uint32_t *>malloc(k * sizeof(uint32_t))
+            if self.row_start == NULL:
+                raise MemoryError()
+            for i in range(k):
+                self.row_start[i] = row_start[i]
+            self.finder.row_start = self.row_start
+        if key is not None:
             prepare(&self.permutation, key, self.n_rows)
+            self.finder.permutation = &self.permutation
 
     def __dealloc__(self):
         free(self.first)
         free(self.hints)
+        free(self.row_start)
 
     def find(self, start, uint32_t[::1] block not None, uint32_t[::1] row not None):
         """Fill block and row with the places of positions start, start + 1, ...; the GIL is dropped for long runs.
@@ -148,11 +133,10 @@ cdef class RowFinder:
         if m == 0:
             return
         cdef uint64_t begin = start
-        cdef const tc_permutation *p = &self.permutation if self.permuted else NULL
         cdef uint32_t *to_block = &block[0]
         cdef uint32_t *to_row = &row[0]
         if m < GIL_DROP_INDICES:
-            tc_rows_find(&self.rows, p, begin, m, to_block, to_row)
+            tc_find_rows(&self.finder, begin, m, to_block, to_row)
             return
         with nogil:
-            tc_rows_find(&self.rows, p, begin, m, to_block, to_row)
+            tc_find_rows(&self.finder, begin, m, to_block, to_row)

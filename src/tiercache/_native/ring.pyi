@@ -5,6 +5,8 @@ from typing import Final, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from tiercache._native.permute import RowFinder
+
 END: Final[int]
 FAILED: Final[int]
 CLOSED: Final[int]
@@ -36,6 +38,20 @@ class Plan:
         checks: NDArray[np.uint64] | None = None,
         forms: NDArray[np.uint64] | None = None,
     ) -> None: ...
+    @staticmethod
+    def of_run(
+        addresses: NDArray[np.uint64],
+        run: tuple[RowFinder, int, int],
+        held: object,
+        checks: NDArray[np.uint64] | None = None,
+        forms: NDArray[np.uint64] | None = None,
+    ) -> Plan:
+        """A plan of n rows from position `start` of a finder on, run = (finder, start, n): found batch by batch.
+
+        Raises:
+            ValueError: the finder has not so many rows, or more blocks than addresses.
+        """
+
     @property
     def n_rows(self) -> int: ...
     @property

@@ -14,6 +14,7 @@ from collections import deque
 from tiercache._native import checksum
 from tiercache._native.gather import CastError, CorruptError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
+from tiercache._native.permute cimport RowFinder, tc_finder
 
 cdef extern from "forms.h" nogil:
     ctypedef struct tc_form:
@@ -36,6 +37,8 @@ cdef extern from "ring.h" nogil:
         size_t n_blocks
         const uint32_t *block
         const uint32_t *row
+        const tc_finder *finder
+        uint64_t start
         size_t n_rows
         const tc_form *forms
 
@@ -124,6 +127,7 @@ cdef class Plan:
     cdef const uint64_t[::1] forms
     cdef const uint32_t[::1] block
     cdef const uint32_t[::1] row
+    cdef RowFinder finder
 
     def __init__(
         self,
@@ -134,27 +138,59 @@ cdef class Plan:
         const uint64_t[:, :, ::1] checks=None,
         const uint64_t[::1] forms=None,
     ):
+        if block.shape[0] != row.shape[0]:
+            raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
+        self.set_sources(addresses, held, checks, forms)
+        self.block = block
+        self.row = row
+        self.plan.n_rows = row.shape[0]
+        self.plan.block = &block[0] if row.shape[0] else NULL
+        self.plan.row = &row[0] if row.shape[0] else NULL
+
+    @staticmethod
+    def of_run(
+        const uint64_t[:, :, ::1] addresses not None,
+        run,
+        held,
+        const uint64_t[:, :, ::1] checks=None,
+        const uint64_t[::1] forms=None,
+    ):
+        cdef Plan self = Plan.__new__(Plan)
+        cdef RowFinder finder = run[0]
+        start, n_rows = run[1], run[2]
+        if start < 0 or n_rows < 0 or start + n_rows > finder.n_rows or finder.n_blocks > addresses.shape[1]:
+            raise ValueError(
+                f"rows [{start}, {start + n_rows}) of {finder.n_rows} in {finder.n_blocks} blocks, with addresses of {addresses.shape[1]} blocks"
+            )
+        self.set_sources(addresses, held, checks, forms)
+        self.finder = finder
+        self.plan.finder = &finder.finder
+        self.plan.start = start
+        self.plan.n_rows = n_rows
+        return self
+
+    cdef int set_sources(
+        self,
+        const uint64_t[:, :, ::1] addresses,
+        held,
+        const uint64_t[:, :, ::1] checks,
+        const uint64_t[::1] forms,
+    ) except -1:
         if addresses.shape[2] != 3:
             raise ValueError(f"addresses need the shape [n_streams, n_blocks, 3], got {tuple(addresses.shape)[:3]}")
         if checks is not None and tuple(checks.shape)[:3] != (addresses.shape[0], addresses.shape[1], 4):
             raise ValueError(f"checks need the shape [n_streams, n_blocks, 4] of addresses, got {tuple(checks.shape)[:3]}")
         if forms is not None and forms.shape[0] < addresses.shape[0] * <Py_ssize_t>(sizeof(tc_form) // sizeof(uint64_t)):
             raise ValueError(f"forms need {sizeof(tc_form) // sizeof(uint64_t)} words a stream, got {forms.shape[0]} of {addresses.shape[0]}")
-        if block.shape[0] != row.shape[0]:
-            raise ValueError(f"block and row need one length, got {block.shape[0]} and {row.shape[0]}")
         self.addresses = addresses
         self.checks = checks
         self.forms = forms
-        self.block = block
-        self.row = row
         self.held = held
         self.plan.n_blocks = addresses.shape[1]
-        self.plan.n_rows = row.shape[0]
         self.plan.sources = <const tc_source *>&addresses[0, 0, 0] if addresses.shape[0] and addresses.shape[1] else NULL
         self.plan.chunks = <const tc_chunk *>&checks[0, 0, 0] if checks is not None and self.plan.sources != NULL else NULL
         self.plan.forms = <const tc_form *>&forms[0] if forms is not None and addresses.shape[0] else NULL
-        self.plan.block = &block[0] if row.shape[0] else NULL
-        self.plan.row = &row[0] if row.shape[0] else NULL
+        return 0
 
     @property
     def n_rows(self):

@@ -161,7 +161,8 @@ class Coming:
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
-        first.rows()
+        if first.run is None:
+            first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
         self._source.prefetch([*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tiercache._native import gather
 from tiercache.load.assemble import Assembler
-from tiercache.load.streams import slot_bytes
+from tiercache.load.streams import form_table, slot_bytes
 
 if TYPE_CHECKING:
     from tiercache.load.serving import Serving
@@ -27,13 +27,18 @@ class Sizes:
 
 
 class Fitted:
-    """What the pipelines of a source and a serving have in common. Any thread: two would make the same."""
+    """What the pipelines of a source and a serving have in common. Any thread: two would make the same.
+
+    stored_bytes, largest_bytes: of all shards and of the largest; forms: as `form_table`.
+    """
 
     def __init__(self, source: Source, serving: Serving) -> None:
         self.source, self.serving = source, serving
         self.assembler = Assembler(source.schema, serving)
         self._varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
-        self._stored_bytes = int(source.shard_bytes.sum())
+        self.stored_bytes = int(source.shard_bytes.sum())
+        self.largest_bytes = int(source.shard_bytes.max(initial=1))
+        self.forms = form_table(source.schema, serving)
         self._sizes: dict[tuple[int, int], Sizes] = {}
 
     def sizes(self, batch_size: int, n_records: int) -> Sizes:
@@ -42,7 +47,7 @@ class Fitted:
         if found is None:
             rows = min(batch_size, max(n_records, 1))
             expected_bytes = slot_bytes(self.assembler.streams, rows)
-            about_bytes = self._stored_bytes // max(n_records, 1) * rows
+            about_bytes = self.stored_bytes // max(n_records, 1) * rows
             if self._varies:  # with room for a batch that is longer than most
                 expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
             found = self._sizes[batch_size, n_records] = Sizes(rows, expected_bytes, about_bytes)

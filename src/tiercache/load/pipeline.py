@@ -304,9 +304,11 @@ class Pipeline:
     def _places(self, start: int, stop: int) -> Any:
         """(window, block in it, row in the block) of rows [start, stop) of the sequence."""
         for end, pushed in list(self._shared.pieces):  # the planner appends at any time
-            first = end - len(pushed.row)
-            for row in range(max(start, first), min(stop, end)):
-                yield *pushed.joined.find(int(pushed.block[row - first])), int(pushed.row[row - first])
+            first = end - pushed.n_rows
+            lo, hi = max(start, first), min(stop, end)
+            if lo < hi:
+                block, row = pushed.places(lo - first, hi - first)
+                yield from ((*pushed.joined.find(b), r) for b, r in zip(block.tolist(), row.tolist(), strict=True))
 
     def _failed(self, error: OSError | ValueError) -> TierCacheError:
         found = self._explain(error)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.order import Window
+from tiercache.order import RowRun, Window
 from tiercache.order.memory import MOST_ROWS, empty_rows
 
 if TYPE_CHECKING:
@@ -45,6 +45,14 @@ class _Lot:
     places: NDArray[np.int64] | None
     at: _Rising
     first_blocks: tuple[int, ...]
+
+    @property
+    def run(self) -> RowRun | None:
+        """All rows as a run of the piece's first window, if that is what they are."""
+        if self.places is not None or not isinstance(self.at, range) or not isinstance(self.stretch, Window):
+            return None
+        first = self.at.start - self.stretch.start
+        return self.stretch.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
 
     def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Where the rows lie: block, counted as in the piece, and row. There are some."""
@@ -82,6 +90,21 @@ class Piece:
         """None: all batches have the loader's size. Those of a sampler (load/feed.py) say how many rows each has."""
         return None
 
+    @property
+    def run(self) -> RowRun | None:
+        """The rows as a run of the first window, if they are one: then nobody needs them as arrays."""
+        return self._lots[0].run if len(self._lots) == 1 else None
+
+    def cut(self, max_rows: int = PIECE_ROWS) -> Iterator[Piece]:
+        """The piece in pieces of at most so many rows, for those who need them as arrays; only runs are longer."""
+        if self.n_rows <= max_rows:
+            yield self
+            return
+        (lot,) = self._lots
+        for start in range(0, self.n_rows, max_rows):
+            at = lot.at[start : start + max_rows]
+            yield Piece(self.windows, len(at), self.wanted, (replace(lot, at=at),))
+
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Where the rows lie; computed when asked for the first time, and kept. Not to be written to.
 
@@ -116,14 +139,16 @@ def pieces(
     """What the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its size, whatever the batches: the first one has
-    first_rows at most, each next one four times as many, up to max_rows. Pieces need footers when they are made
-    (`Order.stretch_at`), and what that raises passes through.
+    first_rows at most, each next one four times as many, up to max_rows; but a run, whose rows cost nothing here, goes
+    on to its window's end. Pieces need footers when they are made (`Order.stretch_at`), and what that raises passes
+    through.
     """
     cutter = _Cutter(order, ranks)
     full_stop = ranks.n_full * ranks.batch_size
     row, n_rows = 0, first_rows
     while row < ranks.n_served:
-        stop = min(row + n_rows, full_stop if row < full_stop else ranks.n_served)
+        limit = full_stop if row < full_stop else ranks.n_served
+        stop = min(row + (cutter.n_of_run(ranks.run_between(row, limit)) or n_rows), limit)
         if row == full_stop and ranks.padded:
             cutter = _Cutter(order, ranks)  # the record lies behind: what is held does not count as needed from there
         yield from cutter.cut(ranks.rising_between(row, stop), is_last=stop == ranks.n_served)
@@ -147,6 +172,14 @@ class _Cutter:
         self._order = order
         self._ranks = ranks
         self._held: dict[int, tuple[Stretch, tuple[NDArray[np.bool_], ...]]] = {}
+
+    def n_of_run(self, positions: range | None) -> int:
+        """How many of these rows, which follow one another in one stream, are a run of one window; 0: none."""
+        if positions is None:
+            return 0
+        (lane,) = _lanes(positions, self._order.n_streams)
+        stretch = self._order.stretch_at(lane.stream, int(lane.at[0]))
+        return _n_before(lane.at, stretch.stop) if isinstance(stretch, Window) else 0
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
         """positions: n of them, of rows one after the other; is_last: whether they are the last ones."""
@@ -250,8 +283,11 @@ def _lanes(positions: _Rising, n_streams: int) -> list[_Lane]:
     n = len(positions)
     if n_streams == 1:
         return [_Lane(0, range(n), positions)]
+    if isinstance(positions, range) and positions.step == n_streams:
+        first, stream = divmod(positions.start, n_streams)
+        return [_Lane(stream, range(n), range(first, first + n))]
     if isinstance(positions, range):
-        positions = np.arange(positions.start, positions.stop, dtype=np.int64)
+        positions = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
     at, streams = np.divmod(positions, n_streams)
     if (streams == streams[0]).all():
         return [_Lane(int(streams[0]), range(n), at)]

@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -19,10 +19,11 @@ from tiercache._native.ring import Plan
 from tiercache.load.ahead import Ahead
 from tiercache.load.coming import drop
 from tiercache.load.mending import Mended
+from tiercache.load.plan import Piece
 from tiercache.load.pressure import Pressure
 from tiercache.load.share import OrderShare, interleaved
-from tiercache.load.streams import form_table
 from tiercache.load.window import Joined, Loaded, Loading
+from tiercache.order import RowRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
     from tiercache._native.ring import Ring
     from tiercache.load.coming import Begun
     from tiercache.load.pipeline import Work
-    from tiercache.load.plan import Piece
     from tiercache.load.pressure import Slice
     from tiercache.load.window import Threads
     from tiercache.order import Window
+
+# Where rows lie: a run that is found as it is gathered, or block and row, uint32[n] each.
+Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
 # What is brought near ahead of the windows, in shards of the largest size: fetches overlap with reading, the cache
 # stays free for the rest.
@@ -44,11 +47,26 @@ SHARDS_AHEAD = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pushed:
-    """Rows that the ring has. block (through the windows' blocks), row (in the stored block): uint32[n]."""
+    """Rows that the ring has: a run of the first window, or block (through the windows' blocks) and row, uint32[n]."""
 
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
+    rows: Rows
     joined: Joined
+
+    @property
+    def n_rows(self) -> int:
+        """Of them."""
+        return self.rows.n_rows if isinstance(self.rows, RowRun) else len(self.rows[1])
+
+    def places(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Block and row of the rows [lo, hi)."""
+        return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
+
+    def as_plan(self, forms: NDArray[np.uint64] | None) -> Plan:
+        """What the ring takes."""
+        joined, checks = self.joined, self.joined.checks_for(self.n_rows)
+        if isinstance(self.rows, RowRun):
+            return Plan.of_run(joined.addresses, self.rows, joined, checks, forms)
+        return Plan(joined.addresses, *self.rows, joined, checks, forms)
 
 
 @dataclass(slots=True)
@@ -109,11 +127,11 @@ class _Planner:
         self._loading: dict[int, Loading] = {}  # begun by the epoch before
         self._joined: Joined | None = None
         self._serving: tuple[Window, ...] = ()  # of what was pushed last
-        source = work.source
-        self.ahead_bytes = SHARDS_AHEAD * int(source.shard_bytes.max(initial=1))
-        self._near = Ahead(threads, int(source.shard_bytes.sum()))
-        self.pressure = Pressure(source.is_at_hand, threads.limit_bytes)
-        shared.forms = form_table(source.schema, work.serving)
+        fitted = work.fittings.of(work.source, work.serving)
+        self.ahead_bytes = SHARDS_AHEAD * fitted.largest_bytes
+        self._near = Ahead(threads, fitted.stored_bytes)
+        self.pressure = Pressure(work.source.is_at_hand, threads.limit_bytes)
+        shared.forms = fitted.forms
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError where the ring is closed meanwhile."""
@@ -123,13 +141,23 @@ class _Planner:
             served: object = piece
             if isinstance(served, Mended):
                 self._shared.mended.append((self._pushed_rows, served))
-            if self.pressure.fits(piece):
-                self._push(piece)
+            fits = self.pressure.fits(piece)
+            has_arrays = not isinstance(served, Piece)
+            if has_arrays or (fits and self._work.source.is_whole):
+                self._push_fitting(piece, fits)
                 continue
-            for part in self.pressure.slices(piece):
-                self._push(part)
-                if "pressure" not in self._work.said and self.pressure.is_told and not self.pressure.fits(piece):
-                    self._warn()
+            for part in piece.cut():
+                self._push_fitting(part, self.pressure.fits(part))
+
+    def _push_fitting(self, piece: Piece, fits: bool) -> None:
+        """Push a piece, in slices where its windows do not fit."""
+        if fits:
+            self._push(piece)
+            return
+        for part in self.pressure.slices(piece):
+            self._push(part)
+            if "pressure" not in self._work.said and self.pressure.is_told and not self.pressure.fits(piece):
+                self._warn()
 
     def has_room(self) -> bool:
         """Wait until all but what was pushed last is served. False: closed before the end of the epoch."""
@@ -177,11 +205,11 @@ class _Planner:
         for read in self._near.bring_near(new, serving) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
-        self._last_rows = len(rows[0])
+        pushed = Pushed(rows, joined)
+        self._last_rows = pushed.n_rows
         self._pushed_rows += self._last_rows
-        self._shared.pieces.append((self._pushed_rows, Pushed(*rows, joined)))
-        checks = joined.checks_for(len(rows[0]))
-        if not self._ring.push(Plan(joined.addresses, *rows, joined, checks, self._shared.forms)):
+        self._shared.pieces.append((self._pushed_rows, pushed))
+        if not self._ring.push(pushed.as_plan(self._shared.forms)):
             raise CancelledError
         if is_first:  # the first batch does not wait for its whole window
             self._near.bring_near(new, serving, is_served=True)
@@ -211,6 +239,7 @@ class _Planner:
 
     def _is_work(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> bool:
         is_at_hand = self._work.source.is_at_hand
+        missing = [pair for pair in missing if id(pair[0]) not in self._loading]  # what is work of those is under way
         return any(
             not is_at_hand(shard) for window, wanted in missing for shard in np.unique(window.shards[wanted]).tolist()
         )
@@ -256,8 +285,11 @@ class _Planner:
             self._joined = Joined(windows)
         return self._joined
 
-    def _rows(self, part: Piece | Slice) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    def _rows(self, part: Piece | Slice) -> Rows:
         """The part's rows, as they are stored."""
+        run = part.run if isinstance(part, Piece) and self._work.source.is_whole else None
+        if run is not None:
+            return run
         start_s = time.perf_counter()
         block, row = part.rows()
         shards = [window.shards for window in part.windows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -100,7 +101,9 @@ class OrderShare:
         """See Share."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks)
-        return found if self.damage is None else mended(found, self.damage, _Walk(self, ranks))
+        if self.damage is None:
+            return found
+        return mended(chain.from_iterable(piece.cut() for piece in found), self.damage, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """See Share."""

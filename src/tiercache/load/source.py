@@ -76,6 +76,10 @@ class Source(Protocol):
         records: of a view those that it selects; raw_bytes: of the whole block.
         """
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is selected: stored_rows() gives every row back."""
+
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:

@@ -6,7 +6,7 @@ from tiercache.order.keys import derive_key
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 from tiercache.order.options import MAX_STREAMS, BlockTable, Layout, OrderOptions
 from tiercache.order.ranks import RankPlan
-from tiercache.order.window import Window
+from tiercache.order.window import RowRun, Window
 
 __all__ = [
     "MAX_STREAMS",
@@ -18,6 +18,7 @@ __all__ = [
     "Order",
     "OrderOptions",
     "RankPlan",
+    "RowRun",
     "StoredMixture",
     "Stretch",
     "Window",

@@ -142,7 +142,16 @@ class RankPlan:
         """As positions_between(); a range where they follow one another, which costs nothing however many they are."""
         if self.world_size == 1 and 0 <= start <= stop <= self.n_served:
             return range(self.offset + start, self.offset + stop)
-        return self.positions_between(start, stop)
+        run = self.run_between(start, stop)
+        return self.positions_between(start, stop) if run is None else run
+
+    def run_between(self, start: int, stop: int) -> range | None:
+        """As positions_between(), where the rows follow one another in one stream; None: they do not, or are none."""
+        if len(self.streams) > 1 or not 0 <= start < stop <= self.n_served:
+            return None
+        first, last = (int(self.positions_between(row, row + 1)[0]) for row in (start, stop - 1))
+        # Rising numbers of one stream lie n_streams apart at least.
+        return range(first, last + 1, self.n_streams) if last - first == (stop - 1 - start) * self.n_streams else None
 
     def owns(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether this rank serves positions (padding apart). positions: int64[n], from offset on. Returns bool[n]."""

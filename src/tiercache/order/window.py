@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 # blocks, and what is mixed less is one window's worth.
 RAMP_MIN_WINDOWS = 8
 RAMP_SHIFTS = (6, 5, 4, 3, 2, 1)
+
+
+class RowRun(NamedTuple):
+    """n_rows of a window in served order, from position `start` of it on: where each lies is found as it is needed."""
+
+    finder: RowFinder
+    start: int
+    n_rows: int
+
+    def find(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Places of the run's rows [lo, hi): block and row, uint32[hi - lo] each. ValueError outside the window."""
+        if hi < lo:
+            raise ValueError(f"rows [{lo}, {hi}) are no range")
+        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
+        self.finder.find(self.start + lo, block, row)
+        return block, row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +70,7 @@ class Window:
     _finder: RowFinder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_finder", RowFinder(self.first, self.key))
+        object.__setattr__(self, "_finder", RowFinder(self.first, self.key, self.row_start))
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -75,13 +91,11 @@ class Window:
         Raises:
             ValueError: positions outside the window.
         """
-        if hi < lo:
-            raise ValueError(f"positions [{lo}, {hi}) are no range")
-        block, row = empty_rows(hi - lo), empty_rows(hi - lo)
-        self._finder.find(lo, block, row)
-        if self.row_start is not None:
-            row += self.row_start[block]
-        return block, row
+        return self.run(lo, hi).find(0, hi - lo)
+
+    def run(self, lo: int, hi: int) -> RowRun:
+        """Positions [lo, hi), counted from the window's start, which are some of its own."""
+        return RowRun(self._finder, lo, hi - lo)
 
 
 def ramp(window_bytes: int) -> tuple[int, ...]:

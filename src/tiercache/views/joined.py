@@ -152,6 +152,11 @@ class Joined:
                 tables[place] = table
         return tables
 
+    @property
+    def is_whole(self) -> bool:
+        """As Source.is_whole."""
+        return all(source.is_whole for source in self.below)
+
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
@@ -222,8 +227,16 @@ class Joined:
             own = part_of(plan, where, int(self._first_shard[part]))
             root = root_of(self.below[part])
             plans.setdefault(id(root), (root, []))[1].append(own)
-        found = [root.publish(merged(of_root)) for root, of_root in plans.values()]
-        return Followings(tuple(one for one in found if one is not None))
+        found: list[Following] = []
+        try:
+            for root, of_root in plans.values():
+                one = root.publish(merged(of_root))
+                if one is not None:
+                    found.append(one)
+        except BaseException:  # nobody else knows of those: they would say what is read as long as the error is kept
+            Followings(tuple(found)).close()
+            raise
+        return Followings(tuple(found))
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
         """As Source.make_ready; of each source its own, views of one source together."""

@@ -171,6 +171,11 @@ class View:
         found = dict(zip(chosen, self.below.block_tables(chosen), strict=True))
         return [self._counted(shard, found[shard]) if shard in found else _NO_BLOCKS for shard in shards]
 
+    @property
+    def is_whole(self) -> bool:
+        """It is a choice."""
+        return False
+
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
