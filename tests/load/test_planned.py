@@ -448,3 +448,38 @@ def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server,
         del batches, loader
         for dataset in (one, two):
             dataset.close()
+
+
+def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothing_any_more(
+    server, packed, tmp_path, monkeypatch
+):
+    in_begin, asked, closed = threading.Event(), threading.Event(), threading.Event()
+    begin, ahead = Coming._begin, Coming.shards_ahead
+
+    def beginning(self, *what):
+        in_begin.set()
+        return begin(self, *what)
+
+    def late(self, n_bytes):
+        found = ahead(self, n_bytes)
+        if in_begin.is_set() and threading.current_thread().name == "tiercache-plan":
+            asked.set()  # it knows what to prefetch, and has not begun to
+            assert closed.wait(60)
+        return found
+
+    monkeypatch.setattr(Coming, "_begin", beginning)
+    monkeypatch.setattr(Coming, "shards_ahead", late)
+    with tc.Cache(tmp_path / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
+        assert sum(len(batch["id"]) for batch in loader) == N // 4
+        assert asked.wait(60)
+        planner = next(thread for thread in threading.enumerate() if thread.name == "tiercache-plan")
+        dataset.close()
+    n_requests = len(server.log)
+    closed.set()
+    planner.join(60)
+    assert len(server.log) == n_requests
+    assert open_below(tmp_path / "cache") == []
+    assert not [thread.name for thread in threading.enumerate() if "fetch" in thread.name]

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
 
+# Asked for at a time: some ms where each is looked up in a cache, which is what forget() waits for at most.
+_SHARDS_A_STEP = 16
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
     """The beginning of an epoch, good for one pipeline.
@@ -79,6 +83,9 @@ class Coming:
         self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
         self._share: OrderShare | None = None
         self._unwanted = threading.Event()  # of what is loaded of it: whoever closes the data set does not wait for it
+        # Held for each step of making ready: forget() waits for the one that is under way, so that nothing begins anew
+        # at a cache or a store that is closed after it. The collector may forget in a thread in the midst of a step.
+        self._step = threading.RLock()
         self._is_over = False  # taken or forgotten: nothing is to be made ready any more
         self._pid = os.getpid()
 
@@ -106,10 +113,11 @@ class Coming:
             if self._is_over:
                 return
             ready = self._ready = Future()
+            publishing = self.publishing
         begun = None
         try:
             with contextlib.suppress(TierCacheError):  # who asks for the epoch hears of it
-                begun = self._begin(threads, pressure, ahead_bytes)
+                begun = self._begin(threads, pressure, ahead_bytes, publishing)
         finally:
             ready.set_result(begun)
 
@@ -132,20 +140,20 @@ class Coming:
         """Drop what was made ready: a copy that it may read from is gone, or nobody wants it."""
         if self._pid != os.getpid():
             return
-        plan = self.publishing
+        ready, plan = self._end(), self.publishing
         self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may come all the same
-        self._let_go(plan)
+        self._let_go(ready, plan)
 
     def __del__(self) -> None:
         if hasattr(self, "_pid") and self._pid == os.getpid():
-            self._let_go(self.publishing)
+            self._let_go(self._end(), self.publishing)
 
-    def _let_go(self, plan: Publishing) -> None:
-        ready = self._end()
-        plan.close()
+    def _let_go(self, ready: Future[Begun | None] | None, plan: Publishing) -> None:
         if ready is not None:  # else nobody has begun it, or it is taken
             self._unwanted.set()  # also where its loading is just being begun, and nobody has it to cancel yet
-            drop(ready)
+            with self._step:
+                drop(ready)
+        plan.close()
 
     def _end(self) -> Future[Begun | None] | None:
         with self._lock:
@@ -153,9 +161,12 @@ class Coming:
             ready, self._ready = self._ready, None
         return ready
 
-    def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> Begun | None:
-        self.publishing.begin(self.share)
-        self.publishing.complete()
+    def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int, publishing: Publishing) -> Begun | None:
+        with self._step:
+            if self._unwanted.is_set():
+                return None
+            publishing.begin(self.share)
+            publishing.complete()
         rest = self.share.pieces(0)
         first = next(rest, None)
         if first is None:
@@ -165,12 +176,22 @@ class Coming:
             first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
-        self._source.prefetch([*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])])
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])]
+        for start in range(0, len(near), _SHARDS_A_STEP):
+            with self._step:
+                if self._unwanted.is_set():
+                    return None
+                self._source.prefetch(near[start : start + _SHARDS_A_STEP])
         if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
             return Begun(pieces, ())
-        executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
-        loading = [Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs]
-        executor.shutdown(wait=False)
+        with self._step:
+            if self._unwanted.is_set():
+                return None
+            executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
+            loading = [
+                Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+            ]
+            executor.shutdown(wait=False)
         for one in loading:
             one.load_at_hand()
         return Begun(pieces, tuple(loading))
