@@ -30,6 +30,32 @@ void tc_batch_add(tc_batch *batch, const tc_part *part) {
     batch->parts[batch->n_parts++] = *part;
 }
 
+/* While they are few: of a whole window they would be 8 bytes a row to be written to memory and read again, by one thread. */
+void tc_batch_find_rows(tc_batch *batch) {
+    for (size_t p = 0, done = 0; p < batch->n_parts; done += batch->parts[p++].n) {
+        tc_part *part = &batch->parts[p];
+        const tc_plan *plan = part->plan;
+        if (plan->finder == NULL) {
+            part->block = plan->block + part->first;
+            part->row = plan->row + part->first;
+            continue;
+        }
+        if (batch->n_found < batch->n_rows) { /* at the first such part: none refers to it yet */
+            uint32_t *found = realloc(batch->found, 2 * batch->n_rows * sizeof *found);
+            if (found == NULL) {
+                batch->status = TC_NOMEM;
+                return;
+            }
+            batch->found = found;
+            batch->n_found = batch->n_rows;
+        }
+        uint32_t *block = batch->found + done, *row = block + batch->n_found;
+        tc_find_rows(plan->finder, plan->start + part->first, part->n, block, row);
+        part->block = block;
+        part->row = row;
+    }
+}
+
 tc_content tc_batch_content(const tc_batch *batch, const tc_stream *streams, size_t n_streams) {
     return (tc_content){streams, n_streams, batch->parts, batch->n_parts};
 }
@@ -49,4 +75,5 @@ tc_share tc_batch_share(tc_batch *batch) {
 void tc_batch_free(tc_batch *batch) {
     if (batch->state != TC_EMPTY && batch->slot) tc_slot_free(batch->slot);
     free(batch->parts);
+    free(batch->found);
 }

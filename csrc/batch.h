@@ -13,6 +13,8 @@ typedef struct {
     int status;
     tc_part *parts;
     size_t n_parts, parts_capacity, n_rows;
+    uint32_t *found; /* where the rows lie that finders found: blocks, and behind n_found of them rows */
+    size_t n_found;
     uint64_t first_row; /* of the sequence */
     size_t begun, share_rows, n_copying; /* OPEN: rows before `begun` are copied, or being copied by n_copying threads */
     tc_slot *slot;
@@ -23,11 +25,14 @@ typedef struct {
     size_t first, stop;
 } tc_share;
 
-/* Empty, for n_rows from first_row on; it keeps the memory of its parts. */
+/* Empty, for n_rows from first_row on; it keeps the memory of its parts, and of what was found. */
 void tc_batch_reset(tc_batch *batch, size_t n_rows, uint64_t first_row);
 
 /* Append a part; without memory the batch's status is TC_NOMEM. */
 void tc_batch_add(tc_batch *batch, const tc_part *part);
+
+/* Find where its rows lie, where its plans do not say; before its slot is filled. Without memory its status is TC_NOMEM. */
+void tc_batch_find_rows(tc_batch *batch);
 
 /* What its slot is filled from. */
 tc_content tc_batch_content(const tc_batch *batch, const tc_stream *streams, size_t n_streams);

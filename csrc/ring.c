@@ -115,6 +115,7 @@ static void begin_next(tc_ring *ring) {
 
     uint64_t start_ns = now_ns();
     tc_content content = tc_batch_content(c, ring->streams, ring->n_streams);
+    if (c->status == TC_OK) tc_batch_find_rows(c);
     if (c->status == TC_OK) c->status = tc_slot_begin(c->slot, &content);
     uint64_t took_ns = now_ns() - start_ns;
 

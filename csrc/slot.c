@@ -64,7 +64,6 @@ tc_slot *tc_slot_new(size_t n_streams, uint8_t *memory, size_t capacity) {
 void tc_slot_free(tc_slot *slot) {
     if (slot->own) munmap(slot->memory, slot->capacity);
     free(slot->values_at);
-    free(slot->found);
     free(slot);
 }
 
@@ -151,36 +150,10 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
-/* Find where the rows lie, while they are few: of a whole window they would be 8 bytes a row to be written and read again from memory, by
- * one thread. */
-static int find_rows(tc_slot *slot, tc_part *parts, size_t n_parts) {
-    size_t n = slot->n_rows, done = 0;
-    for (size_t p = 0; p < n_parts; done += parts[p++].n) {
-        tc_part *part = &parts[p];
-        const tc_plan *plan = part->plan;
-        if (plan->finder == NULL) {
-            part->block = plan->block + part->first;
-            part->row = plan->row + part->first;
-            continue;
-        }
-        if (slot->n_found < n) {
-            uint32_t *found = realloc(slot->found, 2 * n * sizeof *found);
-            if (found == NULL) return TC_NOMEM;
-            slot->found = found;
-            slot->n_found = n;
-        }
-        uint32_t *block = slot->found + done, *row = block + slot->n_found;
-        tc_find_rows(plan->finder, plan->start + part->first, part->n, block, row);
-        part->block = block;
-        part->row = row;
-    }
-    return 0;
-}
-
 /* Lay the streams out in the slot (sizes known first, values of varied length after). */
 int tc_slot_begin(tc_slot *slot, const tc_content *content) {
     const tc_stream *streams = content->streams;
-    tc_part *parts = content->parts;
+    const tc_part *parts = content->parts;
     size_t n_streams = content->n_streams, n_parts = content->n_parts;
     const tc_form *forms = parts[0].plan->forms;
     size_t end = 0;
@@ -201,8 +174,7 @@ int tc_slot_begin(tc_slot *slot, const tc_content *content) {
             end += aligned(slot->n_rows * out_width(&streams[s]));
         }
     }
-    int status = find_rows(slot, parts, n_parts);
-    if (status == 0) status = slot_grow(slot, end + 1, 0);
+    int status = slot_grow(slot, end + 1, 0);
     if (status == 0 && is_measured) {
         size_t head = end;
         status = measure(slot, streams, n_streams, parts, n_parts);

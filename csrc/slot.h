@@ -13,15 +13,15 @@ typedef struct {
     const tc_source *sources; /* [n_streams][n_blocks] */
     const tc_chunk *chunks;   /* as sources, or NULL: nothing of this plan is to be checked */
     size_t n_blocks;
-    const uint32_t *block; /* with row: [n_rows], where the rows lie; NULL: finder finds those from position start on, batch by batch */
+    const uint32_t *block; /* with row: [n_rows], where the rows lie */
     const uint32_t *row;
-    const tc_finder *finder;
+    const tc_finder *finder; /* instead: finds those from position start on, batch by batch */
     uint64_t start;
     size_t n_rows;
     const struct tc_form *forms; /* [n_streams] (forms.h), or NULL: streams are served as they are gathered */
 } tc_plan;
 
-/* Rows [first, first + n) of a plan, and where they lie, once a slot has begun to be filled with them. */
+/* Rows [first, first + n) of a plan, and where they lie (tc_batch_find_rows). */
 typedef struct tc_part {
     const tc_plan *plan;
     size_t first, n;
@@ -44,8 +44,6 @@ typedef struct tc_slot {
     size_t n_bytes; /* of the batch's values, those that references point to included */
     size_t end;     /* of the memory that it takes */
     size_t *values_at, *offsets_at, *n_elements;
-    uint32_t *found; /* where the rows lie that a finder found: blocks, and behind n_found of them rows */
-    size_t n_found;
 } tc_slot;
 
 /* Private memory of n_bytes, a multiple of the page; from 2 MiB up aligned to 2 MiB with huge pages asked for. NULL without memory. */
@@ -62,11 +60,11 @@ void tc_slot_free(tc_slot *slot);
 typedef struct {
     const tc_stream *streams;
     size_t n_streams;
-    tc_part *parts;
+    const tc_part *parts;
     size_t n_parts;
 } tc_content;
 
-/* Filling a slot: begin (find where the rows lie, check what nobody checked, find sizes, lay out; it grows as needed), copy each row of the batch once (threads may
+/* Filling a slot: begin (check what nobody checked, find sizes, lay out; it grows as needed), copy each row of the batch once (threads may
  * share the rows out), then end. Each returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (see gather.h), or TC_NOMEM. */
 int tc_slot_begin(tc_slot *slot, const tc_content *content);
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);

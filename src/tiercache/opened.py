@@ -396,11 +396,13 @@ class OpenedVersion:
 
     def close(self) -> None:
         """Give shards and connections back; shards in use stay good until they are dropped."""
-        self._readers.clear()
-        for keeper in self._keepers:  # first: what reads ahead would begin anew at a store that was closed
+        for (
+            keeper
+        ) in self._keepers:  # first: what reads ahead would open shards, and begin anew at a store that was closed
             found = keeper()
             if found is not None:
                 found.forget()
+        self._readers.clear()
         self.access.close()
 
     def when_closed(self, keeper: Keeper) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from tests.cache.conftest import open_below
 from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
 
@@ -365,3 +366,41 @@ def test_a_data_set_that_is_closed_while_the_next_epoch_is_begun_loads_nothing_f
         wait_until(lambda: not any(one.name.startswith("tiercache-load") for one in threading.enumerate()))
     assert after
     assert len(loads) == after[0]
+
+
+def test_a_data_set_that_is_closed_while_its_next_epoch_is_loaded_leaves_no_shard_open(make_dataset, monkeypatch):
+    path = make_dataset(600)
+    dataset = tc.Dataset(path)
+    loading, loaded, forgetting, go_on = threading.Event(), [], threading.Event(), threading.Event()
+    load_at_hand, load, forget = Coming._load_at_hand, OpenedVersion.load, Coming.forget
+
+    def beginning(self, window):
+        loading.set()
+        load_at_hand(self, window)
+
+    def slow(self, shard, blocks):
+        if loading.is_set() and threading.current_thread().name == "tiercache-plan":
+            loaded.append(shard)
+            assert go_on.wait(30)
+        return load(self, shard, blocks)
+
+    def seen(self):
+        forgetting.set()
+        forget(self)
+
+    monkeypatch.setattr(Coming, "_load_at_hand", beginning)
+    monkeypatch.setattr(OpenedVersion, "load", slow)
+    monkeypatch.setattr(Coming, "forget", seen)
+    options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+    assert sum(len(batch["id"]) for batch in loader) == 600
+    wait_until(lambda: loaded)
+    planner = next(thread for thread in threading.enumerate() if thread.name == "tiercache-plan")
+    closing = threading.Thread(target=dataset.close)
+    closing.start()
+    assert forgetting.wait(30)
+    go_on.set()
+    closing.join(30)
+    planner.join(30)
+    assert len(loaded) == 1 < len(dataset.source.shard_records)  # the others are not begun
+    assert open_below(path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -419,3 +420,21 @@ def test_nothing_is_looked_for_where_nothing_is_wrong(make_dataset, monkeypatch)
     loader = tc.DataLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True, options=options())
     assert sorted(flat(ids_of(loader))) == list(range(N))
     assert loader.stats()["skipped"] == 0
+
+
+def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_any_other(make_dataset):
+    path = make_dataset(N)
+    dataset = tc.Dataset(path)
+    strike(dataset, path, *blocks_of(dataset)[0][:2], "id")
+    dataset.close()
+    dataset = tc.Dataset(path)
+    loader = tc.DataLoader(dataset, batch_size=16, options=options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = flat(ids_of(loader))
+        assert flat(ids_of(loader)) == first  # what it begins with is known by now; of the one before it was found out
+        for thread in threading.enumerate():
+            if thread.name == "tiercache-plan":
+                thread.join(30)
+        assert loader._native._coming._ready.result(30) is not None  # its first piece has other records in it
+        assert flat(ids_of(loader)) == first

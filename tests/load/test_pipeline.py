@@ -11,11 +11,13 @@ import time
 import weakref
 from concurrent.futures import CancelledError
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
+from tiercache.load.plan import PieceRows
 from tiercache.order import RowRun
 from tiercache.shard.reader import ShardReader
 
@@ -136,7 +138,7 @@ def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
 
 
 def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.plan.Piece.cut.__defaults__", (64,))
+    monkeypatch.setattr("tiercache.load.epochs.ARRAYS", PieceRows(64, 64, 64))
     options = tc.LoaderOptions(shuffle_window_bytes="all", memory_bytes=1, seed=0)
     chosen = tc.Dataset(make_dataset(3005)).select(range(5, 3005))  # rows of a view are looked up by piece
     loader = tc.DataLoader(chosen, batch_size=16, shuffle=True, options=options)
@@ -151,7 +153,7 @@ def test_only_some_of_a_windows_order_is_in_memory(make_dataset, monkeypatch):
 
 
 def test_of_one_stream_no_row_s_place_is_in_memory_before_its_batch_is_gathered(make_dataset, monkeypatch):
-    monkeypatch.setattr("tiercache.load.plan.Piece.cut.__defaults__", (64,))
+    monkeypatch.setattr("tiercache.load.epochs.RUNS", PieceRows(3008, 64, 3008))
     options = tc.LoaderOptions(shuffle_window_bytes="all", seed=0)
     loader = tc.DataLoader(tc.Dataset(make_dataset(3008)), batch_size=16, shuffle=True, options=options)
     iterator = iter(loader)
@@ -368,3 +370,21 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
         assert loader.state_dict()["offset"] == 10 * (number + 1)
     assert found == [list(range(first, first + 10)) for first in range(0, 100, 10)]
     iterator.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_objects_of_blocks_that_are_cut_between_streams_are_those_of_their_rows(tmp_path, rank):
+    schema = {"id": "int64", "s": pa.struct([("a", pa.int64())])}
+    with tc.Writer(tmp_path / "data", schema=schema, block_size="1KiB", shard_size="64KiB") as writer:
+        writer.write_batch({"id": np.arange(999), "s": [{"a": 3 * i} for i in range(999)]})
+    options = tc.LoaderOptions(seed=1, rank=rank, world_size=2, shuffle_window_bytes="4KiB")
+    loader = tc.DataLoader(tc.Dataset(tmp_path / "data"), batch_size=16, shuffle=True, options=options)
+    iterator = iter(loader)
+    n_rows = 0
+    windows = set()
+    for batch in iterator:
+        assert [value["a"] for value in batch["s"]] == (3 * batch["id"]).tolist()
+        n_rows += len(batch["id"])
+        windows |= {w.window for _, pushed in list(iterator._pipeline._shared.pieces) for w in pushed.joined.windows}
+    assert n_rows in (499, 500)
+    assert any(window.row_start is not None and window.row_start.any() for window in windows) == (rank == 1)

@@ -23,7 +23,7 @@ from tests.order.brute import (
 )
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.load.plan import Piece, pieces
+from tiercache.load.plan import RUN_ROWS, RUNS, Piece, PieceRows, pieces
 from tiercache.order import BlockTable, EpochOrder, Layout, OrderOptions, RankPlan, Window
 from tiercache.order.memory import MOST_ROWS, empty_rows
 
@@ -39,7 +39,7 @@ class Case:
     how: OrderOptions
     epoch: int
     ranks: Ranks
-    sizes: tuple[int, int]
+    sizes: PieceRows
 
     @cached_property
     def order(self) -> EpochOrder:
@@ -58,13 +58,14 @@ def ranks(draw: st.DrawFn) -> Ranks:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    sizes = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
+    first, most = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
+    sizes = PieceRows(first, most, most * draw(st.sampled_from([1, 4, 50])))
     return Case(draw(shards(max_shards=6)), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
 
 
 def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]:
     """The rank's batches, cut from its pieces one after the other; and the pieces."""
-    every = list(pieces(case.order, plan, *case.sizes))
+    every = list(pieces(case.order, plan, case.sizes))
     rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
     size = case.ranks.batch_size
     found = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -113,7 +114,8 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
         block, row = piece.rows()
         assert len(block) == len(row) == piece.n_rows > 0
         assert piece.rows()[0] is block
-        assert piece.n_rows <= max(case.sizes) or piece.run is not None
+        longest = case.sizes.most if piece.run is None else case.sizes.run
+        assert piece.n_rows <= max(case.sizes.first, longest)
         streams = [window.stream for window in piece.windows]
         assert streams == sorted(set(streams))  # one window of each stream at a time
         touched = piece.touched
@@ -129,37 +131,30 @@ def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: s
 
 
 @settings(max_examples=SOME)
-@given(cases(), st.integers(1, 50), st.data())
-def test_a_run_and_a_piece_that_is_cut_name_the_same_rows(case: Case, max_rows: int, data: st.DataObject) -> None:
+@given(cases(), st.data())
+def test_a_run_names_the_rows_of_its_piece(case: Case, data: st.DataObject) -> None:
     plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
     _, every = served(case, plan)
     for piece in every:
-        block, row = piece.rows()
         if piece.run is not None:
+            block, row = piece.rows()
             lo = data.draw(st.integers(0, piece.n_rows))
             hi = data.draw(st.integers(lo, piece.n_rows))
             found = piece.run.find(lo, hi)
             assert [part.tolist() for part in found] == [block[lo:hi].tolist(), row[lo:hi].tolist()]
-        if piece.run is not None or piece.n_rows <= max_rows:
-            parts = list(piece.cut(max_rows))
-            assert all(part.n_rows == len(part.rows()[0]) <= max_rows for part in parts)
-            assert all(part.windows == piece.windows and part.wanted == piece.wanted for part in parts)
-            assert np.concatenate([part.rows()[0] for part in parts]).tolist() == block.tolist()
-            assert np.concatenate([part.rows()[1] for part in parts]).tolist() == row.tolist()
+    if len(plan.streams) == 1 and not plan.padded and plan.run_between(0, plan.n_served) is not None:
+        assert all(piece.run is not None for piece in every)
 
 
-def test_a_rank_alone_or_with_a_stream_of_its_own_has_a_piece_a_window() -> None:
+def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_than_arrays() -> None:
     footer = BlockTable(np.full(10, 10**6), np.full(10, 1 << 20))
     layout = Layout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
     for world_size in (1, 4):
-        order = EpochOrder(layout, OrderOptions(1, True, None, 100 << 20, streams=world_size), 0)
+        order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=world_size), 0)
         plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
-        last = 0
-        for piece in pieces(order, plan):
-            (window,) = piece.windows
-            assert piece.n_rows == min(window.stop, plan.n_served) - last
-            last += piece.n_rows
-        assert last == plan.n_served
+        found = list(itertools.islice(pieces(order, plan, RUNS), 5))
+        assert all(piece.run is not None for piece in found)
+        assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, 1 << 19, RUN_ROWS, RUN_ROWS]
 
 
 def _place(piece: Piece, window: object) -> int:
@@ -182,14 +177,14 @@ def test_a_rank_with_few_rows_of_a_window_wants_only_the_blocks_that_they_lie_in
                 assert wanted.tolist() == needed[id(window)].tolist()
 
 
-def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: tuple[int, int]) -> list[Piece]:
-    return list(pieces(data.order(epoch), plan, *sizes))
+def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceRows) -> list[Piece]:
+    return list(pieces(data.order(epoch), plan, sizes))
 
 
 @settings(max_examples=SOME)
-@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([(3, 7), (1 << 13, 1 << 20)]), st.data())
+@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([PieceRows(3, 7, 20), PieceRows()]), st.data())
 def test_ranks_serve_the_sequence_of_a_mixture(
-    data: Mixed, epoch: int, how: Ranks, sizes: tuple[int, int], draw: st.DataObject
+    data: Mixed, epoch: int, how: Ranks, sizes: PieceRows, draw: st.DataObject
 ) -> None:
     whole = mixed_sequence(data, epoch)
     offset = draw.draw(st.integers(0, len(whole)))
@@ -213,12 +208,12 @@ def test_streams_that_share_a_small_part_of_a_mixture_name_its_window_once() -> 
         (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
     )
     order = data.order(0)
-    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), (100, 100))[0]
+    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), PieceRows(100, 100, 100))[0]
     assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
 
 
 def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() -> None:
-    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), (3, 64))
+    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceRows(3, 64, 64))
     wanted = [next(iter(served(case, plan)[1])).wanted[0] for plan in case.plans(0)]
     assert [int(blocks.sum()) for blocks in wanted] == [8] * 4
     assert np.logical_or.reduce(wanted).all()
@@ -226,7 +221,7 @@ def test_ranks_that_share_a_window_of_tiny_blocks_each_want_a_share_of_them() ->
 
 def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
     """The blocks that each rank reads."""
-    case = Case(data, how, 0, ranks, (64, 256))
+    case = Case(data, how, 0, ranks, PieceRows(64, 256, 512))
     found = []
     for plan in case.plans(0):
         _, every = served(case, plan)
@@ -262,7 +257,7 @@ def test_two_ranks_of_a_node_read_each_block_once_and_twice_where_streams_are_ig
 
 def test_a_window_is_in_no_piece_before_its_first_row() -> None:
     # Rank 1 has of each global batch two records of stream 1, then two of stream 0; every window has one record.
-    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), (64, 64))
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), PieceRows(64, 64, 64))
     _, every = served(case, case.plans(0)[1])
     assert [piece.n_rows for piece in every] == [1, 2, 2, 2, 1]
     assert [[window.stream for window in piece.windows] for piece in every] == [[1], [0, 1], [0, 1], [0, 1], [0]]
@@ -270,7 +265,7 @@ def test_a_window_is_in_no_piece_before_its_first_row() -> None:
 
 def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
     # The same ranks, with a window for each stream. The second piece has the last two rows, both of stream 0.
-    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), (6, 6))
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), PieceRows(6, 6, 6))
     _, every = served(case, case.plans(0)[1])
     assert [piece.n_rows for piece in every] == [6, 2]
     assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
@@ -279,7 +274,7 @@ def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
 def test_what_lies_behind_is_not_wanted_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
-    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), 10))
+    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceRows(10)))
     assert [wanted.tolist() for wanted in first.wanted] == [[False] * 7 + [True] * 13]
 
 

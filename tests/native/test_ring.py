@@ -422,8 +422,15 @@ def test_a_run_is_gathered_as_the_rows_that_its_finder_names(records, key, batch
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})
     streams = np.array([[gather.FIXED, WIDTH], [gather.VAR, 1]], np.uint32)
 
+    sizes = data.draw(st.one_of(st.none(), st.lists(st.integers(1, 60), min_size=n)))  # of batches; None: one size
+    sizes = sizes and [
+        min(size, n - before) for size, before in zip(sizes, np.cumsum([0, *sizes]), strict=False) if before < n
+    ]
+
     def served(plans):
         ring = Ring(streams, batch_rows=batch_rows, depth=3, n_threads=n_threads)
+        if sizes is not None:
+            assert ring.push_sizes(np.array(sizes, np.uint32))
         for plan in plans:
             assert ring.push(plan)
         ring.finish()

@@ -220,9 +220,18 @@ def test_rows_that_follow_one_another_are_a_range_and_the_same_positions(how: Dr
         assert list(found) == positions
         assert isinstance(found, range) == (plan.world_size == 1 or run is not None)
         steps = {after - before for before, after in itertools.pairwise(positions)}
-        follow_in_one_stream = steps <= {plan.n_streams} and len(plan.streams) == 1
-        assert (run is not None) == (bool(positions) and follow_in_one_stream)
+        follow = steps <= {plan.n_streams} and len(plan.streams) == 1
+        is_full = plan.world_size == 1 or stop <= plan.n_full * plan.batch_size
+        assert (run is not None) == (bool(positions) and follow and is_full)
         assert run is None or list(run) == positions
+
+
+def test_rows_of_the_last_global_batch_may_lie_in_other_streams_and_are_no_run() -> None:
+    plan = RankPlan(37, 3, 1, 2, False, 48, 3)
+    assert plan.positions_between(0, 4).tolist() == [37, 40, 44, 46]  # as far apart as a run of four would be
+    assert plan.run_between(0, 4) is None
+    assert plan.run_between(0, 2) == range(37, 41, 3)
+    assert list(plan.rising_between(0, 4)) == [37, 40, 44, 46]
 
 
 def test_all_full_batches_of_a_rank_with_a_stream_of_its_own_are_one_run() -> None:

@@ -168,11 +168,12 @@ class Coming:
             publishing.begin(self.share)
             publishing.complete()
         rest = self.share.pieces(0)
-        first = next(rest, None)
+        # Reads footers, for which forget() does not wait: a store may take its time.
+        first = None if self._unwanted.is_set() else next(rest, None)
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
-        if first.run is None:
+        if first.run is None or not self._source.is_whole:
             first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
@@ -182,16 +183,23 @@ class Coming:
                 if self._unwanted.is_set():
                     return None
                 self._source.prefetch(near[start : start + _SHARDS_A_STEP])
-        if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
-            return Begun(pieces, ())
         with self._step:
             if self._unwanted.is_set():
                 return None
+            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
+                return Begun(pieces, ())
             executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
             loading = [
                 Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
             ]
             executor.shutdown(wait=False)
         for one in loading:
-            one.load_at_hand()
+            self._load_at_hand(one)
         return Begun(pieces, tuple(loading))
+
+    def _load_at_hand(self, loading: Loading) -> None:
+        """Load what is at hand of a window, as long as it is wanted."""
+        is_left = True
+        while is_left:
+            with self._step:
+                is_left = not self._unwanted.is_set() and loading.load_next_at_hand()

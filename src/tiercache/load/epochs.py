@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from tiercache.load.damage import Damage
+from tiercache.load.plan import ARRAYS, RUNS
 from tiercache.load.share import OrderShare
 from tiercache.order import EpochOrder, Layout, OrderOptions, RankPlan
 from tiercache.order.listed import ListedOrder
@@ -25,7 +26,9 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
     Raises:
         ValueError: the state's offset is outside the epoch, or it names an order that there is not.
     """
-    order = make_order(read, state)
+    order, damage = make_order(read, state), read if isinstance(read, Damage) else None
+    source = read.source if isinstance(read, Damage) else read
+    sizes = RUNS if damage is None and source.is_whole else ARRAYS  # else somebody writes the rows down
     ranks = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
@@ -36,7 +39,7 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.epoch, read if isinstance(read, Damage) else None)
+    return OrderShare(order, ranks, state.seed, state.epoch, damage, sizes)
 
 
 def make_order(read: Source | Damage, state: RunState) -> Order:

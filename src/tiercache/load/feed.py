@@ -60,6 +60,10 @@ class ListedPiece:
         return (self.window,)
 
     @property
+    def run(self) -> None:
+        """Its rows are arrays."""
+
+    @property
     def n_rows(self) -> int:
         """Of the piece."""
         return len(self.row)

@@ -51,6 +51,10 @@ class Mended:
     replaced: NDArray[np.int64]
 
     @property
+    def run(self) -> None:
+        """Its rows are arrays."""
+
+    @property
     def n_rows(self) -> int:
         """Of the piece."""
         return len(self.row)

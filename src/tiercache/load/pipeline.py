@@ -169,7 +169,7 @@ class Pipeline:
             self._ring.forget()
             self._shared.pieces.clear()
         _live.discard(self)
-        self._is_closed = True
+        self._is_closed = not self._planner.is_alive()  # one that ends later may leave something to be dropped
 
     @property
     def n_taken(self) -> int:

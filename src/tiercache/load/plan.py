@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,6 +25,9 @@ _Rising: TypeAlias = range | NDArray[np.int64]
 # which the fastest consumers are served the one before.
 FIRST_PIECE_ROWS = 1 << 15
 PIECE_ROWS = MOST_ROWS
+# Rows that are a run are not computed before they are gathered. But a piece is also what the planner has 0.4 ms of
+# Python for, while the consumer waits, and what the cache and the next epoch hear of how far this one is.
+RUN_ROWS = 4 * PIECE_ROWS
 # Asking a stretch for a run of rows takes 2.6 us, and a row 14 to 80 ns: runs that lie further apart than so many rows
 # are asked for one by one. Of 4 ranks on one stream a row costs 25 ns so (batches of 256), and 66 where all that lies
 # between is computed (batches of 8).
@@ -92,18 +95,8 @@ class Piece:
 
     @property
     def run(self) -> RowRun | None:
-        """The rows as a run of the first window, if they are one: then nobody needs them as arrays."""
+        """The rows as a run of the first window, if they are one, which costs nothing however many they are."""
         return self._lots[0].run if len(self._lots) == 1 else None
-
-    def cut(self, max_rows: int = PIECE_ROWS) -> Iterator[Piece]:
-        """The piece in pieces of at most so many rows, for those who need them as arrays; only runs are longer."""
-        if self.n_rows <= max_rows:
-            yield self
-            return
-        (lot,) = self._lots
-        for start in range(0, self.n_rows, max_rows):
-            at = lot.at[start : start + max_rows]
-            yield Piece(self.windows, len(at), self.wanted, (replace(lot, at=at),))
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Where the rows lie; computed when asked for the first time, and kept. Not to be written to.
@@ -133,26 +126,37 @@ class Piece:
         return block, row
 
 
-def pieces(
-    order: Order, ranks: RankPlan, first_rows: int = FIRST_PIECE_ROWS, max_rows: int = PIECE_ROWS
-) -> Iterator[Piece]:
+@dataclass(frozen=True, slots=True)
+class PieceRows:
+    """How many rows pieces have at most: the first one, later ones, and those of them whose rows are a run."""
+
+    first: int = FIRST_PIECE_ROWS
+    most: int = PIECE_ROWS
+    run: int = PIECE_ROWS
+
+
+ARRAYS, RUNS = PieceRows(), PieceRows(run=RUN_ROWS)
+
+
+def pieces(order: Order, ranks: RankPlan, sizes: PieceRows = ARRAYS) -> Iterator[Piece]:
     """What the rank is served from its offset to the end of the epoch, in order, padding last.
 
-    A piece ends where a window of one of its streams ends, or at its size, whatever the batches: the first one has
-    first_rows at most, each next one four times as many, up to max_rows; but a run, whose rows cost nothing here, goes
-    on to its window's end. Pieces need footers when they are made (`Order.stretch_at`), and what that raises passes
-    through.
+    A piece ends where a window of one of its streams ends, or at its size, whatever the batches: each is up to four
+    times as large as the one before. Pieces need footers when they are made (`Order.stretch_at`), and what that raises
+    passes through.
     """
     cutter = _Cutter(order, ranks)
     full_stop = ranks.n_full * ranks.batch_size
-    row, n_rows = 0, first_rows
+    row, n_rows = 0, sizes.first
     while row < ranks.n_served:
         limit = full_stop if row < full_stop else ranks.n_served
-        stop = min(row + (cutter.n_of_run(ranks.run_between(row, limit)) or n_rows), limit)
+        stop = min(row + n_rows, limit)
+        if n_rows > sizes.most and not cutter.is_run(ranks.run_between(row, stop)):
+            stop = min(row + sizes.most, limit)
         if row == full_stop and ranks.padded:
             cutter = _Cutter(order, ranks)  # the record lies behind: what is held does not count as needed from there
         yield from cutter.cut(ranks.rising_between(row, stop), is_last=stop == ranks.n_served)
-        row, n_rows = stop, min(4 * n_rows, max_rows)
+        row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
 
 @dataclass(slots=True)
@@ -173,13 +177,12 @@ class _Cutter:
         self._ranks = ranks
         self._held: dict[int, tuple[Stretch, tuple[NDArray[np.bool_], ...]]] = {}
 
-    def n_of_run(self, positions: range | None) -> int:
-        """How many of these rows, which follow one another in one stream, are a run of one window; 0: none."""
+    def is_run(self, positions: range | None) -> bool:
+        """Whether rows are runs of windows. positions: if they follow one another in one stream; None: they do not."""
         if positions is None:
-            return 0
+            return False
         (lane,) = _lanes(positions, self._order.n_streams)
-        stretch = self._order.stretch_at(lane.stream, int(lane.at[0]))
-        return _n_before(lane.at, stretch.stop) if isinstance(stretch, Window) else 0
+        return isinstance(self._order.stretch_at(lane.stream, int(lane.at[0])), Window)
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
         """positions: n of them, of rows one after the other; is_last: whether they are the last ones."""

@@ -19,7 +19,6 @@ from tiercache._native.ring import Plan
 from tiercache.load.ahead import Ahead
 from tiercache.load.coming import drop
 from tiercache.load.mending import Mended
-from tiercache.load.plan import Piece
 from tiercache.load.pressure import Pressure
 from tiercache.load.share import OrderShare, interleaved
 from tiercache.load.window import Joined, Loaded, Loading
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from tiercache._native.ring import Ring
     from tiercache.load.coming import Begun
     from tiercache.load.pipeline import Work
+    from tiercache.load.plan import Piece
     from tiercache.load.pressure import Slice
     from tiercache.load.window import Threads
     from tiercache.order import Window
@@ -141,23 +141,13 @@ class _Planner:
             served: object = piece
             if isinstance(served, Mended):
                 self._shared.mended.append((self._pushed_rows, served))
-            fits = self.pressure.fits(piece)
-            has_arrays = not isinstance(served, Piece)
-            if has_arrays or (fits and self._work.source.is_whole):
-                self._push_fitting(piece, fits)
+            if self.pressure.fits(piece):
+                self._push(piece)
                 continue
-            for part in piece.cut():
-                self._push_fitting(part, self.pressure.fits(part))
-
-    def _push_fitting(self, piece: Piece, fits: bool) -> None:
-        """Push a piece, in slices where its windows do not fit."""
-        if fits:
-            self._push(piece)
-            return
-        for part in self.pressure.slices(piece):
-            self._push(part)
-            if "pressure" not in self._work.said and self.pressure.is_told and not self.pressure.fits(piece):
-                self._warn()
+            for part in self.pressure.slices(piece):
+                self._push(part)
+                if "pressure" not in self._work.said and self.pressure.is_told and not self.pressure.fits(piece):
+                    self._warn()
 
     def has_room(self) -> bool:
         """Wait until all but what was pushed last is served. False: closed before the end of the epoch."""
@@ -287,9 +277,8 @@ class _Planner:
 
     def _rows(self, part: Piece | Slice) -> Rows:
         """The part's rows, as they are stored."""
-        run = part.run if isinstance(part, Piece) and self._work.source.is_whole else None
-        if run is not None:
-            return run
+        if self._work.source.is_whole and part.run is not None:
+            return part.run
         start_s = time.perf_counter()
         block, row = part.rows()
         shards = [window.shards for window in part.windows]

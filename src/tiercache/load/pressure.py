@@ -34,6 +34,10 @@ class Slice:
     row: NDArray[np.uint32]
 
     @property
+    def run(self) -> None:
+        """Its rows are arrays."""
+
+    @property
     def n_rows(self) -> int:
         """Of the slice."""
         return len(self.row)

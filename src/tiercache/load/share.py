@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tiercache.load.mending import mended
-from tiercache.load.plan import pieces
+from tiercache.load.plan import ARRAYS, PieceRows, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,13 +68,14 @@ class Share(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's share of an order. damage: what of the source is passed by; None: nothing is."""
+    """A rank's share of an order. sizes: of its pieces; damage: what of the source is passed by; None: nothing is."""
 
     order: Order
     ranks: RankPlan
     seed: int
     epoch: int
     damage: Damage | None = None
+    sizes: PieceRows = ARRAYS
 
     @property
     def n_records(self) -> int:
@@ -100,10 +100,8 @@ class OrderShare:
     def pieces(self, n_batches: int) -> Iterator[Piece]:
         """See Share."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
-        found = pieces(self.order, ranks)
-        if self.damage is None:
-            return found
-        return mended(chain.from_iterable(piece.cut() for piece in found), self.damage, _Walk(self, ranks))
+        found = pieces(self.order, ranks, self.sizes)
+        return found if self.damage is None else mended(found, self.damage, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """See Share."""

@@ -196,9 +196,16 @@ class Loading:
 
     def load_at_hand(self) -> None:
         """Do what is at hand, in this thread. Raises as finish()."""
-        while self._at_hand:
-            places = self._at_hand.pop()
-            self._loaded.append((places, self._load(places)))
+        while self.load_next_at_hand():
+            pass
+
+    def load_next_at_hand(self) -> bool:
+        """Do the next part of what is at hand, in this thread; False: there is none. Raises as finish()."""
+        if not self._at_hand:
+            return False
+        places = self._at_hand.pop()
+        self._loaded.append((places, self._load(places)))
+        return True
 
     def cancel(self) -> None:
         """Let what has not begun not begin."""

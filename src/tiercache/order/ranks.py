@@ -146,8 +146,15 @@ class RankPlan:
         return self.positions_between(start, stop) if run is None else run
 
     def run_between(self, start: int, stop: int) -> range | None:
-        """As positions_between(), where the rows follow one another in one stream; None: they do not, or are none."""
-        if len(self.streams) > 1 or not 0 <= start < stop <= self.n_served:
+        """As positions_between(), where the rows follow one another in one stream; None: they do not, or are none.
+
+        Of several ranks only rows of full global batches: what a rank has of the last one may lie in any streams.
+        """
+        if not 0 <= start < stop <= self.n_served or len(self.streams) > 1:
+            return None
+        if self.world_size == 1:
+            return range(self.offset + start, self.offset + stop)
+        if stop > self.n_full * self.batch_size:
             return None
         first, last = (int(self.positions_between(row, row + 1)[0]) for row in (start, stop - 1))
         # Rising numbers of one stream lie n_streams apart at least.
