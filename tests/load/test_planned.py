@@ -327,7 +327,10 @@ def end_threads() -> None:
 
 
 def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(server, packed, tmp_path, monkeypatch):
-    """It makes the next epoch ready, and asks for room; then data set and cache are closed; then it looks at plans."""
+    """It makes the next epoch ready, and asks for room; then the cache is closed; then it looks at plans.
+
+    The data set is closed last: that waits for the step which is under way.
+    """
     ready, asked, closed = threading.Event(), threading.Event(), threading.Event()
     prepare, uses = Coming.prepare, Plans.uses
 
@@ -349,8 +352,8 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
         assert sum(len(batch["id"]) for batch in loader) == N // 4
         assert asked.wait(60)
-        dataset.close()
     closed.set()
+    dataset.close()
     end_threads()
     del loader, dataset, cache
     assert {path.suffix for path in plan_files(tmp_path)} == {".left"}
