@@ -8,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -319,6 +320,22 @@ def test_the_plan_of_a_data_set_of_many_shards_holds_up_no_batch(server, packed,
         dataset.close()
 
 
+@contextmanager
+def too_small(folder: Path, packed: tuple[dict[str, bytes], int, int]) -> Iterator[tc.Cache]:
+    """A cache of an eighth of the data set, and nothing said about that."""
+    with tc.Cache(folder / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield cache
+
+
+def read_dealt_anew(server: HttpFaultServer, cache: tc.Cache) -> tuple[tc.Dataset, tc.DataLoader]:
+    """A data set and its loader, which has served an epoch and makes the next one ready, of other shards."""
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
+    assert sum(len(batch["id"]) for batch in loader) == N // 4
+    return dataset, loader
+
+
 def end_threads() -> None:
     for name in ("tiercache-plan", "tiercache-load", "tiercache-fetch"):
         for thread in threading.enumerate():
@@ -346,11 +363,8 @@ def test_a_planner_that_is_at_work_when_its_cache_is_closed_leaves_no_plan_open(
 
     monkeypatch.setattr(Coming, "prepare", prepare_late)
     monkeypatch.setattr(Plans, "uses", ask_late)
-    with tc.Cache(tmp_path / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
-        assert sum(len(batch["id"]) for batch in loader) == N // 4
+    with too_small(tmp_path, packed) as cache:
+        dataset, loader = read_dealt_anew(server, cache)
         assert asked.wait(60)
     closed.set()
     dataset.close()
@@ -472,11 +486,8 @@ def test_an_epoch_that_is_made_ready_when_its_data_set_is_closed_asks_for_nothin
 
     monkeypatch.setattr(Coming, "_begin", beginning)
     monkeypatch.setattr(Coming, "shards_ahead", late)
-    with tc.Cache(tmp_path / "cache", size=packed[2] // 8, free_floor=0) as cache, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**DEALT_ANEW))
-        assert sum(len(batch["id"]) for batch in loader) == N // 4
+    with too_small(tmp_path, packed) as cache:
+        dataset, _loader = read_dealt_anew(server, cache)  # kept: what it makes ready goes with it
         assert asked.wait(60)
         planner = next(thread for thread in threading.enumerate() if thread.name == "tiercache-plan")
         dataset.close()

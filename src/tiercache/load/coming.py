@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -116,7 +116,7 @@ class Coming:
             publishing = self.publishing
         begun = None
         try:
-            with contextlib.suppress(TierCacheError):  # who asks for the epoch hears of it
+            with contextlib.suppress(TierCacheError, CancelledError):  # who asks for the epoch hears of it
                 begun = self._begin(threads, pressure, ahead_bytes, publishing)
         finally:
             ready.set_result(begun)
@@ -129,7 +129,7 @@ class Coming:
         if self._pid != os.getpid():  # the lock may be held for ever
             return None
         ready = self._end()
-        if source is not self._source or (state is not self._state and state != self._state):
+        if source is not self._source or state != self._state:
             self.publishing.close()
             return None
         taken = Taken(self.share, ready, self.publishing)
@@ -162,14 +162,11 @@ class Coming:
         return ready
 
     def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int, publishing: Publishing) -> Begun | None:
-        with self._step:
-            if self._unwanted.is_set():
-                return None
+        with self._a_step():
             publishing.begin(self.share)
             publishing.complete()
         rest = self.share.pieces(0)
-        # Reads footers, for which forget() does not wait: a store may take its time.
-        first = None if self._unwanted.is_set() else next(rest, None)
+        first = next(rest, None)  # reads footers, for which forget() does not wait: a store may take its time
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
@@ -179,13 +176,9 @@ class Coming:
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
         near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])]
         for start in range(0, len(near), _SHARDS_A_STEP):
-            with self._step:
-                if self._unwanted.is_set():
-                    return None
+            with self._a_step():
                 self._source.prefetch(near[start : start + _SHARDS_A_STEP])
-        with self._step:
-            if self._unwanted.is_set():
-                return None
+        with self._a_step():
             if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
                 return Begun(pieces, ())
             executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
@@ -198,8 +191,15 @@ class Coming:
         return Begun(pieces, tuple(loading))
 
     def _load_at_hand(self, loading: Loading) -> None:
-        """Load what is at hand of a window, as long as it is wanted."""
         is_left = True
         while is_left:
-            with self._step:
-                is_left = not self._unwanted.is_set() and loading.load_next_at_hand()
+            with self._a_step():
+                is_left = loading.load_next_at_hand()
+
+    @contextlib.contextmanager
+    def _a_step(self) -> Iterator[None]:
+        """A step of making ready, for which forget() waits. Raises CancelledError where nobody wants it any more."""
+        with self._step:
+            if self._unwanted.is_set():
+                raise CancelledError
+            yield

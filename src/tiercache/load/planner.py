@@ -277,8 +277,9 @@ class _Planner:
 
     def _rows(self, part: Piece | Slice) -> Rows:
         """The part's rows, as they are stored."""
-        if self._work.source.is_whole and part.run is not None:
-            return part.run
+        run = part.run if self._work.source.is_whole else None
+        if run is not None:
+            return run
         start_s = time.perf_counter()
         block, row = part.rows()
         shards = [window.shards for window in part.windows]

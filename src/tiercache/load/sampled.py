@@ -16,6 +16,7 @@ from tiercache.load.damage import damage_of
 from tiercache.load.draws import Draws, next_seed
 from tiercache.load.feed import Feed
 from tiercache.load.figures import summarise
+from tiercache.load.fittings import Fittings
 from tiercache.load.iterator import Delivery, NativeIterator
 from tiercache.load.memory import BatchMemory
 from tiercache.load.pipeline import Work
@@ -106,6 +107,7 @@ class SampledRun:
         self._counters = Counters("padded")
         self._waits = Waits()
         self._memory = BatchMemory()
+        self._fittings = Fittings()
         self._said: set[str] = set()
         self._figures_before = dict(source.figures())
         self._next: Mapping[str, Any] | None = None  # the state to go on from
@@ -183,6 +185,7 @@ class SampledRun:
             waits=self._waits,
             serving=self._asked.serving,
             memory=self._memory,
+            fittings=self._fittings,
             said=self._said,
             damage=self._damage,
         )
