@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiercache.pack import packing
 from tiercache.version import __version__
 
 
@@ -51,6 +52,17 @@ class TestPack:
         assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
         assert "mode is 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
+
+    def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(
+        self, tiercache, photos, tmp_path, monkeypatch
+    ):
+        def struck(*_given, **_named):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(packing, "commit", struck)
+        said = tiercache("pack", photos, tmp_path / "out", code=130).err
+        assert said.startswith("tiercache: interrupted: while it committed: look whether the version is there")
+        assert said.count("\n") == 1
 
     def test_verbose_adds_the_traceback(self, tiercache, tmp_path):
         done = tiercache("pack", tmp_path / "gone", tmp_path / "out", "-v", code=1)

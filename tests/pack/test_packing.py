@@ -412,3 +412,16 @@ def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monke
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "out")
     assert [i.key for i in open_store(tmp_path / "out").list("shards/")]
+
+
+def test_ctrl_c_while_it_commits_deletes_nothing_and_says_to_look(photos, tmp_path, monkeypatch):
+    commit = packing.commit
+
+    def struck(*given, **named):
+        commit(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "commit", struck)
+    with pytest.raises(KeyboardInterrupt, match="look whether the version is there"):
+        pack(photos, tmp_path / "out")
+    assert len(read(tmp_path / "out")) == latest(open_store(tmp_path / "out")).n_records > 0

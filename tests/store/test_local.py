@@ -217,3 +217,39 @@ def test_put_if_absent_has_one_winner_among_processes(store):
         child.join()
     assert sorted(winners.get() for _ in children) == [False, False, False, True]
     winners.close()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda store: store.put("a/b/c", b"1"),
+        lambda store: store.put_if_absent("a/b/d", b"1"),
+        lambda store: store.get("x/y/z"),
+        lambda store: store.copy("x/y/z", "a/b/c"),
+        lambda store: list(store.list()),
+        lambda store: store.delete(["x/y/z"]),
+    ],
+    ids=["put", "put_if_absent", "get", "copy", "list", "delete"],
+)
+def test_ctrl_c_right_after_a_close_closes_nothing_twice(store, monkeypatch, work):
+    """By then the number may be somebody else's file: what an upload's thread opened meanwhile."""
+    store.put("x/y/z", b"123")
+    real_close = os.close
+    for strike in range(100):
+        closed = []
+
+        def close(fd, closed=closed, strike=strike):
+            real_close(fd)  # EBADF where it is a second time
+            closed.append(fd)
+            if len(closed) == strike + 1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(posix.os, "close", close)
+            try:
+                work(store)
+            except KeyboardInterrupt:
+                continue
+        assert strike == len(closed) > 0
+        return
+    pytest.fail("it never ended")

@@ -36,8 +36,8 @@ def reports_failures(verb: Callable[P, None], *, how_to_go_on: str) -> Callable[
                 verb(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough: typer ends quietly
-        except KeyboardInterrupt:
-            _say(f"interrupted: {how_to_go_on}")
+        except KeyboardInterrupt as error:  # Python's own says nothing; one of ours knows better what to do
+            _say(f"interrupted: {_said(error) or how_to_go_on}")
             raise typer.Exit(INTERRUPTED) from None
         except (TierCacheError, ValueError, TypeError, OSError) as error:
             if kwargs.get("verbose"):
@@ -56,7 +56,11 @@ def exit_code_of(error: Exception) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _said(error) or type(error).__name__
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _say(text: str) -> None:

@@ -23,6 +23,8 @@ from tiercache.shard.versions import Version
 from tiercache.shard.writer import ShardOptions, ShardWriter, shard_key
 from tiercache.store import MemoryStore, Store, open_store
 
+_COMMITTING = "while it committed: look whether the version is there before you run the same command again"
+
 
 @dataclass(frozen=True)
 class PackPlan:
@@ -86,7 +88,8 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
     """Write the shards, then commit them; until then no reader sees anything. on_progress is called in this thread.
 
     Left by an exception, Ctrl-C included, it deletes the shards that it has finished. A process that is killed leaves
-    them: no version names them, and nothing needs to be cleaned up before packing again.
+    them: no version names them, and nothing needs to be cleaned up before packing again. Ctrl-C during the commit
+    itself leaves them too, for they may belong to a version by then: the KeyboardInterrupt says so.
 
     Raises:
         SchemaError: a record that does not fit, naming where in the source it stands.
@@ -116,7 +119,10 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
                     _delete_shards(store, task.writer_id)
             raise
         infos = [info for i in range(len(tasks)) for info in finished[i]]
-        return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
+        try:
+            return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_COMMITTING) from error
 
 
 def _tasks(plan: PackPlan) -> list[_Share]:

@@ -81,8 +81,10 @@ def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterat
                     os.mkdir(name, dir_fd=fd)
                     sync_folder(fd)
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            os.close(fd)
-            fd = inner
+            # Closed when nobody knows it any more: Ctrl-C strikes as close() returns, and a second one would be of
+            # whatever has the number by then.
+            outer, fd = fd, inner
+            os.close(outer)
         yield fd
     finally:
         os.close(fd)
@@ -213,8 +215,11 @@ class NewFile:
             with suppress(OSError):
                 os.unlink(self._temp_name, dir_fd=self._folder_fd)
             self._temp_name = None
-        while self._open_fds:
-            os.close(self._open_fds.pop())
+        if self._open_fds:
+            try:
+                os.close(self._open_fds.pop())
+            finally:
+                self.close()  # the other one, where Ctrl-C strikes here too
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -113,18 +113,18 @@ def _write(arrays: Arrays) -> _File:
         path, token = Path(name), secrets.token_bytes(_TOKEN_BYTES)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
-            if not path.exists():  # swept between being made and being locked
-                os.close(fd)
-                continue
+            is_here = path.exists()  # else it was swept between being made and being locked
             with open(fd, "wb", closefd=False) as file:
                 file.write(token)
-                for array in arrays:
+                for array in arrays if is_here else ():
                     if array is not None:
                         file.write(array.data)
         except BaseException:
             _remove(path, fd, os.getpid())
             raise
-        return _File(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
+        if is_here:
+            return _File(path, fd, (name, token, tuple(None if array is None else len(array) for array in arrays)))
+        os.close(fd)
 
 
 def _remove(path: Path, fd: int, pid: int) -> None:
