@@ -308,10 +308,10 @@ class OpenedVersion:
         """See Source. The segments, which are mapped, are in use as long as it is."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
+        # Asked first: of a cache that is being closed it raises, and then nothing must have been published.
+        has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         following = self.store.publish(*self._names.planned(plan))
-        if int(self.table.n_bytes.sum()) <= self.cache.limit_bytes:
-            return following
-        return readers.Letting(following, self._readers, plan)
+        return following if has_room else readers.Letting(following, self._readers, plan)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching what is served of these shards and is not here."""

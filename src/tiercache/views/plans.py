@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,10 @@ class Followings:
             one.advance(clock)
 
     def close(self) -> None:
-        """As Following.close, of each."""
-        for one in self.every:
-            one.close()
+        """As Following.close, of each, also where one raises."""
+        with ExitStack() as closing:
+            for one in self.every:
+                closing.callback(one.close)
 
 
 def root_of(source: Readable) -> Readable:
