@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, the package in it (editable), the native modules built.
 # Nothing is done twice: stamps in .venv know what is installed and from which sources the native modules were built.
 #   make test ARGS='-k cache'      ARGS goes to pytest, or to the demo
+#   make test ARGS='-n0 --pdb'     in one process; else files of tests are shared out to one a core, four at most
 #   make build PYTHON=python3.13   another interpreter than the first fitting one on the PATH
 
 SHELL := /bin/bash
@@ -31,7 +32,7 @@ help:
 build: $(VENV)/stamp-dev $(VENV)/stamp-native
 
 test: build
-	$(PYTEST) -m 'not stress and not fuzz and not integration' $(ARGS)
+	$(PYTEST) -n auto --maxprocesses=4 --dist loadfile -m 'not stress and not fuzz and not integration' $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .
