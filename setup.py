@@ -31,6 +31,7 @@ SOURCES = {
         "csrc/sequence.c",
         "csrc/batch.c",
         "csrc/pool.c",
+        "csrc/distance.c",
         "csrc/errand.c",
         "csrc/slot.c",
         "csrc/permute.c",

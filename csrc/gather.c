@@ -7,6 +7,7 @@
 #include "cast.h"
 #include "copy.h"
 #include "runs.h"
+#include "spans.h"
 
 /* Rows are asked for this far ahead: at 100 ns a miss and 20 to 200 ns a row, four to eight in flight hide the latency, and twice as many of
  * small ones. Measured here, 2 to 6 ahead with 8 to 64 lines each, and 8 to 24 small ones, are within 10 % of each other. */
@@ -62,6 +63,19 @@ static void copy_wide_rows(const tc_rows *rows, size_t width, uint8_t *values) {
     }
 }
 
+typedef struct {
+    const tc_rows *rows;
+    size_t width;
+    uint8_t *values;
+    const int64_t *offsets; /* of the batch's elements, where rows vary in length */
+} target;
+
+static inline span fixed_at(const void *of, size_t i) {
+    const target *t = of;
+    const tc_rows *rows = t->rows;
+    return (span){rows->sources[rows->block[i]].values + rows->row[i] * t->width, t->values + i * t->width, t->width};
+}
+
 /* No prefetch: the processor runs ahead of such a short loop by itself. */
 #define COPY_AS(type)                                                                                                          \
     do {                                                                                                                       \
@@ -95,6 +109,7 @@ static void gather_fixed(const tc_rows *rows, size_t width, uint8_t *values) {
         default: break;
     }
     if (width <= SMALL_BYTES) copy_rows(rows, width, AHEAD_SMALL, values);
+    else if (width <= SPAN_BYTES) copy_spans(fixed_at, &(target){rows, width, values, NULL}, rows->n);
     else copy_wide_rows(rows, width, values);
 }
 
@@ -129,12 +144,18 @@ static void gather_bits(const tc_rows *rows, uint8_t *values) {
     }
 }
 
-/* Copy k rows of a block that follow one another. Their sizes are tc_measure's, the start is read again and so checked again: a file may
- * have changed between. */
-static inline int copy_elements(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
+/* k rows of a block that follow one another. Their sizes are tc_measure's, the start is read again and so checked again: a file may have
+ * changed between. */
+static inline span elements_at(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
     uint64_t start = (uint64_t)source->offsets[row], n_elements = (uint64_t)(offsets[k] - offsets[0]);
-    if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;
-    tc_copy(values + (size_t)offsets[0] * width, source->values + start * width, n_elements * width);
+    if (start > source->n_elements || n_elements > source->n_elements - start) return (span){NULL, NULL, 0};
+    return (span){source->values + start * width, values + (size_t)offsets[0] * width, n_elements * width};
+}
+
+static inline int copy_elements(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
+    span run = elements_at(source, row, width, offsets, k, values);
+    if (run.from == NULL) return TC_CORRUPT;
+    tc_copy(run.to, run.from, run.n_bytes);
     return 0;
 }
 
@@ -147,10 +168,17 @@ static int copy_var_runs(const tc_rows *rows, size_t width, const tc_sink *sink)
     return status;
 }
 
+static inline span var_at(const void *of, size_t i) {
+    const target *t = of;
+    const tc_rows *rows = t->rows;
+    return elements_at(&rows->sources[rows->block[i]], rows->row[i], t->width, t->offsets + i, 1, t->values);
+}
+
 static int copy_var_rows(const tc_rows *rows, size_t width, const tc_sink *sink) {
     LOCALS(rows);
     const int64_t *const offsets = sink->offsets;
     uint8_t *const values = sink->values;
+    if ((size_t)(offsets[n] - offsets[0]) * width <= n * SPAN_BYTES) return copy_spans(var_at, &(target){rows, width, values, offsets}, n);
     int status = 0;
     for (size_t i = 0; status == 0 && i < n; i++) {
         for (size_t j = i % GROUP == 0 ? i : n; j < n && j < i + GROUP; j++) { /* the pages of a group of rows together */

@@ -9,8 +9,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+#include "copy.h"
+#include "distance.h"
 #include "pool.h"
 #include "sequence.h"
+
+enum { LOOK_EVERY = 16 }; /* batches: to look takes a microsecond */
 
 struct tc_ring {
     pthread_mutex_t lock;
@@ -42,14 +47,11 @@ struct tc_ring {
 };
 
 static _Atomic size_t held_bytes;
+static tc_distance distance; /* between workers and consumers, of all rings: an epoch's knows it from the one before */
+
+int tc_ring_is_far(void) { return tc_distance_is_far(&distance); }
 
 size_t tc_held_bytes(void) { return atomic_load_explicit(&held_bytes, memory_order_relaxed); }
-
-static uint64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- making batches, with the lock ---- */
 
@@ -92,6 +94,7 @@ static void run_share(tc_ring *ring, tc_batch *c) {
     pthread_mutex_unlock(&ring->lock);
     uint64_t start_ns = now_ns();
     int status = tc_slot_copy(c->slot, &content, share.first, share.stop);
+    tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) c->status = status;
     if (--c->n_copying == 0 && !tc_batch_has_share(c)) {
@@ -99,6 +102,7 @@ static void run_share(tc_ring *ring, tc_batch *c) {
         status = c->status;
         pthread_mutex_unlock(&ring->lock);
         if (status == TC_OK) status = tc_slot_end(c->slot, &content);
+        tc_copy_end();
         pthread_mutex_lock(&ring->lock);
         c->status = status;
         set_ready(ring, c);
@@ -151,6 +155,7 @@ static void run_slice(tc_ring *ring, tc_errand *errand) {
     if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
     int status = tc_errand_copy(errand, slice);
+    tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) errand->status = status;
     if (--errand->running == 0 && ring->n_ready_waiting) pthread_cond_broadcast(&ring->ready);
@@ -182,7 +187,11 @@ static void *worker(void *argument) {
     tc_ring *ring = argument;
     pthread_mutex_lock(&ring->lock);
     while (!ring->closing) {
-        if (work_once(ring)) continue;
+        tc_copy_pass(tc_distance_is_far(&distance));
+        if (work_once(ring)) {
+            tc_distance_mark(&distance);
+            continue;
+        }
         ring->n_work_waiting++;
         pthread_cond_wait(&ring->work, &ring->lock);
         ring->n_work_waiting--;
@@ -366,7 +375,10 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
         ring->figures.wait_ns += now_ns() - start_ns;
     }
     if (status == TC_OK) status = take_cell(ring, slot, first_row);
+    int asks = ring->next_take % LOOK_EVERY == 0;
     pthread_mutex_unlock(&ring->lock);
+    tc_distance_look(&distance);
+    if (asks && tc_copy_can_pass()) tc_distance_ask(&distance);
     return status;
 }
 

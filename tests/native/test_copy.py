@@ -12,10 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache._native import gather
-from tiercache._native.ring import END, Plan, Ring
+from tiercache._native.ring import END, Plan, Ring, pretend_far
 
 PAGE = 4096
 MEMORY = np.random.default_rng(5).integers(0, 256, 1 << 20, np.uint8)
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["by the caches", "past the caches"])
+def passes(request):
+    """What another core is to read is copied by other instructions."""
+    gather.pass_caches(request.param)
+    pretend_far(request.param)
+    yield
+    gather.pass_caches(False)
+    pretend_far(None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -81,6 +91,26 @@ def test_a_batch_that_threads_share_is_that_of_one_thread(n_threads, is_run):
             )
     assert slot == END
     assert next(rows, None) is None
+    ring.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 9000)), min_size=1, max_size=60), st.data())
+def test_rows_of_any_lengths_arrive_whole_in_any_order(sizes, data):
+    """Short ones, those of middling length, which are asked for ahead, and long ones, together and apart."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    values = np.resize(MEMORY, offsets[-1] + 1)
+    order = np.array(data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=80)))
+    addresses = np.array([[values.ctypes.data, offsets.ctypes.data, offsets[-1]]], np.uint64)
+    ring = Ring(np.array([[gather.VAR, 1]], np.uint32), batch_rows=len(order), depth=1, n_threads=2)
+    assert ring.push(Plan(addresses[None], np.zeros(len(order), np.uint32), order.astype(np.uint32), (values, offsets)))
+    ring.finish()
+    slot = ring.take(10)
+    start, head, n_elements = slot.places(0)
+    found = np.frombuffer(memoryview(slot), np.uint8)[start : start + n_elements]
+    ends = np.frombuffer(memoryview(slot), np.int64, len(order) + 1, head)
+    assert ends.tolist() == [0, *np.cumsum(np.array(sizes)[order])]
+    assert found.tobytes() == b"".join(values[offsets[i] : offsets[i + 1]].tobytes() for i in order)
     ring.close()
 
 

@@ -17,11 +17,19 @@ from hypothesis import strategies as st
 
 from tiercache._native import gather
 from tiercache._native.permute import RowFinder
-from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes
+from tiercache._native.ring import CLOSED, END, FAILED, Plan, Ring, Slot, held_bytes, pretend_far
 from tiercache.waiting import wait_for
 
 REF = 3
 WIDTH = 24
+
+
+@pytest.fixture(autouse=True, scope="module", params=[None, True], ids=["", "far"])
+def distance(request):
+    """Whether workers copy for a core that is far."""
+    pretend_far(request.param)
+    yield
+    pretend_far(None)
 
 
 def fixed_streams(width: int = WIDTH) -> np.ndarray:

@@ -15,7 +15,9 @@
 #include <unistd.h>
 
 #include "cast.h"
+#include "copy.h"
 #include "crc32c.h"
+#include "distance.h"
 #include "guard.h"
 #include "pool.h"
 #include "ring.h"
@@ -108,7 +110,8 @@ static void make_plans(const run *r) {
             block[p][k] = (uint32_t)(in_runs ? p % N_BLOCKS : any(N_BLOCKS));
             row[p][k] = (uint32_t)(in_runs ? k : any(N_ROWS));
         }
-        plans[p] = (tc_plan){sources, any(2) || r->is_bad ? chunks : NULL, N_BLOCKS, block[p], row[p], N_ROWS, NULL};
+        plans[p] = (tc_plan){.sources = sources, .chunks = any(2) || r->is_bad ? chunks : NULL, .n_blocks = N_BLOCKS, .block = block[p], .row = row[p],
+                             .n_rows = N_ROWS};
     }
 }
 
@@ -278,10 +281,12 @@ int main(int count, char **words) {
     if (count != 3) return 2;
     seed = (unsigned)atoi(words[1]);
     tc_gather_init(0);
+    if (seed % 2) tc_copy_init(1); /* copies as this processor does them best, which the sanitizers do not see into */
     make_blocks();
     tc_pool_hold();
     for (int i = 0; i < atoi(words[2]); i++) {
         choose(&r);
+        tc_distance_pretend((int)any(3) - 1);
         if (is_right(&r)) continue;
         printf("run %d: batches of %zu, %zu sizes, depth %zu, %zu threads, cut %d, bad %d, misfit %d, closed after %d us\n", i, r.batch_rows, r.n_sizes,
                r.depth, r.n_threads, r.is_cut, r.is_bad, r.is_misfit, r.close_us);

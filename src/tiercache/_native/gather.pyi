@@ -87,3 +87,6 @@ def offsets_ok(address: int, n: int, limit: int) -> bool:
 
 def copy_guarded(address: int, out: Any) -> None:
     """Copy len(out) bytes from a mapping's address into out, a writable contiguous uint8 buffer."""
+
+def pass_caches(on: bool) -> None:
+    """For tests: have long copies of this module pass the caches by in this thread, where the processor can."""

@@ -33,6 +33,9 @@ cdef extern from "Python.h":
     void *PyUnicode_DATA(object)
     object PyUnicode_DecodeUTF8(const char *, Py_ssize_t, const char *)
 
+cdef extern from "copy.h" nogil:
+    void tc_copy_pass(int)
+
 FIXED = TC_FIXED
 BITS = TC_BITS
 VAR = TC_VAR
@@ -348,3 +351,7 @@ def copy_guarded(uint64_t address, uint8_t[::1] out not None):
         with nogil:
             code = guarded_copy(&out[0], <const uint8_t *><size_t>address, n)
     check(code)
+
+
+def pass_caches(bint on):
+    tc_copy_pass(on)

@@ -163,3 +163,9 @@ def held_bytes() -> int:
 
 class SpareMemory:
     """While one lives, a ring that ends leaves its memory to the next of the same size."""
+
+def is_far() -> bool:
+    """Whether what threads gather passes the caches by just now, for a consumer whose core is of another cache."""
+
+def pretend_far(is_far: bool | None) -> None:
+    """For tests: have all rings take their consumer's core for one of another cache, or of the same; None: find out."""

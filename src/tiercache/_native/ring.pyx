@@ -80,6 +80,7 @@ cdef extern from "ring.h" nogil:
     void tc_ring_drop(tc_ring *)
     void tc_ring_figures(tc_ring *, tc_figures *)
     size_t tc_held_bytes()
+    int tc_ring_is_far()
 
 cdef extern from "tensor.h" nogil:
     enum:
@@ -98,6 +99,9 @@ cdef extern from "tensor.h" nogil:
 cdef extern from "pool.h" nogil:
     void tc_pool_hold()
     void tc_pool_let_go()
+
+cdef extern from "distance.h" nogil:
+    void tc_distance_pretend(int)
 
 cdef extern from "guard.h" nogil:
     enum:
@@ -441,3 +445,11 @@ cdef class SpareMemory:
 
 def held_bytes():
     return tc_held_bytes()
+
+
+def is_far():
+    return tc_ring_is_far() != 0
+
+
+def pretend_far(is_far):
+    tc_distance_pretend(-1 if is_far is None else 1 if is_far else 0)

@@ -1,0 +1,82 @@
+"""Epochs whose batches come through the caches, past them, and as the loader finds it best, in turns.
+
+    python benchmarks/bench_distance.py [--mib 512] [--seconds 20] [--folder ON_THE_DISK]
+
+Between cores of one cache a batch comes quicker through it; between cores of different caches through memory. A virtual
+machine's host may move its processors from the one to the other at any time, so rounds of three epochs are sorted by
+what the loader found in them. The consumer sums every byte. Prints medians of microseconds a batch; where all rounds
+are of one sort, so is the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tiercache as tc
+from bench_huge_pages import KINDS, epoch, write
+from rows import OUT, table, write_rows
+from tiercache._native.ring import is_far, pretend_far
+
+WAYS = {"caches": False, "memory": True, "found": None}
+
+
+def measure(folder: Path, kind: str, seconds: float, *, shuffled: bool) -> list[dict[str, Any]]:
+    """A row for what was found."""
+    batch_size = KINDS[kind][2]
+    options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes="all")
+    dataset = tc.Dataset(folder / kind, forms={"wide": "buffer"} if kind == "bytes" else {})
+    loader = tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffled, options=options if shuffled else None)
+    epoch(loader)
+    rounds: dict[bool, list[list[float]]] = {False: [], True: []}
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        took = []
+        for pretended in WAYS.values():
+            pretend_far(pretended)
+            took.append(epoch(loader) / len(loader) * 1e6)
+        rounds[is_far()].append(took)
+    pretend_far(None)
+    order = "shuffled" if shuffled else "stored"
+    medians = {far: [statistics.median(times) for times in zip(*every, strict=True)] for far, every in rounds.items()}
+    return [
+        {"kind": kind, "order": order, "far": far, "rounds": len(every), **dict(zip(WAYS, medians[far], strict=True))}
+        for far, every in rounds.items()
+        if every
+    ]
+
+
+def main() -> None:
+    """Measure, print and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
+    parser.add_argument("--folder", type=Path, default=None)
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        for kind in given.kinds:
+            write(Path(name) / kind, kind, (given.mib << 20) // KINDS[kind][1])
+            for shuffled in (True, False):
+                rows += measure(Path(name), kind, given.seconds, shuffled=shuffled)
+    write_rows(OUT / "distance.jsonl", rows)
+    lines = [
+        [
+            row["kind"],
+            row["order"],
+            "far" if row["far"] else "near",
+            str(row["rounds"]),
+            *(f"{row[way]:.1f}" for way in WAYS),
+        ]
+        for row in rows
+    ]
+    print(table(["records", "order", "cores", "rounds", "through caches", "past them", "as found"], lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+/* Copies of rows of middling length that lie anywhere: the memory is asked for those that come next while one is copied. */
+#ifndef TC_SPANS_H
+#define TC_SPANS_H
+#include "copy.h"
+#include "gather.h"
+
+/* Rows up to so long are asked for with all their lines, so many bytes ahead, into the second cache: the first has few places for lines that are
+ * still to come. On a Zen 4, one thread or two, rows of 256 bytes to 2 KiB at random places are so copied at 1.3 to 1.5 times the speed of asking
+ * for eight lines of each into the first cache, those of 4 KiB at 1.2; 4 to 12 KiB ahead give the same. Longer ones gain nothing. */
+enum { SPAN_BYTES = 4096, SPAN_AHEAD_BYTES = 8192, SPAN_LINE = 64 };
+
+/* A row, and where it goes. from NULL: it lies outside its chunk. */
+typedef struct {
+    const uint8_t *from;
+    uint8_t *to;
+    size_t n_bytes;
+} span;
+
+static inline void ask_span(const span *row) {
+    const uint8_t *end = row->from + row->n_bytes;
+    for (const uint8_t *at = row->from - ((uintptr_t)row->from & (SPAN_LINE - 1)); at < end; at += SPAN_LINE) __builtin_prefetch(at, 0, 2);
+}
+
+/* Copy the rows that at() names, in order. 0, or TC_CORRUPT at the first one that has no place. */
+static inline __attribute__((always_inline)) int copy_spans(span (*at)(const void *of, size_t i), const void *of, size_t n) {
+    size_t next = 0, ahead = 0; /* the row that is asked for next; bytes of those that were asked for and are still to be copied */
+    for (size_t i = 0; i < n; i++) {
+        while (next < n && (next <= i || ahead < SPAN_AHEAD_BYTES)) {
+            span later = at(of, next++);
+            if (later.from == NULL) continue;
+            ask_span(&later);
+            ahead += later.n_bytes;
+        }
+        span row = at(of, i);
+        if (row.from == NULL) return TC_CORRUPT;
+        tc_copy(row.to, row.from, row.n_bytes);
+        ahead -= row.n_bytes < ahead ? row.n_bytes : ahead; /* a file that changes meanwhile may give it a place that it did not have */
+    }
+    return 0;
+}
+
+#endif
