@@ -4,7 +4,7 @@
 
 #include "clock.h"
 
-/* Per line; so many times in a row must agree, for a thread may lose its processor while it reads. */
+/* Per line; and so many answers more of one sort than of the other, for a thread may lose its processor while it reads. */
 enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 1024 };
 
 /* Each in a page of its own, and each says which one is read next: lines of one page the processor fetches before it is asked, and eight of a far
