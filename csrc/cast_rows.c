@@ -1,5 +1,6 @@
 /* The gather of streams that are cast: as gather.c's kernels, with a cast where they copy. */
 #include "cast.h"
+#include "copy.h"
 
 #include "runs.h"
 
@@ -18,6 +19,7 @@ static uint64_t cast_buffered(const tc_stream *stream, const tc_rows *rows, size
     tc_stream plain = {.kind = stream->kind, .width = stream->width};
     size_t step = BUFFER_BYTES / width, n_elements = width / tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, width);
     uint64_t wrong = 0;
+    int passed = tc_copy_pass(0); /* if a source cannot be read, it stays so, until the thread begins anew */
     for (size_t first = 0; first < rows->n; first += step) {
         tc_rows some = *rows;
         some.block += first;
@@ -27,6 +29,7 @@ static uint64_t cast_buffered(const tc_stream *stream, const tc_rows *rows, size
         tc_gather(&plain, &some, &(tc_sink){buffer, NULL});
         wrong |= cast(buffer, values + first * out_bytes, some.n * n_elements);
     }
+    tc_copy_pass(passed);
     return wrong;
 }
 

@@ -18,7 +18,9 @@ void tc_copy_init(int kernel);
 /* Have this thread's long copies, from now on, pass the caches by on their way to memory, or not. For what a core of another cache reads next
  * (distance.h): 128 KiB came from there at 3 GB/s and from memory at 26. Where the processor cannot, nothing changes. */
 int tc_copy_can_pass(void);
-void tc_copy_pass(int on);
+
+/* Returns whether they did. What the thread itself reads again at once must not: a buffer of 4 KiB took five times as long. */
+int tc_copy_pass(int on);
 
 /* Before others are told of what this thread has copied: what passed the caches by is then there. */
 void tc_copy_end(void);

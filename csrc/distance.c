@@ -5,7 +5,7 @@
 #include "clock.h"
 
 /* Per line; and so many answers more of one sort than of the other, for a thread may lose its processor while it reads. */
-enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 1024 };
+enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 64, STALE_NS = 1000000 };
 
 /* Each in a page of its own, and each says which one is read next: lines of one page the processor fetches before it is asked, and eight of a far
  * core took 330 to 410 ns instead of 1,150; those of a near one 100 to 140, and 270. */
@@ -15,33 +15,39 @@ static _Atomic uint32_t *line(tc_distance *distance, size_t number) {
 
 enum { IDLE, ASKED, MARKED };
 
-static int is_at(tc_distance *distance, int step) { return atomic_load_explicit(&distance->step, memory_order_acquire) == step; }
-
 static void go_to(tc_distance *distance, int step) { atomic_store_explicit(&distance->step, step, memory_order_release); }
 
+int tc_distance_step(const tc_distance *distance) { return atomic_load_explicit(&distance->step, memory_order_acquire); }
+
 void tc_distance_ask(tc_distance *distance) {
-    if (is_at(distance, IDLE)) go_to(distance, ASKED);
+    if (tc_distance_step(distance) == IDLE) go_to(distance, ASKED);
 }
 
 void tc_distance_mark(tc_distance *distance) {
-    if (!is_at(distance, ASKED)) return;
+    if (tc_distance_step(distance) != ASKED) return;
     for (size_t i = 0; i < TC_DISTANCE_LINES; i++) atomic_store_explicit(line(distance, i), (uint32_t)(i + 3) % TC_DISTANCE_LINES, memory_order_relaxed);
+    atomic_store_explicit(&distance->marked_ns, now_ns(), memory_order_relaxed);
     go_to(distance, MARKED);
+}
+
+void tc_distance_learn(tc_distance *distance, int is_far) {
+    atomic_fetch_add_explicit(&distance->n_answers, 1, memory_order_relaxed);
+    int step = is_far ? 1 : -1, score = atomic_load_explicit(&distance->score, memory_order_relaxed);
+    if (score * step < AGREE) atomic_store_explicit(&distance->score, score + step, memory_order_relaxed);
+    else atomic_store_explicit(&distance->is_far, is_far, memory_order_relaxed);
 }
 
 static uint32_t read_line(tc_distance *distance, size_t number) { return atomic_load_explicit(line(distance, number), memory_order_relaxed); }
 
 void tc_distance_look(tc_distance *distance) {
-    if (!is_at(distance, MARKED)) return;
+    if (tc_distance_step(distance) != MARKED) return;
     uint32_t at = 0;
     for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at += *(volatile uint8_t *)((uint8_t *)line(distance, i) + UNWRITTEN); /* finds the pages */
     uint64_t before_ns = now_ns(), start_ns = now_ns(); /* what taking the time takes is not counted */
     for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at = read_line(distance, at % TC_DISTANCE_LINES);
     uint64_t end_ns = now_ns() + at / TC_DISTANCE_LINES; /* once the last line has come, which holds no such number */
-    int step = end_ns - start_ns > start_ns - before_ns + FAR_NS * TC_DISTANCE_LINES ? 1 : -1;
-    int score = atomic_load_explicit(&distance->score, memory_order_relaxed);
-    if (score * step < AGREE) atomic_store_explicit(&distance->score, score + step, memory_order_relaxed);
-    else atomic_store_explicit(&distance->is_far, step > 0, memory_order_relaxed);
+    if (start_ns < atomic_load_explicit(&distance->marked_ns, memory_order_relaxed) + STALE_NS)
+        tc_distance_learn(distance, end_ns - start_ns > start_ns - before_ns + FAR_NS * TC_DISTANCE_LINES);
     go_to(distance, IDLE);
 }
 

@@ -148,13 +148,13 @@ static void gather_bits(const tc_rows *rows, uint8_t *values) {
  * changed between. */
 static inline span elements_at(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
     uint64_t start = (uint64_t)source->offsets[row], n_elements = (uint64_t)(offsets[k] - offsets[0]);
-    if (start > source->n_elements || n_elements > source->n_elements - start) return (span){NULL, NULL, 0};
+    if (start > source->n_elements || n_elements > source->n_elements - start) return (span){NULL, NULL, OUTSIDE};
     return (span){source->values + start * width, values + (size_t)offsets[0] * width, n_elements * width};
 }
 
 static inline int copy_elements(const tc_source *source, uint32_t row, size_t width, const int64_t *offsets, size_t k, uint8_t *values) {
     span run = elements_at(source, row, width, offsets, k, values);
-    if (run.from == NULL) return TC_CORRUPT;
+    if (run.n_bytes == OUTSIDE) return TC_CORRUPT;
     tc_copy(run.to, run.from, run.n_bytes);
     return 0;
 }

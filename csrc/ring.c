@@ -47,9 +47,12 @@ struct tc_ring {
 };
 
 static _Atomic size_t held_bytes;
+static _Thread_local int is_worker;
 static tc_distance distance; /* between workers and consumers, of all rings: an epoch's knows it from the one before */
 
 int tc_ring_is_far(void) { return tc_distance_is_far(&distance); }
+
+uint64_t tc_ring_n_answers(void) { return atomic_load_explicit(&distance.n_answers, memory_order_relaxed); }
 
 size_t tc_held_bytes(void) { return atomic_load_explicit(&held_bytes, memory_order_relaxed); }
 
@@ -93,7 +96,9 @@ static void run_share(tc_ring *ring, tc_batch *c) {
     c->n_copying++;
     pthread_mutex_unlock(&ring->lock);
     uint64_t start_ns = now_ns();
+    tc_copy_pass(is_worker && tc_distance_is_far(&distance));
     int status = tc_slot_copy(c->slot, &content, share.first, share.stop);
+    tc_copy_pass(0);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) c->status = status;
@@ -102,7 +107,6 @@ static void run_share(tc_ring *ring, tc_batch *c) {
         status = c->status;
         pthread_mutex_unlock(&ring->lock);
         if (status == TC_OK) status = tc_slot_end(c->slot, &content);
-        tc_copy_end();
         pthread_mutex_lock(&ring->lock);
         c->status = status;
         set_ready(ring, c);
@@ -154,7 +158,9 @@ static void run_slice(tc_ring *ring, tc_errand *errand) {
     errand->running++;
     if (ring->n_work_waiting && ring->errands) pthread_cond_signal(&ring->work);
     pthread_mutex_unlock(&ring->lock);
+    tc_copy_pass(is_worker && tc_distance_is_far(&distance));
     int status = tc_errand_copy(errand, slice);
+    tc_copy_pass(0);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) errand->status = status;
@@ -185,9 +191,9 @@ static int help_once(tc_ring *ring) {
 
 static void *worker(void *argument) {
     tc_ring *ring = argument;
+    is_worker = 1;
     pthread_mutex_lock(&ring->lock);
     while (!ring->closing) {
-        tc_copy_pass(tc_distance_is_far(&distance));
         if (work_once(ring)) {
             tc_distance_mark(&distance);
             continue;

@@ -8,7 +8,8 @@
  * A consumer that would wait gathers too, so that of n threads n - 1 are workers: asleep, it would have to be woken for each batch, by one
  * worker more than there are cores.
  *
- * What workers copy for a consumer whose core is far goes past the caches (distance.h, copy.h): half as long again for batches in the far one's.
+ * What workers copy for a consumer whose core is far goes past the caches (distance.h, copy.h): out of the far one's cache
+ * its consumer had it at up to 1.5 times the time.
  *
  * Locking: one mutex guards everything but the bytes of slots and sources. Each batch takes it once for a worker, once for the consumer and
  * once at release (some 25 ns each uncontended). Conditions are signalled only where somebody waits, and a worker that waits for room is
@@ -84,6 +85,9 @@ void tc_ring_figures(tc_ring *ring, tc_figures *figures);
 
 /* Whether workers copy for consumers that are far just now, in all rings of the process. */
 int tc_ring_is_far(void);
+
+/* For tests: how often consumers have looked. */
+uint64_t tc_ring_n_answers(void);
 
 /* Memory of all slots that are out, of all rings of the process, those that are dropped included. */
 size_t tc_held_bytes(void);

@@ -9,15 +9,18 @@
  * for eight lines of each into the first cache, those of 4 KiB at 1.2; 4 to 12 KiB ahead give the same. Longer ones gain nothing. */
 enum { SPAN_BYTES = 4096, SPAN_AHEAD_BYTES = 8192, SPAN_LINE = 64 };
 
-/* A row, and where it goes. from NULL: it lies outside its chunk. */
+/* A row, and where it goes. An empty one may lie, and go, anywhere; what lies outside its chunk has OUTSIDE bytes. */
 typedef struct {
     const uint8_t *from;
     uint8_t *to;
     size_t n_bytes;
 } span;
 
+static const size_t OUTSIDE = (size_t)-1;
+
+/* No more of it than is asked for ahead: one that is far longer than the others is copied as long ones are. */
 static inline void ask_span(const span *row) {
-    const uint8_t *end = row->from + row->n_bytes;
+    const uint8_t *end = row->from + (row->n_bytes < SPAN_AHEAD_BYTES ? row->n_bytes : SPAN_AHEAD_BYTES);
     for (const uint8_t *at = row->from - ((uintptr_t)row->from & (SPAN_LINE - 1)); at < end; at += SPAN_LINE) __builtin_prefetch(at, 0, 2);
 }
 
@@ -27,14 +30,15 @@ static inline __attribute__((always_inline)) int copy_spans(span (*at)(const voi
     for (size_t i = 0; i < n; i++) {
         while (next < n && (next <= i || ahead < SPAN_AHEAD_BYTES)) {
             span later = at(of, next++);
-            if (later.from == NULL) continue;
+            if (later.n_bytes == OUTSIDE) continue;
             ask_span(&later);
-            ahead += later.n_bytes;
+            ahead += later.n_bytes + SPAN_LINE; /* about the lines that it takes, for tiny ones too */
         }
         span row = at(of, i);
-        if (row.from == NULL) return TC_CORRUPT;
+        if (row.n_bytes == OUTSIDE) return TC_CORRUPT;
         tc_copy(row.to, row.from, row.n_bytes);
-        ahead -= row.n_bytes < ahead ? row.n_bytes : ahead; /* a file that changes meanwhile may give it a place that it did not have */
+        size_t asked = row.n_bytes + SPAN_LINE;
+        ahead -= asked < ahead ? asked : ahead; /* a file that changes meanwhile may give it a place that it did not have */
     }
     return 0;
 }

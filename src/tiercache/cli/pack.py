@@ -21,6 +21,7 @@ from tiercache.cli.options import (
 from tiercache.cli.output import Output, count
 from tiercache.model import format_bytes
 from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
+from tiercache.shard.versions import Version
 from tiercache.store import redact
 
 
@@ -70,10 +71,20 @@ def pack(
     if dry_run:
         _print_plan(output, plan)
         return
-    with output.progress("packing") as advance:
-        version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+    version = None
+    try:
+        with output.progress("packing") as advance:
+            version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+        _print_version(output, redact(url), version)
+    except KeyboardInterrupt as error:
+        if version is None:
+            raise
+        raise KeyboardInterrupt(f"version {version.number} is committed, and all of it is there") from error
+
+
+def _print_version(output: Output, url: str, version: Version) -> None:
     facts = {
-        "url": redact(url),
+        "url": url,
         "version": version.number,
         "records": version.n_records,
         "shards": version.n_shards,
@@ -83,7 +94,7 @@ def pack(
     text = (
         f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
     )
-    output.summary(facts, f"{redact(url)}: version {version.number} has {text}")
+    output.summary(facts, f"{url}: version {version.number} has {text}")
 
 
 def _print_plan(output: Output, plan: PackPlan) -> None:

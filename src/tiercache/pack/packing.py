@@ -106,23 +106,26 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         if on_progress is not None:
             on_progress(progress)
 
-    tasks = _tasks(plan)
-    with closing(open_store(plan.url, **options.storage_options)) as store:
-        try:
-            if plan.n_processes == 1:
-                finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
-            else:
-                run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
-        except BaseException:
-            with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
-                for task in tasks:
-                    _delete_shards(store, task.writer_id)
-            raise
-        infos = [info for i in range(len(tasks)) for info in finished[i]]
-        try:
+    tasks, is_committing = _tasks(plan), False
+    try:
+        with closing(open_store(plan.url, **options.storage_options)) as store:
+            try:
+                if plan.n_processes == 1:
+                    finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
+                else:
+                    run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
+            except BaseException:
+                with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
+                    for task in tasks:
+                        _delete_shards(store, task.writer_id)
+                raise
+            infos = [info for i in range(len(tasks)) for info in finished[i]]
+            is_committing = True
             return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
-        except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:
+        if is_committing:
             raise KeyboardInterrupt(_COMMITTING) from error
+        raise
 
 
 def _tasks(plan: PackPlan) -> list[_Share]:

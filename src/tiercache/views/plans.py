@@ -33,7 +33,7 @@ class Followings:
     def close(self) -> None:
         """As Following.close, of each, also where one raises."""
         with ExitStack() as closing:
-            for one in self.every:
+            for one in reversed(self.every):
                 closing.callback(one.close)
 
 
