@@ -13,6 +13,7 @@ C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibi
 # stay portable
 SOURCES = {
     "checksum": ["csrc/crc32c.c", "csrc/layout.c", "csrc/guard.c"],
+    "distance": ["csrc/distance.c"],
     "finder": [],
     "frames": ["csrc/frames.c"],
     "gather": [

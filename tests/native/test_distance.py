@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tiercache._native import gather, ring
-from tiercache._native.ring import Distance, Plan, Ring
+from tiercache._native.distance import Distance
+from tiercache._native.ring import Plan, Ring
 
 IDLE, ASKED, MARKED = 0, 1, 2
 

@@ -111,12 +111,12 @@ class Rounds:
     def keep(self) -> None:
         shutil.rmtree(self.before, ignore_errors=True)
         if self.scene.cache_root.exists():
-            _copy_sparse(self.scene.cache_root, self.before)
+            copy_sparse(self.scene.cache_root, self.before)
 
     def bring_back(self) -> None:
         shutil.rmtree(self.scene.cache_root, ignore_errors=True)
         if self.before.exists():
-            _copy_sparse(self.before, self.scene.cache_root)
+            copy_sparse(self.before, self.scene.cache_root)
             change_heads(self.scene.cache_root)
 
     def fail_each(self, kind: str, stride: int) -> None:
@@ -155,7 +155,7 @@ class Rounds:
         return found + Inspection(self.scene, model, seed=1).problems()
 
 
-def _copy_sparse(source: Path, target: Path) -> None:
+def copy_sparse(source: Path, target: Path) -> None:
     """Copy a folder; what is not allocated of a part stays so: the books count blocks."""
     subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True, timeout=60)
 

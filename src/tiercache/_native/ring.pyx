@@ -7,7 +7,6 @@ from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCap
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 
 import math
 from collections import deque
@@ -102,23 +101,11 @@ cdef extern from "pool.h" nogil:
     void tc_pool_hold()
     void tc_pool_let_go()
 
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t, size_t)
-
 cdef extern from "copy.h" nogil:
     int tc_copy_can_pass()
 
 cdef extern from "distance.h" nogil:
-    ctypedef struct tc_distance:
-        pass
-
     void tc_distance_pretend(int)
-    void tc_distance_ask(tc_distance *)
-    void tc_distance_mark(tc_distance *)
-    void tc_distance_look(tc_distance *)
-    void tc_distance_learn(tc_distance *, int)
-    int tc_distance_is_far(const tc_distance *)
-    int tc_distance_step(const tc_distance *)
 
 cdef extern from "guard.h" nogil:
     enum:
@@ -478,38 +465,3 @@ def n_answers():
 
 def can_pass():
     return tc_copy_can_pass() != 0
-
-
-cdef class Distance:
-    """For tests: csrc/distance.h, one of its own."""
-
-    cdef tc_distance *distance
-
-    def __cinit__(self):
-        self.distance = <tc_distance *>aligned_alloc(4096, sizeof(tc_distance))
-        if self.distance == NULL:
-            raise MemoryError
-        memset(self.distance, 0, sizeof(tc_distance))
-
-    def __dealloc__(self):
-        free(self.distance)
-
-    def ask(self):
-        tc_distance_ask(self.distance)
-
-    def mark(self):
-        tc_distance_mark(self.distance)
-
-    def look(self):
-        tc_distance_look(self.distance)
-
-    def learn(self, bint is_far):
-        tc_distance_learn(self.distance, is_far)
-
-    @property
-    def step(self):
-        return tc_distance_step(self.distance)
-
-    @property
-    def is_far(self):
-        return tc_distance_is_far(self.distance) != 0

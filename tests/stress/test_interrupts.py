@@ -1,0 +1,30 @@
+"""Ctrl-C between any two lines: verbs say what is true, caches and tiers stay right, a loop goes on where it was."""
+
+import json
+
+import pytest
+from tests.testing.warm_process import run_warm
+
+
+def rounds(folder, n, *arguments, timeout_s=170):
+    done = run_warm(
+        ["-m", "tests.stress.interrupt_rounds", str(folder), "--rounds", str(n), *arguments], timeout_s=timeout_s
+    )
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert report["n_struck"] == n
+    return report
+
+
+@pytest.mark.parametrize("only", ["verb pack", "loop, on by state", "cache come_back", "tiers apply"])
+def test_ctrl_c_anywhere_spoils_nothing(tmp_path, only):
+    rounds(tmp_path, 3, "--only", only)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(5400)
+def test_ctrl_c_at_many_lines_of_everything_spoils_nothing(tmp_path, capsys):
+    report = rounds(tmp_path, 2000, timeout_s=5000)
+    with capsys.disabled():
+        print(f"\ninterrupts: {report['struck']} in {report['seconds']:.0f} s, {report['swallowed']} swallowed")

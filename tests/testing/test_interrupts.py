@@ -1,0 +1,55 @@
+"""The interrupt between two lines: it strikes where it is told to, and says what became of it."""
+
+import json
+
+from tests.testing.warm_process import run_warm
+
+# What is interrupted must be of the package: a small module of it, with lines to spare.
+PROGRAM = """
+import json
+from tiercache.model import format_bytes, parse_bytes
+from tiercache.testing.interrupts import interrupted, lines_of
+
+def plain(tell):
+    tell(format_bytes(parse_bytes("3MiB")))
+
+def swallowing(tell):
+    try:
+        plain(tell)
+    except KeyboardInterrupt:
+        pass
+
+def changing(tell):
+    try:
+        plain(tell)
+    except KeyboardInterrupt:
+        raise OSError("changed") from None
+
+lines = lines_of(plain)
+done = {
+    work.__name__: [interrupted(work, nth, then=lambda tell: tell("then")) for nth in lines.positions()]
+    for work in (plain, swallowing, changing)
+}
+beyond = interrupted(plain, 10**6)
+print(json.dumps({
+    "told": lines.ended.lines, "n": len(lines.positions()),
+    "places": [one.where in lines.times for one in done["plain"]],
+    "outcomes": {name: sorted({one.outcome for one in ends}) for name, ends in done.items()},
+    "codes": {name: sorted({one.ended.code for one in ends}) for name, ends in done.items()},
+    "then": [one.ended.lines[-1:] == ("then",) for one in done["plain"]],
+    "beyond": [beyond.where, beyond.outcome, beyond.ended.code],
+}))
+"""
+
+
+def test_each_line_can_be_struck_and_what_came_of_it_is_told():
+    done = run_warm(["-c", PROGRAM])
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert found["told"] == ["3.0 MiB"]
+    assert found["n"] > 5
+    assert all(found["places"])
+    assert found["outcomes"] == {"plain": ["raised"], "swallowing": ["swallowed"], "changing": ["changed"]}
+    assert found["codes"] == {"plain": [0], "swallowing": [0], "changing": [1]}
+    assert all(found["then"])
+    assert found["beyond"] == ["", "", 0]
