@@ -5,7 +5,7 @@
 #include "clock.h"
 
 /* Per line; and so many answers more of one sort than of the other, for a thread may lose its processor while it reads. */
-enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 64, STALE_NS = 1000000 };
+enum { FAR_NS = 90, AGREE = 3, UNWRITTEN = 512, STALE_NS = 1000000 };
 
 /* Each in a page of its own, and each says which one is read next: lines of one page the processor fetches before it is asked, and eight of a far
  * core took 330 to 410 ns instead of 1,150; those of a near one 100 to 140, and 270. */
@@ -42,7 +42,7 @@ static uint32_t read_line(tc_distance *distance, size_t number) { return atomic_
 void tc_distance_look(tc_distance *distance) {
     if (tc_distance_step(distance) != MARKED) return;
     uint32_t at = 0;
-    for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at += *(volatile uint8_t *)((uint8_t *)line(distance, i) + UNWRITTEN); /* finds the pages */
+    for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at += *(volatile uint8_t *)((uint8_t *)line(distance, i) + UNWRITTEN); /* finds the page */
     uint64_t before_ns = now_ns(), start_ns = now_ns(); /* what taking the time takes is not counted */
     for (size_t i = 0; i < TC_DISTANCE_LINES; i++) at = read_line(distance, at % TC_DISTANCE_LINES);
     uint64_t end_ns = now_ns() + at / TC_DISTANCE_LINES; /* once the last line has come, which holds no such number */
