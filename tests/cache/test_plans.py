@@ -217,7 +217,7 @@ def uses_one_by_one(row, clock):
 
 @given(st.lists(st.tuples(rows_of_a_plan, st.integers(0, 60)), max_size=4))
 def test_merged_uses_are_the_two_nearest_of_all_plans(tmp_path_factory, given_plans):
-    side = Side(Folder(tmp_path_factory.getbasetemp() / "merged"))
+    side = Side(Folder(tmp_path_factory.mktemp("side") / "merged"))
     try:
         followings = []
         for rows, clock in given_plans:

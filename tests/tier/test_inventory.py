@@ -313,7 +313,7 @@ def test_copies_are_whole_and_verified_as_a_plain_look_at_each_says(tmp_path_fac
             books.verify(stores[tier], key, crc)
         if changed:
             stores[tier].add(key, n_bytes, etag='"other"')
-    look = Tiers(tmp_path_factory.getbasetemp(), stores, books).take()
+    look = Tiers(tmp_path_factory.mktemp("look"), stores, books).take()
     for path, keys in {"f": ["f"], "step-1": ["step-1/a.pt", "step-1/b.pt"]}.items():
         everywhere = {key for key in keys if any(of == key for _, of in world)}
         for tier in stores:
