@@ -6,7 +6,7 @@ enum { PIECE_BYTES = 31 * LINE };
 /* As many lines of the next page are asked for while one is copied: the processor's own prefetch ends at each page, and begins again there.
  * With them runs are copied at 1.2 times the speed; twice as many give the same. */
 enum { NEXT_LINES = 4 };
-enum { PASS_AHEAD = 1024 };
+enum { PASS_AHEAD = 1024 }; /* as far ahead is asked for what is copied past the caches */
 
 static void copy_pieces(uint8_t *to, const uint8_t *from, size_t n_bytes) {
     while (n_bytes > PIECE_BYTES) {
@@ -24,9 +24,9 @@ static void copy_pieces(uint8_t *to, const uint8_t *from, size_t n_bytes) {
 #include <cpuid.h>
 #include <immintrin.h>
 
-static int has_quick_string; /* it says so itself: ERMS and FSRM */
-static int can_pass;              /* caches by: measured on AMD's processors only */
-static _Thread_local int passes; /* this thread does */
+static int has_quick_string;     /* it says so itself: ERMS and FSRM */
+static int can_pass;             /* the caches by: measured on AMD's processors only */
+static _Thread_local int passes; /* this thread does, just now */
 
 void tc_copy_init(int kernel) {
     enum { ERMS = 1 << 9, FSRM = 1 << 4 };
@@ -45,6 +45,7 @@ int tc_copy_pass(int on) {
 }
 
 void tc_copy_end(void) {
+    passes = 0;
     if (can_pass) _mm_sfence();
 }
 

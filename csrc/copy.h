@@ -15,14 +15,15 @@ enum { TC_LONG_COPY = 1024 };
  * instruction is slow, copies are memcpy's. */
 void tc_copy_init(int kernel);
 
-/* Have this thread's long copies, from now on, pass the caches by on their way to memory, or not. For what a core of another cache reads next
- * (distance.h): 128 KiB came from there at 3 GB/s and from memory at 26. Where the processor cannot, nothing changes. */
+/* Whether this processor copies past its caches; where not, tc_copy_pass changes nothing. */
 int tc_copy_can_pass(void);
 
-/* Returns whether they did. What the thread itself reads again at once must not: a buffer of 4 KiB took five times as long. */
+/* Have this thread's long copies, until tc_copy_end, pass the caches by on their way to memory, or not: for what a core of another cache reads
+ * next (distance.h), for 128 KiB came from that cache at 3 GB/s and from memory at 26. Not for what the thread itself reads again at once: a buffer
+ * of 4 KiB took five times as long. Returns whether they did before. */
 int tc_copy_pass(int on);
 
-/* Before others are told of what this thread has copied: what passed the caches by is then there. */
+/* Before others are told of what this thread has copied: what passed the caches by is then there. Its copies pass them no more. */
 void tc_copy_end(void);
 
 void tc_copy_long(uint8_t *to, const uint8_t *from, size_t n_bytes);

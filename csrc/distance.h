@@ -1,6 +1,6 @@
 /* Distance: whether what one thread writes is far from the one that reads it. Between cores of one cache a line that was just written takes some
  * 40 ns to come, from a core of another 150 and more. Which of the two holds is nowhere to be read in a virtual machine, whose host moves its
- * processors as it likes: over minutes here. So the writer writes some lines now and then, and the reader takes the time of reading them. */
+ * processors as it likes: within seconds here. So the writer writes some lines now and then, and the reader takes the time of reading them. */
 #ifndef TC_DISTANCE_H
 #define TC_DISTANCE_H
 #include <stdatomic.h>

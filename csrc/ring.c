@@ -98,7 +98,6 @@ static void run_share(tc_ring *ring, tc_batch *c) {
     uint64_t start_ns = now_ns();
     tc_copy_pass(is_worker && tc_distance_is_far(&distance));
     int status = tc_slot_copy(c->slot, &content, share.first, share.stop);
-    tc_copy_pass(0);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) c->status = status;
@@ -160,7 +159,6 @@ static void run_slice(tc_ring *ring, tc_errand *errand) {
     pthread_mutex_unlock(&ring->lock);
     tc_copy_pass(is_worker && tc_distance_is_far(&distance));
     int status = tc_errand_copy(errand, slice);
-    tc_copy_pass(0);
     tc_copy_end();
     pthread_mutex_lock(&ring->lock);
     if (status != TC_OK) errand->status = status;

@@ -8,8 +8,8 @@
  * A consumer that would wait gathers too, so that of n threads n - 1 are workers: asleep, it would have to be woken for each batch, by one
  * worker more than there are cores.
  *
- * What workers copy for a consumer whose core is far goes past the caches (distance.h, copy.h): out of the far one's cache
- * its consumer had it at up to 1.5 times the time.
+ * What workers copy for a consumer whose core has another cache goes past the caches (distance.h, copy.h): read from the worker's cache, batches
+ * took up to 1.5 times as long. What the consumer gathers itself goes through its own.
  *
  * Locking: one mutex guards everything but the bytes of slots and sources. Each batch takes it once for a worker, once for the consumer and
  * once at release (some 25 ns each uncontended). Conditions are signalled only where somebody waits, and a worker that waits for room is

@@ -41,6 +41,8 @@ class Life(ABC):
     """Work in a folder of its own that can be interrupted again and again. Problems are texts."""
 
     name: str
+    then: Callable[[Tell], object] | None = None
+    """What the same process does after it."""
 
     @abstractmethod
     def lay(self) -> None:
@@ -49,9 +51,6 @@ class Life(ABC):
     @abstractmethod
     def work(self, tell: Tell) -> None:
         """What is interrupted."""
-
-    def then(self, tell: Tell) -> None:  # noqa: B027 - most have nothing
-        """What the same process does after it."""
 
     @abstractmethod
     def look(self, done: Interrupted) -> Iterator[str]:
@@ -160,8 +159,7 @@ class TierLife(Life):
 class VerbLife(Life):
     """A verb of the command: it ends with 130 and one line that is true; the same command goes on from there.
 
-    arguments: of the verb; prepare: what must be there before; left: what is wrong with what lies there, told whether
-    the command said that it may have been done; is_done: what is wrong when it has run to its end.
+    arguments: of the verb, where {root} is the folder that it works in; prepare: makes what must be there before.
     """
 
     def __init__(self, root: Path, arguments: list[str], prepare: Callable[[Path], object]) -> None:

@@ -12,12 +12,13 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.interrupt_lives import (
+    N_PACKED,
     CachedLife,
     CacheLife,
     ExportLife,
@@ -39,7 +40,7 @@ MOST_PROBLEMS = 20
 CACHE = ["--cache", "{root}/cache", "--cache-size", "50MB"]
 
 
-def lives_in(root: Path) -> Iterator[Life]:
+def lives_in(root: Path) -> list[Life]:
     """All that can be interrupted, each in a folder of its own."""
     made: list[Life] = []
 
@@ -51,7 +52,7 @@ def lives_in(root: Path) -> Iterator[Life]:
         made.append(CacheLife(room(), chapter))
     for job in JOBS.values():
         made.append(TierLife(room(), job, job.shapes[0]))
-    for mode, n_before in (("create", 0), ("append", 300)):
+    for mode, n_before in (("create", 0), ("append", N_PACKED)):
         made.append(PackLife(room(), mode, n_before))
     made.append(VerbLife(room(), ["verify", "{root}/out"], write_set))
     made.append(ExportLife(room(), ["export", "{root}/out", "{root}/out.parquet", "--overwrite"], write_set))
@@ -59,7 +60,7 @@ def lives_in(root: Path) -> Iterator[Life]:
     made.append(CachedLife(room(), ["evict", "--all", "--yes", *CACHE], write_cached))
     made.append(CachedLife(room(), ["pin", "{root}/out", *CACHE], write_cached))
     made.append(CachedLife(room(), ["verify", "{root}/out", *CACHE], write_cached))
-    return iter(made)
+    return made
 
 
 @dataclass

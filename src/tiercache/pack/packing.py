@@ -97,7 +97,6 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         StoreError: of the source or of the data set.
     """
     options, progress = plan.options, PackProgress(0, 0, plan.total_bytes)
-    finished: dict[int, list[ShardInfo]] = {}
 
     def report(step: PackProgress) -> None:
         nonlocal progress
@@ -106,26 +105,33 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         if on_progress is not None:
             on_progress(progress)
 
-    tasks, is_committing = _tasks(plan), False
+    is_committing = False
     try:
         with closing(open_store(plan.url, **options.storage_options)) as store:
-            try:
-                if plan.n_processes == 1:
-                    finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
-                else:
-                    run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
-            except BaseException:
-                with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
-                    for task in tasks:
-                        _delete_shards(store, task.writer_id)
-                raise
-            infos = [info for i in range(len(tasks)) for info in finished[i]]
+            infos = _write_shares(plan, store, report)
             is_committing = True
             return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
     except KeyboardInterrupt as error:
         if is_committing:
             raise KeyboardInterrupt(_COMMITTING) from error
         raise
+
+
+def _write_shares(plan: PackPlan, store: Store, report: Report) -> list[ShardInfo]:
+    """All shards, in the order of the source; none is left when it raises."""
+    tasks = _tasks(plan)
+    finished: dict[int, list[ShardInfo]] = {}
+    try:
+        if plan.n_processes == 1:
+            finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
+        else:
+            run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
+    except BaseException:
+        with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
+            for task in tasks:
+                _delete_shards(store, task.writer_id)
+        raise
+    return [info for i in range(len(tasks)) for info in finished[i]]
 
 
 def _tasks(plan: PackPlan) -> list[_Share]:
