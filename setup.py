@@ -12,6 +12,7 @@ C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-fno-strict-aliasing", "-fvisibi
 # extension -> the C files that it is made of; SIMD variants choose themselves by target attributes, so that the flags
 # stay portable
 SOURCES = {
+    "assembly": [],
     "checksum": ["csrc/crc32c.c", "csrc/layout.c", "csrc/guard.c"],
     "distance": ["csrc/distance.c"],
     "finder": [],

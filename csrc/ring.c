@@ -366,11 +366,25 @@ static int wait_ready(tc_ring *ring, uint64_t start_ns, uint64_t timeout_ns) {
     return status;
 }
 
+/* Rows of the batch that was taken before are not read any more. */
+static void retire_taken(tc_ring *ring) {
+    ring->retired_rows = ring->taken_rows;
+    if (ring->n_room_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->room);
+}
+
+/* Let the lock go, and find out now and then how far the workers are. */
+static int end_take(tc_ring *ring, int status) {
+    int asks = ring->next_take % LOOK_EVERY == 0;
+    pthread_mutex_unlock(&ring->lock);
+    tc_distance_look(&distance);
+    if (asks && tc_copy_can_pass()) tc_distance_ask(&distance);
+    return status;
+}
+
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row) {
     if (ring->pid != getpid()) return TC_CLOSED;
     pthread_mutex_lock(&ring->lock);
-    ring->retired_rows = ring->taken_rows;
-    if (ring->n_room_waiting && ring->retired_rows >= ring->retired_target) pthread_cond_signal(&ring->room);
+    retire_taken(ring);
     int status = next_status(ring);
     if (status == TC_TIMEOUT && timeout_ns) {
         uint64_t start_ns = now_ns();
@@ -379,11 +393,17 @@ int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *f
         ring->figures.wait_ns += now_ns() - start_ns;
     }
     if (status == TC_OK) status = take_cell(ring, slot, first_row);
-    int asks = ring->next_take % LOOK_EVERY == 0;
-    pthread_mutex_unlock(&ring->lock);
-    tc_distance_look(&distance);
-    if (asks && tc_copy_can_pass()) tc_distance_ask(&distance);
-    return status;
+    return end_take(ring, status);
+}
+
+int tc_ring_take_ready(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
+    if (ring->pid != getpid()) return TC_CLOSED;
+    pthread_mutex_lock(&ring->lock);
+    retire_taken(ring);
+    int status = next_status(ring);
+    if (status == TC_OK) status = ring->cells[ring->next_take % ring->depth].status;
+    if (status == TC_OK) status = take_cell(ring, slot, first_row);
+    return end_take(ring, status);
 }
 
 void tc_slot_hold(tc_slot *slot) { atomic_fetch_add_explicit(&slot->n_holders, 1, memory_order_relaxed); }

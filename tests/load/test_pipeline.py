@@ -14,9 +14,11 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
+from tiercache.load.pipeline import Pipeline
 from tiercache.load.plan import PieceRows
 from tiercache.order import RowRun
 from tiercache.shard.reader import ShardReader
@@ -123,6 +125,36 @@ def test_every_batch_is_counted_once_among_the_waits(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(1000)), batch_size=10)
     ids_of(loader)
     assert loader._native._waits.n_waits == 101  # the end is waited for too
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset, monkeypatch, drop_last):
+    dataset = tc.Dataset(make_dataset(1005), columns=["id", "blob", "text"], forms={"blob": "buffer", "text": "buffer"})
+
+    def serve():
+        iterator = iter(tc.DataLoader(dataset, batch_size=10, shuffle=True, drop_last=drop_last))
+        pipeline, n_ready = iterator._pipeline, []
+        pipeline._taken = After(pipeline._taken, "take_ready", lambda found: n_ready.append(found is not None) or found)
+        served = []
+        for _ in range(len(iterator)):
+            until_s = time.monotonic() + 10
+            while not pipeline._ring.figures()["ready"] and time.monotonic() < until_s:
+                time.sleep(0.001)
+            served.append(next(iterator))
+        assert next(iterator, None) is None
+        return served, sum(n_ready)
+
+    torch.manual_seed(5)
+    short, n_short = serve()
+    monkeypatch.setattr(Pipeline, "take_ready", lambda _: None)
+    torch.manual_seed(5)
+    long, n_long = serve()
+    assert (n_short, n_long) == (len(short) - (1 if drop_last else 2), 0)  # not the first, nor a short last one
+    for one, other in zip(short, long, strict=True):
+        assert one["id"].tolist() == other["id"].tolist()
+        for name in ("blob", "text"):
+            assert one[name].offsets.tolist() == other[name].offsets.tolist()
+            assert one[name].values.tolist() == other[name].values.tolist()
 
 
 def test_objects_are_found_while_the_planner_pushes_more(make_dataset):
@@ -268,23 +300,28 @@ def test_what_was_closed_is_not_closed_again(make_dataset):
     iterator.close()
 
 
-class Interrupted:
-    """A ring that Ctrl-C strikes just after it gave its batch number `at` (from 1) away."""
+class After:
+    """A thing of which one method's results go through `then`."""
 
-    def __init__(self, ring, at):
-        self.ring, self.at, self.n = ring, at, 0
-
-    def take(self, timeout_s):
-        slot = self.ring.take(timeout_s)
-        if isinstance(slot, int):
-            return slot
-        self.n += 1
-        if self.n == self.at:
-            raise KeyboardInterrupt
-        return slot
+    def __init__(self, inner, method, then):
+        self._inner, self._method, self._then = inner, method, then
 
     def __getattr__(self, name):
-        return getattr(self.ring, name)
+        found = getattr(self._inner, name)
+        return found if name != self._method else lambda *args: self._then(found(*args))
+
+
+def strike(pipeline, at):
+    """Let Ctrl-C strike just after the ring gave its batch number `at` (from 1) away."""
+    numbers = itertools.count(1)
+
+    def then(found):
+        if found is not None and not isinstance(found, int) and next(numbers) == at:
+            raise KeyboardInterrupt
+        return found
+
+    pipeline._ring = After(pipeline._ring, "take", then)
+    pipeline._taken = After(pipeline._taken, "take_ready", then)
 
 
 @pytest.mark.parametrize("columns", [["id", "blob", "text"], ["id"]])
@@ -303,7 +340,7 @@ def test_ctrl_c_between_a_batch_and_its_count_moves_no_later_batch(make_dataset,
     loader = make()
     loader.load_state_dict(state)
     iterator = iter(loader)
-    iterator._pipeline._ring = Interrupted(iterator._pipeline._ring, 3)
+    strike(iterator._pipeline, 3)
     served = []
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
@@ -349,12 +386,16 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
                 return 1  # not ready
             return self.ring.take(timeout_s)
 
+        def take_ready(self):
+            return None
+
         def __getattr__(self, name):
             return getattr(self.ring, name)
 
     loader = tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10)
     iterator = iter(loader)
     iterator._pipeline._ring = Late(iterator._pipeline._ring)
+    iterator._pipeline._taken = Late(iterator._pipeline._taken)
     found = []
     for number in range(10):
         with pytest.MonkeyPatch.context() as patch:

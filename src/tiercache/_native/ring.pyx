@@ -16,10 +16,6 @@ from tiercache._native.gather import CastError, CorruptError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
 from tiercache._native.permute cimport RowFinder, tc_finder
 
-cdef extern from "forms.h" nogil:
-    ctypedef struct tc_form:
-        pass
-
 cdef extern from "ring.h" nogil:
     enum:
         TC_OK
@@ -30,34 +26,6 @@ cdef extern from "ring.h" nogil:
         TC_NOMEM
         TC_CORRUPT
         TC_MISFIT
-
-    ctypedef struct tc_plan:
-        const tc_source *sources
-        const tc_chunk *chunks
-        size_t n_blocks
-        const uint32_t *block
-        const uint32_t *row
-        const tc_finder *finder
-        uint64_t start
-        size_t n_rows
-        const tc_form *forms
-
-    ctypedef struct tc_ring:
-        pass
-
-    ctypedef struct tc_errand:
-        const tc_ref *refs
-        char **places
-        size_t n
-
-    ctypedef struct tc_slot:
-        uint8_t *memory
-        size_t capacity
-        size_t n_rows
-        size_t n_bytes
-        size_t *values_at
-        size_t *offsets_at
-        size_t *n_elements
 
     ctypedef struct tc_figures:
         uint64_t batches
@@ -72,6 +40,7 @@ cdef extern from "ring.h" nogil:
     void tc_ring_finish(tc_ring *, int)
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
     int tc_ring_take(tc_ring *, uint64_t, tc_slot **, uint64_t *)
+    int tc_ring_take_ready(tc_ring *, tc_slot **, uint64_t *)
     void tc_slot_release(tc_slot *)
     void tc_ring_send_errand(tc_slot *, tc_errand *)
     int tc_ring_finish_errand(tc_slot *, tc_errand *)
@@ -86,13 +55,6 @@ cdef extern from "ring.h" nogil:
 cdef extern from "tensor.h" nogil:
     enum:
         TC_TENSOR_DIMS
-
-    ctypedef struct tc_layout:
-        uint8_t code
-        uint8_t bits
-        int n_dims
-        int64_t *dims
-        size_t row_bytes
 
     void *tc_tensor_new(tc_slot *, size_t, const tc_layout *, size_t)
     void tc_tensor_drop(void *)
@@ -254,8 +216,6 @@ cdef class Filling:
 cdef class Layout:
     """How rows of a column lie one after the other: DLPack's code and bits of their type, and their shape."""
 
-    cdef tc_layout layout
-
     def __init__(self, uint8_t code, uint8_t bits, shape=()):
         if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
             raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
@@ -273,10 +233,6 @@ cdef void drop_unused(object capsule) noexcept:
 
 cdef class Slot:
     """A batch's memory, as a writable buffer of bytes; goes back to the ring when the last tensor over it is dropped."""
-
-    cdef tc_slot *slot
-    cdef readonly uint64_t first_row
-    cdef dict fillings  # by stream; None: there never was one
 
     def __cinit__(self):
         self.slot = NULL
@@ -304,6 +260,9 @@ cdef class Slot:
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
     def tensor(self, Layout layout not None, size_t offset, size_t n_rows):
+        return self.capsule(layout, offset, n_rows)
+
+    cdef object capsule(self, Layout layout, size_t offset, size_t n_rows):
         cdef size_t row_bytes = layout.layout.row_bytes, capacity = self.slot.capacity
         if offset > capacity or (row_bytes > 0 and n_rows > (capacity - offset) // row_bytes):
             raise ValueError(f"{n_rows} rows of {row_bytes} bytes from {offset} on are more than the slot's {capacity} bytes")
@@ -331,14 +290,17 @@ cdef class Slot:
         return str_of_buffer(values, <const int64_t *>(self.slot.memory + self.slot.offsets_at[stream]), self.slot.n_rows)
 
 
+cdef Slot slot_of(tc_slot *slot, uint64_t first_row):
+    cdef Slot out = Slot.__new__(Slot)
+    out.slot = slot
+    out.first_row = first_row
+    return out
+
+
 cdef class Ring:
     """Gathers batches ahead of one consumer, in threads without Python. push, push_sizes, finish and wait_room are the planner's;
     take the consumer's; close and figures anyone's, forget whoever closed.
     """
-
-    cdef tc_ring *ring
-    cdef object plans     # deque of (row after its last, Plan): pushed by the planner, retired by it
-    cdef uint64_t pushed
 
     def __cinit__(self):
         self.ring = NULL
@@ -408,12 +370,8 @@ cdef class Ring:
             if status == TC_TIMEOUT:  # with a batch in hand the interpreter will see signals soon enough, and the batch is not lost
                 PyErr_CheckSignals()
             left_ns -= slice_ns if not for_ever else 0
-        cdef Slot out
         if status == TC_OK:
-            out = Slot.__new__(Slot)
-            out.slot = slot
-            out.first_row = first_row
-            return out
+            return slot_of(slot, first_row)
         if status == TC_EIO:
             raise OSError(EIO, "a mapped file could not be read: it was truncated, or its disk failed")
         if status == TC_CORRUPT:
@@ -423,6 +381,11 @@ cdef class Ring:
         if status == TC_NOMEM:
             raise MemoryError("no memory for a batch")
         return status
+
+    cdef Slot take_ready(self):
+        cdef tc_slot *slot = NULL
+        cdef uint64_t first_row = 0
+        return slot_of(slot, first_row) if tc_ring_take_ready(self.ring, &slot, &first_row) == TC_OK else None
 
     def close(self):
         with nogil:

@@ -14,6 +14,7 @@ import torch
 from torch.utils import dlpack
 
 from tiercache._native import gather
+from tiercache._native.assembly import BufferEntry, Entries, TensorEntry
 from tiercache._native.ring import Layout
 from tiercache.load.buffer import Buffer
 from tiercache.load.fills import stored_fill, value_of
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from tiercache._native.ring import Slot
 
 Batch: TypeAlias = dict[str, Any]
-Places: TypeAlias = Sequence[int]
-Make: TypeAlias = Callable[["Slot", int, Places], Any]
+Make: TypeAlias = Callable[["Slot", int], Any]
+Entry: TypeAlias = Make | TensorEntry | BufferEntry
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -45,12 +46,11 @@ class BadValueError(ValueError):
 class Assembler:
     """Makes batches of slots. It holds nothing of a slot or an epoch: pipelines share one, in whatever threads.
 
-    A batch of fixed-shape columns costs a tensor over it for each: 0.35 us here. Where the streams of
-    a slot begin follows from its rows alone (values of varied length apart), so that is computed once for each batch
-    size.
+    Tensors over a slot and buffers are made by one native call, 0.35 us a tensor here; the rest by a call for each.
 
     streams: as the ring takes them; bytes_streams: numbers of those that are served as lists of bytes; object_columns:
-    (name, number) of ARROW columns; order: of a batch's entries.
+    (name, number) of ARROW columns; entries: what slots hold; is_native: whether they are all that batches hold, and
+    none is made in Python; order: of a batch's entries.
     """
 
     def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
@@ -58,10 +58,8 @@ class Assembler:
         self.streams = gather_streams(schema, served)
         kinds = self.streams[:, 0].tolist()
         schema = served.schema(schema)
-        self._n_streams = len(kinds)
         self.bytes_streams = [number for number, kind in enumerate(kinds) if kind == gather.REF]
-        self._layouts: dict[int, list[int]] = {}
-        self._makers: list[tuple[str, Make]] = []
+        entries: list[tuple[str, Entry]] = []
         self.object_columns: list[tuple[str, int]] = []
         self._object_fills: dict[str, Callable[[], Any]] = {}
         names: list[str] = []
@@ -75,10 +73,12 @@ class Assembler:
                     stored = stored_fill(column, served.nulls[column.name])
                     self._object_fills[column.name] = partial(value_of, column, stored)
                 names += [column.name, *([f"{column.name}.valid"] if served.has_mask(column) else [])]
-            self._makers += makers
+            entries += makers
             names += [name for name, _ in makers]
             first += len(streams)
         self.order = tuple(names)
+        self.entries = Entries(entries, len(kinds), _from_dlpack)
+        self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
         """The batch in a slot, without ARROW columns. Its tensors own the slot together.
@@ -87,12 +87,8 @@ class Assembler:
             OSError: EIO, a mapped source could not be read.
             BadValueError: text that is not UTF-8, JSON that is none.
         """
-        n = slot.n_rows
-        places = self._layouts.get(n)
-        if places is None:
-            places = self._layouts[n] = [slot.places(s)[0] for s in range(self._n_streams)]
         try:
-            return {name: make(slot, n, places) for name, make in self._makers}
+            return self.entries.batch(slot)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise BadValueError(f"a value cannot be read: {error}") from error
 
@@ -107,17 +103,17 @@ def valid_mask(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
-def _makers(column: Column, serving: Serving, first: int) -> list[tuple[str, Make]]:
+def _makers(column: Column, serving: Serving, first: int) -> list[tuple[str, Entry]]:
     """What makes each of a column's entries in a batch; its streams begin with number `first`. ARROW: nothing."""
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if serving.has_mask(column) else None
     form, name = serving.form(column), column.name
-    makers: list[tuple[str, Make]]
+    makers: list[tuple[str, Entry]]
     if form == "padded":
         makers = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]
     elif form == "buffer":
-        makers = [(name, _buffer_maker(column, first))]
+        makers = [(name, _buffer_entry(column, first))]
     elif form == "nested":
         makers = [(name, _nested_maker(column, first))]
     elif column.kind is Kind.RAGGED:
@@ -125,9 +121,9 @@ def _makers(column: Column, serving: Serving, first: int) -> list[tuple[str, Mak
     elif column.kind in _LIST_KINDS:
         makers = [(name, _list_maker(column.kind, first, valid))]
     else:
-        makers = [(name, _tensor_maker(_dtype(column), tuple(d or 0 for d in column.shape), first))]
+        makers = [(name, _tensor_entry(_dtype(column), tuple(d or 0 for d in column.shape), first))]
     if valid is not None:
-        makers.append((f"{name}.valid", _tensor_maker(torch.bool, (), valid)))
+        makers.append((f"{name}.valid", _tensor_entry(torch.bool, (), valid)))
     return makers
 
 
@@ -135,9 +131,12 @@ def _dtype(column: Column) -> torch.dtype:
     return TORCH_DTYPES[column.dtype or "uint8"]
 
 
-def _tensor_maker(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Make:
+def _tensor_entry(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Make | TensorEntry:
+    layout = _layout(dtype, shape)
+    if layout is not None:
+        return TensorEntry(stream, layout)
     over = _tensors_over(dtype, shape)
-    return lambda slot, n, places: over(slot, places[stream], n)
+    return lambda slot, n: over(slot, slot.places(stream)[0], n)
 
 
 def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
@@ -147,12 +146,17 @@ def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[
     """
     if 0 in shape:  # it would begin where the next stream does, and torch.save refuses two dtypes at one address
         return lambda _slot, _offset, n: torch.empty((n, *shape), dtype=dtype, device="cpu")
-    if (code := _dlpack_code(dtype)) is None:
+    if (layout := _layout(dtype, shape)) is None:
         stored = np.dtype(str(dtype).removeprefix("torch."))
         array: Callable[..., Any] = np.ndarray  # its stubs know no buffers but the built-in ones
         return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
-    layout = Layout(code, 8 * dtype.itemsize, shape)
     return lambda slot, offset, n: _from_dlpack(slot.tensor(layout, offset, n))
+
+
+def _layout(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Layout | None:
+    """How rows of that dtype and shape lie; None: they have no elements, or this torch takes none such by DLPack."""
+    code = None if 0 in shape else _dlpack_code(dtype)
+    return None if code is None else Layout(code, 8 * dtype.itemsize, shape)
 
 
 # torch.from_dlpack looks at its argument for 0.1 us, and then calls this.
@@ -175,10 +179,11 @@ def _dlpack_code(dtype: torch.dtype) -> int | None:
 def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
     as_bytes = kind in (Kind.BYTES, Kind.IMAGE)
 
-    def make(slot: Slot, n: int, places: Places) -> list[Any]:
+    def make(slot: Slot, n: int) -> list[Any]:
         values: list[Any] = slot.bytes_list(stream) if as_bytes else slot.str_list(stream)
         if valid is not None:
-            present = bytes(memoryview(slot)[places[valid] : places[valid] + n])
+            at = slot.places(valid)[0]
+            present = bytes(memoryview(slot)[at : at + n])
             null = present.find(0)
             while null >= 0:
                 values[null] = None
@@ -194,10 +199,10 @@ def _ragged_maker(column: Column, stream: int) -> Make:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
     inner = tuple(d or 0 for d in column.shape[1:])
 
-    def make(slot: Slot, n: int, places: Places) -> list[torch.Tensor]:
+    def make(slot: Slot, n: int) -> list[torch.Tensor]:
         start, offsets_at, n_elements = slot.places(stream)
         memory = memoryview(slot)
-        shapes = np.frombuffer(memory, np.int32, n * n_dims, places[stream + 1]).reshape(n, n_dims)
+        shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.places(stream + 1)[0]).reshape(n, n_dims)
         if n_elements == 0:
             return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes.tolist()]
         values = torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
@@ -216,7 +221,7 @@ def _padded_maker(column: Column, stream: int) -> Make:
     dims = [d or 0 for d in column.shape] or [0]
     vary = varying(column)
 
-    def make(slot: Slot, n: int, _places: Places) -> torch.Tensor:
+    def make(slot: Slot, n: int) -> torch.Tensor:
         start, head, n_elements = slot.places(stream)
         box = dims.copy()
         for dimension, longest in zip(vary, unpack(slot, head + 8 * (n + 1 + n * n_varying)), strict=True):
@@ -232,24 +237,32 @@ def _lengths_maker(column: Column, stream: int) -> Make:
     n_varying = len(varying(column))
 
     over = _tensors_over(torch.int64, (n_varying,) if n_varying > 1 else ())
-    return lambda slot, n, _places: over(slot, slot.places(stream)[1] + 8 * (n + 1), n)
+    return lambda slot, n: over(slot, slot.places(stream)[1] + 8 * (n + 1), n)
 
 
-def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int, Places], Buffer]:
+def _buffer_entry(column: Column, stream: int) -> Make | BufferEntry:
+    make, inner = _buffer_maker(column, stream), tuple(d or 0 for d in column.shape[1:])
+    values, offsets = _layout(_dtype(column), inner), _layout(torch.int64)
+    if values is None or offsets is None or not is_stack_of_rows(column):
+        return make
+    return BufferEntry(stream, (values, offsets), math.prod(inner), Buffer, make)
+
+
+def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int], Buffer]:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
     inner = tuple(d or 0 for d in column.shape[1:]) if rows else ()
     n_inner = math.prod(inner)
     values_over, offsets_over = _tensors_over(dtype, inner), _tensors_over(torch.int64)
     shapes_over = _tensors_over(torch.int32, (n_dims,))
 
-    def make(slot: Slot, n: int, places: Places) -> Buffer:
+    def make(slot: Slot, n: int) -> Buffer:
         start, offsets_at, n_elements = slot.places(stream)
         offsets = offsets_over(slot, offsets_at, n + 1)
         if n_elements == 0:
             values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype, device="cpu")
         else:
             values = values_over(slot, start, n_elements // n_inner)
-        return Buffer(values, offsets) if rows else Buffer(values, offsets, shapes_over(slot, places[stream + 1], n))
+        return Buffer(values, offsets, None if rows else shapes_over(slot, slot.places(stream + 1)[0], n))
 
     return make
 
@@ -257,8 +270,8 @@ def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int, Places], 
 def _nested_maker(column: Column, stream: int) -> Make:
     make_buffer = _buffer_maker(column, stream)
 
-    def make(slot: Slot, n: int, places: Places) -> torch.Tensor:
-        buffer = make_buffer(slot, n, places)
+    def make(slot: Slot, n: int) -> torch.Tensor:
+        buffer = make_buffer(slot, n)
         nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(buffer.values, buffer.offsets)
         return nested
 

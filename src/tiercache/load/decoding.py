@@ -102,6 +102,9 @@ class DecodedPipeline:
         self._n_skipped += len(job.replaced)
         return job.batch
 
+    def take_ready(self) -> None:
+        """As `Pipeline.take_ready`: decoded batches come by take() only."""
+
     def close(self) -> None:
         """End all threads; batches that were taken stay good. Repeatable. Nothing is done in a forked child."""
         if self.inherited:

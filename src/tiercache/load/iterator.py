@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,8 @@ class NativeIterator(Iterator[Batch]):
         self._read_again: set[int] = set()  # shards
         self._passed_by: set[Damaged] = set()
         self._draws = delivery.draws
+        # Batches that torch's random numbers have nothing to do with end before a short one, which comes last.
+        self._n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
         self._pipeline = start_pipeline(work, resources)
 
     def __next__(self) -> Any:
@@ -146,6 +149,18 @@ class NativeIterator(Iterator[Batch]):
             self._work.counters.add(name, figure)
 
     def _take(self) -> Any:
+        n_yielded = self._position.n_yielded
+        batch = self._pipeline.take_ready() if 0 < n_yielded < self._n_undrawn else None
+        if batch is None:
+            batch = self._take_drawing()
+        else:
+            self._position.n_yielded = n_yielded + 1
+        if self._pin is not None:
+            batch = self._pin(batch)
+        return batch if self._names is None else as_tuple(batch, self._names)
+
+    def _take_drawing(self) -> Batch:
+        """The next batch, and what the sampler of torch's loader would draw. Raises StopIteration."""
         if self._position.finished:
             raise StopIteration
         self._draws.sample()
@@ -164,9 +179,7 @@ class NativeIterator(Iterator[Batch]):
         self._position.n_yielded += 1
         if self._draws.ends_short and self._position.n_yielded == self._work.share.n_batches:
             self._draws.exhaust()
-        if self._pin is not None:
-            batch = self._pin(batch)
-        return batch if self._names is None else as_tuple(batch, self._names)
+        return batch
 
     def _take_past(self, error: CorruptShard) -> Batch | None:
         """The batch that could not be made: read again where a local copy was to blame, else without what is damaged.

@@ -1,0 +1,164 @@
+"""Batches made in one native call: what they hold, whose memory it is, and what take_ready() leaves to others."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from tiercache._native import gather
+from tiercache._native.assembly import BufferEntry, Entries, Taken, TensorEntry
+from tiercache._native.ring import Layout, Plan, Ring, held_bytes
+from tiercache.load.buffer import Buffer
+
+N_ROWS, BATCH_ROWS = 40, 8
+INT64, UINT8 = Layout(0, 64), Layout(1, 8)
+STREAMS = np.array([[gather.FIXED, 8], [gather.VAR, 1]], np.uint32)
+
+
+class Rows:
+    """Numbers, and text of as many bytes as its number says (mod 7), in memory as blocks have it."""
+
+    def __init__(self) -> None:
+        self.numbers = np.arange(N_ROWS)
+        self.texts = [bytes([65 + i]) * (i % 7) for i in range(N_ROWS)]
+        self.values = np.frombuffer(b"".join(self.texts), np.uint8)
+        self.offsets = np.cumsum([0, *map(len, self.texts)])
+
+    def plan(self, order: np.ndarray) -> Plan:
+        sources = np.array(
+            [
+                [[self.numbers.ctypes.data, 0, 0]],
+                [[self.values.ctypes.data, self.offsets.ctypes.data, len(self.values)]],
+            ],
+            np.uint64,
+        )
+        return Plan(sources, np.zeros(len(order), np.uint32), order.astype(np.uint32), (self, sources))
+
+
+def ring_of(plan: Plan | None, *, ended: bool = True) -> Ring:
+    ring = Ring(STREAMS, batch_rows=BATCH_ROWS, depth=2, n_threads=1, slot_bytes=4096)
+    if plan is not None:
+        assert ring.push(plan)
+    if ended:
+        ring.finish()
+    return ring
+
+
+def entries_of(*more) -> Entries:
+    text = BufferEntry(1, (UINT8, INT64), 1, Buffer, lambda _slot, n: Buffer("none", n))
+    return Entries([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
+
+
+def ready(ring: Ring) -> None:
+    """Return once the next batch is ready."""
+    for _ in range(10_000):
+        if ring.figures()["ready"]:
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("no batch is ready")
+
+
+@pytest.fixture
+def rows():
+    return Rows()
+
+
+def test_a_batch_has_its_entries_in_order_and_each_its_rows(rows):
+    order = np.random.default_rng(3).permutation(N_ROWS)
+    ring, entries = ring_of(rows.plan(order)), entries_of(("n", lambda _slot, n: n))
+    assert not entries.is_native
+    found, texts = [], []
+    while not isinstance(slot := ring.take(10), int):
+        batch = entries.batch(slot)
+        assert list(batch) == ["id", "text", "n"]
+        assert batch["n"] == slot.n_rows
+        assert (batch["id"].dtype, batch["text"].offsets.dtype) == (torch.int64, torch.int64)
+        assert batch["text"].shapes is None
+        found += batch["id"].tolist()
+        texts += [bytes(value.numpy()) for value in batch["text"]]
+    ring.close()
+    assert found == order.tolist()
+    assert texts == [rows.texts[i] for i in order]
+
+
+def test_values_without_elements_are_made_by_who_knows_how(rows):
+    ring = ring_of(rows.plan(np.array([0, 7, 14])))
+    assert entries_of().batch(ring.take(10))["text"].values == "none"
+    ring.close()
+
+
+def test_the_slot_goes_with_the_last_of_a_batch(rows):
+    before = held_bytes()
+    ring = ring_of(rows.plan(rows.numbers))
+    batch = entries_of().batch(ring.take(10))
+    gc.collect()
+    for name, attribute in (("id", None), ("text", "offsets")):
+        kept = batch[name] if attribute is None else getattr(batch[name], attribute)
+        assert held_bytes() > before
+        del batch[name]
+    assert held_bytes() > before
+    assert kept.tolist() == rows.offsets[: BATCH_ROWS + 1].tolist()
+    del kept
+    assert held_bytes() == before
+    ring.close()
+
+
+def test_entries_that_no_slot_has_are_refused():
+    with pytest.raises(ValueError, match="stream 2 of 2"):
+        entries_of(("more", TensorEntry(2, INT64)))
+    with pytest.raises(ValueError, match="no elements"):
+        BufferEntry(1, (UINT8, INT64), 0, Buffer, Buffer)
+
+
+@pytest.mark.parametrize("what", ["nothing is ready", "something is odd", "somebody takes", "it failed", "it ended"])
+def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
+    plan, odd, lock = rows.plan(rows.numbers), deque(), threading.RLock()
+    if what == "it failed":
+        rows.offsets[3] = 1 << 40
+    ring = ring_of(None if what in ("nothing is ready", "it ended") else plan, ended=what != "nothing is ready")
+    taken = Taken(ring, entries_of(), deque(), (deque(), odd), lock)
+    if what in ("something is odd", "somebody takes", "it failed"):
+        ready(ring)
+    if what == "something is odd":
+        odd.append(1)
+    if what == "somebody takes":
+        taker = threading.Thread(target=lock.acquire)
+        taker.start()
+        taker.join()
+    assert taken.take_ready() is None
+    assert (taken.rows, taken.batches, taken.n_bytes) == (0, 0, 0)
+    if what == "it failed":
+        with pytest.raises(gather.CorruptError):
+            ring.take(0.0)
+    elif what == "nothing is ready":
+        assert ring.push(plan)
+        assert ring.take(10).first_row == 0
+    elif what == "it ended":
+        assert isinstance(ring.take(0.0), int)
+    else:
+        assert ring.take(0.0).first_row == 0
+    ring.close()
+
+
+def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
+    ring, pieces, lock = ring_of(rows.plan(rows.numbers)), deque([(8, "a"), (20, "b"), (40, "c")]), threading.RLock()
+    taken = Taken(ring, entries_of(), pieces, (deque(),), lock)
+    left = []
+    for number in range(N_ROWS // BATCH_ROWS):
+        ready(ring)
+        if number == 2:
+            taken.count(ring.take(0.0))  # by hand
+        else:
+            assert taken.take_ready()["id"].tolist() == list(range(8 * number, 8 * number + 8))
+        left.append("".join(name for _, name in pieces))
+        assert taken.rows == 8 * (number + 1)
+    assert (left, taken.batches) == (["bc", "bc", "c", "c", ""], 5)
+    assert taken.n_bytes == 8 * N_ROWS + len(rows.values)
+    assert lock.acquire(blocking=False)
+    ring.close()
