@@ -28,6 +28,7 @@ SOURCES = {
     ],
     "permute": ["csrc/permute.c"],
     "records": [],
+    "residence": [],
     "ring": [
         "csrc/ring.c",
         "csrc/sequence.c",

@@ -61,7 +61,8 @@ int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired);
  * *first_row: the sequence's row that the batch begins with. Taking retires the rows of the batch that was taken before. */
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row);
 
-/* The next batch if it is ready and good: TC_OK. Any other status says why there is none, and tc_ring_take gives it again. */
+/* The next batch if it is ready and good: TC_OK. Else nothing is taken, and tc_ring_take says why; rows of the batch before are retired all the
+ * same. */
 int tc_ring_take_ready(tc_ring *ring, tc_slot **slot, uint64_t *first_row);
 
 /* One more who has it. It goes back to the ring when it was released as often as it was held, and once more. Both from any thread. */

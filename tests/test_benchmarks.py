@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiercache.load.ahead import _is_resident
+from tiercache._native.residence import are_resident
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # All but "first_batch", which starts a process for each figure.
@@ -389,10 +389,11 @@ def test_what_a_contender_reads_is_in_the_page_cache_before_it_starts(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         memory = np.memmap(path, np.uint8, "r")
         address = memory.__array_interface__["data"][0]
-        if _is_resident(address, len(memory)):
+        pages = np.array([[address, len(memory)]], np.uint64)
+        if are_resident(pages):
             pytest.skip("this file system keeps all of its files in memory")
         bench("peers.runner").read_through(tmp_path)
-        assert _is_resident(address, len(memory))
+        assert are_resident(pages)
 
 
 def test_right_batches_pass_both_checks_in_either_form(checked: tuple[Any, list[dict[str, Any]]]) -> None:

@@ -22,6 +22,8 @@ N_BYTES = 1 << 20
 def mapped(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(N_BYTES))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # a large folio that is being written is not split where the file is cut: Linux 6.18
     found = SimpleNamespace(path=path, memory=np.memmap(path, np.uint8, "r"))
     yield found
     found.memory = None  # pytest keeps what a fixture gave beyond the look for leaks

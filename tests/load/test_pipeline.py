@@ -6,8 +6,10 @@ import contextlib
 import errno
 import gc
 import itertools
+import os
 import threading
 import time
+import warnings
 import weakref
 from concurrent.futures import CancelledError
 
@@ -22,6 +24,17 @@ from tiercache.load.pipeline import Pipeline
 from tiercache.load.plan import PieceRows
 from tiercache.order import RowRun
 from tiercache.shard.reader import ShardReader
+
+
+class After:
+    """A thing of which one method's results go through `then`."""
+
+    def __init__(self, inner, method, then):
+        self._inner, self._method, self._then = inner, method, then
+
+    def __getattr__(self, name):
+        found = getattr(self._inner, name)
+        return found if name != self._method else lambda *args: self._then(found(*args))
 
 
 def test_a_batch_size_beyond_any_data_set_is_one_batch(make_dataset):
@@ -132,14 +145,16 @@ def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset
     dataset = tc.Dataset(make_dataset(1005), columns=["id", "blob", "text"], forms={"blob": "buffer", "text": "buffer"})
 
     def serve():
-        iterator = iter(tc.DataLoader(dataset, batch_size=10, shuffle=True, drop_last=drop_last))
+        options = tc.LoaderOptions(threads=1)  # of two workers the later batch may be ready first
+        iterator = iter(tc.DataLoader(dataset, batch_size=10, shuffle=True, drop_last=drop_last, options=options))
         pipeline, n_ready = iterator._pipeline, []
-        pipeline._taken = After(pipeline._taken, "take_ready", lambda found: n_ready.append(found is not None) or found)
+        pipeline._taker = After(pipeline._taker, "take_ready", lambda found: n_ready.append(found is not None) or found)
         served = []
         for _ in range(len(iterator)):
             until_s = time.monotonic() + 10
             while not pipeline._ring.figures()["ready"] and time.monotonic() < until_s:
                 time.sleep(0.001)
+            assert pipeline._ring.figures()["ready"]
             served.append(next(iterator))
         assert next(iterator, None) is None
         return served, sum(n_ready)
@@ -233,26 +248,47 @@ def test_a_slow_store_holds_nobody_up_who_leaves_the_loop(make_dataset, monkeypa
     gate.set()
 
 
-def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset):
-    class Full:
-        def __init__(self, ring):
-            self.ring = ring
+@pytest.mark.parametrize("columns", [["id"], ["id", "blob", "text"]])
+@pytest.mark.parametrize("where", ["in the ring", "for a tensor"])
+def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, columns, where):
+    def fail(found):
+        if found is None or isinstance(found, int):
+            return found
+        raise MemoryError if where == "in the ring" else RuntimeError("DefaultCPUAllocator: not enough memory")
 
-        def take(self, timeout_s):
-            self.ring.take(timeout_s)
-            raise MemoryError
-
-        def __getattr__(self, name):
-            return getattr(self.ring, name)
-
-    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10))
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=columns), batch_size=10))
+    next(iterator)
     pipeline = iterator._pipeline
-    pipeline._ring, ring = Full(pipeline._ring), pipeline._ring
-    with pytest.raises(MemoryError):
+    ring, taker, assembler = pipeline._ring, pipeline._taker, pipeline._assembler
+    pipeline._taker = After(taker, "take_ready", fail)
+    if where == "in the ring":
+        pipeline._ring = After(ring, "take", fail)
+    else:
+        pipeline._assembler = After(assembler, "batch", fail)
+    with pytest.raises((MemoryError, RuntimeError), match="memory" if where == "for a tensor" else None):
         next(iterator)
-    pipeline._ring = ring
+    pipeline._ring, pipeline._taker, pipeline._assembler = ring, taker, assembler
     with pytest.raises(RuntimeError, match="closed"):
         next(iterator)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_an_epoch_that_was_begun_goes_on_in_no_forked_child(make_dataset):
+    iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10))
+    next(iterator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: that is what is tested
+        child = os.fork()
+    if child == 0:
+        try:
+            next(iterator)
+        except RuntimeError as error:
+            os._exit(0 if "before a fork" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert next(iterator)["id"].tolist() == list(range(10, 20))
+    iterator.close()
 
 
 def test_windows_stay_in_memory_while_a_batch_is_made_of_them(make_dataset):
@@ -300,17 +336,6 @@ def test_what_was_closed_is_not_closed_again(make_dataset):
     iterator.close()
 
 
-class After:
-    """A thing of which one method's results go through `then`."""
-
-    def __init__(self, inner, method, then):
-        self._inner, self._method, self._then = inner, method, then
-
-    def __getattr__(self, name):
-        found = getattr(self._inner, name)
-        return found if name != self._method else lambda *args: self._then(found(*args))
-
-
 def strike(pipeline, at):
     """Let Ctrl-C strike just after the ring gave its batch number `at` (from 1) away."""
     numbers = itertools.count(1)
@@ -321,7 +346,7 @@ def strike(pipeline, at):
         return found
 
     pipeline._ring = After(pipeline._ring, "take", then)
-    pipeline._taken = After(pipeline._taken, "take_ready", then)
+    pipeline._taker = After(pipeline._taker, "take_ready", then)
 
 
 @pytest.mark.parametrize("columns", [["id", "blob", "text"], ["id"]])
@@ -395,7 +420,7 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10)
     iterator = iter(loader)
     iterator._pipeline._ring = Late(iterator._pipeline._ring)
-    iterator._pipeline._taken = Late(iterator._pipeline._taken)
+    iterator._pipeline._taker = Late(iterator._pipeline._taker)
     found = []
     for number in range(10):
         with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 from collections import deque
@@ -12,7 +13,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
-from tiercache._native.assembly import BufferEntry, Entries, Taken, TensorEntry
+from tiercache._native.assembly import BufferEntry, Entries, Taker, TensorEntry
 from tiercache._native.ring import Layout, Plan, Ring, held_bytes
 from tiercache.load.buffer import Buffer
 
@@ -51,7 +52,7 @@ def ring_of(plan: Plan | None, *, ended: bool = True) -> Ring:
 
 
 def entries_of(*more) -> Entries:
-    text = BufferEntry(1, (UINT8, INT64), 1, Buffer, lambda _slot, n: Buffer("none", n))
+    text = BufferEntry(1, UINT8, INT64, Buffer, lambda _slot, n: Buffer("none", n))
     return Entries([("id", TensorEntry(0, INT64)), ("text", text), *more], len(STREAMS), from_dlpack)
 
 
@@ -94,10 +95,10 @@ def test_values_without_elements_are_made_by_who_knows_how(rows):
 
 
 def test_the_slot_goes_with_the_last_of_a_batch(rows):
+    gc.collect()
     before = held_bytes()
     ring = ring_of(rows.plan(rows.numbers))
     batch = entries_of().batch(ring.take(10))
-    gc.collect()
     for name, attribute in (("id", None), ("text", "offsets")):
         kept = batch[name] if attribute is None else getattr(batch[name], attribute)
         assert held_bytes() > before
@@ -113,7 +114,13 @@ def test_entries_that_no_slot_has_are_refused():
     with pytest.raises(ValueError, match="stream 2 of 2"):
         entries_of(("more", TensorEntry(2, INT64)))
     with pytest.raises(ValueError, match="no elements"):
-        BufferEntry(1, (UINT8, INT64), 0, Buffer, Buffer)
+        BufferEntry(1, Layout(1, 8, (3, 0)), INT64, Buffer, Buffer)
+    with pytest.raises(TypeError):
+        BufferEntry(1, None, INT64, Buffer, Buffer)
+
+
+def test_a_buffer_has_no_attributes_that_it_is_not_given():
+    assert [field.name for field in dataclasses.fields(Buffer)] == ["values", "offsets", "shapes"]
 
 
 @pytest.mark.parametrize("what", ["nothing is ready", "something is odd", "somebody takes", "it failed", "it ended"])
@@ -122,17 +129,17 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
     if what == "it failed":
         rows.offsets[3] = 1 << 40
     ring = ring_of(None if what in ("nothing is ready", "it ended") else plan, ended=what != "nothing is ready")
-    taken = Taken(ring, entries_of(), deque(), (deque(), odd), lock)
+    taker = Taker(ring, entries_of(), deque(), (deque(), odd), lock)
     if what in ("something is odd", "somebody takes", "it failed"):
         ready(ring)
     if what == "something is odd":
         odd.append(1)
     if what == "somebody takes":
-        taker = threading.Thread(target=lock.acquire)
-        taker.start()
-        taker.join()
-    assert taken.take_ready() is None
-    assert (taken.rows, taken.batches, taken.n_bytes) == (0, 0, 0)
+        other = threading.Thread(target=lock.acquire)
+        other.start()
+        other.join()
+    assert taker.take_ready() is None
+    assert (taker.rows, taker.batches, taker.n_bytes) == (0, 0, 0)
     if what == "it failed":
         with pytest.raises(gather.CorruptError):
             ring.take(0.0)
@@ -148,17 +155,27 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
 
 def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
     ring, pieces, lock = ring_of(rows.plan(rows.numbers)), deque([(8, "a"), (20, "b"), (40, "c")]), threading.RLock()
-    taken = Taken(ring, entries_of(), pieces, (deque(),), lock)
+    taker = Taker(ring, entries_of(), pieces, (deque(),), lock)
     left = []
     for number in range(N_ROWS // BATCH_ROWS):
         ready(ring)
         if number == 2:
-            taken.count(ring.take(0.0))  # by hand
+            taker.count(ring.take(0.0))  # by hand
         else:
-            assert taken.take_ready()["id"].tolist() == list(range(8 * number, 8 * number + 8))
+            assert taker.take_ready()["id"].tolist() == list(range(8 * number, 8 * number + 8))
         left.append("".join(name for _, name in pieces))
-        assert taken.rows == 8 * (number + 1)
-    assert (left, taken.batches) == (["bc", "bc", "c", "c", ""], 5)
-    assert taken.n_bytes == 8 * N_ROWS + len(rows.values)
+        assert (taker.rows, taker.samples) == (8 * (number + 1), 8 * (number + 1))
+    assert (left, taker.batches) == (["bc", "bc", "c", "c", ""], 5)
+    assert taker.n_bytes == 8 * N_ROWS + len(rows.values)
     assert lock.acquire(blocking=False)
+    ring.close()
+
+
+def test_a_batch_that_was_lost_moves_no_later_one(rows):
+    ring = ring_of(rows.plan(rows.numbers))
+    taker = Taker(ring, entries_of(), deque(), (), threading.RLock())
+    ring.take(10)  # as where Ctrl-C struck before it was counted
+    ready(ring)
+    assert taker.take_ready()["id"].tolist() == list(range(8, 16))
+    assert (taker.rows, taker.samples) == (16, 8)
     ring.close()

@@ -13,21 +13,20 @@ class TensorEntry:
     def __init__(self, stream: int, layout: Layout) -> None: ...
 
 class BufferEntry:
-    """Values of a VAR stream and their offsets.
+    """Values of a VAR stream and their offsets, int64.
 
-    layouts: of the values and of the offsets, int64; n_inner: elements of the stream in a row of the values; cls: whose
-        objects get values, offsets and shapes (None) as attributes, past its own __init__; make_empty: makes one of a
-        slot and its number of rows where there are no elements.
+    values, offsets: a row of theirs; cls: whose objects get values, offsets and shapes (None) as attributes, past its
+        own __init__; make_empty: makes one of a slot and its number of rows where there are no elements.
 
     Raises:
-        ValueError: n_inner is 0.
+        ValueError: a row of the values has no elements.
     """
 
     def __init__(
         self,
         stream: int,
-        layouts: tuple[Layout, Layout],
-        n_inner: int,
+        values: Layout,
+        offsets: Layout,
         cls: type[Any],
         make_empty: Callable[[Slot, int], Any],
     ) -> None: ...
@@ -49,12 +48,12 @@ class Entries:
     ) -> None: ...
     @property
     def is_native(self) -> bool:
-        """Whether nothing of a batch is made by calling for it."""
+        """Whether all are tensors and buffers: nothing is called but, for a buffer of empty values, make_empty."""
 
     def batch(self, slot: Slot) -> dict[str, Any]:
         """The batch in a slot; what it is made of keeps the slot. Raises what is called raises."""
 
-class Taken:
+class Taker:
     """Counts what was taken of a ring, and takes what needs nothing else than counting.
 
     pieces: (row after its last, piece): those that end with the rows taken are let go of; odd: while one of these holds
@@ -70,7 +69,13 @@ class Taken:
         lock: RLock,
     ) -> None: ...
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Of the sequence, before the next batch."""
+
+    @property
+    def samples(self) -> int:
+        """Rows of the batches that were counted."""
+
     @property
     def batches(self) -> int: ...
     @property

@@ -23,11 +23,11 @@ cdef class BufferEntry:
     cdef Layout values, offsets
     cdef object cls, make_empty
 
-    def __init__(self, size_t stream, tuple layouts, size_t n_inner, cls, make_empty):
-        self.stream, self.n_inner = stream, n_inner
-        self.values, self.offsets = layouts
+    def __init__(self, size_t stream, Layout values not None, Layout offsets not None, cls, make_empty):
+        self.stream, self.values, self.offsets = stream, values, offsets
         self.cls, self.make_empty = cls, make_empty
-        if n_inner == 0:
+        self.n_inner = 8 * values.layout.row_bytes // values.layout.bits
+        if self.n_inner == 0:
             raise ValueError("rows of no elements cannot be counted by them")
 
 
@@ -86,10 +86,10 @@ cdef class Entries:
         return out
 
 
-cdef class Taken:
+cdef class Taker:
     """Counts what was taken of a ring, and takes what needs nothing else."""
 
-    cdef readonly uint64_t rows, batches, n_bytes
+    cdef readonly uint64_t rows, samples, batches, n_bytes
     cdef Ring ring
     cdef Entries entries
     cdef object pieces, odd, lock
@@ -99,7 +99,8 @@ cdef class Taken:
         self.lock = lock
 
     def count(self, Slot slot not None):
-        self.rows += slot.slot.n_rows
+        self.rows = slot.first_row + slot.slot.n_rows  # not a sum: a batch that Ctrl-C struck was never counted
+        self.samples += slot.slot.n_rows
         self.batches += 1
         self.n_bytes += slot.slot.n_bytes
         while self.pieces and <uint64_t>self.pieces[0][0] <= self.rows:

@@ -50,7 +50,7 @@ class Assembler:
 
     streams: as the ring takes them; bytes_streams: numbers of those that are served as lists of bytes; object_columns:
     (name, number) of ARROW columns; entries: what slots hold; is_native: whether they are all that batches hold, and
-    none is made in Python; order: of a batch's entries.
+    all tensors and buffers; order: of a batch's entries.
     """
 
     def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
@@ -66,15 +66,15 @@ class Assembler:
         first = 0
         for index, column in enumerate(schema.columns):
             streams = column.streams(0)
-            makers = _makers(column, served, first)
+            made = _entries(column, served, first)
             if column.kind is Kind.ARROW:
                 self.object_columns.append((column.name, index))
                 if column.name in served.nulls:
                     stored = stored_fill(column, served.nulls[column.name])
                     self._object_fills[column.name] = partial(value_of, column, stored)
                 names += [column.name, *([f"{column.name}.valid"] if served.has_mask(column) else [])]
-            entries += makers
-            names += [name for name, _ in makers]
+            entries += made
+            names += [name for name, _ in made]
             first += len(streams)
         self.order = tuple(names)
         self.entries = Entries(entries, len(kinds), _from_dlpack)
@@ -103,28 +103,28 @@ def valid_mask(values: Sequence[Any]) -> torch.Tensor:
     return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
-def _makers(column: Column, serving: Serving, first: int) -> list[tuple[str, Entry]]:
-    """What makes each of a column's entries in a batch; its streams begin with number `first`. ARROW: nothing."""
+def _entries(column: Column, serving: Serving, first: int) -> list[tuple[str, Entry]]:
+    """A column's entries in a batch; its streams begin with number `first`. ARROW: none."""
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if serving.has_mask(column) else None
     form, name = serving.form(column), column.name
-    makers: list[tuple[str, Entry]]
+    entries: list[tuple[str, Entry]]
     if form == "padded":
-        makers = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]
+        entries = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]
     elif form == "buffer":
-        makers = [(name, _buffer_entry(column, first))]
+        entries = [(name, _buffer_entry(column, first))]
     elif form == "nested":
-        makers = [(name, _nested_maker(column, first))]
+        entries = [(name, _nested_maker(column, first))]
     elif column.kind is Kind.RAGGED:
-        makers = [(name, _ragged_maker(column, first))]
+        entries = [(name, _ragged_maker(column, first))]
     elif column.kind in _LIST_KINDS:
-        makers = [(name, _list_maker(column.kind, first, valid))]
+        entries = [(name, _list_maker(column.kind, first, valid))]
     else:
-        makers = [(name, _tensor_entry(_dtype(column), tuple(d or 0 for d in column.shape), first))]
+        entries = [(name, _tensor_entry(_dtype(column), tuple(d or 0 for d in column.shape), first))]
     if valid is not None:
-        makers.append((f"{name}.valid", _tensor_entry(torch.bool, (), valid)))
-    return makers
+        entries.append((f"{name}.valid", _tensor_entry(torch.bool, (), valid)))
+    return entries
 
 
 def _dtype(column: Column) -> torch.dtype:
@@ -245,7 +245,7 @@ def _buffer_entry(column: Column, stream: int) -> Make | BufferEntry:
     values, offsets = _layout(_dtype(column), inner), _layout(torch.int64)
     if values is None or offsets is None or not is_stack_of_rows(column):
         return make
-    return BufferEntry(stream, (values, offsets), math.prod(inner), Buffer, make)
+    return BufferEntry(stream, values, offsets, Buffer, make)
 
 
 def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int], Buffer]:

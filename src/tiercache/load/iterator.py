@@ -94,7 +94,7 @@ class NativeIterator(Iterator[Batch]):
         self._read_again: set[int] = set()  # shards
         self._passed_by: set[Damaged] = set()
         self._draws = delivery.draws
-        # Batches that torch's random numbers have nothing to do with end before a short one, which comes last.
+        # torch's sampler draws numbers before the first batch, and at the end before a short one, which comes last.
         self._n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
         self._pipeline = start_pipeline(work, resources)
 
@@ -149,12 +149,11 @@ class NativeIterator(Iterator[Batch]):
             self._work.counters.add(name, figure)
 
     def _take(self) -> Any:
-        n_yielded = self._position.n_yielded
-        batch = self._pipeline.take_ready() if 0 < n_yielded < self._n_undrawn else None
+        batch = self._pipeline.take_ready() if 0 < self._position.n_yielded < self._n_undrawn else None
         if batch is None:
             batch = self._take_drawing()
         else:
-            self._position.n_yielded = n_yielded + 1
+            self._position.n_yielded += 1
         if self._pin is not None:
             batch = self._pin(batch)
         return batch if self._names is None else as_tuple(batch, self._names)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache._native import gather
-from tiercache._native.assembly import Taken
+from tiercache._native.assembly import Taker
 from tiercache._native.ring import CLOSED, END, FAILED, Ring
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.load.assemble import BadValueError, Batch, valid_mask
@@ -130,7 +130,7 @@ class Pipeline:
         self._is_closed = False
         self._taking = threading.RLock()
         odd = (self._waited, self._shared.mended)
-        self._taken = Taken(self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking)
+        self._taker = Taker(self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking)
         self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
         self._planner = threading.Thread(
@@ -158,14 +158,14 @@ class Pipeline:
         where reading the last batch has pushed interpreter and objects out of the processor's first cache.
 
         Raises:
-            MemoryError: the pipeline is closed, for a batch is lost.
+            MemoryError: or RuntimeError, torch's: there is no memory for a tensor. The pipeline is closed.
         """
         if not self._assembler.is_native:
             return None
         try:
-            batch = self._taken.take_ready()
-        except MemoryError:
-            self.close()
+            batch = self._taker.take_ready()
+        except (MemoryError, RuntimeError):
+            self._lose()
             raise
         if batch is not None:
             self._work.waits.add_none()
@@ -208,9 +208,9 @@ class Pipeline:
         """samples, batches, bytes_served and skipped (records replaced) of take(); gather_ns of all threads."""
         ring = self._ring.figures()
         return {
-            "samples": self._taken.rows,
-            "batches": self._taken.batches,
-            "bytes_served": self._taken.n_bytes,
+            "samples": self._taker.samples,
+            "batches": self._taker.batches,
+            "bytes_served": self._taker.n_bytes,
             "skipped": self._n_skipped,
             "gather_ns": ring["gather_ns"],
         }
@@ -225,7 +225,7 @@ class Pipeline:
         except (OSError, gather.CorruptError, gather.CastError) as error:
             raise self._failed(error) from error
         except MemoryError:
-            self.close()  # its batch is lost: going on would serve the next one as if nothing had been
+            self._lose()
             raise
         if isinstance(slot, int):
             self._stop(slot, timeout_s)
@@ -234,17 +234,24 @@ class Pipeline:
             batch = self._assembler.batch(slot)
         except (OSError, BadValueError) as error:
             raise self._failed(error) from error
+        except (MemoryError, RuntimeError):  # the second is torch's
+            self._lose()
+            raise
         if self._assembler.object_columns:
             batch = self._with_objects(batch, slot)
-        self.replaced = self._replaced(slot.n_rows) if self._shared.mended else {}
+        self.replaced = self._replaced(slot.first_row, slot.first_row + slot.n_rows) if self._shared.mended else {}
         self._n_skipped += len(self.replaced)
-        self._taken.count(slot)
+        self._taker.count(slot)
         return batch
 
-    def _replaced(self, n_rows: int) -> dict[int, Place]:
-        """Which of the next rows were replaced, counted from the first of them, and by which record."""
+    def _lose(self) -> None:
+        """End: a batch is lost, and going on would serve the next one as if nothing had been."""
+        self.close()
+
+    def _replaced(self, start: int, stop: int) -> dict[int, Place]:
+        """Which rows of the sequence were replaced, counted from the first of these, and by which record."""
         found: dict[int, Place] = {}
-        start, stop, mended = self._taken.rows, self._taken.rows + n_rows, self._shared.mended
+        mended = self._shared.mended
         for first, piece in list(mended):  # the planner appends at any time
             rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
             rows = rows[: np.searchsorted(rows, stop - first)]
@@ -339,9 +346,9 @@ class Pipeline:
         source = self._work.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
-        stop = self._taken.rows + self._work.share.batch_size
+        stop = self._taker.rows + self._work.share.batch_size
         served = served_columns(source.schema, self._work.serving.cast if isinstance(error, gather.CastError) else {})
-        for loaded, block, row in self._places(self._taken.rows, stop):
+        for loaded, block, row in self._places(self._taker.rows, stop):
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
             if misfit is not None:
                 return misfit

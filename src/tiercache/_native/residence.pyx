@@ -1,0 +1,47 @@
+"""Which mapped pages are in memory, as the kernel says (mincore(2)), asked without the GIL."""
+
+from libc.stdint cimport uint64_t
+
+cdef extern from "sys/mman.h" nogil:
+    int mincore(void *, size_t, unsigned char *)
+
+cdef extern from "unistd.h" nogil:
+    enum:
+        _SC_PAGESIZE
+    long sysconf(int)
+
+# Pages of one call: the kernel holds a lock of the process's mappings meanwhile, and the answer lies on our stack.
+cdef enum:
+    MOST_PAGES = 4096
+
+cdef size_t page_bytes = <size_t>sysconf(_SC_PAGESIZE)
+
+
+cdef bint is_range_resident(uint64_t address, uint64_t n_bytes) noexcept nogil:
+    cdef unsigned char pages[MOST_PAGES]
+    cdef unsigned char all_pages = 1
+    cdef size_t n_pages, i
+    while n_bytes > 0:
+        n_pages = <size_t>min((n_bytes + page_bytes - 1) // page_bytes, <uint64_t>MOST_PAGES)
+        if mincore(<void *>address, n_pages * page_bytes, pages) != 0:
+            return False
+        for i in range(n_pages):
+            all_pages &= pages[i]
+        if not all_pages & 1:
+            return False
+        address += n_pages * page_bytes
+        n_bytes -= min(n_bytes, <uint64_t>n_pages * page_bytes)
+    return True
+
+
+def are_resident(const uint64_t[:, ::1] ranges not None):
+    cdef Py_ssize_t i
+    cdef bint found = True
+    if ranges.shape[1] != 2:
+        raise ValueError(f"ranges need the shape [n, 2] (address, bytes), got {tuple(ranges.shape)[:2]}")
+    with nogil:
+        for i in range(ranges.shape[0]):
+            if not is_range_resident(ranges[i, 0], ranges[i, 1]):
+                found = False
+                break
+    return found
