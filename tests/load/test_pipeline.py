@@ -266,8 +266,7 @@ def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, colu
     else:
         pipeline._assembler = After(assembler, "batch", fail)
     with pytest.raises((MemoryError, RuntimeError), match="memory" if where == "for a tensor" else None):
-        for _ in range(3):  # of lists the next batch may have been taken ahead, and one after it
-            next(iterator)
+        list(itertools.islice(iterator, 3))  # of lists the next batch may have been taken ahead, and one after it
     pipeline._ring, pipeline._taker, pipeline._assembler = ring, taker, assembler
     with pytest.raises(RuntimeError, match="closed"):
         next(iterator)
