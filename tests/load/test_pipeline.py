@@ -24,6 +24,7 @@ from tiercache.load.pipeline import Pipeline
 from tiercache.load.plan import PieceRows
 from tiercache.order import RowRun
 from tiercache.shard.reader import ShardReader
+from tiercache.waiting import wait_for
 
 
 class After:
@@ -151,10 +152,7 @@ def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset
         pipeline._taker = After(pipeline._taker, "take_ready", lambda found: n_ready.append(found is not None) or found)
         served = []
         for _ in range(len(iterator)):
-            until_s = time.monotonic() + 10
-            while not pipeline._ring.figures()["ready"] and time.monotonic() < until_s:
-                time.sleep(0.001)
-            assert pipeline._ring.figures()["ready"]
+            assert wait_for(lambda: pipeline._ring.figures()["ready"] > 0, 10)
             served.append(next(iterator))
         assert next(iterator, None) is None
         return served, sum(n_ready)

@@ -16,6 +16,7 @@ from tiercache._native import gather
 from tiercache._native.assembly import BufferEntry, Entries, Taker, TensorEntry
 from tiercache._native.ring import Layout, Plan, Ring, held_bytes
 from tiercache.load.buffer import Buffer
+from tiercache.waiting import wait_for
 
 N_ROWS, BATCH_ROWS = 40, 8
 INT64, UINT8 = Layout(0, 64), Layout(1, 8)
@@ -58,11 +59,7 @@ def entries_of(*more) -> Entries:
 
 def ready(ring: Ring) -> None:
     """Return once the next batch is ready."""
-    for _ in range(10_000):
-        if ring.figures()["ready"]:
-            return
-        threading.Event().wait(0.001)
-    raise AssertionError("no batch is ready")
+    assert wait_for(lambda: ring.figures()["ready"] > 0, 10)
 
 
 @pytest.fixture
