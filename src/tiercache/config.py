@@ -263,7 +263,11 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 def private_bytes(root: Path = Path("/")) -> int:
     """Memory of this process that is not pages of files; 0 where the system does not say. root: above /proc."""
-    words = _words(root / "proc/self/statm")
+    try:
+        with (root / "proc/self/statm").open("rb", buffering=0) as file:  # asked for each window: 5 us, as text 35
+            words = file.read().split()
+    except OSError:
+        return 0
     return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE") if len(words) > 2 else 0
 
 

@@ -313,6 +313,11 @@ class OpenedVersion:
         following = self.store.publish(*self._names.planned(plan))
         return following if has_room else readers.Letting(following, self._readers, plan)
 
+    @property
+    def is_fetched(self) -> bool:
+        """As Source.is_fetched."""
+        return self.access.fetcher is not None
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching what is served of these shards and is not here."""
         fetcher = self.access.fetcher

@@ -39,7 +39,7 @@ def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
     size = len(memory) // n_parts
     address = memory.__array_interface__["data"][0]
     held = [
-        SimpleNamespace(mapped=np.array([[address + n * size, size]], np.uint64), private_bytes=0, copy=None)
+        SimpleNamespace(pages=np.array([[address + n * size, size]], np.uint64), private_bytes=0, copy=None)
         for n in range(n_parts)
     ]
     return SimpleNamespace(held=held, window=SimpleNamespace(key=b"k", is_in_order=False))
@@ -93,8 +93,8 @@ def large(tmp_path):
 def blocks_of(memory: np.ndarray, size: int, every: int, *, is_in_order: bool = False) -> SimpleNamespace:
     """A window of blocks of one shard that lie scattered."""
     address = memory.__array_interface__["data"][0]
-    mapped = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
-    held = [SimpleNamespace(mapped=mapped, private_bytes=0, copy=None)]
+    pages = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
+    held = [SimpleNamespace(pages=pages, private_bytes=0, copy=None)]
     return SimpleNamespace(
         held=held, window=SimpleNamespace(key=None if is_in_order else b"k", is_in_order=is_in_order)
     )

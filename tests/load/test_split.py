@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiercache.load.ahead import STEP_BYTES, count_near, plan_steps, share_of_huge_pages
 from tiercache.load.split import MAX_PART_BYTES, PARTS_A_THREAD, part_bytes, split
 from tiercache.order import Window
+from tiercache.shard.blocks import merge_pages
 
 PAGE = 4096
 
@@ -72,30 +73,39 @@ ranges = st.lists(st.tuples(st.integers(0, 1 << 15), st.integers(0, 3 * STEP_BYT
 
 @given(ranges)
 def test_steps_hold_every_page_of_the_ranges_once_and_no_other(drawn):
-    mapped, at, expected = [], 1 << 30, set()
-    for gap, n_bytes in drawn:
-        at += gap
-        mapped.append((at, n_bytes))
-        if n_bytes:
-            expected.update(range(at // PAGE, (at + n_bytes - 1) // PAGE + 1))
-        at += n_bytes
-    steps = plan_steps(np.array(mapped, np.uint64).reshape(-1, 2))
-    pages = [page for start, n in steps.tolist() for page in range(start // PAGE, (start + n) // PAGE)]
-    assert pages == sorted(expected)
-    assert all(start % PAGE == n % PAGE == 0 for start, n in steps.tolist())
-    assert all(start // STEP_BYTES == (start + n - 1) // STEP_BYTES for start, n in steps.tolist())
+    starts, n_bytes = _ranges_of(drawn)
+    expected = {page for at, n in zip(starts, n_bytes, strict=True) if n for page in _pages_of(at, n)}
+    pages = merge_pages(starts, n_bytes)
+    steps = plan_steps(pages)
+    assert [page for at, n in steps for page in range(at // PAGE, (at + n) // PAGE)] == sorted(expected)
+    assert all(at % PAGE == n % PAGE == 0 for at, n in [*steps, *pages.tolist()])
+    assert all(at // STEP_BYTES == (at + n - 1) // STEP_BYTES for at, n in steps)
+    assert (pages[1:, 0] > pages[:-1].sum(axis=1)).all()  # what touches is one
+
+
+@given(ranges, st.randoms(use_true_random=False))
+def test_pages_are_the_same_in_whatever_order_the_ranges_come(drawn, random):
+    starts, n_bytes = _ranges_of(drawn)
+    turn = random.sample(range(len(drawn)), len(drawn))
+    assert np.array_equal(merge_pages(starts[turn], n_bytes[turn]), merge_pages(starts, n_bytes))
 
 
 @given(ranges)
 def test_the_share_of_huge_pages_counts_each_of_them_once(drawn):
-    at, mapped = 1 << 30, []
-    for gap, n_bytes in drawn:
-        mapped.append((at + gap, n_bytes))
-        at += gap + n_bytes
-    steps = plan_steps(np.array(mapped, np.uint64).reshape(-1, 2))
-    huge = {page for start, n in steps.tolist() for page in range(start >> 21, ((start + n - 1) >> 21) + 1)}
-    if len(steps):
-        assert share_of_huge_pages(steps) == (len(huge) << 21) / sum(n for _, n in steps.tolist())
+    pages = merge_pages(*_ranges_of(drawn))
+    huge = {page for at, n in pages.tolist() for page in range(at >> 21, ((at + n - 1) >> 21) + 1)}
+    if len(pages):
+        assert share_of_huge_pages(pages) == (len(huge) << 21) / sum(n for _, n in pages.tolist())
+
+
+def _ranges_of(drawn: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(gap, bytes) of each as addresses and bytes."""
+    gaps, n_bytes = np.array(drawn, np.uint64).reshape(-1, 2).T
+    return np.uint64(1 << 30) + np.cumsum(gaps + n_bytes) - n_bytes, n_bytes
+
+
+def _pages_of(at: int, n_bytes: int) -> range:
+    return range(int(at) // PAGE, (int(at) + int(n_bytes) - 1) // PAGE + 1)
 
 
 def test_only_the_first_parts_that_fit_together_are_brought_near():

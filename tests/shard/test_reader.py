@@ -233,6 +233,71 @@ def test_a_store_that_cannot_keep_a_copy_is_read_by_ranges(folder):
             assert reader.load([0], [0]).private_bytes > 0
 
 
+RAW = [SCHEMA.index(name) for name in ("i", "t", "b", "r", "n")]
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [1, 0], range(1, 3), [2, 0, 2], []])
+def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(folder, chosen):
+    store, info = folder
+    with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="always") as alone:
+        whole, part, anew = reader.load(range(3), RAW), reader.load(chosen, RAW), alone.load(chosen, RAW)
+        assert reader.footer.n_blocks == 3
+        assert reader.load(range(3), RAW) is reader.mapped(RAW) is whole
+        assert part.blocks == anew.blocks == tuple(chosen)
+        assert part.n_rows.tolist() == anew.n_rows.tolist()
+        assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
+        assert part.addresses.flags.c_contiguous
+        shift = (
+            part.copy.mapped().__array_interface__["data"][0]
+            - alone._source.copy.mapped().__array_interface__["data"][0]
+        )
+        assert (part.pages - np.array([shift % 2**64, 0], np.uint64)).tolist() == anew.pages.tolist()
+        assert (part.checks is None) is (anew.checks is None) is (not chosen)
+        for position in range(len(chosen)):
+            for column in RAW:
+                assert part.array(position, column).equals(anew.array(position, column))
+        assert part.checks is None  # found right by it, and so by all
+        left = whole.checks
+        assert left is None or not left[:, list(chosen)].any()
+        whole.forget_checks()
+        assert (part.checks is None) is (not chosen)
+
+
+def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        both = reader.mapped(RAW[:2])
+        assert reader.mapped(RAW[1:2]).columns == (RAW[1],)
+        assert reader.mapped(RAW[:2]) is not both
+        assert reader.stays_mapped(RAW[:2])
+        assert not reader.stays_mapped([SCHEMA.index("s")])
+        assert reader.mapped([SCHEMA.index("s")]) is None
+        with pytest.raises(IndexError, match="blocks must be 0 to 2, got 3"):
+            reader.load([0, 3], RAW[:2])
+
+
+def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(folder):
+    store, info = folder
+    with ShardReader(store, info.name, verify="always") as reader:
+        assert reader.mapped(RAW) is None
+        assert reader.load([0], RAW) is not reader.load([0], RAW)
+    with ShardReader(store, info.name) as reader:
+        decoded = reader.load([0], [SCHEMA.index("s")])
+        assert decoded.private_bytes
+        assert reader.load([0], [SCHEMA.index("s")]) is not decoded
+        assert not len(decoded.pages)
+
+
+def test_a_file_that_is_cut_short_is_noticed_when_kept_blocks_are_asked_for(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        reader.load([0], RAW)
+        os.truncate(store.root / info.name, info.n_bytes - 1)
+        for blocks in ([0], range(3)):
+            with pytest.raises(CorruptShard, match="shorter than"):
+                reader.load(blocks, RAW)
+
+
 def damage(store, info, column, block=0):
     reader = ShardReader(store, info.name)
     offset = int(reader.footer.chunks[block, SCHEMA.index(column)]["offset"])

@@ -13,7 +13,6 @@ takes 0.007 s of a processor instead of 0.18 for WILLNEED, which makes pages of 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import re
 import sys
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 NEAR_SHARE = 3
 # Asked for at once: enough for any disk to be read at its full speed, and closing never waits for more.
 STEP_BYTES = 4 << 20
-_PAGE_BYTES = mmap.PAGESIZE
 _HUGE_BYTES = 2 << 20
 # The kernel reads whole huge pages then, so that blocks that lie scattered bring near what lies beside them: up to so
 # many times what is wanted where all of the data set stays in memory anyway, and where it does not.
@@ -61,7 +59,7 @@ class Ahead:
     def __init__(self, threads: Threads, stored_bytes: int) -> None:
         self._threads = threads
         self._stored_bytes = stored_bytes
-        self._near: list[tuple[Window, list[tuple[Blocks, NDArray[np.uint64]]]]] = []
+        self._near: list[tuple[Window, list[Blocks]]] = []
 
     def bring_near(
         self, windows: Sequence[Loaded], serving: Sequence[Window], *, is_served: bool = False
@@ -89,66 +87,55 @@ class Ahead:
         room_bytes = free_bytes // NEAR_SHARE
         reads: list[Future[int]] = []
         for loaded in windows:
-            wanted = [plan_steps(blocks.mapped) for blocks in loaded.held]
-            sizes = [int(steps[:, 1].sum()) for steps in wanted]
+            sizes = [int(blocks.pages[:, 1].sum()) for blocks in loaded.held]
             n_near = count_near(sizes, room_bytes)
             room_bytes -= sum(sizes[:n_near])
             if loaded.window.key is not None:
-                for steps in wanted[n_near:]:
-                    _expect_single_rows(steps)
-            pairs = [pair for pair in zip(loaded.held, wanted, strict=True) if len(pair[1])]
+                for blocks in loaded.held[n_near:]:
+                    _expect_single_rows(blocks.pages)
             # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
-            self._near.append((loaded.window, [pair for pair in pairs if not pair[0].private_bytes]))
-            held = zip(loaded.held[:n_near], wanted[:n_near], strict=True)
+            self._near.append((loaded.window, [blocks for blocks in loaded.held if not blocks.private_bytes]))
             waits = is_served and not loaded.window.is_in_order
             most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
-            reads += [self._start(blocks, steps, most) for blocks, steps in held if len(steps)]
+            reads += [self._start(blocks, most) for blocks in loaded.held[:n_near] if len(blocks.pages)]
         return reads
 
-    def _start(self, blocks: Blocks, steps: NDArray[np.uint64], most: float) -> Future[int]:
+    def _start(self, blocks: Blocks, most: float) -> Future[int]:
         # Asking takes 0.2 ms for 512 MiB that are mapped (in Python, step by step, it took 2.5 ms of an epoch of 21),
         # populating them again 18 to 33 ms of a core, in each epoch.
-        if _are_resident(blocks, steps):
+        pages = blocks.pages
+        if is_in_memory(blocks):
             near: Future[int] = Future()
-            near.set_result(int(steps[:, 1].sum()))
+            near.set_result(int(pages[:, 1].sum()))
             return near
-        huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(steps) <= most and _expect(steps, _HUGEPAGE)
-        return self._threads.executor.submit(_read, blocks, steps, self._threads.stop, huge)
+        huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
+        return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
     def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, mark their pages as first to go."""
         ids = set(map(id, serving))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
-        for blocks, steps in [pair for _, pairs in gone for pair in pairs] if larger else []:
-            self._threads.executor.submit(_cool, blocks, steps)
+        for blocks in [blocks for _, of_window in gone for blocks in of_window] if larger else []:
+            self._threads.executor.submit(_cool, blocks)
 
 
 def is_in_memory(blocks: Blocks) -> bool:
-    """Whether all that is mapped of blocks is known to be in memory."""
-    return _LINUX and _are_resident(blocks, plan_steps(blocks.mapped))
+    """Whether all that is mapped of blocks is in memory, and whoever says so may be believed."""
+    return _LINUX and blocks.copy is not None and blocks.copy.tells_residence and are_resident(blocks.pages)
 
 
-def plan_steps(mapped: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The pages of mapped ranges as steps of STEP_BYTES at most, in order, no page twice, cut at multiples of it.
+def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Pages as steps of STEP_BYTES at most, in order, cut at multiples of it: (address, bytes) of each.
 
     Args:
-        mapped: uint64[n, 2], (address, bytes) of ranges, rising.
-
-    Returns:
-        uint64[m, 2], (address, bytes), all multiples of the page's size.
+        pages: uint64[n, 2], (address, bytes), rising.
     """
-    filled = mapped[mapped[:, 1] > 0].astype(np.int64)
-    starts = filled[:, 0] // _PAGE_BYTES * _PAGE_BYTES
-    ends = -(-(filled[:, 0] + filled[:, 1]) // _PAGE_BYTES) * _PAGE_BYTES
-    breaks = np.flatnonzero(starts[1:] > ends[:-1]) + 1  # others share a page or touch
-    firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(starts)]]) - 1
-    steps = [
-        (max(at, start), min(at + STEP_BYTES, stop) - max(at, start))
-        for start, stop in (zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True) if len(starts) else ())
-        for at in range(start // STEP_BYTES * STEP_BYTES, stop, STEP_BYTES)
+    return [
+        (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
+        for start, n_bytes in pages.tolist()
+        for at in range(start // STEP_BYTES * STEP_BYTES, start + n_bytes, STEP_BYTES)
     ]
-    return np.array(steps, np.uint64).reshape(-1, 2)
 
 
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
@@ -156,45 +143,41 @@ def count_near(sizes: Sequence[int], room_bytes: int) -> int:
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 
-def share_of_huge_pages(steps: NDArray[np.uint64]) -> float:
-    """Bytes of the huge pages that these steps, at least one, lie in, over their own."""
-    firsts, lasts = steps[:, 0] // _HUGE_BYTES, (steps.sum(axis=1) - 1) // _HUGE_BYTES
+def share_of_huge_pages(pages: NDArray[np.uint64]) -> float:
+    """Bytes of the huge pages that these pages, at least one, lie in, over their own. pages: as of plan_steps."""
+    firsts, lasts = pages[:, 0] // _HUGE_BYTES, (pages.sum(axis=1) - 1) // _HUGE_BYTES
     n_pages = int((lasts - firsts + 1).sum()) - int((firsts[1:] == lasts[:-1]).sum())
-    return n_pages * _HUGE_BYTES / int(steps[:, 1].sum())
+    return n_pages * _HUGE_BYTES / int(pages[:, 1].sum())
 
 
-def _are_resident(blocks: Blocks, steps: NDArray[np.uint64]) -> bool:
-    """Whether these pages are in memory, and whoever says so may be believed."""
-    return blocks.copy is not None and blocks.copy.tells_residence and are_resident(steps)
-
-
-def _expect_single_rows(steps: NDArray[np.uint64]) -> None:
+def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
     """Let the kernel read the pages that are touched and no others from their first to their last.
 
     Else it reads what lies around, and throws out what it read before: 1 MiB for 256 rows so, and 336 MiB where huge
     pages were expected before.
     """
-    if len(steps):
-        _expect(steps, _NOHUGEPAGE)
-        _expect(steps, _RANDOM)
+    if len(pages):
+        _expect(pages, _NOHUGEPAGE)
+        _expect(pages, _RANDOM)
 
 
-def _expect(steps: NDArray[np.uint64], advice: int) -> bool:
+def _expect(pages: NDArray[np.uint64], advice: int) -> bool:
     """Advise the kernel of all that lies from the first to the last page.
 
     The range is not split by block: each piece with advice of its own counts against the process's mappings.
     """
-    start, stop = int(steps[0, 0]), int(steps[-1].sum())
+    start, stop = int(pages[0, 0]), int(pages[-1].sum())
     return _advise(start, stop - start, advice)
 
 
-def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], huge: bool) -> int:
-    """Have pages read and mapped, step by step; how many bytes are. _owner: keeps the mapping meanwhile."""
+def _read(blocks: Blocks, stop: Future[None], huge: bool) -> int:
+    """Have the pages of blocks read and mapped, step by step; how many bytes are."""
+    steps = plan_steps(blocks.pages)
     # The disk hears of all of it at once; the steps then wait for what is under way.
-    for address, n_bytes in steps.tolist() if not huge else ():
+    for address, n_bytes in steps if not huge else ():
         _advise(address, n_bytes, _WILLNEED)
     near_bytes = 0
-    for address, n_bytes in steps.tolist():
+    for address, n_bytes in steps:
         # A kernel before 5.14 refuses to populate: its reads are under way nevertheless, each page's first touch finds
         # them. A file that was cut short is refused too (EFAULT), and is no signal here.
         if stop.done() or not _advise(address, n_bytes, _POPULATE_READ):
@@ -203,14 +186,15 @@ def _read(_owner: Blocks, steps: NDArray[np.uint64], stop: Future[None], huge: b
     return near_bytes
 
 
-def _cool(_owner: Blocks, steps: NDArray[np.uint64]) -> None:
+def _cool(blocks: Blocks) -> None:
     """Unmap pages that were served, which stay in the cache as those that are thrown out first.
 
     Finding pages to throw out among mapped ones cost half of the disk's speed: 300 and 426 MB/s without this, 625 with
     it, and 510 to 900 for reads that map nothing. DONTNEED alone makes it worse: it counts unmapped pages as used.
     """
+    steps = plan_steps(blocks.pages)
     for advice in (_COLD, _DONTNEED):
-        for address, n_bytes in steps.tolist():
+        for address, n_bytes in steps:
             _advise(address, n_bytes, advice)
 
 

@@ -174,7 +174,7 @@ class Coming:
             first.rows()
         pairs = list(zip(first.windows, first.wanted, strict=True))
         shards = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in pairs])
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])]
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.is_fetched else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():
                 self._source.prefetch(near[start : start + _SHARDS_A_STEP])

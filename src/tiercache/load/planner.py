@@ -231,12 +231,12 @@ class _Planner:
         is_at_hand = self._work.source.is_at_hand
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]  # what is work of those is under way
         return any(
-            not is_at_hand(shard) for window, wanted in missing for shard in np.unique(window.shards[wanted]).tolist()
+            not is_at_hand(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist())
         )
 
     def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[Loading]:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
-        if unasked:
+        if unasked and self._work.source.is_fetched:
             self._prefetch(unasked)
         return [self._loading_of(window, wanted) for window, wanted in missing]
 

@@ -116,7 +116,9 @@ class Pressure:
         whole = self._share * int(window.block_bytes[wanted].sum())
         if whole <= self._room_bytes // 64:  # asking for each shard would cost more than it tells
             return int(whole)
-        away = [shard for shard in np.unique(window.shards[wanted]).tolist() if not self._is_at_hand(shard)]
+        away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_at_hand(shard)]
+        if not away:
+            return 0
         return int(self._share * int(window.block_bytes[wanted & np.isin(window.shards, away)].sum()))
 
     def _fitting(self, block: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:

@@ -111,6 +111,10 @@ class Source(Protocol):
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start bringing these shards near, in this order; returns at once."""
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether prefetch() may bring anything: else nobody need find out what to ask it for."""
+
     def is_at_hand(self, shard: int) -> bool:
         """Whether load() of any of its blocks neither reads, fetches nor decodes, as far as that is known by now."""
 

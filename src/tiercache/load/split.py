@@ -49,13 +49,13 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
     places = np.flatnonzero(wanted)
     if not len(places):
         return Split((), ())
-    shards, first = np.unique(window.shards[places], return_index=True)
-    turn = np.empty(len(shards), np.int64)
-    turn[np.argsort(first)] = np.arange(len(shards))
-    turns = turn[np.searchsorted(shards, window.shards[places])]
-    order = np.lexsort((window.blocks[places], turns))
-    places, turns = places[order], turns[order]
-    runs = np.split(places, np.flatnonzero(np.diff(turns)) + 1)
+    shards = window.shards[places]
+    order = np.lexsort((window.blocks[places], shards))
+    places, shards = places[order], shards[order]
+    starts = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1])
+    stops = [*starts[1:].tolist(), len(places)]
+    turns = np.argsort(np.minimum.reduceat(places, starts))  # by where the window names each shard first
+    runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_at_hand(int(window.shards[run[0]])) for run in runs]
     at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
     work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]

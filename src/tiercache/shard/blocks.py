@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import mmap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +20,7 @@ from tiercache.shard.nested import build_array
 from tiercache.shard.types import VAR, Kind, Schema, Stream
 
 Places: TypeAlias = npt.NDArray[np.uint32]
+_MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Blocks:
 
     blocks: their numbers; columns: indices in the shard's schema; n_rows: int64[n_blocks]; streams: of the columns,
     in order; addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each, 0 for none,
-    ready for the native gather; mapped, copy: as of LoadedChunks.
+    ready for the native gather; private_bytes, copy: as of LoadedChunks.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class Blocks:
         self.blocks = blocks
         self.columns = columns
         self.private_bytes = loaded.private_bytes
-        self.mapped = loaded.mapped
         self.copy = loaded.copy
         self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
         self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
         self._footer = footer
         self._bases = loaded.addresses.reshape(len(blocks), len(columns))
+        mapped_bytes = np.zeros_like(loaded.addresses) if loaded.mapped_bytes is None else loaded.mapped_bytes
+        self._mapped_bytes = mapped_bytes.reshape(self._bases.shape)
+        self._pages: Addresses | None = None
         self._memory = _Memory(tuple(loaded.owners))
         self._unchecked = loaded.left
         self._arrays: dict[tuple[int, int], pa.Array] = {}
@@ -69,6 +75,36 @@ class Blocks:
                 addresses[number, :, 1] = bases + self._footer.buffers[first + np.uint64(stream.offsets_buffer), 0]
                 addresses[number, :, 2] = values[:, 1] // np.uint64(stream.width_bytes)
         return addresses
+
+    def only(self, blocks: Sequence[int]) -> Blocks:
+        """Some of them, by their numbers, over the same memory. To be asked of all blocks of a shard.
+
+        Raises IndexError for a block that is not there.
+        """
+        chosen = tuple(blocks)
+        if chosen == self.blocks:
+            return self
+        check_numbers("blocks", chosen, len(self.blocks))
+        places = np.array(chosen, np.int64)
+        found = copy.copy(self)
+        found.blocks, found.n_rows = tuple(map(int, chosen)), self.n_rows[places]
+        found._bases, found._mapped_bytes = self._bases[places], self._mapped_bytes[places]
+        found.addresses = np.ascontiguousarray(self.addresses[:, places])
+        found._unchecked = None if self._unchecked is None else self._unchecked.only(places, len(self.columns))
+        found._pages, found._arrays = None, {}
+        return found
+
+    @property
+    def pages(self) -> Addresses:
+        """The pages of memory that its chunks in a mapping lie in: uint64[m, 2], as of merge_pages."""
+        if self._pages is None:
+            self._pages = merge_pages(self._bases.ravel(), self._mapped_bytes.ravel())
+        return self._pages
+
+    def see_length(self) -> None:
+        """See that a local copy that is mapped has the length that it had. Raises CorruptShard."""
+        if self.copy is not None:
+            self.copy.mapped()
 
     @property
     def checks(self) -> Addresses | None:
@@ -167,6 +203,35 @@ class Blocks:
         for number, stream in enumerate(self.streams):
             if stream.column == column and stream.kind == VAR:
                 check_offsets(self, number, position)
+
+
+def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
+    """The pages of memory that ranges lie in, those that follow one another as one, no page twice.
+
+    Args:
+        addresses, n_bytes: uint64[n], of ranges that do not overlap; empty ones lie nowhere.
+
+    Returns:
+        uint64[m, 2], (address, bytes), rising, multiples of the page's size.
+    """
+    is_filled = n_bytes > 0
+    starts = addresses[is_filled]
+    ends = starts + n_bytes[is_filled]
+    if not (starts[1:] > starts[:-1]).all():  # of a shard they are in the order of the file, as a rule
+        order = np.argsort(starts)
+        starts, ends = starts[order], ends[order]
+    starts = starts // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
+    ends = (ends + (_MEMORY_PAGE_BYTES - np.uint64(1))) // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
+    is_first, is_last = np.ones((2, len(starts)), bool)
+    is_first[1:] = is_last[:-1] = starts[1:] > ends[:-1]  # others share a page or touch
+    return np.stack([starts[is_first], ends[is_last] - starts[is_first]], axis=1)
+
+
+def check_numbers(what: str, numbers: Iterable[int], n: int) -> None:
+    """Raise IndexError for a number that is not one of n."""
+    for number in numbers:
+        if not 0 <= number < n:
+            raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")
 
 
 def describe(page: int | None) -> str:

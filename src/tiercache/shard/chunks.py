@@ -48,6 +48,11 @@ class Unchecked:
         self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
         self._last = self._first + n_pages
 
+    def only(self, blocks: Ids, n_columns: int) -> Unchecked:
+        """Of some blocks of a shard of which all chunks are here, int64[n], by their numbers."""
+        rows = self._rows.reshape(-1, n_columns, 4)[blocks]
+        return Unchecked(rows.reshape(-1, 4), self._flags, self._crcs)
+
     def forget(self) -> None:
         """Let all of them be checked again."""
         for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
@@ -71,14 +76,15 @@ class Unchecked:
 class LoadedChunks:
     """Addresses of the raw bytes of chunks; valid while `owners` are kept.
 
-    private_bytes: memory that is not a mapping. mapped: uint64[n, 2], (address, bytes) of chunks in one, rising. left:
-    what of them is to be checked by whoever reads it first, None: nothing. copy: the local copy that was read.
+    private_bytes: memory that is not a mapping. mapped_bytes: uint64[n], stored bytes of chunks that lie in one, 0 of
+    others, None: none does. left: what of them is to be checked by whoever reads it first, None: nothing. copy: the
+    local copy that was read.
     """
 
     addresses: Addresses
     owners: list[Any] = field(default_factory=list)
     private_bytes: int = 0
-    mapped: Addresses = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    mapped_bytes: Addresses | None = None
     left: Unchecked | None = None
     copy: LocalCopy | None = None
 
@@ -177,13 +183,12 @@ class Chunks:
         keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
         owners += (read.owners if keep_read else []) + decoded.owners
         private_bytes = (read.private_bytes if keep_read else 0) + decoded.private_bytes
-        in_mapping = np.stack([addresses[mapped], self._rows["stored"][ids[mapped]].astype(np.uint64)], axis=1)
-        in_mapping = in_mapping[np.argsort(in_mapping[:, 0])]
+        mapped_bytes = np.where(mapped, self._rows["stored"][ids].astype(np.uint64), np.uint64(0))
         return LoadedChunks(
             decoded.addresses[inverse.ravel()],
             owners,
             private_bytes,
-            in_mapping,
+            mapped_bytes[inverse.ravel()],
             self._left(ids, addresses, mapped, inverse),
             copy,
         )

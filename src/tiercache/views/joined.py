@@ -248,6 +248,11 @@ class Joined:
         for root, asked in of_root.values():
             root.make_ready(np.unique(np.concatenate(asked)))
 
+    @property
+    def is_fetched(self) -> bool:
+        """As Source.is_fetched, of any of them."""
+        return any(source.is_fetched for source in self.below)
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch; of each source its own."""
         places = np.array(shards, np.int64)

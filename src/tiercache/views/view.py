@@ -223,6 +223,11 @@ class View:
         """As Source.make_ready, of those that have records."""
         self.below.make_ready(shards[self.shard_records[shards] > 0])
 
+    @property
+    def is_fetched(self) -> bool:
+        """As Source.is_fetched."""
+        return self.below.is_fetched
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """As Source.prefetch, of those that have records."""
         self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
