@@ -5,7 +5,7 @@
 
 typedef struct {
     size_t n_streams, n_ahead; /* slots are kept for so many batches ahead */
-    tc_slot *free;
+    tc_slot *free, *last; /* kept, the one that has rested longest first */
     size_t n_free;
     uint8_t *arena;
     size_t arena_bytes, arena_slot_bytes, arena_used;
@@ -20,8 +20,8 @@ void tc_pool_free(tc_pool *pool);
 void tc_pool_hold(void);
 void tc_pool_let_go(void);
 
-/* A slot for the calling thread to fill. NULL without memory. */
-tc_slot *tc_pool_take(tc_pool *pool);
+/* A slot for the calling thread to fill. is_consumer: it will read it too. NULL without memory. */
+tc_slot *tc_pool_take(tc_pool *pool, int is_consumer);
 
 /* Keep a slot for a coming batch, unless there are more than are ever ahead: after list(loader) their memory goes back. */
 void tc_pool_keep(tc_pool *pool, tc_slot *slot);

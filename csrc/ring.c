@@ -69,7 +69,7 @@ static int can_cut(const tc_ring *ring) {
 static tc_batch *cut(tc_ring *ring) {
     tc_batch *c = &ring->cells[ring->next_cut++ % ring->depth];
     tc_sequence_cut(&ring->sequence, next_batch_rows(ring), c);
-    c->slot = tc_pool_take(&ring->pool);
+    c->slot = tc_pool_take(&ring->pool, !is_worker);
     if (c->slot == NULL) c->status = TC_NOMEM;
     else c->slot->ring = ring;
     return c;

@@ -132,6 +132,24 @@ def test_slots_that_are_held_are_never_written_again_and_come_back_when_dropped(
     ring.close()
 
 
+def test_memory_that_a_consumer_has_read_rests_until_two_mebibytes_of_others_were_written():
+    rows, batch_rows, slot_bytes = np.arange(1 << 20, dtype=np.uint8).reshape(-1, 1024), 64, 64 << 10
+    ring = Ring(fixed_streams(1024), batch_rows=batch_rows, depth=32, n_threads=1, slot_bytes=slot_bytes)
+    ring.push(plan_of(rows, np.arange(200 * batch_rows) % len(rows)))
+    ring.finish()
+    places = []
+    for _ in range(200):
+        wait_for(lambda: ring.figures()["ready"] > 0, deadline_s=30)  # one that it would wait for the consumer fills, and reads, itself
+        slot = ring.take()
+        places.append(np.frombuffer(memoryview(slot), np.uint8).ctypes.data)
+        del slot
+    ring.close()
+    n_resting = (2 << 20) // slot_bytes - 1  # a slot is some bytes larger than a batch
+    for i, place in enumerate(places):
+        assert place not in places[max(i - n_resting, 0) : i]
+    assert len(set(places)) * slot_bytes <= 4 << 20  # what the ring has for 34 of them, in pages of 2 MiB
+
+
 def test_a_slot_outlives_its_ring():
     rows = np.arange(80, dtype=np.uint8).reshape(10, 8)
     ring = Ring(fixed_streams(8), batch_rows=10, depth=2, n_threads=1)
