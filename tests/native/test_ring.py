@@ -139,7 +139,8 @@ def test_memory_that_a_consumer_has_read_rests_until_two_mebibytes_of_others_wer
     ring.finish()
     places = []
     for _ in range(200):
-        wait_for(lambda: ring.figures()["ready"] > 0, deadline_s=30)  # one that it would wait for the consumer fills, and reads, itself
+        # One that it would wait for the consumer fills, and reads, itself.
+        assert wait_for(lambda: ring.figures()["ready"] > 0, deadline_s=30)
         slot = ring.take()
         places.append(np.frombuffer(memoryview(slot), np.uint8).ctypes.data)
         del slot

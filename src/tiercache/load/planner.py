@@ -230,9 +230,7 @@ class _Planner:
     def _is_work(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> bool:
         is_at_hand = self._work.source.is_at_hand
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]  # what is work of those is under way
-        return any(
-            not is_at_hand(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist())
-        )
+        return any(not is_at_hand(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
 
     def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[Loading]:
         unasked = [pair for pair in missing if id(pair[0]) not in self._loading]

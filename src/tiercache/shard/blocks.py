@@ -85,14 +85,18 @@ class Blocks:
         if chosen == self.blocks:
             return self
         check_numbers("blocks", chosen, len(self.blocks))
-        places = np.array(chosen, np.int64)
         found = copy.copy(self)
-        found.blocks, found.n_rows = tuple(map(int, chosen)), self.n_rows[places]
-        found._bases, found._mapped_bytes = self._bases[places], self._mapped_bytes[places]
-        found.addresses = np.ascontiguousarray(self.addresses[:, places])
-        found._unchecked = None if self._unchecked is None else self._unchecked.only(places, len(self.columns))
-        found._pages, found._arrays = None, {}
+        found._choose(chosen)  # noqa: SLF001 -- of this class
         return found
+
+    def _choose(self, chosen: tuple[int, ...]) -> None:
+        """Become these of them, before anybody else has this object."""
+        places = np.array(chosen, np.int64)
+        self.blocks, self.n_rows = tuple(map(int, chosen)), self.n_rows[places]
+        self.addresses = np.ascontiguousarray(self.addresses[:, places])
+        self._bases, self._mapped_bytes = self._bases[places], self._mapped_bytes[places]
+        self._unchecked = None if self._unchecked is None else self._unchecked.only(places, len(self.columns))
+        self._pages, self._arrays = None, {}
 
     @property
     def pages(self) -> Addresses:
