@@ -89,10 +89,10 @@ static tc_slot *take_own(tc_pool *pool) {
 }
 
 /* A worker's batch was read by the consumer, and is in its cache: to write there took three times as long as where nobody has the memory any
- * more. So slots rest, and others of the arena are begun until enough of them do. */
+ * more. So slots rest, and others of the arena are begun until enough of them do: REST_BYTES, or of small ones as many as are ahead. */
 static tc_slot *take_rested(tc_pool *pool) {
-    int has_rested = pool->n_free && (pool->n_free * pool->arena_slot_bytes >= REST_BYTES || !has_room(pool));
-    return has_rested ? unlink_after(pool, NULL) : NULL;
+    int enough = pool->n_free >= pool->n_ahead || pool->n_free * pool->arena_slot_bytes >= REST_BYTES;
+    return pool->n_free && (enough || !has_room(pool)) ? unlink_after(pool, NULL) : NULL;
 }
 
 tc_slot *tc_pool_take(tc_pool *pool, int is_consumer) {
