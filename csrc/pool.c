@@ -77,10 +77,11 @@ static tc_slot *unlink_after(tc_pool *pool, tc_slot *before) {
     *at = slot->next;
     if (pool->last == slot) pool->last = before;
     pool->n_free--;
+    pool->resting_bytes -= slot->capacity;
     return slot;
 }
 
-/* What a consumer both filled and read last is in its own cache, and is the best for it to fill again. */
+/* What a consumer filled last, and has read since, is mostly in its own cache, and is the best for it to fill again. */
 static tc_slot *take_own(tc_pool *pool) {
     tc_slot *before = NULL, *found = NULL;
     for (tc_slot *slot = pool->free, *prior = NULL; slot; prior = slot, slot = slot->next)
@@ -91,7 +92,7 @@ static tc_slot *take_own(tc_pool *pool) {
 /* A worker's batch was read by the consumer, and is in its cache: to write there took three times as long as where nobody has the memory any
  * more. So slots rest, and others of the arena are begun until enough of them do: REST_BYTES, or of small ones as many as are ahead. */
 static tc_slot *take_rested(tc_pool *pool) {
-    int enough = pool->n_free >= pool->n_ahead || pool->n_free * pool->arena_slot_bytes >= REST_BYTES;
+    int enough = pool->n_free >= pool->n_ahead || pool->resting_bytes >= REST_BYTES;
     return pool->n_free && (enough || !has_room(pool)) ? unlink_after(pool, NULL) : NULL;
 }
 
@@ -99,6 +100,7 @@ tc_slot *tc_pool_take(tc_pool *pool, int is_consumer) {
     tc_slot *slot = is_consumer ? take_own(pool) : NULL;
     if (slot == NULL) slot = take_rested(pool);
     if (slot == NULL) slot = make(pool);
+    if (slot == NULL && pool->n_free) slot = unlink_after(pool, NULL); /* no memory for another one */
     if (slot) slot->filler = &this_thread;
     return slot;
 }
@@ -112,4 +114,5 @@ void tc_pool_keep(tc_pool *pool, tc_slot *slot) {
     *(pool->last ? &pool->last->next : &pool->free) = slot;
     pool->last = slot;
     pool->n_free++;
+    pool->resting_bytes += slot->capacity;
 }

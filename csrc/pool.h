@@ -6,7 +6,7 @@
 typedef struct {
     size_t n_streams, n_ahead; /* slots are kept for so many batches ahead */
     tc_slot *free, *last; /* kept, the one that has rested longest first */
-    size_t n_free;
+    size_t n_free, resting_bytes;
     uint8_t *arena;
     size_t arena_bytes, arena_slot_bytes, arena_used;
 } tc_pool;

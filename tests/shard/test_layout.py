@@ -117,6 +117,16 @@ TABLES = [
 TABLES += [(name, None) for name in ("block_first", "nodes", "buffers", "pages")]
 
 
+def test_a_buffer_that_begins_in_another_one_is_found(shard):
+    chunks, footer, _ = shard
+    for row in np.flatnonzero(footer.buffers[:, 0]).tolist():
+        if footer.buffers[row, 1]:
+            changed = footer.buffers.copy()
+            changed[row, 0] = 0
+            with pytest.raises(CorruptShard, match="begins before the one before it ends"):
+                ShardReader(sealed(chunks, replace(footer, buffers=changed)), "shard")
+
+
 @given(data=st.data())
 def test_a_wrong_number_in_a_sealed_footer_is_found_or_harmless(shard, data):
     chunks, footer, rows = shard

@@ -288,6 +288,29 @@ def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(fol
         assert not len(decoded.pages)
 
 
+@pytest.mark.parametrize("is_one_block", [True, False])
+def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_path, is_one_block):
+    store = LocalFolder(tmp_path)
+    with ShardWriter(store, Schema.of({"b": "bytes"}), ShardOptions(compression="none"), writer_id="w") as writer:
+        writer.write_batch({"b": [bytes(20_000) for _ in range(30 if is_one_block else 100)]})
+    info = writer.finish()[0]
+    with ShardReader(store, info.name, info=info) as reader:
+        n_blocks = reader.footer.n_blocks
+        assert (n_blocks == 1) is is_one_block
+        reader.load(range(n_blocks), [0]).array(0, 0)
+        stream = reader.load(range(n_blocks), [0]).addresses[0, 0]
+        at = int(stream[1]) - reader._source.copy.mapped().__array_interface__["data"][0]
+        with (store.root / info.name).open("r+b") as file:
+            file.seek(at + 8)
+            file.write((1 << 40).to_bytes(8, "little"))
+        for blocks in ([0], range(n_blocks)):
+            with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
+                reader.load(blocks, [0]).array(0, 0)
+        reader.load([0], [0]).forget_checks()
+        with pytest.raises(CorruptShard, match="CRC-32C of page 0"):
+            reader.load([0], [0]).array(0, 0)
+
+
 def test_a_file_that_is_cut_short_is_noticed_when_kept_blocks_are_asked_for(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:

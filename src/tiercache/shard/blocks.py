@@ -148,6 +148,10 @@ class Blocks:
             CorruptShard: a page that is not what was written, offsets that fall or point outside, a nested column whose
                 buffers contradict each other. All of it is looked at: Arrow follows what it is given.
         """
+        if self.schema.columns[column].kind is not Kind.ARROW:
+            return self._build(
+                position, column
+            )  # of a mapping: looked at anew each time, for the file may have changed
         key = (position, column)
         if key not in self._arrays:
             self._arrays[key] = self._build(position, column)
@@ -213,7 +217,7 @@ def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
     """The pages of memory that ranges lie in, those that follow one another as one, no page twice.
 
     Args:
-        addresses, n_bytes: uint64[n], of ranges that do not overlap; empty ones lie nowhere.
+        addresses, n_bytes: uint64[n], of ranges of which no two overlap but equal ones; empty ones lie nowhere.
 
     Returns:
         uint64[m, 2], (address, bytes), rising, multiples of the page's size.

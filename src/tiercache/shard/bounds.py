@@ -73,7 +73,7 @@ def check_nodes(schema: Schema, chunks: Table, nodes: U64, block_records: U64) -
 
 
 def check_buffers(schema: Schema, chunks: Table, nodes: U64, buffers: U64) -> str:
-    """Buffers lie inside their chunk, aligned, and are as long as their records need."""
+    """Buffers lie inside their chunk, aligned, one after the other, and are as long as their records need."""
     counts = np.array([column.layout()[1] for column in schema.columns], np.uint64)
     per_chunk = np.tile(counts, len(chunks))
     problem = _check_numbering("buffer", chunks["first_buffer"].ravel(), per_chunk, len(buffers))
@@ -85,6 +85,11 @@ def check_buffers(schema: Schema, chunks: Table, nodes: U64, buffers: U64) -> st
         return "a buffer ends beyond its chunk"
     if (offset % np.uint64(ALIGN_BYTES)).any():
         return "a buffer is not aligned"
+    filled = np.flatnonzero(length)
+    of_chunk = np.repeat(np.arange(len(per_chunk)), per_chunk.astype(np.int64))[filled]
+    follows = of_chunk[1:] == of_chunk[:-1]
+    if (follows & (offset[filled[1:]] < offset[filled[:-1]] + length[filled[:-1]])).any():
+        return "a buffer begins before the one before it ends"
     for number, column in enumerate(schema.columns):
         if column.kind is not Kind.ARROW and _lengths_differ(column, chunks[:, number], nodes, buffers):
             return f"column {column.name!r} has buffers that do not fit its type and records"

@@ -116,6 +116,7 @@ class Chunks:
         arrow = np.array([column.kind is Kind.ARROW for column in footer.schema.columns], bool)
         # Arrow walks its arrays without our SIGBUS guard: columns that it decodes are read, not mapped.
         self._mappable = (self._rows["codec"] == codec.RAW) & ~np.tile(arrow, footer.n_blocks)
+        self._mappable_columns = self._mappable.reshape(footer.n_blocks, len(arrow)).all(axis=0)
 
     def ranges(self, ids: Ids) -> list[ByteRange]:
         """Where chunks lie in the file; neighbours as one range. ids: int64[n], of chunks."""
@@ -132,6 +133,13 @@ class Chunks:
     def are_mapped(self, ids: Ids) -> bool:
         """Whether chunks are read where they lie in the mapping."""
         return bool(self._mappable[ids].all()) and self.is_here(ids)
+
+    def can_be_kept(self, columns: Sequence[int]) -> bool:
+        """Whether can_stay_mapped() says so of all chunks of these columns; False where it is not quickly told."""
+        copy = self._source.copy
+        if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
+            return False
+        return copy.lease.present([ByteRange(0, copy.n_bytes)])
 
     def can_stay_mapped(self, ids: Ids) -> bool:
         """The same, time and again without another check."""

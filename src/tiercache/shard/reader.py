@@ -91,7 +91,7 @@ class ShardReader:
         """Have blocks in memory, checked and decoded.
 
         Local raw chunks stay in the mapping, and their pages are checked when they are first read: by whoever gathers
-        (Blocks.checks), by block_values, by Blocks.array. Of a shard that mapped() has, blocks are chosen from what it
+        (Blocks.checks), by block_values, by Blocks.array. Of a copy that is whole, blocks are chosen from what mapped()
         keeps.
 
         Args:
@@ -103,22 +103,24 @@ class ShardReader:
             CorruptShard: damaged bytes; names block and column.
             StoreError: the store failed, or the deadline passed.
         """
-        whole = self.mapped(columns)
+        self._check_open()
+        check_numbers("columns", columns, len(self.schema))
+        is_kept = self._kept_of(columns) is not None or self._chunks.can_be_kept(columns)
+        whole = self.mapped(columns) if is_kept else None
         return self._load(blocks, columns, deadline_s) if whole is None else whole.only(blocks)
 
     def stays_mapped(self, columns: Sequence[int]) -> bool:
         """Whether all blocks of these columns are read where they lie, in the mapping of a local copy."""
         self._check_open()
-        kept = self._kept
-        if kept is not None and kept.columns == tuple(columns):
+        if self._kept_of(columns) is not None:
             return True  # it holds the lease: what was here stays
         return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
 
     def mapped(self, columns: Sequence[int]) -> Blocks | None:
         """All blocks of these columns as they lie in the mapping of a local copy that has all of them.
 
-        The same object each time: found anew it took 0.4 ms a shard in each epoch, by when the batches have pushed all
-        of it out of the processor's caches.
+        They are kept until other columns are asked for: found anew they took 0.4 ms a shard in each epoch, by when the
+        batches have pushed all of it out of the processor's caches.
 
         None: there is no such copy, some chunks are not raw, or every read is to be checked.
 
@@ -126,15 +128,18 @@ class ShardReader:
             CorruptShard: the copy is shorter than it was.
         """
         self._check_open()
-        kept = self._kept
-        if kept is not None and kept.columns == tuple(columns):
+        kept = self._kept_of(columns)
+        if kept is not None:
             kept.see_length()
             return kept
         blocks = range(self.footer.n_blocks)
         if not blocks or not self._chunks.can_stay_mapped(self._ids(blocks, columns)):
             return None
-        self._kept = found = self._load(blocks, columns, None)
-        if self._closed:  # meanwhile, and then nothing is kept
+        found = self._load(blocks, columns, None)
+        if found.copy is None:  # closed meanwhile
+            return None
+        self._kept = found
+        if self._closed:  # nothing is kept then
             self._kept = None
         return found
 
@@ -159,6 +164,10 @@ class ShardReader:
             raise IndexError(f"rows must be 0 to {self.n_records - 1}, got {int(wanted.min())} to {int(wanted.max())}")
         self._ids([], columns)
         return self._records.take(wanted, [int(c) for c in columns], deadline_s)
+
+    def _kept_of(self, columns: Sequence[int]) -> Blocks | None:
+        kept = self._kept
+        return kept if kept is not None and kept.columns == tuple(columns) else None
 
     def _load(self, blocks: Sequence[int], columns: Sequence[int], deadline_s: float | None) -> Blocks:
         loaded = self._chunks.load(self._ids(blocks, columns), deadline_s)
