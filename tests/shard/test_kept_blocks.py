@@ -1,0 +1,128 @@
+"""What a reader keeps of a shard that stays mapped: chosen blocks, damage, and files that change under it."""
+
+import os
+
+import numpy as np
+import pytest
+
+from tiercache.errors import CorruptShard
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.types import Image, Ragged, Schema, Tensor
+from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.store.local import LocalFolder
+
+SCHEMA = Schema.of(
+    {
+        "i": "int64",
+        "t": Tensor("uint16", (100,)),
+        "b": Image("jpeg"),
+        "s": "str",
+        "r": Ragged("float32", (None, 2)),
+        "n": "bool?",
+    }
+)
+RAW = [SCHEMA.index(name) for name in ("i", "t", "b", "r", "n")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A shard of three blocks, all of whose columns but the text are raw."""
+    store, n, rng = LocalFolder(tmp_path), 3000, np.random.default_rng(5)
+    raw = dict.fromkeys(["i", "t", "b", "r", "n"], "none")
+    with ShardWriter(store, SCHEMA, ShardOptions(compression=raw | {"s": "zstd"}), writer_id="w") as writer:
+        writer.write_batch(
+            {
+                "i": np.arange(n),
+                "t": rng.integers(0, 2**16, (n, 100), np.uint16),
+                "b": [rng.bytes(k % 1000) for k in range(n)],
+                "s": [f"record {k}" for k in range(n)],
+                "r": [np.full((k % 4, 2), k, np.float32) for k in range(n)],
+                "n": [None if k % 5 == 0 else k % 2 == 0 for k in range(n)],
+            }
+        )
+    return store, writer.finish()[0]
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [1, 0], range(1, 3), [2, 0, 2], []])
+def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(folder, chosen):
+    store, info = folder
+    with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="always") as alone:
+        whole, part, anew = reader.load(range(3), RAW), reader.load(chosen, RAW), alone.load(chosen, RAW)
+        assert reader.footer.n_blocks == 3
+        assert reader.load(range(3), RAW) is reader.mapped(RAW) is whole
+        assert part.blocks == anew.blocks == tuple(chosen)
+        assert part.n_rows.tolist() == anew.n_rows.tolist()
+        assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
+        assert part.addresses.flags.c_contiguous
+        shift = (
+            part.copy.mapped().__array_interface__["data"][0]
+            - alone._source.copy.mapped().__array_interface__["data"][0]
+        )
+        assert (part.pages - np.array([shift % 2**64, 0], np.uint64)).tolist() == anew.pages.tolist()
+        assert (part.checks is None) is (anew.checks is None) is (not chosen)
+        for position in range(len(chosen)):
+            for column in RAW:
+                assert part.array(position, column).equals(anew.array(position, column))
+        assert part.checks is None  # found right by it, and so by all
+        left = whole.checks
+        assert left is None or not left[:, list(chosen)].any()
+        whole.forget_checks()
+        assert (part.checks is None) is (not chosen)
+
+
+def test_what_is_kept_of_a_shard_is_of_the_columns_that_were_asked_for_last(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        both = reader.mapped(RAW[:2])
+        assert reader.mapped(RAW[1:2]).columns == (RAW[1],)
+        assert reader.mapped(RAW[:2]) is not both
+        assert reader.stays_mapped(RAW[:2])
+        assert not reader.stays_mapped([SCHEMA.index("s")])
+        assert reader.mapped([SCHEMA.index("s")]) is None
+        with pytest.raises(IndexError, match="blocks must be 0 to 2, got 3"):
+            reader.load([0, 3], RAW[:2])
+
+
+def test_nothing_is_kept_where_every_read_is_checked_or_something_is_decoded(folder):
+    store, info = folder
+    with ShardReader(store, info.name, verify="always") as reader:
+        assert reader.mapped(RAW) is None
+        assert reader.load([0], RAW) is not reader.load([0], RAW)
+    with ShardReader(store, info.name) as reader:
+        decoded = reader.load([0], [SCHEMA.index("s")])
+        assert decoded.private_bytes
+        assert reader.load([0], [SCHEMA.index("s")]) is not decoded
+        assert not len(decoded.pages)
+
+
+@pytest.mark.parametrize("is_one_block", [True, False])
+def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_path, is_one_block):
+    store = LocalFolder(tmp_path)
+    with ShardWriter(store, Schema.of({"b": "bytes"}), ShardOptions(compression="none"), writer_id="w") as writer:
+        writer.write_batch({"b": [bytes(20_000) for _ in range(30 if is_one_block else 100)]})
+    info = writer.finish()[0]
+    with ShardReader(store, info.name, info=info) as reader:
+        n_blocks = reader.footer.n_blocks
+        assert (n_blocks == 1) is is_one_block
+        reader.load(range(n_blocks), [0]).array(0, 0)
+        stream = reader.load(range(n_blocks), [0]).addresses[0, 0]
+        at = int(stream[1]) - reader._source.copy.mapped().__array_interface__["data"][0]
+        with (store.root / info.name).open("r+b") as file:
+            file.seek(at + 8)
+            file.write((1 << 40).to_bytes(8, "little"))
+        for blocks in ([0], range(n_blocks)):
+            with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
+                reader.load(blocks, [0]).array(0, 0)
+        reader.load([0], [0]).forget_checks()
+        with pytest.raises(CorruptShard, match="CRC-32C of page 0"):
+            reader.load([0], [0]).array(0, 0)
+
+
+def test_a_file_that_is_cut_short_is_noticed_when_kept_blocks_are_asked_for(folder):
+    store, info = folder
+    with ShardReader(store, info.name) as reader:
+        reader.load([0], RAW)
+        os.truncate(store.root / info.name, info.n_bytes - 1)
+        for blocks in ([0], range(3)):
+            with pytest.raises(CorruptShard, match="shorter than"):
+                reader.load(blocks, RAW)
