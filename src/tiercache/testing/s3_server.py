@@ -23,6 +23,7 @@ from tiercache.store import Store, open_store
 from tiercache.waiting import wait_for
 
 _START_S = 60.0
+_STARTS = 3
 _STOP_S = 1.0  # SeaweedFS takes more than 10 s to end in order; what it was given is with the kernel by then
 _FORBIDDEN = 403
 _GRPC_OFFSET = 10_000
@@ -99,6 +100,17 @@ class S3Server:
         Raises:
             RuntimeError: it ended, or did not answer within a minute; the message has the end of its log.
         """
+        for left in reversed(range(_STARTS)):
+            try:
+                self._start_once()
+            except RuntimeError as error:
+                # Somebody, perhaps an outgoing connection, took a port between the look for free ones and the server.
+                if not left or "address already in use" not in str(error).lower():
+                    raise
+            else:
+                return
+
+    def _start_once(self) -> None:
         if self._folder is None:
             self._made = tempfile.TemporaryDirectory(prefix="tiercache-s3-")
             self._folder = Path(self._made.name)
