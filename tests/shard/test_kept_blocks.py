@@ -4,43 +4,20 @@ import os
 
 import numpy as np
 import pytest
+from tests.shard.mixed_shard import SCHEMA, fill
 
 from tiercache.errors import CorruptShard
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Image, Ragged, Schema, Tensor
+from tiercache.shard.types import Schema
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 
-SCHEMA = Schema.of(
-    {
-        "i": "int64",
-        "t": Tensor("uint16", (100,)),
-        "b": Image("jpeg"),
-        "s": "str",
-        "r": Ragged("float32", (None, 2)),
-        "n": "bool?",
-    }
-)
 RAW = [SCHEMA.index(name) for name in ("i", "t", "b", "r", "n")]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A shard of three blocks, all of whose columns but the text are raw."""
-    store, n, rng = LocalFolder(tmp_path), 3000, np.random.default_rng(5)
-    raw = dict.fromkeys(["i", "t", "b", "r", "n"], "none")
-    with ShardWriter(store, SCHEMA, ShardOptions(compression=raw | {"s": "zstd"}), writer_id="w") as writer:
-        writer.write_batch(
-            {
-                "i": np.arange(n),
-                "t": rng.integers(0, 2**16, (n, 100), np.uint16),
-                "b": [rng.bytes(k % 1000) for k in range(n)],
-                "s": [f"record {k}" for k in range(n)],
-                "r": [np.full((k % 4, 2), k, np.float32) for k in range(n)],
-                "n": [None if k % 5 == 0 else k % 2 == 0 for k in range(n)],
-            }
-        )
-    return store, writer.finish()[0]
+    return LocalFolder(tmp_path), fill(LocalFolder(tmp_path))
 
 
 @pytest.mark.parametrize("chosen", [[0], [1], [1, 0], range(1, 3), [2, 0, 2], []])

@@ -8,29 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.shard.mixed_shard import SCHEMA, N, batch, fill
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
 from tiercache.shard import types
 from tiercache.shard.layout import PAGE_BYTES
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.types import Image, Ragged, Schema, Tensor
+from tiercache.shard.types import Schema
 from tiercache.shard.values import as_batch, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
-
-N = 3000
-SCHEMA = Schema.of(
-    {
-        "i": "int64",
-        "t": Tensor("uint16", (100,)),
-        "b": Image("jpeg"),
-        "s": "str",
-        "r": Ragged("float32", (None, 2)),
-        "n": "bool?",
-    }
-)
 
 
 class Watching(MemoryStore):
@@ -55,29 +44,6 @@ class Watching(MemoryStore):
     @property
     def n_bytes(self):
         return sum(end - start for spans in self.requests for start, end in spans)
-
-
-def batch(n=N):
-    rng = np.random.default_rng(5)
-    return {
-        "i": np.arange(n),
-        "t": rng.integers(0, 2**16, (n, 100), np.uint16),
-        "b": [rng.bytes(k % 1000) for k in range(n)],
-        "s": [f"record {k}" for k in range(n)],
-        "r": [np.full((k % 4, 2), k, np.float32) for k in range(n)],
-        "n": [None if k % 5 == 0 else k % 2 == 0 for k in range(n)],
-    }
-
-
-def fill(store, **options):
-    with ShardWriter(
-        store,
-        SCHEMA,
-        ShardOptions(**({"compression": {"i": "none", "t": "none", "r": "none", "n": "none", "s": "zstd"}} | options)),
-        writer_id="w",
-    ) as writer:
-        writer.write_batch(batch())
-    return writer.finish()[0]
 
 
 @pytest.fixture(scope="module")

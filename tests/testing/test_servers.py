@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import socket
 import urllib.error
 import urllib.request
 
@@ -166,3 +167,18 @@ def test_free_ports_are_free():
     first = free_ports(4)
     assert 0 < first < 55_536
     assert wait_for(lambda: free_ports(1), 1)
+
+
+def test_a_server_whose_port_was_taken_meanwhile_is_started_on_others(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = [taken.getsockname()[1], free_ports(1)]
+        monkeypatch.setattr(s3_module, "free_ports", lambda n_ports: ports.pop(0))
+        server = S3Server(kind="moto")
+        server.start()
+        try:
+            assert not ports
+            assert server.is_running
+        finally:
+            server.stop()

@@ -1,0 +1,41 @@
+"""A shard of three blocks: a column of each kind, all of them raw but the text."""
+
+import numpy as np
+
+from tiercache.shard.types import Image, Ragged, Schema, Tensor
+from tiercache.shard.writer import ShardOptions, ShardWriter
+
+N = 3000
+SCHEMA = Schema.of(
+    {
+        "i": "int64",
+        "t": Tensor("uint16", (100,)),
+        "b": Image("jpeg"),
+        "s": "str",
+        "r": Ragged("float32", (None, 2)),
+        "n": "bool?",
+    }
+)
+
+
+def batch(n=N):
+    rng = np.random.default_rng(5)
+    return {
+        "i": np.arange(n),
+        "t": rng.integers(0, 2**16, (n, 100), np.uint16),
+        "b": [rng.bytes(k % 1000) for k in range(n)],
+        "s": [f"record {k}" for k in range(n)],
+        "r": [np.full((k % 4, 2), k, np.float32) for k in range(n)],
+        "n": [None if k % 5 == 0 else k % 2 == 0 for k in range(n)],
+    }
+
+
+def fill(store, **options):
+    with ShardWriter(
+        store,
+        SCHEMA,
+        ShardOptions(**({"compression": {"i": "none", "t": "none", "r": "none", "n": "none", "s": "zstd"}} | options)),
+        writer_id="w",
+    ) as writer:
+        writer.write_batch(batch())
+    return writer.finish()[0]
