@@ -5,6 +5,7 @@ import random
 import shutil
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 from tiercache._native.checksum import crc32c
@@ -30,7 +31,7 @@ class MachineWorld:
     objects: what the source holds now; identities: what a manifest said of each key, newest last, with the bytes that
     it meant. touched: copies that the machine itself laid its hands on. Bytes that it has turned are in rotten: a
     reader that meets them says so, as a shard's reader does, and must then get right ones. held: leases, with the bytes
-    and the name of their copies.
+    and the name of their copies; rotten_leases: those on files in which a bit has turned, whatever has their names now.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class MachineWorld:
         self.excess_bytes = 0
         self.limit_bytes: int | None = None
         self.held: list[tuple[CopyLease, bytes, str]] = []
+        self.rotten_leases: set[CopyLease] = set()
         self.clock = JumpingClock().__enter__()
         self.open_cache(LIMITS[-1], "lru")
 
@@ -136,19 +138,23 @@ class MachineWorld:
             return None
 
     def read_object(self, cache: Cache, key: str) -> bytes | None:
-        """An object of no data set, whole; None: it is not there."""
+        """An object of no data set, whole; None: it is not there.
+
+        It has no checksums of its own, so who reads it by the lease's descriptor reads what lies there; the store holds
+        what it reads against the map.
+        """
         store = cache.store(self.source)
         try:
             lease = store.open_local(key)
-            n_bytes = store.head(key).n_bytes
+            info = store.head(key)
         except NotFound:
             return None
-        wanted = ByteRange(0, n_bytes)
-        if lease is not None:
-            with lease:
-                if lease.wait([wanted], deadline_s=WAIT_S):
-                    return os.pread(lease.fd, n_bytes, 0)
-        return store.get(key)
+        wanted, data = ByteRange(0, info.n_bytes), bytearray(info.n_bytes)
+        with nullcontext() if lease is None else lease:
+            if lease is not None:
+                lease.wait([wanted], deadline_s=WAIT_S)
+            store.read_into(key, [(wanted, memoryview(data))], if_match=info.etag)
+        return bytes(data)
 
     # -- by hand ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +177,10 @@ class MachineWorld:
         path.write_bytes(data)
         if path.suffix == "":
             path.chmod(0o400)
+        name = path.name.partition(".")[0]
+        self.touched.add(name)
+        self.rotten.add(name)
+        self.rotten_leases |= {lease for lease, _, of in self.held if of == name}
 
     def plant(self) -> None:
         """Files that no cache has fetched: one that looks like a copy but has no record, one beside, a link."""

@@ -110,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(held=leases)
     def read_by_a_lease(self, held):
-        if held in self.held and held[2] not in self.world.rotten:
+        if held in self.held and held[0] not in self.world.rotten_leases:
             assert os.pread(held[0].fd, len(held[1]), 0) == held[1]
 
     @rule(held=consumes(leases))
@@ -204,10 +204,7 @@ class CacheMachine(RuleBasedStateMachine):
     def a_bit_turns(self, at, where):
         files = [path for path in self.world.files() if path.suffix != ".pin" and not path.is_symlink()]
         if files:
-            path = files[int(at * (len(files) - 1))]
-            self.world.turn_a_bit(path, where)
-            self.world.touched.add(path.name.partition(".")[0])
-            self.world.rotten.add(path.name.partition(".")[0])
+            self.world.turn_a_bit(files[int(at * (len(files) - 1))], where)
             self.world.books_are_old = True
 
     @rule(kind=st.sampled_from(["gone", "rubbish", "empty", "emptied"]))

@@ -140,6 +140,21 @@ def test_a_cache_that_is_opened_smaller_gives_up_what_it_has_no_room_for(world):
     assert {entry.source[-1] for entry in cache.entries()} == {"c", "d"}
 
 
+@pytest.mark.parametrize("policy", ["plan", "lru", "s3fifo", "resident"])
+def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is_read(world, locks, policy):
+    if locks == "locks lie":
+        pytest.skip("nothing is leased where locks lie")
+    store = world.store(world.cache("1MB", policy="lru"))
+    identity = world.put("a", 200_000)
+    world.fetch(store, "a")
+    for key in "bc":
+        world.put(key, 10_000)
+        world.fetch(store, key)
+    with store.open_local("a", identity):
+        cache = world.cache("100KB", policy=policy)
+        assert {entry.source[-1] for entry in cache.entries()} == {"a"}
+
+
 def test_warming_more_than_fits_is_refused_before_a_byte_is_fetched(world):
     pairs = [(key, world.put(key, 100_000)) for key in "abc"]
     cache = world.cache("250KB", policy="lru")

@@ -200,11 +200,21 @@ class Evictor:
             with self._making_room():
                 self._free("", charge_bytes, set(spare), 1)
 
-    def shrink(self, need_bytes: int) -> None:
-        """Evict for a limit that has become smaller, whatever the policy: as much of need_bytes as can go."""
-        policy = self._policy if replaces(self._rules.policy) else lru
-        books, decision = self._decide("", Ask(0, need_bytes, then=-1), set(), policy)
-        self._carry_out(books, decision, need_bytes)
+    def shrink(self) -> None:
+        """Evict for a limit that has become smaller, whatever the policy: as much as can go."""
+        policy, wider = self._policy if replaces(self._rules.policy) else lru, 1
+        kept: set[str] = set()
+        while (need_bytes := self._over_bytes()) > 0:
+            books, decision = self._decide("", Ask(0, need_bytes * wider, then=-1), kept, policy)
+            stayed = self._carry_out(books, decision, need_bytes)
+            if not stayed:  # all that was named is gone, and that is enough, or all there is
+                return
+            kept |= stayed
+            wider *= WIDER
+
+    def _over_bytes(self) -> int:
+        used, reserved, limit_bytes = self._accounts.sums()
+        return used + reserved - limit_bytes
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 

@@ -99,9 +99,7 @@ class Writing:
                 f"cache {self.folder.root}: opened with {format_bytes(self.limit_bytes)}, but another process keeps it "
                 f"to {format_bytes(smallest)}; the smaller limit holds",
             )
-        used, reserved, limit = self.accounts.sums()
-        if used + reserved > limit:
-            self.evictor.shrink(used + reserved - limit)
+        self.evictor.shrink()
 
     def close(self) -> None:
         """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
