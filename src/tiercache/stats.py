@@ -32,32 +32,38 @@ class Counters:
 
 
 class Waits:
-    """A histogram of waiting times. One thread adds; any thread reads (figures may then be one addition apart)."""
+    """A histogram of waiting times. One thread adds; any thread reads (figures may then be one addition apart).
+
+    bins: how many waits each has. What was there already counts in the first one: native code does that by itself.
+    """
 
     def __init__(self) -> None:
-        self._bins = [0] * (len(_EDGES_S) + 1)
-        self.n_waits = 0
+        self.bins = [0] * (len(_EDGES_S) + 1)
         self.total_s = 0.0
+
+    @property
+    def n_waits(self) -> int:
+        """All that were counted."""
+        return sum(self.bins)
 
     def add(self, wait_s: float) -> None:
         """Count one wait."""
-        self._bins[bisect_left(_EDGES_S, wait_s)] += 1
-        self.n_waits += 1
+        self.bins[bisect_left(_EDGES_S, wait_s)] += 1
         self.total_s += wait_s
 
     def add_none(self) -> None:
         """Count something that was there already: what a wait of 0 s is, without looking at the clock."""
-        self._bins[0] += 1
-        self.n_waits += 1
+        self.bins[0] += 1
 
     def quantile(self, share: float) -> float:
         """Upper edge in seconds of the bin that the share (0 to 1) of waits ends in; 0.0 when nothing was counted."""
-        seen, want = 0, share * self.n_waits
-        for edge_s, count in zip(_EDGES_S, self._bins, strict=False):
+        bins = list(self.bins)
+        seen, want = 0, share * sum(bins)
+        for edge_s, count in zip(_EDGES_S, bins, strict=False):
             seen += count
             if count and seen >= want:
                 return edge_s
-        return 0.0 if not self.n_waits else _EDGES_S[-1]
+        return _EDGES_S[-1] if any(bins) else 0.0
 
     def snapshot(self) -> dict[str, float]:
         """p50, p95, p99, total in seconds and the number of waits."""

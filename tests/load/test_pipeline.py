@@ -38,6 +38,12 @@ class After:
         return found if name != self._method else lambda *args: self._then(found(*args))
 
 
+def after_ready(iterator, then):
+    """Let what an iterator's batches that are ready are go through `then`."""
+    take_ready = iterator._pipeline.take_ready
+    iterator._take_by(lambda: then(take_ready() if take_ready else None))
+
+
 def test_a_batch_size_beyond_any_data_set_is_one_batch(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(50)), batch_size=2**70)
     assert ids_of(loader) == [list(range(50))]
@@ -149,7 +155,7 @@ def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset
         options = tc.LoaderOptions(threads=1)  # of two workers the later batch may be ready first
         iterator = iter(tc.DataLoader(dataset, batch_size=10, shuffle=True, drop_last=drop_last, options=options))
         pipeline, n_ready = iterator._pipeline, []
-        pipeline._taker = After(pipeline._taker, "take_ready", lambda found: n_ready.append(found is not None) or found)
+        after_ready(iterator, lambda found: n_ready.append(found is not None) or found)
         served = []
         for _ in range(len(iterator)):
             assert wait_for(lambda: pipeline._ring.figures()["ready"] > 0, 10)
@@ -159,7 +165,7 @@ def test_batches_that_are_ready_come_the_short_way_and_are_the_same(make_dataset
 
     torch.manual_seed(5)
     short, n_short = serve()
-    monkeypatch.setattr(Pipeline, "take_ready", lambda _: None)
+    monkeypatch.setattr(Pipeline, "take_ready", None)
     torch.manual_seed(5)
     long, n_long = serve()
     assert (n_short, n_long) == (len(short) - (1 if drop_last else 2), 0)  # not the first, nor a short last one
@@ -257,15 +263,15 @@ def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, colu
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=columns), batch_size=10))
     next(iterator)
     pipeline = iterator._pipeline
-    ring, taker, assembler = pipeline._ring, pipeline._taker, pipeline._assembler
-    pipeline._taker = After(taker, "take_ready", fail)
+    ring, assembler = pipeline._ring, pipeline._assembler
+    after_ready(iterator, fail)
     if where == "in the ring":
         pipeline._ring = After(ring, "take", fail)
     else:
         pipeline._assembler = After(assembler, "batch", fail)
     with pytest.raises((MemoryError, RuntimeError), match="memory" if where == "for a tensor" else None):
         list(itertools.islice(iterator, 3))  # of lists the next batch may have been taken ahead, and one after it
-    pipeline._ring, pipeline._taker, pipeline._assembler = ring, taker, assembler
+    pipeline._ring, pipeline._assembler = ring, assembler
     with pytest.raises(RuntimeError, match="closed"):
         next(iterator)
 
@@ -334,7 +340,7 @@ def test_what_was_closed_is_not_closed_again(make_dataset):
     iterator.close()
 
 
-def strike(pipeline, at):
+def strike(iterator, at):
     """Let Ctrl-C strike just after the ring gave its batch number `at` (from 1) away."""
     numbers = itertools.count(1)
 
@@ -343,8 +349,8 @@ def strike(pipeline, at):
             raise KeyboardInterrupt
         return found
 
-    pipeline._ring = After(pipeline._ring, "take", then)
-    pipeline._taker = After(pipeline._taker, "take_ready", then)
+    iterator._pipeline._ring = After(iterator._pipeline._ring, "take", then)
+    after_ready(iterator, then)
 
 
 @pytest.mark.parametrize("columns", [["id", "blob", "text"], ["id"]])
@@ -363,7 +369,7 @@ def test_ctrl_c_between_a_batch_and_its_count_moves_no_later_batch(make_dataset,
     loader = make()
     loader.load_state_dict(state)
     iterator = iter(loader)
-    strike(iterator._pipeline, 3)
+    strike(iterator, 3)
     served = []
     for _ in range(5):
         with contextlib.suppress(KeyboardInterrupt):
@@ -409,16 +415,13 @@ def test_ctrl_c_in_a_wait_for_a_batch_loses_none(make_dataset):
                 return 1  # not ready
             return self.ring.take(timeout_s)
 
-        def take_ready(self):
-            return None
-
         def __getattr__(self, name):
             return getattr(self.ring, name)
 
     loader = tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10)
     iterator = iter(loader)
     iterator._pipeline._ring = Late(iterator._pipeline._ring)
-    iterator._pipeline._taker = Late(iterator._pipeline._taker)
+    iterator._take_by(None)
     found = []
     for number in range(10):
         with pytest.MonkeyPatch.context() as patch:

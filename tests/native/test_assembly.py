@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import threading
 from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
-from tiercache._native.assembly import BufferEntry, Entries, Taker, TensorEntry
+from tiercache._native.assembly import BufferEntry, Entries, ReadyIterator, Taker, TensorEntry
 from tiercache._native.ring import Layout, Plan, Ring, held_bytes
 from tiercache.load.buffer import Buffer
 from tiercache.waiting import wait_for
@@ -126,7 +130,7 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
     if what == "it failed":
         rows.offsets[3] = 1 << 40
     ring = ring_of(None if what in ("nothing is ready", "it ended") else plan, ended=what != "nothing is ready")
-    taker = Taker(ring, entries_of(), deque(), (deque(), odd), lock)
+    taker = Taker(ring, entries_of(), deque(), (deque(), odd), lock, waits := [0, 0])
     if what in ("something is odd", "somebody takes", "it failed"):
         ready(ring)
     if what == "something is odd":
@@ -136,7 +140,7 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
         other.start()
         other.join()
     assert taker.take_ready() is None
-    assert (taker.rows, taker.batches, taker.n_bytes) == (0, 0, 0)
+    assert (taker.rows, taker.batches, taker.n_bytes, waits) == (0, 0, 0, [0, 0])
     if what == "it failed":
         with pytest.raises(gather.CorruptError):
             ring.take(0.0)
@@ -152,7 +156,7 @@ def test_what_is_not_as_most_batches_is_left_to_take(rows, what):
 
 def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
     ring, pieces, lock = ring_of(rows.plan(rows.numbers)), deque([(8, "a"), (20, "b"), (40, "c")]), threading.RLock()
-    taker = Taker(ring, entries_of(), pieces, (deque(),), lock)
+    taker = Taker(ring, entries_of(), pieces, (deque(),), lock, waits := [0, 0])
     left = []
     for number in range(N_ROWS // BATCH_ROWS):
         ready(ring)
@@ -162,7 +166,7 @@ def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
             assert taker.take_ready()["id"].tolist() == list(range(8 * number, 8 * number + 8))
         left.append("".join(name for _, name in pieces))
         assert (taker.rows, taker.samples) == (8 * (number + 1), 8 * (number + 1))
-    assert (left, taker.batches) == (["bc", "bc", "c", "c", ""], 5)
+    assert (left, taker.batches, waits) == (["bc", "bc", "c", "c", ""], 5, [4, 0])
     assert taker.n_bytes == 8 * N_ROWS + len(rows.values)
     assert lock.acquire(blocking=False)
     ring.close()
@@ -170,9 +174,70 @@ def test_what_is_taken_is_counted_and_lets_go_of_its_pieces(rows):
 
 def test_a_batch_that_was_lost_moves_no_later_one(rows):
     ring = ring_of(rows.plan(rows.numbers))
-    taker = Taker(ring, entries_of(), deque(), (), threading.RLock())
+    taker = Taker(ring, entries_of(), deque(), (), threading.RLock(), [0])
     ring.take(10)  # as where Ctrl-C struck before it was counted
     ready(ring)
     assert taker.take_ready()["id"].tolist() == list(range(8, 16))
     assert (taker.rows, taker.samples) == (16, 8)
     ring.close()
+
+
+class Short(ReadyIterator):
+    """Hands out what is ready, and "long" for all that comes the long way."""
+
+    def __init__(
+        self, ready: Callable[[], Any] | None, *, n_yielded: int = 1, n_undrawn: int = 100, plain: bool = True
+    ):
+        self.progress = SimpleNamespace(n_yielded=n_yielded)
+        self.profiler = SimpleNamespace(_is_profiler_enabled=False)
+        self.missed: list[BaseException] = []
+        super().__init__(self.progress, self.profiler, n_undrawn, plain)
+        self._take_by(ready)
+
+    def _next(self) -> str:
+        return "long"
+
+    def _missed(self, error: BaseException) -> None:
+        self.missed.append(error)
+
+
+def test_a_batch_that_is_ready_comes_the_short_way_and_counts():
+    iterator = Short(itertools.count().__next__)
+    assert iter(iterator) is iterator
+    assert ([next(iterator) for _ in range(3)], iterator.progress.n_yielded) == ([0, 1, 2], 4)
+
+
+@pytest.mark.parametrize(
+    ("ready", "how"),
+    [
+        (lambda: None, {}),
+        (None, {}),
+        (lambda: "short", {"n_yielded": 0}),  # torch's sampler draws before the first
+        (lambda: "short", {"n_undrawn": 1}),
+        (lambda: "short", {"plain": False}),
+    ],
+)
+def test_all_other_batches_come_the_long_way_which_counts_itself(ready, how):
+    iterator = Short(ready, **how)
+    before = iterator.progress.n_yielded
+    assert (next(iterator), iterator.progress.n_yielded) == ("long", before)
+
+
+def test_while_somebody_profiles_batches_come_the_long_way():
+    iterator = Short(lambda: "short")
+    iterator.profiler._is_profiler_enabled = True
+    assert next(iterator) == "long"
+    assert iterator._take_ready() == "short"  # what the long way asks for first
+    iterator.profiler._is_profiler_enabled = False
+    assert (next(iterator), iterator.progress.n_yielded) == ("short", 3)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_what_is_raised_where_a_batch_is_taken_is_told_and_passes_through(error):
+    def fail():
+        raise error
+
+    iterator = Short(fail)
+    with pytest.raises(error):
+        next(iterator)
+    assert ([type(one) for one in iterator.missed], iterator.progress.n_yielded) == ([error], 1)

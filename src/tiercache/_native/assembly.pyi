@@ -1,9 +1,9 @@
-"""Batches of slots: what most batches are made of, tensors and buffers, in one call; and a count of what was taken."""
+"""Batches of slots: what most are made of, tensors and buffers, in one call; and what an iterator does for each."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 from tiercache._native.ring import Layout, Ring, Slot
 
@@ -57,7 +57,8 @@ class Taker:
     """Counts what was taken of a ring, and takes what needs nothing else than counting.
 
     pieces: (row after its last, piece): those that end with the rows taken are let go of; odd: while one of these holds
-        something, batches are not as most are; lock: that of whoever takes.
+        something, batches are not as most are; lock: that of whoever takes; waits: a histogram, in whose first bin
+        stands how many batches were there when they were asked for.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Taker:
         pieces: deque[tuple[int, Any]],
         odd: tuple[deque[Any], ...],
         lock: RLock,
+        waits: list[int],
     ) -> None: ...
     @property
     def rows(self) -> int:
@@ -89,3 +91,29 @@ class Taker:
         Raises:
             MemoryError: it is lost.
         """
+
+class ReadyIterator:
+    """An iterator whose batches, where they are ready and nothing is unusual, come without a Python frame.
+
+    That takes the consumer's thread 0.5 us less for each here. Who inherits has the long way for all others.
+
+    progress: has n_yielded, batches handed out, which is moved for each; profiler: a module whose _is_profiler_enabled
+        says that batches are to come the long way; n_undrawn: batches up to which nothing is drawn from torch's random
+        numbers, but for the first; is_plain: whether batches are handed out as they are taken.
+    """
+
+    def __init__(self, progress: Any, profiler: Any, n_undrawn: int, is_plain: bool) -> None: ...
+    def _take_by(self, take_ready: Callable[[], Any] | None) -> None:
+        """Ask this for batches from here on, as `Taker.take_ready`; None: nobody has any ready."""
+
+    def _take_ready(self) -> Any | None:
+        """The next batch, counted, if it is ready and nothing is unusual about it. Raises as what is asked for it."""
+
+    def _next(self) -> Any:
+        """The next batch, the long way. Raises StopIteration."""
+
+    def _missed(self, error: BaseException) -> None:
+        """Hear of what is raised where a batch is taken: KeyboardInterrupt, MemoryError, RuntimeError (torch's)."""
+
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Any: ...

@@ -1,7 +1,8 @@
-"""Batches of slots: what most batches are made of, tensors and buffers, in one call; and a count of what was taken."""
+"""Batches of slots: what most are made of, tensors and buffers, in one call; and what an iterator does for each."""
 
+cimport cython
 from cpython.object cimport PyObject_GenericSetAttr
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from tiercache._native.ring cimport Layout, Ring, Slot
 
@@ -93,10 +94,11 @@ cdef class Taker:
     cdef Ring ring
     cdef Entries entries
     cdef object pieces, odd, lock
+    cdef list waits
 
-    def __init__(self, Ring ring not None, Entries entries not None, pieces, tuple odd, lock):
+    def __init__(self, Ring ring not None, Entries entries not None, pieces, tuple odd, lock, list waits not None):
         self.ring, self.entries, self.pieces, self.odd = ring, entries, pieces, odd
-        self.lock = lock
+        self.lock, self.waits = lock, waits
 
     def count(self, Slot slot not None):
         self.rows = slot.first_row + slot.slot.n_rows  # not a sum: a batch that Ctrl-C struck was never counted
@@ -119,6 +121,52 @@ cdef class Taker:
                 return None
             batch = self.entries.batch(slot)
             self.count(slot)
+            self.waits[0] += 1
             return batch
         finally:
             self.lock.release()
+
+
+@cython.auto_pickle(False)  # who inherits says what pickling it is
+cdef class ReadyIterator:
+    """An iterator's short way. Who inherits has the long one: `_next()`, and `_missed(error)`."""
+
+    cdef object progress, profiler, take_ready
+    cdef int64_t n_undrawn
+    cdef bint is_plain
+
+    def __init__(self, progress, profiler, int64_t n_undrawn, bint is_plain):
+        self.progress, self.profiler = progress, profiler
+        self.n_undrawn, self.is_plain = n_undrawn, is_plain
+
+    def _take_by(self, take_ready):
+        self.take_ready = take_ready
+
+    def _take_ready(self):
+        return self.ready()
+
+    cdef object ready(self):
+        cdef int64_t n_yielded
+        if self.take_ready is None:
+            return None
+        n_yielded = self.progress.n_yielded
+        if not 0 < n_yielded < self.n_undrawn:
+            return None
+        try:
+            batch = self.take_ready()
+        except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+            self._missed(error)
+            raise
+        if batch is not None:
+            self.progress.n_yielded = n_yielded + 1
+        return batch
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.is_plain and not self.profiler._is_profiler_enabled:
+            batch = self.ready()
+            if batch is not None:
+                return batch
+        return self._next()

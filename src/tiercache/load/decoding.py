@@ -102,6 +102,7 @@ class DecodedPipeline:
         self._n_skipped += len(job.replaced)
         return job.batch
 
+    @property
     def take_ready(self) -> None:
         """As `Pipeline.take_ready`: decoded batches come by take() only."""
 

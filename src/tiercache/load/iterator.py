@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
+from tiercache._native.assembly import ReadyIterator
 from tiercache.errors import CorruptShard
 from tiercache.load.assemble import Batch
 from tiercache.load.decoding import start_pipeline
@@ -79,7 +80,7 @@ class Delivery:
     draws: Draws
 
 
-class NativeIterator(Iterator[Batch]):
+class NativeIterator(ReadyIterator, Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
 
     def __init__(self, position: Progress, work: Work, resources: Resources, delivery: Delivery) -> None:
@@ -95,23 +96,9 @@ class NativeIterator(Iterator[Batch]):
         self._passed_by: set[Damaged] = set()
         self._draws = delivery.draws
         # torch's sampler draws numbers before the first batch, and at the end before a short one, which comes last.
-        self._n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
-        self._pipeline = start_pipeline(work, resources)
-
-    def __next__(self) -> Any:
-        try:
-            # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
-            if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
-                with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
-                    return self._take()
-            return self._take()
-        except KeyboardInterrupt:
-            # Between a batch and its count: that batch is lost, as with torch, but those after it keep their places.
-            self._position.n_yielded = max(self._position.n_yielded, self._pipeline.n_taken)
-            raise
-
-    def __iter__(self) -> NativeIterator:
-        return self
+        n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
+        super().__init__(position, _profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
+        self._start(work)
 
     def __len__(self) -> int:
         return self._work.share.n_batches
@@ -144,16 +131,36 @@ class NativeIterator(Iterator[Batch]):
             self._count(self.figures())
             self._counted = True
 
+    def _start(self, work: Work) -> None:
+        self._pipeline = start_pipeline(work, self._resources)
+        self._take_by(self._pipeline.take_ready)
+
+    def _next(self) -> Any:
+        try:
+            # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
+            if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
+                with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
+                    return self._take()
+            return self._take()
+        except KeyboardInterrupt as error:
+            self._missed(error)
+            raise
+
+    def _missed(self, error: BaseException) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            # Between a batch and its count: that batch is lost, as with torch, but those after it keep their places.
+            self._position.n_yielded = max(self._position.n_yielded, self._pipeline.n_taken)
+        else:  # a batch found no memory: going on would serve the next one as if nothing had been
+            self._pipeline.close()
+
     def _count(self, figures: Mapping[str, float]) -> None:
         for name, figure in figures.items():
             self._work.counters.add(name, figure)
 
     def _take(self) -> Any:
-        batch = self._pipeline.take_ready() if 0 < self._position.n_yielded < self._n_undrawn else None
+        batch = self._take_ready()
         if batch is None:
             batch = self._take_drawing()
-        else:
-            self._position.n_yielded += 1
         if self._pin is not None:
             batch = self._pin(batch)
         return batch if self._names is None else as_tuple(batch, self._names)
@@ -197,7 +204,7 @@ class NativeIterator(Iterator[Batch]):
             if self._work.coming is not None:
                 self._work.coming.forget()
             here = replace(self._work, first_batch=self._position.n_yielded, begun=None)
-            self._pipeline = start_pipeline(here, self._resources)
+            self._start(here)
             try:
                 return self._pipeline.take(self._timeout_s)
             except CorruptShard as again:

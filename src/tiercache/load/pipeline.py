@@ -36,6 +36,7 @@ from tiercache.shard.blocks import describe
 from tiercache.shard.cast import served_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -130,7 +131,9 @@ class Pipeline:
         self._is_closed = False
         self._taking = threading.RLock()
         odd = (self._waited, self._shared.mended)
-        self._taker = Taker(self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking)
+        self._taker = Taker(
+            self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
+        )
         self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
         # The thread holds no reference to this object, so that dropping the last one outside closes it.
         self._planner = threading.Thread(
@@ -151,25 +154,15 @@ class Pipeline:
         with self._taking:
             return self._take(timeout_s)
 
-    def take_ready(self) -> Batch | None:
-        """The next batch, if it is ready and there is nothing unusual about it; None: take() knows.
+    @property
+    def take_ready(self) -> Callable[[], Batch | None] | None:
+        """Gives the next batch if it is ready and there is nothing unusual about it; None: take() knows.
 
         What take() does for most batches, in one native call: that takes the consumer's thread 1 us less here, and 2
-        where reading the last batch has pushed interpreter and objects out of the processor's first cache.
-
-        Raises:
-            MemoryError: or RuntimeError, torch's: there is no memory for a tensor. The pipeline is closed.
+        where reading the last batch has pushed interpreter and objects out of the processor's first cache. Where it
+        raises MemoryError, or RuntimeError, torch's, a batch is lost: close the pipeline.
         """
-        if not self._assembler.is_native:
-            return None
-        try:
-            batch = self._taker.take_ready()
-        except (MemoryError, RuntimeError):
-            self._lose()
-            raise
-        if batch is not None:
-            self._work.waits.add_none()
-        return batch
+        return self._taker.take_ready if self._assembler.is_native else None
 
     def close(self) -> None:
         """End threads and give windows back; batches that were taken stay good. Repeatable.
