@@ -32,7 +32,7 @@ import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
 from stages.turns import Case, Effort, in_turns, tables
-from workloads import DECODED_SIZE, IMAGES, KEY
+from workloads import DECODED_SIZE, IMAGE_HEIGHT, IMAGE_WIDTH, IMAGES, KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +64,11 @@ def by_simplejpeg(data: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, buffer=_memory()[0])
 
 
+def by_simplejpeg_fast_dct(data: bytes) -> np.ndarray:
+    """Decoded, whole, with the faster and less exact transform: `DecodeImage(dct="fast")`."""
+    return simplejpeg.decode_jpeg(data, fastdct=True, buffer=_memory()[0])
+
+
 def by_simplejpeg_fast(data: bytes) -> np.ndarray:
     """Decoded, whole, with the faster and less exact transform and upsampling."""
     return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=_memory()[0])
@@ -76,7 +81,9 @@ def by_simplejpeg_five_eighths(data: bytes) -> np.ndarray:
 
 def by_simplejpeg_half(data: bytes) -> np.ndarray:
     """Decoded at half the size: what is done first where the result is at most as large."""
-    return simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=2, buffer=_memory()[0])
+    # simplejpeg takes the smallest scale that has both lengths: with lengths of 1 that is an eighth.
+    height, width = -(-IMAGE_HEIGHT // 2), -(-IMAGE_WIDTH // 2)
+    return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, buffer=_memory()[0])
 
 
 def chosen(data: bytes) -> None:
@@ -128,6 +135,7 @@ def _torchvision() -> dict[str, Decode]:
 def _decoders() -> dict[str, Decode]:
     return {
         "simplejpeg, decode": by_simplejpeg,
+        "simplejpeg, decode, fast DCT": by_simplejpeg_fast_dct,
         "simplejpeg, decode, fast": by_simplejpeg_fast,
         "simplejpeg, decode to 5/8": by_simplejpeg_five_eighths,
         "simplejpeg, decode to 1/2": by_simplejpeg_half,

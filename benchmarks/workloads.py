@@ -62,6 +62,11 @@ class Workload:
         """Whether a column is served as a list of objects or as one buffer and offsets."""
         return any(field.kind in ("bytes", "text") for field in self.fields)
 
+    @property
+    def pictures(self) -> bool:
+        """Whether a column is served decoded."""
+        return any(field.kind == "jpeg" for field in self.fields)
+
     def as_json(self) -> dict[str, Any]:
         """What `workload_of` takes."""
         return asdict(self)

@@ -12,6 +12,14 @@ TORCH = "torch"
 PILLOW = "pillow"
 # Both, at most: shuffled to the last record, and as the library itself would shuffle.
 ALL = ("none", "full", "default")
+# A form of decoded pictures: by libjpeg-turbo's faster and less exact transform, which FFCV has no way around, so that
+# rows of the same work stand beside each other.
+FAST_DCT = "fast DCT"
+
+
+def manner(form: str) -> str:
+    """The form of a row in words, as "as list" or "by fast DCT"; "" where it has none."""
+    return f"by {form}" if form == FAST_DCT else form and f"as {form}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +36,7 @@ class Peer:
             are read in different ways; or never, since it has none.
         min_workers: it cannot do with fewer.
         forms: what it gives for columns of varied length.
+        picture_forms: of decoded pictures, those that it has beside its usual one, or that its usual one is.
         workloads: names of those that it is run on.
         fewer: by workload, the most records of it that it gets, the first ones, where all of them would take minutes.
         baseline: no library, but something that libraries are measured against.
@@ -42,6 +51,7 @@ class Peer:
     tuned: Literal["once", "orders", "never"] = "once"
     min_workers: int = 0
     forms: tuple[str, ...] = ("list",)
+    picture_forms: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ("tokens", "bytes", "tensors", "rows", "images")
     fewer: Mapping[str, int] = field(default_factory=dict)
     baseline: bool = False
@@ -51,7 +61,7 @@ class Peer:
 BOTH = ("list", "buffer")
 
 PEERS = {
-    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="never", forms=BOTH),
+    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="never", forms=BOTH, picture_forms=(FAST_DCT,)),
     "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch"),
     "torch_bulk": Peer(
         title="torch DataLoader, in bulk",
@@ -67,6 +77,7 @@ PEERS = {
         distribution="simplejpeg",
         requirements=("numpy", "simplejpeg==1.9.0", "opencv-python-headless==5.0.0.93", TORCH),
         tuned="never",
+        picture_forms=(FAST_DCT,),
         workloads=("images",),
         baseline=True,
     ),
@@ -110,6 +121,7 @@ PEERS = {
         system=("opencv4", "libturbojpeg"),
         min_workers=1,
         forms=BOTH,
+        picture_forms=(FAST_DCT,),
     ),
     "grain_ar": Peer(
         title="Grain + ArrayRecord",

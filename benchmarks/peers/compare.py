@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from generate import generate
-from peers.catalogue import PEERS, Peer
+from peers.catalogue import PEERS, Peer, manner
 from peers.environments import NotInstalledError, interpreter
-from peers.job import Job, cores
+from peers.job import USUAL, Job, cores
 from peers.ledger import Ledger
 from peers.runner import FailedError, Runner
 from rows import spread
@@ -74,8 +74,8 @@ class Case:
     def name(self) -> str:
         """For people."""
         job = self.job
-        form = f", as {job.form}" if job.workload.varied else ""
-        return f"{job.workload.name}: {PEERS[job.peer].title}, shuffle {job.shuffle}{form}"
+        said = (f"{job.workload.name}: {PEERS[job.peer].title}", f"shuffle {job.shuffle}", manner(job.shown_form))
+        return ", ".join(filter(None, said))
 
 
 class Tasks:
@@ -137,7 +137,7 @@ def _job(name: str, workload: Workload, plan: Plan) -> Job:
         source_folder=str(plan.folder / "data" / workload.name),
         folder=str(plan.folder / "packed" / name / place),
         library_folder=str(plan.folder),
-        min_s=plan.min_s * (LONGER if any(field.kind == "jpeg" for field in workload.fields) else 1),
+        min_s=plan.min_s * (LONGER if workload.pictures else 1),
         check_s=0.0,
     )
 
@@ -145,7 +145,7 @@ def _job(name: str, workload: Workload, plan: Plan) -> Job:
 def _fixed(case: Case) -> dict[str, Any]:
     job = case.job
     fixed = {"peer": job.peer, "title": PEERS[job.peer].title, "workload": job.workload.as_json(), "cache": "warm"}
-    return {**fixed, "shuffle": job.shuffle, "form": job.form if job.workload.varied else "", "workers": job.workers}
+    return {**fixed, "shuffle": job.shuffle, "form": job.shown_form, "workers": job.workers}
 
 
 def _say(text: str) -> None:
@@ -173,13 +173,19 @@ def pack(job: Job, peer: Peer, plan: Plan, tasks: Tasks) -> tuple[Case, dict[str
     return Case(job, python), found if "records_per_s" in found else {"missing": "reads the generated records"}
 
 
+def forms(peer: Peer, workload: Workload) -> tuple[str, ...]:
+    """The forms of a contender's jobs of a workload."""
+    if workload.varied:
+        return peer.forms
+    return (USUAL, *peer.picture_forms) if workload.pictures else (USUAL,)
+
+
 def cases(packed: Case, plan: Plan) -> Iterator[Case]:
     """The ways that a contender is run in."""
     peer = PEERS[packed.job.peer]
-    forms = peer.forms if packed.job.workload.varied else ("list",)
     for shuffle in plan.shuffles:
         if shuffle in peer.shuffles:
-            for form in forms:
+            for form in forms(peer, packed.job.workload):
                 yield replace(packed, job=replace(packed.job, task="measure", shuffle=shuffle, form=form))
 
 

@@ -13,6 +13,9 @@ from source import Source
 from workloads import Workload, workload_of
 
 SEED = 7
+# The form of a job whose workload has but one, or of pictures in a contender's usual way: an odd word for it, but that
+# of all ledgers so far.
+USUAL = "list"
 
 
 class UnsupportedError(Exception):
@@ -31,7 +34,7 @@ class Job:
         folder: of the packed ones.
         library_folder: where the compiled floor lies.
         shuffle: "none", "full" or "default", what the contender itself would do.
-        form: "list" or "buffer", for columns of varied length.
+        form: "list" or "buffer", for columns of varied length; USUAL or FAST_DCT, for pictures; else USUAL.
         workers: threads or processes, whichever the contender has; 0: none beside the consumer's.
         min_s: of each timing; epochs are repeated until they took so long together.
         check_s: the most that the checked epoch may take; 0: no epoch is checked record by record.
@@ -44,7 +47,7 @@ class Job:
     folder: str
     library_folder: str
     shuffle: str = "none"
-    form: str = "list"
+    form: str = USUAL
     workers: int = 0
     min_s: float = 0.0
     check_s: float = math.inf
@@ -63,6 +66,11 @@ class Job:
     def shuffled(self) -> bool:
         """Whether the order is not the stored one."""
         return self.shuffle != "none"
+
+    @property
+    def shown_form(self) -> str:
+        """The form that rows have: "" for USUAL where no column is of varied length."""
+        return "" if self.form == USUAL and not self.workload.varied else self.form
 
     def as_json(self) -> dict[str, Any]:
         """What `job_of` takes."""

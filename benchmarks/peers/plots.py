@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from peers.catalogue import PEERS
+from peers.catalogue import PEERS, manner
 from peers.report import fewer, read
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def picture(rows: Sequence[Row], name: str, folder: Path) -> Path:
     for form, line, axes_of_form in zip(forms, panels, grid, strict=True):
         for order, panel, axes in zip(ORDERS.values(), line, axes_of_form, strict=True):
             bars(axes, panel)
-            axes.set_title(", ".join(filter(None, (name, order, form and f"as {form}"))), loc="left")
+            axes.set_title(", ".join(filter(None, (name, order, manner(form)))), loc="left")
     path = folder / f"benchmarks-{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peers.catalogue import FAST_DCT, manner
 from workloads import workload_of
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[st
         return []
     chosen.sort(key=lambda row: -row["samples_per_s.every"]["median"])
     floor = next((row["samples_per_s.every"]["median"] for row in chosen if row["peer"] in FLOORS), None)
-    title = f"{order[0].upper()}{order[1:]}" + (f", varied columns as {form}" if form else "")
+    what = "pictures" if form == FAST_DCT else "varied columns"
+    title = f"{order[0].upper()}{order[1:]}" + (f", {what} {manner(form)}" if form else "")
     return [f"{title}:", table(LOAD_TITLES, [load_line(row, floor) for row in chosen])]
 
 
@@ -132,7 +134,7 @@ def missing(rows: Iterable[Row]) -> list[str]:
     seen: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "missing" in row and row["benchmark"] == "load":
-            how = f"shuffle {row['shuffle']}" + (f" as {row['form']}" if row["form"] else "")
+            how = f"shuffle {row['shuffle']} {manner(row['form'])}".rstrip()
             seen.setdefault((row["title"], row["missing"]), []).append(how)
     lines = [f"- {title} ({'; '.join(how)}): {reason}" for (title, reason), how in seen.items()]
     return ["No figures:", "\n".join(lines)] if lines else []

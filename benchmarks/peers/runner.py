@@ -39,7 +39,8 @@ class Runner:
         self.logs.mkdir(parents=True, exist_ok=True)
         if job.task != "pack":
             read_through(job.path if job.path.exists() else Path(job.source_folder))
-        log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{job.form}-{job.workers}.log"
+        form = job.form.replace(" ", "_")
+        log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{form}-{job.workers}.log"
         with log.open("w") as errors:
             child = subprocess.Popen(
                 [str(python), "-m", "peers.child", json.dumps(job.as_json())],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers.catalogue import PEERS
+from peers.catalogue import FAST_DCT, PEERS, manner
 from peers.report import fewer, machine, put, read, table
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Required:
         return self.workload, self.shuffle, self.form
 
 
+PICTURES = ("", FAST_DCT)
 TABLE = (
     Required("tokens", "full", "", "c_floor", 1.3),
     Required("tokens", "none", "", "c_floor", 0.6),
@@ -54,8 +55,8 @@ TABLE = (
     Required("rows", "full", "list", "numpy_memmap", 1.3),
     *(Required("rows", "none", form, "numpy_memmap", 1.3) for form in ("list", "buffer")),
     *(Required("rows", "none", form, "lance_arrow", 1.7) for form in ("list", "buffer")),
-    *(Required("images", shuffle, "", "decoder_alone", 0.9) for shuffle in ("none", "full")),
-    *(Required("images", shuffle, "", "beton", 2.0) for shuffle in ("none", "full")),
+    *(Required("images", shuffle, form, "decoder_alone", 0.9) for form in PICTURES for shuffle in ("none", "full")),
+    *(Required("images", shuffle, form, "beton", 2.0) for form in PICTURES for shuffle in ("none", "full")),
 )
 
 
@@ -134,7 +135,7 @@ def _case(row: Row) -> Case:
 def _named(case: Case) -> str:
     workload, shuffle, form = case
     order = {"none": "in the stored order", "full": "shuffled"}[shuffle]
-    return f"{workload}, {order}" + (f", as {form}" if form else "")
+    return ", ".join(filter(None, (workload, order, manner(form))))
 
 
 def _is_beside(row: Row, case: Case) -> bool:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from tiercache.images.decoder import DecodeError, Decoder
 from tiercache.images.options import DecodeImage
 
 WHOLE = DecodeImage(None, layout="HWC")
+FAST = DecodeImage(None, layout="HWC", dct="fast")
 MIRROR = [0.0] * 24
 
 
@@ -39,6 +41,36 @@ def test_a_whole_picture_is_what_pillow_makes_of_it(how):
 def test_every_kind_of_jpeg_becomes_rgb_as_by_pillow(mode, progressive):
     data = encode(picture(37, 53).convert(mode), progressive=progressive)
     assert np.abs(whole(data).astype(int) - by_pillow(data)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [75, 90])
+def test_the_fast_transform_gives_simplejpegs_pixels_which_differ_by_little(mode, quality):
+    data = encode(picture(375, 500).convert(mode), quality=quality)
+    found = Decoder(FAST).decode(data, ())
+    assert np.array_equal(found, simplejpeg.decode_jpeg(data, fastdct=True))
+    difference = np.abs(found.astype(int) - whole(data))
+    assert 0.2 < difference.mean() < 1.5  # grey 0.4 to 0.5, colours 0.9 to 1.0
+    assert difference.max() <= 6  # grey 1, colours 3
+
+
+def test_the_fast_transform_is_for_jpegs_that_pillow_is_not_needed_for():
+    data = encode(picture(37, 53))
+    place = data.index(b"\xff\xdb")
+    others = [encode(picture(37, 53), how) for how in ("png", "webp", "gif")]
+    others += [encode(picture(37, 53).convert("CMYK")), data[:place] + b"\x00\x00\x00" + data[place:]]
+    for other in others:
+        assert np.array_equal(Decoder(FAST).decode(other, ()), whole(other))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "subsampling", "differs"), [(2, "4:2:0", True), (2, "4:4:4", False), (4, "4:2:0", False)]
+)
+def test_the_fast_transform_changes_of_reduced_jpegs_the_colours_of_420_at_a_half(reduction, subsampling, differs):
+    data = encode(picture(100 * reduction, 100 * reduction), subsampling=subsampling)
+    fast, accurate = (Decoder(DecodeImage(100, dct=dct)).decode(data, ()) for dct in ("fast", "accurate"))
+    assert np.array_equal(fast, accurate) is not differs
+    assert np.abs(fast.astype(int) - accurate).max() <= 4  # 2
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])

@@ -54,6 +54,19 @@ def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layou
     assert served == N
 
 
+def test_a_loader_takes_the_transform_that_it_is_asked_for(path):
+    stored, served = tc.Dataset(path), {}
+    for dct in ("accurate", "fast"):
+        options = tc.DecodeImage(16, dct=dct)
+        decoder = Decoder(options)
+        for batch in loader_of(path, options):
+            encoded = stored[batch["id"].tolist()]["image"]
+            expected = np.stack([decoder.decode(data, ()) for data in encoded])
+            assert np.array_equal(batch["image"].numpy(), expected)
+            served[dct] = expected
+    assert not np.array_equal(served["accurate"], served["fast"])
+
+
 def test_a_record_is_the_picture_that_pillow_cuts_out(path):
     record = tc.Dataset(path, decode={"image": tc.DecodeImage(20)})[0]
     stored = tc.Dataset(path)[0]["image"]

@@ -1,4 +1,7 @@
-"""FFCV: its own fields and decoders, the page cache of the system."""
+"""FFCV: its own fields and decoders, the page cache of the system.
+
+Its decoder always takes libjpeg-turbo's fast transform (TJFLAG_FASTDCT), so that pictures are the same in both forms.
+"""
 
 from __future__ import annotations
 

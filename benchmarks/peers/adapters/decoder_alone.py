@@ -11,14 +11,13 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from peers.catalogue import FAST_DCT
 from peers.columns import chunks
 from peers.job import SEED, Job, Opened, cores
 from workloads import DECODED_SIZE, KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from source import Source
 
 # A batch a thread at a time, and one more that waits, so that no thread does.
 AHEAD = cores() + 1
@@ -32,19 +31,20 @@ def opened(job: Job) -> Iterator[Opened]:
     rng, n = np.random.default_rng(SEED), job.workload.n_records
     with ThreadPoolExecutor(cores()) as pool:
         yield Opened(
-            lambda: _epoch(job.source, rng.permutation(n) if job.shuffled else np.arange(n), pool),
+            lambda: _epoch(job, rng.permutation(n) if job.shuffled else np.arange(n), pool),
             f"{cores()} threads, simplejpeg and OpenCV",
         )
 
 
-def _epoch(source: Source, order: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
+def _epoch(job: Job, order: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
+    source, fastdct = job.source, job.form == FAST_DCT
     (field,) = source.workload.fields
     data, offsets, keys = memoryview(source.data(field)), source.offsets(field).tolist(), source.keys
 
     def batch(rows: np.ndarray) -> dict[str, Any]:
         out = np.empty((len(rows), DECODED_SIZE, DECODED_SIZE, 3), np.uint8)
         for i, row in enumerate(rows.tolist()):
-            decode_into(data[offsets[row] : offsets[row + 1]], out[i])
+            decode_into(data[offsets[row] : offsets[row + 1]], out[i], fastdct=fastdct)
         return {field.name: out, KEY: keys[rows]}
 
     waiting: deque[Any] = deque()
@@ -56,9 +56,9 @@ def _epoch(source: Source, order: np.ndarray, pool: ThreadPoolExecutor) -> Itera
         yield waiting.popleft().result()
 
 
-def decode_into(encoded: Any, out: np.ndarray) -> None:
-    """Decode a JPEG, cut the centre square and resize it into out, uint8[size, size, 3]."""
-    image = simplejpeg.decode_jpeg(encoded)
+def decode_into(encoded: Any, out: np.ndarray, *, fastdct: bool) -> None:
+    """Decode a JPEG, cut the centre square and resize it into out, uint8[size, size, 3]. fastdct: as simplejpeg's."""
+    image = simplejpeg.decode_jpeg(encoded, fastdct=fastdct)
     height, width, _ = image.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

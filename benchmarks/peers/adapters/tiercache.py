@@ -1,4 +1,4 @@
-"""tiercache: default options, but for the full shuffle."""
+"""tiercache: default options, but for the full shuffle and the fast transform of pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import tiercache as tc
+from peers.catalogue import FAST_DCT
 from peers.job import SEED, Job, Opened
 from tiercache import DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
 from workloads import DECODED_SIZE, KEY
@@ -48,7 +49,8 @@ def opened(job: Job) -> Iterator[Opened]:
     """The loader; epochs follow each other in it."""
     fields = job.workload.fields
     varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
-    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center")
+    dct = "fast" if job.form == FAST_DCT else "accurate"
+    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center", dct=dct)
     dataset = Dataset(
         job.path / "data",
         forms=dict.fromkeys(varied, "buffer"),

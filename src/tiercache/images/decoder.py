@@ -116,7 +116,7 @@ class Decoder:
         how: dict[str, Any] = (
             {"min_height": height, "min_width": width, "min_factor": reduction} if reduction > 1 else {}
         )
-        how["buffer"] = scratch[:n_bytes]
+        how |= {"buffer": scratch[:n_bytes], "fastdct": self._options.dct == "fast"}
         try:
             picture: NDArray[np.uint8] = self._jpeg.decode_jpeg(data, **how)
         except ValueError:

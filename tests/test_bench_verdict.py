@@ -1,0 +1,148 @@
+"""What the comparison's rows say: the verdict on them, and the forms that pictures and columns are compared in."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports modules of the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def rates(peer: str, shuffle: str, form: str, rate: float, **others: Any) -> dict[str, Any]:
+    figures = {"samples_per_s": rate, "cpu_s_per_million": 1.0}
+    timed = {f"{name}.{read}": {"median": value} for name, value in figures.items() for read in ("every", "first")}
+    memory = {name: {"median": 1e8} for name in ("peak_private_bytes", "idle_private_bytes")}
+    row = {"benchmark": "load", "peer": peer, "title": peer, "workload": {"name": "tokens"}, "shuffle": shuffle}
+    return {**row, "form": form, **timed, **memory, **others}
+
+
+def images_job(bench: Callable[[str], ModuleType], form: str, folder: Path = Path()) -> Any:
+    """A job of eight pictures. folder: of the generated and the packed ones."""
+    images = replace(bench("workloads").IMAGES, batch_size=4, n_records=8)
+    place = {"source_folder": str(folder / "data"), "folder": str(folder / "packed"), "library_folder": str(folder)}
+    return bench("peers.job").Job(task="measure", peer="tiercache", workload=images, **place, form=form)
+
+
+def test_the_verdict_compares_with_the_floor_and_the_best_library(bench: Callable[[str], ModuleType]) -> None:
+    module = bench("peers.verdict")
+    ours = rates("tiercache", "full", "", 1400.0, peak_private_bytes={"median": 1.6e8})
+    floor, library = rates("c_floor", "full", "", 1000.0), rates("lit", "full", "", 9.0)
+    own = rates("wds", "default", "", 1500.0, **{"cpu_s_per_million.every": {"median": 2.0}})
+    packed = {"benchmark": "pack", "workload": {"name": "tokens"}}
+    packs = [
+        {**packed, "peer": "tiercache", "title": "tiercache", "records_per_s": 9e5, "one_by_one_records_per_s": 3e5},
+        {**packed, "peer": "hf", "title": "hf", "records_per_s": 1e5},
+        {**packed, "peer": "spdl_threads", "title": "has no format", "records_per_s": 9e5},
+    ]
+    lines = {(line.what, line.required): line for line in module.verdict([ours, floor, library, own, *packs])}
+    assert lines["tokens, shuffled", "1.3 x C floor"].met
+    assert lines["tokens, shuffled", "1.3 x C floor"].measured == "1.40"
+    assert lines["tokens, in the stored order", "0.6 x C floor"].met is None
+    beaten = lines["tokens, shuffled", "ahead of every library"]
+    assert not beaten.met
+    assert "wds" in beaten.figures
+    assert lines["tokens, shuffled", "CPU seconds per million: the least"].met
+    assert not lines["tokens, shuffled", "peak private memory: 1.5 x the least"].met
+    assert lines["tokens, packed one by one", "2 x the fastest library"].measured == "3.00"
+
+
+def test_the_verdict_says_when_the_best_library_got_fewer_records(bench: Callable[[str], ModuleType]) -> None:
+    ours, lit = (
+        rates(peer, "full", "", rate, workload={"name": "rows", "n_records": n}, whole_records=2048)
+        for peer, rate, n in (("tiercache", 9.0, 2048), ("lit", 3.0, 512))
+    )
+    lines = {(line.what, line.required): line for line in bench("peers.verdict").verdict([lit, ours])}
+    line = lines["rows, shuffled", "ahead of every library"]
+    assert (line.met, line.measured) == (True, "3.00")
+    assert line.figures.endswith("(lit, 512 records)")
+
+
+def test_the_verdict_compares_pictures_with_those_of_the_same_transform(bench: Callable[[str], ModuleType]) -> None:
+    images = {"workload": {"name": "images"}}
+    usual = [
+        rates(peer, "full", "", rate, **images) for peer, rate in (("tiercache", 9.0), ("beton", 5.0), ("lit", 6.0))
+    ]
+    fast = [rates(peer, "full", "fast DCT", rate, **images) for peer, rate in (("tiercache", 10.0), ("beton", 4.0))]
+    lines = {(line.what, line.required): line for line in bench("peers.verdict").verdict([*usual, *fast])}
+    assert lines["images, shuffled", "2 x FFCV"].measured == "1.80"
+    assert lines["images, shuffled", "ahead of every library"].measured == "1.50"
+    assert lines["images, shuffled, by fast DCT", "2 x FFCV"].measured == "2.50"
+    assert lines["images, shuffled, by fast DCT", "ahead of every library"].measured == "2.50"
+    assert lines["images, shuffled, by fast DCT", "0.9 x decoder and resize alone"].met is None
+
+
+def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str], ModuleType]) -> None:
+    peers, workloads = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS
+    for required in bench("peers.verdict").TABLE:
+        peer, workload = peers[required.against], workloads[required.workload]
+        assert required.workload in peer.workloads
+        assert required.shuffle in peer.shuffles
+        forms = bench("peers.compare").forms(peer, workload)
+        assert required.form in [replace(images_job(bench, form), workload=workload).shown_form for form in forms]
+
+
+def test_only_those_who_decode_by_the_fast_transform_are_run_by_it_too(bench: Callable[[str], ModuleType]) -> None:
+    peers, workloads, forms = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS, bench("peers.compare").forms
+    both = {name for name, peer in peers.items() if forms(peer, workloads["images"]) == ("list", "fast DCT")}
+    assert both == {"tiercache", "decoder_alone", "beton"}
+    assert all(forms(peer, workloads["images"]) == ("list",) for name, peer in peers.items() if name not in both)
+    assert {forms(peer, workloads["tokens"]) for peer in peers.values()} == {("list",)}
+    assert forms(peers["beton"], workloads["rows"]) == ("list", "buffer")
+
+
+def test_each_form_is_named_as_one_would_say_it(bench: Callable[[str], ModuleType]) -> None:
+    report, compare = bench("peers.report"), bench("peers.compare")
+    said = [compare.Case(images_job(bench, form), None).name for form in ("list", "fast DCT")]
+    assert said == ["images: tiercache, shuffle none", "images: tiercache, shuffle none, by fast DCT"]
+    names = ("first_batch_s", "rank_correlation", "neighbour_distance", "checked_share")
+    figures = {name: {"median": 1.0} for name in names}
+    row = {**rates("tiercache", "full", "", 9.0), **figures, "version": "1", "note": ""}
+    row["samples_per_s.every"] |= {"min": 8.0, "max": 10.0}
+    titles = [report.loading([{**row, "form": form}], "full", form, "shuffled")[0] for form in ("", "list", "fast DCT")]
+    assert titles == ["Shuffled:", "Shuffled, varied columns as list:", "Shuffled, pictures by fast DCT:"]
+    absent = [{**row, "form": form, "missing": "why"} for form in ("", "buffer", "fast DCT")]
+    expected = "- tiercache (shuffle full; shuffle full as buffer; shuffle full by fast DCT): why"
+    assert report.missing(absent)[1] == expected
+
+
+def test_a_ledger_from_before_the_fast_transform_still_holds_the_usual_pictures(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    usual, fast = (images_job(bench, form) for form in ("list", "fast DCT"))
+    assert (usual.shown_form, fast.shown_form) == ("", "fast DCT")
+    task = {"task": "measure", "peer": "tiercache", "workload": usual.workload.as_json()}
+    task |= {"source_folder": "", "folder": "", "library_folder": ""}
+    task |= {"shuffle": "none", "form": "list", "workers": 0, "min_s": 0.0, "check_s": float("inf")}
+    line = {"task": json.dumps([task, 1]), "found": {"samples_per_s": 1.0}}
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    ledger = bench("peers.ledger").Ledger(tmp_path / "ledger.jsonl", resume=True)
+    assert ledger.get(usual, 1) == {"samples_per_s": 1.0}
+    assert ledger.get(fast, 1) is None
+
+
+@pytest.mark.parametrize("adapter", ["tiercache", "decoder_alone"])
+def test_pictures_by_the_fast_transform_are_others_by_a_little(
+    adapter: str, bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    module, served = bench(f"peers.adapters.{adapter}"), []
+    for form in ("list", "fast DCT"):
+        job = images_job(bench, form, tmp_path)
+        bench("generate").generate(job.workload, job.source.folder)
+        if adapter == "tiercache" and not job.path.exists():
+            module.pack(job.source, job.path)
+        with module.opened(job) as opened:
+            served.append(np.concatenate([np.asarray(batch["image"]) for batch in opened.epoch()]).astype(int))
+    assert 0.3 < np.abs(served[0] - served[1]).mean() < 1.5
