@@ -146,11 +146,7 @@ cdef class ReadyIterator:
         return self.ready()
 
     cdef object ready(self):
-        cdef int64_t n_yielded
-        if self.take_ready is None:
-            return None
-        n_yielded = self.progress.n_yielded
-        if not 0 < n_yielded < self.n_undrawn:
+        if self.take_ready is None or not 0 < <int64_t>self.progress.n_yielded < self.n_undrawn:
             return None
         try:
             batch = self.take_ready()
@@ -158,7 +154,7 @@ cdef class ReadyIterator:
             self._missed(error)
             raise
         if batch is not None:
-            self.progress.n_yielded = n_yielded + 1
+            self.progress.n_yielded += 1
         return batch
 
     def __iter__(self):
