@@ -186,9 +186,15 @@ class Short(ReadyIterator):
     """Hands out what is ready, and "long" for all that comes the long way."""
 
     def __init__(
-        self, ready: Callable[[], Any] | None, *, n_yielded: int = 1, n_undrawn: int = 100, plain: bool = True
+        self,
+        ready: Callable[[], Any] | None,
+        *,
+        n_yielded: int = 1,
+        n_undrawn: int = 100,
+        plain: bool = True,
+        progress: Any = None,
     ):
-        self.progress = SimpleNamespace(n_yielded=n_yielded)
+        self.progress = progress or SimpleNamespace(n_yielded=n_yielded)
         self.profiler = SimpleNamespace(_is_profiler_enabled=False)
         self.missed: list[BaseException] = []
         super().__init__(self.progress, self.profiler, n_undrawn, plain)
@@ -241,3 +247,19 @@ def test_what_is_raised_where_a_batch_is_taken_is_told_and_passes_through(error)
     with pytest.raises(error):
         next(iterator)
     assert ([type(one) for one in iterator.missed], iterator.progress.n_yielded) == ([error], 1)
+
+
+def test_ctrl_c_in_the_count_of_a_batch_is_told_as_well():
+    class Struck:
+        @property
+        def n_yielded(self):
+            return 1
+
+        @n_yielded.setter
+        def n_yielded(self, n_batches):
+            raise KeyboardInterrupt
+
+    iterator = Short(lambda: "short", progress=Struck())
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    assert [type(one) for one in iterator.missed] == [KeyboardInterrupt]

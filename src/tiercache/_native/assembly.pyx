@@ -150,12 +150,12 @@ cdef class ReadyIterator:
             return None
         try:
             batch = self.take_ready()
+            if batch is not None:
+                self.progress.n_yielded += 1
+            return batch
         except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
             self._missed(error)
             raise
-        if batch is not None:
-            self.progress.n_yielded += 1
-        return batch
 
     def __iter__(self):
         return self

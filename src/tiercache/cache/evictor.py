@@ -182,15 +182,19 @@ class Evictor:
             return self._reserve_here(name, charge_bytes)
 
     @contextmanager
-    def _making_room(self) -> Iterator[None]:
-        """One at a time, here and in other processes: two would pick the same victims, and one would find none left."""
+    def _making_room(self) -> Iterator[bool]:
+        """One at a time, here and in other processes: two would pick the same victims, and one would find none left.
+
+        Gives whether that holds: who has waited for long goes on beside the other.
+        """
         lock = NameLock(self._folder.locks / "room")
         with self._room_lock:
             try:
                 now_s = SYSTEM_CLOCK.monotonic()
-                if not wait_for(lock.try_take, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0):
+                is_alone = wait_for(lock.try_take, ROOM_WAIT_S if now_s >= self._waits_again_s else 0.0)
+                if not is_alone:
                     self._waits_again_s = now_s + ROOM_WAIT_S + STOPPED_S
-                yield
+                yield is_alone
             finally:
                 lock.give_back()
 
@@ -202,15 +206,20 @@ class Evictor:
 
     def shrink(self) -> None:
         """Evict for a limit that has become smaller, whatever the policy: as much as can go."""
+        if self._over_bytes() <= 0:
+            return
         policy, wider = self._policy if replaces(self._rules.policy) else lru, 1
         kept: set[str] = set()
-        while (need_bytes := self._over_bytes()) > 0:
-            books, decision = self._decide("", Ask(0, need_bytes * wider, then=-1), kept, policy)
-            stayed = self._carry_out(books, decision, need_bytes)
-            if not stayed:  # all that was named is gone, and that is enough, or all there is
-                return
-            kept |= stayed
-            wider *= WIDER
+        with self._making_room() as is_alone:
+            while (need_bytes := self._over_bytes()) > 0:
+                books, decision = self._decide("", Ask(0, need_bytes * wider, then=-1), kept, policy)
+                stayed = self._carry_out(books, decision, need_bytes)
+                # Nothing stayed: all that was named is gone, and that is enough, or all there is. And what another one
+                # is deleting looks as if it were read, and is on the books until he is done.
+                if not stayed or not is_alone:
+                    return
+                kept |= stayed
+                wider *= WIDER
 
     def _over_bytes(self) -> int:
         used, reserved, limit_bytes = self._accounts.sums()

@@ -101,6 +101,7 @@ class Feed:
     Attributes:
         seed: for what is drawn at random for a record.
         batch_size: records of the longest batch by now.
+        n_let_go, last: how many batches were let go, and the one that was let go last.
     """
 
     padded = 0
@@ -123,18 +124,20 @@ class Feed:
         self._window_bytes = window_bytes
         self._damage = damage
         self._first_row = first_row
-        self._let: Drawn | None = None  # let go last
-        self._changed = threading.Condition()
+        self.last: Drawn | None = None
+        # Taken by itself: entering the condition is Python, where Ctrl-C after it was taken would leave it so.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._kept: deque[Drawn] = deque()
-        self._n_let_go = self._n_told = self._n_planned = self._n_closed = 0
+        self.n_let_go = self._n_told = self._n_planned = self._n_closed = 0
         self._ended = False
         self._error: Exception | None = None
 
     @property
     def n_drawn(self) -> int:
         """Batches that were added."""
-        with self._changed:
-            return self._n_let_go + len(self._kept)
+        with self._lock:
+            return self.n_let_go + len(self._kept)
 
     @property
     def n_records(self) -> int:
@@ -149,38 +152,39 @@ class Feed:
     @property
     def n_told(self) -> int:
         """Batches that may be planned."""
-        with self._changed:
+        with self._lock:
             return self._n_told
 
     def add(self, drawn: Drawn) -> None:
         """Append a batch, which is not planned before tell() or end()."""
-        with self._changed:
+        with self._lock:
             self._kept.append(drawn)
             self.batch_size = max(self.batch_size, len(drawn.numbers))
 
     def tell(self) -> None:
         """Let what was added be planned."""
-        with self._changed:
-            self._n_told = self._n_let_go + len(self._kept)
+        with self._lock:
+            self._n_told = self.n_let_go + len(self._kept)
             self._changed.notify_all()
 
     def end(self, error: Exception | None) -> None:
         """Say that no batch follows; error: why, raised by pieces() after all that were added."""
-        with self._changed:
+        with self._lock:
             self._ended, self._error = True, error
-            self._n_told = self._n_let_go + len(self._kept)
+            self._n_told = self.n_let_go + len(self._kept)
             self._changed.notify_all()
 
-    def let_go(self) -> Drawn:
+    def let_go(self) -> None:
         """Forget the oldest batch: it was handed out."""
-        with self._changed:
-            self._n_let_go += 1
-            self._let = self._kept.popleft()
-            return self._let
+        with self._lock:
+            # Without a call between them, after which Ctrl-C would be heard.
+            self.last = self._kept[0]
+            del self._kept[0]
+            self.n_let_go += 1
 
     def close(self) -> None:
         """End whoever waits in pieces(), by CancelledError. Repeatable; pieces() may be called again."""
-        with self._changed:
+        with self._lock:
             self._n_closed += 1
             self._changed.notify_all()
 
@@ -191,22 +195,22 @@ class Feed:
             CancelledError: closed.
             Exception: what ended the sampler, once all that it said before was given.
         """
-        with self._changed:
+        with self._lock:
             n_closed = self._n_closed
             # Whoever begins in the middle of an epoch has handed out all before.
-            first_row = self._first_row if self._let is None else self._let.first_row + len(self._let.numbers)
+            first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
         found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the same attributes
         return found if self._damage is None else mended(found, self._damage, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """Where in the epoch the records of a batch that was not let go lie, int64[n]."""
-        with self._changed:
-            drawn = self._kept[batch - self._n_let_go]
+        with self._lock:
+            drawn = self._kept[batch - self.n_let_go]
         return drawn.first_row + np.arange(len(drawn.numbers), dtype=np.int64)
 
     def place(self, position: int) -> tuple[int, int, int]:
         """(shard, block, row in the block) of a position in a batch that was not let go."""
-        with self._changed:
+        with self._lock:
             kept = list(self._kept)
         for drawn in kept:
             if drawn.first_row <= position < drawn.first_row + len(drawn.numbers):
@@ -226,8 +230,8 @@ class Feed:
                 yield self._place_of(number)
 
     def _drawn(self) -> list[Drawn]:
-        with self._changed:
-            return [*([] if self._let is None else [self._let]), *self._kept]
+        with self._lock:
+            return [*([] if self.last is None else [self.last]), *self._kept]
 
     def _place_of(self, number: np.int64) -> Place:
         found = self._locator.find(np.array([number], np.int64))
@@ -236,8 +240,8 @@ class Feed:
 
     def shards_ahead(self, _n_batches: int, _n_rows: int, n_bytes: int) -> list[int]:
         """Shards of what was drawn and is not planned yet, in the order in which they are needed; n_bytes at most."""
-        with self._changed:
-            waiting = list(islice(self._kept, max(self._n_planned - self._n_let_go, 0), None))
+        with self._lock:
+            waiting = list(islice(self._kept, max(self._n_planned - self.n_let_go, 0), None))
         if not waiting:
             return []
         found, first = np.unique(self._locator.shards(np.concatenate([w.numbers for w in waiting])), return_index=True)
@@ -287,11 +291,11 @@ class Feed:
 
     def _wait(self, at: int, n_closed: int) -> list[Drawn] | None:
         """Every batch from number `at` on, at least one; None at the end."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_told)
             if self._n_closed != n_closed:
                 raise CancelledError
-            found = list(islice(self._kept, at - self._n_let_go, self._n_told - self._n_let_go))
+            found = list(islice(self._kept, at - self.n_let_go, self._n_told - self.n_let_go))
             if found:
                 self._n_planned = at + len(found)
                 return found

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 
@@ -105,6 +105,9 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # as torch's iterators say
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        self.__getstate__()  # which protocols 0 and 1 do not ask of a native base
 
     def __del__(self) -> None:
         if hasattr(self, "_pipeline"):

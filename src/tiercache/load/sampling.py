@@ -139,7 +139,7 @@ class SampledEpoch:
         self._begun: Mapping[str, Any] | None = None  # the state to begin from
         self._listed = source.listed
         self._n_records = int(source.shard_records.sum()) if self._listed is None else len(self._listed)
-        self._n_before = self._n_handed = self._n_rows = self._first_row = 0
+        self._n_before = self._n_rows = self._first_row = 0
         self._ended = False
         self._look: Callable[[], tuple[Any, Any]] = _nothing
         self._snapshot = self._look()
@@ -147,14 +147,12 @@ class SampledEpoch:
     @property
     def n_yielded(self) -> int:
         """See the class."""
-        return self._n_handed
+        return self.feed.n_let_go
 
     @n_yielded.setter
     def n_yielded(self, n_batches: int) -> None:
-        while self._n_handed < n_batches:
-            drawn = self.feed.let_go()
-            self._snapshot, self._first_row = drawn.snapshot, drawn.first_row + len(drawn.numbers)
-            self._n_handed += 1
+        while self.feed.n_let_go < n_batches:
+            self.feed.let_go()
 
     @property
     def is_bulk(self) -> bool:
@@ -191,8 +189,10 @@ class SampledEpoch:
         """After the batches handed out, whatever was drawn since; torchdata's keys."""
         if self._iterator is None and self._begun is None:
             self._begin()
-        index_sampler, sampler_iter = self._snapshot
-        n_batches = self._n_before + self._n_handed
+        last = self.feed.last
+        index_sampler, sampler_iter = self._snapshot if last is None else last.snapshot
+        n_rows = self._first_row if last is None else last.first_row + len(last.numbers)
+        n_batches = self._n_before + self.feed.n_let_go
         return {
             _INDEX_SAMPLER: index_sampler,
             _SAMPLER_ITER: sampler_iter,
@@ -203,7 +203,7 @@ class SampledEpoch:
             "fetcher_state": None,
             "dataset_state": None,
             _FINISHED: self.finished,
-            OURS: {"epoch": self.feed.epoch, "seed": self.feed.seed, "rows": self._first_row},
+            OURS: {"epoch": self.feed.epoch, "seed": self.feed.seed, "rows": n_rows},
         }
 
     def _begin(self) -> Iterator[Any]:
