@@ -69,11 +69,11 @@ class CopyLease:
             tell: told once, True where the first ranges asked for are here already.
         """
         self._n_bytes, self._join, self._tell = n_bytes, join, tell
-        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)
         self._fetch: Fetch | None = None
         self._has_place = False
         self._lock = Lock()
         self._pid = os.getpid()
+        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)  # last: then it can close
         _leases.add(self)
 
     @property
@@ -211,7 +211,8 @@ class CopyLease:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_fd"):  # else Ctrl-C struck while it was made
+            self.close()
 
     def _renew(self) -> None:
         """In a forked child: open the same file anew, under the same number, so that the lock is the child's own."""

@@ -20,9 +20,10 @@ PARTLY = 3
 CORRUPT = 4
 PENDING = 5
 INTERRUPTED = 130
+_DONE = "all was done before"
 
 
-def reports_failures(verb: Callable[P, None], *, how_to_go_on: str) -> Callable[P, None]:
+def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P, None]:
     """The verb, with its errors printed as one line on standard error (and, with --verbose, the traceback before it).
 
     Other exceptions than those that tell of the world are bugs: they keep their traceback, which a report needs.
@@ -30,14 +31,15 @@ def reports_failures(verb: Callable[P, None], *, how_to_go_on: str) -> Callable[
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        is_done = False
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                verb(*args, **kwargs)
+                is_done = verb(*args, **kwargs) is None
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough: typer ends quietly
         except KeyboardInterrupt as error:  # Python's own says nothing; one of ours knows better what to do
-            _say(f"interrupted: {_said(error) or how_to_go_on}")
+            _say(f"interrupted: {_said(error) or (_DONE if is_done else how_to_go_on)}")
             raise typer.Exit(INTERRUPTED) from None
         except (TierCacheError, ValueError, TypeError, OSError) as error:
             if kwargs.get("verbose"):

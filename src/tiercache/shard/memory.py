@@ -48,7 +48,8 @@ class _Loan:
         }
 
     def __del__(self) -> None:
-        self._pool.take_back(self._piece)
+        if hasattr(self, "_piece"):  # else Ctrl-C struck while it was made
+            self._pool.take_back(self._piece)
 
 
 class Pool:
