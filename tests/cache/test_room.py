@@ -140,16 +140,20 @@ def test_a_cache_that_is_opened_smaller_gives_up_what_it_has_no_room_for(world):
     assert {entry.source[-1] for entry in cache.entries()} == {"c", "d"}
 
 
+def a_large_one_and_two(world):
+    """A store whose cache has a, more than the others together, then b and c; and the identity of a."""
+    store = world.store(world.cache("1MB", policy="lru"))
+    for key, n_bytes in (("a", 200_000), ("b", 10_000), ("c", 10_000)):
+        world.put(key, n_bytes)
+        world.fetch(store, key)
+    return store, world.identity("a")
+
+
 @pytest.mark.parametrize("policy", ["plan", "lru", "s3fifo", "resident"])
 def test_a_cache_that_is_opened_smaller_gives_up_others_where_the_first_to_go_is_read(world, locks, policy):
     if locks == "locks lie":
         pytest.skip("nothing is leased where locks lie")
-    store = world.store(world.cache("1MB", policy="lru"))
-    identity = world.put("a", 200_000)
-    world.fetch(store, "a")
-    for key in "bc":
-        world.put(key, 10_000)
-        world.fetch(store, key)
+    store, identity = a_large_one_and_two(world)
     with store.open_local("a", identity):
         cache = world.cache("100KB", policy=policy)
         assert {entry.source[-1] for entry in cache.entries()} == {"a"}
@@ -161,12 +165,7 @@ def test_a_cache_opened_smaller_while_another_makes_room_gives_up_what_is_named_
     if locks == "locks lie":
         pytest.skip("nothing is leased where locks lie")
     monkeypatch.setattr(evictor_module, "ROOM_WAIT_S", 0.05)
-    store = world.store(world.cache("1MB", policy="lru"))
-    identity = world.put("a", 200_000)
-    world.fetch(store, "a")
-    for key in "bc":
-        world.put(key, 10_000)
-        world.fetch(store, key)
+    store, identity = a_large_one_and_two(world)
     other = NameLock(store.cache.path / "locks" / "room")
     assert other.try_take()
     with store.open_local("a", identity):
