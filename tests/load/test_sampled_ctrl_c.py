@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
+from tests.testing.strikes import strike
 from torch.utils.data import SequentialSampler
 
 import tiercache as tc
 from tiercache.waiting import wait_for
 
 COUNTING = ("n_yielded", "let_go")
-
-
-def strike(at, call):
-    """Do call(), with Ctrl-C the time number `at` that Python enters or leaves what counts; whether it struck."""
-    n_seen = 0
-
-    def trace(frame, event, argument):
-        nonlocal n_seen
-        if event in ("call", "return") and frame.f_code.co_name in COUNTING:
-            n_seen += 1
-            if n_seen == at:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-            return trace
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 @pytest.mark.parametrize("columns", [["id"], ["id", "blob"]])
@@ -51,7 +25,7 @@ def test_ctrl_c_while_a_batch_is_counted_moves_no_later_one(make_dataset, column
     for _ in range(2):
         next(iterator)
     assert wait_for(lambda: iterator._native._pipeline._ring.figures()["ready"] > 0, 10)
-    struck = strike(at, lambda: next(iterator))
+    struck = strike(at, lambda: next(iterator), COUNTING, ("call", "return"))
     assert struck or at > 8  # so that it is known to strike
     again = make()
     again.load_state_dict(loader.state_dict())

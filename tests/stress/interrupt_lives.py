@@ -25,7 +25,7 @@ from tiercache.cli.app import app as command
 from tiercache.shard.commit import find_latest
 from tiercache.store import open_store
 from tiercache.testing.forks import run_forked
-from tiercache.testing.interrupts import RAISED, Interrupted, Lines, interrupted, lines_of
+from tiercache.testing.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -380,5 +380,5 @@ class LoopLife(Life):
 
     def look(self, done: Interrupted) -> Iterator[str]:
         yield from fault_of(done.ended, "it")
-        if done.where and done.outcome != RAISED:
+        if done.where and done.outcome not in (RAISED, DROPPED):
             yield f"the interrupt was {done.outcome}"

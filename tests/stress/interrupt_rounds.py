@@ -34,7 +34,7 @@ from tests.stress.kills import rounds_asked
 from tests.stress.life import CHAPTERS
 from tests.tier.jobs import JOBS
 
-from tiercache.testing.interrupts import SWALLOWED
+from tiercache.testing.interrupts import DROPPED, SWALLOWED
 
 MOST_PROBLEMS = 20
 CACHE = ["--cache", "{root}/cache", "--cache-size", "50MB"]
@@ -97,7 +97,7 @@ def run(lives: Iterable[Life], n_rounds: int, seed: int) -> Report:
             report.missed += 1
             continue
         report.struck[life.name] += 1
-        report.swallowed[done.where] += done.outcome == SWALLOWED and not isinstance(life, VerbLife)
+        report.swallowed[done.where] += done.outcome in (SWALLOWED, DROPPED) and not isinstance(life, VerbLife)
         report.problems += [f"{life.name}, before {done.where} (line {nth}): {problem}" for problem in life.look(done)]
     report.swallowed = +report.swallowed
     report.seconds = time.monotonic() - began_s

@@ -7,6 +7,9 @@ from tests.testing.warm_process import run_warm
 # What is interrupted must be of the package: a small module of it, with lines to spare.
 PROGRAM = """
 import json
+from threading import Lock
+
+from tiercache.cache.lease import CopyLease
 from tiercache.model import format_bytes, parse_bytes
 from tiercache.testing.interrupts import interrupted, lines_of
 
@@ -25,18 +28,38 @@ def changing(tell):
     except KeyboardInterrupt:
         raise OSError("changed") from None
 
+class Dying:
+    def __del__(self):
+        format_bytes(3)
+
+def dying(tell):
+    Dying()
+    tell("alive")
+
+lease = CopyLease(1, None)
+
+def locking(tell):
+    lease.close()
+
+def is_free(tell):
+    tell(str(lease._lock.acquire(timeout=5)))
+
 lines = lines_of(plain)
 done = {
     work.__name__: [interrupted(work, nth, then=lambda tell: tell("then")) for nth in lines.positions()]
     for work in (plain, swallowing, changing)
 }
 beyond = interrupted(plain, 10**6)
+dropped = [interrupted(dying, nth) for nth in lines_of(dying).positions()]
+left = [interrupted(locking, nth, then=is_free) for nth in lines_of(locking).positions()]
 print(json.dumps({
     "told": lines.ended.lines, "n": len(lines.positions()),
     "places": [one.where in lines.times for one in done["plain"]],
     "outcomes": {name: sorted({one.outcome for one in ends}) for name, ends in done.items()},
     "codes": {name: sorted({one.ended.code for one in ends}) for name, ends in done.items()},
     "then": [one.ended.lines[-1:] == ("then",) for one in done["plain"]],
+    "dropped": sorted({(one.outcome, one.ended.lines) for one in dropped}),
+    "left": [sum(bool(one.where) for one in left), sorted({one.ended.lines for one in left})],
     "beyond": [beyond.where, beyond.outcome, beyond.ended.code],
 }))
 """
@@ -52,4 +75,7 @@ def test_each_line_can_be_struck_and_what_came_of_it_is_told():
     assert found["outcomes"] == {"plain": ["raised"], "swallowing": ["swallowed"], "changing": ["changed"]}
     assert found["codes"] == {"plain": [0], "swallowing": [0], "changing": [1]}
     assert all(found["then"])
+    assert found["dropped"] == [["dropped", ["alive"]]]
+    assert found["left"] == [found["left"][0], [["True"]]]
+    assert found["left"][0] > 5
     assert found["beyond"] == ["", "", 0]

@@ -211,7 +211,8 @@ class CopyLease:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):  # else Ctrl-C struck while it was made
+        # Without _fd Ctrl-C struck while it was made; a closed one is left alone, since Python drops a Ctrl-C in here.
+        if hasattr(self, "_fd") and (self._fd >= 0 or self._has_place or self._presence is not None):
             self.close()
 
     def _renew(self) -> None:

@@ -16,13 +16,13 @@ import weakref
 from collections import deque
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
 from tiercache._native import gather
 from tiercache._native.assembly import Taker
-from tiercache._native.ring import CLOSED, END, FAILED, Ring
+from tiercache._native.ring import CLOSED, END, FAILED, Ring, Slot
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.load.assemble import BadValueError, Batch, valid_mask
 from tiercache.load.faults import bad_cast, bad_value
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache._native.ring import Slot
     from tiercache.load.coming import Begun, Coming
     from tiercache.load.damage import Damage, Place
     from tiercache.load.publishing import Publishing
@@ -61,6 +60,7 @@ CACHE_BYTES = 8 << 20
 # of an epoch it makes the next one ready, which the next one's planner waits for, and its consumer need not.
 PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
 
+_is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
 _live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
@@ -283,11 +283,14 @@ class Pipeline:
                 del found  # kept, it would be a cycle by its traceback
         if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
             try:
-                coming: Slot | int | Exception = self._started(self._ring.take(0.0))
+                # In C from the ring into the deque, and only then begun, which may be done twice: Ctrl-C anywhere here
+                # loses the batch before this one, which was taken, and not this one too.
+                self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
+                for coming in filter(_is_slot, self._ahead):
+                    self._started(coming)
             except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
-                coming = error.with_traceback(None)  # in its place in the order; its frames would hold this pipeline
-            if not isinstance(coming, int):
-                self._ahead.append(coming)
+                # In its place in the order, for the slot if that came; its frames would hold this pipeline.
+                self._ahead.append(error.with_traceback(None))
         return found
 
     def _started(self, slot: Slot | int) -> Slot | int:

@@ -14,15 +14,17 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dis import get_instructions
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
 
-# What became of an interrupt: it came out of the work; the work ended as if there had been none (Python drops what
-# rises out of __del__ and callbacks); another error came out.
-RAISED, SWALLOWED, CHANGED = "raised", "swallowed", "changed"
+# What became of an interrupt: it came out of the work; the work ended as if there had been none; so it did, but Python
+# dropped it, as it does with what rises out of __del__; another error came out.
+RAISED, SWALLOWED, DROPPED, CHANGED = "raised", "swallowed", "dropped", "changed"
 _NOTE = "interrupt "
 _OURS = str(Path(__file__).parents[1])
 
@@ -31,8 +33,8 @@ _OURS = str(Path(__file__).parents[1])
 class Interrupted:
     """What an interrupt did.
 
-    where: "file:line" of the line that was not begun, "" if it was never reached; outcome: RAISED, SWALLOWED or
-    CHANGED, "" where it was never reached; ended: the child's end, its lines without notes of ours.
+    where: "file:line" of the line that was not begun, "" if it was never reached; outcome: RAISED, SWALLOWED, DROPPED
+    or CHANGED, "" where it was never reached; ended: the child's end, its lines without notes of ours.
     """
 
     where: str
@@ -59,7 +61,7 @@ class _Tracer:
     """A trace function that knows the lines of the package in this thread, and raises at the n-th; 0: at none."""
 
     def __init__(self, nth: int) -> None:
-        self.nth, self.n_lines, self.where = nth, 0, ""
+        self.nth, self.n_lines, self.where, self.is_in_del = nth, 0, "", False
         self.times: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> _Tracer:
@@ -75,11 +77,11 @@ class _Tracer:
         return self._line if is_ours and not self.where else None
 
     def _line(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        if event != "line" or self.where:
+        if event != "line" or self.where or _leaves_with(frame.f_code, frame.f_lasti):
             return self._line
         self.n_lines += 1
         if self.n_lines == self.nth:
-            self.where = _place(frame)
+            self.where, self.is_in_del = _place(frame), _is_in_del(frame)
             raise KeyboardInterrupt
         if not self.nth:
             where = _place(frame)
@@ -89,6 +91,30 @@ class _Tracer:
 
 def _place(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename.removeprefix(_OURS + '/')}:{frame.f_lineno}"
+
+
+def _is_in_del(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _leaves_with(code: CodeType, at: int) -> bool:
+    """Whether these instructions call __exit__ at the end of a with block that nothing rose out of.
+
+    Python traces the with line once more there, but hears of no signal between the block's last call and the one of
+    __exit__: an interrupt raised here would leave locks taken that no Ctrl-C can.
+    """
+    return at in _withs_left(code)
+
+
+@cache
+def _withs_left(code: CodeType) -> frozenset[int]:
+    found = list(get_instructions(code))
+    starts = (found[i : i + 3] for i in range(len(found) - 2))
+    return frozenset(
+        three[0].offset for three in starts if all(one.opname == "LOAD_CONST" and one.argval is None for one in three)
+    )
 
 
 def lines_of(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> Lines:
@@ -122,7 +148,7 @@ def interrupted(
         try:
             with tracer:
                 work(tell)
-            outcome = SWALLOWED if tracer.where else ""
+            outcome = (DROPPED if tracer.is_in_del else SWALLOWED) if tracer.where else ""
         except KeyboardInterrupt:
             outcome = RAISED
         finally:
