@@ -6,7 +6,8 @@ On a busy machine `chrt -f 10 python benchmarks/bench_images.py --brief` (root) 
 
 The baseline of each number of threads is the chosen decoder and resize alone: simplejpeg into a thread's own memory,
 the centre square resized by OpenCV into a thread's own memory, with as many threads as the loader has. The loader's
-rows are shuffled epochs, `dtype="uint8"`, `layout="CHW"`, every batch taken and dropped.
+rows are shuffled epochs, `dtype="uint8"`, `layout="CHW"`, every batch taken and dropped. Where there is a libturbojpeg,
+the same stands there for planes that are resized before they become RGB.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+import planes_alone
 import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     Decode = Callable[[bytes], object]
 
 SIZE = (DECODED_SIZE, DECODED_SIZE)
+PLANES = "libturbojpeg's planes + OpenCV linear"
 # An epoch has each picture so many times: threads and memory to begin with cost a training's long epochs nothing.
 COPIES = 4
 _own = threading.local()
@@ -115,6 +119,19 @@ def by_pillow_resized(data: bytes) -> np.ndarray:
         return np.asarray(image.resize(SIZE, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)))
 
 
+def by_planes(data: bytes, *, fastdct: bool = False) -> None:
+    """Planes, the centre of which is resized and made RGB: `DecodeImage(resize_in="ycbcr")`."""
+    planes_alone.decode_into(data, _memory()[1], fastdct=fastdct)
+
+
+def _has_planes() -> bool:
+    try:
+        planes_alone.library()
+    except OSError:
+        return False
+    return True
+
+
 def _torchvision() -> dict[str, Decode]:
     """The decoder of torchvision, alone and with its resize; nothing where it is not installed."""
     try:
@@ -144,6 +161,7 @@ def _decoders() -> dict[str, Decode]:
         "OpenCV": by_opencv_resized,
         **_torchvision(),
         "Pillow": by_pillow_resized,
+        **({PLANES: by_planes, f"{PLANES}, fast DCT": partial(by_planes, fastdct=True)} if _has_planes() else {}),
     }
 
 
@@ -157,15 +175,28 @@ def _cases(
     def alone(decode: Decode) -> Callable[[], object]:
         return lambda: list(pool.map(lambda share: [decode(data) for data in share] and None, shares))
 
-    def epochs(crop: str) -> Callable[[], object]:
-        dataset = tc.Dataset(path, decode={"image": tc.DecodeImage(DECODED_SIZE, crop=crop)})
+    def epochs(**how: Any) -> Callable[[], object]:
+        dataset = tc.Dataset(path, decode={"image": tc.DecodeImage(DECODED_SIZE, **how)})
         options = tc.LoaderOptions(seed=1, threads=n_threads)
         loader = tc.DataLoader(dataset, batch_size=IMAGES.batch_size, shuffle=True, options=options)
         return lambda: sum(len(batch[KEY]) for batch in loader)
 
     n, unit = len(pictures), "images/s"
+    ways = [{"crop": "center"}, {"crop": "random"}]
+    if _has_planes():
+        ways += [way | {"resize_in": "ycbcr"} for way in ways] + [
+            {"crop": "center", "resize_in": "ycbcr", "dct": "fast"}
+        ]
     loaders = [
-        Case(stage, f"loader, crop={crop}", epochs(crop), COPIES * n, unit, baseline) for crop in ("center", "random")
+        Case(
+            stage,
+            ", ".join(["loader", *(f"{k}={v}" for k, v in how.items())]),
+            epochs(**how),
+            COPIES * n,
+            unit,
+            baseline,
+        )
+        for how in ways
     ]
     rest = [Case(stage, name, alone(decode), n, unit, baseline) for name, decode in others.items()]
     return [Case(stage, baseline, alone(chosen), n, unit), *loaders, *rest]

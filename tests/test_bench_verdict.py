@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.images.pictures import BY_PLANES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -96,9 +97,10 @@ def test_every_requirement_names_a_contender_that_runs_it(bench: Callable[[str],
 
 def test_only_those_who_decode_by_the_fast_transform_are_run_by_it_too(bench: Callable[[str], ModuleType]) -> None:
     peers, workloads, forms = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS, bench("peers.compare").forms
-    both = {name for name, peer in peers.items() if forms(peer, workloads["images"]) == ("list", "fast DCT")}
-    assert both == {"tiercache", "decoder_alone", "beton"}
-    assert all(forms(peer, workloads["images"]) == ("list",) for name, peer in peers.items() if name not in both)
+    ways = ("list", "fast DCT", "planes and fast DCT")
+    several = {name for name, peer in peers.items() if forms(peer, workloads["images"]) == ways}
+    assert several == {"tiercache", "decoder_alone", "beton"}
+    assert all(forms(peer, workloads["images"]) == ("list",) for name, peer in peers.items() if name not in several)
     assert {forms(peer, workloads["tokens"]) for peer in peers.values()} == {("list",)}
     assert forms(peers["beton"], workloads["rows"]) == ("list", "buffer")
 
@@ -133,13 +135,14 @@ def test_a_ledger_from_before_the_fast_transform_still_holds_the_usual_pictures(
     assert ledger.get(fast, 1) is None
 
 
+@pytest.mark.parametrize("form", ["fast DCT", pytest.param("planes and fast DCT", marks=BY_PLANES)])
 @pytest.mark.parametrize("adapter", ["tiercache", "decoder_alone"])
-def test_pictures_by_the_fast_transform_are_others_by_a_little(
-    adapter: str, bench: Callable[[str], ModuleType], tmp_path: Path
+def test_pictures_by_a_faster_way_are_others_by_a_little(
+    adapter: str, form: str, bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     module, served = bench(f"peers.adapters.{adapter}"), []
-    for form in ("list", "fast DCT"):
-        job = images_job(bench, form, tmp_path)
+    for way in ("list", form):
+        job = images_job(bench, way, tmp_path)
         bench("generate").generate(job.workload, job.source.folder)
         if adapter == "tiercache" and not job.path.exists():
             module.pack(job.source, job.path)

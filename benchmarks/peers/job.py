@@ -34,7 +34,7 @@ class Job:
         folder: of the packed ones.
         library_folder: where the compiled floor lies.
         shuffle: "none", "full" or "default", what the contender itself would do.
-        form: "list" or "buffer", for columns of varied length; USUAL or FAST_DCT, for pictures; else USUAL.
+        form: "list" or "buffer", for columns of varied length; USUAL or one of PICTURE_FORMS, for pictures; else USUAL.
         workers: threads or processes, whichever the contender has; 0: none beside the consumer's.
         min_s: of each timing; epochs are repeated until they took so long together.
         check_s: the most that the checked epoch may take; 0: no epoch is checked record by record.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers.catalogue import FAST_DCT, manner
+from peers.catalogue import PICTURE_FORMS, manner
 from workloads import workload_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[st
         return []
     chosen.sort(key=lambda row: -row["samples_per_s.every"]["median"])
     floor = next((row["samples_per_s.every"]["median"] for row in chosen if row["peer"] in FLOORS), None)
-    what = "pictures" if form == FAST_DCT else "varied columns"
+    what = "pictures" if form in PICTURE_FORMS else "varied columns"
     title = f"{order[0].upper()}{order[1:]}" + (f", {what} {manner(form)}" if form else "")
     return [f"{title}:", table(LOAD_TITLES, [load_line(row, floor) for row in chosen])]
 

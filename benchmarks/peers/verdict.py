@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers.catalogue import FAST_DCT, PEERS, manner
+from peers.catalogue import PEERS, PICTURE_FORMS, manner
 from peers.report import fewer, machine, put, read, table
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Required:
         return self.workload, self.shuffle, self.form
 
 
-PICTURES = ("", FAST_DCT)
+PICTURES = ("", *PICTURE_FORMS)
 TABLE = (
     Required("tokens", "full", "", "c_floor", 1.3),
     Required("tokens", "none", "", "c_floor", 0.6),

@@ -235,6 +235,14 @@ def test_a_large_picture_leaves_no_memory_of_its_size_behind(monkeypatch, layout
     assert kept <= 3 * decoder.MAX_KEPT_BYTES + 1024
 
 
+@pytest.mark.parametrize("side", [1, 8, 33, 224, 512])
+def test_scratch_memory_begins_where_libjpeg_turbo_writes_through_the_caches(side):
+    found = Decoder(DecodeImage(20))
+    found.decode(encode(picture(side, side)), ())
+    assert found._scratch.ctypes.data % 32
+    assert found._scaled.ctypes.data % 32
+
+
 def test_stray_bytes_that_pillow_reads_past_are_read_past():
     data = encode(picture(37, 53))
     place = data.index(b"\xff\xdb")

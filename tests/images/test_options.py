@@ -22,6 +22,8 @@ WRONG = [
     (ValueError, {"size": 8, "dtype": "int64"}, "dtype is one of 'uint8', .* got 'int64'"),
     (ValueError, {"size": 8, "layout": "NCHW"}, "layout is one of 'CHW', 'HWC'"),
     (ValueError, {"size": 8, "dct": "float"}, "dct is one of 'accurate', 'fast', got 'float'"),
+    (ValueError, {"size": 8, "resize_in": "yuv"}, "resize_in is one of 'rgb', 'ycbcr', got 'yuv'"),
+    (ValueError, {"size": None, "resize_in": "ycbcr"}, "resize_in='ycbcr' needs a size: whole pictures are not"),
     (TypeError, {"size": 8, "flip": 0.5}, "flip is True or False, got 0.5"),
     (ValueError, {"size": 8, "resize": 7}, "resize must be 8 or more"),
     (ValueError, {"size": (8, 12), "resize": 10}, "resize must be 12 or more"),

@@ -29,3 +29,16 @@ def test_ctrl_c_while_a_batch_with_lists_is_taken_loses_that_one_at_most(make_da
     rest = [batch["id"].tolist() for batch in iterator]
     assert rest in (expected[n_taken:], expected[n_taken + 1 :])
     assert [batch["id"].tolist() for batch in again] == rest
+
+
+@pytest.mark.parametrize("at", range(1, 24))
+def test_damage_is_named_with_its_column_also_after_a_batch_that_ctrl_c_lost(make_dataset, at):
+    path = make_dataset(200)
+    for shard in path.rglob("*.tcs"):  # record 54, in a page that begins in batch 4
+        shard.write_bytes(shard.read_bytes().replace(bytes([54]) * 10, bytes([55]) + bytes([54]) * 9))
+    iterator = iter(tc.DataLoader(tc.Dataset(path, columns=["id", "blob"]), batch_size=10))
+    for _ in range(3):
+        next(iterator)
+    strike(at, lambda: next(iterator), TAKING, ("line",))
+    with pytest.raises(tc.CorruptShard, match="column 'blob'"):
+        list(iterator)

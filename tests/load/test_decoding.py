@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.images.pictures import encode, picture
+from tests.images.pictures import BY_PLANES, encode, picture
 from tests.load.decoded import RANDOM, N, loader_of, make_columns, write
 
 import tiercache as tc
@@ -54,17 +54,20 @@ def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layou
     assert served == N
 
 
-def test_a_loader_takes_the_transform_that_it_is_asked_for(path):
+@pytest.mark.parametrize(
+    ("name", "ways"), [("dct", ("accurate", "fast")), pytest.param("resize_in", ("rgb", "ycbcr"), marks=BY_PLANES)]
+)
+def test_a_loader_decodes_in_the_way_that_it_is_asked_for(path, name, ways):
     stored, served = tc.Dataset(path), {}
-    for dct in ("accurate", "fast"):
-        options = tc.DecodeImage(16, dct=dct)
+    for way in ways:
+        options = tc.DecodeImage(16, **{name: way})
         decoder = Decoder(options)
         for batch in loader_of(path, options):
             encoded = stored[batch["id"].tolist()]["image"]
             expected = np.stack([decoder.decode(data, ()) for data in encoded])
             assert np.array_equal(batch["image"].numpy(), expected)
-            served[dct] = expected
-    assert not np.array_equal(served["accurate"], served["fast"])
+            served[way] = expected
+    assert not np.array_equal(*served.values())
 
 
 def test_a_record_is_the_picture_that_pillow_cuts_out(path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -438,3 +440,20 @@ def test_an_epoch_that_begins_with_a_record_to_be_replaced_is_made_ready_like_an
                 thread.join(30)
         assert loader._native._coming._ready.result(30) is not None  # its first piece has other records in it
         assert flat(ids_of(loader)) == first
+
+
+@pytest.mark.parametrize("columns", [["id", "text"], ["id", "blob"]])
+def test_a_pipeline_that_found_damage_goes_without_the_collector(make_dataset, columns):
+    path = make_dataset(N)
+    dataset = tc.Dataset(path, columns=columns)
+    strike(dataset, path, 0, 1, "id")
+    iterator = iter(tc.DataLoader(dataset, batch_size=10))
+    pipeline = weakref.ref(iterator._pipeline)
+    gc.disable()
+    try:
+        with pytest.raises(tc.CorruptShard):
+            list(iterator)
+        del iterator
+        assert pipeline() is None
+    finally:
+        gc.enable()

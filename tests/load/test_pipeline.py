@@ -7,6 +7,7 @@ import errno
 import gc
 import itertools
 import os
+import signal
 import threading
 import time
 import warnings
@@ -277,19 +278,35 @@ def test_after_a_batch_that_found_no_memory_nothing_is_served(make_dataset, colu
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_an_epoch_that_was_begun_goes_on_in_no_forked_child(make_dataset):
+@pytest.mark.parametrize("is_being_taken", [False, True])
+def test_an_epoch_that_was_begun_goes_on_in_no_forked_child(make_dataset, is_being_taken):
     iterator = iter(tc.DataLoader(tc.Dataset(make_dataset(100), columns=["id"]), batch_size=10))
     next(iterator)
+    taking, go = threading.Event(), threading.Event()
+
+    def hold():
+        with iterator._pipeline._taking:
+            taking.set()
+            go.wait(20)
+
+    other = threading.Thread(target=hold)
+    if is_being_taken:
+        other.start()
+        assert taking.wait(20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: that is what is tested
         child = os.fork()
     if child == 0:
+        signal.alarm(10)
         try:
             next(iterator)
         except RuntimeError as error:
             os._exit(0 if "before a fork" in str(error) else 1)
         finally:
             os._exit(2)
+    go.set()
+    if is_being_taken:
+        other.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert next(iterator)["id"].tolist() == list(range(10, 20))
     iterator.close()

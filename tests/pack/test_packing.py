@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.pack import PackOptions, jsonl, pack, packing, plan_pack, run_pack
@@ -412,6 +413,27 @@ def test_a_commit_that_may_have_happened_deletes_nothing(photos, tmp_path, monke
     with pytest.raises(StoreError, match="the answer was lost"):
         pack(photos, tmp_path / "out")
     assert [i.key for i in open_store(tmp_path / "out").list("shards/")]
+
+
+@pytest.mark.parametrize("at", range(1, 16))
+def test_ctrl_c_leaves_no_shard_unless_it_says_to_look(photos, tmp_path, at):
+    plan = plan_pack(photos, tmp_path / "out", PackOptions())
+    said = []
+
+    def run():
+        try:
+            run_pack(plan)
+        except KeyboardInterrupt as error:
+            said.append(str(error))
+            raise
+
+    struck = strike(at, run, ("run_pack",), ("line",))
+    assert struck or at > 9  # so that it is known to strike
+    shards = list(open_store(tmp_path / "out").list("shards/"))
+    if struck:
+        assert "look whether the version is there" in said[0] or not shards
+    else:
+        assert shards
 
 
 def test_ctrl_c_while_it_commits_deletes_nothing_and_says_to_look(photos, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import tiercache as tc
-from peers.catalogue import FAST_DCT
+from peers.catalogue import PICTURE_FORMS, PLANES
 from peers.job import SEED, Job, Opened
 from tiercache import DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
 from workloads import DECODED_SIZE, KEY
@@ -49,8 +49,8 @@ def opened(job: Job) -> Iterator[Opened]:
     """The loader; epochs follow each other in it."""
     fields = job.workload.fields
     varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
-    dct = "fast" if job.form == FAST_DCT else "accurate"
-    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center", dct=dct)
+    dct, resize_in = "fast" if job.form in PICTURE_FORMS else "accurate", "ycbcr" if job.form == PLANES else "rgb"
+    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center", dct=dct, resize_in=resize_in)
     dataset = Dataset(
         job.path / "data",
         forms=dict.fromkeys(varied, "buffer"),

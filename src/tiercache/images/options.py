@@ -11,6 +11,7 @@ Crop = Literal["center", "random"]
 Layout = Literal["CHW", "HWC"]
 ImageDtype = Literal["uint8", "float32", "float16", "bfloat16"]
 Dct = Literal["accurate", "fast"]
+ResizeIn = Literal["rgb", "ycbcr"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,11 @@ class DecodeImage:
             average, by more at qualities above 90. JPEGs that are left to Pillow (CMYK, damaged ones) are decoded
             accurately. At a half, a quarter or an eighth of its size a JPEG has other transforms, which "fast" does not
             change but for the colours of 4:2:0 at a half.
+        resize_in: what of a JPEG is resized: "rgb", the decoded picture; "ycbcr", its planes as they are stored, which
+            become RGB at the size of the result: less work wherever chroma is stored at less than luma (nearly
+            everywhere), for pixels that differ by less than 1 of 255 on average. Crops are then widened to whole pixels
+            of chroma, by 1 pixel at most in 4:2:0. Needs the system's libturbojpeg; what is no such JPEG, or is decoded
+            at a half of its size or less, or not resized at all, comes as by "rgb".
 
     Raises:
         ValueError, TypeError: naming the argument, what it takes and what was given.
@@ -55,12 +61,14 @@ class DecodeImage:
     dtype: ImageDtype = "uint8"
     layout: Layout = "CHW"
     dct: Dct = "accurate"
+    resize_in: ResizeIn = "rgb"
 
     def __post_init__(self) -> None:
         """Check the values and bring them to one form: size as (height, width), dtype as a str."""
         _choice("crop", self.crop, get_args(Crop))
         _choice("layout", self.layout, get_args(Layout))
         _choice("dct", self.dct, get_args(Dct))
+        _choice("resize_in", self.resize_in, get_args(ResizeIn))
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))  # torch.float16, np.dtype("f2")
         _choice("dtype", self.dtype, get_args(ImageDtype))
         if not isinstance(self.flip, bool):
@@ -75,6 +83,8 @@ class DecodeImage:
     def _check_resize(self) -> None:
         if self.size is None and self.crop == "random":
             raise ValueError("crop='random' needs a size: a crop of any size is resized to it")
+        if self.size is None and self.resize_in != "rgb":
+            raise ValueError(f"resize_in={self.resize_in!r} needs a size: whole pictures are not resized")
         if self.resize is None:
             return
         if self.size is None or self.crop == "random":

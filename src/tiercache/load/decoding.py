@@ -65,7 +65,8 @@ class DecodedPipeline:
     """
 
     def __init__(self, work: Work, resources: Resources) -> None:
-        load_libraries()  # a missing one is the caller's error, not a thread's
+        for options in work.serving.decode.values():
+            load_libraries(options)  # a missing one is the caller's error, not a thread's
         self._waits = work.waits
         self._first_batch = work.first_batch
         self._pid = os.getpid()

@@ -199,21 +199,24 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
             CorruptShard: the error, where what was read is what the source sent and damage is not passed by.
         """
         damage = self._work.damage
-        while True:
-            healed = self._may_read_again()
-            if healed is None:
-                self._pass_by(error)
-            self._count(self._pipeline.figures())
-            if self._work.coming is not None:
-                self._work.coming.forget()
-            here = replace(self._work, first_batch=self._position.n_yielded, begun=None)
-            self._start(here)
-            try:
-                return self._pipeline.take(self._timeout_s)
-            except CorruptShard as again:
-                # Else the first says more: it names the block.
-                if healed or damage is not None or self._pipeline.damaged_shard is not None:
-                    error = again
+        try:
+            while True:
+                healed = self._may_read_again()
+                if healed is None:
+                    self._pass_by(error)
+                self._count(self._pipeline.figures())
+                if self._work.coming is not None:
+                    self._work.coming.forget()
+                here = replace(self._work, first_batch=self._position.n_yielded, begun=None)
+                self._start(here)
+                try:
+                    return self._pipeline.take(self._timeout_s)
+                except CorruptShard as again:
+                    # Else the first says more: it names the block.
+                    if healed or damage is not None or self._pipeline.damaged_shard is not None:
+                        error = again
+        finally:
+            del error  # kept, it would be a cycle by its traceback, which holds windows
 
     def _may_read_again(self) -> bool | None:
         """Whether a copy was replaced, so that what failed may be read now; None: it was read again before.
@@ -231,7 +234,10 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         """Let what is damaged be replaced from here on. Raises the error where it is not to be, or was before."""
         place: Damaged | None = error.facts.get("place")
         if self._work.damage is None or place is None or place in self._passed_by:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # as above
         self._passed_by.add(place)
         self._work.damage.learn(place, error)
 

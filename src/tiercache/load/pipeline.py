@@ -151,6 +151,9 @@ class Pipeline:
             TimeoutError: timeout_s (negative: none) passed.
             RuntimeError: closed, or called in a forked child.
         """
+        if self.inherited:  # the lock may have been another thread's, which is not here to give it back
+            self._stop(CLOSED, timeout_s)
+            return None
         with self._taking:
             return self._take(timeout_s)
 
@@ -283,10 +286,10 @@ class Pipeline:
                 del found  # kept, it would be a cycle by its traceback
         if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
             try:
-                # In C from the ring into the deque, and only then begun, which may be done twice: Ctrl-C anywhere here
+                # In C from the ring into the deque, and only then begun, or when its lists are asked for: Ctrl-C here
                 # loses the batch before this one, which was taken, and not this one too.
                 self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
-                for coming in filter(_is_slot, self._ahead):
+                for coming in filter(_is_slot, tuple(self._ahead)):
                     self._started(coming)
             except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
                 # In its place in the order, for the slot if that came; its frames would hold this pipeline.
@@ -342,7 +345,9 @@ class Pipeline:
         source = self._work.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
-        stop = self._taker.rows + self._work.share.batch_size
+        # More than this one, where Ctrl-C lost some: they were taken, and never counted.
+        n_uncounted = self._ring.figures()["batches"] - self._taker.batches
+        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.batch_size
         served = served_columns(source.schema, self._work.serving.cast if isinstance(error, gather.CastError) else {})
         for loaded, block, row in self._places(self._taker.rows, stop):
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None

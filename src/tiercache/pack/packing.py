@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -105,11 +105,16 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         if on_progress is not None:
             on_progress(progress)
 
-    is_committing = False
+    tasks, is_committing = _tasks(plan), False
     try:
         with closing(open_store(plan.url, **options.storage_options)) as store:
-            infos = _write_shares(plan, store, report)
-            is_committing = True
+            try:
+                infos = _write_shares(plan, tasks, report)
+                is_committing = True
+            except BaseException:
+                if not is_committing:
+                    _delete_shards(store, tasks)
+                raise
             return commit(store, infos, schema=plan.source.schema, mode=options.mode, parent=plan.parent)
     except KeyboardInterrupt as error:
         if is_committing:
@@ -117,20 +122,13 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
         raise
 
 
-def _write_shares(plan: PackPlan, store: Store, report: Report) -> list[ShardInfo]:
-    """All shards, in the order of the source; none is left when it raises."""
-    tasks = _tasks(plan)
+def _write_shares(plan: PackPlan, tasks: Sequence[_Share], report: Report) -> list[ShardInfo]:
+    """All shards, in the order of the source."""
     finished: dict[int, list[ShardInfo]] = {}
-    try:
-        if plan.n_processes == 1:
-            finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
-        else:
-            run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
-    except BaseException:
-        with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
-            for task in tasks:
-                _delete_shards(store, task.writer_id)
-        raise
+    if plan.n_processes == 1:
+        finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
+    else:
+        run_in_processes(write_share, tasks, plan.n_processes, report, finished.__setitem__)
     return [info for i in range(len(tasks)) for info in finished[i]]
 
 
@@ -146,15 +144,16 @@ def _tasks(plan: PackPlan) -> list[_Share]:
     ]
 
 
-def _delete_shards(store: Store, writer_id: str) -> None:
-    """Delete what a writer has left whose process was killed, or ended before anybody heard of its shards."""
-    for number in count():
-        key = shard_key(writer_id, number)
-        try:
-            store.head(key)
-        except NotFound:
-            return
-        store.delete([key])
+def _delete_shards(store: Store, tasks: Iterable[_Share]) -> None:
+    """Delete what was finished of shares; also by processes that were killed, or ended before anybody heard of it."""
+    with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
+        for task in tasks:
+            for key in (shard_key(task.writer_id, number) for number in count()):
+                try:
+                    store.head(key)
+                except NotFound:
+                    break
+                store.delete([key])
 
 
 def write_share(share: _Share, report: Report) -> list[ShardInfo]:

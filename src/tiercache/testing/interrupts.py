@@ -77,7 +77,7 @@ class _Tracer:
         return self._line if is_ours and not self.where else None
 
     def _line(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        if event != "line" or self.where or _leaves_with(frame.f_code, frame.f_lasti):
+        if event != "line" or self.where or leaves_with(frame.f_code, frame.f_lasti):
             return self._line
         self.n_lines += 1
         if self.n_lines == self.nth:
@@ -99,7 +99,7 @@ def _is_in_del(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _leaves_with(code: CodeType, at: int) -> bool:
+def leaves_with(code: CodeType, at: int) -> bool:
     """Whether these instructions call __exit__ at the end of a with block that nothing rose out of.
 
     Python traces the with line once more there, but hears of no signal between the block's last call and the one of
