@@ -148,4 +148,4 @@ def test_pictures_by_a_faster_way_are_others_by_a_little(
             module.pack(job.source, job.path)
         with module.opened(job) as opened:
             served.append(np.concatenate([np.asarray(batch["image"]) for batch in opened.epoch()]).astype(int))
-    assert 0.3 < np.abs(served[0] - served[1]).mean() < 1.5
+    assert 0.3 < np.abs(served[0] - served[1]).mean() < 4  # the box of planes is another by a pixel
