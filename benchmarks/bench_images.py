@@ -8,6 +8,10 @@ The baseline of each number of threads is the chosen decoder and resize alone: s
 the centre square resized by OpenCV into a thread's own memory, with as many threads as the loader has. The loader's
 rows are shuffled epochs, `dtype="uint8"`, `layout="CHW"`, every batch taken and dropped. Where there is a libturbojpeg,
 the same stands there for planes that are resized before they become RGB.
+
+    python benchmarks/bench_images.py --places [--repetitions 15]
+
+What it costs where the memory lies that pictures of several sizes are decoded into, before they are resized.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 SIZE = (DECODED_SIZE, DECODED_SIZE)
 PLANES = "libturbojpeg's planes + OpenCV linear"
+PLACED = ((375, 500), (256, 256), (384, 512), (480, 640))
 # An epoch has each picture so many times: threads and memory to begin with cost a training's long epochs nothing.
 COPIES = 4
 _own = threading.local()
@@ -229,6 +234,27 @@ def _processor_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(("processor time", "us, min", "us, median", "speed, min", "speed, median"), lines)
 
 
+def _place_table(repetitions: int) -> str:
+    """Microseconds of decoding and resize, the smallest of all turns, into memory on a multiple of 32 and beyond it."""
+    rng, lines = np.random.default_rng(13), []
+    for height, width in PLACED:
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = (smooth + rng.integers(-12, 13, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
+        data, memory = simplejpeg.encode_jpeg(noisy, 90, "RGB", "420"), np.empty(noisy.nbytes + 64, np.uint8)
+        first, took = -memory.ctypes.data % 32, {0: float("inf"), 16: float("inf")}
+        for _ in range(repetitions):
+            for beyond in took:
+                place = memory[first + beyond :][: noisy.nbytes]
+                start_s = time.thread_time()
+                for _ in range(50):
+                    picture = simplejpeg.decode_jpeg(data, buffer=place)
+                    cv2.resize(picture, SIZE, _memory()[1], interpolation=cv2.INTER_LINEAR)
+                took[beyond] = min(took[beyond], (time.thread_time() - start_s) / 50 * 1e6)
+        lines.append([f"{width}x{height}", *(f"{us:.0f}" for us in took.values())])
+    return table(("picture", "on a multiple of 32, us", "16 beyond, us"), lines)
+
+
 def _pack(folder: Path, n_images: int) -> tuple[list[bytes], Path]:
     """The pictures, and a data set of them."""
     source = generate(replace(IMAGES, n_records=n_images), folder / f"pictures-{n_images}")
@@ -251,10 +277,14 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--brief", action="store_true", help="the chosen decoder and the loader alone")
     parser.add_argument("--folder", type=Path, default=OUT / "images", help="for data and rows")
     parser.add_argument("--quick", action="store_true", help="a smoke test: little data, no figures to speak of")
+    parser.add_argument("--places", action="store_true", help="where decoded pictures lie, and nothing else")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    if asked.places:
+        print(_place_table(1 if asked.quick else asked.repetitions))
+        return
     asked.folder.mkdir(parents=True, exist_ok=True)
     pictures, path = _pack(asked.folder, 32 if asked.quick else asked.images)
     others = {} if asked.brief else _decoders()

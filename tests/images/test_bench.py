@@ -22,3 +22,12 @@ def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path):
     assert [row["case"] for row in loaders if "resize_in=ycbcr" in row["case"]] == [row["case"] for row in loaders[2:]]
     assert len(loaders) == (5 if has_turbojpeg() else 2)
     assert all(row["of_baseline"] > 0 for row in loaders)
+
+
+def test_the_places_of_scratch_memory_are_measured_for_each_size(tmp_path):
+    command = [sys.executable, "bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "x" in line.split(" ")[0]]
+    assert [line[0] for line in lines] == ["500x375", "256x256", "512x384", "640x480"]
+    assert all(float(us) > 0 for line in lines for us in line[1:])
