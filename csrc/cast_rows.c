@@ -6,7 +6,7 @@
 
 /* Rows up to SMALL_BYTES are gathered into a buffer that stays in the first cache, and cast from there, many in one call: of 8 bytes each
  * a call would cost more than the row. */
-enum { AHEAD = 6, GROUP = 32, SMALL_BYTES = 128, BUFFER_BYTES = 4096, PIECE_BYTES = 2048 };
+enum { AHEAD = 6, SMALL_BYTES = 128, BUFFER_BYTES = 4096, PIECE_BYTES = 2048 };
 
 size_t tc_cast_bytes(const tc_stream *stream, size_t n_bytes) {
     return stream->to == TC_AS_IS ? n_bytes : n_bytes / tc_dtype_bytes(stream->from) * tc_dtype_bytes(stream->to);
@@ -39,7 +39,7 @@ static uint64_t cast_long(const tc_stream *stream, uint8_t *to, const uint8_t *f
     size_t from_bytes = tc_dtype_bytes(stream->from), out_bytes = tc_cast_bytes(stream, PIECE_BYTES);
     uint64_t wrong = 0;
     for (; n_bytes > PIECE_BYTES; n_bytes -= PIECE_BYTES, from += PIECE_BYTES, to += out_bytes) {
-        ask_lines(from + PIECE_BYTES, n_bytes - PIECE_BYTES < PIECE_BYTES ? n_bytes - PIECE_BYTES : PIECE_BYTES);
+        ask_row(from + PIECE_BYTES, n_bytes - PIECE_BYTES < PIECE_BYTES ? n_bytes - PIECE_BYTES : PIECE_BYTES);
         wrong |= cast(from, to, PIECE_BYTES / from_bytes);
     }
     return wrong | cast(from, to, n_bytes / from_bytes);
@@ -50,13 +50,10 @@ static uint64_t cast_wide(const tc_stream *stream, const tc_rows *rows, uint8_t 
     const uint32_t *const block = rows->block, *const row = rows->row;
     const size_t n = rows->n, width = stream->width, out_bytes = tc_cast_bytes(stream, width);
     uint64_t wrong = 0;
-    for (size_t i = 0; i < n && i < GROUP; i++) ask_pages(sources[block[i]].values + row[i] * width, width);
+    for (size_t i = 0; i < n && i < AHEAD; i++) ask_row(sources[block[i]].values + row[i] * width, width);
     for (size_t i = 0, k; i < n; i += k) {
         k = run_at(rows, i);
-        if (k == 1) { /* the pages of a group of rows are asked for while the group before is read */
-            if (i + GROUP < n) ask_pages(sources[block[i + GROUP]].values + row[i + GROUP] * width, width);
-            if (i + AHEAD < n) ask_lines(sources[block[i + AHEAD]].values + row[i + AHEAD] * width, width);
-        }
+        if (k == 1 && i + AHEAD < n) ask_row(sources[block[i + AHEAD]].values + row[i + AHEAD] * width, width);
         wrong |= cast_long(stream, values + i * out_bytes, sources[block[i]].values + row[i] * width, k * width);
     }
     return wrong;
@@ -68,10 +65,7 @@ static int cast_var(const tc_stream *stream, const tc_rows *rows, const tc_sink 
     const int64_t *offsets = sink->offsets;
     for (size_t i = 0, k; i < n; i += k) {
         k = run_at(rows, i);
-        if (k == 1 && i + AHEAD < n) {
-            const tc_source *ahead = &rows->sources[rows->block[i + AHEAD]];
-            ask_lines(ahead->values + (size_t)ahead->offsets[rows->row[i + AHEAD]] * width, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * width);
-        }
+        if (k == 1 && i + AHEAD < n) ask_elements(rows, i + AHEAD, width, offsets);
         const tc_source *source = &rows->sources[rows->block[i]];
         uint64_t start = (uint64_t)source->offsets[rows->row[i]], n_elements = (uint64_t)(offsets[i + k] - offsets[i]);
         if (start > source->n_elements || n_elements > source->n_elements - start) return TC_CORRUPT;

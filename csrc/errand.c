@@ -1,11 +1,11 @@
 #include "errand.h"
 
+#include "ask.h"
 #include "copy.h"
 #include "guard.h"
-#include "runs.h"
 
 /* Slices that take some 15 us: long beside the lock, short beside what two threads may then wait for each other. */
-enum { LINE = 64, PREFETCH_LINES = 8, SLICE_BYTES = 128 << 10 };
+enum { SLICE_BYTES = 128 << 10 };
 
 tc_slice tc_errand_slice(tc_errand *errand) {
     tc_slice slice = {errand->begun, errand->begun};
@@ -14,16 +14,13 @@ tc_slice tc_errand_slice(tc_errand *errand) {
     return slice;
 }
 
-/* The first lines of an object; the hardware follows by itself from there. */
-static void prefetch(const tc_ref *ref) {
-    for (size_t at = 0; at < ref->n_bytes && at < LINE * PREFETCH_LINES; at += LINE) __builtin_prefetch((const char *)(uintptr_t)ref->address + at, 0, 0);
-}
+static inline void ask_object(const tc_ref *ref) { ask_row((const uint8_t *)(uintptr_t)ref->address, ref->n_bytes); }
 
 int tc_errand_copy(const tc_errand *errand, tc_slice slice) {
     if (tc_guard_enter()) return TC_EIO;
-    for (size_t i = slice.first; i < slice.stop; i++) ask_pages((const uint8_t *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
+    if (slice.first < slice.stop) ask_object(&errand->refs[slice.first]);
     for (size_t i = slice.first; i < slice.stop; i++) {
-        if (i + 1 < errand->n) prefetch(&errand->refs[i + 1]);
+        if (i + 1 < errand->n) ask_object(&errand->refs[i + 1]);
         tc_copy((uint8_t *)errand->places[i], (const uint8_t *)(uintptr_t)errand->refs[i].address, errand->refs[i].n_bytes);
     }
     tc_guard_leave();

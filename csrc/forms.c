@@ -3,9 +3,10 @@
 #include <string.h>
 
 #include "cast.h"
+#include "runs.h"
 #include "slot.h"
 
-enum { AHEAD = 6, LINE = 64, PREFETCH_LINES = 8 }; /* as gather.c: four to eight rows in flight hide the memory's latency */
+enum { AHEAD = 6 }; /* rows: they may be short */
 
 tc_stream tc_stored_as(const tc_stream *stream) {
     return (tc_stream){.kind = stream->kind == TC_PADDED ? TC_VAR : stream->kind, .width = stream->width};
@@ -232,14 +233,6 @@ static layout layout_of(tc_slot *slot, const tc_stream *stream, size_t s, const 
     return to;
 }
 
-static void prefetch_row(const tc_rows *rows, size_t i, size_t n_bytes, size_t width) {
-    const tc_source *source = &rows->sources[rows->block[i]];
-    const uint8_t *row = source->values + (size_t)source->offsets[rows->row[i]] * width;
-    size_t lines = (n_bytes + LINE - 1) / LINE;
-    if (lines > PREFETCH_LINES) lines = PREFETCH_LINES;
-    for (size_t k = 0; k < lines; k++) __builtin_prefetch(row + k * LINE, 0, 0);
-}
-
 typedef struct {
     const tc_stream *stream;
     const tc_form *form;
@@ -252,7 +245,7 @@ static int put_rows(const layout *to, const placed *stream, const tc_rows *rows,
     origin from = {NULL, width, tc_caster_of(stream->stream->from, stream->stream->to), 0};
     for (size_t i = 0; i < rows->n; i++) {
         uint64_t n_elements = (uint64_t)(offsets[i + 1] - offsets[i]);
-        if (i + AHEAD < rows->n) prefetch_row(rows, i + AHEAD, (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * width, width);
+        if (i + AHEAD < rows->n) ask_elements(rows, i + AHEAD, width, offsets);
         if (stream->valid && !stream->valid[first + i]) {
             put(to, first + i, (size_t)offsets[i], &(origin){stream->form->fill, to->width, NULL, 0}, n_elements);
             continue;

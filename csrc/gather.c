@@ -9,15 +9,9 @@
 #include "runs.h"
 #include "spans.h"
 
-/* Rows are asked for this far ahead: at 100 ns a miss and 20 to 200 ns a row, four to eight in flight hide the latency, and twice as many of
- * small ones. Measured here, 2 to 6 ahead with 8 to 64 lines each, and 8 to 24 small ones, are within 10 % of each other. */
-enum { AHEAD = 6, AHEAD_SMALL = 16, SMALL_BYTES = 128, LINE = 64, PREFETCH_LINES = 8, FEW_ROWS = 32, GROUP = 32 };
-
-static inline void prefetch_row(const uint8_t *row, size_t width) {
-    size_t lines = (width + LINE - 1) / LINE;
-    if (lines > PREFETCH_LINES) lines = PREFETCH_LINES; /* the hardware follows from there */
-    for (size_t i = 0; i < lines; i++) __builtin_prefetch(row + i * LINE, 0, 0);
-}
+/* Rows are asked for this far ahead. At 100 ns a miss, 16 small ones in flight hide the latency; 8 to 24 are within 10 %. Of long ones two do, for
+ * the starts of all their pages are asked for; 3 and 4 are the same. */
+enum { AHEAD_LONG = 2, AHEAD_SMALL = 16, SMALL_BYTES = 128, FEW_ROWS = 32 };
 
 static size_t count_breaks(const uint32_t *block, const uint32_t *row, size_t n) {
     uint32_t breaks = 0;
@@ -39,27 +33,28 @@ size_t tc_count_breaks(const uint32_t *block, const uint32_t *row, size_t n) {
     const uint32_t *const block = (rows)->block, *const row = (rows)->row;                                                     \
     const size_t n = (rows)->n
 
+/* A small row is read soon, and once: it goes to the first cache. */
+static inline void ask_small(const uint8_t *row, size_t width) {
+    for (size_t at = 0; at < width; at += LINE) __builtin_prefetch(row + at, 0, 0);
+}
+
 /* width is a constant where this is inlined for small rows: their copies are a few loads then, without a call. */
-static inline __attribute__((always_inline)) void copy_rows(const tc_rows *rows, size_t width, size_t ahead, uint8_t *values) {
+static inline __attribute__((always_inline)) void copy_rows(const tc_rows *rows, size_t width, uint8_t *values) {
     LOCALS(rows);
-    for (size_t i = 0; i < n && i < ahead; i++) prefetch_row(sources[block[i]].values + row[i] * width, width);
+    for (size_t i = 0; i < n && i < AHEAD_SMALL; i++) ask_small(sources[block[i]].values + row[i] * width, width);
     for (size_t i = 0; i < n; i++) {
-        if (i + ahead < n) prefetch_row(sources[block[i + ahead]].values + row[i + ahead] * width, width);
+        if (i + AHEAD_SMALL < n) ask_small(sources[block[i + AHEAD_SMALL]].values + row[i + AHEAD_SMALL] * width, width);
         memcpy(values + i * width, sources[block[i]].values + row[i] * width, width);
     }
 }
 
-/* Rows of more than a few lines, anywhere: the pages of a group of rows are asked for while the group before is copied. */
-static void copy_wide_rows(const tc_rows *rows, size_t width, uint8_t *values) {
+/* Long rows, anywhere. */
+static void copy_long_rows(const tc_rows *rows, size_t width, uint8_t *values) {
     LOCALS(rows);
-    for (size_t i = 0; i < n && i < GROUP; i++) ask_pages(sources[block[i]].values + row[i] * width, width);
-    for (size_t first = 0; first < n; first += GROUP) {
-        size_t stop = first + GROUP < n ? first + GROUP : n, ahead = stop + GROUP < n ? stop + GROUP : n;
-        for (size_t i = stop; i < ahead; i++) ask_pages(sources[block[i]].values + row[i] * width, width);
-        for (size_t i = first; i < stop; i++) {
-            if (i + AHEAD < n) prefetch_row(sources[block[i + AHEAD]].values + row[i + AHEAD] * width, width);
-            tc_copy(values + i * width, sources[block[i]].values + row[i] * width, width);
-        }
+    for (size_t i = 0; i < n && i < AHEAD_LONG; i++) ask_row(sources[block[i]].values + row[i] * width, width);
+    for (size_t i = 0; i < n; i++) {
+        if (i + AHEAD_LONG < n) ask_row(sources[block[i + AHEAD_LONG]].values + row[i + AHEAD_LONG] * width, width);
+        tc_copy(values + i * width, sources[block[i]].values + row[i] * width, width);
     }
 }
 
@@ -102,15 +97,15 @@ static void gather_fixed(const tc_rows *rows, size_t width, uint8_t *values) {
         case 2: COPY_AS(uint16_t); return;
         case 4: COPY_AS(uint32_t); return;
         case 8: COPY_AS(uint64_t); return;
-        case 16: copy_rows(rows, 16, AHEAD_SMALL, values); return;
-        case 32: copy_rows(rows, 32, AHEAD_SMALL, values); return;
-        case 64: copy_rows(rows, 64, AHEAD_SMALL, values); return;
-        case 128: copy_rows(rows, 128, AHEAD_SMALL, values); return;
+        case 16: copy_rows(rows, 16, values); return;
+        case 32: copy_rows(rows, 32, values); return;
+        case 64: copy_rows(rows, 64, values); return;
+        case 128: copy_rows(rows, 128, values); return;
         default: break;
     }
-    if (width <= SMALL_BYTES) copy_rows(rows, width, AHEAD_SMALL, values);
+    if (width <= SMALL_BYTES) copy_rows(rows, width, values);
     else if (width <= SPAN_BYTES) copy_spans(fixed_at, &(target){rows, width, values, NULL}, rows->n);
-    else copy_wide_rows(rows, width, values);
+    else copy_long_rows(rows, width, values);
 }
 
 static inline uint8_t bit_at(const uint8_t *bits, size_t at) { return (bits[at >> 3] >> (at & 7)) & 1; }
@@ -180,16 +175,9 @@ static int copy_var_rows(const tc_rows *rows, size_t width, const tc_sink *sink)
     uint8_t *const values = sink->values;
     if ((size_t)(offsets[n] - offsets[0]) * width <= n * SPAN_BYTES) return copy_spans(var_at, &(target){rows, width, values, offsets}, n);
     int status = 0;
+    for (size_t i = 0; i < n && i < AHEAD_LONG; i++) ask_elements(rows, i, width, offsets);
     for (size_t i = 0; status == 0 && i < n; i++) {
-        for (size_t j = i % GROUP == 0 ? i : n; j < n && j < i + GROUP; j++) { /* the pages of a group of rows together */
-            const tc_source *source = &sources[block[j]];
-            ask_pages(source->values + (size_t)source->offsets[row[j]] * width, (size_t)(offsets[j + 1] - offsets[j]) * width);
-        }
-        if (i + AHEAD < n) {
-            const tc_source *ahead = &sources[block[i + AHEAD]];
-            size_t n_bytes = (size_t)(offsets[i + AHEAD + 1] - offsets[i + AHEAD]) * width;
-            prefetch_row(ahead->values + (size_t)ahead->offsets[row[i + AHEAD]] * width, n_bytes);
-        }
+        if (i + AHEAD_LONG < n) ask_elements(rows, i + AHEAD_LONG, width, offsets);
         status = copy_elements(&sources[block[i]], row[i], width, offsets + i, 1, values);
     }
     return status;
@@ -250,7 +238,7 @@ int tc_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink)
 
 void tc_fill(uint8_t *const *places, const tc_ref *refs, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        if (i + AHEAD < n) prefetch_row((const uint8_t *)(uintptr_t)refs[i + AHEAD].address, refs[i + AHEAD].n_bytes);
+        if (i + AHEAD_LONG < n) ask_row((const uint8_t *)(uintptr_t)refs[i + AHEAD_LONG].address, refs[i + AHEAD_LONG].n_bytes);
         tc_copy(places[i], (const uint8_t *)(uintptr_t)refs[i].address, refs[i].n_bytes);
     }
 }

@@ -1,10 +1,11 @@
 /* What the kernels of gather.c and check.c share: runs of rows that follow one another, and offsets that stay inside. */
 #ifndef TC_RUNS_H
 #define TC_RUNS_H
+#include "ask.h"
 #include "gather.h"
 
 /* Runs shorter than this on average are not worth their search: the row loops prefetch, which beats one short copy after another. */
-enum { SHORTEST_RUN = 4, PAGE = 4096 };
+enum { SHORTEST_RUN = 4 };
 
 static inline int in_runs(const tc_rows *rows) { return rows->n_breaks * SHORTEST_RUN < rows->n; }
 
@@ -17,16 +18,10 @@ static inline size_t run_at(const tc_rows *rows, size_t i) {
     return end - i;
 }
 
-/* Ask for the first line of every page of a row. Finding where a page lies (its address translated) takes some 200 ns in a virtual machine; the
- * processor does several at a time only if it is asked for them one right after the other, so this is called for many rows in a row. */
-static inline void ask_pages(const uint8_t *row, size_t n_bytes) {
-    __builtin_prefetch(row, 0, 0);
-    for (size_t at = PAGE - ((uintptr_t)row & (PAGE - 1)); at < n_bytes; at += PAGE) __builtin_prefetch(row + at, 0, 0);
-}
-
-/* Ask for the first lines of a row; the hardware follows by itself from there. */
-static inline void ask_lines(const uint8_t *row, size_t n_bytes) {
-    for (size_t at = 0; at < n_bytes && at < 8 * 64; at += 64) __builtin_prefetch(row + at, 0, 0);
+/* Ask for the elements of a row whose source has its place, and of which offsets has the length. */
+static inline void ask_elements(const tc_rows *rows, size_t i, size_t width, const int64_t *offsets) {
+    const tc_source *source = &rows->sources[rows->block[i]];
+    ask_row(source->values + (size_t)source->offsets[rows->row[i]] * width, (size_t)(offsets[i + 1] - offsets[i]) * width);
 }
 
 /* Whether elements [start, end) are some, or none, of n_elements. Compared as unsigned numbers, negative ones are too large. */
