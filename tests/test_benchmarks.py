@@ -277,6 +277,18 @@ def test_an_epoch_that_is_cut_is_checked_as_far_as_it_came(checked: tuple[Any, l
         consumer.check_sums(1, whole=False)
 
 
+def test_what_is_read_and_forgotten_is_read_and_no_memory_is_kept_of_it(
+    checked: tuple[Any, list[dict[str, Any]]],
+) -> None:
+    consumer, batches = checked
+    assert consumer.read(batches)
+    totals = dict(consumer.totals)
+    consumer.reset()
+    assert consumer.read_and_forget(batches)
+    assert (consumer.totals, consumer.n_samples) == (totals, 0)
+    assert not consumer.read_and_forget(batches, until_s=0.0)
+
+
 def test_spans_go_on_in_the_epoch_that_was_cut(
     bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
 ) -> None:

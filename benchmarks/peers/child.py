@@ -16,7 +16,7 @@ from typing import Any
 from consumer import Consumer, shuffle_quality
 from peers.catalogue import PEERS
 from peers.job import Job, UnsupportedError, job_of
-from peers.spans import Stream, timing
+from peers.spans import Stream, read_for, timing
 from processes import PeakMemory, private_bytes
 
 TUNE_S = 0.5
@@ -89,7 +89,7 @@ def measure(adapter: Any, job: Job) -> dict[str, Any]:
                 checked = check(consumer, stream, job)
             # What a loader has read ahead when the clock starts shall be what it has when it stops, and what it does in
             # its first epoch only shall be over.
-            timing(consumer, consumer.read, stream, job.min_s / 2)
+            read_for(consumer.read_and_forget, stream, job.min_s / 2)
         every = timing(consumer, consumer.read, stream, job.min_s)
         consumer.check_sums(every["n_epochs"], whole=every["whole"])
         touched = timing(consumer, consumer.read_first, stream, job.min_s / 2)

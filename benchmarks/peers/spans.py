@@ -60,8 +60,17 @@ class Stream:
         return self._left
 
 
+def read_for(reader: Reader, stream: Stream, min_s: float) -> None:
+    """Read epochs until they took min_s together, the last one cut where it is long."""
+    started = time.perf_counter()
+    until_s = started + CUT_AFTER * min_s if min_s else math.inf
+    while stream.read(reader, until_s):
+        if time.perf_counter() - started >= min_s:
+            break
+
+
 def timing(consumer: Consumer, reader: Reader, stream: Stream, min_s: float) -> dict[str, float]:
-    """Epochs read until they took min_s together, the last one cut where it is long: figures, and what was read.
+    """Epochs read for min_s (read_for): figures, and what was read.
 
     Returns:
         samples_per_s, cpu_s_per_million, wait_share; n_samples; n_epochs, whole or not; whole: 1 if all were.
@@ -72,10 +81,7 @@ def timing(consumer: Consumer, reader: Reader, stream: Stream, min_s: float) -> 
     consumer.reset()
     begun, whole = stream.n_epochs, stream.at_start
     cpu_before, started = cpu_s(), time.perf_counter()
-    until_s = started + CUT_AFTER * min_s if min_s else math.inf
-    while stream.read(reader, until_s):
-        if time.perf_counter() - started >= min_s:
-            break
+    read_for(reader, stream, min_s)
     took_s, took_cpu_s = time.perf_counter() - started, cpu_s() - cpu_before
     n_epochs = stream.n_epochs - begun + (not whole)
     whole = whole and stream.at_start
