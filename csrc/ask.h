@@ -1,9 +1,9 @@
-/* Ask the memory for what is copied soon.
+/* Ask the memory for what is copied soon, and is more than a line or two: into the second cache.
  *
- * All of it goes to the second cache. The first has few places for lines that are still to come; and what is asked for without keeping
- * (prefetchnta, the compiler's locality 0) is on Intel's processors in no other, so that it is gone, or in the way, when it is copied. Measured on a
- * Granite Rapids, two threads, against that: rows of 12 KiB at random places 1.15 times the speed, runs of 256 KiB 1.15, by copy_pieces (copy.c) 1.6.
- * On a Zen 4 rows of up to 4 KiB came at 1.2 to 1.5 times the speed, longer ones at the same.
+ * The first has few places for lines that are still to come; and what is asked for without keeping (prefetchnta, the compiler's locality 0) is on
+ * Intel's processors in no other, so that it is gone, or in the way, when it is copied. Measured on a Granite Rapids, two threads, against that: rows
+ * of 12 KiB at random places 1.15 times the speed, runs of 256 KiB 1.15, by copy_pieces (copy.c) 1.6. On a Zen 4 rows of up to 4 KiB came at 1.2 to
+ * 1.5 times the speed, longer ones at the same.
  */
 #ifndef TC_ASK_H
 #define TC_ASK_H

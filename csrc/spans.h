@@ -5,8 +5,9 @@
 #include "copy.h"
 #include "gather.h"
 
-/* Rows up to so long are asked for with all their lines, so many bytes ahead. On a Zen 4, one thread or two, rows of 256 bytes to 2 KiB at random places are so copied at 1.3 to 1.5 times the speed of asking
- * for eight lines of each into the first cache, those of 4 KiB at 1.2; 4 to 12 KiB ahead give the same. Longer ones gain nothing. */
+/* Rows up to so long are asked for with all their lines, so many bytes ahead. On a Zen 4, one thread or two, rows of 256 bytes to 2 KiB at random
+ * places are so copied at 1.3 to 1.5 times the speed of asking for eight lines of each into the first cache, those of 4 KiB at 1.2; 4 to 12 KiB ahead
+ * give the same. Longer ones gain nothing. */
 enum { SPAN_BYTES = 4096, SPAN_AHEAD_BYTES = 8192 };
 
 /* A row, and where it goes. An empty one may lie, and go, anywhere; what lies outside its chunk has OUTSIDE bytes. */
