@@ -38,7 +38,7 @@ class Decoder:
         self.y = np.empty((height, width), np.uint8)
         self.cb, self.cr = np.empty((2, height // 2, width // 2), np.uint8)
         self.small = np.empty((3, size, size), np.uint8)
-        # libjpeg-turbo writes rows on multiples of 32 past the caches, which takes twice as long here.
+        # libjpeg-turbo writes rows that begin on multiples of 32 past the caches, and they are read at once.
         memory = np.empty(3 * size * size + 32, np.uint8)
         first = (16 - memory.ctypes.data) % 32
         self.rgb = memory[first : first + 3 * size * size].reshape(size, size, 3)

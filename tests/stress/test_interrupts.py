@@ -12,10 +12,8 @@ def rounds(folder, n, *arguments, timeout_s=170):
     )
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
-    if report["problems"]:
-        pytest.fail(
-            "\n".join(report["problems"]), pytrace=False
-        )  # all of them: an assertion would show the first words
+    if report["problems"]:  # all of them are shown: an assertion would show the first words
+        pytest.fail("\n".join(report["problems"]), pytrace=False)
     assert report["n_struck"] == n
     return report
 
