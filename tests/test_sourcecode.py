@@ -74,3 +74,11 @@ def test_nothing_is_left_for_later(path):
 def test_no_path_of_somebodys_machine_is_written_down(path):
     places = re.compile(r"""["'](/tmp|/home|/root|/work|/var|/mnt|/Users)\b""")
     assert [n for n, line in enumerate(path.read_text().splitlines(), start=1) if places.search(line)] == []
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_finalizers_ask_first_whether_the_interpreter_exits(path):
+    """By a default argument: a module's globals may be None by then, the function that asks among them."""
+    finalizers = [n for n in ast.walk(ast.parse(path.read_text())) if getattr(n, "name", "") == "__del__"]
+    asking = [n for n in finalizers if "sys.is_finalizing" in map(dotted, n.args.defaults)]
+    assert [n.lineno for n in finalizers if n not in asking] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -144,8 +145,8 @@ class Coming:
         self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may come all the same
         self._let_go(ready, plan)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_pid") and self._pid == os.getpid():
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
             self._let_go(self._end(), self.publishing)
 
     def _let_go(self, ready: Future[Begun | None] | None, plan: Publishing) -> None:

@@ -22,6 +22,8 @@ from tiercache.load.tuples import as_tuple
 from tiercache.order import RankPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tiercache.load.damage import Damaged
 
 _profiler = torch.autograd.profiler
@@ -109,8 +111,8 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         self.__getstate__()  # which protocols 0 and 1 do not ask of a native base
 
-    def __del__(self) -> None:
-        if hasattr(self, "_pipeline"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_pipeline"):
             self.close()
 
     def figures(self) -> Mapping[str, float]:

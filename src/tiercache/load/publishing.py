@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -110,8 +111,8 @@ class Publishing:
             if one is not None:
                 one.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_pid"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_pid"):
             self.close()
 
     def _advance(self, clock: int) -> None:
