@@ -46,8 +46,8 @@ def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(make_dataset, cod
 # dill, which torch imports where it is installed, refers to the main module. What that module's globals hold is then
 # dropped after the globals of modules that were imported later have become None.
 KEEP_MAIN = """
-import builtins, __main__
-builtins.keeps_main = __main__
+import __main__
+sys.keeps_main = __main__
 cache = tc.Cache(sys.argv[1] + "-cache", size="100MB")
 """
 
