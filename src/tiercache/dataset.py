@@ -22,7 +22,7 @@ from tiercache.load.fills import filled
 from tiercache.load.forms import in_forms
 from tiercache.load.records import Record, Records
 from tiercache.load.serving import Form, Serving
-from tiercache.load.tuples import as_tuple, record_tuple, tuple_columns
+from tiercache.load.tuples import as_columns, record_tuple, tuple_columns
 from tiercache.opened import OpenedVersion
 from tiercache.shard.cast import checked_casts
 from tiercache.shard.values import ColumnValues, as_records
@@ -175,7 +175,7 @@ class Dataset(Choosing):
         return self._derive(self.source.with_columns(columns), self.serving.select(columns))
 
     def as_tuple(self, *names: str) -> Self:
-        """The same records as tuples, and batches as tuples of columns: `for image, label in loader`.
+        """The same records as tuples, and batches as lists of columns: `for image, label in loader`.
 
         Only these columns are read. Beside columns a name may be what goes with them in a batch: "<column>.valid" of a
         nullable one, "<column>.lengths" of a padded one.
@@ -316,7 +316,7 @@ class Dataset(Choosing):
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
         batch, names = in_forms(self._columns(rows), self.serving), self.serving.names
-        return batch if names is None else as_tuple(batch, names)
+        return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Values of the records, nulls filled and pictures decoded where they are to be."""

@@ -219,4 +219,8 @@ def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
 def test_what_is_no_batch_of_ours_is_not_made_longer():
     thing = object()
     assert with_last_repeated({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
-    assert with_last_repeated((torch.zeros(2), [1, 2]), 3)[1] == 1
+
+
+def test_a_list_of_columns_is_made_longer_column_by_column():
+    (ids, texts, thing), n_repeated = with_last_repeated([torch.arange(2), ["a", "b"], None], 3)
+    assert (ids.tolist(), texts, thing, n_repeated) == ([0, 1, 1], ["a", "b", "b"], None, 1)

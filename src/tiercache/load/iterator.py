@@ -18,7 +18,7 @@ from tiercache.load.decoding import start_pipeline
 from tiercache.load.draws import Draws
 from tiercache.load.pipeline import Resources, Work
 from tiercache.load.state import RunState
-from tiercache.load.tuples import as_tuple
+from tiercache.load.tuples import as_columns
 from tiercache.order import RankPlan
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
             batch = self._take_drawing()
         if self._pin is not None:
             batch = self._pin(batch)
-        return batch if self._names is None else as_tuple(batch, self._names)
+        return batch if self._names is None else as_columns(batch, self._names)
 
     def _take_drawing(self) -> Batch:
         """The next batch, and what the sampler of torch's loader would draw. Raises StopIteration."""
