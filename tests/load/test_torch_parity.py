@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import inspect
+import itertools
+import logging
 import multiprocessing
 import pickle
 import warnings
@@ -277,8 +279,50 @@ def test_warnings_are_torchs(dataset, name, kind):
     data = Squares() if kind == "map" else dataset
     more = {"sampler": range(N)} if kind == "sampler" else {}
     theirs = warned_by(lambda: call(TorchLoader(data, **arguments, **more)))
-    assert warned_by(lambda: call(tc.DataLoader(data, **arguments, **more))) == theirs
     assert bool(theirs) is (name == "many workers" or ("pin" in name and hasattr(torch, "accelerator")))
+    starts_no_worker = name == "many workers" and kind != "map"
+    assert warned_by(lambda: call(tc.DataLoader(data, **arguments, **more))) == ([] if starts_no_worker else theirs)
+
+
+def test_torchs_path_over_our_data_set_warns_of_too_many_workers(dataset):
+    mixed = tc.mix([dataset, dataset], [1, 1])
+    for data, more in ((dataset, {"collate_fn": list}), (mixed, {"sampler": range(4)})):
+        found = warned_by(lambda data=data, more=more: tc.DataLoader(data, num_workers=4096, **more))
+        assert found == warned_by(lambda: TorchLoader(dataset, num_workers=4096))
+
+
+IGNORED = {
+    "worker_init_fn": print,
+    "multiprocessing_context": "spawn",
+    "prefetch_factor": 3,
+    "persistent_workers": True,
+    "in_order": False,
+    "snapshot_every_n_steps": 5,
+}
+
+
+@pytest.mark.parametrize("kind", ["native", "sampler"])
+@pytest.mark.parametrize("given", [*([name] for name in IGNORED), list(IGNORED), []], ids=str)
+def test_one_line_says_which_options_for_workers_change_nothing(dataset, caplog, kind, given):
+    caplog.set_level(logging.INFO)
+    more = {"sampler": range(N)} if kind == "sampler" else {}
+    loader = tc.DataLoader(dataset, 16, num_workers=2, **{name: IGNORED[name] for name in given}, **more)
+    ids_of(loader), ids_of(loader)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("tiercache", "INFO")]
+    message = caplog.records[0].getMessage()
+    assert "num_workers=2" in message
+    assert [name for name in IGNORED if name in message] == given
+    assert loader.in_order is ("in_order" not in given)
+
+
+def test_where_options_for_workers_are_heeded_nothing_says_that_they_are_not(dataset, caplog):
+    caplog.set_level(logging.INFO)
+    tc.DataLoader(dataset, 16)
+    tc.DataLoader(dataset, 16, num_workers=1, prefetch_factor=3, collate_fn=list)
+    tc.DataLoader(Squares(), 16, num_workers=1, prefetch_factor=3)
+    assert caplog.records == []
+    tc.DataLoader(dataset, num_workers=1, prefetch_factor=3, sampler=OwnSampler(N))  # is asked so far ahead
+    assert "prefetch_factor" not in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -357,6 +401,19 @@ def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
 def note_worker(worker_id):
     info = get_worker_info()
     info.dataset.noted = (worker_id, info.id, info.num_workers)
+
+
+class OwnSampler(torch.utils.data.Sampler):
+    """A sampler of the user's, of which nothing is known."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter(range(self.n))
+
+    def __len__(self):
+        return self.n
 
 
 class Noting(Squares):
@@ -463,9 +520,68 @@ def test_a_subclass_of_ours_is_a_loader_like_it(dataset):
     assert raised_by(lambda: setattr(Mine(dataset), "sampler", 1))[1].endswith("after Mine is initialized")
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"drop_last": True}, {"shuffle": True}, {"batch_size": 4, "shuffle": True}], ids=str
-)
+class Repeating:
+    """A batch sampler that begins another one again and again."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from iter(self.sampler)
+
+
+def keep_epochs(base, *, by_object):
+    """A loader whose iterator goes on from epoch to epoch, as timm's and other frameworks' loaders do."""
+
+    class KeepsEpochs(base):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if by_object:
+                object.__setattr__(self, "batch_sampler", Repeating(self.batch_sampler))
+            else:
+                self._DataLoader__initialized = False
+                self.batch_sampler = Repeating(self.batch_sampler)
+                self._DataLoader__initialized = True
+            self.batches = super().__iter__()
+
+        def __len__(self):
+            return len(self.batch_sampler.sampler)
+
+        def __iter__(self):
+            for _ in range(len(self)):
+                yield next(self.batches)
+
+    return KeepsEpochs
+
+
+@pytest.mark.parametrize("by_object", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_sampler_that_is_put_in_later_is_the_one_that_is_asked(dataset, workers, by_object):
+    theirs = keep_epochs(TorchLoader, by_object=by_object)(dataset, 16, num_workers=workers, collate_fn=tc.collate)
+    ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers)
+    assert [ids_of(ours) for _ in range(3)] == [ids_of(theirs) for _ in range(3)]
+    shuffled = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, shuffle=True, num_workers=workers)
+    epochs = [list(itertools.chain.from_iterable(ids_of(shuffled))) for _ in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(N))] * 3
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"drop_last": True}, {"batch_size": 4}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"collate_fn": list}], ids=["native", "torch"])
+def test_an_empty_data_set_has_no_batches_shuffled_or_not(tmp_path, arguments, more):
+    with tc.Writer(tmp_path / "none", schema={"id": "int64"}):
+        pass
+    empty = tc.Dataset(tmp_path / "none")
+    for data in (empty, tc.Dataset(tmp_path / "none") + empty):
+        loader = tc.DataLoader(data, shuffle=True, **arguments, **more)
+        assert (len(loader), list(loader), list(loader)) == (0, [], [])
+        again = tc.DataLoader(data, shuffle=True, **arguments, **more)
+        again.load_state_dict(loader.state_dict())
+        assert list(again) == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"drop_last": True}], ids=str)
 def test_an_empty_data_set_is_what_it_is_under_torch(tmp_path, arguments):
     with tc.Writer(tmp_path / "none", schema={"id": "int64"}):
         pass

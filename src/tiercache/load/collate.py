@@ -27,7 +27,7 @@ def collate(records: Sequence[Any]) -> Any:
         records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects; or tuples.
 
     Returns:
-        By column: a tensor of the column's dtype where shapes agree, else a list; a list of these for tuples, as from default_collate.
+        By column: a tensor of the column's dtype where shapes agree, else a list; a list of these for tuples.
 
     Raises:
         ValueError: no records.

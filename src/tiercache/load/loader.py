@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
 from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState
+
+logger = logging.getLogger("tiercache")
 
 T_co = TypeVar("T_co", covariant=True)  # of a batch, as in torch: `DataLoader[Batch]` is a type
 
@@ -84,7 +88,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         random_state = None if why_not else torch.get_rng_state()
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
-        if shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
+        # A sampler of a mixture is asked on torch's path, which is decided below; other native loaders start no worker.
+        self._starts_workers = bool(why_not) or (self._sampled and dataset.source.mixture is not None)
+        if ours and shuffled and not self._sampled and not len(dataset):
+            shuffle = None  # torch's RandomSampler refuses to choose among no records
+        elif shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
             shuffle, sampler = None, RandomSampler(dataset, generator=generator)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
@@ -106,11 +114,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
                 pin_memory_device=pin_memory_device,
-                in_order=in_order,
+                in_order=in_order or not self._starts_workers,  # else torchdata warns of what its workers would do
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
             self.batch_sampler.__class__ = BatchSampler  # torchdata makes it, and it may not be replaced after that
+        self.in_order = in_order
         if random_state is not None:
             torch.set_rng_state(random_state)
         _check_options(options, why_not)
@@ -130,8 +139,23 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                     persistent_workers=persistent_workers,
                 )
             )
+        self._run_of = self.batch_sampler
+        if self._native is not None and num_workers:
+            run = self._native
+            paces_sampler = isinstance(run, SampledRun) and run.lead.n_batches == run.lead.at_begin
+            given = {
+                "worker_init_fn": worker_init_fn is not None,
+                "multiprocessing_context": multiprocessing_context is not None,
+                "prefetch_factor": prefetch_factor is not None and not paces_sampler,
+                "persistent_workers": persistent_workers,
+                "in_order": not in_order,
+                "snapshot_every_n_steps": snapshot_every_n_steps != 1,
+            }
+            _log_ignored(num_workers, [name for name, is_given in given.items() if is_given])
 
     def __iter__(self) -> Any:
+        if self._native is not None and self.batch_sampler is not self._run_of:
+            self._follow(self.batch_sampler)
         if self._native is None:
             source = getattr(self.dataset, "source", None)
             if isinstance(source, Source):
@@ -140,6 +164,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
         return self._native.iterate()
+
+    def check_worker_number_rationality(self) -> None:
+        """Warn of more worker processes than cores as torch does, where there will be worker processes."""
+        if self._starts_workers:
+            super().check_worker_number_rationality()
 
     def __len__(self) -> int:
         return super().__len__() if self._native is None else self._native.n_batches()
@@ -210,6 +239,18 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         path = "torch's path" if self._native is None else str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
 
+    def _follow(self, batch_sampler: Any) -> None:
+        """Serve what a batch sampler says that was put in the place of the loader's own after it was made.
+
+        torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader, in timm and elsewhere, puts
+        one there that never ends, so that worker processes stay from epoch to epoch.
+        """
+        if self._native is not None:
+            asked, _ = self._native.recipe
+            self._sampled, self._run_of = True, batch_sampler
+            self._native = self._run(replace(asked, shuffle=False))
+            self._starts_workers = self._native is None
+
     def _run(self, asked: Asked) -> NativeRun | SampledRun | None:
         """The native path's way through the epochs; None: the sampler must be asked batch by batch, as torch does."""
         source = self.dataset.source
@@ -230,6 +271,18 @@ def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch
     if not dataset.is_plain:
         return "the data set has a transform, or is of a subclass that says what a record is"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
+
+
+def _log_ignored(num_workers: int, names: list[str]) -> None:
+    """Say which of torch's options for worker processes change nothing."""
+    ignored = f", so that {', '.join(names)} {'is' if len(names) == 1 else 'are'} ignored" if names else ""
+    logger.info(
+        "num_workers=%d starts no worker processes%s: this loader takes tiercache's native path, whose threads gather "
+        "batches ahead (LoaderOptions(threads=, memory_bytes=)); a transform= or collate_fn= takes torch's path, which "
+        "has worker processes",
+        num_workers,
+        ignored,
+    )
 
 
 def _check_options(options: Any, why_not: str) -> None:
