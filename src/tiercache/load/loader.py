@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
 from tiercache.load.bulk import BatchSampler
 from tiercache.load.collate import collate
+from tiercache.load.draws import next_seed
 from tiercache.load.options import LoaderOptions
 from tiercache.load.ranks import Rank
 from tiercache.load.run import Asked, NativeRun
@@ -22,6 +23,7 @@ from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
 from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState
+from tiercache.load.torch_state import STEPS_SINCE, state_for_workers
 
 logger = logging.getLogger("tiercache")
 
@@ -186,11 +188,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
         Raises:
             TypeError: not a dict.
-            ValueError: not a state of this kind of loader, or options that differ from it.
+            ValueError: not a state of this kind of loader, options that differ from it, or a state of another number
+                of workers over a data set whose position each worker has for itself.
             ObjectChanged: the data set is not the one that the state was taken on.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes what state_dict() gave, a dict, got {state_dict!r}")
+        state_dict = self._for_own_workers(state_dict)
         if SAMPLER_EPOCH in state_dict:  # before the sampler is asked for its iterator
             tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
         if not isinstance(self._native, NativeRun) and {"parts", "offset"} <= state_dict.keys():
@@ -238,6 +242,28 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def __repr__(self) -> str:
         path = "torch's path" if self._native is None else str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
+
+    def _for_own_workers(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a loader with another number of workers, for this one. Raises ValueError where there is none."""
+        n_workers = 0 if self._native is not None else self.num_workers
+        is_iterable = isinstance(self.dataset, IterableDataset)
+        base_seed = next_seed(self.generator, after_begin=True)
+        found = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
+        if self._native is not None and STEPS_SINCE in found:
+            raise ValueError(
+                f"the state names a batch {found[STEPS_SINCE]} before the one to go on with, as snapshot_every_n_steps "
+                "was above 1 when it was saved: only a loader on torch's path (with a collate_fn=) can go on from there"
+            )
+        return found
+
+    def _get_iterator(self) -> Any:
+        state = self.next_iter_state or {}
+        iterator = super()._get_iterator()
+        if self.num_workers == 0 and STEPS_SINCE in state:  # with workers torchdata's does so itself
+            for _ in range(state[STEPS_SINCE]):
+                next(iterator)
+            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- as its load_state_dict sets it
+        return iterator
 
     def _follow(self, batch_sampler: Any) -> None:
         """Serve what a batch sampler says that was put in the place of the loader's own after it was made.
