@@ -384,6 +384,37 @@ def test_iterators_behave_as_torchs(dataset):
         assert raised_by(lambda n=protocol: pickle.dumps(theirs, n))[0] is NotImplementedError
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}, {"collate_fn": list}], ids=str
+)
+def test_a_loader_has_an_iterator_of_its_own_where_torchs_has(dataset, more):
+    for data in (Squares(), Numbers(), dataset):
+        kinds = []
+        for loader_class in (TorchLoader, tc.DataLoader):
+            loader = loader_class(data, 16, **({"collate_fn": list} | more if loader_class is TorchLoader else more))
+            kinds.append([type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_")])
+            iterator = iter(loader)
+            for _ in range(2):
+                next(iterator)
+                kinds[-1].append(type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_"))
+            if loader_class is tc.DataLoader:
+                assert loader.state_dict() == loader.state_dict()
+                rest = len(list(iterator))
+                assert len(list(loader)) == rest + 2
+        expected = kinds[0] if data is not dataset or "collate_fn" in more else ["NoneType"] * 3
+        assert kinds[1] == expected
+
+
+@pytest.mark.parametrize("data", [Squares(), Numbers()], ids=["map", "iterable"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pickled_loader_of_torchs_path_goes_on_where_it_stands(data, workers):
+    loader = tc.DataLoader(data, 16, num_workers=workers, persistent_workers=bool(workers))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    again = pickle.loads(pickle.dumps(loader))
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in iterator]
+
+
 def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
     import threading
 

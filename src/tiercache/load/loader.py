@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -142,6 +143,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 )
             )
         self._run_of = self.batch_sampler
+        self._newest: Any = None
         if self._native is not None and num_workers:
             run = self._native
             paces_sampler = isinstance(run, SampledRun) and run.lead.n_batches == run.lead.at_begin
@@ -162,7 +164,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             source = getattr(self.dataset, "source", None)
             if isinstance(source, Source):
                 make_ready(source)
-            return super().__iter__()
+            with self._torchdata_iterator():
+                return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
         return self._native.iterate()
@@ -179,7 +182,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         """Where the loader stands: plain values, for a checkpoint; on the native path equal on every rank."""
         if isinstance(self._native, NativeRun):
             return self._native.state().to_dict()
-        state: dict[str, Any] = super().state_dict() if self._native is None else self._native.state()
+        with self._torchdata_iterator():
+            state: dict[str, Any] = super().state_dict() if self._native is None else self._native.state()
         epoch = told_epoch(self._index_sampler)
         return state if epoch is None else {**state, SAMPLER_EPOCH: epoch}
 
@@ -203,7 +207,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 f"a transform or a collate function, as it was saved by, and this is {self!r}"
             )
         if self._native is None:
-            super().load_state_dict(state_dict)
+            with self._torchdata_iterator():
+                super().load_state_dict(state_dict)
         elif state_dict == {}:  # as torchdata: of a loader that has not begun
             return
         elif isinstance(self._native, NativeRun):
@@ -229,7 +234,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: the copy goes on where this loader stands, with threads of its own."""
-        return {**vars(self), "_native": None if self._native is None else self._native.recipe}
+        state = {**vars(self), "_native": None if self._native is None else self._native.recipe}
+        newest = self._newest_iterator
+        if newest is not None:
+            state |= {"next_iter_state": newest.state_dict(), "_initial_iter_for_state_dict": False}
+        return {**state, "_iterator": None, "_newest": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -242,6 +251,30 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def __repr__(self) -> str:
         path = "torch's path" if self._native is None else str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
+
+    @property
+    def _keeps_workers(self) -> bool:
+        return bool(self.persistent_workers and self.num_workers)
+
+    @property
+    def _newest_iterator(self) -> Any:
+        """The iterator that iter() made last on torch's path; None: there is none."""
+        return self._iterator if self._keeps_workers else self._newest
+
+    @contextmanager
+    def _torchdata_iterator(self) -> Iterator[None]:
+        """Let torchdata's methods have the newest iterator in `_iterator`, where they keep it for its state.
+
+        Outside of them torch's rule holds: `_iterator` is None but for persistent workers. Frameworks end the workers
+        of what they find there.
+        """
+        if not self._keeps_workers:
+            self._iterator = self._newest
+        try:
+            yield
+        finally:
+            if not self._keeps_workers:
+                self._newest, self._iterator = self._iterator, None
 
     def _for_own_workers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a loader with another number of workers, for this one. Raises ValueError where there is none."""
