@@ -14,11 +14,12 @@ from torch.utils.data import IterableDataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.bulk import BatchSampler
+from tiercache.load.bulk import BatchSampler, with_state
 from tiercache.load.collate import collate
 from tiercache.load.draws import next_seed
 from tiercache.load.options import LoaderOptions
 from tiercache.load.ranks import Rank
+from tiercache.load.replay import loadable
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
@@ -208,13 +209,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if self._native is None:
             with self._torchdata_iterator():
-                super().load_state_dict(state_dict)
+                super().load_state_dict(loadable(state_dict))
         elif state_dict == {}:  # as torchdata: of a loader that has not begun
             return
         elif isinstance(self._native, NativeRun):
             self._native.load(RunState.from_dict(state_dict))
         else:
-            self._native.load(state_dict)
+            self._native.load(loadable(state_dict))
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, ...) the next one; a state that was loaded for that epoch keeps its place in it."""
@@ -226,6 +227,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def stats(self) -> dict[str, Any]:
         """What the native path has done so far, and what bounds it (docs/guide/loader.md). Empty on torch's path."""
         return {} if self._native is None else self._native.stats()
+
+    @property
+    def _index_sampler(self) -> Any:
+        """What torch's iterators ask for indices."""
+        return with_state(super()._index_sampler)
 
     @property
     def native_rank(self) -> Rank | None:
@@ -316,11 +322,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if not self._sampled:
             return NativeRun(source, asked)
         _check_sampled(asked.options)
-        lead = Lead.of(self._index_sampler, asked.num_workers, self.prefetch_factor)
+        index_sampler = super()._index_sampler
+        lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
         # A mixture's records have no place of their own: which one is the next of a part depends on the epoch.
-        return (
-            None if lead is None or source.mixture is not None else SampledRun(source, asked, self._index_sampler, lead)
-        )
+        return None if lead is None or source.mixture is not None else SampledRun(source, asked, index_sampler, lead)
 
 
 def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
