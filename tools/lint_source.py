@@ -156,10 +156,10 @@ def check_finalizers(module: Module) -> Iterator[tuple[int, str]]:
 
     The function that asks must be a default argument, for its name may be None too.
     """
-    for node in ast.walk(module.tree or ast.Module([], [])):
-        if isinstance(node, ast.FunctionDef) and node.name == "__del__":
-            if "sys.is_finalizing" not in map(dotted, node.args.defaults):
-                yield node.lineno, "a __del__ without the argument is_exiting: Callable[[], bool] = sys.is_finalizing"
+    functions = (n for n in ast.walk(module.tree or ast.Module([], [])) if isinstance(n, ast.FunctionDef))
+    for function in functions:
+        if function.name == "__del__" and "sys.is_finalizing" not in map(dotted, function.args.defaults):
+            yield function.lineno, "a __del__ without the argument is_exiting: Callable[[], bool] = sys.is_finalizing"
 
 
 def check_text(text: str) -> Iterator[tuple[int, str]]:
