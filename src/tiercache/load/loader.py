@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from tiercache.load.bulk import BatchSampler, with_state
 from tiercache.load.collate import collate
 from tiercache.load.draws import next_seed
 from tiercache.load.options import LoaderOptions
+from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
 from tiercache.load.ranks import Rank
 from tiercache.load.replay import loadable
 from tiercache.load.run import Asked, NativeRun
@@ -96,8 +98,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._starts_workers = bool(why_not) or (self._sampled and dataset.source.mixture is not None)
         if ours and shuffled and not self._sampled and not len(dataset):
             shuffle = None  # torch's RandomSampler refuses to choose among no records
-        elif shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
-            shuffle, sampler = None, RandomSampler(dataset, generator=generator)
+        if not self._sampled and not isinstance(dataset, IterableDataset):
+            if shuffled and shuffle is not None:
+                kind = RandomSampler if why_not else ShuffledOrder
+                shuffle, sampler = None, kind(dataset, generator=generator)
+            elif not why_not:
+                sampler = StoredOrder(dataset)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -229,6 +235,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return {} if self._native is None else self._native.stats()
 
     @property
+    def _is_accelerate_prepared(self) -> bool:
+        """False. Accelerate's prepare() asks for it, and then splits the batch sampler among its processes itself."""
+        if isinstance(self.sampler, OrderSampler):
+            self.sampler.is_split_by_others = True
+        return False
+
+    @property
     def _index_sampler(self) -> Any:
         """What torch's iterators ask for indices."""
         return with_state(super()._index_sampler)
@@ -248,6 +261,14 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if isinstance(self.sampler, OrderSampler):  # bound to one loader
+            sampler = copy(self.sampler)
+            if self.batch_sampler.sampler is self.sampler:  # else one that was put in later
+                batch_sampler = copy(self.batch_sampler)
+                batch_sampler.sampler = sampler
+                self.__dict__["batch_sampler"] = batch_sampler  # torch forbids to set them
+                self._run_of = batch_sampler
+            self.__dict__["sampler"] = sampler
         if state["_native"] is not None:
             asked, begun = state["_native"]
             self._native = self._run(asked)
@@ -320,7 +341,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         """The native path's way through the epochs; None: the sampler must be asked batch by batch, as torch does."""
         source = self.dataset.source
         if not self._sampled:
-            return NativeRun(source, asked)
+            run = NativeRun(source, asked)
+            if isinstance(self.sampler, OrderSampler):
+                self.sampler.run = run
+            return run
         _check_sampled(asked.options)
         index_sampler = super()._index_sampler
         lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
