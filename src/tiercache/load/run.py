@@ -108,7 +108,7 @@ class NativeRun:
         self._check(state)
         order_options(state)  # refuses an order that this release does not know
         source = reopen(self._dataset, state)
-        n_records = epoch_records(source)
+        n_records = self._records_of(source)
         if state.offset > n_records:
             raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
         self._use(source)
@@ -265,8 +265,12 @@ class NativeRun:
     def _epoch_records(self) -> int:
         """Records of an epoch: to sum them up was 70 us of each epoch's begin."""
         if self._n_records is None:
-            self._n_records = epoch_records(self._source)
+            self._n_records = self._records_of(self._source)
         return self._n_records
+
+    def _records_of(self, source: Source) -> int:
+        """Records of an epoch of a source, all ranks together."""
+        return epoch_records(source)
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
         """Say, once, that ranks read blocks of one another."""
