@@ -320,7 +320,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             return super()._get_iterator()
         random_state = torch.get_rng_state()
         iterator = super()._get_iterator()
-        torch.set_rng_state(random_state)  # what it draws, the epoch drew before its state was saved
+        # A base seed was drawn, as the epoch did before its state was saved. A data set may have restored more.
+        drawn = torch.Generator().set_state(random_state)
+        torch.empty((), dtype=torch.int64).random_(generator=drawn)
+        if torch.equal(torch.get_rng_state(), drawn.get_state()):
+            torch.set_rng_state(random_state)
         if NEXT_EPOCH in state:
             self.sampler.load_next_epoch(state[NEXT_EPOCH])
         return iterator

@@ -94,7 +94,8 @@ class RandomSampler(torch_data.RandomSampler):
 
 
 # Keys of an iterator's state. torchdata's sampler has the first two, and "generator" without a generator of the user's.
-_N_INDICES, _GENERATOR, _SEED = "yielded", "generator", "seed"
+# The last is there, and False, where the seed is still to be drawn, which then moves torch's random numbers on.
+_N_INDICES, _GENERATOR, _SEED, _IS_DRAWN = "yielded", "generator", "seed", "is_drawn"
 
 
 class _RandomIterator:
@@ -119,13 +120,17 @@ class _RandomIterator:
         """Plain values, and the generator's state where the user gave one. Draws nothing."""
         if self._begun is None and self._sampler.generator is None:
             self._begun = {_SEED: self._sampler.look_at_seed()}
-        return {_N_INDICES: self._n, **(self._begun or {_GENERATOR: self._sampler.generator.get_state()})}
+        state = {_N_INDICES: self._n, **(self._begun or {_GENERATOR: self._sampler.generator.get_state()})}
+        return {**state, _IS_DRAWN: False} if self._indices is None else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken; draws nothing from torch's own random numbers."""
+        """Go on where a state was taken; draws nothing from torch's own random numbers that was drawn before."""
         self._n = state[_N_INDICES]
-        indices = self._begin({key: state[key] for key in (_SEED, _GENERATOR) if key in state})
-        for _ in islice(indices, self._n):
+        begun = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
+        if _SEED in begun and not state.get(_IS_DRAWN, True):
+            self._begun = begun
+            return
+        for _ in islice(self._begin(begun), self._n):
             pass
 
     def _begin(self, begun: dict[str, Any] | None) -> Iterator[int]:
