@@ -62,6 +62,27 @@ def test_epoch_after_epoch_is_the_loaders_own(dataset, rank, shuffle, drop_last)
     assert len(loader.batch_sampler) == len(loader)
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("batch_size", [SIZE, None])
+def test_so_it_is_where_torchs_path_is_taken(dataset, batch_size, rank):
+    def serve(loader):
+        return [numbers.tolist() for numbers in loader]
+
+    def make_here():
+        collate = {"collate_fn": of_batch} if batch_size else {}
+        return make(dataset, batch_size=batch_size, rank=rank, **collate)
+
+    expected, loader = make_here(), make_here()
+    for _ in range(2):
+        if batch_size:
+            other = rebuilt(loader)
+            assert serve(other) == serve(expected)
+        else:
+            other = TorchLoader(loader.dataset, batch_size=None, sampler=loader.sampler)
+            assert [int(record["id"]) for record in other] == [int(record["id"]) for record in expected]
+        assert loader.state_dict() == expected.state_dict()
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_without_a_seed_it_is_drawn_where_the_loader_draws_it(dataset, given):
     found, numbers = [], []
@@ -73,6 +94,11 @@ def test_without_a_seed_it_is_drawn_where_the_loader_draws_it(dataset, given):
         numbers.append((torch.get_rng_state(), generator.get_state() if given else torch.empty(0)))
     assert found[0] == found[1]
     assert all(map(torch.equal, *numbers))
+
+
+def of_batch(batch):
+    """A collate function of the user's: it is given what `Dataset.__getitems__` gathers."""
+    return torch.as_tensor(tc.collate(batch)["id"])
 
 
 VIEWS = {

@@ -9,23 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch.utils import data as torch_data
 
-from tiercache.load.draws import Draws
+from tiercache.load.indexed import served_numbers
 from tiercache.load.sampling import RandomSampler
 from tiercache.load.state import RunState
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.load.plan import Piece
+    from tiercache.load.draws import Draws
     from tiercache.load.run import NativeRun
     from tiercache.load.share import OrderShare
-    from tiercache.load.source import Source
 
 _YIELDED, _ORDER = "yielded", "order"
-_CHUNK_ROWS = 1 << 16  # of an unshuffled epoch that become Python's integers at a time
 
 
 class OrderSampler(torch_data.Sampler[int]):
@@ -105,46 +100,13 @@ class OrderIterator(Iterator[int]):
         epoch, self._sampler.told_epoch = self._sampler.told_epoch, None
         if state is None and epoch is not None:
             self._run.set_epoch(epoch)
-        self._begun, share, draws = self._run.begin_elsewhere(state)
-        self._numbers = self._given(share, draws, is_drawn=state is not None)
+        self._begun, read, share, draws = self._run.begin_elsewhere(state)
+        self._numbers = self._given(read, share, draws)
         return self._numbers
 
-    def _given(self, share: OrderShare, draws: Draws, *, is_drawn: bool) -> Iterator[int]:
-        if not is_drawn:
-            draws.sample()
-        for numbers in record_numbers(self._run.source, share, shuffle=draws.shuffle):
+    def _given(self, read: Any, share: OrderShare, draws: Draws) -> Iterator[int]:
+        draws.sample()
+        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
             yield from numbers.tolist()
         draws.exhaust()
         self._run.end_elsewhere(share)
-
-
-def record_numbers(source: Source, share: OrderShare, *, shuffle: bool) -> Iterator[NDArray[np.int64]]:
-    """Numbers, in the data set, of a share's records in served order, some at a time. Reads footers where shuffled."""
-    ranks = share.ranks
-    if not shuffle:  # position p is record p, of lists and mixtures too
-        for start in range(0, ranks.n_served, _CHUNK_ROWS):
-            yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
-        return
-    listed = source.listed
-    served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
-    first_records = np.concatenate([[0], np.cumsum(source.shard_records)])
-    starts: dict[int, NDArray[np.int64]] = {}
-    for piece in share.pieces(0):
-        shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
-        missing = [shard for shard in shards if shard not in starts]
-        starts = {shard: starts[shard] for shard in shards if shard in starts}
-        for shard, table in zip(missing, source.block_tables(missing), strict=True):
-            starts[shard] = first_records[shard] + np.cumsum(table.records) - table.records
-        numbers = _stored_numbers(piece, starts)
-        yield numbers if served is None else served[numbers]
-
-
-def _stored_numbers(piece: Piece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Numbers in stored order of a piece's rows. starts: by shard, the number of each block's first record."""
-    first = [
-        starts[shard][block]
-        for window in piece.windows
-        for shard, block in zip(window.shards.tolist(), window.blocks.tolist(), strict=True)
-    ]
-    block, row = piece.rows()
-    return np.array(first, np.int64)[block] + row

@@ -87,11 +87,6 @@ class NativeRun:
         self._figures_before = dict(source.figures())
         self._ready: Source | None = None  # that was seen to be readable
 
-    @property
-    def source(self) -> Source:
-        """What is read."""
-        return self._source
-
     def rank(self) -> Rank:
         """This process's rank; asked anew until the run has begun, as torch.distributed may be initialised late."""
         return self._rank or find_rank(self._options)
@@ -114,7 +109,7 @@ class NativeRun:
         self._check(state)
         order_options(state)  # refuses an order that this release does not know
         source = reopen(self._dataset, state)
-        n_records = epoch_records(source)
+        n_records = self._records_of(source)
         if state.offset > n_records:
             raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
         self._use(source)
@@ -239,18 +234,19 @@ class NativeRun:
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
 
-    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, OrderShare, Draws]:
+    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
         """Begin the next epoch for a loader that another library made of this one's sampler.
 
         Args:
             state: of the epoch to be begun again; None: the epoch that iterate() would begin, and this rank's share.
 
         Returns:
-            The epoch's state, its share from the start of the epoch on, and what torch's sampler would draw.
+            The epoch's state, what its order is made of, its share from its start on, and what torch's sampler draws.
 
         Raises:
             RuntimeError: the loader stands within an epoch, or its data set does not number the records of its order.
         """
+        is_again = state is not None
         if state is None:
             if self._position is None and self._state is not None and self._state.offset > 0:
                 raise RuntimeError(
@@ -277,11 +273,21 @@ class NativeRun:
         rank = self.rank()
         # A rank alone gives the records of a last batch that is dropped, as torch's sampler: a batch sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        share = plan_epoch(self._source, rank, self._asked.batch_size, self._asked.fills_first, planned)
+        read = self._numbered()
+        share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
         self._position = Position(state, share.ranks, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
-        return state, share, Draws(self._asked.generator, self._asked.shuffle, self._epoch_records())
+        return (
+            state,
+            read,
+            share,
+            Draws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+        )
+
+    def _numbered(self) -> Any:
+        """What the order of record numbers is made of."""
+        return self._source
 
     def end_elsewhere(self, share: OrderShare) -> None:
         """Hear that the last record of begin_elsewhere()'s share was asked for.
@@ -329,8 +335,12 @@ class NativeRun:
     def _epoch_records(self) -> int:
         """Records of an epoch: to sum them up was 70 us of each epoch's begin."""
         if self._n_records is None:
-            self._n_records = epoch_records(self._source)
+            self._n_records = self._records_of(self._source)
         return self._n_records
+
+    def _records_of(self, source: Source) -> int:
+        """Records of an epoch of a source, all ranks together."""
+        return epoch_records(source)
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
         """Say, once, that ranks read blocks of one another."""
