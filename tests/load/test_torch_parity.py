@@ -551,6 +551,10 @@ def test_a_subclass_of_ours_is_a_loader_like_it(dataset):
     assert raised_by(lambda: setattr(Mine(dataset), "sampler", 1))[1].endswith("after Mine is initialized")
 
 
+def collate_own(records):
+    return tc.collate(records)
+
+
 class Repeating:
     """A batch sampler that begins another one again and again."""
 
@@ -588,11 +592,12 @@ def keep_epochs(base, *, by_object):
 
 @pytest.mark.parametrize("by_object", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_sampler_that_is_put_in_later_is_the_one_that_is_asked(dataset, workers, by_object):
+@pytest.mark.parametrize("more", [{}, {"collate_fn": collate_own}], ids=["native", "torch"])
+def test_a_batch_sampler_that_is_put_in_later_is_the_one_that_is_asked(dataset, workers, by_object, more):
     theirs = keep_epochs(TorchLoader, by_object=by_object)(dataset, 16, num_workers=workers, collate_fn=tc.collate)
-    ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers)
+    ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers, **more)
     assert [ids_of(ours) for _ in range(3)] == [ids_of(theirs) for _ in range(3)]
-    shuffled = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, shuffle=True, num_workers=workers)
+    shuffled = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, shuffle=True, num_workers=workers, **more)
     epochs = [list(itertools.chain.from_iterable(ids_of(shuffled))) for _ in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(N))] * 3
     assert epochs[0] != epochs[1]
