@@ -70,8 +70,10 @@ class MappedRecords:
         blocks = None if self._has_arrow else reader.mapped(self._columns)
         if blocks is None:
             return None
+        changed_ns = blocks.see_changes()  # first: a write after it leaves the file another ctime, and the table goes
+        file = None if blocks.copy is None or changed_ns is None else (blocks.copy.lease.fd, changed_ns)
         # The reader too is kept: what is checked by, and noted in, is its own.
-        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader))
+        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader), file)
 
     def put(self, shard: int, table: BlockTable) -> None:
         """Read this shard's records by its table from now on."""
