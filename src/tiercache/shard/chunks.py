@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -45,15 +46,19 @@ class CheckedPages:
         self._changed_ns = 0
         self._since_s = SYSTEM_CLOCK.monotonic()
 
-    def forget_if_written(self, copy: LocalCopy) -> int:
+    def forget_if_written(self, copy: LocalCopy | None) -> int:
         """Have all pages checked again if the file may have been written to since they were checked.
 
         Renaming, linking or a change of rights counts as a write. To be called before flags are read or set.
 
+        Args:
+            copy: the open copy; None: it is closed, so that nobody can tell: pages are checked once more, and then no
+                more.
+
         Returns:
-            LocalCopy.changed_ns(), for which the flags hold from now on.
+            LocalCopy.changed_ns(), for which the flags hold from now on; -1 of a closed copy.
         """
-        changed_ns = copy.changed_ns()
+        changed_ns = -1 if copy is None else copy.changed_ns()
         if changed_ns != self._changed_ns or not changed_ns:
             self._forget()
             self._changed_ns = changed_ns
@@ -76,10 +81,12 @@ class Unchecked:
         rows: uint64[n_chunks, 4], zeros where there is nothing to check.
         checked: the shard's pages that need no check; shared, and held.
         crcs: uint32[n_pages], held.
-        copy: whose mapping it is.
+        copy: whose mapping it is; not held, for it has a descriptor, and blocks that are kept need none.
     """
 
-    def __init__(self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: LocalCopy) -> None:
+    def __init__(
+        self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: ReferenceType[LocalCopy]
+    ) -> None:
         self._checked = checked
         self._rows = rows
         self._flags = flags = checked.flags
@@ -96,7 +103,7 @@ class Unchecked:
 
     def see_changes(self) -> int:
         """As CheckedPages.forget_if_written."""
-        return self._checked.forget_if_written(self._copy)
+        return self._checked.forget_if_written(self._copy())
 
     def forget_if_older(self, age_s: float) -> None:
         """As CheckedPages.forget_if_older."""
@@ -266,7 +273,7 @@ class Chunks:
         rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
         rows[:, 3] = np.uint64(address_of(checked.flags)) + first_page
         rows[~mapped] = 0
-        return Unchecked(rows[inverse.ravel()], checked, self._footer.pages, copy)
+        return Unchecked(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
 
     def _runs(self, ids: Ids) -> Iterator[_Run]:
         """Ranges that hold chunks, given in the order of the file, close ones together."""

@@ -67,13 +67,13 @@ class MappedRecords:
 
     def table(self, reader: ShardReader) -> BlockTable | None:
         """A shard's table, for put(); None where the shard cannot be read this way, or not yet."""
-        blocks = None if self._has_arrow else reader.mapped(self._columns)
-        if blocks is None:
+        blocks, copy = None if self._has_arrow else reader.mapped(self._columns), reader.copy
+        if blocks is None or copy is None:
             return None
         changed_ns = blocks.see_changes()  # first: a write after it leaves the file another ctime, and the table goes
-        file = None if blocks.copy is None or changed_ns is None else (blocks.copy.lease.fd, changed_ns)
+        file = None if changed_ns is None else (copy.lease.fd, changed_ns)
         # The reader too is kept: what is checked by, and noted in, is its own.
-        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader), file)
+        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader, copy), file)
 
     def put(self, shard: int, table: BlockTable) -> None:
         """Read this shard's records by its table from now on."""
