@@ -142,6 +142,7 @@ def test_a_bit_that_flips_in_a_copy_after_its_check_is_never_served(server, cach
     flip_bits(copies, written)
     if any(path.stat().st_ctime_ns == before_ns[path] for path in copies):
         pytest.skip("this file system does not date what is written by a mapping")
+    wait_until_settled(*copies)
     for _ in range(2):
         assert read_all(dataset, read, loaders) == list(range(N))
     assert cache.stats()["quarantined"] == len(copies)
@@ -156,7 +157,9 @@ def test_a_bit_that_flips_in_a_local_folder_after_its_check_is_an_error(tmp_path
     dataset, loaders = tc.Dataset(tmp_path / "data"), {}
     for _ in range(2):
         assert read_all(dataset, read, loaders) == list(range(N))
-    flip_bits((tmp_path / "data").rglob("*.tcs"), "restored")
+    shards = list((tmp_path / "data").rglob("*.tcs"))
+    flip_bits(shards, "restored")
+    wait_until_settled(*shards)
     with pytest.raises(tc.CorruptShard, match="CRC-32C"):
         read_all(dataset, read, loaders)
     dataset.close()
@@ -172,6 +175,7 @@ def test_a_later_epoch_checks_again_what_no_write_has_announced(server, cache, m
         wait_until_settled(*copies)
         assert read_all(dataset, "loader", loaders) == list(range(N))
         memory[100] ^= 4
+        wait_until_settled(*copies)
         monkeypatch.setattr(window, "CHECKED_FOR_S", -1.0)
         loaders.clear()  # the windows with which its next epoch begins are loaded already
         for _ in range(2):

@@ -37,19 +37,22 @@ def test_a_table_is_dropped_once_its_file_has_another_ctime(tmp_path):
     with path.open("rb") as file:
         changed_ns = os.fstat(file.fileno()).st_ctime_ns
 
-        def put() -> RecordFinder:
+        def put(pause_ns: int = 0) -> RecordFinder:
             finder = RecordFinder(np.array([0, 3], np.int64), 1)
             places = np.zeros((1, 1, 3), np.uint64)
-            finder.put(0, BlockTable(np.array([0, 3], np.uint64), places, None, None, (file.fileno(), changed_ns)))
+            watched = file.fileno(), changed_ns, pause_ns
+            finder.put(0, BlockTable(np.array([0, 3], np.uint64), places, None, None, watched))
             return finder
 
-        for_one, for_many = put(), put()
+        for_one, for_many, pausing = put(), put(), put(1 << 60)
         for _ in range(2):
             assert for_one.find_one(1) is not None
             assert for_many.find(np.array([1, 2])) is not None
+            assert pausing.find_one(1) is not None
         assert wait_for(lambda: os.utime(path) or path.stat().st_ctime_ns != changed_ns, 60.0)
         assert for_one.find_one(1) is None
         assert for_many.find(np.array([1, 2])) is None
+        assert pausing.find_one(1) is not None
         assert 0 not in for_one
         assert 0 not in for_many
 

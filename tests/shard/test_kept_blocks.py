@@ -91,6 +91,7 @@ def test_arrow_is_given_no_offsets_that_changed_since_they_were_looked_at(tmp_pa
         with (store.root / info.name).open("r+b") as file:
             file.seek(at + 8)
             file.write((1 << 40).to_bytes(8, "little"))
+        wait_until_settled(store.root / info.name)
         for blocks in ([0], range(n_blocks)):
             with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
                 reader.load(blocks, [0]).array(0, 0)

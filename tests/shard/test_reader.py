@@ -247,6 +247,7 @@ def test_a_local_shard_that_was_written_to_is_checked_again(folder, verify, is_s
         flip(path, int(reader.footer.chunks[0, column]["offset"]), how)
         if how == "mmap" and is_settled and path.stat().st_ctime_ns == before:
             pytest.skip("this file system does not date what is written by a mapping")
+        wait_until_settled(path)
         reads = [lambda: values_of(reader.load([0], [column]), "t", [0]), lambda: reader.take([0], [column])]
         for read in [*reads, *([lambda: values_of(kept, "t", [0])] if verify == "first" else [])]:
             with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0 does not match"):
