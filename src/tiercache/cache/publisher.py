@@ -96,8 +96,8 @@ class Publisher:
         """Say so once."""
         self.notices.warn(
             "full",
-            f"cache {self.folder.root}: the disk is full; reading past the cache, so that what it does not hold is fetched "
-            "again in every epoch; free some of the disk, or put the cache on another one (TIERCACHE_CACHE_DIR)",
+            f"cache {self.folder.root}: the disk is full; reading past the cache, so that what it does not hold is "
+            "fetched again in every epoch; free some of the disk, or put the cache on another (TIERCACHE_CACHE_DIR)",
         )
 
     def tell_of_no_room(self, wanted: Wanted, need_bytes: int) -> None:
