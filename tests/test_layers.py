@@ -16,6 +16,7 @@ LAYERS = {
     "stats": 0,
     "version": 0,
     "config": 1,
+    "descriptors": 1,
     "prices": 1,
     "waiting": 1,
     "_native": 1,

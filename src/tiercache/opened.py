@@ -287,7 +287,7 @@ class OpenedVersion:
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
             # More than can be open at once would push each other out.
-            if len(shards) <= readers.MAX_READERS and all(map(self._readers.map, shards.tolist())):
+            if len(shards) <= self._readers.capacity and all(map(self._readers.map, shards.tolist())):
                 found = self._mapped.take(records)
         return found
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_blocks_and_arrays_outlive_their_reader(folder):
     assert array[3].as_py() == batch()["b"][3]
 
 
-def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
+def test_the_lease_is_given_back_when_the_reader_is_gone_and_blocks_stay_readable_without_a_descriptor(folder):
     store, info = folder
     closed = []
 
@@ -172,9 +173,9 @@ def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
     blocks = reader.load([0], [0])
     reader.close()
     reader.close()
-    assert closed == []
-    del blocks
     assert closed == [info.name]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(store.root) in os.path.realpath(link)]
+    expect(block_values(blocks, [0], np.zeros(5, np.uint32), np.arange(5, dtype=np.uint32)), range(5))
     with pytest.raises(ValueError, match="closed"):
         reader.load([0], [0])
 

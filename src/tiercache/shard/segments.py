@@ -9,7 +9,6 @@ not copied, where the store has local files.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
+from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.store.contract import LocalStore, Store
@@ -42,7 +42,7 @@ _SCHEMA = pa.schema(
 # check_key() as a regular expression, for a million names at once: these names are refused.
 _BAD_NAME = r"(?s)\\|\x00|://|^$|^/|/$|//|(^|/)\.\.?(/|$)"
 _MAX_SUM = 2**62
-# Below it a private copy is cheaper than a mapping and a descriptor, and no later fault of the disk can reach it.
+# Below it a private copy is cheaper than a mapping, and no later fault of the disk can reach it.
 _MAP_BYTES = 1 << 20
 # Round trips, not bytes, bound the opening of many small segments.
 _FETCH_THREADS = 16
@@ -299,7 +299,7 @@ def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
             return None
         if n_bytes < _MAP_BYTES:
             return pa.py_buffer(os.pread(fd, n_bytes, 0))
-        return pa.py_buffer(mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ))
+        return pa.py_buffer(Mapping(fd, n_bytes))
     except OSError:  # a disk that fails makes it slower, not wrong
         return None
 

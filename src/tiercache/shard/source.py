@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 from collections.abc import Sequence
@@ -12,9 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store.contract import Lease, LocalStore, Span, Store
+from tiercache.store.posix import os_errors
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
@@ -34,9 +35,10 @@ def address_of(memory: npt.NDArray[Any]) -> int:
 
 
 class LocalCopy:
-    """A lease and, once it was asked for, its mapping.
+    """A lease and, once it was asked for, its mapping. The lease is closed when this object is dropped.
 
-    Whoever uses the bytes keeps this object; the last to go gives the lease back.
+    Loaded blocks keep the mapping alone: it holds no descriptor, and it keeps the file's bytes, and the flock(2) that
+    the cache's evictor asks for, as a lease does.
     """
 
     def __init__(self, lease: Lease, url: str) -> None:
@@ -61,13 +63,11 @@ class LocalCopy:
         found = self._mapped.get("it")
         if found is None:
             try:
-                mapping = mmap.mmap(self.lease.fd, self.n_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-            except ValueError as error:
-                raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url) from error
+                mapping = Mapping(self.lease.fd, self.n_bytes)
             except OSError as error:
                 raise StoreError(f"cannot map the local copy: {error}", url=self._url) from error
-            found = self._mapped.setdefault("it", np.frombuffer(mapping, np.uint8))
-        elif os.fstat(self.lease.fd).st_size < self.n_bytes:
+            found = self._mapped.setdefault("it", np.frombuffer(memoryview(mapping), np.uint8))
+        if os.fstat(self.lease.fd).st_size < self.n_bytes:
             raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url)
         return found
 
@@ -131,7 +131,8 @@ class Source:
         if not copy.lease.present(ranges):
             self.n_misses += 1
             copy.lease.want(ranges)
-        return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+        with os_errors("open the local copy", self.url):  # of what was fetched meanwhile
+            return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
 
     def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
         """Fill each span from the store, as it was when it was opened.
