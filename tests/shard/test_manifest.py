@@ -319,6 +319,7 @@ class TestMillionShards:
         assert pa.total_allocated_bytes() < version.segments[0].n_bytes
         monkeypatch.undo()
         assert table.info(self.N_SHARDS - 1).crc32c == self.N_SHARDS - 1
-        # By ranges: the hint, a listing, the version, the one after it, and the segment in one call.
+        # By ranges: the hint, a listing, the version, the one after it, whether the segment is as long as the version
+        # claims (asked of those above 1 MiB), and the segment in one call.
         manifest.read_shards(counting, manifest.latest(counting))
-        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "read_into"]
+        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "head", "read_into"]

@@ -12,8 +12,8 @@ from tiercache.store.contract import Store
 TAIL_GUESS_BYTES = 64 << 10
 
 
-def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
-    """A shard's footer and its size in bytes: one ranged read when info is given, two at most otherwise.
+def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
+    """A shard's footer and tail: one ranged read when info is given, two at most otherwise.
 
     Raises:
         CorruptShard, UnsupportedFormat: it is not a shard that this release reads.
@@ -32,7 +32,7 @@ def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
         data = source.range(tail.footer_offset, have) + data
         have = tail.footer_offset
     start = tail.footer_offset - have
-    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), n_bytes
+    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), tail
 
 
 def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:

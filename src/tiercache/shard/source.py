@@ -19,6 +19,8 @@ from tiercache.store.posix import os_errors
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
+# A length that was read from a file is not believed beyond this, before memory of that length is taken.
+_CLAIMED_BYTES = 1 << 20
 
 
 def aligned_empty(n_bytes: int) -> Bytes:
@@ -169,8 +171,15 @@ class Source:
         return data_read, info.n_bytes
 
     def range(self, start: int, end: int) -> bytes:
-        """Bytes [start, end)."""
+        """Bytes [start, end).
+
+        Raises:
+            CorruptShard: the object is shorter.
+            StoreError: as of Store.read_into.
+        """
         span = ByteRange(start, end)
+        if span.n_bytes > _CLAIMED_BYTES:
+            self._check_length(span)
         data = bytearray(span.n_bytes)
         copy = self.local([span], None)
         if copy is not None:
@@ -178,6 +187,14 @@ class Source:
         else:
             self.read([(span, memoryview(data))], None)
         return bytes(data)
+
+    def _check_length(self, span: ByteRange) -> None:
+        copy = self._copy
+        if copy is None or not copy.lease.present([span]):
+            n_bytes = self._store.head(self._key).n_bytes
+            if n_bytes < span.end:
+                message = f"has {n_bytes} bytes, its data set or its tail says that it has {span.end} or more"
+                raise CorruptShard(message, url=self.url, part="file")
 
     def close(self) -> None:
         """Let go of the local copy; it stays open for those who still hold it."""
