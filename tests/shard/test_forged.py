@@ -435,3 +435,14 @@ def test_no_memory_is_taken_for_a_size_that_is_only_claimed(forgery, original, t
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in said for said in json.loads(done.stdout)), done.stdout
+
+
+def test_a_segment_that_is_compressed_is_refused_before_arrow_decodes_it(forgery):
+    table = pa.Table.from_pylist(forgery.rows, forgery.table.schema)
+    for compression in ("zstd", "lz4"):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+            writer.write_table(table)
+        name = forgery.save(segment=sink.getvalue().to_pybytes())
+        with pytest.raises(CorruptShard, match=f"{name}.*compressed"):
+            tc.Dataset(forgery.folder, cache=False)

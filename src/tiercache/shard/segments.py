@@ -208,6 +208,8 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
         if isinstance(store, LocalStore):
             store.distrust(ref.key, ref.identity(dataset_id))
         data = _fetched(store, ref)
+        if not _is_whole(data, ref):  # it may have been damaged on the way
+            data = _fetched(store, ref)
         if not _is_whole(data, ref):
             raise CorruptShard(
                 f"the CRC-32C is not the {ref.crc32c:#010x} of the version", url=_url(store, ref), part="segment"
