@@ -114,6 +114,7 @@ def made_snapshot(n: int) -> Snapshot:
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},
+        unread=np.zeros(n, np.bool_),
         tags={},
         group=group,
         tier=tier,

@@ -84,6 +84,64 @@ def steps(root: Path, tier: str) -> list[str]:
     return sorted(path.parent.name for path in (root / tier).rglob("model.bin"))
 
 
+MISSPELT = 'keep_hot = { best = "val_los:1" }'
+
+
+def score_checkpoints(root: Path) -> None:
+    """Give the three checkpoints metrics, as if they had been written two years ago."""
+    for step in (9, 10, 11):
+        folder = root / "nvme" / "runs" / "a" / f"step-{step}"
+        (folder / "metrics.json").write_text(json.dumps({"val_loss": step, "accuracy": 0.5}))
+        age(folder, 700 + 20 - step)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("verb", [["check"], ["plan"], ["run", "--once", "--dry-run"]])
+    def test_a_metric_that_no_checkpoint_of_a_run_has_is_warned_of_and_nothing_is_deleted(self, tiercache, root, verb):
+        score_checkpoints(root)
+        rules = RULES.replace("keep_hot = { last = 1 }", f'{MISSPELT}\ndelete_after = "365d"')
+        (root / "tiercache.toml").write_text(rules)
+        (warning,) = [one for one in tiercache("tier", *verb, "--json").events if one["event"] == "no_metric"]
+        assert warning == {
+            "event": "no_metric",
+            "rule": "runs",
+            "tiers": ["hot"],
+            "metrics": ["val_los"],
+            "run": "runs/a/step-*",
+            "n_checkpoints": 3,
+            "found": ["accuracy", "val_loss"],
+            "likely": "val_loss",
+        }
+        (line,) = [line for line in tiercache("tier", *verb).out.splitlines() if line.startswith("warning: ")]
+        assert all(fact in line for fact in ("runs/a/step-*", "'val_los'", "accuracy, val_loss", "'val_loss'?"))
+
+    def test_a_misspelt_metric_deletes_nothing_in_a_run(self, tiercache, root):
+        score_checkpoints(root)
+        rules = RULES.replace("keep_hot = { last = 1 }", f'{MISSPELT}\ndelete_after = "365d"')
+        (root / "tiercache.toml").write_text(rules)
+        for _ in range(2):
+            tiercache("tier", "run", "--once")
+        assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
+        (root / "tiercache.toml").write_text(rules.replace("val_los:", "val_loss:"))
+        tiercache("tier", "run", "--once")
+        assert steps(root, "nvme") == ["step-11", "step-9"]
+
+    def test_checkpoints_without_the_metric_of_their_run_are_said_by_check(self, tiercache, root):
+        score_checkpoints(root)
+        (root / "nvme/runs/a/step-10/metrics.json").unlink()
+        rules = RULES.replace("{ last = 1 }", '{ best = { metric = ["other", "val_loss"], n = 1 } }')
+        (root / "tiercache.toml").write_text(rules)
+        events = tiercache("tier", "check", "--json").events
+        (note,) = [one for one in events if one["event"] == "passed_over"]
+        assert (note["n_checkpoints"], note["paths"]) == (1, ["runs/a/step-10"])
+        assert [one for one in events if one["event"] == "no_metric"] == []
+
+    def test_a_run_without_any_metric_is_said_to_have_none(self, tiercache, root):
+        (root / "tiercache.toml").write_text(RULES.replace("{ last = 1 }", '{ best = "val_loss:1" }'))
+        (warning,) = [e for e in tiercache("tier", "plan", "--json").events if e["event"] == "no_metric"]
+        assert (warning["found"], warning["likely"]) == ([], None)
+
+
 class TestCheck:
     def test_it_says_where_tiers_are_and_what_rules_match(self, tiercache, root):
         *rows, summary = tiercache("tier", "check", "--json").events

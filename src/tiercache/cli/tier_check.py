@@ -70,6 +70,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         _print_rules(output, file, inventory)
         _print_left_alone(output, inventory.facts)
         tiers.say_absent(output, inventory)
+        tiers.say_unscored(output, inventory, passed_over=True)
         tiers.say_left(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))

@@ -9,7 +9,7 @@ import typer
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
 from tiercache.cli.tier_apply import adopted_text, print_stopped
-from tiercache.cli.tier_opening import Rules, read_rules, say_doubts
+from tiercache.cli.tier_opening import Rules, read_rules, say_doubts, say_gaps
 from tiercache.cli.tier_plan import Limit, plan_text, print_plan
 from tiercache.cli.tier_texts import print_holdings
 from tiercache.model import format_bytes
@@ -37,6 +37,7 @@ def run(
     with output.progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     say_doubts(output, report.doubts)
+    say_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, limit)
     else:

@@ -55,7 +55,8 @@ class Inventory:
             `emptied` (local tiers that have nothing, and of which the catalog knows copies), `n_objects`, `n_own`, and
             what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
             (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
-            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
+            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics). `in_files`: group -> names of the
+            metrics in its files, of those that were read.
     """
 
     snapshot: Snapshot
@@ -118,9 +119,15 @@ def take_inventory(
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
     scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
-    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, complete=complete, metrics=metrics)
+    of_groups = {"complete": complete, "metrics": metrics, "unread": _unread(scores.unread, copies, len(grouped.kind))}
+    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
-    more = {"n_own": int(own.sum()), "unread": scores.unread, "emptied": _emptied(file, listed, known)}
+    more = {
+        "n_own": int(own.sum()),
+        "unread": _some(grouped.paths.take(pa.array(scores.unread))),
+        "in_files": scores.in_files,
+        "emptied": _emptied(file, listed, known),
+    }
     return Inventory(snapshot, facts | more, listed, copies)
 
 
@@ -253,6 +260,17 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: floa
     complete &= lacks == NOTHING
     complete[grouped.kind != CHECKPOINT] = True
     return complete
+
+
+def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
+    """Of groups whose metrics cannot be read, those that no mover has put where they lie.
+
+    What a mover has put there was not among the best when its metrics could be read.
+    """
+    found = np.zeros(n_groups, np.bool_)
+    found[groups] = True
+    found[copies.group[copies.verified]] = False
+    return found
 
 
 def _snapshot(

@@ -48,6 +48,8 @@ class Snapshot:
         unreported: bool[n_groups], a machine that may have used it has not reported: it is not idle.
         in_use: bool[n_groups], somebody reads it now.
         metrics: name -> float64[n_groups], NaN where a checkpoint has not got it.
+        unread: bool[n_groups], a checkpoint with files that may hold metrics, none of which can be read, where no mover
+            has put it there.
         tags: group -> its tags, of those that have some.
         group: int32[n_copies], rising: whose copy; row c of the columns below is copy c.
         tier: int8[n_copies], rising within a group.
@@ -74,6 +76,7 @@ class Snapshot:
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]
     metrics: Mapping[str, NDArray[np.float64]]
+    unread: NDArray[np.bool_]
     tags: Mapping[int, frozenset[str]]
     group: NDArray[np.int32]
     tier: NDArray[np.int8]

@@ -27,6 +27,7 @@ from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.mover import Applied, Mover, Progress, Stopped
 from tiercache.tier.plan import planned
 from tiercache.tier.policy import decide
+from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
 
@@ -47,6 +48,7 @@ class RunReport:
         settled: deletions whose grace was over, and those that an earlier run had left half done.
         adopted: folders of data sets that tiers look after from now on.
         doubts: tiers that may lack what lies in them: marks.py.
+        gaps: metrics that keep lists ask for and that a run has not got.
         n_groups: that there are.
         n_restoring: copies that are being restored.
         seconds: how long it took.
@@ -58,6 +60,7 @@ class RunReport:
     settled: Applied = field(default_factory=Applied)
     adopted: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    gaps: tuple[MetricGap, ...] = ()
     n_groups: int = 0
     n_restoring: int = 0
     seconds: float = 0.0
@@ -195,6 +198,7 @@ class _Run:
             settled or Applied(),
             tuple(adopted),
             self._doubts,
+            metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
             n_groups=snapshot.n_groups,
             n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
             seconds=time.monotonic() - self._started_s,
