@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from tiercache.pack import pack
 from tiercache.store import open_store
+from tiercache.store.archive import open_archive
+from tiercache.testing.s3_server import S3Server
 from tiercache.tier.lock import TierLock
 
 RULES = """
@@ -142,6 +145,63 @@ class TestMetrics:
         assert (warning["found"], warning["likely"]) == ([], None)
 
 
+class TestLosses:
+    @pytest.mark.parametrize("verb", [["check"], ["run", "--once", "--dry-run"], ["run", "--once"]])
+    def test_a_shard_without_any_copy_ends_with_3_and_is_named(self, tiercache, root, verb):
+        tiercache("tier", *verb)
+        shard = next((root / "store").rglob("*.tcs") if verb[0] == "check" else root.rglob("*.tcs"))
+        for copy in root.rglob(shard.name):
+            copy.unlink()
+        name = f"datasets/photos/shards/{shard.name}"
+        done = tiercache("tier", *verb, "--json", code=3)
+        assert [one["path"] for one in done.events if one["event"] == "lost"] == [name]
+        assert done.events[-1]["lost"] == [name]
+        assert [line for line in tiercache("tier", *verb, code=3).out.splitlines() if name in line and "LOST" in line]
+
+    def test_where_nothing_is_lost_the_field_is_empty(self, tiercache, root):
+        for verb in (["check"], ["run", "--once"]):
+            assert tiercache("tier", *verb, "--json").events[-1]["lost"] == []
+
+    def test_what_was_not_asked_is_not_known(self, tiercache, root):
+        assert tiercache("tier", "check", "--offline", "--json").events[-1]["lost"] is None
+
+    def test_of_many_losses_people_see_some_and_programs_all(self, tiercache, root):
+        for step in range(20, 50):
+            write_checkpoint(root, step, 1)
+        tiercache("tier", "run", "--once")
+        tiercache("tier", "run", "--once")
+        shutil.rmtree(root / "cold" / "runs")
+        lines = [one for one in tiercache("tier", "check", code=3).out.splitlines() if one.startswith("LOST: ")]
+        assert len(lines) == 21
+        assert len(tiercache("tier", "check", "--json", code=3).events[-1]["lost"]) == 32
+
+
+class TestBucket:
+    @pytest.mark.s3
+    def test_check_warns_of_a_lifecycle_rule_that_deletes_objects_of_a_tier(self, tiercache, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with S3Server(kind="moto") as server:
+            options = ", ".join(f"{name} = {json.dumps(value)}" for name, value in server.storage_options.items())
+            (tmp_path / "tiercache.toml").write_text(
+                f'[tiers.standard]\nurl = "{server.url}/train"\nprices = "aws:us-east-1:STANDARD"\n'
+                f"storage_options = {{ {options} }}\n"
+            )
+            assert [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"] == []
+            archive = open_archive(server.url, **server.storage_options)
+            lifecycle = {"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": "tr"}, "Expiration": {"Days": 30}}
+            archive.calls(
+                "put_bucket_lifecycle_configuration",
+                archive.url,
+                Bucket=server.bucket,
+                LifecycleConfiguration={"Rules": [lifecycle]},
+            )
+            archive.close()
+            (found,) = [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"]
+            assert (found["tier"], found["kind"], found["rule"]) == ("standard", "expiration", "tidy")
+            (line,) = [one for one in tiercache("tier", "check").out.splitlines() if one.startswith("warning: ")]
+            assert "30 days" in line
+
+
 class TestCheck:
     def test_it_says_where_tiers_are_and_what_rules_match(self, tiercache, root):
         *rows, summary = tiercache("tier", "check", "--json").events
@@ -162,6 +222,7 @@ class TestCheck:
             "rules": 2,
             "pins": 0,
             "not_reached": 0,
+            "lost": [],
         }
 
     def test_people_get_two_tables(self, tiercache, root):

@@ -22,6 +22,7 @@ from tiercache.prices import Prices, priced
 from tiercache.store import redact
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.losses import Loss, find_losses
 from tiercache.tier.marks import absent
 from tiercache.tier.matching import first_match
 from tiercache.tier.run import catalog_path
@@ -34,6 +35,7 @@ Rules: TypeAlias = Annotated[
     typer.Option("--rules", metavar="FILE", help="The rule file, if not the tiercache.toml found here."),
 ]
 
+_LOSSES_SHOWN = 20
 _HERE = ("./", "../")
 _SIGNS = "*?[{"
 
@@ -73,6 +75,10 @@ class OpenTiers:
         """A note for each tier that may lack what lies in it."""
         say_doubts(output, absent(self.file, self.stores, self.catalog, inventory.facts["emptied"]))
 
+    def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
+        """What is lost, as far as is known."""
+        return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
+
     def say_unscored(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
         """A warning for each run without a metric that a keep list asks for; and a note of checkpoints without one."""
         gaps, passed = metric_gaps(inventory.snapshot, self.file, inventory.facts["in_files"])
@@ -106,6 +112,15 @@ def say_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
         output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
 
 
+def say_losses(output: Output, losses: Sequence[Loss]) -> None:
+    """A line for each object that is lost; people get some of many."""
+    shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
+    for loss in shown:
+        output.event("lost", asdict(loss), printable(f"LOST: {loss.text}"))
+    if not output.as_json and len(losses) > len(shown):
+        typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
+
+
 def say_doubts(output: Output, doubts: Iterable[str]) -> None:
     """A note for each thing that may be, but is hardly meant."""
     for doubt in doubts:
@@ -129,6 +144,7 @@ def read_rules(rules: Path | None) -> TierFile:
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
     globs += [(f"{rule.name}.except", rule.excepted) for rule in file.rules]
     globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]
+    globs += [("tiering.gone", file.tiering.gone)]
     globs += [(f"tags[{i}].match", tag.match) for i, tag in enumerate(file.tags, start=1)]
     for key, some in globs:
         try:

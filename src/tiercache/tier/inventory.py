@@ -56,7 +56,8 @@ class Inventory:
             what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
             (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
             tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics). `in_files`: group -> names of the
-            metrics in its files, of those that were read.
+            metrics in its files, of those that were read; `missing_shards`: keys of all shards that are in no tier, and
+            not placed elsewhere, and when each was first named (seconds since the epoch).
     """
 
     snapshot: Snapshot
@@ -74,6 +75,10 @@ class Inventory:
             return ()
         start, end = self._copies.start[copy : copy + 2].tolist()
         return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
+
+    def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
+        """Whether an object of each of these keys was listed in any tier; bool[len(keys)]."""
+        return find(keys, self._listed.keys) >= 0
 
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
         """The objects of each group's copy in the tier beside it, as objects() has them."""
@@ -320,6 +325,7 @@ def _facts(
     there = np.zeros(len(grouped.shards), np.bool_)
     there[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
+    lacking = np.flatnonzero(~there & ~grouped.shards.elsewhere)
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,
@@ -327,6 +333,7 @@ def _facts(
         "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),
+        "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
         "differing": _some(differing),

@@ -441,6 +441,8 @@ class Settling:
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.there]
+                if row.action == "delete":  # and what the books have of copies that others have taken away
+                    gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
                     self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":

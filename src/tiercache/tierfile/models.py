@@ -253,6 +253,7 @@ class Tiering(Table):
     uncounted: Literal["wait", "idle"] = "wait"
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
+    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 
