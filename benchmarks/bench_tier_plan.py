@@ -126,6 +126,7 @@ def made_snapshot(n: int) -> Snapshot:
         state=np.full(m, HERE, np.uint8),
         whole=np.ones(m, np.bool_),
         verified=random.random(m) < 0.8,
+        links={},
     )
 
 

@@ -227,7 +227,7 @@ class World:
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
             smallest_bytes=n_bytes // n_objects, modified_s=self.since_s[group, tier],
             storage_class=tier.astype(np.int16), state=np.where(self._archived[tier], ARCHIVED, HERE).astype(np.uint8),
-            whole=everywhere, verified=everywhere,
+            whole=everywhere, verified=everywhere, links={},
         )  # fmt: skip
 
     def decide(self) -> Decisions:

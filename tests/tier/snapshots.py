@@ -43,6 +43,7 @@ class Copy:
     state: int = HERE
     whole: bool = True
     verified: bool = True
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         state=copies(lambda copy: copy.state, np.uint8),
         whole=copies(lambda copy: copy.whole, np.bool_),
         verified=copies(lambda copy: copy.verified, np.bool_),
+        links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
     )
 
 

@@ -369,3 +369,104 @@ def test_what_a_mover_has_moved_while_tiers_were_listed_is_not_lost(tiers):
         assert lost(tiers.run(stores=stores, dry_run=True)) == {}
     (tiers.root / "standard" / standard.key).unlink()
     assert lost(tiers.run(dry_run=True)) == {standard.key: ()}
+
+
+# -- folders and links ------------------------------------------------------------------------------------------------
+
+
+def run_twice(tiers, clock):
+    """Moves, and the deletions that wait for grace."""
+    clock.jump(2 * DAY_S)
+    first = tiers.run()
+    clock.jump(DAY_S + 1)
+    return first, tiers.run()
+
+
+def test_a_checkpoint_that_is_gone_from_a_local_tier_leaves_no_folder(tiers, clock):
+    """Orbax and Trainer list folders, and would resume from an empty one."""
+    for step in (100, 200):
+        for name in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/1", "metrics/metrics"):
+            tiers.write("standard", f"ck/run/{step}/{name}")
+    (tiers.root / "standard/ck/run/100/default/array_metadatas").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir()] == ["200"]
+    assert len(tiers.keys("archive", "ck/run/100/")) == 4
+
+
+def test_a_folder_in_which_something_is_left_stays(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    (tiers.root / "standard/ck/run/step-1/more").symlink_to("__0_0.distcp")
+    (tiers.root / "standard/ck/run/step-1/empty").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
+
+
+def test_a_deleted_checkpoint_leaves_no_folder(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
+    for step in (1, 2):
+        tiers.write("standard", f"runs/step-{step}/a/model.bin")
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/runs").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
+def test_what_a_symbolic_link_leads_to_is_copied_and_stays_until_the_link_leads_elsewhere(tiers, clock, target):
+    """Lightning's last.ckpt, with save_last="link"."""
+    checkpoints(tiers, 1, 2)
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to(target)
+    first, second = run_twice(tiers, clock)
+    assert [(move.path, move.action) for move in first.plan.moves] == [("ck/run/step-1", "copy")]
+    (refusal,) = second.plan.refusals
+    assert (refusal.action, "ck/run/last.ckpt" in refusal.reason) == ("drop", True)
+    assert (link.resolve().exists(), len(tiers.keys("archive"))) == (True, 2)
+    link.unlink()
+    link.symlink_to("step-2")
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir() if path.name != "step-2"] == ["last.ckpt"]
+
+
+def test_a_symbolic_link_that_comes_while_a_deletion_waits_keeps_the_copy(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    clock.jump(2 * DAY_S)
+    assert [move.action for move in tiers.run().plan.moves] == ["move"]
+    (tiers.root / "standard/ck/run/best").symlink_to(tiers.root / "standard/ck/run/step-1")
+    clock.jump(DAY_S + 1)
+    assert tiers.run().exit_code == PARTLY
+    assert len(tiers.keys("standard", "ck/run/step-1/")) == 2
+    (tiers.root / "standard/ck/run/best").unlink()
+    tiers.run()
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+
+
+def test_links_to_other_places_and_to_nothing_keep_nothing(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    folder = tiers.root / "standard/ck/run"
+    (folder / "gone").symlink_to("step-0")
+    (folder / "gone too").symlink_to("step-1/no file")
+    (folder / "all").symlink_to("../run")
+    (folder / "outside").symlink_to("/")
+    (folder / "loop").symlink_to("loop")
+    run_twice(tiers, clock)
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+
+
+def test_last_copies_that_a_symbolic_link_leads_to_are_not_deleted(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
+    for step in (1, 2, 3):
+        tiers.write("standard", f"runs/step-{step}.pt", bytes([step]))
+    (tiers.root / "standard/runs/best.pt").symlink_to("step-1.pt")
+    first, _ = run_twice(tiers, clock)
+    assert [move.path for move in first.plan.moves] == ["runs/step-2.pt"]
+    assert tiers.keys("standard") == ["runs/step-1.pt", "runs/step-3.pt"]
+
+
+def test_a_full_tier_sends_away_nothing_that_a_symbolic_link_leads_to(tiers, clock):
+    path = tiers.root / "tiercache.toml"
+    path.write_text(path.read_text().replace('role = "hot"\n', 'role = "hot"\ncapacity = "250"\n'))
+    for name in ("a", "b", "c"):
+        tiers.write("hot", f"x/{name}")
+    (tiers.root / "hot/x/link").symlink_to("a")
+    run_twice(tiers, clock)
+    assert "x/a" in tiers.keys("hot")
+    assert len(tiers.keys("hot")) < 3

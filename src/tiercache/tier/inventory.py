@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
 from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
@@ -124,7 +125,13 @@ def take_inventory(
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
     scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
-    of_groups = {"complete": complete, "metrics": metrics, "unread": _unread(scores.unread, copies, len(grouped.kind))}
+    links = _links(file, stores, listed, grouped.paths, copies)
+    of_groups = {
+        "links": links,
+        "complete": complete,
+        "metrics": metrics,
+        "unread": _unread(scores.unread, copies, len(grouped.kind)),
+    }
     snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
     more = {
@@ -276,6 +283,29 @@ def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray
     found[groups] = True
     found[copies.group[copies.verified]] = False
     return found
+
+
+def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copies: Copies) -> dict[int, str]:
+    """Copy -> a symbolic link in its tier that leads to it, or to something in it."""
+    found: dict[int, str] = {}
+    for number in listed.tiers:
+        store = stores.store(file.tiers[number].name)
+        if not isinstance(store, LocalFolder):
+            continue
+        # The group itself, or the folder above that is one.
+        pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
+        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # it would go with it
+        rows = find(pa.array([above for _, above in pairs], pa.large_string()), paths)
+        for (link, _), row in zip(pairs, rows.tolist(), strict=True):
+            copy = copies.find(row, number) if row >= 0 else None
+            if copy is not None:
+                found.setdefault(copy, link)
+    return found
+
+
+def _with_folders(key: str) -> list[str]:
+    """The key, and the folders that it lies in."""
+    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
 def _snapshot(

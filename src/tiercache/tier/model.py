@@ -59,6 +59,7 @@ class Snapshot:
         storage_class: int16[n_copies], numbers of `classes`.
         state: uint8[n_copies], HERE and so on.
         whole: bool[n_copies], all objects of the group are in this copy, with the sizes they have elsewhere.
+        links: copy -> a symbolic link in its tier that leads to it, of those that have one: it would lead nowhere.
         verified: bool[n_copies], its bytes were compared with checksums when it was made, and it has not changed since.
     """
 
@@ -88,6 +89,7 @@ class Snapshot:
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    links: Mapping[int, str]
 
     @property
     def n_groups(self) -> int:
