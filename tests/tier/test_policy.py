@@ -81,6 +81,15 @@ def test_a_misspelt_metric_deletes_nothing_and_moves_nothing_of_the_run():
     assert all("'val_los'" in one.reason and "no checkpoint of its run" in one.reason for one in refusals)
 
 
+def test_the_refusal_names_only_the_metric_that_is_not_found():
+    rule = BEST.model_copy(
+        update={"keep": {"standard": Keep(best=(Best(metric="val_loss", n=1), Best(metric="val_los", n=1)))}}
+    )
+    _, refusals = planned(scored(0, 1, 2, 3), rule)
+    assert {one.group for one in refusals} == {1}
+    assert all("'val_los'" in one.reason and "'val_loss'" not in one.reason for one in refusals)
+
+
 def test_a_metric_that_one_run_has_holds_for_that_run_alone():
     groups = [*scored(0, 1, 2, 3, 4), *scored(1, 1, 2, 3, 4, metric="val_los")]
     assert moves_of(groups, BEST) == [("ckpt/r1/step-3", "delete", "standard", None)]

@@ -69,7 +69,7 @@ class Shards:
         last_use_s: float64[n], NaN where nobody has reported a use.
         uses: int64[n].
         in_use, unreported: bool[n].
-        named_s: float64[n], when the first version that names it was committed, seconds since the epoch.
+        named_s: float64[n], when the first version that names it was committed, seconds since the epoch; NaN: unknown.
         elsewhere: bool[n], its placement leads to a URL that is no tier's.
     """
 
@@ -203,7 +203,7 @@ class _Reader:
         for version in versions:
             for ref in version.segments:
                 refs[version.dataset_id, ref.name] = ref
-                first_s.setdefault((version.dataset_id, ref.name), datetime.fromisoformat(version.created).timestamp())
+                first_s.setdefault((version.dataset_id, ref.name), _seconds(version.created))
         tables: list[pa.Table] = []
         named_s = [np.empty(0)]
         for dataset_id in dict.fromkeys(dataset_id for dataset_id, _ in refs):
@@ -231,6 +231,14 @@ class _Reader:
         counts = urls.value_counts().to_pylist()
         found = sorted((one["values"], one["counts"]) for one in counts if one["values"].rstrip("/") not in tiers)
         return tuple(found), is_elsewhere
+
+
+def _seconds(created: str) -> float:
+    """Seconds since the epoch of what a version says of its making; NaN where that is no time."""
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except (ValueError, OverflowError):
+        return np.nan
 
 
 def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:

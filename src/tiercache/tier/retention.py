@@ -31,11 +31,14 @@ class Kept:
 
     named: its keys name the group; unscored: `best` cannot tell whether the group is among the best. Both are kept.
     without: the group lacks a metric of `best` that another of its run has, so that it is not among the best.
+    unscored_by, without_by: the metrics of each `best` for which any group is unscored, or without.
     """
 
     named: _Flags
     unscored: _Flags
     without: _Flags
+    unscored_by: tuple[tuple[str, ...], ...] = ()
+    without_by: tuple[tuple[str, ...], ...] = ()
 
 
 def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
@@ -56,18 +59,22 @@ def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
             named[_first_of_steps(snapshot, rising, keep.every_steps)] = True
     if keep.every_s is not None:
         named[_first_of_stretches(snapshot, complete, keep.every_s)] = True
+    unscored_by: list[tuple[str, ...]] = []
+    without_by: list[tuple[str, ...]] = []
     for best in keep.best:
         scores = scores_of(snapshot, complete, best)
         named[_best(snapshot, complete, scores.values, best)] = True
         unsure = scores.is_unscored | (np.isnan(scores.values) & snapshot.unread[complete])
-        unscored[complete[unsure]] = True
-        without[complete[np.isnan(scores.values) & ~unsure]] = True
+        lacks = np.isnan(scores.values) & ~unsure
+        unscored[complete[unsure]], without[complete[lacks]] = True, True
+        unscored_by += [best.metrics] if unsure.any() else []
+        without_by += [best.metrics] if lacks.any() else []
     if keep.tags:
         wanted = set(keep.tags)
         named[[group for group, tags in snapshot.tags.items() if not wanted.isdisjoint(tags)]] = True
     if keep.younger_s is not None:
         named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
-    return Kept(named[rows], unscored[rows], without[rows])
+    return Kept(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -294,20 +294,24 @@ def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | Non
 def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     named, by_keys = np.zeros((view.n_tiers, len(rows)), np.bool_), view.newest[rows]
     without = np.zeros(view.snapshot.n_groups, np.bool_)
+    unscored_by: list[tuple[str, ...]] = []
+    without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
         found = kept(view.snapshot, rows, keep)
         # The newest of a run is always among them.
         named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
         by_keys = by_keys | found.named
         without[rows] |= found.without
+        unscored_by += found.unscored_by
+        without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
-    says = f"; without {_metrics_of(rule)}, which others of its run have"
+    says = f"; without {_worded(without_by)}, which others of its run have"
     deletes = deletes.saying(ending(deletes.text, without[deletes.group], says))
     # What would be deleted, had `best` only found nothing.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
-    text = f"it may be the best by {_metrics_of(rule)}, which is {where}"
+    text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
     unscored = unscored.saying(np.full(len(unscored), text, np.object_))
     left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
     rows, named, anywhere = rows[left], named[:, left], anywhere[left]
@@ -327,10 +331,9 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     return Asked(rows, wanted, refused, stays, named)
 
 
-def _metrics_of(rule: Rule) -> str:
-    """The metrics that a rule's keep lists ask for, for people."""
-    bests = [best for keep in rule.keep.values() for best in keep.best]
-    return ", ".join(dict.fromkeys(" or ".join(map(repr, best.metrics)) for best in bests))
+def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
+    """The metrics of some `best`, for people."""
+    return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
 def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:
