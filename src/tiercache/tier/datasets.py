@@ -68,6 +68,7 @@ class Shards:
         last_use_s: float64[n], NaN where nobody has reported a use.
         uses: int64[n].
         in_use, unreported: bool[n].
+        counted_since_s: float64[n], from when on machines report their use; inf: they do not yet.
     """
 
     keys: pa.Array
@@ -77,6 +78,7 @@ class Shards:
     uses: NDArray[np.int64]
     in_use: NDArray[np.bool_]
     unreported: NDArray[np.bool_]
+    counted_since_s: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,6 +92,7 @@ _NONE = Shards(
     np.empty(0, np.int64),
     np.empty(0, np.bool_),
     np.empty(0, np.bool_),
+    np.empty(0, np.float64),
 )
 
 
@@ -153,17 +156,18 @@ class _Reader:
         reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
-        waits = self._file.tiering.uncounted == "wait"
         # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
-        since_s = placement.adopted_s(self._store) if has_mark and waits else None
+        # A mark without a date was written by an early release: its uses have been counted for long.
+        since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
         shards = Shards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
-            last_use_s=used.last_use_s if since_s is None else np.fmax(used.last_use_s, since_s),
+            last_use_s=used.last_use_s,
             uses=used.uses,
             in_use=used.in_use,
-            unreported=np.full(len(table), used.unreported or (waits and not has_mark)),
+            unreported=np.full(len(table), used.unreported),
+            counted_since_s=np.full(len(table), since_s),
         )
         elsewhere = self._elsewhere(table.names) if has_mark else ()
         return shards, DataSet(
@@ -234,5 +238,5 @@ def _joined(shards: Sequence[Shards]) -> Shards:
         joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
         return joined[rows]
 
-    names = ("n_bytes", "crc32c", "last_use_s", "uses", "in_use", "unreported")
+    names = ("n_bytes", "crc32c", "last_use_s", "uses", "in_use", "unreported", "counted_since_s")
     return Shards(keys.take(pa.array(rows, pa.int64())), *(column(name) for name in names))  # type: ignore[arg-type]
