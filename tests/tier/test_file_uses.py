@@ -7,6 +7,7 @@ import time
 
 import fsspec
 import pytest
+from tests.tier.moving import World, moved_away
 
 import tiercache as tc
 from tiercache.catalog import uses
@@ -15,8 +16,10 @@ from tiercache.model import ByteRange
 from tiercache.prices import priced
 from tiercache.store import open_store
 from tiercache.tier.inventory import take_inventory
+from tiercache.tier.model import Decisions
 from tiercache.tier.policy import decide
 from tiercache.tier.stores import Stores
+from tiercache.tier.survey import Survey, survey_of
 from tiercache.tierfile import load_tiers
 
 DAY_S = 86_400.0
@@ -205,3 +208,19 @@ def test_a_line_that_was_torn_is_left_out(monkeypatch, tmp_path):
     with path.open("a") as file:
         file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
     assert list(uses.read()) == ["s3://bucket/torn-test"]
+
+
+@pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
+def test_a_file_that_is_read_during_grace_stays_where_its_rule_asks_for_idleness(tmp_path, rule, goes):
+    world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
+    moved_away(world, "f")
+    world.survey = Survey(used_s={"f": world.now_s + 60})
+    world.later()
+    assert world.settle().done == goes
+    assert world.where("f") == (["archive"] if goes else ["standard", "archive"])
+
+
+def test_a_survey_knows_what_was_read_through_a_cache(tiers):
+    read_by_fsspec(tiers, KEYS[0])
+    tiers.decide()
+    assert list(survey_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]
