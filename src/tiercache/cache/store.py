@@ -33,6 +33,7 @@ class CachedStore(Store):
     def __init__(self, cache: Cache, inner: Store) -> None:
         self.cache, self.inner = cache, inner
         self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
+        self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
         self._known: OrderedDict[str, Wanted] = OrderedDict()
 
@@ -56,7 +57,7 @@ class CachedStore(Store):
     def _note_use(self, key: str) -> None:
         """Count a read of an object that no manifest describes; a `Dataset` counts the shards that it reads."""
         if not key.startswith(_OWN_FOLDER) and f"/{_OWN_FOLDER}" not in key:
-            uses.note(f"{redact(self.url).rstrip('/')}/{key}")
+            uses.note(f"{self._source}/{key}")
 
     def _tell(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
