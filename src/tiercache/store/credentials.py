@@ -127,9 +127,9 @@ class Credentials:
 
 
 def refusal(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
-    """The error to raise for a refused request: retryable, with .renewed, if other keys than those of it are there now.
+    """The error to raise for a refused request: with .renewed if other keys than those of the request are there now.
 
-    number: of the keys that the request was signed with.
+    with_retries() then makes one more attempt. number: of the keys that the request was signed with.
     """
     code = error.facts.get("code")
     if credentials is None or not (error.facts.get("status") in (401, 403) or code in _INVALID_CODES):
@@ -137,7 +137,7 @@ def refusal(error: StoreError, credentials: Credentials | None, number: int) -> 
     facts = {**error.facts, "retryable": False}
     try:
         if credentials.renew(number):
-            text, facts["retryable"], facts["renewed"] = "", True, True
+            text, facts["renewed"] = "", True
         elif code in _INVALID_CODES:
             text = f"; {credentials.origin} has no newer credentials"
         else:

@@ -14,6 +14,7 @@ _CAUSES = re.compile(r'(?:message|error): "?([^"\n]+?)"?,?\n')
 _METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity/")
 _XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
 _SERVER = re.compile(r"performing \w+ (https?://[^/\s]+)")
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
@@ -51,6 +52,12 @@ def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> S
             f"of a cloud machine gave none ({shown}); for a public bucket say anon=True or skip_signature=True"
         )
         return StoreError(message, url=url)
+    if certificate := _CERTIFICATE.search(text):
+        message = (
+            f"{doing}: the certificate of {endpoint or 'the server'} is not trusted ({certificate[1]}); "
+            "root_certificate= or AWS_CA_BUNDLE names a file of certificates to trust"
+        )
+        return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)
     retryable = status in _TRY_AGAIN or "ConditionalRequestConflict" in text if status else kind is not None
     sent = not (kind is not None and kind[1] == "Connect")

@@ -24,6 +24,7 @@ TIMEOUT_S = 60.0
 # A wait longer than this is reported.
 REPORT_AFTER_S = 2.0
 _LOOK_EVERY_S = 0.5
+_IDLE_S = 1.0
 
 _jitter = random.SystemRandom()  # not the seeded generator: many ranks must not come back in step
 
@@ -195,8 +196,8 @@ class Patience:
 class Calls:
     """Calls of one store that are under way: close() ends their retries, and a long wait is reported while it lasts.
 
-    Each process has a thread that looks at them twice a second while there are any; close() ends it. Of calls that wait
-    at the same time one is reported: they mostly wait for the same reason. Safe from any thread.
+    Each process has a thread that looks at them twice a second; it ends at close(), or soon after the last call. Of
+    calls that wait at the same time one is reported: they mostly wait for the same reason. Safe from any thread.
     """
 
     def __init__(self) -> None:
@@ -237,10 +238,19 @@ class Calls:
 
     def _watch(self, wake: Event, ended: Event) -> None:
         while not ended.is_set():
-            wake.wait()
             wake.clear()
             while self._under_way and not ended.wait(_LOOK_EVERY_S):
                 self.look()
+            if not wake.wait(_IDLE_S) and self._has_ended():
+                return
+
+    def _has_ended(self) -> bool:
+        """Give the watcher's place up, unless a call has begun: one that begins from now on finds it free."""
+        with self._starting:
+            watcher, self._watcher = self._watcher, None
+            if self._under_way:
+                self._watcher = watcher
+            return self._watcher is None
 
     def look(self) -> None:
         """Report a wait that is longer than 2 s, unless another one is reported already."""
@@ -295,7 +305,9 @@ def with_retries(
                 answer = attempt()
         except StoreError as error:
             n_failed += 1
-            if error.facts.get("renewed") and not has_renewed:  # there are other credentials now
+            if error.facts.get("renewed"):  # there are other credentials now
+                if has_renewed:  # and they were refused too
+                    raise
                 has_renewed = True
                 continue
             pause_s = policy.pause_s(n_failed)

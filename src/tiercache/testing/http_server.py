@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -44,7 +45,10 @@ class Misbehave:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that was served. n_bytes: of the body that was sent; headers: of the request, in lower case."""
+    """A request that was served. n_bytes: of the body that was sent; headers: of the request, in lower case.
+
+    body: of a POST.
+    """
 
     method: str
     path: str
@@ -53,6 +57,7 @@ class Seen:
     status: int
     n_bytes: int
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
 
 
 class HttpFaultServer:
@@ -63,7 +68,9 @@ class HttpFaultServer:
     n_bytes_sent tell what was asked and sent. Each request has a thread; the lock guards script and log.
     """
 
-    def __init__(self, objects: dict[str, bytes] | None = None) -> None:
+    def __init__(self, objects: dict[str, bytes] | None = None, *, tls: ssl.SSLContext | None = None) -> None:
+        """objects: by their paths; tls: serve https by it."""
+        self._tls = tls
         self.objects: dict[str, bytes] = {} if objects is None else objects
         self.log: list[Seen] = []
         self._lock = Lock()
@@ -75,6 +82,10 @@ class HttpFaultServer:
     def __enter__(self) -> HttpFaultServer:
         self._released.clear()
         self._server = _Server(self)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="http-fault-server", daemon=True)
         self._thread.start()
         return self
@@ -93,7 +104,7 @@ class HttpFaultServer:
         """Its address, without a slash at the end."""
         if self._server is None:
             raise ValueError("the server runs inside `with` only")
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.server_port}"
 
     @property
     def n_bytes_sent(self) -> int:
@@ -170,6 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its head
     server: _Server
+    _posted = b""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Keep quiet."""
@@ -196,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer as scripted."""
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self._is_prevented(self.server.owner.take(self.command, self.path)):
             self._answer(HTTPStatus.NOT_IMPLEMENTED, b"", {}, with_body=True)
 
@@ -312,4 +324,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _note(self, status: int, n_bytes: int) -> None:
         wanted, if_match = self.headers.get("Range"), self.headers.get("If-Match")
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.owner.note(Seen(self.command, self.path, wanted, if_match, int(status), n_bytes, headers))
+        seen = Seen(self.command, self.path, wanted, if_match, int(status), n_bytes, headers, self._posted)
+        self.server.owner.note(seen)
+        self._posted = b""
