@@ -227,6 +227,17 @@ def test_a_profile_that_only_the_config_file_has_is_used(http_server, opened, tm
     assert keys_of(http_server) == ["FROM-CONFIG"] * 2
 
 
+def test_files_without_a_default_profile_leave_the_search_to_the_machines_own_role(tmp_path):
+    (tmp_path / "config").write_text("[profile other]\nregion = eu-north-1\n")
+    (tmp_path / "credentials").write_text(profile_text("K", "other"))
+    assert s3_access(open_store("s3://bucket").options, "s3://bucket") == ({}, None)
+
+
+def test_one_key_without_the_other_is_an_error(opened):
+    with pytest.raises(ValueError, match="belong together"):
+        opened(access_key_id="a").get("a")
+
+
 def test_the_default_profile_of_the_config_file_is_used_without_a_word(http_server, opened, tmp_path):
     (tmp_path / "config").write_text(profile_text("FROM-DEFAULT", "default"))
     opened().get("a")
@@ -378,6 +389,11 @@ def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role)
     assert (caught.value.code, caught.value.retryable) == ("ExpiredTokenException", False)
     assert "the-web-token" not in str(caught.value)
     assert len(http_server.log) == 1
+
+
+def test_a_write_that_sts_kept_from_being_sent_is_not_in_doubt(http_server, opened, role):
+    http_server.next(Misbehave("status", 500), Misbehave("status", 200, body=sts_answer("ROLE")))
+    assert opened(**role).put_if_absent("b", b"x")
 
 
 def test_an_sts_that_is_busy_is_asked_again(http_server, opened, role):

@@ -7,12 +7,14 @@ import threading
 import time
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3Archive
 from tiercache.store.bucket import Tuning
+from tiercache.store.fsspec import FsspecStore
 from tiercache.store.landing import within, worker_pool
 from tiercache.store.obstore import Place
 from tiercache.store.obstore_errors import failure
@@ -91,6 +93,27 @@ def test_an_archive_has_the_same_timeout(http_server, opened):
         archive.head("a")
     assert time.monotonic() - started_s < GATE_S
     archive.close()
+
+
+@pytest.mark.parametrize("call", ["get", "head", "read_into", "list"])
+def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
+    gate = threading.Event()
+
+    class Silent(MemoryFileSystem):
+        cachable = False
+
+        def _wait(self, *_args, **_kwargs):
+            gate.wait(60)
+            raise OSError("the gate is open")
+
+        cat_file = info = find = _wait
+
+    store = FsspecStore("/folder", "silent://folder", {}, make=Silent, timeout_s=0.3)
+    with pytest.raises(StoreError, match=r"nothing came from silent://folder for 0.3 s"):
+        CALLS[call](store)
+    assert not gate.is_set()
+    gate.set()
+    store.close()
 
 
 def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():

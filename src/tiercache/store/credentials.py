@@ -161,8 +161,11 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
     role = {name: config.pop(name) for name in _ROLE_OPTIONS if name in config}
     if options.credentials is not None:
         return config, Credentials("the function in storage_options", lambda: _called(options, url), url)
-    if {"access_key_id", "secret_access_key"} <= config.keys():
-        keys = Keys(config.pop("access_key_id"), config.pop("secret_access_key"), config.pop("session_token", None))
+    if {"access_key_id", "secret_access_key"} & config.keys():
+        key, secret = config.pop("access_key_id", None), config.pop("secret_access_key", None)
+        if not key or not secret:
+            raise ValueError(f"{url}: access_key_id and secret_access_key belong together")
+        keys = Keys(key, secret, config.pop("session_token", None))
         return config, Credentials("storage_options", lambda: keys, url)
     if str(config.get("skip_signature", "")).lower() in ("true", "1"):
         return config, None
@@ -276,7 +279,7 @@ def _profile(name: str) -> dict[str, str]:
     config_file, keys_file = aws_files()
     config, keys = _sections(config_file), _sections(keys_file)
     section = next((s for s in config if s == f"profile {name}" or (s == name == "default")), None)
-    if section is None and name not in keys:
+    if section is None and name not in keys and name != "default":  # which may be missing
         raise ValueError(f"the AWS profile {name!r} is neither in {config_file} nor in {keys_file}")
     said = dict(config[section]) if section is not None else {}
     own = keys.get(name, {})
@@ -406,7 +409,8 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
         text = f"{code}: {said.get('Message', '')}" if code else f"HTTP {error.code}"
         retryable = error.code >= 500 or error.code == 429 or code in _STS_RETRYABLE_CODES
         message = f"STS at {endpoint} gave no keys for the token in {file}: {text[:_TEXT_CHARS]}"
-        raise StoreError(message, url=url, status=error.code, code=code, retryable=retryable) from None
+        facts: dict[str, Any] = {"status": error.code, "code": code, "before_request": True}
+        raise StoreError(message, url=url, retryable=retryable, **facts) from None
     except (OSError, HTTPException) as error:  # URLError too
         reason = getattr(error, "reason", error)
         message = f"cannot connect to STS at {endpoint}: {reason}"

@@ -18,10 +18,10 @@ from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
 from tiercache.store.credentials import Credentials, Keys, refusal, s3_access
 from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
 from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
-from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
+from tiercache.store.landing import Landing, PerProcess, read_requests, within, worker_pool
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import TIMEOUT_S, Calls, Patience, RetryPolicy, with_retries
+from tiercache.store.retry import TIMEOUT_S, Calls, Patience, RetryPolicy, Within, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.store.urls import redact
 from tiercache.waiting import SYSTEM_CLOCK
@@ -68,6 +68,7 @@ class FsspecStore(Store):
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
+        self._within = within(self._pool)
         self._files_here: PerProcess[_Opened] = PerProcess(self._open, lambda opened: opened.close())
 
     def __repr__(self) -> str:
@@ -105,12 +106,12 @@ class FsspecStore(Store):
     def head(self, key: str) -> ObjectInfo:
         """The file system's info()."""
         check_key(key)
-        return self._retried(key, "head", lambda: self._files.info(key))
+        return self._asked(key, "head", lambda: self._files.info(key))
 
     def get(self, key: str) -> bytes:
         """The whole object."""
         check_key(key)
-        data = self._retried(key, "get", lambda: self._files.read(key, None, None)[0])
+        data = self._asked(key, "get", lambda: self._files.read(key, None, None)[0])
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -119,7 +120,7 @@ class FsspecStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-        tail, info = self._retried(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
+        tail, info = self._asked(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
         self.counters.add("bytes_read", len(tail))
         return tail, info
 
@@ -143,7 +144,14 @@ class FsspecStore(Store):
             self._check_unchanged(key, seen)
 
         def read_one(request: Request, landing: Landing) -> None:
-            with_retries(lambda: self._attempt(key, request, landing, seen), self._policy, patience, stop=landing.stop)
+            with_retries(
+                lambda: self._attempt(key, request, landing, seen),
+                self._policy,
+                patience,
+                stop=landing.stop,
+                within=self._within,
+                is_client_bounded=False,
+            )
             patience.progressed()
 
         landing = Landing()
@@ -224,7 +232,7 @@ class FsspecStore(Store):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """The file system's find()."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
-        found = self._retried(prefix, "list", lambda: self._files.find(folder))
+        found = self._asked(prefix, "list", lambda: self._files.find(folder))
         for info in found:
             if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
                 yield info
@@ -239,14 +247,18 @@ class FsspecStore(Store):
     def _at(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+    def _asked(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        """What a request that changes nothing gives. One that is out of time is left to its thread."""
+        return self._retried(key, doing, attempt, within=self._within)
+
+    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, within: Within | None = None) -> T:
         def guarded() -> T:
             with self._errors(key, doing):
                 return attempt()
 
         patience = self._patience(key, doing)
         with self._calls.track(patience) as stop:
-            return with_retries(guarded, self._policy, patience, stop=stop)
+            return with_retries(guarded, self._policy, patience, stop=stop, within=within, is_client_bounded=False)
 
     @contextmanager
     def _errors(self, key: str, doing: str) -> Iterator[None]:

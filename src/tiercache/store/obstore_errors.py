@@ -79,6 +79,8 @@ def exists_already(error: BaseException) -> bool:
 def may_have_happened(error: StoreError) -> bool:
     """Whether a write that failed so may still have taken effect: it left, and no answer says that it was refused."""
     status = error.facts.get("status")
+    if error.facts.get("before_request"):
+        return False
     if status is not None:
         return status >= 500 and status not in _NOT_DONE
     return bool(error.facts.get("sent", False)) and error.retryable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -126,6 +127,8 @@ class Patience:
         self.deadline_s, self.timeout_s, self._unwanted = deadline_s, timeout_s, _here.unwanted
         self.endpoint = endpoint or url
         self.start_s = self._progress_s = clock.monotonic()
+        self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
+        self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
         self.error: StoreError | None = None  # of the last attempt that failed, since the last progress
         self.is_reported = False
 
@@ -147,17 +150,13 @@ class Patience:
     @property
     def left_s(self) -> float | None:
         """Seconds until the call is over unless it makes progress, negative after that; None without any limit."""
-        now_s = self.clock.monotonic()
-        limits = []
-        if self.deadline_s is not None:
-            limits.append(self.start_s + self.deadline_s - now_s)
-        if self.timeout_s is not None:
-            limits.append(self._progress_s + self.timeout_s - now_s)
-        return min(limits, default=None)
+        return None if self._end_s == math.inf else self._end_s - self.clock.monotonic()
 
     def progressed(self) -> None:
         """Note that bytes have arrived that had not arrived before."""
-        self._progress_s = self.clock.monotonic()
+        self._progress_s = now_s = self.clock.monotonic()
+        if self.timeout_s is not None:
+            self._end_s = min(self._deadline_end_s, now_s + self.timeout_s)
         self.error, self.is_reported = None, False
 
     def check(self) -> None:
@@ -168,13 +167,12 @@ class Patience:
         """
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
-        left_s = self.left_s
-        if left_s is not None and left_s <= 0:
+        if self._end_s <= self.clock.monotonic():
             raise self.too_late()
 
     def too_late(self) -> StoreError:
         """The error of a call whose deadline or timeout has passed."""
-        if self.deadline_s is not None and self.clock.monotonic() - self.start_s >= self.deadline_s:
+        if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         else:
             text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
@@ -201,31 +199,37 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self._under_way: dict[Patience, Event] = {}
-        self._watcher: tuple[int, threading.Thread, Event, Event] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew, in a forked process too: calls and thread are the parent's, and its lock may be held for ever."""
+        self._pid = os.getpid()
         self._starting = threading.Lock()
+        self._stop = Event()
+        self._under_way: dict[Patience, Event] = {}
+        self._watcher: tuple[threading.Thread, Event, Event] | None = None  # it, what wakes it and what ends it
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return Calls, ()
 
     @contextmanager
     def track(self, patience: Patience, stop: Event | None = None) -> Iterator[Event]:
-        """Watch a call while the block runs. stop: what close() sets to end its retries; a new one when None."""
-        stop = stop or Event()
+        """Watch a call while the block runs. stop: set by close() to end its retries; None: one that calls share."""
+        if self._pid != os.getpid():
+            self._forget()
+        stop = stop or self._stop
         self._under_way[patience] = stop
         watcher = self._watcher
-        if watcher is None or watcher[0] != os.getpid():
+        if watcher is None:
             watcher = self._start()
-        if not watcher[2].is_set():
-            watcher[2].set()
+        if not watcher[1].is_set():
+            watcher[1].set()
         try:
             yield stop
         finally:
             self._under_way.pop(patience, None)
 
-    def _start(self) -> tuple[int, threading.Thread, Event, Event]:
-        if self._watcher is not None and self._watcher[0] != os.getpid():  # a parent's: its lock may be held for ever
-            self._starting, self._watcher = threading.Lock(), None
+    def _start(self) -> tuple[threading.Thread, Event, Event]:
         with self._starting:
             if self._watcher is None:
                 wake, ended = Event(), Event()
@@ -233,7 +237,7 @@ class Calls:
                     target=self._watch, args=(wake, ended), name="tiercache-store-watch", daemon=True
                 )
                 thread.start()
-                self._watcher = os.getpid(), thread, wake, ended
+                self._watcher = thread, wake, ended
             return self._watcher
 
     def _watch(self, wake: Event, ended: Event) -> None:
@@ -261,13 +265,14 @@ class Calls:
             patience.is_reported = True
 
     def close(self) -> None:
-        """End the retries of calls under way, and this process's thread."""
-        for stop in list(self._under_way.values()):
+        """End the retries of calls under way, and this process's thread. Calls may be made again after it."""
+        ended, self._stop = self._stop, Event()
+        for stop in (ended, *list(self._under_way.values())):
             stop.set()
         watcher, self._watcher = self._watcher, None
-        if watcher is not None and watcher[0] == os.getpid():
-            watcher[3].set()
+        if watcher is not None and self._pid == os.getpid():
             watcher[2].set()
+            watcher[1].set()
 
 
 class Within(Protocol):
@@ -284,13 +289,14 @@ def with_retries(
     *,
     stop: Event | None = None,
     within: Within | None = None,
+    is_client_bounded: bool = True,
 ) -> T:
     """What attempt gives, trying again while its StoreError is retryable and policy and patience allow.
 
     stop: ends a pause, and trying again, when nobody waits for the answer any more.
 
-    within: runs further attempts, which begin when part of the time is spent already; the first one needs no thread,
-    for the client's own limits are no longer than the call's.
+    within: runs further attempts, which begin when part of the time is spent already. The first one needs no thread if
+    the client's own limits are no longer than the call's (is_client_bounded).
 
     Raises:
         StoreError: the last one; with .maybe_done set, at once, because the attempt may have taken effect.
@@ -299,7 +305,7 @@ def with_retries(
     while True:
         patience.check()
         try:
-            if n_failed and within is not None and not _here.is_bounded:
+            if within is not None and (n_failed or not is_client_bounded) and not _here.is_bounded:
                 answer = within(attempt, patience)
             else:
                 answer = attempt()
