@@ -197,6 +197,16 @@ def test_a_function_supplies_keys_by_obstores_names_and_those_of_aws(http_server
     assert http_server.log[0].headers["x-amz-security-token"] == "the-token"
 
 
+def test_a_function_supplies_the_token_of_google_cloud_as_obstore_has_it(http_server):
+    http_server.objects = {"bucket/a": b"data"}
+    later = datetime.now(UTC) + timedelta(hours=1)
+    given = {"token": "the-token", "expires_at": later}
+    store = open_store("gs://bucket", base_url=http_server.url, credentials=lambda: given)
+    assert store.get("a") == b"data"
+    store.close()
+    assert http_server.log[0].headers["authorization"] == "Bearer the-token"
+
+
 @pytest.mark.parametrize(
     ("given", "fact"),
     [

@@ -139,9 +139,15 @@ class Client:
         except StoreError as error:
             if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.facts.get("renewed"):
                 raise
+            refused = error
         # The answer to a HEAD has no body that says why: a GET of a byte is refused for the same reason.
-        with self.errors(key, doing):
-            return described(key, obstore.get(self._once.get(), key, options={"range": (0, 1)}).meta)
+        try:
+            with self.errors(key, doing):
+                obstore.get(self._once.get(), key, options={"range": (0, 1)})
+        except StoreError as error:
+            if error.facts.get("code") or error.facts.get("renewed"):
+                raise
+        raise refused
 
     def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
         """GET of a whole object. on_piece: called for each piece of about piece_bytes that has come."""
