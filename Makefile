@@ -38,6 +38,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/lint_source.py
 	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Icsrc -fsyntax-only $(wildcard csrc/*.c) tests/stress/ring_stress.c
 
 stress: build

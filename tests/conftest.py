@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -20,7 +21,8 @@ settings.register_profile("tests", deadline=None, print_blob=True, suppress_heal
 settings.register_profile("fuzz", settings.get_profile("tests"), max_examples=5000)
 settings.load_profile("tests")
 
-JOIN_S = 2.0
+# Only a test that leaves something behind waits so long; on a loaded machine a thread or a process takes seconds.
+JOIN_S = 8.0
 
 # Threads that libraries start once in a process and keep: fsspec's event loop, and one for each connection to a test
 # server that outlives the test.
@@ -73,6 +75,10 @@ def no_leaks() -> Iterator[None]:
     problems = [f"thread {thread.name}" for thread in _threads_left(threads)]
     if _open_files() - files:
         gc.collect()  # what a reference cycle of the test held is no leak
+        # torch waits five seconds for a worker and then sends it SIGTERM without waiting again; multiprocessing keeps
+        # the pipes of a process open until the process has ended and was joined.
+        for process in multiprocessing.active_children():
+            process.join(5 * JOIN_S)
         for thread in threading.enumerate():
             if thread.name == "QueueFeederThread":  # of a queue that was closed: it closes both ends of its pipe
                 thread.join(JOIN_S)

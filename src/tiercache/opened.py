@@ -19,7 +19,7 @@ import pyarrow as pa
 from tiercache.access import Access, Opener
 from tiercache.cache import CachedStore
 from tiercache.cache.copy_names import CopyNames
-from tiercache.cache.place import Place, warn_if_larger
+from tiercache.cache.place import Place, announce
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity
 from tiercache.order import BlockTable
@@ -100,7 +100,7 @@ class OpenedVersion:
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
-            warn_if_larger(self.url, np.asarray(self.table.n_bytes), self.cache)
+            announce(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:

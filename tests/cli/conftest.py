@@ -4,12 +4,11 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from tests.pack.pictures import png
 from typer.testing import CliRunner
 
 from tiercache.cli import app
 from tiercache.pack import pack
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass
@@ -45,7 +44,7 @@ def photos(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(10):
-            (tmp_path / "photos" / name / f"{i}.png").write_bytes(PNG + bytes([i]) * 1000)
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(png(bytes([i]) * 1000))
     return tmp_path / "photos"
 
 

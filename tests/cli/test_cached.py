@@ -41,6 +41,8 @@ def test_what_does_not_fit_ends_with_6(tiercache, data_set, tmp_path):
 
 
 def test_status_says_what_is_there_by_data_set(tiercache, data_set, cache, tmp_path):
+    tiercache("warm", data_set, *cache)
+    tiercache("evict", "--all", *cache, "--yes")
     assert f"{tmp_path}/cache: 0 B of 95.4 MiB" in tiercache("status", *cache).out
     tiercache("warm", data_set, *cache)
     row, summary = tiercache("status", *cache, "--json").events
@@ -49,6 +51,16 @@ def test_status_says_what_is_there_by_data_set(tiercache, data_set, cache, tmp_p
     lines = tiercache("status", *cache).out.splitlines()
     assert lines[0].split() == ["data", "set", "copies", "size", "pinned"]
     assert lines[1].startswith(str(data_set))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["status"], ["evict", "--all", "--yes"], ["unpin", "--all"], ["verify", "--cached"], ["verify", "--repair"]],
+)
+def test_a_verb_about_what_is_cached_names_a_missing_cache_folder_and_does_not_create_it(tiercache, verb, tmp_path):
+    missing = tmp_path / "missing"
+    assert str(missing) in tiercache(*verb, "--cache", missing, code=1).err
+    assert not missing.exists()
 
 
 def test_evicting_needs_a_scope_and_an_answer(tiercache, data_set, cache):

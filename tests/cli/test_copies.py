@@ -90,7 +90,8 @@ class TestEvict:
             store.close()
         assert tiercache("evict", "--all", *cache, "--yes", "--json").events[-1]["left"] == 0
 
-    def test_ages_and_sizes_that_cannot_be_are_wrong_usage(self, tiercache, cache):
+    def test_ages_and_sizes_that_cannot_be_are_wrong_usage(self, tiercache, data_set, cache):
+        tiercache("warm", data_set, *cache)
         for flag in ("--older-than", "--larger-than", "--to"):
             assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
 

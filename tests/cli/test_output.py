@@ -22,6 +22,13 @@ def test_names_of_files_do_nothing_to_a_table_or_its_terminal(capsys):
     assert [line.split("  ")[0] for line in lines] == ["path", r"a\nb\x1b[2J\u202egpj.\udcff", "é 🎉"]
 
 
+def test_a_name_with_a_line_break_does_not_break_the_line_of_an_event(capsys):
+    output = Output()
+    output.event("finding", {}, "set/a\nb.tcs: file: it is missing")
+    output.summary({}, "checked set/a\nb.tcs")
+    assert capsys.readouterr().out.splitlines() == [r"set/a\nb.tcs: file: it is missing", r"checked set/a\nb.tcs"]
+
+
 def test_counting():
     assert [count(0, "shard"), count(1, "shard"), count(1200, "copy", "copies")] == [
         "0 shards",

@@ -55,7 +55,7 @@ def test_links_are_followed_and_a_loop_of_links_ends(folder):
 
 def test_one_file_is_a_source(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    files, found = find_files("a/1.txt", {})
+    files, found, _ = find_files("a/1.txt", {})
     assert [(f.path, f.n_bytes) for f in found] == [("1.txt", 7)]
     assert files.place("1.txt") == str(folder / "a" / "1.txt")
 
@@ -99,7 +99,7 @@ def test_a_stores_objects_are_read_like_files():
     store.put(".hidden/3", b"")
     assert paths("memory://test-pack-files/in") == ["x/1.bin", "x/2.bin"]
     assert paths("memory://test-pack-files/in/*/2.*") == ["x/2.bin"]
-    files, found = find_files("memory://test-pack-files/in/x/2.bin", {})
+    files, found, _ = find_files("memory://test-pack-files/in/x/2.bin", {})
     assert isinstance(files, StoreFiles)
     assert [f.path for f in found] == ["2.bin"]
     files = pickle.loads(pickle.dumps(files))

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.pack.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
@@ -21,8 +22,8 @@ from tiercache.shard.reader import ShardReader
 from tiercache.shard.types import Image, Kind, Ragged, Schema
 from tiercache.store import open_store
 
-PNG = b"\x89PNG\r\n\x1a\n"
-JPEG = b"\xff\xd8\xff\xe0"
+PNG = png()
+JPEG = jpeg()
 
 
 def read(url, **options):
@@ -48,7 +49,7 @@ def photos(tmp_path):
     for name in ("dog", "cat", "ant-eater"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(10):
-            (tmp_path / "photos" / name / f"{i}.png").write_bytes(PNG + name.encode() * i)
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(png(name.encode() * i))
     (tmp_path / "photos" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "photos" / "dog" / ".hidden.txt").write_bytes(b"x")
     return tmp_path / "photos"
@@ -56,7 +57,7 @@ def photos(tmp_path):
 
 def photo_records(names=("ant-eater", "cat", "dog")):
     return [
-        {"image": PNG + name.encode() * i, "label": label, "path": f"{name}/{i}.png"}
+        {"image": png(name.encode() * i), "label": label, "path": f"{name}/{i}.png"}
         for label, name in enumerate(names)
         for i in range(10)
     ]
@@ -113,9 +114,9 @@ class TestImages:
         assert is_empty(tmp_path / "out")
 
     def test_a_name_without_suffix_counts_as_what_its_bytes_say(self, photos, tmp_path):
-        (photos / "cat" / "plain").write_bytes(PNG + b"plain")
+        (photos / "cat" / "plain").write_bytes(png(b"plain"))
         pack(photos, tmp_path / "out", kind="images")
-        assert PNG + b"plain" in [r["image"] for r in read(tmp_path / "out")]
+        assert png(b"plain") in [r["image"] for r in read(tmp_path / "out")]
 
 
 class TestParquet:

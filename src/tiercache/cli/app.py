@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+from typer._completion_classes import completion_init
+from typer._completion_shared import get_completion_script, install
 
 from tiercache.cli.demo import demo
 from tiercache.cli.evict import evict, unpin
@@ -22,13 +25,19 @@ from tiercache.cli.verify import verify
 from tiercache.cli.warm import pin, warm
 from tiercache.version import __version__
 
+_NAME = "tiercache"
+_COMPLETE = "_TIERCACHE_COMPLETE"  # the environment variable by which a shell's script asks for completions
+
 app = typer.Typer(
-    name="tiercache",
+    name=_NAME,
     help="Shards, a local cache and a DataLoader for training data that lives in object stores.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # Typer's own options guess the shell from the parent process, and fail where that is sh (make, containers).
+    add_completion=False,
 )
+completion_init()
 
 # Each verb, and what to do after Ctrl-C.
 _AGAIN = "nothing was changed; run the same command again"
@@ -59,15 +68,52 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Shell(StrEnum):
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+def _show_completion(shell: _Shell | None) -> None:
+    if shell is not None:
+        typer.echo(get_completion_script(prog_name=_NAME, complete_var=_COMPLETE, shell=shell.value))
+        raise typer.Exit
+
+
+def _install_completion(shell: _Shell | None) -> None:
+    if shell is not None:
+        _, path = install(shell=shell.value, prog_name=_NAME, complete_var=_COMPLETE)
+        typer.echo(f"installed completion for {shell.value} in {path}; a new terminal uses it")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    show_completion: Annotated[
+        _Shell | None,
+        typer.Option(
+            "--show-completion",
+            callback=_show_completion,
+            is_eager=True,
+            help="Print the completion script of a shell.",
+        ),
+    ] = None,
+    install_completion: Annotated[
+        _Shell | None,
+        typer.Option(
+            "--install-completion",
+            callback=_install_completion,
+            is_eager=True,
+            help="Install the completion script for a shell.",
+        ),
+    ] = None,
 ) -> None:
     pass
 
 
 def main() -> None:
     """Run the command with the arguments of this process, and exit."""
-    app(prog_name="tiercache")
+    app(prog_name=_NAME)

@@ -29,7 +29,7 @@ from tiercache.cli.options import (
 )
 from tiercache.cli.output import Output, count
 from tiercache.cli.status import data_set_url
-from tiercache.cli.warm import opened_cache
+from tiercache.cli.warm import existing_cache
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.pack.files import selected
@@ -106,7 +106,7 @@ def evict(
         older_than_s=None if older_than is None else parse_age("--older-than", older_than),
         larger_than_bytes=None if larger_than is None else parse_size("--larger-than", larger_than),
     )
-    with opened_cache(cache_dir, cache_size) as cache:
+    with existing_cache(cache_dir, cache_size) as cache:
         target_bytes = None if to is None else parse_size("--to", to, whole_bytes=cache.limit_bytes)
         doomed = replace(doomed, of_scope=in_scope(url, storage_option))
         left = _evict(output, cache, doomed, target_bytes, _Manner(yes, dry_run))
@@ -179,7 +179,7 @@ def unpin(
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
-    with opened_cache(cache_dir, cache_size) as cache:
+    with existing_cache(cache_dir, cache_size) as cache:
         of_scope = in_scope(url, storage_option)
         chosen = [e.name for e in cache.entries() if of_scope(e) and e.pinned and passes(e, include, exclude)]
         n = len(chosen) if dry_run else cache.unpin(chosen)

@@ -43,11 +43,11 @@ class Output:
     quiet: bool = False
 
     def event(self, event: str, facts: Mapping[str, Any], text: str | None = None) -> None:
-        """One result: facts as JSON, text for people (nothing where it is None)."""
+        """One result: facts as JSON; text for people as one line, without control characters (None: no line)."""
         if self.as_json:
             typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False, default=str))
         elif text is not None:
-            typer.echo(text)
+            typer.echo(printable(text))
 
     def table(self, event: str, rows: Sequence[Mapping[str, Any]], texts: Sequence[Mapping[str, str]]) -> None:
         """Results of one kind: rows as JSON objects, texts as a table with their keys as its head."""

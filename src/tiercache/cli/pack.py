@@ -24,6 +24,8 @@ from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
 from tiercache.shard.versions import Version
 from tiercache.store import redact
 
+_MOST_LEFT_OUT = 20
+
 
 def pack(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a folder, a glob, or a URL of one.")],
@@ -68,6 +70,7 @@ def pack(
     )
     output = Output(as_json, quiet)
     plan = plan_pack(source, url, options)
+    _print_left_out(output, plan)
     if dry_run:
         _print_plan(output, plan)
         return
@@ -95,6 +98,15 @@ def _print_version(output: Output, url: str, version: Version) -> None:
         f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
     )
     output.summary(facts, f"{url}: version {version.number} has {text}")
+
+
+def _print_left_out(output: Output, plan: PackPlan) -> None:
+    """Name the files that are not packed: all of them as JSON, the first ones for people."""
+    for i, one in enumerate(plan.left_out):
+        text = f"left out: {one.path}: {one.reason}" if i < _MOST_LEFT_OUT else None
+        output.event("left_out", {"path": one.path, "reason": one.reason}, text)
+    if len(plan.left_out) > _MOST_LEFT_OUT and not output.as_json:
+        output.event("left_out", {}, f"left out: {len(plan.left_out) - _MOST_LEFT_OUT:,} more (--json names all)")
 
 
 def _print_plan(output: Output, plan: PackPlan) -> None:

@@ -17,7 +17,7 @@ from tiercache.cli.options import (
 )
 from tiercache.cli.output import Output, count
 from tiercache.cli.values import cut
-from tiercache.cli.warm import opened_cache
+from tiercache.cli.warm import existing_cache
 from tiercache.model import format_bytes
 
 # Facts that are printed as rows of their own, or one by one.
@@ -33,7 +33,7 @@ def status(
 ) -> None:
     """Say what the cache holds, by data set, who uses it, what was wrong in it, and how full it is."""
     output = Output(as_json, quiet)
-    with opened_cache(cache_dir, cache_size) as cache:
+    with existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
     _print_data_sets(output, by_data_set(entries))
     _print_users(output, facts, {entry.name: entry.source for entry in entries})

@@ -27,7 +27,7 @@ from tiercache.cli.options import (
     parse_share,
 )
 from tiercache.cli.output import Output, count
-from tiercache.cli.warm import opened_cache
+from tiercache.cli.warm import existing_cache
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo, format_bytes
 from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
@@ -68,7 +68,7 @@ def verify(
     if cached or repair or cache_dir is not None:
         if sample is not None or at is not None:
             raise ValueError("--sample and --at are for data sets, not for copies in the cache")
-        with opened_cache(cache_dir, cache_size) as cache:
+        with existing_cache(cache_dir, cache_size) as cache:
             verify_copies(output, cache, CopiesAsked(url, include, exclude, repair, jobs, storage_option))
         return
     if url is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +65,23 @@ def refuse_local(store: Store, folder: str | None) -> None:
         raise ValueError(
             f"{store.url}: a local folder is read in place; say --cache DIR to copy it to a cache all the same"
         )
+
+
+@contextmanager
+def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
+    """As opened_cache(), for a verb that needs a cache that exists.
+
+    Raises:
+        FileNotFoundError: The folder does not exist. It is not created.
+    """
+    path = Path(config.load(cache_dir=folder).cache_dir).expanduser().absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; name "
+            "another folder with --cache or TIERCACHE_CACHE_DIR"
+        )
+    with opened_cache(folder, size) as cache:
+        yield cache
 
 
 @contextmanager

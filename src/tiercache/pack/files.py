@@ -30,11 +30,19 @@ class SourceFile:
     n_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A file of a source that is not packed, although nothing excludes it. path: below the source's root, with "/"."""
+
+    path: str
+    reason: str
+
+
 class Files(Protocol):
     """Where the files lie. Picklable, so that each process of a parallel pack opens its own."""
 
-    def list(self) -> Iterator[SourceFile]:
-        """All files in no promised order, but hidden ones and those in hidden folders."""
+    def list(self) -> Iterator[SourceFile | LeftOut]:
+        """All files in no promised order, but hidden ones and those in hidden folders; and what is left out."""
 
     def open(self, path: str) -> BinaryIO:
         """A file for reading, seekable; the caller closes it."""
@@ -52,13 +60,14 @@ class LocalFiles:
 
     root: str
 
-    def list(self) -> Iterator[SourceFile]:
-        """Every file; a folder that is reached again through a link below itself is left out."""
+    def list(self) -> Iterator[SourceFile | LeftOut]:
+        """Every file. Left out: links to nothing or to a folder above them; what is neither file nor folder."""
         pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
         while pending:
             folder, above = pending.pop()
             real = os.path.realpath(Path(self.root, folder))
             if real in above:
+                yield LeftOut(folder, "a link to a folder that it lies in")
                 continue
             with os.scandir(real) as entries:
                 for entry in entries:
@@ -69,6 +78,10 @@ class LocalFiles:
                         pending.append((path, above | {real}))
                     elif entry.is_file():
                         yield SourceFile(path, entry.stat().st_size)
+                    elif entry.is_symlink() and not Path(entry.path).exists():
+                        yield LeftOut(path, f"a link to {str(Path(entry.path).readlink())!r}, where nothing is")
+                    else:
+                        yield LeftOut(path, "a pipe, socket or device, and no file")
 
     def open(self, path: str) -> BinaryIO:
         """The file."""
@@ -98,7 +111,7 @@ class StoreFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         return StoreFiles, (self.root, self.storage_options)
 
-    def list(self) -> Iterator[SourceFile]:
+    def list(self) -> Iterator[SourceFile | LeftOut]:
         """What the store lists."""
         for info in self.store.list():
             if not any(map(is_hidden, info.key.split("/"))):
@@ -152,7 +165,7 @@ class _StoreFile(io.RawIOBase):
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is never packed: ".x", and what belongs to a data set that lies in the source."""
-    return name.startswith(".") or name == "_tiercache"
+    return name.startswith(".") or name == "_tiercache" or name.endswith(".tcs")
 
 
 def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -168,8 +181,12 @@ def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     return (not include or any(map(matches, include))) and not any(map(matches, exclude))
 
 
-def find_files(source: str | os.PathLike[str], storage_options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]]:
-    """Where source's files lie, and which they are, in order of their paths: one file, a folder's, or a glob's.
+def find_files(
+    source: str | os.PathLike[str], storage_options: Mapping[str, Any]
+) -> tuple[Files, list[SourceFile], list[LeftOut]]:
+    """Where source's files lie, which they are in order of their paths, and what is left out.
+
+    source: one file, a folder, or a glob.
 
     Raises:
         NotFound: nothing is there.
@@ -184,11 +201,16 @@ def find_files(source: str | os.PathLike[str], storage_options: Mapping[str, Any
     if not remote and not Path(root).is_dir():
         raise NotFound("no such file or folder", url=text)
     files: Files = StoreFiles(root, storage_options) if remote else LocalFiles(os.path.abspath(root))  # noqa: PTH100
-    found = [f for f in files.list() if not globs or _matches(f.path.split("/"), globs)]
-    if not found:
-        raise NotFound("no file matches" if globs else "no files in this folder", url=files.place("/".join(globs)))
+    listed = [f for f in files.list() if not globs or _matches(f.path.split("/"), globs)]
     # By the parts of the path: a folder's files stay together although "-" and "." sort before "/".
-    return files, sorted(found, key=lambda f: f.path.split("/"))
+    listed.sort(key=lambda f: f.path.split("/"))
+    found = [f for f in listed if isinstance(f, SourceFile)]
+    left_out = [f for f in listed if isinstance(f, LeftOut)]
+    if not found:
+        what = "no file matches" if globs else "no files in this folder"
+        also = f", but {left_out[0].path!r}: {left_out[0].reason}" if left_out else ""
+        raise NotFound(f"{what}{also}", url=files.place("/".join(globs)))
+    return files, found, left_out
 
 
 def _split_glob(text: str) -> tuple[str, list[str]]:
@@ -209,13 +231,17 @@ def _matches(parts: Sequence[str], globs: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], globs[0]) and _matches(parts[1:], globs[1:])
 
 
-def _single_file(text: str, remote: bool, options: Mapping[str, Any]) -> tuple[Files, list[SourceFile]] | None:
+def _single_file(
+    text: str, remote: bool, options: Mapping[str, Any]
+) -> tuple[Files, list[SourceFile], list[LeftOut]] | None:
     if not remote:
         path = Path(text).absolute()
-        return (LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)]) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return LocalFiles(str(path.parent)), [SourceFile(path.name, path.stat().st_size)], []
     try:
         root, key = split_url(text)
         files = StoreFiles(root, options)
-        return files, [SourceFile(key, files.store.head(key).n_bytes)]
+        return files, [SourceFile(key, files.store.head(key).n_bytes)], []
     except (NotFound, ValueError):  # ValueError: a bucket's root, which is no object
         return None

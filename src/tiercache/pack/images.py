@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
+from tiercache.pack.image_check import damage_of, sniff
 from tiercache.pack.source import Batch, Part
 from tiercache.shard.types import CLASSES_KEY, Image, Schema
 
@@ -28,15 +29,6 @@ SUFFIXES = {
 }
 _PART_FILES = 64
 _BATCH_FILES = 256
-
-
-def sniff(data: bytes) -> str | None:
-    """The encoding that the first bytes of an image say; None where they say none that is known."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp"}
-    starts |= {b"II*\0": "tiff", b"MM\0*": "tiff"}
-    return next((encoding for start, encoding in starts.items() if data.startswith(start)), None)
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,9 @@ class ImageFolder:
                 f"{self.files.place(path)}: this is a {encoding}, the others are {self.encoding}; "
                 f"a column holds one encoding: convert it, or {_leave_out(path)}"
             )
+        damage = damage_of(image, encoding)
+        if damage is not None:
+            raise SchemaError(f"{self.files.place(path)}: not a whole {encoding}: {damage}; {_leave_out(path)}")
 
 
 def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:

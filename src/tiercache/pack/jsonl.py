@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
 from tiercache.pack.infer import infer_types, say_type
+from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import Batch, Part
 from tiercache.shard.types import Schema, UserType
 
@@ -50,11 +51,13 @@ class JsonLines:
     """Files of JSON lines.
 
     parts: ranges of plain files (a line belongs to the range that it starts in), gzipped files whole.
+    partitions: columns that the files' folders name.
     """
 
     files: Files
     schema: Schema
     parts: tuple[Part, ...]
+    partitions: Partitions
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
         """The records of a part.
@@ -72,13 +75,14 @@ class JsonLines:
             yield self._batch(part.path, run)
 
     def _batch(self, path: str, run: _Run) -> Batch:
+        constants = self.partitions.values(path, self.schema)
         names = self.schema.names
         for line in run.lines:
             if not line.record.keys() <= set(names):
                 new = next(name for name in line.record if name not in names)
                 place = line_place(self.files, path, line.start)
                 raise SchemaError(f"{place}: a column that earlier records do not have; {say_type(new)}", column=new)
-        columns = {name: [line.record.get(name) for line in run.lines] for name in names}
+        columns = {name: [line.record.get(name, constants.get(name)) for line in run.lines] for name in names}
         starts = [line.start for line in run.lines]
         return Batch(columns, len(starts), run.n_bytes, lambda i: line_place(self.files, path, starts[i]))
 
@@ -95,9 +99,11 @@ def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, Us
         raise SchemaError(f"{files.place(found[0].path)}: no record, so no schema can be inferred")
     records = [{n: v for n, v in line.record.items() if n not in given} for _, line in sample]
     inferred = infer_types(records, lambda i: line_place(files, sample[i][0], sample[i][1].start))
-    types = {**inferred, **given}
-    order = dict.fromkeys([name for _, line in sample for name in line.record] + list(given))
-    return JsonLines(files, Schema.of({name: types[name] for name in order}), parts)
+    stored = dict.fromkeys(name for _, line in sample for name in line.record)
+    partitions = Partitions.find(files, found, stored=list(stored))
+    types = {**inferred, **partitions.types, **given}
+    order = dict.fromkeys([*stored, *partitions.types, *given])
+    return JsonLines(files, Schema.of({name: types[name] for name in order}), parts, partitions)
 
 
 def split_files(found: Sequence[SourceFile]) -> tuple[Part, ...]:

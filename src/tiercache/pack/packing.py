@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 from tiercache import config
 from tiercache.errors import NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo, parse_bytes
+from tiercache.pack.files import LeftOut
 from tiercache.pack.options import PackOptions, PackProgress
 from tiercache.pack.plan import find_source, fitted, share_out
 from tiercache.pack.processes import Report, run_in_processes
@@ -21,8 +23,9 @@ from tiercache.shard.commit import commit, data_set_exists, find_latest, nothing
 from tiercache.shard.types import Schema
 from tiercache.shard.versions import Version
 from tiercache.shard.writer import ShardOptions, ShardWriter, shard_key
-from tiercache.store import MemoryStore, Store, open_store
+from tiercache.store import MemoryStore, Store, open_store, redact
 
+_SHOWN_LEFT_OUT = 5
 _COMMITTING = "while it committed: look whether the version is there before you run the same command again"
 
 
@@ -30,7 +33,8 @@ _COMMITTING = "while it committed: look whether the version is there before you 
 class PackPlan:
     """What packing will do.
 
-    Nothing has been written. parent: the version that is appended to or overwritten, else None.
+    Nothing has been written. parent: the version that is appended to or overwritten, else None. left_out: files of the
+    source that are not packed, although neither include nor exclude says so.
     """
 
     source: Source
@@ -39,6 +43,7 @@ class PackPlan:
     shares: tuple[tuple[Part, ...], ...]
     n_processes: int
     parent: Version | None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -77,11 +82,12 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
         if jobs > 1 and isinstance(store, MemoryStore):
             raise ValueError(f"{store.url}: lives in the memory of one process; pack it with jobs=1")
     there = parent.schema if parent is not None and options.mode == "append" else None
-    found = find_source(source, options, classes=_classes(there))
+    found, left_out = find_source(source, options, classes=_classes(there))
     if there is not None:
         found = fitted(found, there)
     shares = share_out(found.parts, jobs, parse_bytes(options.shard_size))
-    return PackPlan(found, os.fspath(url), options, tuple(shares), min(jobs, max(len(shares), 1)), parent)
+    n_processes = min(jobs, max(len(shares), 1))
+    return PackPlan(found, os.fspath(url), options, tuple(shares), n_processes, parent, tuple(left_out))
 
 
 def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None = None) -> Version:
@@ -213,9 +219,19 @@ def pack(
         on_progress: called in this thread now and then.
 
     Returns:
-        The version that was committed.
+        The version that was committed. A UserWarning names files of the source that were left out, such as links that
+        lead nowhere.
 
     Raises:
         NotFound, CommitConflict, SchemaError, ValueError: see plan_pack() and run_pack().
     """
-    return run_pack(plan_pack(source, url, replace(options or PackOptions(), **fields)), on_progress)
+    plan = plan_pack(source, url, replace(options or PackOptions(), **fields))
+    if plan.left_out:
+        shown = "; ".join(f"{one.path}: {one.reason}" for one in plan.left_out[:_SHOWN_LEFT_OUT])
+        more = f"; and {len(plan.left_out) - _SHOWN_LEFT_OUT:,} more" if len(plan.left_out) > _SHOWN_LEFT_OUT else ""
+        warnings.warn(
+            f"{len(plan.left_out):,} files of {redact(os.fspath(source))} are not packed: {shown}{more} (exclude= with "
+            "their names silences this warning)",
+            stacklevel=2,
+        )
+    return run_pack(plan, on_progress)

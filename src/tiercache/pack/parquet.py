@@ -14,6 +14,7 @@ import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
 from tiercache.pack.files import Files, SourceFile
+from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import Batch, Part
 from tiercache.shard.types import Schema, UserType
 
@@ -34,15 +35,18 @@ class Footer:
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files of one schema. parts: one a row group."""
+    """Parquet files of one schema. parts: one a row group; partitions: columns that the files' folders name."""
 
     files: Files
     schema: Schema
     parts: tuple[Part, ...]
+    partitions: Partitions
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
         """The rows of a row group, dictionaries replaced by their values. Raises SchemaError for a damaged file."""
-        place, names, first_row = self.files.place(part.path), list(self.schema.names), 0
+        place, first_row = self.files.place(part.path), 0
+        constants = self.partitions.values(part.path, self.schema)
+        names = [name for name in self.schema.names if name not in constants]
         with _opened(self.files, part.path) as parquet:
             n_rows = max(1, parquet.metadata.row_group(part.start).num_rows)
             rows = max(1, min(_BATCH_ROWS, batch_bytes * n_rows // max(part.n_bytes, 1)))
@@ -50,11 +54,26 @@ class ParquetFiles:
             while (batch := _next(batches, place)) is not None:
                 where = partial(_row_place, place, part.start, first_row)
                 first_row += len(batch)
-                yield Batch(_plain(batch.select(names)), len(batch), part.n_bytes * len(batch) // n_rows, where)
+                n_bytes = part.n_bytes * len(batch) // n_rows
+                yield Batch(self._columns(batch, constants), len(batch), n_bytes, where)
+
+    def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object]) -> pa.RecordBatch:
+        """The columns of a batch in the order of the schema: stored ones, and partition columns."""
+        columns = []
+        for column in self.schema.columns:
+            if column.name not in constants:
+                columns.append(_plain(batch[column.name]))
+                continue
+            value = constants[column.name]
+            known_type = column.storage_type if value is None else None
+            columns.append(pa.array([value] * len(batch), known_type))
+        return pa.RecordBatch.from_arrays(columns, names=list(self.schema.names))
 
 
 def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ParquetFiles:
     """Look at the footers of Parquet files. A column is nullable where the statistics do not rule nulls out.
+
+    Columns that Hive partitions name (``year=2024/``) come after the files' own.
 
     given: the types of some columns; the others are as the files have them.
 
@@ -67,10 +86,12 @@ def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, 
         _check_same(files.place(footer.path), footer.schema, files.place(footers[0].path), footers[0].schema)
     with_nulls = frozenset().union(*(footer.with_nulls for footer in footers))
     types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
+    partitions = Partitions.find(files, found, stored=footers[0].schema.names)
+    types |= partitions.types
     if new := [name for name in given if name not in types]:
         raise SchemaError(f"{files.place(found[0].path)}: no such column; there are {', '.join(types)}", column=new[0])
     parts = [Part(f.path, i, i + 1, n_bytes) for f in footers for i, n_bytes in enumerate(f.row_group_bytes)]
-    return ParquetFiles(files, Schema.of(types | dict(given)), tuple(parts))
+    return ParquetFiles(files, Schema.of(types | dict(given)), tuple(parts), partitions)
 
 
 def _read_footer(files: Files, path: str) -> Footer:
@@ -123,9 +144,8 @@ def _row_place(place: str, row_group: int, first_row: int, row: int) -> str:
     return f"{place}, row group {row_group}, row {first_row + row}"
 
 
-def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [c.dictionary_decode() if pt.is_dictionary(c.type) else c for c in batch.columns]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pt.is_dictionary(column.type) else column
 
 
 def _check_same(place: str, schema: pa.Schema, first_place: str, first: pa.Schema) -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.pack import images, jsonl, parquet
-from tiercache.pack.files import Files, SourceFile, find_files, selected
+from tiercache.pack.files import Files, LeftOut, SourceFile, find_files, selected
+from tiercache.pack.foreign import refuse_foreign_files, refuse_foreign_index
 from tiercache.pack.options import KINDS, Kind, PackOptions
+from tiercache.pack.partitions import Partitions
 from tiercache.pack.source import Part, Source
 from tiercache.shard.difference import check_same_schema
 from tiercache.shard.types import Schema
@@ -43,28 +45,40 @@ def kind_of(paths: Sequence[str]) -> Kind:
 
 def find_source(
     source: str | os.PathLike[str], options: PackOptions, *, classes: Sequence[str] | None = None
-) -> Source:
-    """Look at a source: which files, their kind, the schema, the parts.
+) -> tuple[Source, list[LeftOut]]:
+    """Look at a source: which files, their kind, the schema, the parts; and which files are left out.
 
     classes: of the data set that is appended to, for images.
 
     Raises:
         NotFound: no file.
         ValueError: the kind cannot be told.
-        SchemaError: files that cannot be packed together.
+        SchemaError: files that cannot be packed together, or files of another library's format.
     """
-    files, found = find_files(source, options.source_options)
+    files, found, left_out = find_files(source, options.source_options)
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
+    left_out = [f for f in left_out if selected(f.path, options.include, options.exclude)]
     if not chosen:
         raise NotFound(f"none of {len(found)} files passes include and exclude", url=files.place(""))
+    refuse_foreign_index(files, chosen)
+    if options.kind is None:
+        refuse_foreign_files(files, chosen)
     kind = options.kind or kind_of([f.path for f in chosen])
     if kind == "images":
         if options.schema is not None:
             raise SchemaError("a folder of images has a schema of its own: image, label, path")
-        return images.find_images(files, chosen, classes=classes)
-    # A folder of tables has other files too (_SUCCESS, README.md); a file that was named itself counts in any case.
-    known = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])] or chosen
-    return _find_table(kind, files, known, options)
+        return images.find_images(files, chosen, classes=classes), left_out
+    # A folder of tables has other files too (README.md, Spark's _SUCCESS); a file that was named itself counts always.
+    known = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
+    if known:
+        taken = set(known)
+        left_out += [LeftOut(f.path, f"not {kind} by its name") for f in chosen if f not in taken and not _is_marker(f)]
+    return _find_table(kind, files, known or chosen, options), left_out
+
+
+def _is_marker(file: SourceFile) -> bool:
+    """Whether a file holds no records by convention: Spark and pyarrow pass over names that begin with "_"."""
+    return file.path.rsplit("/", 1)[-1].startswith("_")
 
 
 def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> Source:
@@ -76,7 +90,8 @@ def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: 
         whole = parquet.find_parquet(files, found, {})
         whole.schema.select(Schema.of(given).names)  # each must be there
         return replace(whole, schema=Schema.of(given))
-    return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found))
+    partitions = Partitions.find(files, found)
+    return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), partitions)
 
 
 def fitted(source: Source, there: Schema) -> Source:

@@ -132,6 +132,18 @@ class Blocks:
         if self._unchecked is not None:
             self._unchecked.forget()
 
+    def forget_old_checks(self, age_s: float) -> None:
+        """Let all pages of the shard be checked again if some may have been checked longer than age_s ago."""
+        if self._unchecked is not None:
+            self._unchecked.forget_if_older(age_s)
+
+    def see_changes(self) -> int | None:
+        """Have all be checked again if the file was written to since: LocalCopy.changed_ns(), for which `checks` hold.
+
+        None: nothing is ever checked.
+        """
+        return None if self._unchecked is None else self._unchecked.see_changes()
+
     def of_column(self, column: int) -> slice:
         """Which of the streams are those of a column of the schema."""
         numbers = [number for number, stream in enumerate(self.streams) if stream.column == column]

@@ -16,7 +16,7 @@ from tiercache.shard.layout import Footer
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
 from tiercache.shard.records import RecordReader
-from tiercache.shard.source import Source
+from tiercache.shard.source import LocalCopy, Source
 from tiercache.shard.types import Schema
 from tiercache.shard.values import ColumnValues
 from tiercache.store.contract import Store
@@ -81,6 +81,11 @@ class ShardReader:
     def local(self) -> bool:
         """Whether its bytes come from a local copy (as long as that has room for them)."""
         return self._source.copy is not None
+
+    @property
+    def copy(self) -> LocalCopy | None:
+        """The open local copy, as long as the reader is open."""
+        return self._source.copy
 
     def want(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching these blocks to the local copy and return; nothing for stores without one."""

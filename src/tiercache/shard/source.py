@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,6 +19,9 @@ from tiercache.store.contract import Lease, LocalStore, Span, Store
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
+# The kernel stamps files by a clock that ticks every 1 to 10 ms: a file written twice within a tick has one ctime. A
+# ctime that is younger than this does not yet tell one state of the file from the next one.
+SETTLED_NS = 20_000_000
 
 
 def aligned_empty(n_bytes: int) -> Bytes:
@@ -70,6 +74,14 @@ class LocalCopy:
         elif os.fstat(self.lease.fd).st_size < self.n_bytes:
             raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url)
         return found
+
+    def changed_ns(self) -> int:
+        """The file's ctime in ns, which every write to it changes and nobody can set back.
+
+        0: the file was changed so recently that a further write may leave the ctime as it is.
+        """
+        changed_ns = os.fstat(self.lease.fd).st_ctime_ns
+        return changed_ns if time.time_ns() - changed_ns > SETTLED_NS else 0
 
     @cached_property
     def tells_residence(self) -> bool:

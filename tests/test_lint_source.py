@@ -1,0 +1,87 @@
+"""The linter of the source finds what it is there for."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = "  waiting.py  [1] a\n  config.py  [1] b\n  low/  [2] c\n  high/  [3] d\n  load/  [4] e\n"
+
+
+@pytest.fixture(scope="module")
+def lint():
+    spec = importlib.util.spec_from_file_location("lint_source", ROOT / "tools" / "lint_source.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lint_source"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module.lint
+    del sys.modules["lint_source"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A checkout without violations."""
+    for name in ("waiting.py", "config.py", "low/a.py", "high/b.py", "load/c.py"):
+        path = tmp_path / "src" / "tiercache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("from os import getpid\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "architecture.md").write_text(DOCUMENT)
+    return tmp_path
+
+
+def test_a_clean_checkout_has_no_violations(lint, root):
+    assert lint(root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text", "fact"),
+    [
+        ("low/a.py", 1, "from tiercache.high.b import x", "layer 2 imports tiercache.high.b.x of layer 3"),
+        ("low/a.pyx", 1, "from tiercache.high cimport b", "layer 2 imports"),
+        ("low/a.py", 1, "import tiercache", "import it from the module that defines it"),
+        ("low/a.py", 1, "from . import x", "absolute"),
+        ("high/b.py", 2, "def f():\n    from tiercache.low import a", "inside a function"),
+        ("new.py", 1, "", "new has no layer"),
+        ("low/a.py", 1, "import torch.nn", "torch.nn is imported"),
+        ("load/c.py", 1, "from typer import echo", "typer.echo is imported"),
+        ("low/a.py", 2, "import time\ntime.sleep(1)", "sleep"),
+        ("low/a.py", 2, "import os\nos.environ.get('X')", "os.environ is read"),
+        ("low/a.py", 1, "from os import getenv", "os.getenv is imported"),
+        ("low/a.py", 3, "try:\n    f()\nexcept Exception:\n    pass", "handler"),
+        ("low/a.py", 3, "try:\n    f()\nexcept:\n    pass", "handler"),
+        ("low/a.py", 1, "# TO" + "DO later", "unfinished"),
+        ("low/a.py", 1, 'path = "/' + 'home/me/x"', "path of one machine"),
+    ],
+)
+def test_each_rule_names_file_line_and_fact(lint, root, name, line, text, fact):
+    path = root / "src" / "tiercache" / name
+    path.write_text(text)
+    found = lint(root)
+    assert len(found) == 1, found
+    assert found[0].startswith(f"{path}:{line}: ")
+    assert fact in found[0]
+
+
+def test_what_is_allowed_in_one_place_is_no_violation_there(lint, root):
+    source = root / "src" / "tiercache"
+    (source / "waiting.py").write_text("import time\ntime.sleep(1)\n")
+    (source / "config.py").write_text("import os\nimport pydantic\nos.environ.get('X')\n")
+    (source / "load" / "c.py").write_text("import torch\nfrom tiercache.low import a\n")
+    (source / "high" / "b.py").write_text("try:\n    f()\nexcept Exception:  # a thread's top\n    pass\n")
+    assert lint(root) == []
+
+
+def test_a_back_end_may_be_imported_by_one_file(lint, root):
+    source = root / "src" / "tiercache"
+    (source / "low" / "a.py").write_text("import boto3")
+    assert lint(root) == []
+    (source / "high" / "b.py").write_text("import boto3")
+    assert [fact for fact in lint(root) if "boto3 is imported in" in fact]
+
+
+def test_a_document_that_lists_what_does_not_exist_is_a_violation(lint, root):
+    (root / "docs" / "architecture.md").write_text(DOCUMENT + "  gone/  [2] x\n")
+    assert [fact for fact in lint(root) if "gone" in fact]
