@@ -284,6 +284,10 @@ class Dataset(Choosing):
         """Attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
+    def over(self, source: Readable) -> Self:
+        """The same data set over another source: with its transform, its forms and its attributes. For loaders."""
+        return self._derive(source)
+
     def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
         """The same data set over another source, served as this one or otherwise."""
         derived = type(self).__new__(type(self))

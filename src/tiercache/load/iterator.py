@@ -59,13 +59,18 @@ class Position:
     def next_state(self) -> RunState:
         """Where the loader's next iter() begins: the next epoch, however far this one got."""
         if self._next is None:
-            self._next = replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+            self._next = self._begun.following(self._begun.epoch + 1)
         return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
         """Let the loader go on with another epoch."""
         if self.next_state().epoch != epoch:
-            self._redirected = replace(self._begun, epoch=epoch, offset=0)
+            self._redirected = self._begun.following(epoch)
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether state() is the beginning of an epoch that no iter() has begun."""
+        return self.finished or self._redirected is not None
 
 
 @dataclass(frozen=True, slots=True)
