@@ -76,7 +76,7 @@ class IndexSampler:
         size = share.batch_size
         left = np.empty(0, np.int64)
         draws.sample()
-        for numbers in _numbers(read, share, is_shuffled=draws.shuffle):
+        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
             rows = np.concatenate([left, numbers]) if len(left) else numbers
             n_whole = len(rows) // size * size
             whole = rows[:n_whole].tolist()
@@ -140,9 +140,15 @@ class IndexedRun(NativeRun):
         self._position, self._torch_iterator = self._pending, iterator
         self._n_epochs += 1
 
+    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
+        """As NativeRun.begin_elsewhere."""
+        self._n_records = None  # as in begin()
+        self._torch_iterator = None
+        return super().begin_elsewhere(state)
+
     def state(self) -> RunState:
         """As NativeRun.state: after the batches that torch's iterator has handed out."""
-        if self._position is not None:
+        if self._position is not None and self._torch_iterator is not None:
             self._position.n_yielded = self._torch_iterator._num_yielded  # noqa: SLF001 -- torchdata's count
             self._position.finished = self._torch_iterator._finished  # noqa: SLF001
         return super().state()
@@ -156,7 +162,7 @@ class IndexedRun(NativeRun):
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
-def _numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
+def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
     """Indices of a rank's records in served order, some at a time. Reads footers where the order is shuffled."""
     ranks = share.ranks
     if not is_shuffled:  # position p is record p, listed and mixed ones too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -12,11 +13,13 @@ from torch.utils.data import IterableDataset, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.bulk import BatchSampler
+from tiercache.load.bulk import BatchSampler, with_state
 from tiercache.load.collate import collate
 from tiercache.load.indexed import IndexedRun
 from tiercache.load.options import LoaderOptions
+from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
 from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.replay import loadable
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import NEXT_EPOCH, SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
@@ -85,8 +88,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             collate_fn = collate if dataset.is_plain else default_collate
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
-        if shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
-            shuffle, sampler = None, RandomSampler(dataset, generator=generator)
+        is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
+        if not self._sampled and not isinstance(dataset, IterableDataset):
+            if shuffled:
+                kind = ShuffledOrder if is_ordered else RandomSampler
+                shuffle, sampler = None, kind(dataset, generator=generator)
+            elif is_ordered:
+                sampler = StoredOrder(dataset)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -112,7 +120,6 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
             self.batch_sampler.__class__ = BatchSampler  # torchdata makes it, and it may not be replaced after that
-        is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
         _check_options(options, why_not, is_ordered=is_ordered, has_state=has_state)
         self._is_split = False
         self._native: NativeRun | SampledRun | None = None
@@ -136,6 +143,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._is_split = asked.options.split_ranks
             else:
                 self._indexed = IndexedRun(dataset, asked, is_batched=batch_size is not None)
+        self._bind_sampler()
         # torchdata's state, as earlier releases saved it, of an epoch that is to be gone on with; that is gone on with.
         self._has_rest = self._serves_rest = False
 
@@ -199,11 +207,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._indexed.load(RunState.from_dict(state_dict))
         elif self._native is None:
             self._has_rest = self._serves_rest = self._indexed is not None
-            super().load_state_dict(state_dict)
+            super().load_state_dict(loadable(state_dict))
         elif isinstance(self._native, NativeRun):
             self._native.load(RunState.from_dict(state_dict))
         else:
-            self._native.load(state_dict)
+            self._native.load(loadable(state_dict))
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, ...) the next one; a state that was loaded for that epoch keeps its place in it."""
@@ -218,6 +226,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return {} if self._native is None else self._native.stats()
 
     @property
+    def _is_accelerate_prepared(self) -> bool:
+        """False. Accelerate's prepare() asks for it, and then splits the batch sampler among its processes itself."""
+        if isinstance(self.sampler, OrderSampler):
+            self.sampler.is_split_by_others = True
+        return False
+
+    @property
     def native_rank(self) -> Rank | None:
         """Which share of each epoch the native path serves here, and who said so; None on torch's path."""
         return None if self._native is None else self._native.rank()
@@ -229,6 +244,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if isinstance(self.sampler, OrderSampler):  # bound to one loader
+            sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
+            if batch_sampler is not None:
+                batch_sampler.sampler = sampler
+            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids to set them
         if state["_native"] is not None:
             asked, begun = state["_native"]
             self._native = self._run(asked)
@@ -239,6 +259,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._indexed = IndexedRun(self.dataset, asked, is_batched=self.batch_size is not None)
             if begun is not None:
                 self._indexed.load(begun)
+        self._bind_sampler()
 
     def __repr__(self) -> str:
         path = "torch's path"
@@ -252,7 +273,18 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     def _index_sampler(self) -> Any:
         """What torch's iterators ask for indices."""
         indexed = vars(self).get("_indexed")  # None while torchdata's constructor runs
-        return super()._index_sampler if indexed is None or self._serves_rest else indexed.sampler
+        if indexed is None:
+            return with_state(super()._index_sampler)
+        if not self._serves_rest:
+            return indexed.sampler
+        sampler = copy(self.sampler)  # bound to no loader: torch's
+        return with_state(BatchSampler(sampler, self.batch_size, self.drop_last) if self._auto_collation else sampler)
+
+    def _bind_sampler(self) -> None:
+        """Let the sampler give this loader's order."""
+        run = self._native or self._indexed
+        if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeRun):
+            self.sampler.run = run
 
     @property
     def _ordered(self) -> NativeRun | None:
@@ -327,11 +359,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if not self._sampled:
             return NativeRun(source, asked)
         _check_sampled(asked.options)
-        lead = Lead.of(self._index_sampler, asked.num_workers, self.prefetch_factor)
+        index_sampler = super()._index_sampler
+        lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
         # A mixture's records have no place of their own: which one is the next of a part depends on the epoch.
-        return (
-            None if lead is None or source.mixture is not None else SampledRun(source, asked, self._index_sampler, lead)
-        )
+        return None if lead is None or source.mixture is not None else SampledRun(source, asked, index_sampler, lead)
 
 
 def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:

@@ -26,6 +26,7 @@ from tiercache.load.publishing import Publishing
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.resources import Machine
 from tiercache.load.serving import Serving
+from tiercache.load.share import OrderShare
 from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState, reopen
 from tiercache.order import RankPlan
@@ -158,10 +159,15 @@ class NativeRun:
 
     def n_batches(self) -> int:
         """Batches of a whole epoch at this rank."""
+        return self._whole_epoch(self._asked.drop_last).n_batches
+
+    def n_served(self) -> int:
+        """Records of a whole epoch at this rank; a rank alone counts those of a last batch that is dropped too."""
+        return self._whole_epoch(self._asked.drop_last and self.rank().world_size > 1).n_served
+
+    def _whole_epoch(self, drop_last: bool) -> RankPlan:
         rank = self.rank()
-        return RankPlan(
-            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, self._epoch_records()
-        ).n_batches
+        return RankPlan(0, rank.world_size, rank.rank, self._asked.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
         """The next epoch's batches."""
@@ -227,6 +233,70 @@ class NativeRun:
         self._n_epochs += 1
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
+
+    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
+        """Begin the next epoch for a loader that another library made of this one's sampler.
+
+        Args:
+            state: of the epoch to be begun again; None: the epoch that iterate() would begin, and this rank's share.
+
+        Returns:
+            The epoch's state, what its order is made of, its share from its start on, and what torch's sampler draws.
+
+        Raises:
+            RuntimeError: the loader stands within an epoch, or its data set does not number the records of its order.
+        """
+        is_again = state is not None
+        if state is None:
+            if self._position is None and self._state is not None and self._state.offset > 0:
+                raise RuntimeError(
+                    f"the loader continues within epoch {self._state.epoch} by the state that it loaded, and its "
+                    "sampler was asked for an epoch from its start, as Accelerate's skip_first_batches and prepare do: "
+                    "iterate the loader itself, which skips what was served, or load no state"
+                )
+            state = self._begin(drawn=True) if self._position is None else self._position.next_state()
+            if self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state)):
+                state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
+        if self._asked.shuffle and self._source.mixture is not None:
+            raise RuntimeError(
+                "records of a shuffled mixture have no numbers by which a sampler could name them, as Accelerate's "
+                "skip_first_batches and prepare need them: iterate the loader itself, after load_state_dict() to skip"
+            )
+        if self._source is not self._dataset:
+            versions = ", ".join(str(part.version) for part in self._source.parts)
+            raise RuntimeError(
+                f"the loader reads version {versions} of {self._source.url}, because a state or another rank names it, "
+                "and its data set, whose records a sampler numbers, was opened at another one: open the data set with "
+                f"version={versions}"
+            )
+        make_ready(self._source)
+        rank = self.rank()
+        # A rank alone gives the records of a last batch that is dropped, as torch's sampler: a batch sampler drops it.
+        planned = state if rank.world_size > 1 else replace(state, drop_last=False)
+        read = self._numbered()
+        share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
+        self._position = Position(state, share.ranks, is_counted=False)
+        self._foreseen = None
+        self._n_epochs += 1
+        return (
+            state,
+            read,
+            share,
+            Draws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+        )
+
+    def _numbered(self) -> Any:
+        """What the order of record numbers is made of."""
+        return self._source
+
+    def end_elsewhere(self, share: OrderShare) -> None:
+        """Hear that the last record of begin_elsewhere()'s share was asked for.
+
+        Worker processes ask for records that their loader has yet to hand out, so the epoch may not have ended then.
+        """
+        position = self._position
+        if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
+            position.finished = True
 
     def _draw(self, *, is_resumed: bool) -> Draws:
         """Draw from torch's random numbers what torch's loader draws in iter(); nothing within an epoch."""

@@ -14,9 +14,10 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from torchdata.stateful_dataloader.worker import try_to_deserialize
 
 from tiercache._native.finder import wrapped
-from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of
+from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of, with_state
 from tiercache.load.draws import next_seed
 from tiercache.load.feed import Drawn, Feed
+from tiercache.load.replay import REPLAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -256,7 +257,7 @@ class SampledEpoch:
         return isinstance(self._iterator, Bulk)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, as torchdata's loader does: by the sampler's own state, else by skipping."""
+        """Go on where a state was taken, as torchdata does: by the sampler's own state, else by asking it again."""
         self._begun = state
         self._n_before = state[_YIELDED]
         self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
@@ -309,16 +310,15 @@ class SampledEpoch:
         if bulk is not None:
             self._iterator, self._look, self._snapshot = bulk, bulk.look, bulk.look()
             return bulk
-        iterator: Iterator[Any] = iter(self._index_sampler)
-        if state is not None and (isinstance(self._index_sampler, Stateful) or isinstance(iterator, Stateful)):
-            self._index_sampler = try_to_deserialize(self._index_sampler, state[_INDEX_SAMPLER])
-            iterator = iter(self._index_sampler)
+        index_sampler = with_state(self._index_sampler)
+        iterator: Iterator[Any] = iter(index_sampler)
+        if state is not None:
+            index_sampler = try_to_deserialize(index_sampler, state[_INDEX_SAMPLER])
+            iterator = iter(index_sampler)
             if state[_SAMPLER_ITER] is not None:
                 iterator = try_to_deserialize(iterator, state[_SAMPLER_ITER])
-        elif state is not None:
-            iterator = islice(self._index_sampler, self._n_before, None)
         self._iterator = iterator
-        self._look = _snapshots(self._index_sampler, iterator)
+        self._look = _snapshots(index_sampler, iterator)
         self._snapshot = self._look()
         return iterator
 
@@ -362,9 +362,12 @@ def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any
             iterator.state_dict() if of_iterator else None,
         )
     below = {"sampler_state": iterator.sampler, "sampler_iter_state": iterator.sampler_iter}  # torchdata's keys
-    stateful = [(key, one) for key, one in below.items() if isinstance(one, Stateful)]
+    parts = {key: one.state_dict for key, one in below.items() if isinstance(one, Stateful)}
+    replay = getattr(iterator, "replay", None)
+    if replay is not None:
+        parts[REPLAY] = replay.state
 
     def look() -> tuple[None, dict[str, Any]]:
-        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: one.state_dict() for key, one in stateful}
+        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: state() for key, state in parts.items()}
 
     return look
