@@ -46,8 +46,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     The arguments are torch's (and torchdata's `snapshot_every_n_steps`), honoured as torch does; `options` is ours. A
     `tiercache.Dataset` without a transform or a collate function of the user's takes the native path: threads gather
     batches without Python, and `num_workers` starts no process. A sampler or batch sampler only says which records; it
-    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is torchdata's
-    StatefulDataLoader.
+    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is served by
+    torchdata's StatefulDataLoader: other data sets in torch's order, a `tiercache.Dataset` in the native path's, with
+    its ranks and its state.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -57,11 +58,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     Args:
         dataset: any torch data set, or a `tiercache.Dataset`.
-        options: seed, ranks, shuffle quality and resources of the native path.
+        options: seed, ranks and shuffle quality; resources of the native path.
 
     Raises:
         TypeError: options that are no LoaderOptions.
-        ValueError: arguments that torch refuses; options for a loader that does not take the native path.
+        ValueError: arguments that torch refuses; options that the loader has no use for.
     """
 
     def __init__(
