@@ -35,7 +35,7 @@ class TestPack:
     def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
         done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-j2")
         assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
-        assert f"would create {tmp_path}/out from 19.7 KiB of source, in 1 process" in done.out
+        assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
 
     def test_column_types_can_be_said(self, tiercache, tmp_path):
