@@ -84,6 +84,12 @@ class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[
 class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
     """The batch sampler of a loader that was given none."""
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler, if it wants to know: Hugging Face's Trainer tells a loader that skips only so."""
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
     def __iter__(self) -> Iterator[list[Any]]:
         return _BatchIterator(self.sampler, self.batch_size, self.drop_last)
 
