@@ -275,7 +275,7 @@ class TestRules:
         keep = (
             read(
                 TIERS + '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
-                ' best = ["loss:2", "top 1 : 3 : max"]}'
+                ' best = ["loss:2", "top 1 : 3 : max", {metric = ["a", "b"], n = 1, mode = "max"}]}'
             )
             .rules[0]
             .keep["hot"]
@@ -284,7 +284,11 @@ class TestRules:
             every_s=21600.0,
             younger_s=604800.0,
             tags=("release",),
-            best=(Best(metric="loss", n=2), Best(metric="top 1", n=3, mode="max")),
+            best=(
+                Best(metric="loss", n=2),
+                Best(metric="top 1", n=3, mode="max"),
+                Best(metric=["a", "b"], n=1, mode="max"),
+            ),
         )
 
     @pytest.mark.parametrize(
@@ -343,6 +347,9 @@ class TestRules:
             ('match = "*"\nkeep_hot = {lats = 1}', "rules[1].keep_hot.lats: no such key; did you mean 'last'"),
             ('match = "*"\nkeep_hot = {best = "loss"}', "rules[1].keep_hot.best: expected METRIC:N or METRIC:N:max"),
             ('match = "*"\nkeep_hot = {best = "loss:0"}', "rules[1].keep_hot.best: expected METRIC:N"),
+            ('match = "*"\nkeep_hot = {best = {metric = "loss"}}', "rules[1].keep_hot.best: n: Field required"),
+            ('match = "*"\nkeep_hot = {best = {metric = [], n = 1}}', "rules[1].keep_hot.best: metric: expected one"),
+            ('match = "*"\nkeep_hot = {best = {metrik = "a", n = 1}}', "rules[1].keep_hot.best: metric: Field"),
             (
                 'match = "*"\nkeep_standard = {last = 1}\nthen = "standard"',
                 "rules[1].then: tier 'standard' is not colder than 'standard', which has a keep list",
@@ -396,13 +403,11 @@ class TestTheRest:
 
     def test_how_things_are_moved_is_read_in_seconds_and_bytes(self, read, tmp_path):
         tiers = TIERS + 'prices = "aws:us-east-1:GLACIER_IR"\n'
-        text = 'grace = "1h"\nmax_break_even = "90d"\nsmall = "move"\nearly = "pay"'
+        text = 'grace = "1h"\nmax_break_even = "90d"'
         text += '\njobs = 2\nrate = "5MB/s"\nstate_dir = "s"'
         assert read(f"{tiers}\n[tiering]\n{text}").tiering == Tiering(
             grace_s=3600.0,
             max_break_even_s=90 * 86400.0,
-            small="move",
-            early="pay",
             jobs=2,
             rate_bytes_s=5_000_000,
             state_dir=tmp_path / "s",
@@ -418,7 +423,11 @@ class TestTheRest:
             ('[tiering]\ngrace = "x"', "tiering.grace: not a duration: 'x'"),
             ("[tiering]\njobs = 0", "tiering.jobs: Input should be greater than or equal to 1, got 0"),
             ("[tiering]\nrate = 0", "tiering.rate: expected 1 byte a second or more, got 0"),
-            ('[tiering]\nsmall = "pay"', "tiering.small: Input should be 'refuse' or 'move', got 'pay'"),
+            ('[tiering]\nsmall = "move"', "tiering.small: it was removed: a move must pay back within max_break_even"),
+            ('[tiering]\nearly = "pay"', "tiering.early: it was removed: a move must pay back within max_break_even"),
+            ('[tiering]\nuncounted = "idle"', 'tiering.uncounted: it was removed: write idle_by = "mtime"'),
+            ('[[rules]]\nmatch = "*"\nto = "archive"\nidle_by = "mtime"', "rules[1].idle_by: says by what `idle`"),
+            ('[[rules]]\nmatch = "*"\neven_if_dearer = true', "rules[1].even_if_dearer: is about moves"),
             (
                 '[tiering]\nmax_break_even = "9d"',
                 "tiering.max_break_even: tiers.archive.prices: not given",

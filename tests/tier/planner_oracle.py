@@ -47,12 +47,28 @@ def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
                 while end <= at:
                     end += keep.every_s
     for best in keep.best:
-        having = [row for row in by_step if not math.isnan(groups[row].metrics.get(best.metric, math.nan))]
+        first = next((name for name in best.metrics if any(_has(groups[row], name) for row in rows)), "")
+        having = [row for row in by_step if _has(groups[row], first)]
         having.reverse()
-        having.sort(key=lambda row: groups[row].metrics[best.metric], reverse=best.mode == "max")
+        having.sort(key=lambda row: groups[row].metrics[first], reverse=best.mode == "max")
         # A reversed sort keeps the order of equal ones as well.
         named |= set(having[: best.n])
     return named
+
+
+def unscored_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
+    """Rows that a keep list keeps because nobody can say whether they are among the best."""
+    found = set()
+    for series in {groups[row].series for row in rows}:
+        mine = [row for row in rows if groups[row].series == series and groups[row].complete]
+        for best in keep.best:
+            first = next((name for name in best.metrics if any(_has(groups[row], name) for row in mine)), "")
+            found |= {row for row in mine if not first or (not _has(groups[row], first) and groups[row].unread)}
+    return found
+
+
+def _has(group: Group, metric: str) -> bool:
+    return not math.isnan(group.metrics.get(metric, math.nan))
 
 
 @dataclass
@@ -105,8 +121,12 @@ class PlannerOracle:
         if rule.keep and (group.kind != "checkpoint" or row in self.newest):
             return None
         named = {name: row in self._kept(rule, keep) for name, keep in rule.keep.items()}
+        by_keys = any(row in self._named(rule, keep, kept_plainly) for keep in rule.keep.values())
         refused = None
-        if rule.delete_after_s is not None and group.days * DAY_S >= rule.delete_after_s and not any(named.values()):
+        is_old = rule.delete_after_s is not None and group.days * DAY_S >= rule.delete_after_s
+        if is_old and any(named.values()) and not by_keys:
+            refused = Expected("delete", self._first(group), None, refused=True)
+        if is_old and not any(named.values()):
             found = self._checked(row, Expected("delete", self._first(group), None))
             if not found.refused or not (row in self.newest or group.tags):
                 return found
@@ -115,8 +135,15 @@ class PlannerOracle:
         return refused if wish is None else self._checked(row, wish)
 
     def _kept(self, rule: Any, keep: Any) -> set[int]:
+        return self._named(rule, keep, kept_plainly) | self._named(rule, keep, unscored_plainly)
+
+    def _named(self, rule: Any, keep: Any, by: Any) -> set[int]:
+        """As _kept, by one of the two. Those that a size excludes stay out, for a run is what a rule holds for."""
         rows = [i for i, g in enumerate(self.groups) if g.kind == "checkpoint" and self.rule_of(g) is rule]
-        return kept_plainly(self.groups, rows, keep)
+        if rule.larger_than_bytes is not None:
+            sizes = [max((copy.n_bytes for copy in self.groups[i].copies.values()), default=0) for i in rows]
+            rows = [i for i, size in zip(rows, sizes, strict=True) if size > rule.larger_than_bytes]
+        return by(self.groups, rows, keep)
 
     @staticmethod
     def _first(group: Group) -> str:
@@ -129,6 +156,8 @@ class PlannerOracle:
         if rule.to is None:
             return None
         unused = min(group.days, group.days if group.unused_days is None else group.unused_days)
+        if rule.idle_by == "use" and group.counted_days is not None:
+            unused = min(unused, group.counted_days)
         if rule.age_s is not None and group.days * DAY_S < rule.age_s:
             return None
         if rule.idle_s is not None and unused * DAY_S < rule.idle_s:
@@ -140,7 +169,8 @@ class PlannerOracle:
         if not sources:
             return None
         wish = self._sent(row, sources, rule.to)
-        if group.unreported and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
+        is_known = not group.unreported and (group.counted_days is not None or rule.idle_by == "mtime")
+        if not is_known and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
             wish.refused = True
         return wish
 
@@ -212,27 +242,29 @@ class PlannerOracle:
         return any(group.path.startswith(pin.match[0].removesuffix("**")) for pin in pins)
 
     def _is_dear(self, group: Group, wish: Expected) -> bool:
-        tiering, copy = self.file.tiering, group.copies[wish.src]
-        arrives = wish.action in ("move", "copy", "reclass")
-        if arrives and tiering.small == "refuse" and copy.n_bytes / copy.n_objects < self.prices[wish.dst].min_bytes:
-            return True
-        leaving = group.copies if wish.action == "delete" else {} if wish.action == "copy" else {wish.src: copy}
-        fees = sum(self._fee(group, name, one) for name, one in leaving.items())
-        if fees > 0 and tiering.early == "refuse":
-            return True
-        if tiering.max_break_even_s is None or wish.action not in ("move", "reclass"):
+        rule, copy = self.rule_of(group), group.copies[wish.src]
+        if wish.action not in ("move", "reclass") or rule.even_if_dearer:
             return False
         if self.prices[wish.src].store_gb_month == 0:
             return False
         saving = self._month(wish.src, copy) - self._month(wish.dst, copy)
-        once = fees + self._way(copy, wish.src, wish.dst)
-        return saving <= 0 or once / saving * 30 * DAY_S > tiering.max_break_even_s
+        once = self._fee(group, wish.src, copy) + self._way(copy, wish.src, wish.dst)
+        limit_s = self.file.tiering.max_break_even_s
+        is_deleted = rule.delete_after_s is not None and self.groups.index(group) not in self.newest and not group.tags
+        if is_deleted:
+            stays_s = max(rule.delete_after_s - group.days * DAY_S, 0)
+            missing_days = max(self.prices[wish.dst].min_days - stays_s / DAY_S, 0)
+            once += self._month(wish.dst, copy) * missing_days / 30
+            limit_s = min(limit_s, stays_s)
+        if saving == once == 0:
+            return limit_s < 0
+        return saving <= 0 or once / saving * 30 * DAY_S > limit_s
 
     def _month(self, name: str, copy: Copy) -> float:
         price = self.prices[name]
         smallest = copy.n_bytes // copy.n_objects if copy.smallest_bytes is None else copy.smallest_bytes
         padded = max(copy.n_bytes + max(price.min_bytes - smallest, 0), copy.n_objects * price.min_bytes)
-        return (padded + copy.n_objects * price.overhead_bytes) * 1e-9 * price.store_gb_month
+        return (padded + copy.n_objects * price.overhead_bytes) / 2**30 * price.store_gb_month
 
     def _fee(self, group: Group, name: str, copy: Copy) -> float:
         days = group.days if copy.days is None else copy.days
@@ -240,10 +272,13 @@ class PlannerOracle:
 
     def _way(self, copy: Copy, src: str, dst: str) -> float:
         a, b = self.prices[src], self.prices[dst]
-        gigabytes = copy.n_bytes * 1e-9
+        gigabytes = copy.n_bytes / 2**30
         if self.urls[src] == self.urls[dst]:
             return copy.n_objects * b.transition_1000 / 1000 + gigabytes * a.retrieve_gb
         both_remote = "hot" not in (src, dst)
-        requests = copy.n_objects if both_remote else copy.n_objects + copy.n_bytes // PART
         egress = 0.0 if both_remote or a.name == "free" else a.egress_gb
-        return requests * (a.get_1000 + b.put_1000) / 1000 + gigabytes * (a.retrieve_gb + egress)
+        n_more = 0 if both_remote else max(copy.n_bytes - 1, 0) // PART
+        begins = min(n_more, copy.n_objects)
+        reads = copy.n_objects + n_more
+        writes = copy.n_objects if not n_more else copy.n_objects + n_more + 2 * begins
+        return (reads * a.get_1000 + writes * b.put_1000) / 1000 + gigabytes * (a.retrieve_gb + egress)

@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tiercache.catalog import uses
 from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
 from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
@@ -55,7 +57,9 @@ class Inventory:
             `emptied` (local tiers that have nothing, and of which the catalog knows copies), `n_objects`, `n_own`, and
             what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
             (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
-            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
+            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics). `in_files`: group -> names of the
+            metrics in its files, of those that were read; `missing_shards`: keys of all shards that are in no tier, and
+            not placed elsewhere, and when each was first named (seconds since the epoch).
     """
 
     snapshot: Snapshot
@@ -73,6 +77,10 @@ class Inventory:
             return ()
         start, end = self._copies.start[copy : copy + 2].tolist()
         return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
+
+    def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
+        """Whether an object of each of these keys was listed in any tier; bool[len(keys)]."""
+        return find(keys, self._listed.keys) >= 0
 
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
         """The objects of each group's copy in the tier beside it, as objects() has them."""
@@ -118,9 +126,22 @@ def take_inventory(
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
     scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
-    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, complete=complete, metrics=metrics)
+    links = _links(file, stores, listed, grouped.paths, copies)
+    of_groups = {
+        "links": links,
+        "complete": complete,
+        "metrics": metrics,
+        "unread": _unread(scores.unread, copies, len(grouped.kind)),
+    }
+    used = _Used.of(file, listed, grouped)
+    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
-    more = {"n_own": int(own.sum()), "unread": scores.unread, "emptied": _emptied(file, listed, known)}
+    more = {
+        "n_own": int(own.sum()),
+        "unread": _some(grouped.paths.take(pa.array(scores.unread))),
+        "in_files": scores.in_files,
+        "emptied": _emptied(file, listed, known),
+    }
     return Inventory(snapshot, facts | more, listed, copies)
 
 
@@ -255,18 +276,84 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: floa
     return complete
 
 
+def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
+    """Of groups whose metrics cannot be read, those that no mover has put where they lie.
+
+    What a mover has put there was not among the best when its metrics could be read.
+    """
+    found = np.zeros(n_groups, np.bool_)
+    found[groups] = True
+    found[copies.group[copies.verified]] = False
+    return found
+
+
+def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copies: Copies) -> dict[int, str]:
+    """Copy -> a symbolic link in its tier that leads to it, or to something in it."""
+    found: dict[int, str] = {}
+    for number in listed.tiers:
+        store = stores.store(file.tiers[number].name)
+        if not isinstance(store, LocalFolder):
+            continue
+        # The group itself, or the folder above that is one.
+        pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
+        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # it would go with it
+        rows = find(pa.array([above for _, above in pairs], pa.large_string()), paths)
+        for (link, _), row in zip(pairs, rows.tolist(), strict=True):
+            copy = copies.find(row, number) if row >= 0 else None
+            if copy is not None:
+                found.setdefault(copy, link)
+    return found
+
+
+def _with_folders(key: str) -> list[str]:
+    """The key, and the folders that it lies in."""
+    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Used:
+    """What the logs of caches on this machine say of the use of each group; last_s: NaN where they say nothing."""
+
+    last_s: NDArray[np.float64]
+    uses: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, file: TierFile, listed: Listed, grouped: _Grouped) -> _Used:
+        """A group is used when any of its objects is, wherever that lies."""
+        n_groups = len(grouped.kind)
+        last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
+        try:
+            known = uses.read()
+        except (OSError, ValueError):  # no state folder can be had: then nothing is known
+            known = {}
+        for number in listed.tiers if known else ():
+            found = uses.below(known, file.tiers[number].url)
+            rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
+            keys = taken(listed.keys, grouped.objects.row[rows])
+            at = find(keys, pa.array(list(found), pa.large_string()))
+            rows, at = rows[at >= 0], at[at >= 0]
+            group = grouped.objects.group[rows]
+            columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
+            np.fmax.at(last_s, group, columns[:, 0])
+            np.add.at(counts, group, columns[:, 1].astype(np.int64))
+        return cls(last_s, counts)
+
+
 def _snapshot(
-    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
+    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
 ) -> Snapshot:
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     # What was restored in place is not idle at once: where nothing is known of its use, its oldest copy's date counts.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
-    uses, in_use, unreported = np.zeros(len(created_s), np.int64), np.zeros_like(of_shard), np.zeros_like(of_shard)
-    uses[of_shard], in_use[of_shard] = grouped.shards.uses[shard], grouped.shards.in_use[shard]
-    unreported[of_shard] = grouped.shards.unreported[shard]
+    n_uses, in_use, unreported = used.uses.copy(), np.zeros_like(of_shard), np.zeros_like(of_shard)
+    n_uses[of_shard] += grouped.shards.uses[shard]
+    in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
+    last_use_s = np.fmax(last_use_s, used.last_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
+    counted_since_s = np.where(np.isnan(used.last_s), np.inf, used.last_s)
+    counted_since_s[of_shard] = grouped.shards.counted_since_s[shard]
     return Snapshot(
         now_s=now_s,
         tiers=tuple(tier.name for tier in file.tiers),
@@ -277,7 +364,8 @@ def _snapshot(
         series=grouped.from_layout(grouped.layout.series, NO_SERIES),
         created_s=created_s,
         last_use_s=last_use_s,
-        uses=uses,
+        uses=n_uses,
+        counted_since_s=counted_since_s,
         unreported=unreported,
         in_use=in_use,
         tags={},
@@ -302,6 +390,7 @@ def _facts(
     there = np.zeros(len(grouped.shards), np.bool_)
     there[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
+    lacking = np.flatnonzero(~there & ~grouped.shards.elsewhere)
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,
@@ -309,6 +398,7 @@ def _facts(
         "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),
+        "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
         "differing": _some(differing),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from tiercache.prices import priced
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.marks import absences
-from tiercache.tier.model import CHECKPOINT, HERE
+from tiercache.tier.model import CHECKPOINT, HERE, SHARD
 from tiercache.tier.policy import decide
 from tiercache.tier.retention import newest
 
@@ -32,12 +33,16 @@ class Survey:
         protected: the newest complete checkpoint of each run, and the newest that can be read now.
         deletes: last copies that the rules delete now.
         asked: (path, tier) that the rules take something away from now.
+        linked: (path, tier) -> a symbolic link in that tier that leads to it.
+        used_s: when files and checkpoints were last read through a cache of this machine, of those that were.
     """
 
     in_use: frozenset[str] = frozenset()
     protected: frozenset[str] = frozenset()
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
+    linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    used_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: float) -> Survey:
@@ -52,12 +57,18 @@ def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: flo
 def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
     """What a snapshot and what was decided of it say of deletions."""
     tiers = snapshot.tiers
+    is_used = np.isfinite(snapshot.counted_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
     return Survey(
         in_use=_paths(snapshot, snapshot.in_use),
         protected=_paths(snapshot, newest(snapshot) | newest(_readable(snapshot))),
         deletes=frozenset(snapshot.paths[m.group].as_py() for m in decisions.moves if m.action == "delete"),
         asked=frozenset((snapshot.paths[move.group].as_py(), tiers[move.src]) for move in takes),
+        linked={
+            (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
+            for copy, link in snapshot.links.items()
+        },
+        used_s={snapshot.paths[row].as_py(): snapshot.last_use_s[row] for row in np.flatnonzero(is_used).tolist()},
     )
 
 

@@ -18,7 +18,7 @@ from tiercache.tier.retention import newest
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.model import Snapshot
-    from tiercache.tierfile import Tier, TierFile
+    from tiercache.tierfile import Rule, Tier, TierFile
 
 Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -77,8 +77,6 @@ class View:
 
         at = np.full(shape, -1, np.int32)
         at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
-        group_bytes = np.zeros(snapshot.n_groups, np.int64)
-        np.maximum.at(group_bytes, snapshot.group, snapshot.n_bytes)
         tagged = np.zeros(snapshot.n_groups, np.bool_)
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
@@ -99,7 +97,7 @@ class View:
             tagged=tagged,
             age_s=snapshot.now_s - snapshot.created_s,
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
-            group_bytes=group_bytes,
+            group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
             leaves=leaves,
             streams=leaves | ~_pairs(file.tiers, lambda a, b: _is_s3(file.tiers[a]) and _is_s3(file.tiers[b])),
@@ -138,6 +136,23 @@ def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
     return found
 
 
+def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
+    """Whether groups of so many bytes are as large, and as small, as a rule asks for."""
+    fits = np.ones(len(n_bytes), np.bool_)
+    if rule.larger_than_bytes is not None:
+        fits &= n_bytes > rule.larger_than_bytes
+    if rule.smaller_than_bytes is not None:
+        fits &= n_bytes < rule.smaller_than_bytes
+    return fits
+
+
+def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
+    """Bytes of each group's largest copy."""
+    n_bytes = np.zeros(snapshot.n_groups, np.int64)
+    np.maximum.at(n_bytes, snapshot.group, snapshot.n_bytes)
+    return n_bytes
+
+
 def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:
     """The snapshot with the tags that the file gives to checkpoints, beside those that they have."""
     if not file.tags:
@@ -154,6 +169,12 @@ def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:
 def _pairs(tiers: Sequence[Tier], of: Callable[[int, int], bool]) -> Flags:
     numbers = range(len(tiers))
     return np.array([[a != b and of(a, b) for b in numbers] for a in numbers], np.bool_).reshape(len(tiers), -1)
+
+
+def leaves_and_streams(src: Tier, dst: Tier, src_prices: Prices, dst_prices: Prices) -> tuple[bool, bool]:
+    """Of a copy from one tier to another: whether it leaves the provider's region, and passes through this machine."""
+    leaves = _leaves(src, dst, src_prices, dst_prices)
+    return leaves, leaves or not (_is_s3(src) and _is_s3(dst))
 
 
 def _folder(tier: Tier) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
 from tiercache.tier.model import CHECKPOINT, RESTORING, SHARD, Action
 from tiercache.tier.retention import kept
-from tiercache.tier.view import Flags, Rows, View
+from tiercache.tier.view import Flags, Rows, View, fits_size
 
 if TYPE_CHECKING:
     from tiercache.tierfile import Rule
@@ -215,7 +215,7 @@ def _why_stuck(view: View, stuck: Wishes) -> Texts:
 def asked(view: View, rule: Rule, number: int) -> Asked:
     """What a rule asks for, of the groups that it holds for."""
     rows = np.flatnonzero(view.rule == number)
-    rows = rows[_fits_size(view, rule, rows)]
+    rows = rows[fits_size(rule, view.group_bytes[rows])]
     if rule.keep:
         return _by_keep_lists(view, rule, number, rows[view.snapshot.kind[rows] == CHECKPOINT])
     deletes = _deletes(view, rule, number, rows)
@@ -232,8 +232,26 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
     waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, _same("", waits))))
-    unknown = waiting.saying(_same("its use is not known yet: no machine that may have used it has reported", waits))
+    late = view.snapshot.unreported[waiting.group]
+    unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
     return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
+
+
+_UNREPORTED = "its use is not known yet: no machine that may have used it has reported"
+
+
+def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
+    """Why a rule that asks for use says nothing of what nobody counts uses of."""
+    key = "idle" if rule.idle_s is not None else "uses_below"
+
+    def words(is_shard: bool) -> str:
+        if is_shard:
+            how = "machines report it from the first `tier apply` or `tier run` on"
+        else:
+            how = "it was never read through tiercache here, and other programs do not report what they read"
+        return f'its use is not known: {how}; if its date of writing is enough for {key}, write idle_by = "mtime"'
+
+    return say(words, view.snapshot.kind[waiting.group] == SHARD)
 
 
 def _same(text: str, mask: Flags) -> Texts:
@@ -247,33 +265,35 @@ def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
     return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
 
 
-def _fits_size(view: View, rule: Rule, rows: Rows) -> Flags:
-    n_bytes = view.group_bytes[rows]
-    fits = np.ones(len(rows), np.bool_)
-    if rule.larger_than_bytes is not None:
-        fits &= n_bytes > rule.larger_than_bytes
-    if rule.smaller_than_bytes is not None:
-        fits &= n_bytes < rule.smaller_than_bytes
-    return fits
-
-
 def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
-    """Whether conditions hold as far as is known, and of these, whether a machine may know better."""
+    """Whether conditions hold as far as is known; and of these, whether it may have been used without a report."""
     fits = np.ones(len(rows), np.bool_)
     if rule.age_s is not None:
         fits &= view.age_s[rows] >= rule.age_s
     if rule.idle_s is not None:
-        fits &= view.unused_s[rows] >= rule.idle_s
+        fits &= _unused_s(view, rule, rows) >= rule.idle_s
     if rule.uses_below is not None:
         fits &= view.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # after no time at all everything is idle
-    return fits, fits & view.snapshot.unreported[rows] & asks_use
+    uncounted = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "use")
+    return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
+
+
+def _unused_s(view: View, rule: Rule, rows: Rows) -> NDArray[np.float64]:
+    """For how long nobody has used the rows, as the rule counts it: not longer than uses have been counted."""
+    unused_s, since_s = view.unused_s[rows], view.snapshot.counted_since_s[rows]
+    if rule.idle_by == "mtime":
+        return unused_s
+    return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
 
 
 def _why(view: View, rule: Rule, rows: Rows) -> Texts:
-    def words(unused: int, age: int, uses: int) -> str:
+    def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
-        if rule.idle_s is not None:
+        if rule.idle_s is not None and is_by_mtime:
+            limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
+            parts.append(f"not written for {ago(unused)}, nobody counts its use ({limit})")
+        elif rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
         if rule.age_s is not None:
             parts.append(f"written {ago(age)} ago (age = {span(rule.age_s)})")
@@ -282,9 +302,11 @@ def _why(view: View, rule: Rule, rows: Rows) -> Texts:
         return ", ".join(parts) or f"belongs in {rule.to}"
 
     none = np.zeros(len(rows), np.int64)
-    unused = none if rule.idle_s is None else hours(view.unused_s[rows])
+    unused = none if rule.idle_s is None else hours(_unused_s(view, rule, rows))
     age = none if rule.age_s is None else hours(view.age_s[rows])
-    return say(words, unused, age, none if rule.uses_below is None else view.snapshot.uses[rows])
+    n_uses = none if rule.uses_below is None else view.snapshot.uses[rows]
+    is_by_mtime = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "mtime")
+    return say(words, unused, age, n_uses, is_by_mtime)
 
 
 def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Wishes:
@@ -302,18 +324,33 @@ def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | Non
 
 
 def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
-    named = np.zeros((view.n_tiers, len(rows)), np.bool_)
+    named, by_keys = np.zeros((view.n_tiers, len(rows)), np.bool_), view.newest[rows]
+    without = np.zeros(view.snapshot.n_groups, np.bool_)
+    unscored_by: list[tuple[str, ...]] = []
+    without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
+        found = kept(view.snapshot, rows, keep)
         # The newest of a run is always among them.
-        named[view.file.index(name)] = kept(view.snapshot, rows, keep) | view.newest[rows]
+        named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
+        by_keys = by_keys | found.named
+        without[rows] |= found.without
+        unscored_by += found.unscored_by
+        without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
+    says = f"; without {_worded(without_by)}, which others of its run have"
+    deletes = deletes.saying(ending(deletes.text, without[deletes.group], says))
+    # What would be deleted, had `best` only found nothing.
+    unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
+    where = "found in no checkpoint of its run, or only in files that cannot be read"
+    text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
+    unscored = unscored.saying(np.full(len(unscored), text, np.object_))
     left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
     rows, named, anywhere = rows[left], named[:, left], anywhere[left]
     old = np.zeros(len(rows), np.bool_)
     if rule.then is not None:
         old = ~anywhere & (view.age_s[rows] >= (rule.after_s or 0.0))
-    parts = [(deletes, NOTHING), _then(view, rule, number, rows[old])]
+    parts = [(deletes, unscored), _then(view, rule, number, rows[old])]
     tiers = sorted(view.file.index(name) for name in rule.keep)
     undecided = ~old
     for tier in tiers if rule.then is None else tiers[:-1]:
@@ -324,6 +361,11 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     hot = view.hot
     stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
     return Asked(rows, wanted, refused, stays, named)
+
+
+def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
+    """The metrics of some `best`, for people."""
+    return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
 def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:
