@@ -15,12 +15,12 @@ from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3Archive
 from tiercache.store.bucket import Tuning
 from tiercache.store.fsspec import FsspecStore
-from tiercache.store.landing import within, worker_pool
+from tiercache.store.landing import read_requests, worker_pool
 from tiercache.store.obstore import Place
 from tiercache.store.obstore_errors import failure
 from tiercache.store.options import CloudOptions
 from tiercache.store.retry import Calls, Patience, RetryPolicy, unreachable_fails_at_once, with_retries
-from tiercache.store.spans import RequestSizes
+from tiercache.store.spans import RequestSizes, plan_requests
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFaultServer, Misbehave
 from tiercache.testing.reading import pattern, read_ranges
@@ -117,7 +117,7 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
 
 
 def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
-    gate, pool, attempts = threading.Event(), worker_pool(2), []
+    gate, attempts = threading.Event(), []
 
     def attempt():
         attempts.append(1)
@@ -127,9 +127,23 @@ def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
 
     patience = Patience("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint="http://e")
     with pytest.raises(StoreError, match=r"nothing came from http://e for 0.3 s .*the first failure"):
-        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), patience, within=within(pool))
+        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), patience, abandons="retries")
     assert not gate.is_set()
     gate.set()
+
+
+def test_time_in_the_queue_behind_other_reads_does_not_count():
+    gate, pool, done = threading.Event(), worker_pool(1), []
+    pool.get().submit(gate.wait, 60)
+    timer = threading.Timer(2, gate.set)
+    timer.start()
+    patience = Patience("u", "read", clock=SYSTEM_CLOCK, timeout_s=1)
+    requests = plan_requests(
+        [(ByteRange(i * MIB, i * MIB + 1), memoryview(bytearray(1))) for i in (0, 2)], RequestSizes()
+    )
+    read_requests(requests, lambda request, landing: done.append(request), pool, patience)
+    assert done == list(requests)
+    timer.join()
     pool.drop()
 
 

@@ -13,7 +13,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.landing import Landing, read_requests, within, worker_pool
+from tiercache.store.landing import Landing, read_requests, worker_pool
 from tiercache.store.obstore import WRITER_PART_BYTES, Client, Place, Taken, described
 from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
 from tiercache.store.obstore_upload import StreamedUpload
@@ -57,7 +57,6 @@ class ObstoreStore(Store):
         self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
         self._client = Client(place, options, self.counters)
         self._pool = worker_pool(tuning.n_threads)
-        self._within = within(self._pool)
         self._calls = Calls()
         self._timeout_s = options.timeout_s
         self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(self._timeout_s * _SLOWEST_BYTES_S)))
@@ -90,9 +89,7 @@ class ObstoreStore(Store):
         """What a request that changes nothing gives: one that is out of time is left to its thread."""
         patience = self._patience(key, doing)
         with self._calls.track(patience) as stop:
-            return with_retries(
-                lambda: attempt(patience), self._tuning.policy, patience, stop=stop, within=self._within
-            )
+            return with_retries(lambda: attempt(patience), self._tuning.policy, patience, stop=stop, abandons="retries")
 
     def _written(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """What a writing request gives: its last attempt is waited for, since nobody knew what it did otherwise."""
@@ -159,7 +156,7 @@ class ObstoreStore(Store):
                 self._tuning.policy,
                 patience,
                 stop=landing.stop,
-                within=self._within,
+                abandons="retries",
             )
 
         with self._calls.track(patience, landing.stop):

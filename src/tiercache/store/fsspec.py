@@ -18,10 +18,10 @@ from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
 from tiercache.store.credentials import Credentials, Keys, refusal, s3_access
 from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
 from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
-from tiercache.store.landing import Landing, PerProcess, read_requests, within, worker_pool
+from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import TIMEOUT_S, Calls, Patience, RetryPolicy, Within, with_retries
+from tiercache.store.retry import TIMEOUT_S, Abandons, Calls, Patience, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.store.urls import redact
 from tiercache.waiting import SYSTEM_CLOCK
@@ -68,7 +68,6 @@ class FsspecStore(Store):
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
-        self._within = within(self._pool)
         self._files_here: PerProcess[_Opened] = PerProcess(self._open, lambda opened: opened.close())
 
     def __repr__(self) -> str:
@@ -149,8 +148,7 @@ class FsspecStore(Store):
                 self._policy,
                 patience,
                 stop=landing.stop,
-                within=self._within,
-                is_client_bounded=False,
+                abandons="all",
             )
             patience.progressed()
 
@@ -249,16 +247,16 @@ class FsspecStore(Store):
 
     def _asked(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """What a request that changes nothing gives. One that is out of time is left to its thread."""
-        return self._retried(key, doing, attempt, within=self._within)
+        return self._retried(key, doing, attempt, abandons="all")
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, within: Within | None = None) -> T:
+    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: Abandons = "none") -> T:
         def guarded() -> T:
             with self._errors(key, doing):
                 return attempt()
 
         patience = self._patience(key, doing)
         with self._calls.track(patience) as stop:
-            return with_retries(guarded, self._policy, patience, stop=stop, within=within, is_client_bounded=False)
+            return with_retries(guarded, self._policy, patience, stop=stop, abandons=abandons)
 
     @contextmanager
     def _errors(self, key: str, doing: str) -> Iterator[None]:

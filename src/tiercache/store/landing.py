@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Condition, Event
 from typing import Generic, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 
 from tiercache.errors import StoreError
 from tiercache.store.contract import Buffer
-from tiercache.store.retry import Patience, Within, bounded
+from tiercache.store.retry import Patience, bounded
 from tiercache.store.spans import Request
 
 T = TypeVar("T")
@@ -128,11 +128,17 @@ def read_requests(
     threads = (
         pool.get()
     )  # once: of a store that is closed between two requests it would be another pool, left to nobody
+
+    def read_bounded(request: Request) -> None:
+        with bounded(patience), patience.running():
+            read_one(request, landing)
+
     futures: list[Future[None]] = []
+    patience.queue()
     try:
         for request in requests:
             try:
-                futures.append(threads.submit(_read_bounded, read_one, request, landing))
+                futures.append(threads.submit(read_bounded, request))
             except RuntimeError as error:
                 if pool.is_current(threads):  # no thread can be started
                     raise
@@ -142,40 +148,6 @@ def read_requests(
         landing.close()
         for future in futures:
             future.cancel()
-
-
-def _read_bounded(read_one: Callable[[Request, Landing], None], request: Request, landing: Landing) -> None:
-    with bounded():
-        read_one(request, landing)
-
-
-def within(pool: PerProcess[ThreadPoolExecutor]) -> Within:
-    """What runs an attempt on a thread of the pool, and gives it up when the call's time is over.
-
-    Threads of the pool never wait for the pool: bounded() keeps their own attempts on them.
-    """
-
-    def run(attempt: Callable[[], T], patience: Patience) -> T:
-        def attempt_bounded() -> T:
-            with bounded():
-                return attempt()
-
-        try:
-            future = pool.get().submit(attempt_bounded)
-        except RuntimeError as error:
-            raise _closed(patience) from error
-        while not wait((future,), timeout=patience.left_s).done:
-            try:
-                patience.check()  # the attempt may have made progress meanwhile
-            except StoreError:
-                future.cancel()
-                raise
-        try:
-            return future.result()
-        except CancelledError as error:
-            raise _closed(patience) from error
-
-    return run
 
 
 def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:

@@ -8,15 +8,17 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from tiercache.errors import StoreError
 from tiercache.waiting import Clock, pause
 
 T = TypeVar("T")
+Abandons: TypeAlias = Literal["none", "retries", "all"]
 
 logger = logging.getLogger("tiercache")
 
@@ -96,11 +98,12 @@ def unreachable_fails_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Mark this thread as one that another thread waits for with a deadline: its own retries need no further bound."""
+def bounded(patience: Patience) -> Iterator[None]:
+    """Carry out a part of a call in this thread for another one, which waits no longer than patience lasts."""
     before, _here.is_bounded = _here.is_bounded, True
     try:
-        yield
+        with trying_until(patience.unwanted):
+            yield
     finally:
         _here.is_bounded = before
 
@@ -109,7 +112,8 @@ class Patience:
     """How long one call may go on: until its deadline, until it is cancelled, or timeout_s after its last progress.
 
     Progress is the call's start, and then each progressed(): a byte that had not arrived before. Failed attempts and
-    pauses between them are no progress. Safe from any thread. endpoint: the server, for messages.
+    pauses between them are no progress; time in which all parts of the call wait for a thread does not count. Safe from
+    any thread. endpoint: the server, for messages.
     """
 
     def __init__(
@@ -124,13 +128,15 @@ class Patience:
         endpoint: str = "",
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
-        self.deadline_s, self.timeout_s, self._unwanted = deadline_s, timeout_s, _here.unwanted
+        self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _here.unwanted
         self.endpoint = endpoint or url
         self.start_s = self._progress_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
         self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
         self.error: StoreError | None = None  # of the last attempt that failed, since the last progress
         self.is_reported = False
+        # Threads that carry out a part of the call now; None: the caller's thread does all of it.
+        self._running: set[int] | None = None
 
     @property
     def is_endless(self) -> bool:
@@ -140,16 +146,41 @@ class Patience:
     @property
     def is_wanted(self) -> bool:
         """Whether somebody wants the answer still, as far as the thread that asks was told: see trying_until()."""
-        return self._unwanted is None or not self._unwanted.is_set()
+        return self.unwanted is None or not self.unwanted.is_set()
 
     @property
     def waited_s(self) -> float:
         """Seconds since the last progress."""
-        return self.clock.monotonic() - self._progress_s
+        return 0.0 if self._is_queued else self.clock.monotonic() - self._progress_s
+
+    @property
+    def _is_queued(self) -> bool:
+        return self._running is not None and not self._running
+
+    def queue(self) -> None:
+        """Have threads of a pool carry the call out: its time runs while one is in running()."""
+        self._running = set()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Carry out a part of the call in this thread."""
+        running, thread = self._running, threading.get_ident()
+        if running is None:
+            yield
+            return
+        if not running:
+            self.progressed()
+        running.add(thread)
+        try:
+            yield
+        finally:
+            running.discard(thread)
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the call is over unless it makes progress, negative after that; None without any limit."""
+        if self._is_queued and self.timeout_s is not None:  # which begins when a thread does
+            return min(self._deadline_end_s - self.clock.monotonic(), self.timeout_s)
         return None if self._end_s == math.inf else self._end_s - self.clock.monotonic()
 
     def progressed(self) -> None:
@@ -167,7 +198,8 @@ class Patience:
         """
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
-        if self._end_s <= self.clock.monotonic():
+        now_s = self.clock.monotonic()
+        if self._end_s <= now_s and (self._deadline_end_s <= now_s or not self._is_queued):
             raise self.too_late()
 
     def too_late(self) -> StoreError:
@@ -245,13 +277,16 @@ class Calls:
             wake.clear()
             while self._under_way and not ended.wait(_LOOK_EVERY_S):
                 self.look()
-            if not wake.wait(_IDLE_S) and self._has_ended():
+            if not wake.wait(_IDLE_S) and self._has_ended(wake):
                 return
 
-    def _has_ended(self) -> bool:
+    def _has_ended(self, wake: Event) -> bool:
         """Give the watcher's place up, unless a call has begun: one that begins from now on finds it free."""
         with self._starting:
-            watcher, self._watcher = self._watcher, None
+            watcher = self._watcher
+            if watcher is None or watcher[1] is not wake:  # close() was quicker
+                return True
+            self._watcher = None
             if self._under_way:
                 self._watcher = watcher
             return self._watcher is None
@@ -275,28 +310,20 @@ class Calls:
             watcher[1].set()
 
 
-class Within(Protocol):
-    """Runs an attempt in another thread, and waits for it no longer than the call's patience lasts."""
-
-    def __call__(self, attempt: Callable[[], T], patience: Patience) -> T:
-        """What attempt gives. Raises StoreError when the time is over, and leaves attempt to its thread."""
-
-
 def with_retries(
     attempt: Callable[[], T],
     policy: RetryPolicy,
     patience: Patience,
     *,
     stop: Event | None = None,
-    within: Within | None = None,
-    is_client_bounded: bool = True,
+    abandons: Abandons = "none",
 ) -> T:
     """What attempt gives, trying again while its StoreError is retryable and policy and patience allow.
 
     stop: ends a pause, and trying again, when nobody waits for the answer any more.
 
-    within: runs further attempts, which begin when part of the time is spent already. The first one needs no thread if
-    the client's own limits are no longer than the call's (is_client_bounded).
+    abandons: attempts that are left to a thread of their own when the time is over: "none", for a write may still take
+    effect; "retries", where the client's own limits are no longer than the call's, but a retry begins late; or "all".
 
     Raises:
         StoreError: the last one; with .maybe_done set, at once, because the attempt may have taken effect.
@@ -305,10 +332,8 @@ def with_retries(
     while True:
         patience.check()
         try:
-            if within is not None and (n_failed or not is_client_bounded) and not _here.is_bounded:
-                answer = within(attempt, patience)
-            else:
-                answer = attempt()
+            is_left = (abandons == "all" or (abandons == "retries" and n_failed > 0)) and not _here.is_bounded
+            answer = _in_time(attempt, patience) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
             if error.facts.get("renewed"):  # there are other credentials now
@@ -326,6 +351,21 @@ def with_retries(
             if _answered is not None:
                 _answered.add(patience.endpoint)
             return answer
+
+
+def _in_time(attempt: Callable[[], T], patience: Patience) -> T:
+    """What attempt gives in a thread of its own. Raises StoreError when the time is over, and leaves the thread."""
+
+    def run() -> T:
+        with bounded(patience):
+            return attempt()
+
+    threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
+    future = threads.submit(run)
+    threads.shutdown(wait=False)  # it ends with the attempt
+    while not wait((future,), timeout=patience.left_s).done:
+        patience.check()  # the attempt may have made progress meanwhile
+    return future.result()
 
 
 def _is_worth_repeating(error: StoreError, patience: Patience, pause_s: float) -> bool:
