@@ -35,7 +35,7 @@ def test_blocks_chosen_from_a_mapped_shard_are_what_loading_them_alone_gives(fol
         assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
         assert part.addresses.flags.c_contiguous
         shift = (
-            part.copy.mapped().__array_interface__["data"][0]
+            reader._source.copy.mapped().__array_interface__["data"][0]
             - alone._source.copy.mapped().__array_interface__["data"][0]
         )
         assert (part.pages - np.array([shift % 2**64, 0], np.uint64)).tolist() == anew.pages.tolist()

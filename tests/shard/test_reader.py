@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tiercache.shard.values import as_batch, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 class Watching(MemoryStore):
@@ -161,7 +163,7 @@ def test_blocks_and_arrays_outlive_their_reader(folder):
     assert array[3].as_py() == batch()["b"][3]
 
 
-def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
+def test_the_lease_is_given_back_when_the_reader_is_gone_and_blocks_stay_readable_without_a_descriptor(folder):
     store, info = folder
     closed = []
 
@@ -176,9 +178,9 @@ def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
     blocks = reader.load([0], [0])
     reader.close()
     reader.close()
-    assert closed == []
-    del blocks
     assert closed == [info.name]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(store.root) in os.path.realpath(link)]
+    expect(block_values(blocks, [0], np.zeros(5, np.uint32), np.arange(5, dtype=np.uint32)), range(5))
     with pytest.raises(ValueError, match="closed"):
         reader.load([0], [0])
 
@@ -491,3 +493,40 @@ def test_bfloat16_without_torch_is_a_clear_error(monkeypatch):
     assert reader.take([0], [1])[0].values.tolist() == [1]
     with pytest.raises(SchemaError, match="column 'x': values of dtype bfloat16 are torch tensors: import torch first"):
         reader.take([0], [0])
+
+
+class DamagedTails(FaultStore):
+    """Damages a byte of the footer in as many ends of objects as its script says."""
+
+    def read_tail(self, key, n_bytes):
+        data, info = self.inner.read_tail(key, n_bytes)
+        if self._fault("read_tail", key) is None:
+            return data, info
+        return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:], info
+
+
+@pytest.mark.parametrize("verb", ["read_into", "read_tail"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_footer_that_is_damaged_on_the_way_is_fetched_once_more_and_no_more_than_once(remote, verb, times):
+    store, info = remote
+    faulty = DamagedTails(store, [Fault(verb, kind=FaultKind.BIT_FLIP, times=times)])
+    known = info if verb == "read_into" else None
+    if times == 1:
+        with ShardReader(faulty, info.name, info=known) as reader:
+            expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+    else:
+        with pytest.raises(CorruptShard, match=info.name):
+            ShardReader(faulty, info.name, info=known)
+    assert len(faulty.struck) == min(times, 2)
+
+
+def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):
+    store, info = folder
+    path = Path(store.root) / info.name
+    data = bytearray(path.read_bytes())
+    data[info.footer_offset + 5] ^= 1
+    path.write_bytes(data)
+    before = store.counters.snapshot()["requests"]
+    with pytest.raises(CorruptShard, match="footer"):
+        ShardReader(store, info.name, info=info)
+    assert store.counters.snapshot()["requests"] == before + 1  # the opening

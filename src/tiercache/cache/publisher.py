@@ -19,6 +19,7 @@ from tiercache.cache.sums import checksum_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.descriptors import too_many_open
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import format_bytes
 from tiercache.points import reach
@@ -90,7 +91,8 @@ class Publisher:
             self.disk_is_full()
             return
         self.breaker.trip()
-        self.notices.warn("disk", f"cache {self.folder.root}: {error}; reading past it until the disk works again")
+        what = too_many_open(error) or error
+        self.notices.warn("disk", f"cache {self.folder.root}: {what}; reading past it until the disk works again")
 
     def disk_is_full(self) -> None:
         """Say so once."""

@@ -35,7 +35,7 @@ MIN_LOAD_THREADS = 4
 
 def renew_checks(blocks: Blocks) -> None:
     """Have blocks checked again that will be read from the disk again, or were checked long ago."""
-    if blocks.copy is None or not blocks.copy.tells_residence or are_resident(blocks.pages):
+    if not blocks.tells_residence or are_resident(blocks.pages):
         blocks.forget_old_checks(CHECKED_FOR_S)
     else:
         blocks.forget_checks()

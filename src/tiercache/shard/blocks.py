@@ -33,11 +33,12 @@ class _Memory:
 class Blocks:
     """Some blocks of a shard, some columns of each.
 
-    Immutable and thread-safe; keeps its memory and lease until it is dropped.
+    Immutable and thread-safe; keeps its memory until it is dropped. A mapping pins its file, and holds no descriptor.
 
     blocks: their numbers; columns: indices in the shard's schema; n_rows: int64[n_blocks]; streams: of the columns,
     in order; addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each, 0 for none,
-    ready for the native gather; private_bytes, copy: as of LoadedChunks.
+    ready for the native gather; private_bytes: as of LoadedChunks; is_local: they were read from a local copy;
+    tells_residence: as of LocalCopy.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Blocks:
         self.blocks = blocks
         self.columns = columns
         self.private_bytes = loaded.private_bytes
-        self.copy = loaded.copy
+        self.is_local = loaded.copy is not None
+        self.tells_residence = loaded.copy is not None and loaded.copy.tells_residence
         self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
         self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
         self._footer = footer
@@ -104,11 +106,6 @@ class Blocks:
         if self._pages is None:
             self._pages = merge_pages(self._bases.ravel(), self._mapped_bytes.ravel())
         return self._pages
-
-    def see_length(self) -> None:
-        """See that a local copy that is mapped has the length that it had. Raises CorruptShard."""
-        if self.copy is not None:
-            self.copy.mapped()
 
     @property
     def checks(self) -> Addresses | None:
@@ -182,7 +179,8 @@ class Blocks:
         ]
         try:
             array = build_array(kind.storage_type, iter(nodes), iter(buffers))
-            if kind.kind is Kind.ARROW:
+            # Text that is no UTF-8, a count of nulls that is not that of the bits: code that uses Arrow relies on both.
+            if kind.nullable or kind.kind in (Kind.ARROW, Kind.STR, Kind.JSON):
                 array.validate(full=True)
         except (pa.ArrowException, ValueError) as error:
             raise CorruptShard(

@@ -250,7 +250,7 @@ class Chunks:
         if copy is not None and mapped.any():
             memory = copy.mapped()
             addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
-            owners += [copy, memory]
+            owners.append(memory)
         read = self._read(ids[~mapped], copy, deadline_s)
         addresses[~mapped] = read.addresses
         self._check(ids[~mapped], read.addresses)

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import quote_plus
@@ -24,7 +24,17 @@ from tiercache.store.s3_upload import S3Upload
 from tiercache.store.sums import whole_sums
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["SPEEDS", "ArchiveStore", "CopySizes", "Restoring", "S3Archive", "Speed", "has_boto3", "open_archive"]
+__all__ = [
+    "SPEEDS",
+    "ArchiveStore",
+    "BucketSettings",
+    "CopySizes",
+    "Restoring",
+    "S3Archive",
+    "Speed",
+    "has_boto3",
+    "open_archive",
+]
 
 Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
 SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
@@ -33,6 +43,13 @@ Failed: TypeAlias = list[tuple[str, str]]  # keys and reasons
 
 _TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
+_SETTINGS = {
+    "lifecycle": "get_bucket_lifecycle_configuration",
+    "versioning": "get_bucket_versioning",
+    "object lock": "get_object_lock_configuration",
+}
+# Of a bucket that has no such setting.
+_NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
 _PARTS = 10_000
 # What S3 keeps of an object beside its bytes, and what a copy in parts must be told again.
 _Part: TypeAlias = dict[str, Any]
@@ -109,6 +126,23 @@ class ArchiveStore(Protocol):
 
         if_match: the ETag that each must have, as far as the server looks at it; None: whatever it has.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSettings:
+    """What a bucket does by itself, in S3's words.
+
+    Attributes:
+        lifecycle: its lifecycle rules, those that are off too.
+        versioning: "Enabled", "Suspended", or "": it never kept versions.
+        lock: its configuration of object lock; None: it has none.
+        unread: settings that could not be read, and why.
+    """
+
+    lifecycle: tuple[Mapping[str, Any], ...] = ()
+    versioning: str = ""
+    lock: Mapping[str, Any] | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +449,23 @@ class S3Archive:
                 return "done"
             raise
         return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
+
+    def settings(self) -> BucketSettings:
+        """The bucket's, in three requests. What cannot be read is named, and is no error."""
+        answers: dict[str, Mapping[str, Any]] = {}
+        unread: dict[str, str] = {}
+        for name, operation in _SETTINGS.items():
+            try:
+                answers[name] = self._ask(operation, self.url)
+            except StoreError as error:
+                if error.facts.get("code") not in _NOT_SET:
+                    unread[name] = error.message
+        return BucketSettings(
+            tuple(answers.get("lifecycle", {}).get("Rules", ())),
+            str(answers.get("versioning", {}).get("Status", "")),
+            answers.get("object lock", {}).get("ObjectLockConfiguration"),
+            unread,
+        )
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
         """DeleteObjects."""

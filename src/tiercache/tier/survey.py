@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,12 +33,14 @@ class Survey:
         protected: the newest complete checkpoint of each run, and the newest that can be read now.
         deletes: last copies that the rules delete now.
         asked: (path, tier) that the rules take something away from now.
+        linked: (path, tier) -> a symbolic link in that tier that leads to it.
     """
 
     in_use: frozenset[str] = frozenset()
     protected: frozenset[str] = frozenset()
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
+    linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: float) -> Survey:
@@ -58,6 +61,10 @@ def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
         protected=_paths(snapshot, newest(snapshot) | newest(_readable(snapshot))),
         deletes=frozenset(snapshot.paths[m.group].as_py() for m in decisions.moves if m.action == "delete"),
         asked=frozenset((snapshot.paths[move.group].as_py(), tiers[move.src]) for move in takes),
+        linked={
+            (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
+            for copy, link in snapshot.links.items()
+        },
     )
 
 
