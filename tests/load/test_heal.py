@@ -201,7 +201,7 @@ def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
     assert blocks.checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        memory = blocks.copy.mapped()
+        memory = dataset.source._readers.get(0).copy.mapped()
         ahead._advise(memory.__array_interface__["data"][0] // mmap.PAGESIZE * mmap.PAGESIZE, len(memory), 4)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if ahead.is_in_memory(blocks):
