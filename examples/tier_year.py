@@ -62,7 +62,8 @@ SET_BYTES = 2_000_000_000_000
 CHECKPOINT_BYTES, CHECKPOINT_OBJECTS = 12_000_000_000, 8
 CHECKPOINTS_A_DAY, STEPS = 4, 1000
 PART_BYTES = 8 << 20  # of a request that reads or uploads
-GB = 1e9
+GB = 1 << 30  # as it is billed
+TEMPORARY_DAYS = 3  # of a restored copy that is copied home
 MARKS = ("<!-- tier year: begin -->", "<!-- tier year: end -->")
 
 
@@ -86,7 +87,7 @@ class Bill:
     """Dollars by month and what they are for; what was restored."""
 
     dollars: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
-    restores: list[tuple[int, float, float, float]] = field(default_factory=list)  # day, GB, dollars, hours
+    restores: list[tuple[int, float, float, float]] = field(default_factory=list)  # day, bytes, dollars, hours
 
     def of(self, *what: str, month: int | None = None) -> float:
         """Dollars for some things, of a month or of the year."""
@@ -203,11 +204,12 @@ class World:
             return
         tier = int(np.argmax(self.present[groups[0]]))
         speed = self._prices[tier].restore["standard"]
-        n_gb, n_objects = self.groups.n_bytes[groups].sum() / GB, int(self.groups.n_objects[groups].sum())
+        n_bytes, n_objects = int(self.groups.n_bytes[groups].sum()), int(self.groups.n_objects[groups].sum())
         requests = speed.per_1000 + self._prices[tier].get_1000 + self._prices[self._home].put_1000
-        dollars = n_gb * speed.gb + n_objects / 1000 * requests
+        second_copy = self._prices[self._home].store_gb_month / 30 * TEMPORARY_DAYS
+        dollars = n_bytes / GB * (speed.gb + second_copy) + n_objects / 1000 * requests
         self._pay("restores", dollars)
-        self.bill.restores.append((self.day, float(n_gb), float(dollars), speed.hours))
+        self.bill.restores.append((self.day, float(n_bytes), float(dollars), speed.hours))
         self.present[groups, self._home] = True
         self.since_s[groups, self._home] = self.now_s
 
@@ -222,7 +224,8 @@ class World:
             classes=tuple(one.storage_class or "" for one in self.file.tiers),
             paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], series=all_of.series[:n],
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
-            uses=self._uses[:n], unreported=np.zeros(n, bool), in_use=self._in_use[:n],
+            uses=self._uses[:n], counted_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
+            in_use=self._in_use[:n],
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
             smallest_bytes=n_bytes // n_objects, modified_s=self.since_s[group, tier],
@@ -252,8 +255,9 @@ class World:
     def _copy(self, group: int, src: int, dst: int) -> None:
         n_gb = self.groups.n_bytes[group] / GB
         streams = self._is_local[src] or self._is_local[dst]  # else the store itself copies, by a request an object
-        requests = self._parts(np.array([group])) if streams else self.groups.n_objects[group]
-        self._pay("moves", requests / 1000 * (self._prices[src].get_1000 + self._prices[dst].put_1000))
+        n_reads = self._parts(np.array([group])) if streams else self.groups.n_objects[group]
+        self._pay("moves", n_reads / 1000 * self._prices[src].get_1000)
+        self._pay_writes("moves", np.array([group]), dst, streams=streams)
         self._pay("moves", n_gb * self._prices[src].retrieve_gb)
         self.present[group, dst] = True
         self.since_s[group, dst] = self.now_s
@@ -274,12 +278,21 @@ class World:
         return int((np.ceil(each / PART_BYTES) * self.groups.n_objects[groups]).sum())
 
     def _pay_uploads(self, groups: NDArray[np.int64]) -> None:
-        self._pay("writes", self._parts(groups) / 1000 * self._prices[self._home].put_1000)
+        self._pay_writes("writes", groups, self._home, streams=True)
+
+    def _pay_writes(self, what: str, groups: NDArray[np.int64], tier: int, *, streams: bool) -> None:
+        """A PUT an object; of larger ones a begin and each part beside it, at what the class asks for parts."""
+        prices, n_objects = self._prices[tier], self.groups.n_objects[groups]
+        is_large = streams & (self.groups.n_bytes[groups] / n_objects > PART_BYTES)
+        n_parts = self._parts(groups[is_large]) + n_objects[is_large].sum()
+        part_1000 = prices.put_1000 if prices.standard_put_1000 is None else prices.standard_put_1000
+        self._pay(what, (n_objects.sum() * prices.put_1000 + n_parts * part_1000) / 1000)
 
     def _dollars_day(self, groups: NDArray[np.int64], tier: int) -> float:
         prices, n_objects = self._prices[tier], self.groups.n_objects[groups]
         each = np.maximum(self.groups.n_bytes[groups] / n_objects, prices.min_bytes) + prices.overhead_bytes
-        return float((each * n_objects).sum() / GB * prices.store_gb_month / 30)
+        standard = n_objects.sum() * prices.standard_overhead_bytes * (prices.standard_gb_month or 0.0)
+        return float(((each * n_objects).sum() * prices.store_gb_month + standard) / GB / 30)
 
     def end(self) -> None:
         """Pay for the day's storage."""
@@ -345,10 +358,10 @@ def ways(years: dict[str, Year]) -> str:
     for name, year in years.items():
         parts = [year.bill.of(what) for what in ("storage", "moves", "reads", "writes", "restores")]
         restores = year.bill.restores
-        n_gb, hours = sum(gb for _, gb, _, _ in restores), max((hours for *_, hours in restores), default=0.0)
+        n_bytes, hours = sum(n for _, n, _, _ in restores), max((hours for *_, hours in restores), default=0.0)
         wait = f"{hours:g} h" if restores else "-"
         dollars = [f"${each:,.2f}" for each in (*parts, sum(parts))]
-        lines.append((name, *dollars, f"{n_gb / 1000:.2f} TB, {len(restores)} times" if restores else "-", wait))
+        lines.append((name, *dollars, f"{n_bytes / 1e12:.2f} TB, {len(restores)} times" if restores else "-", wait))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -358,8 +371,8 @@ def report(n_shards: int) -> str:
     years = {name: live(name, n_shards) for name in CLASSES}
     shown = years["GLACIER"]
     restored = "\n".join(
-        f"- day {day}: {gb:,.0f} GB asked for, ${dollars:,.2f}, within {hours:g} hours"
-        for day, gb, dollars, hours in shown.bill.restores
+        f"- day {day}: {n_bytes / 1e9:,.0f} GB asked for, ${dollars:,.2f}, within {hours:g} hours"
+        for day, n_bytes, dollars, hours in shown.bill.restores
     )
     return "\n\n".join(
         [

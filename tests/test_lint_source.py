@@ -52,6 +52,7 @@ def test_a_clean_checkout_has_no_violations(lint, root):
         ("low/a.py", 1, "from os import getenv", "os.getenv is imported"),
         ("low/a.py", 3, "try:\n    f()\nexcept Exception:\n    pass", "handler"),
         ("low/a.py", 3, "try:\n    f()\nexcept:\n    pass", "handler"),
+        ("low/a.py", 2, "class A:\n    def __del__(self):\n        pass", "__del__"),
         ("low/a.py", 1, "# TO" + "DO later", "unfinished"),
         ("low/a.py", 1, 'path = "/' + 'home/me/x"', "path of one machine"),
     ],
@@ -70,6 +71,7 @@ def test_what_is_allowed_in_one_place_is_no_violation_there(lint, root):
     (source / "waiting.py").write_text("import time\ntime.sleep(1)\n")
     (source / "config.py").write_text("import os\nimport pydantic\nos.environ.get('X')\n")
     (source / "load" / "c.py").write_text("import torch\nfrom tiercache.low import a\n")
+    (source / "low" / "a.py").write_text("class A:\n    def __del__(self, is_exiting=sys.is_finalizing): pass\n")
     (source / "high" / "b.py").write_text("try:\n    f()\nexcept Exception:  # a thread's top\n    pass\n")
     assert lint(root) == []
 

@@ -403,13 +403,11 @@ class TestTheRest:
 
     def test_how_things_are_moved_is_read_in_seconds_and_bytes(self, read, tmp_path):
         tiers = TIERS + 'prices = "aws:us-east-1:GLACIER_IR"\n'
-        text = 'grace = "1h"\nmax_break_even = "90d"\nsmall = "move"\nearly = "pay"'
+        text = 'grace = "1h"\nmax_break_even = "90d"'
         text += '\njobs = 2\nrate = "5MB/s"\nstate_dir = "s"'
         assert read(f"{tiers}\n[tiering]\n{text}").tiering == Tiering(
             grace_s=3600.0,
             max_break_even_s=90 * 86400.0,
-            small="move",
-            early="pay",
             jobs=2,
             rate_bytes_s=5_000_000,
             state_dir=tmp_path / "s",
@@ -425,7 +423,11 @@ class TestTheRest:
             ('[tiering]\ngrace = "x"', "tiering.grace: not a duration: 'x'"),
             ("[tiering]\njobs = 0", "tiering.jobs: Input should be greater than or equal to 1, got 0"),
             ("[tiering]\nrate = 0", "tiering.rate: expected 1 byte a second or more, got 0"),
-            ('[tiering]\nsmall = "pay"', "tiering.small: Input should be 'refuse' or 'move', got 'pay'"),
+            ('[tiering]\nsmall = "move"', "tiering.small: it was removed: a move must pay back within max_break_even"),
+            ('[tiering]\nearly = "pay"', "tiering.early: it was removed: a move must pay back within max_break_even"),
+            ('[tiering]\nuncounted = "idle"', 'tiering.uncounted: it was removed: write idle_by = "mtime"'),
+            ('[[rules]]\nmatch = "*"\nto = "archive"\nidle_by = "mtime"', "rules[1].idle_by: says by what `idle`"),
+            ('[[rules]]\nmatch = "*"\neven_if_dearer = true', "rules[1].even_if_dearer: is about moves"),
             (
                 '[tiering]\nmax_break_even = "9d"',
                 "tiering.max_break_even: tiers.archive.prices: not given",

@@ -151,6 +151,17 @@ def check_handlers(module: Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, 'a handler of all exceptions; name them, or say "a thread\'s top" or "the user\'s code"'
 
 
+def check_finalizers(module: Module) -> Iterator[tuple[int, str]]:
+    """Yield __del__ methods that do not ask whether the interpreter exits, when module globals may be None.
+
+    The function that asks must be a default argument, for its name may be None too.
+    """
+    functions = (n for n in ast.walk(module.tree or ast.Module([], [])) if isinstance(n, ast.FunctionDef))
+    for function in functions:
+        if function.name == "__del__" and "sys.is_finalizing" not in map(dotted, function.args.defaults):
+            yield function.lineno, "a __del__ without the argument is_exiting: Callable[[], bool] = sys.is_finalizing"
+
+
 def check_text(text: str) -> Iterator[tuple[int, str]]:
     """Yield what no file may hold: unfinished work, and paths of somebody's machine."""
     for number, line in enumerate(text.splitlines(), start=1):
@@ -187,7 +198,7 @@ def lint(root: Path) -> list[str]:
     found = [f"{source}: {text}" for text in check_one_file_packages(modules)]
     for module in modules:
         checks = [check_layers(module, layers), check_homes(module), check_functions(module)]
-        checks += [check_calls(module), check_handlers(module), check_text(module.text)]
+        checks += [check_calls(module), check_handlers(module), check_finalizers(module), check_text(module.text)]
         found += [f"{module.path}:{line}: {text}" for check in checks for line, text in check]
     for path in sorted((root / "csrc").glob("*.[ch]")):
         found += [f"{path}:{line}: {text}" for line, text in check_text(path.read_text(encoding="utf-8"))]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from tiercache.load.fills import filled
 from tiercache.load.forms import in_forms
 from tiercache.load.records import Record, Records
 from tiercache.load.serving import Form, Serving
-from tiercache.load.tuples import as_tuple, record_tuple, tuple_columns
+from tiercache.load.tuples import as_columns, record_tuple, tuple_columns
 from tiercache.opened import OpenedVersion
 from tiercache.shard.cast import checked_casts
 from tiercache.shard.values import ColumnValues, as_records
@@ -54,6 +55,7 @@ class Dataset(Choosing):
     a list of what it gives). All of it is the caller's own and writable. Negative indices count from the end. Safe from
     any thread and after a fork; pickles to a few hundred bytes. `select`, `filter`, `shard`, `take`, `skip` and `a + b`
     give data sets of other records, `select_columns` and `as_tuple` serve them otherwise (docs/guide/datasets.md).
+    Where torch is loaded, the class derives from `torch.utils.data.Dataset`.
 
     Args:
         url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.
@@ -175,7 +177,7 @@ class Dataset(Choosing):
         return self._derive(self.source.with_columns(columns), self.serving.select(columns))
 
     def as_tuple(self, *names: str) -> Self:
-        """The same records as tuples, and batches as tuples of columns: `for image, label in loader`.
+        """The same records as tuples, and batches as lists of columns: `for image, label in loader`.
 
         Only these columns are read. Beside columns a name may be what goes with them in a batch: "<column>.valid" of a
         nullable one, "<column>.lengths" of a padded one.
@@ -272,9 +274,17 @@ class Dataset(Choosing):
         return f"Dataset({urls[0]!r}{more}, version {version}, {len(self):,} records: {self.schema!r})"
 
     def __getstate__(self) -> tuple[Recipe, dict[str, Any]]:
+        _derive_from_torchs_class()  # for pickle compares __class__ with the type
         return self._recipe, self._own()
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance() asks for it where the type itself does not derive from the class in question. Torch was perhaps
+        # imported after this data set was made: the answer then is torch's class, once.
+        return _derive_from_torchs_class() or type(self)
+
     def __setstate__(self, state: tuple[Recipe, dict[str, Any]]) -> None:
+        _derive_from_torchs_class()
         self._recipe = state[0]
         self.__dict__.update(state[1])
         self._lock, self._pid = threading.Lock(), os.getpid()
@@ -283,6 +293,10 @@ class Dataset(Choosing):
     def _own(self) -> dict[str, Any]:
         """Attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
+
+    def over(self, source: Readable) -> Self:
+        """The same data set over another source: with its transform, its forms and its attributes. For loaders."""
+        return self._derive(source)
 
     def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
         """The same data set over another source, served as this one or otherwise."""
@@ -316,7 +330,7 @@ class Dataset(Choosing):
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
         batch, names = in_forms(self._columns(rows), self.serving), self.serving.names
-        return batch if names is None else as_tuple(batch, names)
+        return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
         """Values of the records, nulls filled and pictures decoded where they are to be."""
@@ -334,6 +348,25 @@ class Dataset(Choosing):
             return broken_picture(self.source, column, served if listed is None else int(listed[served]), said)
 
         return decode_columns(columns, decode, explain)
+
+
+def _derive_from_torchs_class() -> type | None:
+    """Let Dataset derive from torch's class of this name, once torch is loaded; nothing here imports torch.
+
+    Returns:
+        torch's class, if that was done now.
+    """
+    torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
+    if torchs_class is None or issubclass(Dataset, torchs_class):
+        return None
+    try:
+        Dataset.__bases__ = (Choosing, torchs_class)
+    except TypeError:  # a subclass of both, torch's first: no order of bases would be right for it
+        return None
+    return cast("type", torchs_class)
+
+
+_derive_from_torchs_class()
 
 
 def concat(datasets: Iterable[Dataset]) -> Dataset:

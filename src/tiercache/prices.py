@@ -1,7 +1,7 @@
 """What storage costs: the dated table of prices.json, and tables that a rule file has of its own.
 
-Dollars, decimal GB, months of 30 days. The figures of prices.json are secondary and age; what they mean is in
-``docs/reference/tiers.md``.
+Dollars, months of 30 days, and GB of 2^30 bytes, as the providers bill them. The figures of prices.json are secondary
+and age; what they mean is in ``docs/reference/tiers.md``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Prices:
         egress_gb: 1 GB that leaves the provider's region.
         min_days: days that are paid at least.
         min_bytes: bytes that an object is billed as at least.
-        overhead_bytes: bytes that are billed beside each object.
+        overhead_bytes: bytes that are billed beside each object, at the price of the class.
+        standard_overhead_bytes: bytes that are billed beside each object at the price of the standard class.
+        standard_gb_month: keeping 1 GB in the standard class, for these bytes and for the temporary copy of a restored
+            object; None: store_gb_month.
+        standard_put_1000: 1,000 requests that begin a multipart upload into this class, or write a part of one; None:
+            put_1000.
         restore: by speed, of a class that must be restored before it can be read; else empty.
     """
 
@@ -59,14 +64,28 @@ class Prices:
     min_bytes: int = 0
     overhead_bytes: int = 0
     restore: Mapping[str, RestorePrice] = field(default_factory=dict)
+    standard_overhead_bytes: int = 0
+    standard_gb_month: float | None = None
+    standard_put_1000: float | None = None
+
+    @property
+    def temporary_gb_month(self) -> float:
+        """Keeping 1 GB of what is billed at the standard class for a month."""
+        return self.store_gb_month if self.standard_gb_month is None else self.standard_gb_month
+
+    @property
+    def part_1000(self) -> float:
+        """1,000 parts of multipart uploads."""
+        return self.put_1000 if self.standard_put_1000 is None else self.standard_put_1000
 
 
 FREE = Prices("free")
 """What local paths cost."""
 
 _DOLLARS = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
-_BYTES = ("min_bytes", "overhead_bytes")
-_KEYS = (*_DOLLARS, *_BYTES, "restore")
+_BYTES = ("min_bytes", "overhead_bytes", "standard_overhead_bytes")
+_STANDARD = ("standard_gb_month", "standard_put_1000")
+_KEYS = (*_DOLLARS, *_BYTES, *_STANDARD, "restore")
 _RESTORE_KEYS = ("gb", "per_1000", "hours")
 _LIKE = "like"
 _MOST = 1e15  # dollars, days or bytes
@@ -131,7 +150,7 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
         raise ValueError(f"{_LIKE}: expected a name of prices, got {given[_LIKE]!r}")
     base = named_prices(given[_LIKE])
     restore = {speed: _written(price, _RESTORE_KEYS) for speed, price in base.restore.items()}
-    start = _written(base, (*_DOLLARS, *_BYTES)) | {"restore": restore}
+    start = _written(base, (*_DOLLARS, *_BYTES, *_STANDARD)) | {"restore": restore}
     return _parsed(f"{base.name} ({name})", start | {key: value for key, value in given.items() if key != _LIKE})
 
 
@@ -169,7 +188,7 @@ def _parsed(name: str, given: Mapping[str, Any]) -> Prices:
             near = get_close_matches(key, _KEYS, n=1)
             known = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(_KEYS)
             raise ValueError(f"{key}: no such price; {known}")
-    values: dict[str, Any] = {key: _number(key, given[key]) for key in _DOLLARS if key in given}
+    values: dict[str, Any] = {key: _number(key, given[key]) for key in (*_DOLLARS, *_STANDARD) if key in given}
     values.setdefault("transition_1000", values.get("put_1000", 0.0))
     values |= {key: _whole(key, given[key]) for key in _BYTES if key in given}
     return Prices(name, **values, restore=_restore(given.get("restore", {})))
@@ -206,4 +225,4 @@ def _whole(key: str, value: object) -> int:
 
 
 def _written(price: Prices | RestorePrice, keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: getattr(price, key) for key in keys}
+    return {key: getattr(price, key) for key in keys if getattr(price, key) is not None}

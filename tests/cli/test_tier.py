@@ -32,6 +32,8 @@ prices = "aws:us-east-1:GLACIER_IR"
 name = "cold data"
 match = "datasets/**"
 idle = "30d"
+idle_by = "mtime"
+even_if_dearer = true
 to = "archive"
 
 [[rules]]
@@ -40,11 +42,10 @@ match = "runs/**"
 keep_hot = { last = 1 }
 then = "archive"
 after = "0s"
+even_if_dearer = true
 
 [tiering]
 grace = "0s"
-small = "move"
-uncounted = "idle"
 state_dir = "state"
 """
 DAY_S = 86400.0
@@ -369,7 +370,7 @@ class TestApply:
 
     def test_data_sets_that_it_speaks_of_are_looked_after(self, tiercache, root):
         """Also where it moves nothing of them yet: whose use nobody counts would wait for ever."""
-        (root / "tiercache.toml").write_text(RULES.replace('uncounted = "idle"\n', ""))
+        (root / "tiercache.toml").write_text(RULES.replace('idle_by = "mtime"\n', ""))
         tiercache("tier", "plan", "--out", "plan.jsonl")
         mark = root / "store/datasets/photos/_tiercache/tiers.json"
         tiercache("tier", "apply", "plan.jsonl", "--dry-run")

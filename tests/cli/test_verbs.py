@@ -1,12 +1,13 @@
 """pack, ls, info, head, export."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiercache.pack import packing
+from tiercache.pack import pack, packing
 from tiercache.version import __version__
 
 
@@ -34,7 +35,7 @@ class TestPack:
     def test_a_dry_run_prints_the_columns_and_writes_nothing(self, tiercache, photos, tmp_path):
         done = tiercache("pack", photos, tmp_path / "out", "--dry-run", "-j2")
         assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
-        assert f"would create {tmp_path}/out from 19.7 KiB of source, in 1 process" in done.out
+        assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
 
     def test_column_types_can_be_said(self, tiercache, tmp_path):
@@ -94,10 +95,21 @@ class TestListing:
     def test_info_says_what_it_is(self, tiercache, data_set):
         text = tiercache("info", data_set).out
         assert "records      20\n" in text
-        assert "  label: int64, 2 classes\n" in text
+        assert "  label: int64, 2 classes\n    0  cat\n    1  dog\n  path: str" in text
         facts = tiercache("info", data_set, "--json").events[0]
         assert facts["columns"][1] == {"name": "label", "type": "int64", "classes": ["cat", "dog"]}
         assert facts["url"] == str(data_set)
+
+    def test_info_names_each_class_in_a_line_of_its_own_beside_its_number(self, tiercache, photos, tmp_path):
+        for name in ("a\nb", *(f"bird {i}" for i in range(9))):
+            shutil.copytree(photos / "cat", photos / name)
+        pack(photos, tmp_path / "many")
+        lines = tiercache("info", tmp_path / "many").out.splitlines()
+        start = lines.index("  label: int64, 12 classes") + 1
+        names = ["a\\nb", *(f"bird {i}" for i in range(9)), "cat", "dog"]
+        assert [line.split(maxsplit=1) for line in lines[start : start + 12]] == [
+            [str(i), n] for i, n in enumerate(names)
+        ]
 
     def test_no_data_set_is_an_error(self, tiercache, tmp_path):
         assert "no data set here" in tiercache("info", tmp_path, code=1).err

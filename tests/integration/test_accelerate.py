@@ -117,6 +117,39 @@ def test_skipping_batches_by_their_indices_says_what_to_do_instead(dataset, acce
         next(iter(accelerator.skip_first_batches(loader, 2)))
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("way", ["bare", "prepared", "bare, by workers"])
+def test_skipping_the_first_batches_leaves_the_rest_of_the_epoch(dataset, accelerator, way, epoch, drop_last):
+    def make():
+        arguments = {"shuffle": True, "drop_last": drop_last, "options": tc.LoaderOptions(seed=3)}
+        loader = tc.DataLoader(dataset, batch_size=8, num_workers=2 if "workers" in way else 0, **arguments)
+        return accelerator.prepare(loader) if way == "prepared" else loader
+
+    loader = make()
+    epochs = [ids_of(loader) for _ in range(epoch + 3)]
+    resumed = make()
+    resumed.set_epoch(epoch)
+    twice = accelerator.skip_first_batches(accelerator.skip_first_batches(resumed, 2), 3)
+    assert ids_of(twice) == epochs[epoch][5:]
+    if way == "prepared":
+        resumed.set_epoch(epoch + 1)  # Accelerate's loaders count the epochs that they themselves served
+    assert ids_of(resumed) == epochs[epoch + 1]
+    if way != "prepared":
+        assert ids_of(accelerator.skip_first_batches(resumed, 1)) == epochs[epoch + 2][1:]
+
+
+def test_skipping_again_what_a_loaded_state_skips_is_refused(dataset, accelerator):
+    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    batches = iter(loader)
+    next(batches), next(batches)
+    resumed = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    resumed.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="iterate the loader itself"):
+        ids_of(accelerator.skip_first_batches(resumed, 2))
+    assert ids_of(resumed) == ids_of(batches)
+
+
 def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
     with pytest.raises(TypeError, match=r"takes a tiercache\.DataLoader, got a DataLoader"):
         prepare(torch.utils.data.DataLoader(dataset), accelerator)
@@ -182,6 +215,12 @@ def test_accelerates_own_prepare_splits_our_data_set_among_ranks(job):
     assert all(found["skipped"] == found["batches"][2:] for found in job["plain"])
 
 
+def test_skipping_the_first_batches_of_a_loader_that_splits_itself_leaves_the_rest_of_each_ranks_epoch(job):
+    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["bare"]))
+    assert sorted(set(served)) == list(range(101))
+    assert all(found["skipped"] == found["batches"][2:] for found in job["bare"])
+
+
 def test_save_state_keeps_the_place_of_every_rank(job):
     resumed = job["resumed"]
     assert all(found["again"] == found["rest"] for found in resumed)
@@ -219,4 +258,8 @@ def test_the_last_record_is_repeated_in_every_form(tmp_path, form):
 def test_what_is_no_batch_of_ours_is_not_made_longer():
     thing = object()
     assert with_last_repeated({"a": thing, "b": torch.tensor(1.0)}, 4) == ({"a": thing, "b": torch.tensor(1.0)}, 0)
-    assert with_last_repeated((torch.zeros(2), [1, 2]), 3)[1] == 1
+
+
+def test_a_list_of_columns_is_made_longer_column_by_column():
+    (ids, texts, thing), n_repeated = with_last_repeated([torch.arange(2), ["a", "b"], None], 3)
+    assert (ids.tolist(), texts, thing, n_repeated) == ([0, 1, 1], ["a", "b", "b"], None, 1)

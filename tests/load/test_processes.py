@@ -43,6 +43,44 @@ def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(make_dataset, cod
     assert process.returncode == 0
 
 
+# dill, which torch imports where it is installed, refers to the main module. What that module's globals hold is then
+# dropped after the globals of modules that were imported later have become None.
+KEEP_MAIN = """
+import __main__
+sys.keeps_main = __main__
+cache = tc.Cache(sys.argv[1] + "-cache", size="100MB")
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "iterator = iter(loader); next(iterator)",
+        "for batch in loader: pass",
+        """
+sampled = iter(tc.DataLoader(loader.dataset, 4, sampler=range(100)))
+cached = iter(tc.DataLoader(tc.Dataset(sys.argv[1], cache=cache), shuffle=True))
+foreign = iter(tc.DataLoader(range(9), shuffle=True))
+batches = [next(iterator) for iterator in (sampled, cached, foreign)]
+""",
+        """
+cached = tc.Dataset(sys.argv[1], cache=cache)
+record, batch, records, arrow = cached[7], cached[[1, 2]], iter(cached), cached.to_arrow(16)
+next(records), next(arrow)
+view = cached.select(range(0, 400, 3))
+pickled = view.__reduce_ex__(2)
+writer = tc.Writer(sys.argv[1] + "-written", schema={"x": "int64"}, shard_size="4KiB")
+for x in range(4096): writer.write({"x": x})
+""",
+    ],
+    ids=["left", "ended", "others", "no loader"],
+)
+def test_finalizers_are_silent_where_module_globals_are_gone(make_dataset, code):
+    process = begin(KEEP_MAIN + code, make_dataset(500, compression="zstd"))
+    assert process.communicate(timeout=120) == ("", "")
+    assert process.returncode == 0
+
+
 def test_ctrl_c_in_a_wait_for_a_batch_is_heard_at_once(make_dataset):
     code = """
 type(loader.dataset.source).load = lambda *args, **kwargs: (print("waiting", flush=True), time.sleep(3))

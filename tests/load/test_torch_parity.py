@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import inspect
+import itertools
+import logging
 import multiprocessing
 import pickle
 import warnings
@@ -25,7 +27,7 @@ from torch.utils.data import (
     random_split,
 )
 from torch.utils.data import DataLoader as TorchLoader
-from torchdata.stateful_dataloader import Stateful
+from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
 import tiercache as tc
 
@@ -277,8 +279,50 @@ def test_warnings_are_torchs(dataset, name, kind):
     data = Squares() if kind == "map" else dataset
     more = {"sampler": range(N)} if kind == "sampler" else {}
     theirs = warned_by(lambda: call(TorchLoader(data, **arguments, **more)))
-    assert warned_by(lambda: call(tc.DataLoader(data, **arguments, **more))) == theirs
     assert bool(theirs) is (name == "many workers" or ("pin" in name and hasattr(torch, "accelerator")))
+    starts_no_worker = name == "many workers" and kind != "map"
+    assert warned_by(lambda: call(tc.DataLoader(data, **arguments, **more))) == ([] if starts_no_worker else theirs)
+
+
+def test_torchs_path_over_our_data_set_warns_of_too_many_workers(dataset):
+    mixed = tc.mix([dataset, dataset], [1, 1])
+    for data, more in ((dataset, {"collate_fn": list}), (mixed, {"sampler": range(4)})):
+        found = warned_by(lambda data=data, more=more: tc.DataLoader(data, num_workers=4096, **more))
+        assert found == warned_by(lambda: TorchLoader(dataset, num_workers=4096))
+
+
+IGNORED = {
+    "worker_init_fn": print,
+    "multiprocessing_context": "spawn",
+    "prefetch_factor": 3,
+    "persistent_workers": True,
+    "in_order": False,
+    "snapshot_every_n_steps": 5,
+}
+
+
+@pytest.mark.parametrize("kind", ["native", "sampler"])
+@pytest.mark.parametrize("given", [*([name] for name in IGNORED), list(IGNORED), []], ids=str)
+def test_one_line_says_which_options_for_workers_change_nothing(dataset, caplog, kind, given):
+    caplog.set_level(logging.INFO)
+    more = {"sampler": range(N)} if kind == "sampler" else {}
+    loader = tc.DataLoader(dataset, 16, num_workers=2, **{name: IGNORED[name] for name in given}, **more)
+    ids_of(loader), ids_of(loader)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("tiercache", "INFO")]
+    message = caplog.records[0].getMessage()
+    assert "num_workers=2" in message
+    assert [name for name in IGNORED if name in message] == given
+    assert loader.in_order is ("in_order" not in given)
+
+
+def test_where_options_for_workers_are_heeded_nothing_says_that_they_are_not(dataset, caplog):
+    caplog.set_level(logging.INFO)
+    tc.DataLoader(dataset, 16)
+    tc.DataLoader(dataset, 16, num_workers=1, prefetch_factor=3, collate_fn=list)
+    tc.DataLoader(Squares(), 16, num_workers=1, prefetch_factor=3)
+    assert caplog.records == []
+    tc.DataLoader(dataset, num_workers=1, prefetch_factor=3, sampler=OwnSampler(N))  # is asked so far ahead
+    assert "prefetch_factor" not in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -340,6 +384,37 @@ def test_iterators_behave_as_torchs(dataset):
         assert raised_by(lambda n=protocol: pickle.dumps(theirs, n))[0] is NotImplementedError
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}, {"collate_fn": list}], ids=str
+)
+def test_a_loader_has_an_iterator_of_its_own_where_torchs_has(dataset, more):
+    for data in (Squares(), Numbers(), dataset):
+        kinds = []
+        for loader_class in (TorchLoader, tc.DataLoader):
+            loader = loader_class(data, 16, **({"collate_fn": list} | more if loader_class is TorchLoader else more))
+            kinds.append([type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_")])
+            iterator = iter(loader)
+            for _ in range(2):
+                next(iterator)
+                kinds[-1].append(type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_"))
+            if loader_class is tc.DataLoader:
+                assert loader.state_dict() == loader.state_dict()
+                rest = len(list(iterator))
+                assert len(list(loader)) == rest + 2
+        expected = kinds[0] if data is not dataset or "collate_fn" in more else ["NoneType"] * 3
+        assert kinds[1] == expected
+
+
+@pytest.mark.parametrize("data", [Squares(), Numbers()], ids=["map", "iterable"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pickled_loader_of_torchs_path_goes_on_where_it_stands(data, workers):
+    loader = tc.DataLoader(data, 16, num_workers=workers, persistent_workers=bool(workers))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    again = pickle.loads(pickle.dumps(loader))
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in iterator]
+
+
 def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
     import threading
 
@@ -357,6 +432,19 @@ def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
 def note_worker(worker_id):
     info = get_worker_info()
     info.dataset.noted = (worker_id, info.id, info.num_workers)
+
+
+class OwnSampler(torch.utils.data.Sampler):
+    """A sampler of the user's, of which nothing is known."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter(range(self.n))
+
+    def __len__(self):
+        return self.n
 
 
 class Noting(Squares):
@@ -463,9 +551,73 @@ def test_a_subclass_of_ours_is_a_loader_like_it(dataset):
     assert raised_by(lambda: setattr(Mine(dataset), "sampler", 1))[1].endswith("after Mine is initialized")
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"drop_last": True}, {"shuffle": True}, {"batch_size": 4, "shuffle": True}], ids=str
-)
+def collate_own(records):
+    return tc.collate(records)
+
+
+class Repeating:
+    """A batch sampler that begins another one again and again."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from iter(self.sampler)
+
+
+def keep_epochs(base, *, by_object):
+    """A loader whose iterator goes on from epoch to epoch, as timm's and other frameworks' loaders do."""
+
+    class KeepsEpochs(base):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if by_object:
+                object.__setattr__(self, "batch_sampler", Repeating(self.batch_sampler))
+            else:
+                self._DataLoader__initialized = False
+                self.batch_sampler = Repeating(self.batch_sampler)
+                self._DataLoader__initialized = True
+            self.batches = super().__iter__()
+
+        def __len__(self):
+            return len(self.batch_sampler.sampler)
+
+        def __iter__(self):
+            for _ in range(len(self)):
+                yield next(self.batches)
+
+    return KeepsEpochs
+
+
+@pytest.mark.parametrize("by_object", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("more", [{}, {"collate_fn": collate_own}], ids=["native", "torch"])
+def test_a_batch_sampler_that_is_put_in_later_is_the_one_that_is_asked(dataset, workers, by_object, more):
+    theirs = keep_epochs(TorchLoader, by_object=by_object)(dataset, 16, num_workers=workers, collate_fn=tc.collate)
+    ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers, **more)
+    assert [ids_of(ours) for _ in range(3)] == [ids_of(theirs) for _ in range(3)]
+    shuffled = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, shuffle=True, num_workers=workers, **more)
+    epochs = [list(itertools.chain.from_iterable(ids_of(shuffled))) for _ in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(N))] * 3
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"drop_last": True}, {"batch_size": 4}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"collate_fn": list}], ids=["native", "torch"])
+def test_an_empty_data_set_has_no_batches_shuffled_or_not(tmp_path, arguments, more):
+    with tc.Writer(tmp_path / "none", schema={"id": "int64"}):
+        pass
+    empty = tc.Dataset(tmp_path / "none")
+    for data in (empty, tc.Dataset(tmp_path / "none") + empty):
+        loader = tc.DataLoader(data, shuffle=True, **arguments, **more)
+        assert (len(loader), list(loader), list(loader)) == (0, [], [])
+        again = tc.DataLoader(data, shuffle=True, **arguments, **more)
+        again.load_state_dict(loader.state_dict())
+        assert list(again) == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"drop_last": True}], ids=str)
 def test_an_empty_data_set_is_what_it_is_under_torch(tmp_path, arguments):
     with tc.Writer(tmp_path / "none", schema={"id": "int64"}):
         pass
@@ -485,3 +637,117 @@ def test_what_looks_for_torchs_random_sampler_finds_one_and_it_has_a_state(datas
         assert isinstance(theirs.sampler, RandomSampler)
         assert isinstance(ours.sampler, RandomSampler)
         assert isinstance(iter(ours.sampler), Stateful)
+
+
+def orders_of(loader_class, n_epochs=4, *, given=False, reseed=False, **arguments):
+    """Of a loader that shuffles other data: batches of each epoch, and the random states after each call."""
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(4) if given else None
+    loader = loader_class(Squares(), shuffle=True, generator=generator, **arguments)
+    batches, states = [], []
+
+    def note():
+        states.append((torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()))
+
+    note()
+    for epoch in range(n_epochs):
+        if reseed:
+            torch.manual_seed(epoch % 2) if generator is None else generator.manual_seed(epoch % 2)
+        iterator = iter(loader)
+        note()
+        batches.append([])
+        for batch in iterator:
+            batches[-1].append(batch.tolist())
+            note()
+        note()
+        torch.rand(epoch)  # what a model draws
+    return batches, states
+
+
+@pytest.mark.parametrize("reseed", [False, True], ids=["goes on", "reseeded"])
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_size": 16},
+        {"batch_size": 15},
+        {"batch_size": 16, "drop_last": True},
+        {"batch_size": None},
+        {"batch_size": 16, "num_workers": 2},
+        {"batch_size": 16, "num_workers": 1, "persistent_workers": True},
+    ],
+    ids=lambda a: ",".join(map(str, a.values())),
+)
+def test_other_data_sets_are_shuffled_as_torch_shuffles_them_drawing_the_same_numbers(arguments, given, reseed):
+    theirs, ours = (orders_of(c, given=given, reseed=reseed, **arguments) for c in (TorchLoader, tc.DataLoader))
+    assert ours == theirs
+    _, second, third, fourth = ours[0]
+    assert second != third
+    assert (second == fourth) is reseed
+
+
+def test_workers_over_a_shuffled_data_set_are_seeded_as_torch_seeds_them():
+    found = []
+    for loader_class in (TorchLoader, tc.DataLoader):
+        torch.manual_seed(4)
+        loader = loader_class(Noting(12), 2, num_workers=2, collate_fn=list, shuffle=True)
+        found.append([list(loader) for _ in range(2)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shuffled_epoch_of_other_data_is_gone_on_with_whatever_the_other_process_drew(workers, given):
+    def make(seed):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if given else None
+        return tc.DataLoader(Squares(), 16, shuffle=True, num_workers=workers, generator=generator)
+
+    loader = make(3)
+    states, served = [], []
+    iterator = iter(loader)
+    states.append(loader.state_dict())
+    for batch in iterator:
+        served.append(batch.tolist())
+        states.append(loader.state_dict())
+    states.append(loader.state_dict())  # from between two epochs: it names the next one
+    following = [batch.tolist() for batch in loader]
+    for step in range(len(states)) if not workers else (0, 2, len(states) - 1):
+        resumed = make(step + 10)
+        resumed.load_state_dict(states[step])
+        expected = served[step:] if step < len(states) - 1 else following
+        assert [batch.tolist() for batch in resumed] == expected
+
+
+def test_a_resumed_epoch_draws_nothing_so_that_restored_random_numbers_go_on_too():
+    loader = tc.DataLoader(Squares(), 16, shuffle=True)
+    iterator = iter(loader)
+    next(iterator)
+    state, random_state = loader.state_dict(), torch.get_rng_state()
+
+    def look(batches):
+        return [batch.tolist() for batch in batches], torch.rand(2).tolist()
+
+    expected = look(iterator), look(loader)
+    resumed = tc.DataLoader(Squares(), 16, shuffle=True)
+    resumed.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert (look(resumed), look(resumed)) == expected
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_torchdatas_own_loader_is_gone_on_with(workers, given):
+    generator = torch.Generator().manual_seed(2) if given else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchdata calls a function that torch 2.13 deprecated
+        theirs = StatefulDataLoader(Squares(), 16, shuffle=True, num_workers=workers, generator=generator)
+    iterator = iter(theirs)
+    next(iterator)
+    state = theirs.state_dict()
+    rest = [batch.tolist() for batch in iterator]
+    ours = tc.DataLoader(
+        Squares(), 16, shuffle=True, num_workers=workers, generator=torch.Generator() if given else None
+    )
+    ours.load_state_dict(state)
+    assert [batch.tolist() for batch in ours] == rest

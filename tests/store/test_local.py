@@ -33,19 +33,23 @@ class TestLocalFolder(LocalStoreSuite, StoreSuite):
         return (store.root / key).read_bytes()
 
 
+def refuse_nameless_files(monkeypatch):
+    real_open = os.open
+
+    def refusing(path, flags, *args, **kwargs):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
+        return real_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(posix.os, "open", refusing)
+
+
 class TestLocalFolderWithoutNamelessFiles(TestLocalFolder):
     """File systems without O_TMPFILE (network file systems, most FUSE) use a temporary name."""
 
     @pytest.fixture(autouse=True)
     def no_tmpfile(self, monkeypatch):
-        real_open = os.open
-
-        def refusing(path, flags, *args, **kwargs):
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
-            return real_open(path, flags, *args, **kwargs)
-
-        monkeypatch.setattr(posix.os, "open", refusing)
+        refuse_nameless_files(monkeypatch)
 
     def test_no_temporary_name_is_left(self, store):
         store.put("a", b"1")
@@ -305,3 +309,29 @@ def test_links_are_those_that_lead_to_what_is_there_and_below_the_root(store, tm
 
 def test_a_root_that_is_not_there_has_no_links(store):
     assert list(store.links()) == []
+
+
+def test_an_upload_has_the_etag_that_its_file_has_afterwards_where_it_had_a_temporary_name(tmp_path, monkeypatch):
+    refuse_nameless_files(monkeypatch)
+    store = LocalFolder(tmp_path)
+    with store.create("f") as upload:
+        upload.put_part(0, b"bytes")
+        made = upload.complete(if_absent=True)
+    assert made == store.head("f")
+
+
+def test_other_bytes_have_another_etag_where_size_and_mtime_are_the_same(tmp_path):
+    store = LocalFolder(tmp_path)
+    before = store.put("f", b"before")
+    dates = (tmp_path / "f").stat()
+    (tmp_path / "f").write_bytes(b"later!")
+    os.utime(tmp_path / "f", ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    after = store.head("f")
+    assert (after.n_bytes, after.modified_s) == (before.n_bytes, before.modified_s)
+    assert after.etag != before.etag
+    assert next(store.list()).etag == after.etag
+    assert not store.delete_unchanged("f", before.etag)
+    assert store.get("f") == b"later!"
+    assert store.delete_unchanged("f", after.etag)
+    assert store.delete_unchanged("f", after.etag)
+    assert list(store.list()) == []

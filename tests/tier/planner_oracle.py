@@ -156,6 +156,8 @@ class PlannerOracle:
         if rule.to is None:
             return None
         unused = min(group.days, group.days if group.unused_days is None else group.unused_days)
+        if rule.idle_by == "use" and group.counted_days is not None:
+            unused = min(unused, group.counted_days)
         if rule.age_s is not None and group.days * DAY_S < rule.age_s:
             return None
         if rule.idle_s is not None and unused * DAY_S < rule.idle_s:
@@ -167,7 +169,8 @@ class PlannerOracle:
         if not sources:
             return None
         wish = self._sent(row, sources, rule.to)
-        if group.unreported and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
+        is_known = not group.unreported and (group.counted_days is not None or rule.idle_by == "mtime")
+        if not is_known and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
             wish.refused = True
         return wish
 
@@ -239,27 +242,29 @@ class PlannerOracle:
         return any(group.path.startswith(pin.match[0].removesuffix("**")) for pin in pins)
 
     def _is_dear(self, group: Group, wish: Expected) -> bool:
-        tiering, copy = self.file.tiering, group.copies[wish.src]
-        arrives = wish.action in ("move", "copy", "reclass")
-        if arrives and tiering.small == "refuse" and copy.n_bytes / copy.n_objects < self.prices[wish.dst].min_bytes:
-            return True
-        leaving = group.copies if wish.action == "delete" else {} if wish.action == "copy" else {wish.src: copy}
-        fees = sum(self._fee(group, name, one) for name, one in leaving.items())
-        if fees > 0 and tiering.early == "refuse":
-            return True
-        if tiering.max_break_even_s is None or wish.action not in ("move", "reclass"):
+        rule, copy = self.rule_of(group), group.copies[wish.src]
+        if wish.action not in ("move", "reclass") or rule.even_if_dearer:
             return False
         if self.prices[wish.src].store_gb_month == 0:
             return False
         saving = self._month(wish.src, copy) - self._month(wish.dst, copy)
-        once = fees + self._way(copy, wish.src, wish.dst)
-        return saving <= 0 or once / saving * 30 * DAY_S > tiering.max_break_even_s
+        once = self._fee(group, wish.src, copy) + self._way(copy, wish.src, wish.dst)
+        limit_s = self.file.tiering.max_break_even_s
+        is_deleted = rule.delete_after_s is not None and self.groups.index(group) not in self.newest and not group.tags
+        if is_deleted:
+            stays_s = max(rule.delete_after_s - group.days * DAY_S, 0)
+            missing_days = max(self.prices[wish.dst].min_days - stays_s / DAY_S, 0)
+            once += self._month(wish.dst, copy) * missing_days / 30
+            limit_s = min(limit_s, stays_s)
+        if saving == once == 0:
+            return limit_s < 0
+        return saving <= 0 or once / saving * 30 * DAY_S > limit_s
 
     def _month(self, name: str, copy: Copy) -> float:
         price = self.prices[name]
         smallest = copy.n_bytes // copy.n_objects if copy.smallest_bytes is None else copy.smallest_bytes
         padded = max(copy.n_bytes + max(price.min_bytes - smallest, 0), copy.n_objects * price.min_bytes)
-        return (padded + copy.n_objects * price.overhead_bytes) * 1e-9 * price.store_gb_month
+        return (padded + copy.n_objects * price.overhead_bytes) / 2**30 * price.store_gb_month
 
     def _fee(self, group: Group, name: str, copy: Copy) -> float:
         days = group.days if copy.days is None else copy.days
@@ -267,10 +272,13 @@ class PlannerOracle:
 
     def _way(self, copy: Copy, src: str, dst: str) -> float:
         a, b = self.prices[src], self.prices[dst]
-        gigabytes = copy.n_bytes * 1e-9
+        gigabytes = copy.n_bytes / 2**30
         if self.urls[src] == self.urls[dst]:
             return copy.n_objects * b.transition_1000 / 1000 + gigabytes * a.retrieve_gb
         both_remote = "hot" not in (src, dst)
-        requests = copy.n_objects if both_remote else copy.n_objects + copy.n_bytes // PART
         egress = 0.0 if both_remote or a.name == "free" else a.egress_gb
-        return requests * (a.get_1000 + b.put_1000) / 1000 + gigabytes * (a.retrieve_gb + egress)
+        n_more = 0 if both_remote else max(copy.n_bytes - 1, 0) // PART
+        begins = min(n_more, copy.n_objects)
+        reads = copy.n_objects + n_more
+        writes = copy.n_objects if not n_more else copy.n_objects + n_more + 2 * begins
+        return (reads * a.get_1000 + writes * b.put_1000) / 1000 + gigabytes * (a.retrieve_gb + egress)

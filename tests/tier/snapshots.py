@@ -60,6 +60,7 @@ class Group:
     unused_days: float | None = None
     uses: int = 0
     unreported: bool = False
+    counted_days: float | None = np.inf  # since uses are counted; None: nobody counts them
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
@@ -95,6 +96,10 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
         uses=np.array([group.uses for group in groups], np.int64),
+        counted_since_s=np.array(
+            [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
+            np.float64,
+        ),
         unreported=np.array([group.unreported for group in groups], np.bool_),
         in_use=np.array([group.in_use for group in groups], np.bool_),
         metrics={name: np.array([group.metrics.get(name, np.nan) for group in groups]) for name in metrics},

@@ -35,7 +35,7 @@ def folders(tmp_path):
 
 def write_rules(folders, rules, tiers=TIERS):
     text = "".join(f'[tiers.{name}]\nrole = "{ROLES[name]}"\nurl = "{folders.root / name}"\n' for name in tiers)
-    text += f'{rules}[tiering]\nsmall = "move"\nstate_dir = "{folders.root / "state"}"\n'
+    text += f'{rules}[tiering]\nstate_dir = "{folders.root / "state"}"\n'
     (folders.root / "tiercache.toml").write_text(text)
 
 

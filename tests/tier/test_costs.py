@@ -27,8 +27,8 @@ def price(name: str) -> Prices:
     return price_table()[1][f"aws:us-east-1:{name}"]
 
 
-def test_keeping_a_terabyte_in_standard_for_a_month_costs_23_dollars():
-    assert costs.month_dollars(price("STANDARD"), sizes((10**12,))) == pytest.approx([23.0])
+def test_storage_is_billed_by_the_gib_as_aws_and_google_do():
+    assert costs.month_dollars(price("STANDARD"), sizes((1000 << 30,))) == pytest.approx([23.0])
 
 
 def test_a_small_object_is_billed_at_the_minimum_of_its_class():
@@ -36,13 +36,18 @@ def test_a_small_object_is_billed_at_the_minimum_of_its_class():
 
 
 def test_what_is_billed_beside_an_object_counts_for_each():
-    assert costs.billed_bytes(price("DEEP_ARCHIVE"), sizes((1000, 2000))).tolist() == [3000 + 2 * 40960]
+    assert costs.billed_bytes(price("DEEP_ARCHIVE"), sizes((1000, 2000))).tolist() == [3000 + 2 * 32768]
+
+
+def test_a_part_of_what_is_billed_beside_an_object_has_the_price_of_standard():
+    month = costs.month_dollars(price("GLACIER"), sizes((0,)))
+    assert month == pytest.approx([(32768 * 0.0036 + 8192 * 0.023) / 2**30])
 
 
 def test_leaving_a_class_early_costs_what_is_left_of_its_days():
     """64 MB in DEEP_ARCHIVE for its 180 days cost $0.00038 in all: half of it when they leave after 90."""
     fee = costs.early_dollars(price("DEEP_ARCHIVE"), sizes((64_000_000,), (64_000_000,)), np.array([90, 181]) * DAY_S)
-    assert fee[0] == pytest.approx((64_000_000 + 40960) / 1e9 * 0.00099 * 3)
+    assert fee[0] == pytest.approx(((64_000_000 + 32768) * 0.00099 + 8192 * 0.023) / 2**30 * 3)
     assert fee[1] == 0
 
 
@@ -52,7 +57,7 @@ def test_a_copy_of_the_future_pays_no_more_than_all_days():
 
 
 def test_changing_a_class_costs_a_transition_and_reading_what_is_there():
-    cost = costs.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((10**9, 10**9)))
+    cost = costs.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((1 << 30, 1 << 30)))
     assert cost == pytest.approx([2 * 0.05 / 1000 + 2 * 0.01])
 
 
@@ -62,13 +67,29 @@ def test_a_copy_through_this_machine_costs_a_request_for_each_part():
         streams: costs.copy_dollars(price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams)
         for streams in (False, True)
     }
-    assert cost[True] == pytest.approx([101 * (0.0004 + 0.02) / 1000])
+    assert cost[True] == pytest.approx([(100 * 0.0004 + 102 * 0.02) / 1000])
     assert cost[False] == pytest.approx([(0.0004 + 0.02) / 1000])
+
+
+@pytest.mark.parametrize("name", ["GLACIER", "DEEP_ARCHIVE"])
+def test_parts_into_a_class_of_archives_have_the_price_of_standard_and_only_the_end_that_of_the_class(name):
+    def cost(n_bytes):
+        return costs.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), leaves=False, streams=True)[0]
+
+    of_class = price(name).put_1000
+    assert cost(8 << 20) == pytest.approx(of_class / 1000), "one part is one PUT"
+    assert cost(800 << 20) == pytest.approx((of_class + 101 * 0.005) / 1000)
+
+
+def test_a_restore_pays_for_its_temporary_copy_too():
+    speed = price("GLACIER").restore["standard"]
+    cost = costs.restore_dollars(price("GLACIER"), speed, np.array([1 << 30]), days=3)
+    assert cost == pytest.approx([0.01 + 0.05 / 1000 + 0.023 * 3 / 30])
 
 
 def test_bytes_that_leave_the_region_cost_egress():
     stays, leaves = (
-        costs.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((10**9,)), leaves=leaves, streams=False)
+        costs.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((1 << 30,)), leaves=leaves, streams=False)
         for leaves in (False, True)
     )
     assert leaves - stays == pytest.approx([0.09])

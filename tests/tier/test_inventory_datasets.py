@@ -55,23 +55,17 @@ def test_shards_that_only_an_old_version_names_are_live(local):
 
 
 def test_before_anybody_counts_no_use_is_known(local):
-    assert local.take().snapshot.unreported.all()
+    snapshot = local.take().snapshot
+    assert np.isposinf(snapshot.counted_since_s).all()
+    assert not snapshot.unreported.any()
 
 
-def test_idleness_begins_when_tiers_begin_to_look(local):
+def test_uses_are_counted_from_when_tiers_begin_to_look(local):
     local.store.put(placement.MARK_KEY, placement.encode_mark(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot
-    assert not snapshot.unreported.any()
-    assert (snapshot.last_use_s == int(NOW_S - 5000)).all()
-
-
-def test_who_knows_that_nobody_used_it_may_count_from_when_it_was_written(local):
-    rules = local.root / "tiercache.toml"
-    rules.write_text(f'{rules.read_text()}\n[tiering]\nuncounted = "idle"\n')
-    snapshot = local.take().snapshot
-    assert not snapshot.unreported.any()
+    assert (snapshot.counted_since_s == int(NOW_S - 5000)).all()
     assert (snapshot.last_use_s == snapshot.created_s).all()
 
 
@@ -185,7 +179,8 @@ def test_what_is_read_now_is_in_use(local):
 
 
 def test_while_a_reader_is_waited_for_nothing_of_its_data_set_is_reported(local):
-    report(local, "m", readers={"1": usage.Reader(NOW_S - 86_400, NOW_S - 86_400)})
+    heard_s = NOW_S - 86_400
+    report(local, "m", reported_s=heard_s, readers={"1": usage.Reader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 

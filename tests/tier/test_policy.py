@@ -17,7 +17,7 @@ from tests.tier.snapshots import (
     tier_file,
 )
 
-from tiercache.prices import FREE
+from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.policy import decide
 from tiercache.tier.wishes import ago
@@ -145,6 +145,32 @@ def test_what_a_machine_may_have_used_that_has_not_reported_is_not_idle():
     assert "its use is not known yet" in refusal_of([lying("standard", unreported=True)], TO_ARCHIVE)
 
 
+def test_what_nobody_counts_uses_of_is_not_idle_unless_the_rule_says_that_its_date_is_enough():
+    uncounted = lying("standard", counted_days=None)
+    why = refusal_of([uncounted], TO_ARCHIVE)
+    assert "its use is not known" in why
+    assert 'idle_by = "mtime"' in why
+    by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
+    (move,), _ = planned([uncounted], by_mtime)
+    assert move.reason == 'not written for 100 days, nobody counts its use (idle = 30 days, idle_by = "mtime")'
+
+
+def test_a_use_that_is_known_counts_whatever_the_rule_says_of_dates():
+    by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
+    assert moves_of([lying("standard", unused_days=1, counted_days=1)], by_mtime) == []
+
+
+def test_idleness_is_not_longer_than_uses_have_been_counted():
+    assert moves_of([lying("standard", counted_days=29)], TO_ARCHIVE) == []
+    (move,), _ = planned([lying("standard", counted_days=45)], TO_ARCHIVE)
+    assert move.reason == "not used for 45 days (idle = 30 days)"
+
+
+def test_how_often_something_was_used_is_not_known_where_nobody_counts():
+    rule = Rule(name="r", match=("**",), to="archive", uses_below=3)
+    assert "for uses_below" in refusal_of([lying("standard", counted_days=None)], rule)
+
+
 def test_what_may_go_however_lately_it_was_used_needs_no_report():
     rule = Rule(name="r", match=("**",), to="archive", idle_s=0.0)
     assert moves_of([lying("standard", unreported=True, unused_days=0)], rule)
@@ -187,7 +213,7 @@ def test_only_copies_in_the_named_tiers_go():
 
 
 def test_a_rule_may_bring_back_what_lies_in_a_colder_tier():
-    rule = Rule(name="r", match=("**",), to="standard", sources=("archive",))
+    rule = Rule(name="r", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
     assert moves_of([lying("archive")], rule, prices=(FREE, STANDARD, STANDARD)) == [
         ("data/x", "move", "archive", "standard")
     ]
@@ -337,7 +363,7 @@ def test_what_is_old_enough_is_deleted_from_all_tiers():
     (move,), _ = planned([lying("standard", "archive", copy=replace(BIG, days=95))], DELETE)
     assert (move.action, move.src, move.dst) == ("delete", 1, None)
     assert move.reason == "written 100 days ago (delete_after = 10 days)"
-    assert move.money.saving_month == pytest.approx(0.1 * (0.02 + 0.004))
+    assert move.money.saving_month == pytest.approx(BIG.n_bytes / 2**30 * (0.02 + 0.004))
 
 
 @pytest.mark.parametrize(
@@ -362,29 +388,54 @@ def test_what_a_keep_list_names_is_never_deleted():
 # -- dollars ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_small_object_is_refused_with_its_size_and_the_least_that_is_billed():
-    small = lying("standard", copy=Copy(60, days=100))
-    assert refusal_of([small], TO_ARCHIVE) == (
-        'its objects have 60 B, and archive bills 100 B at least (small = "refuse")'
-    )
-    assert moves_of([small], TO_ARCHIVE, tiering=Tiering(small="move"))
+def test_small_objects_that_cost_more_where_they_go_are_refused_unless_the_rule_says_otherwise():
+    """1,000 files of 5 KB to GLACIER: 40 KiB are billed beside each."""
+    table = price_table()[1]
+    prices = (FREE, table["aws:us-east-1:STANDARD"], table["aws:us-east-1:GLACIER"])
+    group = lying("standard", copy=Copy(5_000_000, 1000, 5000, days=100))
+    assert "never earned back" in refusal_of([group], TO_ARCHIVE, prices=prices)
+    dearer = TO_ARCHIVE.model_copy(update={"even_if_dearer": True})
+    (move,), _ = planned([group], dearer, prices=prices)
+    beside = 1000 * (32768 * 0.0036 + 8192 * 0.023) / 2**30
+    assert move.money.saving_month == pytest.approx(5_000_000 / 2**30 * (0.023 - 0.0036) - beside)
+    assert move.money.saving_month < 0
+
+
+def test_objects_below_the_minimum_of_a_class_are_refused_where_that_makes_it_dearer():
+    small = lying("standard", copy=Copy(15, days=100))  # 0.02 a GB for 15 B, or 0.004 for 100 B
+    assert "never earned back" in refusal_of([small], TO_ARCHIVE)
 
 
 def test_a_small_file_beside_large_ones_does_not_hold_a_checkpoint():
     assert moves_of([lying("standard", copy=Copy(50 * MB, 2, 10, days=100))], TO_ARCHIVE)
 
 
-def test_leaving_a_class_early_is_refused_with_its_fee():
-    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
-    group = lying("archive", copy=Copy(10**9, days=30))
-    assert refusal_of([group], back) == 'leaving archive before its 90 days are over costs $0.008 (early = "refuse")'
-    (move,), _ = planned([group], back, tiering=Tiering(early="pay"))
+def test_what_leaves_a_class_before_its_days_are_over_pays_the_rest_of_them():
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
+    (move,), _ = planned([lying("archive", copy=Copy(2**30, days=30))], back)
     assert move.money.once == pytest.approx(0.004 * 60 / 30 + 0.03 + 0.015 / 1000)
+
+
+def test_a_move_up_to_a_dearer_tier_is_refused_unless_its_rule_says_otherwise():
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
+    assert "never earned back" in refusal_of([lying("archive", copy=Copy(2**30, days=100))], back)
+
+
+def test_what_is_deleted_soon_must_pay_back_before_that_with_the_days_that_are_paid_all_the_same():
+    def rule(days: float) -> Rule:
+        return TO_ARCHIVE.model_copy(update={"delete_after_s": days * DAY_S})
+
+    group = lying("standard", copy=Copy(2**30, days=100))
+    assert moves_of([group], rule(300))
+    assert "it is deleted in 10 days" in refusal_of([group], rule(110))
+    (move,), _ = planned([group], rule(160).model_copy(update={"even_if_dearer": True}))
+    (lasting,), _ = planned([group], TO_ARCHIVE)
+    assert move.money.once - lasting.money.once == pytest.approx(0.004 * 30 / 30)
 
 
 def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
     prices = (FREE, STANDARD, replace(COLD, put_1000=5.0))
-    group = lying("standard", copy=Copy(10**9, days=100))
+    group = lying("standard", copy=Copy(2**30, days=100))
     tiering = Tiering(max_break_even_s=5 * DAY_S)
     assert refusal_of([group], TO_ARCHIVE, prices=prices, tiering=tiering) == (
         "costs $0.005 once and saves $0.016 a month: earned back in 9.38 days (max_break_even = 5 days)"
@@ -392,11 +443,23 @@ def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
     assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=10 * DAY_S))
 
 
+def test_without_a_limit_in_the_file_a_move_must_pay_back_within_a_year():
+    group = lying("standard", copy=Copy(2**30, days=100))
+    dear = {days: (FREE, STANDARD, replace(COLD, put_1000=0.016 / 30 * days * 1000)) for days in (360, 370)}
+    assert moves_of([group], TO_ARCHIVE, prices=dear[360])
+    assert "max_break_even = 365 days" in refusal_of([group], TO_ARCHIVE, prices=dear[370])
+
+
+def test_what_costs_and_saves_nothing_needs_no_time_to_pay_back():
+    prices = (FREE, STANDARD, Prices("x:r:S2", store_gb_month=0.02))
+    free_reads = (FREE, replace(STANDARD, get_1000=0.0), prices[2])
+    assert moves_of([lying("standard")], TO_ARCHIVE, prices=free_reads)
+
+
 def test_what_costs_more_where_it_goes_is_never_earned_back():
-    group = lying("standard", copy=Copy(10**9, days=100))
+    group = lying("standard", copy=Copy(2**30, days=100))
     prices = (FREE, STANDARD, replace(COLD, store_gb_month=0.03))
-    why = refusal_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=DAY_S))
-    assert "saves -$0.01 a month: never earned back" in why
+    assert "saves -$0.01 a month: never earned back" in refusal_of([group], TO_ARCHIVE, prices=prices)
 
 
 def test_room_on_a_disk_of_ones_own_is_not_weighed_in_dollars():
@@ -426,7 +489,7 @@ def test_what_must_be_restored_is_no_source(state, why):
 
 
 def test_what_was_restored_for_a_while_is_a_source():
-    back = Rule(name="back", match=("**",), to="standard", sources=("archive",))
+    back = Rule(name="back", match=("**",), to="standard", sources=("archive",), even_if_dearer=True)
     assert moves_of([lying("archive", copy=replace(BIG, state=RESTORED))], back)
 
 
@@ -437,6 +500,7 @@ def test_a_copy_that_is_not_whole_is_no_source():
 # -- capacities ------------------------------------------------------------------------------------------------------
 
 STAY = Rule(name="stay", match=("**",))
+DEARER = TO_ARCHIVE.model_copy(update={"even_if_dearer": True})  # objects of some bytes never pay back
 
 
 def ten_in_hot(**facts) -> list[Group]:
@@ -486,19 +550,19 @@ def test_a_watermark_is_about_room_and_not_about_earning_back():
 
 def test_what_is_smaller_may_still_have_room_where_something_larger_has_none():
     groups = [Group(f"f{n}", {"standard": Copy(n, days=100)}, days=100.0) for n in (400, 600, 300)]
-    moves, refusals = planned(groups, TO_ARCHIVE, capacity=(None, None, 900))
+    moves, refusals = planned(groups, DEARER, capacity=(None, None, 900))
     assert [[one.group for one in found] for found in (moves, refusals)] == [[0, 2], [1]]
 
 
 def test_room_that_one_rule_has_taken_is_not_there_for_the_next():
     groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
-    rules = [TO_ARCHIVE.model_copy(update={"match": (f"f{i}",)}) for i in range(3)]
+    rules = [DEARER.model_copy(update={"match": (f"f{i}",)}) for i in range(3)]
     assert [path for path, *_ in moves_of(groups, *rules, capacity=(None, None, 900))] == ["f0", "f1"]
 
 
 def test_what_has_no_room_where_it_should_go_is_refused():
     groups = [Group(f"f{i}", {"standard": Copy(400, days=100)}, days=100.0) for i in range(3)]
-    moves, refusals = planned(groups, TO_ARCHIVE, capacity=(None, None, 900))
+    moves, refusals = planned(groups, DEARER, capacity=(None, None, 900))
     assert [one.group for one in moves] == [0, 1]
     assert refusals[0].reason == "no room in archive: its capacity is 900 B"
 
@@ -516,9 +580,9 @@ def test_what_was_used_since_it_went_down_is_copied_up():
 
 
 def test_a_copy_leaves_its_source_and_pays_no_fee_for_it():
-    used = lying("archive", copy=Copy(10**9, days=50), unused_days=3)
+    used = lying("archive", copy=Copy(2**30, days=50), unused_days=3)
     (move,), _ = planned([used], PROMOTE)
-    assert move.money.once == pytest.approx(0.03 + 0.09 + 120 * 0.01 / 1000)
+    assert move.money.once == pytest.approx(0.03 + 0.09 + 128 * 0.01 / 1000)
     assert move.money.saving_month == 0
 
 

@@ -1,5 +1,6 @@
 """The policy by property: what it decides is what an oracle decides group by group, and never loses anything."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ facts = {
     "days": st.integers(0, 30).map(float),
     "unused_days": st.none() | days,
     "uses": st.integers(0, 4),
+    "counted_days": st.sampled_from([math.inf, math.inf, 6.0, None]),
     "unreported": st.sampled_from([False, False, True]),
     "in_use": st.sampled_from([False, False, False, True]),
 }
@@ -62,17 +64,25 @@ def worlds(draw, max_size: int = 10) -> list[Group]:
 in_days = st.none() | st.integers(1, 10).map(lambda n: n * DAY_S)
 kinds = st.none() | st.sampled_from(["shard", "file", "checkpoint"])
 larger = st.none() | st.just(500)
+
+
+def asks_use(*, idle_s: float | None, uses_below: int | None, **_: object) -> bool:
+    return idle_s is not None or uses_below is not None
+
+
 to_rules = st.builds(
-    lambda **keys: Rule(name="to", **keys),
+    lambda idle_by, **keys: Rule(name="to", idle_by=idle_by if asks_use(**keys) else "use", **keys),
     match=st.sampled_from([("a/**",), ("b/**",), ("**",)]),
     kind=kinds,
     larger_than_bytes=larger,
     to=st.sampled_from([*TIERS, "archive", "archive"]),
     sources=st.sampled_from([(), (), ("hot",), ("standard", "hot"), ("archive",)]),
     idle_s=in_days,
+    idle_by=st.sampled_from(["use", "use", "mtime"]),
     age_s=in_days,
     uses_below=st.none() | st.integers(1, 3),
     promote=st.sampled_from(["never", "on_access"]),
+    even_if_dearer=st.booleans(),
     delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
 )
 keeps = st.builds(
@@ -90,6 +100,7 @@ def keep_rules(draw) -> Rule:
     then = draw(st.sampled_from([None, "archive", "archive"]))
     return Rule(
         name="keep",
+        even_if_dearer=draw(st.booleans()),
         match=draw(st.sampled_from([("a/**",), ("**",)])),
         keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
         then=then,
@@ -101,9 +112,7 @@ def keep_rules(draw) -> Rule:
 
 tierings = st.builds(
     Tiering,
-    small=st.sampled_from(["refuse", "move"]),
-    early=st.sampled_from(["refuse", "pay", "pay"]),
-    max_break_even_s=st.none() | st.sampled_from([DAY_S, 30 * DAY_S]),
+    max_break_even_s=st.sampled_from([DAY_S, 30 * DAY_S, 365 * DAY_S]),
 )
 pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), until_s=5.0),)])
 
@@ -332,7 +341,7 @@ def applied(groups: Sequence[Group], found: Decisions, priced) -> list[Group | N
 def test_plan_after_plan_comes_to_rest_and_what_was_whole_stays_so(groups, file, priced, limits):
     """Nothing goes up and down again for ever; no group loses its last whole copy, nor the newest its last readable."""
     groups = fitting(file, groups)
-    file = file.model_copy(update={"tiering": Tiering(early="pay", small="move")})
+    file = file.model_copy(update={"tiering": Tiering()})
     for _ in range(12):
         found = decide(snapshot_of(groups), file, priced, capacity_bytes=limits)
         after = applied(groups, found, priced)

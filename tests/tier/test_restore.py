@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import urllib.request
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -106,8 +107,20 @@ def test_a_plan_names_what_must_be_restored_and_what_is_there_already(world):
 
 
 def test_it_costs_what_the_price_table_says(world):
-    world.archive(a=500_000, b=500_000)
-    assert world.plan("a", "b").cost == pytest.approx(0.001 * 0.01 + 2 * 0.05 / 1000)
+    world.archive(a=1 << 24, b=1 << 24)
+    assert world.plan("a", "b").cost == pytest.approx(0.01 / 32 + 2 * 0.05 / 1000)
+
+
+def test_it_costs_the_second_copy_while_it_lasts_and_the_writes_to_the_home_tier(world):
+    world.archive(a=1 << 24, b=1 << 24)  # 1/32 GiB, of two parts each
+    home = Prices("home", put_1000=0.005)
+    archive = replace(GLACIER, get_1000=0.0004, standard_gb_month=0.023)
+    retrieved = 0.01 / 32 + 2 * 0.05 / 1000
+    there = world.plan("a", "b", prices=(home, archive), days=10).cost
+    assert there == pytest.approx(retrieved + 0.023 / 32 * 10 / 30), "for ten days where it lies"
+    copied = world.plan("a", "b", prices=(home, archive)).cost
+    requests = (2 * 2 * 0.0004 + 2 * 4 * 0.005) / 1000  # two parts, a begin and an end each
+    assert copied == pytest.approx(retrieved + 0.023 / 32 * 3 / 30 + requests)
 
 
 def test_what_is_on_its_way_costs_nothing_more(world):

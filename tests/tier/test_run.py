@@ -48,7 +48,7 @@ class Tiers:
     def write_rules(self, more: str = "") -> None:
         names = ("hot", "standard", "archive")
         text = "".join(f'[tiers.{name}]\nrole = "{name}"\nurl = "{self.root / name}"\n' for name in names)
-        text += RULES + more + f'\n[tiering]\nsmall = "move"\nuncounted = "idle"\nstate_dir = "{self.root / "state"}"\n'
+        text += RULES + more + f'\n[tiering]\nstate_dir = "{self.root / "state"}"\n'
         (self.root / "tiercache.toml").write_text(text)
 
     @property

@@ -60,6 +60,7 @@ to = "archive"
 [[rules]]
 match = "data/**"
 idle = "2d"
+idle_by = "mtime"
 to = "archive"
 
 [[rules]]
@@ -68,10 +69,7 @@ delete_after = "20d"
 
 [tiering]
 settle = "10m"
-small = "move"
-early = "pay"
 silence = "1h"
-uncounted = "idle"
 """
 DATA = "data"
 N_RECORDS = 600

@@ -29,12 +29,12 @@ def dataset(packed):
     dataset.close()
 
 
-def test_records_and_batches_are_tuples_in_the_order_of_the_names(dataset):
+def test_records_are_tuples_and_batches_lists_in_the_order_of_the_names(dataset):
     pairs = dataset.as_tuple("flag", "id")
     assert pairs.column_names == ["flag", "id"]
     assert pairs[7] == (False, 7)
     assert type(pairs[7][1]) is np.int64
-    assert [type(pairs[index]) for index in (3, [3], slice(0, 2))] == [tuple, tuple, tuple]
+    assert [type(pairs[index]) for index in (3, [3], slice(0, 2))] == [tuple, list, list]
     flags, ids = pairs[[9, 4]]
     assert (flags.tolist(), ids.tolist()) == ([True, False], [9, 4])
     assert [record[1] for record in pairs] == list(range(N))
@@ -61,11 +61,11 @@ LOADERS = {
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_batches_of_every_loader_are_tuples_of_tensors(dataset, make):
+def test_batches_of_every_loader_are_lists_of_tensors_as_from_torchs_default_collate(dataset, make):
     seen = []
-    for tokens, text_lengths, ids, valid in make(
-        dataset.as_tuple("tokens", "text.lengths", "id", "score.valid"), batch_size=16
-    ):
+    for batch in make(dataset.as_tuple("tokens", "text.lengths", "id", "score.valid"), batch_size=16):
+        assert type(batch) is list
+        tokens, text_lengths, ids, valid = batch
         assert [t.dtype for t in (tokens, text_lengths, ids, valid)] == [
             torch.uint16,
             torch.int64,
@@ -114,8 +114,8 @@ def test_nulls_that_are_filled_or_seen_need_no_mask(packed, tmp_path):
     with tc.Writer(tmp_path / "d", schema={"text": "str?"}) as writer:
         writer.write_batch({"text": ["a", None]})
     texts = tc.Dataset(tmp_path / "d").as_tuple("text")
-    assert texts[:] == (["a", None],)
-    assert list(tc.DataLoader(texts, batch_size=2)) == [(["a", None],)]
+    assert texts[:] == [["a", None]]
+    assert list(tc.DataLoader(texts, batch_size=2)) == [[["a", None]]]
 
 
 def test_a_transform_says_itself_what_a_record_is(packed):

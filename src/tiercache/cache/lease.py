@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import weakref
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -215,9 +216,13 @@ class CopyLease:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         # Without _fd Ctrl-C struck while it was made; a closed one is left alone, since Python drops a Ctrl-C in here.
-        if hasattr(self, "_fd") and (self._fd >= 0 or self._has_place or self._presence is not None):
+        if (
+            not is_exiting()
+            and hasattr(self, "_fd")
+            and (self._fd >= 0 or self._has_place or self._presence is not None)
+        ):
             self.close()
 
     def _renew(self) -> None:

@@ -7,6 +7,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from tiercache.cache.record import Wanted, name_of_identity, name_of_object
+from tiercache.catalog import uses
 from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redact
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tiercache.model import ByteRange, Following, ObjectInfo, ReadingPlan, ShardIdentity
 
 N_KNOWN = 4096
+_OWN_FOLDER = "_tiercache/"  # of a data set: its versions are no use of a shard
 
 
 class CachedStore(Store):
@@ -31,6 +33,7 @@ class CachedStore(Store):
     def __init__(self, cache: Cache, inner: Store) -> None:
         self.cache, self.inner = cache, inner
         self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
+        self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
         self._known: OrderedDict[str, Wanted] = OrderedDict()
 
@@ -44,10 +47,17 @@ class CachedStore(Store):
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
         """A lease on the cached copy, which may still have to be fetched; None: it is not admitted, read by ranges."""
+        if identity is None:
+            self._note_use(key)
         wanted = self.wanted(key, identity)
         if wanted is None:
             return None
         return self.cache.open(wanted, self.inner, self._tell)
+
+    def _note_use(self, key: str) -> None:
+        """Count a read of an object that no manifest describes; a `Dataset` counts the shards that it reads."""
+        if not key.startswith(_OWN_FOLDER) and f"/{_OWN_FOLDER}" not in key:
+            uses.note(f"{self._source}/{key}")
 
     def _tell(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
@@ -122,6 +132,8 @@ class CachedStore(Store):
             wanted = self._known.get(key)
         guarded = wanted is not None and (if_match is not None and wanted.etag == if_match)
         is_ours = wanted is not None and (guarded or (if_match is None and wanted.identity is not None))
+        if wanted is None or wanted.identity is None:
+            self._note_use(key)
         if wanted is not None and is_ours and self.cache.read(wanted, spans):
             return
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
@@ -132,10 +144,12 @@ class CachedStore(Store):
 
     def get(self, key: str) -> bytes:
         """Passed on."""
+        self._note_use(key)
         return self.inner.get(key)
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """Passed on."""
+        self._note_use(key)
         return self.inner.read_tail(key, n_bytes)
 
     # -- writing ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import typer
 
 from tiercache.cli.opening import OpenDataSet, open_data_set, opened_store
 from tiercache.cli.options import Exclude, Include, Json, Quiet, StorageOptions, Url, Verbose, Version
-from tiercache.cli.output import Output, count
+from tiercache.cli.output import Output, count, printable
 from tiercache.model import format_bytes
 from tiercache.shard.manifest import list_versions, read_version
 from tiercache.shard.versions import Version as DataSetVersion
@@ -99,8 +99,11 @@ def info(
         if name == "columns":
             typer.echo("columns")
             for column in value:
-                classes = column.get("classes")
-                typer.echo(f"  {column['name']}: {column['type']}" + (f", {len(classes)} classes" if classes else ""))
+                classes = column.get("classes", [])
+                counted = f", {len(classes)} classes" if classes else ""
+                typer.echo(printable(f"  {column['name']}: {column['type']}{counted}"))
+                for number, class_name in enumerate(classes):
+                    typer.echo(printable(f"  {number:>{2 + len(str(len(classes) - 1))}}  {class_name}"))
         else:
             typer.echo(f"{name.replace('_', ' '):12} {sizes.get(name, value)}")
 

@@ -221,7 +221,10 @@ def _print_prices(output: Output) -> None:
     names = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
     texts = [
         {"prices": row["name"], **{name: f"{row[name]:.5f}".rstrip("0").rstrip(".") for name in names}}
-        | {"min_bytes": f"{row['min_bytes']:,}", "overhead": f"{row['overhead_bytes']:,}"}
+        | {
+            "min_bytes": f"{row['min_bytes']:,}",
+            "overhead": f"{row['overhead_bytes'] + row['standard_overhead_bytes']:,}",
+        }
         | {"restore": ", ".join(f"{speed} {p['hours']:g} h ${p['gb']:g}/GB" for speed, p in row["restore"].items())}
         for row in rows
     ]
@@ -235,5 +238,6 @@ def price_facts(prices: Prices) -> dict[str, Any]:
     """Prices as JSON has them."""
     restore = {s: {"gb": p.gb, "per_1000": p.per_1000, "hours": p.hours} for s, p in prices.restore.items()}
     names = ("name", "store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
-    minima = ("min_days", "min_bytes", "overhead_bytes")
-    return {name: getattr(prices, name) for name in (*names, *minima)} | {"restore": restore}
+    minima = ("min_days", "min_bytes", "overhead_bytes", "standard_overhead_bytes")
+    standard = ("standard_gb_month", "standard_put_1000")
+    return {name: getattr(prices, name) for name in (*names, *minima, *standard)} | {"restore": restore}

@@ -20,8 +20,8 @@ from tiercache.tier.plan import read_plan
 
 COLD = "python"
 TASKS = ("digits", "python")
-# Real rules say idle = "30d", after = "14d" and grace = "24h"; small = "move", because the demo's shards have 64 KiB,
-# and classes bill at least 128 KiB an object. A fast disk is not free: a GB of a cloud's disk costs about $0.08.
+# Real rules say idle = "30d", after = "14d" and grace = "24h"; even_if_dearer = true, because the demo's shards have
+# 64 KiB, and classes bill at least 128 KiB an object. A fast disk is not free: a GB of a cloud's disk costs some $0.08.
 RULES = """\
 [tiers.hot]
 url = "{hot}"
@@ -43,6 +43,7 @@ name = "cold data"
 match = "python/**"
 idle = "0s"
 to = "archive"
+even_if_dearer = true
 
 [[rules]]
 name = "checkpoints"
@@ -51,11 +52,11 @@ keep_hot = {{ last = 1 }}
 keep_standard = {{ last = 2, best = "loss:1" }}
 then = "archive"
 after = "0s"
+even_if_dearer = true
 
 [tiering]
 grace = "0s"
 settle = "0s"
-small = "move"
 state_dir = "{state}"
 """
 # Nobody waits for what takes longer than this here.

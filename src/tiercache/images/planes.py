@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from tiercache.images.options import DecodeImage
@@ -82,8 +84,8 @@ class _Handle:
         if not self.at:
             raise MemoryError("libturbojpeg has no memory for a decoder")
 
-    def __del__(self) -> None:
-        if getattr(self, "at", None):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and getattr(self, "at", None):
             self._destroy(self.at)
 
 

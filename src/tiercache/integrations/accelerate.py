@@ -71,7 +71,8 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         asked, begun = state["_native"]
         self.__setstate__({**state, "_native": (replace(asked, fills_first=accelerator.even_batches), begun)})
         # torch forbids to set a batch sampler, and this one is for those who ask Accelerate's loaders for theirs.
-        self.__dict__["batch_sampler"] = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
+        batches = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
+        self.__dict__["batch_sampler"] = self._run_of = batches
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
         self.device = accelerator.device if on_device else None
         self._non_blocking = accelerator.non_blocking

@@ -13,19 +13,21 @@ from tiercache.load.buffer import Buffer
 def with_last_repeated(batch: Any, n: int) -> tuple[Any, int]:
     """(a batch of n records whose last one stands for those that are missing, how many are).
 
-    Of any batch that tiercache makes: dicts and tuples of tensors, jagged nested tensors, lists and `Buffer`s. What a
-    transform of the user's has made of one, and is none of these, stays as it is.
+    Of any batch that tiercache makes: a dict or, with `as_tuple`, a list of columns, which are tensors, jagged nested
+    tensors, lists and `Buffer`s. A value that is none of these stays as it is.
     """
     if isinstance(batch, Mapping):
-        found = {name: with_last_repeated(value, n) for name, value in batch.items()}
+        found = {name: _column(value, n) for name, value in batch.items()}
         return {name: value for name, (value, _) in found.items()}, max((m for _, m in found.values()), default=0)
-    if isinstance(batch, tuple):
-        values = [with_last_repeated(value, n) for value in batch]
-        return tuple(value for value, _ in values), max((m for _, m in values), default=0)
-    if not isinstance(batch, torch.Tensor | list | Buffer) or not 0 < _length(batch) < n:
-        return batch, 0
-    n_missing = n - _length(batch)
-    return _longer(batch, n_missing), n_missing
+    values = [_column(value, n) for value in batch]
+    return [value for value, _ in values], max((m for _, m in values), default=0)
+
+
+def _column(value: Any, n: int) -> tuple[Any, int]:
+    if not isinstance(value, torch.Tensor | list | Buffer) or not 0 < _length(value) < n:
+        return value, 0
+    n_missing = n - _length(value)
+    return _longer(value, n_missing), n_missing
 
 
 def _length(value: Any) -> int:

@@ -21,6 +21,7 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.callbacks import DEFAULT_CALLBACK
 
 from tiercache.cache import Cache, CachedStore
+from tiercache.catalog import uses
 from tiercache.errors import TierCacheError
 from tiercache.integrations.files import CachedFile, WrittenFile
 from tiercache.integrations.reading import Reading
@@ -153,7 +154,11 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         return WrittenFile(file, lambda: self.drop(path))
 
     def _reading(self, path: str, options: Mapping[str, Any]) -> Reading | None:
-        """A hold on what lies under path now; None: the target reads it, or says in its own words why it cannot."""
+        """A hold on what lies under path now; None: the target reads it, or says in its own words why it cannot.
+
+        Either way it counts as a use of the object, for tiers' rules.
+        """
+        uses.note(str(self.fs.unstrip_protocol(path)))
         place = None if options.keys() - _HOW else place_of(path)
         # What lies in an archive has no identity of its own; the archive has: zip://name::tiercache::s3://bucket/a.zip
         if place is None or isinstance(self.fs, AbstractArchiveFileSystem):

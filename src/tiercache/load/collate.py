@@ -12,7 +12,7 @@ from tiercache.load.assemble import TORCH_DTYPES
 from tiercache.load.buffer import Buffer
 from tiercache.load.forms import in_forms
 from tiercache.load.records import Records
-from tiercache.load.tuples import as_tuple
+from tiercache.load.tuples import as_columns
 from tiercache.shard.types import Kind
 from tiercache.shard.values import ColumnValues
 
@@ -27,7 +27,7 @@ def collate(records: Sequence[Any]) -> Any:
         records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects; or tuples.
 
     Returns:
-        By column: a tensor of the column's dtype where shapes agree, else a list; a tuple of these for tuples.
+        By column: a tensor of the column's dtype where shapes agree, else a list; a list of these for tuples.
 
     Raises:
         ValueError: no records.
@@ -39,11 +39,11 @@ def collate(records: Sequence[Any]) -> Any:
                 batch[values.column.name] = _ragged(values)
             elif values.column.name in records.serving.decode and isinstance(values.values, list):
                 batch[values.column.name] = _pictures(values)
-        return batch if records.serving.names is None else as_tuple(batch, records.serving.names)
+        return batch if records.serving.names is None else as_columns(batch, records.serving.names)
     if not records:
         raise ValueError("cannot make a batch of no records")
     if isinstance(records[0], tuple):
-        return tuple(_stack(list(values)) for values in zip(*records, strict=True))
+        return [_stack(list(values)) for values in zip(*records, strict=True)]
     return {name: _stack([record[name] for record in records]) for name in records[0]}
 
 

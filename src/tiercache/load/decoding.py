@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -29,6 +30,8 @@ from tiercache.load.pipeline import Pipeline, Resources, Work
 from tiercache.stats import Waits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from tiercache.images.options import DecodeImage
@@ -141,8 +144,8 @@ class DecodedPipeline:
         decoded = {"skipped": self._n_skipped, "decode_ns": self._line.decode_ns}
         return {**self._gathered.figures(), **handed_out, **decoded}
 
-    def __del__(self) -> None:
-        if hasattr(self, "_threads"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_threads"):
             self.close()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -211,8 +212,9 @@ class Pipeline:
             "gather_ns": ring["gather_ns"],
         }
 
-    def __del__(self) -> None:
-        if hasattr(self, "_planner"):
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        # While the interpreter exits, module globals may be None already; atexit has closed what is live.
+        if not is_exiting() and hasattr(self, "_planner"):
             self.close()
 
     def _take(self, timeout_s: float) -> Batch | None:

@@ -1,4 +1,4 @@
-"""Records and batches as tuples, for `for image, label in loader`."""
+"""Records as tuples and batches as lists of columns, for `for image, label in loader`."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def tuple_columns(names: Sequence[str], schema: Schema, serving: Serving) -> tup
     return tuple(found)
 
 
-def as_tuple(batch: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
-    """A batch's entries by name."""
-    return tuple([batch[name] for name in names])
+def as_columns(batch: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """A batch's entries by name: a list, as torch's default_collate makes of records that are tuples."""
+    return [batch[name] for name in names]
 
 
 def record_tuple(record: Mapping[str, Any], names: Sequence[str], schema: Schema) -> tuple[Any, ...]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiercache.shard.source import Bytes, address_of, aligned_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # The size of a huge page: one fault instead of 512. Decoding with two threads gave 2,190 MB/s to touched memory and 630
 # to fresh pages of 4 KiB.
@@ -47,8 +51,8 @@ class _Loan:
             "data": (piece.address, False),
         }
 
-    def __del__(self) -> None:
-        if hasattr(self, "_piece"):  # else Ctrl-C struck while it was made
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_piece"):  # else Ctrl-C struck while it was made
             self._pool.take_back(self._piece)
 
 

@@ -15,10 +15,10 @@ from tiercache.config import aws_reach
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, open_store
-from tiercache.store.aws import S3Calls, has_boto3
+from tiercache.store.aws import S3Calls, has_boto3, takes_long
 from tiercache.store.contract import Upload, check_key
 from tiercache.store.landing import worker_pool
-from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.retry import Calls, Patience, RetryPolicy, with_retries
 from tiercache.store.s3_answers import bare, described, encryption, is_object, listed
 from tiercache.store.s3_upload import S3Upload
 from tiercache.store.sums import whole_sums
@@ -199,8 +199,10 @@ class S3Archive:
         self._calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
+        self._timeout_s, self._endpoint = calls.timeout_s, calls.endpoint
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
+        self._under_way = Calls()
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -220,6 +222,7 @@ class S3Archive:
 
     def close(self) -> None:
         """End the threads of this process and drop its connections."""
+        self._under_way.close()
         self._pool.drop()
         self._calls.close()
 
@@ -236,10 +239,23 @@ class S3Archive:
         return self._ask(operation, self.at(key), Key=self.full(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        patience = Patience(where, operation, clock=self._clock)
-        return with_retries(
-            lambda: self._calls(operation, where, Bucket=self.bucket, **request), self._policy, patience
+        copies = takes_long(operation)
+        # A copy by the server is silent for long while all is well: its own client limits it.
+        patience = Patience(
+            where,
+            operation,
+            clock=self._clock,
+            timeout_s=None if copies else self._timeout_s,
+            endpoint=self._endpoint,
         )
+
+        def attempt() -> Mapping[str, Any]:
+            return self._calls(operation, where, Bucket=self.bucket, **request)
+
+        if copies:
+            return with_retries(attempt, self._policy, patience)
+        with self._under_way.track(patience) as stop:
+            return with_retries(attempt, self._policy, patience, stop=stop)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""

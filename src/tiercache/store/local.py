@@ -47,7 +47,7 @@ class LocalFolder(Store):
         return LocalFolder, (self.url,)
 
     def head(self, key: str) -> ObjectInfo:
-        """Size, date and an ETag made of inode, time of change and size."""
+        """Size, date and an ETag made of inode number, mtime, size and ctime."""
         with self._opened(key, "head") as fd:
             return file_info(key, os.fstat(fd))
 
@@ -141,6 +141,19 @@ class LocalFolder(Store):
                     _unlink_file(name, folder_fd)
             except NotFound:
                 continue
+
+    def delete_unchanged(self, key: str, etag: str) -> bool:
+        """Unlink a file that still has this ETag, or is gone already; False: it has another one, and stays."""
+        folders, name = _split(key)
+        try:
+            with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
+                found = file_info(key, os.stat(name, dir_fd=folder_fd, follow_symlinks=False))
+                if found.etag != etag:
+                    return False
+                _unlink_file(name, folder_fd)
+        except NotFound:
+            pass
+        return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Regular files below the folder; each folder is read whole: no descriptor stays open between two objects."""

@@ -62,8 +62,13 @@ def os_errors(doing: str, url: str) -> Iterator[None]:
 
 
 def file_info(key: str, status: os.stat_result) -> ObjectInfo:
-    """What a file is; the ETag is made of inode, time of change and size."""
-    etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"'
+    """What a file is. The ETag holds the inode number, mtime, size and ctime.
+
+    Any program may restore a file's mtime (rsync -t, cp -p, utime); only the kernel sets its ctime, so that a file with
+    other bytes has another ETag. The inode's generation is left out: reading it takes an open file (FS_IOC_GETVERSION),
+    and a listing opens none; a reused inode number has another ctime already.
+    """
+    etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ctime_ns:x}"'
     return ObjectInfo(key, status.st_size, etag=etag, modified_s=status.st_mtime)
 
 
@@ -170,6 +175,7 @@ class NewFile:
             self._link(name)
         except FileExistsError:
             return False
+        self._unlink_temp()  # now, and not by close(): it changes the ctime, which is part of the file's ETag
         sync_folder(self._folder_fd)
         return True
 
@@ -213,15 +219,18 @@ class NewFile:
 
     def close(self) -> None:
         """Drop the descriptors, and the file if it was not published. Harmless when repeated."""
-        if self._temp_name is not None:
-            with suppress(OSError):
-                os.unlink(self._temp_name, dir_fd=self._folder_fd)
-            self._temp_name = None
+        self._unlink_temp()
         if self._open_fds:
             try:
                 os.close(self._open_fds.pop())
             finally:
                 self.close()  # the other one, where Ctrl-C strikes here too
+
+    def _unlink_temp(self) -> None:
+        if self._temp_name is not None:
+            with suppress(OSError):
+                os.unlink(self._temp_name, dir_fd=self._folder_fd)
+            self._temp_name = None
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -1,7 +1,8 @@
 """What it costs to keep copies, to move them, and to let go of them too early: dollars, by columns, from price tables.
 
-Decimal GB, months of 30 days, as docs/reference/tiers.md has them. Prices differ by region and time, the formulas do
-not; they are those of the providers' price pages (AWS: "Amazon S3 pricing", "Storage & requests" and its footnotes).
+GB of 2^30 bytes, months of 30 days, as docs/reference/tiers.md has them. Prices differ by region and time, the formulas
+do not; they are those of the providers' price pages (AWS: "Amazon S3 pricing", "Storage & requests" and its footnotes;
+the example in "Amazon S3 FAQs", Billing, divides byte-hours by 1,073,741,824).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from tiercache.tier.pieces import PART_BYTES
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices
+    from tiercache.prices import Prices, RestorePrice
     from tiercache.tier.model import Snapshot
 
-GB = 1e9
+GB = float(1 << 30)
 DAY_S = 86400.0
 MONTH_DAYS = 30.0
+PROMOTION_DAYS = 3
+"""How long a restored copy stays that is to be copied home: time for the copy to be made, and made again."""
 
 Dollars = NDArray[np.float64]
 
@@ -52,8 +55,13 @@ def billed_bytes(prices: Prices, sizes: Sizes) -> NDArray[np.int64]:
 
 
 def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
-    """What keeping them for a month costs: billed GB x store_gb_month."""
-    return billed_bytes(prices, sizes) / GB * prices.store_gb_month
+    """What keeping them for a month costs: billed GB x store_gb_month, and the bytes that are billed as standard.
+
+    AWS ("Amazon S3 pricing", footnote on S3 Glacier Flexible Retrieval and Deep Archive): for each archived object 32
+    KB are charged at the rate of its class, and 8 KB, its name and other metadata, at the rate of S3 Standard.
+    """
+    standard = sizes.n_objects * prices.standard_overhead_bytes / GB * prices.temporary_gb_month
+    return billed_bytes(prices, sizes) / GB * prices.store_gb_month + standard
 
 
 def early_days(prices: Prices, age_s: NDArray[np.float64]) -> Dollars:
@@ -73,12 +81,36 @@ def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> D
 def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, streams: bool) -> Dollars:
     """What reading them from src and writing them to dst costs: requests, retrieval, egress.
 
-    leaves: they leave the provider's region. streams: through this machine, in parts, each of which is a GET and a PUT
-    (AWS: every part of a multipart upload is a request); else the store copies each object by one request.
+    leaves: they leave the provider's region. streams: through this machine, in parts, each of which is a GET and a PUT,
+    and begun and completed by a request each where there are several; else the store copies each object by one request.
+
+    AWS ("Amazon S3 User Guide", "Multipart upload and pricing"): of an upload into S3 Glacier Flexible Retrieval or
+    Deep Archive, CreateMultipartUpload and UploadPart are billed at the rates of S3 Standard, and only
+    CompleteMultipartUpload at that of the class. Of copies of several objects the number of parts is the most that
+    there can be.
     """
-    requests = sizes.n_objects + (sizes.n_bytes // PART_BYTES if streams else 0)
     per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
-    return requests * (src.get_1000 + dst.put_1000) / 1000 + sizes.n_bytes / GB * per_gb
+    return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb
+
+
+def _requests_dollars(src: Prices, dst: Prices, sizes: Sizes, *, streams: bool) -> Dollars:
+    if not streams:
+        return sizes.n_objects * (src.get_1000 + dst.put_1000) / 1000
+    n_more = np.maximum(sizes.n_bytes - 1, 0) // PART_BYTES  # parts beyond the first of each object
+    n_large = np.minimum(sizes.n_objects, n_more)  # objects of several parts
+    n_begun = np.where(n_large > 0, n_more + 2 * n_large, 0)  # begins, and parts, of these
+    reads = (sizes.n_objects + n_more) * src.get_1000
+    return np.asarray((reads + sizes.n_objects * dst.put_1000 + n_begun * dst.part_1000) / 1000, np.float64)
+
+
+def restore_dollars(archive: Prices, speed: RestorePrice, n_bytes: NDArray[np.int64], days: float) -> Dollars:
+    """What having each object back for some days costs: its retrieval, and a temporary copy in the standard class.
+
+    AWS ("Restoring an archived object"): the retrieval makes a temporary copy in S3 Standard and leaves the archived
+    object; both are paid for.
+    """
+    per_gb = speed.gb + archive.temporary_gb_month * days / MONTH_DAYS
+    return n_bytes / GB * per_gb + speed.per_1000 / 1000
 
 
 def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
@@ -90,9 +122,10 @@ def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
 
 
 def break_even_days(once: Dollars, saving_month: Dollars) -> Dollars:
-    """Days until what was paid once is earned back; inf: never."""
+    """Days until what was paid once is earned back; inf: never; 0 where nothing is paid and nothing lost."""
     days = np.full(len(once), np.inf)
     np.divide(once * MONTH_DAYS, saving_month, out=days, where=saving_month > 0)
+    days[(once <= 0) & (saving_month == 0)] = 0.0
     return days
 
 

@@ -71,6 +71,7 @@ class Shards:
         in_use, unreported: bool[n].
         named_s: float64[n], when the first version that names it was committed, seconds since the epoch; NaN: unknown.
         elsewhere: bool[n], its placement leads to a URL that is no tier's.
+        counted_since_s: float64[n], from when on machines report their use; inf: they do not yet.
     """
 
     keys: pa.Array
@@ -82,6 +83,7 @@ class Shards:
     unreported: NDArray[np.bool_]
     named_s: NDArray[np.float64]
     elsewhere: NDArray[np.bool_]
+    counted_since_s: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,6 +99,7 @@ _NONE = Shards(
     np.empty(0, np.bool_),
     np.empty(0, np.float64),
     np.empty(0, np.bool_),
+    np.empty(0, np.float64),
 )
 
 
@@ -160,20 +163,21 @@ class _Reader:
         reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
-        waits = self._file.tiering.uncounted == "wait"
-        # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
-        since_s = placement.adopted_s(self._store) if has_mark and waits else None
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
+        # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
+        # A mark without a date was written by an early release: its uses have been counted for long.
+        since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
         shards = Shards(
             keys=_below(self._folder, table.names),
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
-            last_use_s=used.last_use_s if since_s is None else np.fmax(used.last_use_s, since_s),
+            last_use_s=used.last_use_s,
             uses=used.uses,
             in_use=used.in_use,
-            unreported=np.full(len(table), used.unreported or (waits and not has_mark)),
+            unreported=np.full(len(table), used.unreported),
             named_s=named_s,
             elsewhere=elsewhere,
+            counted_since_s=np.full(len(table), since_s),
         )
         return shards, DataSet(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls)
 
@@ -262,5 +266,15 @@ def _joined(shards: Sequence[Shards]) -> Shards:
         joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
         return joined[rows]
 
-    names = ("n_bytes", "crc32c", "last_use_s", "uses", "in_use", "unreported", "named_s", "elsewhere")
+    names = (
+        "n_bytes",
+        "crc32c",
+        "last_use_s",
+        "uses",
+        "in_use",
+        "unreported",
+        "named_s",
+        "elsewhere",
+        "counted_since_s",
+    )
     return Shards(keys.take(pa.array(rows, pa.int64())), *(column(name) for name in names))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tiercache.catalog import uses
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
@@ -132,7 +133,8 @@ def take_inventory(
         "metrics": metrics,
         "unread": _unread(scores.unread, copies, len(grouped.kind)),
     }
-    snapshot = _snapshot(file, listed, grouped, copies, now_s=now_s, **of_groups)
+    used = _Used.of(file, listed, grouped)
+    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
     more = {
         "n_own": int(own.sum()),
@@ -308,18 +310,50 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Used:
+    """What the logs of caches on this machine say of the use of each group; last_s: NaN where they say nothing."""
+
+    last_s: NDArray[np.float64]
+    uses: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, file: TierFile, listed: Listed, grouped: _Grouped) -> _Used:
+        """A group is used when any of its objects is, wherever that lies."""
+        n_groups = len(grouped.kind)
+        last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
+        try:
+            known = uses.read()
+        except (OSError, ValueError):  # no state folder can be had: then nothing is known
+            known = {}
+        for number in listed.tiers if known else ():
+            found = uses.below(known, file.tiers[number].url)
+            rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
+            keys = taken(listed.keys, grouped.objects.row[rows])
+            at = find(keys, pa.array(list(found), pa.large_string()))
+            rows, at = rows[at >= 0], at[at >= 0]
+            group = grouped.objects.group[rows]
+            columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
+            np.fmax.at(last_s, group, columns[:, 0])
+            np.add.at(counts, group, columns[:, 1].astype(np.int64))
+        return cls(last_s, counts)
+
+
 def _snapshot(
-    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
+    file: TierFile, listed: Listed, grouped: _Grouped, copies: Copies, used: _Used, *, now_s: float, **columns: Any
 ) -> Snapshot:
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     # What was restored in place is not idle at once: where nothing is known of its use, its oldest copy's date counts.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
-    uses, in_use, unreported = np.zeros(len(created_s), np.int64), np.zeros_like(of_shard), np.zeros_like(of_shard)
-    uses[of_shard], in_use[of_shard] = grouped.shards.uses[shard], grouped.shards.in_use[shard]
-    unreported[of_shard] = grouped.shards.unreported[shard]
+    n_uses, in_use, unreported = used.uses.copy(), np.zeros_like(of_shard), np.zeros_like(of_shard)
+    n_uses[of_shard] += grouped.shards.uses[shard]
+    in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
+    last_use_s = np.fmax(last_use_s, used.last_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
+    counted_since_s = np.where(np.isnan(used.last_s), np.inf, used.last_s)
+    counted_since_s[of_shard] = grouped.shards.counted_since_s[shard]
     return Snapshot(
         now_s=now_s,
         tiers=tuple(tier.name for tier in file.tiers),
@@ -330,7 +364,8 @@ def _snapshot(
         series=grouped.from_layout(grouped.layout.series, NO_SERIES),
         created_s=created_s,
         last_use_s=last_use_s,
-        uses=uses,
+        uses=n_uses,
+        counted_since_s=counted_since_s,
         unreported=unreported,
         in_use=in_use,
         tags={},

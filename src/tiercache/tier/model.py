@@ -45,6 +45,8 @@ class Snapshot:
         created_s: float64[n_groups], when it was written first, wherever that was: a move makes nothing younger.
         last_use_s: float64[n_groups], when it was used last; where nothing is known of it, the date of its oldest copy.
         uses: int64[n_groups], how often, as far as is known.
+        counted_since_s: float64[n_groups], from when on its uses are known: of a shard, since tiers look after its data
+            set; of anything else, since its last use through a cache of this machine. inf: nobody counts them.
         unreported: bool[n_groups], a machine that may have used it has not reported: it is not idle.
         in_use: bool[n_groups], somebody reads it now.
         metrics: name -> float64[n_groups], NaN where a checkpoint has not got it.
@@ -74,6 +76,7 @@ class Snapshot:
     created_s: NDArray[np.float64]
     last_use_s: NDArray[np.float64]
     uses: NDArray[np.int64]
+    counted_since_s: NDArray[np.float64]
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]
     metrics: Mapping[str, NDArray[np.float64]]

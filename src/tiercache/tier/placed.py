@@ -16,6 +16,7 @@ from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import Prices, price_table
 from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
+from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars
 from tiercache.tier.places import Found, Places, is_far
 
 if TYPE_CHECKING:
@@ -202,17 +203,21 @@ class _Needed:
     rows: tuple[Row, ...]
 
     def estimate(self) -> tuple[float | None, float | None]:
-        """Hours until the last can be read, and dollars, both at the usual speed; None: no price is known."""
+        """Hours until the last can be read, and dollars, both at the usual speed; None: no price is known.
+
+        Dollars: of the retrieval, of a temporary copy for as long as copying home needs it, and of a PUT each there.
+        """
         _, table = price_table()
         by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
         hours = cost = 0.0
         for row in self.rows:
             known = by_class.get(row.storage_class)
             price = None if known is None else known.restore.get("standard")
-            if price is None:
+            if known is None or price is None:
                 return None, None
             hours = max(hours, price.hours)
-            cost += row.n_bytes / 1e9 * price.gb + price.per_1000 / 1000
+            cost += float(restore_dollars(known, price, np.array([row.n_bytes]), PROMOTION_DAYS)[0])
+            cost += known.part_1000 / 1000
         return hours, cost
 
     def error(self) -> ArchivedShards:

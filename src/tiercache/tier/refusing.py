@@ -31,10 +31,9 @@ _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies diff
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bill:
-    """Of wishes, a row each: paid once (early: of this, the fee for leaving too early), saved a month."""
+    """Of wishes, a row each: paid once, saved a month."""
 
     once: Dollars
-    early: Dollars
     saving_month: Dollars
 
     @property
@@ -50,26 +49,29 @@ class Bill:
 
     def take(self, chosen: NDArray[Any]) -> Bill:
         """Those of a mask, or of numbers in their order."""
-        return Bill(self.once[chosen], self.early[chosen], self.saving_month[chosen])
+        return Bill(self.once[chosen], self.saving_month[chosen])
 
 
 def bill(view: View, wishes: Wishes) -> Bill:
     """What wishes cost and bring; nothing where a tier has no prices."""
-    out = Bill(*(np.zeros(len(wishes)) for _ in range(3)))
+    out = Bill(np.zeros(len(wishes)), np.zeros(len(wishes)))
+    stays_s = _stays_s(view, wishes)
     code = (wishes.action.astype(np.int64) * 256 + wishes.src) * 256 + (wishes.dst + 1)
     for one in np.unique(code).tolist():
         rows = np.flatnonzero(code == one)
         action, src, dst = one >> 16, one >> 8 & 255, (one & 255) - 1
         if action != DELETE:
-            _add(view, wishes, out, rows, (action, src, dst))
+            _add(view, wishes, out, rows, (action, src, dst), stays_s)
             continue
         for tier in range(view.n_tiers):
-            _add(view, wishes, out, rows[view.has(tier, wishes.group[rows])], (DROP, tier, -1))
+            _add(view, wishes, out, rows[view.has(tier, wishes.group[rows])], (DROP, tier, -1), stays_s)
     return out
 
 
-def _add(view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tuple[int, int, int]) -> None:
-    """Add what one way costs to some rows of the bill."""
+def _add(
+    view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tuple[int, int, int], stays_s: Dollars
+) -> None:
+    """Add what one way costs to some rows of the bill. stays_s: of all wishes, until they are deleted."""
     action, src, dst = way
     copies = view.at[src, wishes.group[rows]].astype(np.int64)
     sizes = Sizes.of(view.snapshot, copies)
@@ -77,17 +79,25 @@ def _add(view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tu
     if old is None or (new is None and action in (MOVE, COPY, RECLASS)):
         return
     if action != COPY:
-        fee = early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
-        out.early[rows] += fee
-        out.once[rows] += fee
+        out.once[rows] += early_dollars(old, sizes, view.snapshot.now_s - view.snapshot.modified_s[copies])
         out.saving_month[rows] += month_dollars(old, sizes)
     if new is not None:
         out.saving_month[rows] -= month_dollars(new, sizes)
+        # What its rule deletes before the minimum of days in dst is over pays for the rest of them then.
+        out.once[rows] += early_dollars(new, sizes, stays_s[rows])
         if action == RECLASS:
             out.once[rows] += reclass_dollars(old, new, sizes)
         else:
             leaves, streams = bool(view.leaves[src, dst]), bool(view.streams[src, dst])
             out.once[rows] += copy_dollars(old, new, sizes, leaves=leaves, streams=streams)
+
+
+def _stays_s(view: View, wishes: Wishes) -> NDArray[np.float64]:
+    """Seconds from now until the rule that asks for a wish deletes its group; inf: never."""
+    limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in view.file.rules]
+    by_rule = np.array([*limits, np.inf])[np.where(wishes.rule < 0, len(limits), wishes.rule)]
+    by_rule[view.newest[wishes.group] | view.tagged[wishes.group]] = np.inf  # these are never deleted
+    return np.asarray(np.maximum(by_rule - view.age_s[wishes.group], 0.0), np.float64)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -187,49 +197,22 @@ def _tagged(view: View, wishes: Wishes) -> Texts:
 
 
 def costly(view: View, wishes: Wishes, refused: list[Wishes], *, for_room: bool) -> tuple[Wishes, Bill]:
-    """What is too small for its class, leaves one too early, or is not earned back in time.
+    """Without moves that do not pay back within max_break_even, or before their rule deletes what they move.
 
-    for_room: of a watermark: then dollars are not what it is about, and only fees are refused.
+    Minimum sizes and days, overheads, requests and fees are counted. A rule may say even_if_dearer = true.
+
+    for_room: of a watermark: then dollars are not what it is about.
     """
-    wishes = _small(view, wishes, refused)
     dollars = bill(view, wishes)
-    early = dollars.early > 0 if view.file.tiering.early == "refuse" else np.zeros(len(wishes), np.bool_)
-    left = sift(wishes, refused, early, _too_early(view, wishes.take(early), dollars.early[early]))
-    wishes, dollars = left, dollars.take(~early)
-    limit_s = view.file.tiering.max_break_even_s
-    if limit_s is None or for_room:
+    if for_room:
         return wishes, dollars
-    late = _earns(view, wishes) & (dollars.break_even_days * DAY_S > limit_s)
-    left = sift(wishes, refused, late, _too_late(dollars.take(late), limit_s))
+    limit_s = view.file.tiering.max_break_even_s
+    stays_s = _stays_s(view, wishes)
+    may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[wishes.rule]
+    late = dollars.break_even_days * DAY_S > np.minimum(limit_s, stays_s)
+    late &= _earns(view, wishes) & ~may_lose
+    left = sift(wishes, refused, late, _too_late(dollars.take(late), limit_s, stays_s[late]))
     return left, dollars.take(~late)
-
-
-def _small(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
-    """On average: one small file among the large ones of a checkpoint is not what the minimum is about."""
-    if view.file.tiering.small != "refuse":
-        return wishes
-    least = np.array([0 if price is None else price.min_bytes for price in view.prices])[wishes.dst]
-    least[wishes.action <= DROP] = 0
-    copies = view.at[wishes.src, wishes.group]
-    n_bytes, n_objects = view.snapshot.n_bytes[copies], view.snapshot.n_objects[copies]
-    small = n_bytes < least * n_objects
-    each = figures(n_bytes[small] / n_objects[small])
-
-    def words(n_bytes: float, least: int, dst: int) -> str:
-        sizes = f"{format_bytes(n_bytes)}, and {view.name(dst)} bills {format_bytes(least)} at least"
-        return f'its objects have {sizes} (small = "refuse")'
-
-    return sift(wishes, refused, small, say(words, each, least[small], wishes.dst[small]))
-
-
-def _too_early(view: View, wishes: Wishes, fee: Dollars) -> Texts:
-    def words(fee: float, src: int, deletes: bool) -> str:
-        price = view.prices[src]
-        days = f" its {price.min_days:g} days" if price is not None and price.min_days else " the days that are paid"
-        what = "deleting it" if deletes else f"leaving {view.name(src)}"
-        return f'{what} before{days} are over costs {money(fee)} (early = "refuse")'
-
-    return say(words, figures(fee), wishes.src, wishes.action == DELETE)
 
 
 def _earns(view: View, wishes: Wishes) -> Flags:
@@ -240,13 +223,18 @@ def _earns(view: View, wishes: Wishes) -> Flags:
     return np.asarray(moves & paid[wishes.src] & known[wishes.dst], np.bool_)
 
 
-def _too_late(dollars: Bill, limit_s: float) -> Texts:
-    def words(once: float, saving: float, days: float) -> str:
+def _too_late(dollars: Bill, limit_s: float, stays_s: NDArray[np.float64]) -> Texts:
+    def words(once: float, saving: float, days: float, stays_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {money(once)} once and saves {money(saving)} a month: {when}"
+        if stays_days >= 0:
+            return f"{what}, and it is deleted in {stays_days} days (delete_after)"
         return f"{what} (max_break_even = {span(limit_s)})"
 
-    return say(words, figures(dollars.once), figures(dollars.saving_month), figures(dollars.break_even_days))
+    stays_days = np.where(stays_s < limit_s, np.minimum(stays_s, limit_s) // DAY_S, -1).astype(np.int64)
+    return say(
+        words, figures(dollars.once), figures(dollars.saving_month), figures(dollars.break_even_days), stays_days
+    )
 
 
 def figures(values: NDArray[Any]) -> Dollars:

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store.archive import SPEEDS, Speed
+from tiercache.tier.costs import PROMOTION_DAYS, Sizes, copy_dollars, reclass_dollars, restore_dollars
 from tiercache.tier.layouts import recognise
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
+from tiercache.tier.view import leaves_and_streams
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices
+    from tiercache.prices import Prices, RestorePrice
     from tiercache.tier.copies import Book
     from tiercache.tierfile import TierFile
 
@@ -30,8 +33,6 @@ Books: TypeAlias = "Callable[[str], Book]"
 A = TypeVar("A")
 B = TypeVar("B")
 
-# How long a copy that is to be promoted may be read: time for the promotion to be made, and made again.
-PROMOTION_DAYS = 3
 _AT_ONCE = 16
 _LONGEST_POLL_S = 60.0
 _SHARD_SUFFIX = ".tcs"
@@ -60,7 +61,8 @@ class RestorePlan:
         here: keys that can be read already, in some tier: nothing is done for them.
         speed: "expedited", "standard" or "bulk".
         days: for how long the temporary copies stay and are all that there is; None: they are copied home, and go.
-        cost: dollars of the requests and the retrieval of what is not on its way yet; None where no price is known.
+        cost: dollars of what is not on its way yet: retrieval, the temporary copies in the standard class, and where
+            they are copied home, the requests of that; None where no price is known.
         hours: until the last can be read, at most, as the price table has it; None where it does not say.
         command: what a person would type.
     """
@@ -138,7 +140,7 @@ def plan_restore(
         else:
             objects.append(max(copies, key=lambda one: _NEARER[one.state]))
     by_name = dict(zip(names, prices, strict=True))
-    cost, hours = _price(objects, by_name, speed)
+    cost, hours = _cost(file, objects, by_name, speed, days), _hours(objects, by_name, speed)
     command = _command(file, [one.key for one in objects], speed, days)
     return RestorePlan(tuple(objects), tuple(here), speed, days, cost, hours, command)
 
@@ -164,24 +166,51 @@ def _archived(name: str, info: ObjectInfo) -> Archived:
     return Archived(name, info.key, info.n_bytes, state_of(info), info.etag, info.storage_class, info.modified_s)
 
 
-def _price(
-    objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed
-) -> tuple[float | None, float | None]:
-    """Dollars and hours: of what is not on its way yet the dollars, of what cannot be read yet the hours."""
-    cost: float | None = 0.0
-    hours: float | None = 0.0
+def _speed_price(one: Archived, known: Prices | None, speed: Speed) -> RestorePrice | None:
+    """The price of one speed; None: it is not known. Raises ValueError where the class has no such speed."""
+    if known is None or not known.restore:
+        return None
+    if speed not in known.restore:
+        speeds = ", ".join(known.restore)
+        raise ValueError(f"tiers.{one.tier}: {known.name} has no speed {speed!r} for restores; it has {speeds}")
+    return known.restore[speed]
+
+
+def _cost(
+    file: TierFile, objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed, days: int | None
+) -> float | None:
+    """Dollars of what is not on its way yet; None where a price is not known. days: None: it is copied home, too."""
+    asked: dict[str, list[Archived]] = {}
     for one in objects:
-        known = prices.get(one.tier)
-        price = None if known is None else known.restore.get(speed)
-        if price is None and known is not None and known.restore:
-            speeds = ", ".join(known.restore)
-            raise ValueError(f"tiers.{one.tier}: {known.name} has no speed {speed!r} for restores; it has {speeds}")
+        _speed_price(one, prices.get(one.tier), speed)
         if one.state == ARCHIVED:
-            own = None if price is None else price.gb * one.n_bytes / 1e9 + price.per_1000 / 1000
-            cost = None if cost is None or own is None else cost + own
-        if one.state != RESTORED:
-            hours = None if hours is None or price is None else max(hours, price.hours)
-    return cost, hours
+            asked.setdefault(one.tier, []).append(one)
+    cost, home = 0.0, file.home
+    for name, some in asked.items():
+        archive, to = prices.get(name), prices.get(home.name)
+        price = _speed_price(some[0], archive, speed)
+        if archive is None or price is None:
+            return None
+        n_bytes = np.array([one.n_bytes for one in some], np.int64)
+        cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
+        if days is not None or name == home.name:
+            continue
+        if to is None:
+            return None
+        sizes, tier = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes), file.tier(name)
+        if tier.url == home.url:
+            cost += float(reclass_dollars(archive, to, sizes).sum())
+        else:
+            leaves, streams = leaves_and_streams(tier, home, archive, to)
+            cost += float(copy_dollars(archive, to, sizes, leaves=leaves, streams=streams).sum())
+    return cost
+
+
+def _hours(objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed) -> float | None:
+    """Hours until all can be read, at most; None where the price table does not say."""
+    waited = [_speed_price(one, prices.get(one.tier), speed) for one in objects if one.state != RESTORED]
+    known = [price.hours for price in waited if price is not None]
+    return None if len(known) < len(waited) else max(known, default=0.0)
 
 
 def _command(file: TierFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:

@@ -81,6 +81,7 @@ class Settling:
         self._guard, self._n_due, self._due_bytes = Lock(), 0, 0
         self._file, self._catalog = sight.file, sight.catalog
         self._placing = Placing(sight)
+        self._by_use = {rule.name for rule in sight.file.rules if rule.idle_s or rule.uses_below is not None}
         self._settled = Settled()
 
     def run(self) -> Settled:
@@ -193,6 +194,9 @@ class Settling:
         # What is half gone is no use to a link: it is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
             one.say("keep", f"{row.path}: expected no symbolic link to it, found {link}")
+        if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
+            # No placement leads readers of files to the copy: whoever reads them by their URL reads the source.
+            one.say("cancel", f"{row.path}: expected nobody to use it, found that it was read since it was copied")
         if row.path in survey.in_use:
             one.say("keep", f"{row.path}: expected nobody to read it, found that a machine does")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:

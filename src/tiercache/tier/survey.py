@@ -11,7 +11,7 @@ import numpy as np
 from tiercache.prices import priced
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.marks import absences
-from tiercache.tier.model import CHECKPOINT, HERE
+from tiercache.tier.model import CHECKPOINT, HERE, SHARD
 from tiercache.tier.policy import decide
 from tiercache.tier.retention import newest
 
@@ -34,6 +34,7 @@ class Survey:
         deletes: last copies that the rules delete now.
         asked: (path, tier) that the rules take something away from now.
         linked: (path, tier) -> a symbolic link in that tier that leads to it.
+        used_s: when files and checkpoints were last read through a cache of this machine, of those that were.
     """
 
     in_use: frozenset[str] = frozenset()
@@ -41,6 +42,7 @@ class Survey:
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
     linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    used_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: float) -> Survey:
@@ -55,6 +57,7 @@ def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: flo
 def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
     """What a snapshot and what was decided of it say of deletions."""
     tiers = snapshot.tiers
+    is_used = np.isfinite(snapshot.counted_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
     return Survey(
         in_use=_paths(snapshot, snapshot.in_use),
@@ -65,6 +68,7 @@ def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
             (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
             for copy, link in snapshot.links.items()
         },
+        used_s={snapshot.paths[row].as_py(): snapshot.last_use_s[row] for row in np.flatnonzero(is_used).tolist()},
     )
 
 

@@ -434,15 +434,22 @@ class Transfer:
     def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
         """Delete objects of a tier, a thousand a request where the store can; those that are gone are no error.
 
-        In no order, and only S3 looks whether they still have their ETags: what must be so before, and what must go
-        first, is the caller's to see to.
+        In no order, and only S3 and local folders look whether they still have their ETags, a folder directly before
+        it unlinks each file: what must be so before, and what must go first, is the caller's to see to.
 
         Raises:
             StoreError: some could not be deleted; .failed names them.
         """
-        archive = self._stores.archive(name)
+        archive, store = self._stores.archive(name), self._stores.store(name)
         if archive is None:
-            self._stores.store(name).delete([one.key for one in objects])
+            if not isinstance(store, LocalFolder):
+                store.delete([one.key for one in objects])
+                return
+            dated = [(one.key, one.etag) for one in objects if one.etag is not None]
+            store.delete([one.key for one in objects if one.etag is None])
+            if changed := [key for key, etag in dated if not store.delete_unchanged(key, etag)]:
+                message = f"{len(changed)} files were changed since they were looked at, and were not deleted"
+                raise StoreError(message, url=self._at(name, changed[0]), failed=tuple(changed))
             return
         for start in range(0, len(objects), _DELETE_KEYS):
             some = objects[start : start + _DELETE_KEYS]

@@ -171,6 +171,12 @@ def _pairs(tiers: Sequence[Tier], of: Callable[[int, int], bool]) -> Flags:
     return np.array([[a != b and of(a, b) for b in numbers] for a in numbers], np.bool_).reshape(len(tiers), -1)
 
 
+def leaves_and_streams(src: Tier, dst: Tier, src_prices: Prices, dst_prices: Prices) -> tuple[bool, bool]:
+    """Of a copy from one tier to another: whether it leaves the provider's region, and passes through this machine."""
+    leaves = _leaves(src, dst, src_prices, dst_prices)
+    return leaves, leaves or not (_is_s3(src) and _is_s3(dst))
+
+
 def _folder(tier: Tier) -> str:
     return tier.url.rstrip("/")
 

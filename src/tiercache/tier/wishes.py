@@ -232,8 +232,26 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
     waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, _same("", waits))))
-    unknown = waiting.saying(_same("its use is not known yet: no machine that may have used it has reported", waits))
+    late = view.snapshot.unreported[waiting.group]
+    unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
     return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
+
+
+_UNREPORTED = "its use is not known yet: no machine that may have used it has reported"
+
+
+def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
+    """Why a rule that asks for use says nothing of what nobody counts uses of."""
+    key = "idle" if rule.idle_s is not None else "uses_below"
+
+    def words(is_shard: bool) -> str:
+        if is_shard:
+            how = "machines report it from the first `tier apply` or `tier run` on"
+        else:
+            how = "it was never read through tiercache here, and other programs do not report what they read"
+        return f'its use is not known: {how}; if its date of writing is enough for {key}, write idle_by = "mtime"'
+
+    return say(words, view.snapshot.kind[waiting.group] == SHARD)
 
 
 def _same(text: str, mask: Flags) -> Texts:
@@ -248,22 +266,34 @@ def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
 
 
 def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
-    """Whether conditions hold as far as is known, and of these, whether a machine may know better."""
+    """Whether conditions hold as far as is known; and of these, whether it may have been used without a report."""
     fits = np.ones(len(rows), np.bool_)
     if rule.age_s is not None:
         fits &= view.age_s[rows] >= rule.age_s
     if rule.idle_s is not None:
-        fits &= view.unused_s[rows] >= rule.idle_s
+        fits &= _unused_s(view, rule, rows) >= rule.idle_s
     if rule.uses_below is not None:
         fits &= view.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # after no time at all everything is idle
-    return fits, fits & view.snapshot.unreported[rows] & asks_use
+    uncounted = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "use")
+    return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
+
+
+def _unused_s(view: View, rule: Rule, rows: Rows) -> NDArray[np.float64]:
+    """For how long nobody has used the rows, as the rule counts it: not longer than uses have been counted."""
+    unused_s, since_s = view.unused_s[rows], view.snapshot.counted_since_s[rows]
+    if rule.idle_by == "mtime":
+        return unused_s
+    return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, view.snapshot.now_s - since_s))
 
 
 def _why(view: View, rule: Rule, rows: Rows) -> Texts:
-    def words(unused: int, age: int, uses: int) -> str:
+    def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
-        if rule.idle_s is not None:
+        if rule.idle_s is not None and is_by_mtime:
+            limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
+            parts.append(f"not written for {ago(unused)}, nobody counts its use ({limit})")
+        elif rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
         if rule.age_s is not None:
             parts.append(f"written {ago(age)} ago (age = {span(rule.age_s)})")
@@ -272,9 +302,11 @@ def _why(view: View, rule: Rule, rows: Rows) -> Texts:
         return ", ".join(parts) or f"belongs in {rule.to}"
 
     none = np.zeros(len(rows), np.int64)
-    unused = none if rule.idle_s is None else hours(view.unused_s[rows])
+    unused = none if rule.idle_s is None else hours(_unused_s(view, rule, rows))
     age = none if rule.age_s is None else hours(view.age_s[rows])
-    return say(words, unused, age, none if rule.uses_below is None else view.snapshot.uses[rows])
+    n_uses = none if rule.uses_below is None else view.snapshot.uses[rows]
+    is_by_mtime = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "mtime")
+    return say(words, unused, age, n_uses, is_by_mtime)
 
 
 def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Wishes:

@@ -185,7 +185,8 @@ class Keep(Table):
 class Rule(Table):
     """Where what it matches belongs.
 
-    sources: tiers whose copies `to` is about; keep: by tier, from the fastest.
+    sources: tiers whose copies `to` is about; keep: by tier, from the fastest; idle_by: "mtime": where nobody counts
+    uses, the date of writing stands for the last use; even_if_dearer: its moves need not pay back.
     """
 
     name: str = Field(min_length=1)
@@ -199,6 +200,8 @@ class Rule(Table):
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
     age_s: Seconds | None = Field(default=None, validation_alias="age")
     uses_below: int | None = Field(default=None, ge=1, le=MOST)
+    idle_by: Literal["use", "mtime"] = "use"
+    even_if_dearer: bool = False
     promote: Literal["never", "on_access"] = "never"
     keep: Mapping[str, Keep] = Field(default_factory=dict)
     then: str | None = None
@@ -216,6 +219,10 @@ class Rule(Table):
             raise ValueError(f"kind: keep lists are for checkpoints, and this rule is for kind {self.kind!r}")
         if self.to is None and conditions:
             raise ValueError(f"{conditions[0]}: is a condition of `to`, which is not given")
+        if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
+            raise ValueError("idle_by: says by what `idle` and `uses_below` are known, and neither is given")
+        if self.even_if_dearer and self.to is None and not self.keep:
+            raise ValueError("even_if_dearer: is about moves, and this rule makes none")
         if self.then is not None and not self.keep:
             raise ValueError("then: goes with a keep list; without one there are `to` and `age`")
         if self.after_s is not None and self.then is None:
@@ -247,10 +254,7 @@ class Tiering(Table):
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
     settle_s: Seconds = Field(default=600.0, validation_alias="settle")
     silence_s: Seconds = Field(default=604800.0, validation_alias="silence")
-    max_break_even_s: Seconds | None = Field(default=None, validation_alias="max_break_even")
-    small: Literal["refuse", "move"] = "refuse"
-    early: Literal["refuse", "pay"] = "refuse"
-    uncounted: Literal["wait", "idle"] = "wait"
+    max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
     gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()

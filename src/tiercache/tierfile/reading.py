@@ -23,6 +23,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
+# Keys of earlier releases, and what replaced them.
+_REPLACED = {
+    "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule for which the date of writing is'
+    " enough where nobody counts uses",
+    "tiering.small": "it was removed: a move must pay back within max_break_even, minimum sizes counted; write"
+    " even_if_dearer = true into a rule whose moves need not",
+    "tiering.early": "it was removed: a move must pay back within max_break_even, early-deletion fees counted; write"
+    " even_if_dearer = true into a rule whose moves need not",
+}
 # Messages that show the value by themselves, or where there is none.
 _COMPLETE = ("value_error", "missing")
 
@@ -64,7 +73,7 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
     tiering = _built(Tiering, tables.get("tiering", {}), "tiering")
     if tiering.state_dir is not None:
         tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
-    if tiering.max_break_even_s is not None:
+    if "max_break_even_s" in tiering.model_fields_set:
         for tier in tiers:
             _priced_for_break_even(tier)
     return TierFile(
@@ -226,7 +235,7 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
     keys = [key for key in _keys(model) if key not in resolved]
     for key in values:
         if key not in keys:
-            raise ValueError(f"{where}.{key}: {_unknown(key, keys)}")
+            raise ValueError(f"{where}.{key}: {_REPLACED.get(f'{where}.{key}') or _unknown(key, keys)}")
     try:
         return model.model_validate({**values, **resolved})
     except ValidationError as error:

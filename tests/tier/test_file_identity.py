@@ -1,0 +1,85 @@
+"""A local source that changed keeps its new bytes, also where its size and its mtime are what they were."""
+
+import os
+
+import pytest
+from tests.tier.moving import HookAt, World, checkpoint, content
+
+from tiercache.store import LocalFolder
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Home is a folder."""
+    world = World(tmp_path / "world")
+    text = (world.root / "tiercache.toml").read_text()
+    (world.root / "tiercache.toml").write_text(text.replace(world.url("standard"), str(tmp_path / "disk")))
+    world.inner["standard"] = world.faulty["standard"] = LocalFolder(tmp_path / "disk")
+    return world
+
+
+def write_unseen(world, key):
+    """Write other bytes into a file, and restore its size and its dates as far as a program can."""
+    path = world.inner["standard"].root / key
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(new_content(key))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+def new_content(key):
+    return bytes(reversed(content(key)))
+
+
+def moves(world, key="f"):
+    world.put("standard", key)
+    return world.plan(world.move(key, "standard", "archive"))
+
+
+def test_a_source_that_changed_after_it_was_planned_is_not_moved(world):
+    plan = moves(world)
+    write_unseen(world, "f")
+    assert len(world.apply(plan).stopped) == 1
+    assert world.inner["standard"].get("f") == new_content("f")
+    assert world.keys("archive") == []
+
+
+@pytest.mark.parametrize("point", ["tier_transfer.published", "tier_move.object", "tier_move.recorded"])
+def test_a_source_that_changed_during_its_copy_is_not_deleted(world, point):
+    plan = moves(world)
+    with HookAt(point, do=lambda: write_unseen(world, "f")) as hook:
+        world.apply(plan)
+    assert hook.hit
+    world.later()
+    assert world.settle().done == 0
+    assert world.inner["standard"].get("f") == new_content("f")
+
+
+@pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.looked_again", "tier_drop.decided"])
+def test_a_source_that_changed_while_it_was_about_to_be_deleted_stays(world, point):
+    plan = moves(world)
+    world.apply(plan)
+    world.later()
+    with HookAt(point, do=lambda: write_unseen(world, "f")) as hook:
+        settled = world.settle()
+    assert hook.hit
+    assert (settled.done, len(settled.stopped)) == (0, 1)
+    world.settle()
+    assert world.inner["standard"].get("f") == new_content("f")
+
+
+def test_one_changed_file_of_a_checkpoint_is_not_deleted_with_the_others(world):
+    world.apply(checkpoint(world))
+    world.later()
+    with HookAt("tier_drop.decided", do=lambda: write_unseen(world, "ck/step-1/b")):
+        assert world.settle().done == 0
+    assert world.inner["standard"].get("ck/step-1/b") == new_content("ck/step-1/b")
+
+
+def test_a_file_that_did_not_change_is_deleted_when_grace_is_over(world):
+    world.apply(moves(world))
+    world.later()
+    assert world.settle().done == 1
+    assert world.where("f") == ["archive"]

@@ -1,0 +1,226 @@
+"""Files that are read through a cache of this machine are in use for the rules of tiers."""
+
+import os
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+from tests.tier.moving import World, moved_away
+
+import tiercache as tc
+from tiercache.catalog import uses
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.model import ByteRange
+from tiercache.prices import priced
+from tiercache.store import open_store
+from tiercache.tier.inventory import take_inventory
+from tiercache.tier.model import Decisions
+from tiercache.tier.policy import decide
+from tiercache.tier.stores import Stores
+from tiercache.tier.survey import Survey, survey_of
+from tiercache.tierfile import load_tiers
+
+DAY_S = 86_400.0
+KEYS = ("data/a.bin", "data/b.bin")
+RULE = '[[rules]]\nmatch = "**"\nidle = "30d"\nto = "archive"\n'
+BY_MTIME = RULE + 'idle_by = "mtime"\n'
+
+
+class Tiers:
+    """Two folders; what lies in the first was written 40 days ago."""
+
+    def __init__(self, root, cache):
+        self.root, self.cache = root, cache
+        for key in KEYS:
+            self.write(key)
+        self.write_rules(BY_MTIME)
+
+    def write(self, key, days=40):
+        path = self.root / "store" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(key.encode() * 100)
+        os.utime(path, (time.time() - days * DAY_S,) * 2)
+
+    def write_rules(self, rules):
+        tiers = "".join(
+            f'[tiers.{name}]\nurl = "{self.root / folder}"\n'
+            for name, folder in (("standard", "store"), ("archive", "cold"))
+        )
+        (self.root / "tiercache.toml").write_text(f'{tiers}{rules}\n[tiering]\nstate_dir = "{self.root / "state"}"\n')
+
+    def decide(self):
+        """Paths of moves, and reasons of refusals by path."""
+        file = load_tiers(self.root / "tiercache.toml")
+        with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
+            snapshot = take_inventory(file, stores, catalog, now_s=time.time()).snapshot
+            found = decide(snapshot, file, [priced(tier) for tier in file.tiers], capacity_bytes=[None, None])
+        self.snapshot = snapshot
+        paths = snapshot.paths.to_pylist()
+        return [paths[m.group] for m in found.moves], {paths[r.group]: r.reason for r in found.refusals}
+
+
+@pytest.fixture
+def tiers(tmp_path):
+    with tc.Cache(tmp_path / "cache", size="16MiB", free_floor="0") as cache:
+        yield Tiers(tmp_path, cache)
+        kind = fsspec.get_filesystem_class("tiercache")
+        for fs in kind._cache.values():
+            fs.close()
+        kind.clear_instance_cache()
+
+
+def shift_clock(monkeypatch, days):
+    now_s = time.time() + days * DAY_S
+    monkeypatch.setattr(uses.time, "time", lambda: now_s)
+
+
+def read_by_fsspec(tiers, key):
+    url = f"tiercache::file://{tiers.root}/store/{key}"
+    with fsspec.open(url, "rb", tiercache={"cache": tiers.cache}) as file:
+        assert file.read() == key.encode() * 100
+
+
+def test_a_file_that_was_read_through_tiercache_a_minute_ago_is_not_idle(tiers):
+    read_by_fsspec(tiers, KEYS[0])
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+def verbs(store, key):
+    """Each way to read an object through a store."""
+    return {
+        "open_local": lambda: store.open_local(key).close(),
+        "get": lambda: store.get(key),
+        "read_tail": lambda: store.read_tail(key, 10),
+        "read_into": lambda: store.read_into(key, [(ByteRange(0, 2), memoryview(bytearray(2)))]),
+    }
+
+
+@pytest.mark.parametrize("verb", ["open_local", "get", "read_tail", "read_into"])
+def test_a_file_that_was_read_through_a_cache_is_not_idle(tiers, verb):
+    store = tiers.cache.store(open_store(str(tiers.root / "store")))
+    verbs(store, KEYS[0])[verb]()
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+@pytest.mark.parametrize("verb", ["cat_file", "cat", "cat_ranges", "get_file"])
+def test_every_way_to_read_through_tiercache_counts(tiers, tmp_path, verb):
+    fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
+    path = str(tiers.root / "store" / KEYS[0])
+    how = {"cat_ranges": ([path], 0, 2), "get_file": (path, str(tmp_path / "out"))}
+    getattr(fs, verb)(*how.get(verb, (path,)))
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+def test_what_a_file_system_reads_itself_counts_too(tiers):
+    fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
+    fs._cache, fs._is_uncached = None, True
+    assert fs.cat_file(str(tiers.root / "store" / KEYS[0])) == KEYS[0].encode() * 100
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+def test_where_nobody_counts_uses_a_plan_says_so_and_moves_nothing(tiers):
+    tiers.write_rules(RULE)
+    moves, refused = tiers.decide()
+    assert (moves, sorted(refused)) == ([], sorted(KEYS))
+    assert all("its use is not known" in why and 'idle_by = "mtime"' in why for why in refused.values())
+
+
+def test_a_file_that_is_read_by_its_path_is_not_known_to_be_used(tiers):
+    tiers.write_rules(RULE)
+    (tiers.root / "store" / KEYS[0]).read_bytes()
+    assert sorted(tiers.decide()[1]) == sorted(KEYS)
+
+
+def test_a_file_whose_last_use_is_known_is_idle_when_that_was_long_ago(tiers, monkeypatch):
+    tiers.write_rules(RULE)
+    shift_clock(monkeypatch, -35)
+    read_by_fsspec(tiers, KEYS[0])
+    monkeypatch.undo()
+    moves, refused = tiers.decide()
+    assert (moves, list(refused)) == ([KEYS[0]], [KEYS[1]])
+
+
+def test_a_checkpoint_is_in_use_where_one_of_its_files_is(tiers):
+    for step in (1, 2, 3):
+        for name in ("model.safetensors", "optimizer.bin"):
+            tiers.write(f"runs/step-{step}/{name}")
+    read_by_fsspec(tiers, "runs/step-1/optimizer.bin")
+    moves, _ = tiers.decide()
+    assert [path for path in moves if path.startswith("runs")] == ["runs/step-2", "runs/step-3"]
+
+
+def test_uses_are_counted_and_shown(tiers):
+    read_by_fsspec(tiers, KEYS[0])
+    tiers.decide()
+    row = tiers.snapshot.paths.to_pylist().index(KEYS[0])
+    assert tiers.snapshot.uses.tolist()[row] == 1
+    assert tiers.snapshot.last_use_s[row] > time.time() - 3600
+
+
+def test_a_file_that_is_read_through_a_link_is_the_same_file(tiers, tmp_path):
+    (tmp_path / "link").symlink_to(tiers.root / "store")
+    url = f"tiercache::file://{tmp_path}/link/{KEYS[0]}"
+    with fsspec.open(url, "rb", tiercache={"cache": tiers.cache}) as file:
+        file.read()
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+def test_what_another_process_has_read_is_in_use_also_where_it_was_killed(tiers):
+    code = (
+        "import fsspec, os, signal\n"
+        f"fsspec.open('tiercache::file://{tiers.root}/store/{KEYS[0]}', 'rb').open().read()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert tiers.decide() == ([KEYS[1]], {})
+
+
+def test_full_logs_are_reduced_and_nothing_of_them_is_lost(tiers, monkeypatch, tmp_path):
+    monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(uses, "_LOG_BYTES", 200)
+    for number in range(30):
+        uses.note(f"s3://bucket/{number % 5}-{number}")
+    folder = tmp_path / "own" / uses.FOLDER
+    n_logs = len(list(folder.iterdir()))
+    assert n_logs > 2
+    before = uses.read()
+    shift_clock(monkeypatch, 1)
+    assert uses.read() == before
+    assert len(list(folder.iterdir())) < n_logs
+    assert uses.read() == before
+    assert len(before) == 30
+
+
+def test_a_state_folder_that_cannot_be_had_hinders_no_reader(tiers, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "file"))
+    read_by_fsspec(tiers, KEYS[0])
+    tiers.write_rules(RULE)
+    assert sorted(tiers.decide()[1]) == sorted(KEYS)
+
+
+def test_a_line_that_was_torn_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
+    uses.note("s3://bucket/torn-test")
+    path = next((tmp_path / uses.FOLDER).iterdir())
+    with path.open("a") as file:
+        file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
+    assert list(uses.read()) == ["s3://bucket/torn-test"]
+
+
+@pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
+def test_a_file_that_is_read_during_grace_stays_where_its_rule_asks_for_idleness(tmp_path, rule, goes):
+    world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
+    moved_away(world, "f")
+    world.survey = Survey(used_s={"f": world.now_s + 60})
+    world.later()
+    assert world.settle().done == goes
+    assert world.where("f") == (["archive"] if goes else ["standard", "archive"])
+
+
+def test_a_survey_knows_what_was_read_through_a_cache(tiers):
+    read_by_fsspec(tiers, KEYS[0])
+    tiers.decide()
+    assert list(survey_of(tiers.snapshot, Decisions()).used_s) == [KEYS[0]]
