@@ -115,6 +115,7 @@ def made_snapshot(n: int) -> Snapshot:
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},
+        unread=np.zeros(n, np.bool_),
         tags={},
         group=group,
         tier=tier,
@@ -126,6 +127,7 @@ def made_snapshot(n: int) -> Snapshot:
         state=np.full(m, HERE, np.uint8),
         whole=np.ones(m, np.bool_),
         verified=random.random(m) < 0.8,
+        links={},
     )
 
 

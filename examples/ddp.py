@@ -43,7 +43,8 @@ class Training:
         layers = (torch.nn.Linear(N_INPUTS, 64), torch.nn.Tanh(), torch.nn.Linear(64, N_CLASSES))
         self.model: Any = torch.nn.Sequential(*layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
-        self.loader = tc.DataLoader(tc.Dataset(url), batch_size=batch_size, shuffle=True)
+        options = tc.LoaderOptions(seed=0)  # the orders of all epochs follow from it and the loader's state
+        self.loader = tc.DataLoader(tc.Dataset(url), batch_size=batch_size, shuffle=True, options=options)
         self.step = 0
         self._checkpoint = folder / "checkpoint.pt"
         if dist.is_initialized():

@@ -226,11 +226,11 @@ class World:
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
             uses=self._uses[:n], counted_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
-            metrics={"val_loss": all_of.loss[:n]}, tags={},
+            metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
             smallest_bytes=n_bytes // n_objects, modified_s=self.since_s[group, tier],
             storage_class=tier.astype(np.int16), state=np.where(self._archived[tier], ARCHIVED, HERE).astype(np.uint8),
-            whole=everywhere, verified=everywhere,
+            whole=everywhere, verified=everywhere, links={},
         )  # fmt: skip
 
     def decide(self) -> Decisions:

@@ -275,7 +275,7 @@ class TestRules:
         keep = (
             read(
                 TIERS + '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
-                ' best = ["loss:2", "top 1 : 3 : max"]}'
+                ' best = ["loss:2", "top 1 : 3 : max", {metric = ["a", "b"], n = 1, mode = "max"}]}'
             )
             .rules[0]
             .keep["hot"]
@@ -284,7 +284,11 @@ class TestRules:
             every_s=21600.0,
             younger_s=604800.0,
             tags=("release",),
-            best=(Best(metric="loss", n=2), Best(metric="top 1", n=3, mode="max")),
+            best=(
+                Best(metric="loss", n=2),
+                Best(metric="top 1", n=3, mode="max"),
+                Best(metric=["a", "b"], n=1, mode="max"),
+            ),
         )
 
     @pytest.mark.parametrize(
@@ -343,6 +347,9 @@ class TestRules:
             ('match = "*"\nkeep_hot = {lats = 1}', "rules[1].keep_hot.lats: no such key; did you mean 'last'"),
             ('match = "*"\nkeep_hot = {best = "loss"}', "rules[1].keep_hot.best: expected METRIC:N or METRIC:N:max"),
             ('match = "*"\nkeep_hot = {best = "loss:0"}', "rules[1].keep_hot.best: expected METRIC:N"),
+            ('match = "*"\nkeep_hot = {best = {metric = "loss"}}', "rules[1].keep_hot.best: n: Field required"),
+            ('match = "*"\nkeep_hot = {best = {metric = [], n = 1}}', "rules[1].keep_hot.best: metric: expected one"),
+            ('match = "*"\nkeep_hot = {best = {metrik = "a", n = 1}}', "rules[1].keep_hot.best: metric: Field"),
             (
                 'match = "*"\nkeep_standard = {last = 1}\nthen = "standard"',
                 "rules[1].then: tier 'standard' is not colder than 'standard', which has a keep list",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,8 @@ N_CALLS = 1000
 # Longer than the gathering of a batch of so few rows takes, so that the next one is ready when it is asked for.
 PAUSE_S = 60e-6
 OVERHEAD_RECORDS, SHORTEST = 1 << 18, 1 << 12
+CHECKS = ("never", "first", "always")
+Rates: TypeAlias = dict[tuple[str, str, str], list[float]]
 
 
 def assembly(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
@@ -77,31 +79,62 @@ def overhead(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]
 
 
 def first_epoch(effort: Effort, folder: Path, scale: float) -> list[dict[str, Any]]:
-    """The first epoch, which checks what it reads, beside later ones, and all beside a Dataset that never does.
+    """The first epoch, later ones and records by index, by what is checked of a data set that lies in memory.
 
-    The rows' baseline is the same epoch without checks: what is missing to 1 is the checksums' share.
+    The baseline of each row is the same without any check (verify="never"); verify="always" shows what it would cost to
+    check each page once an epoch, and at each access by index.
     """
-    n = max(int((1 << 17) * scale), SHORTEST)
-    path, found = stored.tokens(folder / "tokens", n), {}
-    for _ in range(effort.repetitions):
-        for shuffle in (False, True):
-            for verify in ("never", "first"):
-                with _loader(path, 64, shuffle=shuffle, verify=verify) as loader:
-                    for epoch in ("first", "second", "third"):
-                        started = time.perf_counter()
-                        _exhaust(loader)
-                        rate = n / 1e3 / (time.perf_counter() - started)
-                        found.setdefault((shuffle, verify, epoch), []).append(rate)
+    n_tokens, n_tensors = (max(int(n * scale), SHORTEST) for n in (1 << 17, 1 << 14))
+    paths = {
+        "tokens": (stored.tokens(folder / "tokens", n_tokens), n_tokens),
+        "tensors": (stored.tensors(folder / "tensors", n_tensors), n_tensors),
+    }
+    found: Rates = {}
+    for repetition in range(effort.repetitions):
+        for name, (path, n) in paths.items():
+            for shuffle in (False, True):
+                _checked_epochs(found, f"{name}, {'shuffled' if shuffle else 'stored order'}", path, n, shuffle=shuffle)
+            for n_asked, n_times in ((1, 256), (256, 16)):
+                rng = np.random.default_rng(repetition)
+                asked = [rng.integers(0, n, n_asked).tolist() for _ in range(max(int(n_times * min(scale, 1.0)), 2))]
+                _checked_records(found, f"{name}, records", path, asked)
     return [
         row_of(
-            f"first epochs, tokens, {'shuffled' if shuffle else 'stored order'}",
-            f"{epoch} epoch, verify={verify}",
+            f"first epochs, {stage}",
+            f"{case}, verify={verify}",
             "k samples/s",
             values,
-            found[shuffle, "never", epoch],
+            found[stage, case, "never"],
         )
-        for (shuffle, verify, epoch), values in found.items()
+        for (stage, case, verify), values in found.items()
     ]
+
+
+def _checked_epochs(found: Rates, stage: str, path: Path, n: int, *, shuffle: bool) -> None:
+    """Four epochs of each way to check, in turns."""
+    with ExitStack() as stack:
+        loaders = {v: stack.enter_context(_loader(path, 64, shuffle=shuffle, verify=v)) for v in CHECKS}
+        for case in ("first epoch", "later epochs", "later epochs", "later epochs"):
+            for verify, loader in loaders.items():
+                started = time.perf_counter()
+                _exhaust(loader)
+                rate = n / 1e3 / (time.perf_counter() - started)
+                found.setdefault((stage, case, verify), []).append(rate)
+
+
+def _checked_records(found: Rates, stage: str, path: Path, asked: list[list[int]]) -> None:
+    """Some records by index, of each way to check in turns, once they were read before."""
+    datasets = {verify: tc.Dataset(path, verify=verify) for verify in CHECKS}
+    for turn in range(5):
+        for verify, dataset in datasets.items():
+            started = time.perf_counter()
+            for indices in asked:
+                dataset[indices[0] if len(indices) == 1 else indices]
+            rate = len(asked) * len(asked[0]) / 1e3 / (time.perf_counter() - started)
+            if turn:
+                found.setdefault((stage, f"{len(asked[0])} by index", verify), []).append(rate)
+    for dataset in datasets.values():
+        dataset.close()
 
 
 @contextmanager

@@ -26,6 +26,16 @@ def tokens(folder: Path, n_records: int) -> Path:
     return _written(folder, {"values": tc.Tensor("uint16", (1024,)), "label": "int64"}, n_records, piece)
 
 
+def tensors(folder: Path, n_records: int) -> Path:
+    """uint8[3, 64, 64] and an int64 label."""
+
+    def piece(rng: np.random.Generator, rows: NDArray[np.int64]) -> dict[str, Any]:
+        return {"values": rng.integers(0, 256, (len(rows), 3, 64, 64), np.uint8), "label": rows}
+
+    schema = {"values": tc.Tensor("uint8", (3, 64, 64)), "label": "int64"}
+    return _written(folder, schema, n_records, piece, piece_rows=1 << 10)
+
+
 def wide(folder: Path, n_records: int, n_columns: int) -> Path:
     """Some int64 columns c0, c1, ..., each the record's number."""
     names = [f"c{i}" for i in range(n_columns)]
@@ -48,12 +58,12 @@ def small_rows(folder: Path, n_records: int) -> Path:
     return _written(folder, schema, n_records, piece)
 
 
-def _written(folder: Path, schema: dict[str, Any], n_records: int, piece: Any) -> Path:
+def _written(folder: Path, schema: dict[str, Any], n_records: int, piece: Any, *, piece_rows: int = PIECE_ROWS) -> Path:
     """The data set, anew."""
     if folder.exists():
         shutil.rmtree(folder)
     rng = np.random.default_rng(3)
     with tc.Writer(folder, schema=schema) as writer:
-        for start in range(0, n_records, PIECE_ROWS):
-            writer.write_batch(piece(rng, np.arange(start, min(start + PIECE_ROWS, n_records))))
+        for start in range(0, n_records, piece_rows):
+            writer.write_batch(piece(rng, np.arange(start, min(start + piece_rows, n_records))))
     return folder

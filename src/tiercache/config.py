@@ -207,7 +207,7 @@ def _number(variable: str, default: int) -> int:
 def aws_profile() -> str | None:
     """The profile of the user's AWS files that AWS clients would use here, None where the environment gives keys.
 
-    That is AWS_PROFILE, or "default" where a credentials file exists.
+    That is AWS_PROFILE, or "default" where there is one of the files.
     """
     named = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
     if named:
@@ -215,8 +215,37 @@ def aws_profile() -> str | None:
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
     if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")):
         return None
-    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    return "default" if file.is_file() else None
+    return "default" if any(file.is_file() for file in aws_files()) else None
+
+
+def aws_files() -> tuple[Path, Path]:
+    """The user's AWS files: of configuration, and of credentials. They need not exist."""
+    places = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+    config, credentials = (os.path.expanduser(os.environ.get(v) or default) for v, default in places.items())  # noqa: PTH111
+    return Path(config), Path(credentials)
+
+
+def aws_keys() -> tuple[str, str, str | None] | None:
+    """Access key, secret key and session token of the environment as it is now; None without the first two."""
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    token = os.environ.get("AWS_SESSION_TOKEN") or os.environ.get("AWS_SECURITY_TOKEN")
+    return (key, secret, token or None) if key and secret else None
+
+
+def aws_web_identity() -> dict[str, str]:
+    """What the environment says of a role that is taken on by a token's file, in the names of storage options."""
+    names = {
+        "role_arn": "AWS_ROLE_ARN",
+        "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "role_session_name": "AWS_ROLE_SESSION_NAME",
+        "sts_endpoint": "AWS_ENDPOINT_URL_STS",
+    }
+    return {name: os.environ[variable] for name, variable in names.items() if os.environ.get(variable)}
+
+
+def aws_ca_bundle() -> str | None:
+    """Path of the file of certificates that AWS clients trust here, None: the system's."""
+    return os.environ.get("AWS_CA_BUNDLE") or None
 
 
 def aws_reach() -> dict[str, str]:
@@ -229,8 +258,11 @@ def aws_reach() -> dict[str, str]:
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
         "skip_signature": ("AWS_SKIP_SIGNATURE",),
         "virtual_hosted_style_request": ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST",),
+        "request_payer": ("AWS_REQUEST_PAYER",),
     }
     said = {name: next(filter(None, map(os.environ.get, variables)), None) for name, variables in names.items()}
+    if (payer := said["request_payer"]) is not None:
+        said["request_payer"] = "true" if payer.lower() in ("true", "1", "requester") else None
     return {name: value for name, value in said.items() if value}
 
 

@@ -68,8 +68,8 @@ class Dataset(Choosing):
         nulls: nullable column -> a value to serve instead of nulls, or "mask" (the default): `<column>.valid`.
         cast: column of numbers -> dtype to serve it as, converted while it is read: {"tokens": "int64"}. Integers and
             bool become integers or floats that are equal, floats become floats, rounded (docs/reference/batches.md).
-        verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part, "always", or
-            "never".
+        verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part and when its file
+            has changed since, "always", or "never" (the table in docs/guide/cache.md).
         storage_options: for the store, as docs/guide/storage.md lists them.
 
     Raises:
@@ -283,6 +283,10 @@ class Dataset(Choosing):
     def _own(self) -> dict[str, Any]:
         """Attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
+
+    def over(self, source: Readable) -> Self:
+        """The same data set over another source: with its transform, its forms and its attributes. For loaders."""
+        return self._derive(source)
 
     def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
         """The same data set over another source, served as this one or otherwise."""

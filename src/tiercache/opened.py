@@ -19,7 +19,7 @@ import pyarrow as pa
 from tiercache.access import Access, Opener
 from tiercache.cache import CachedStore
 from tiercache.cache.copy_names import CopyNames
-from tiercache.cache.place import Place, warn_if_larger
+from tiercache.cache.place import Place, announce
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange, Keeper, Part, ReadingPlan, ShardIdentity
 from tiercache.order import BlockTable
@@ -32,6 +32,7 @@ from tiercache.shard.mapped import MappedRecords
 from tiercache.shard.opening import read_footer_alone
 from tiercache.shard.projection import column_ranges
 from tiercache.shard.segments import as_arrow
+from tiercache.shard.statistics import parse_statistics
 from tiercache.store import LocalStore
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tiercache.shard.layout import Footer
     from tiercache.shard.reader import ShardReader
     from tiercache.shard.segments import ShardTable
+    from tiercache.shard.statistics import Facts
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
     from tiercache.shard.versions import Version
@@ -100,7 +102,7 @@ class OpenedVersion:
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
-            warn_if_larger(self.url, np.asarray(self.table.n_bytes), self.cache)
+            announce(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:
@@ -186,9 +188,17 @@ class OpenedVersion:
         """Numbers of all versions there are, oldest first."""
         return list_versions(self.inner)
 
-    def statistics(self, shard: int) -> str:
-        """What the version says of a shard's columns, JSON: {column: {"nulls", "bytes", "min", "max"}}."""
-        return str(self.table.arrow["statistics"][shard])
+    def statistics(self, shard: int) -> Facts:
+        """As Readable.statistics."""
+        text = self.table.arrow["statistics"][shard].as_py()
+        try:
+            return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
+        except ValueError as error:
+            ends = np.cumsum([segment.n_shards for segment in self.manifest.segments])
+            segment = self.manifest.segments[int(np.searchsorted(ends, shard, side="right"))]
+            name = self.table.names[shard].as_py()
+            url = f"{self.store.url}/{segment.key}"
+            raise CorruptShard(f"its row of shard {name!r}: {error}", url=url, part="segment") from error
 
     def identity(self, shard: int) -> ShardIdentity:
         """What the cache keeps the shard's copy by."""
@@ -287,7 +297,7 @@ class OpenedVersion:
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
             # More than can be open at once would push each other out.
-            if len(shards) <= readers.MAX_READERS and all(map(self._readers.map, shards.tolist())):
+            if len(shards) <= self._readers.capacity and all(map(self._readers.map, shards.tolist())):
                 found = self._mapped.take(records)
         return found
 

@@ -1,11 +1,14 @@
 """What a verb says when Ctrl-C strikes it."""
 
+import logging
 import warnings
 
 import pytest
 import typer
 
 from tiercache.cli.failures import INTERRUPTED, reports_failures
+from tiercache.store import retry
+from tiercache.testing.http_server import HttpFaultServer
 
 
 def struck(monkeypatch, where):
@@ -30,3 +33,44 @@ def test_ctrl_c_says_what_to_do_and_of_a_verb_that_is_done_that_it_is(monkeypatc
     with pytest.raises(typer.Exit) as ended:
         struck(monkeypatch, where)()
     assert (ended.value.exit_code, capsys.readouterr().err) == (INTERRUPTED, f"tiercache: interrupted: {said}\n")
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """The URL of a server that is gone; a call that pauses before another attempt fails the test."""
+
+    def paused(*_args):
+        raise AssertionError("the command must not try again")
+
+    monkeypatch.setattr(retry, "pause", paused)
+    with HttpFaultServer() as server:
+        return server.url
+
+
+@pytest.mark.parametrize("verb", ["ls", "info", "verify", "warm"])
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_verb_fails_at_once_where_nobody_listens_and_names_the_endpoint(tiercache, nobody, tmp_path, verb, scheme):
+    url = "s3://bucket/set" if scheme == "s3" else f"{nobody}/set"
+    options = [f"endpoint={nobody}", "anon=true"] if scheme == "s3" else []
+    more = ["--cache", tmp_path / "cache"] if verb == "warm" else []
+    given = [word for option in options for word in ("--storage-option", option)]
+    assert f"cannot connect to {nobody}" in tiercache(verb, url, *given, *more, code=1).err
+
+
+def test_a_tier_plan_fails_at_once_where_nobody_listens(tiercache, nobody, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", nobody)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "state"))
+    rules = tmp_path / "tiercache.toml"
+    rules.write_text('[tiers.hot]\nurl = "s3://bucket/hot"\n[tiers.standard]\nurl = "s3://bucket/cold"\n')
+    assert nobody in tiercache("tier", "ls", "--rules", rules, code=1).err
+
+
+def test_warnings_of_the_log_stand_on_standard_error(capsys):
+    def verb():
+        logging.getLogger("tiercache").warning("s3://bucket: has waited %d s", 2)
+
+    reports_failures(verb, how_to_go_on="")()
+    assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
+    assert not logging.getLogger("tiercache").handlers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from tiercache.pack import pack
 from tiercache.store import open_store
+from tiercache.store.archive import open_archive
+from tiercache.testing.s3_server import S3Server
 from tiercache.tier.lock import TierLock
 
 RULES = """
@@ -85,6 +88,121 @@ def steps(root: Path, tier: str) -> list[str]:
     return sorted(path.parent.name for path in (root / tier).rglob("model.bin"))
 
 
+MISSPELT = 'keep_hot = { best = "val_los:1" }'
+
+
+def score_checkpoints(root: Path) -> None:
+    """Give the three checkpoints metrics, as if they had been written two years ago."""
+    for step in (9, 10, 11):
+        folder = root / "nvme" / "runs" / "a" / f"step-{step}"
+        (folder / "metrics.json").write_text(json.dumps({"val_loss": step, "accuracy": 0.5}))
+        age(folder, 700 + 20 - step)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("verb", [["check"], ["plan"], ["run", "--once", "--dry-run"]])
+    def test_a_metric_that_no_checkpoint_of_a_run_has_is_warned_of_and_nothing_is_deleted(self, tiercache, root, verb):
+        score_checkpoints(root)
+        rules = RULES.replace("keep_hot = { last = 1 }", f'{MISSPELT}\ndelete_after = "365d"')
+        (root / "tiercache.toml").write_text(rules)
+        (warning,) = [one for one in tiercache("tier", *verb, "--json").events if one["event"] == "no_metric"]
+        assert warning == {
+            "event": "no_metric",
+            "rule": "runs",
+            "tiers": ["hot"],
+            "metrics": ["val_los"],
+            "run": "runs/a/step-*",
+            "n_checkpoints": 3,
+            "found": ["accuracy", "val_loss"],
+            "likely": "val_loss",
+        }
+        (line,) = [line for line in tiercache("tier", *verb).out.splitlines() if line.startswith("warning: ")]
+        assert all(fact in line for fact in ("runs/a/step-*", "'val_los'", "accuracy, val_loss", "'val_loss'?"))
+
+    def test_a_misspelt_metric_deletes_nothing_in_a_run(self, tiercache, root):
+        score_checkpoints(root)
+        rules = RULES.replace("keep_hot = { last = 1 }", f'{MISSPELT}\ndelete_after = "365d"')
+        (root / "tiercache.toml").write_text(rules)
+        for _ in range(2):
+            tiercache("tier", "run", "--once")
+        assert steps(root, "nvme") == ["step-10", "step-11", "step-9"]
+        (root / "tiercache.toml").write_text(rules.replace("val_los:", "val_loss:"))
+        tiercache("tier", "run", "--once")
+        assert steps(root, "nvme") == ["step-11", "step-9"]
+
+    def test_checkpoints_without_the_metric_of_their_run_are_said_by_check(self, tiercache, root):
+        score_checkpoints(root)
+        (root / "nvme/runs/a/step-10/metrics.json").unlink()
+        rules = RULES.replace("{ last = 1 }", '{ best = { metric = ["other", "val_loss"], n = 1 } }')
+        (root / "tiercache.toml").write_text(rules)
+        events = tiercache("tier", "check", "--json").events
+        (note,) = [one for one in events if one["event"] == "passed_over"]
+        assert (note["n_checkpoints"], note["paths"]) == (1, ["runs/a/step-10"])
+        assert [one for one in events if one["event"] == "no_metric"] == []
+
+    def test_a_run_without_any_metric_is_said_to_have_none(self, tiercache, root):
+        (root / "tiercache.toml").write_text(RULES.replace("{ last = 1 }", '{ best = "val_loss:1" }'))
+        (warning,) = [e for e in tiercache("tier", "plan", "--json").events if e["event"] == "no_metric"]
+        assert (warning["found"], warning["likely"]) == ([], None)
+
+
+class TestLosses:
+    @pytest.mark.parametrize("verb", [["check"], ["run", "--once", "--dry-run"], ["run", "--once"]])
+    def test_a_shard_without_any_copy_ends_with_3_and_is_named(self, tiercache, root, verb):
+        tiercache("tier", *verb)
+        shard = next((root / "store").rglob("*.tcs") if verb[0] == "check" else root.rglob("*.tcs"))
+        for copy in root.rglob(shard.name):
+            copy.unlink()
+        name = f"datasets/photos/shards/{shard.name}"
+        done = tiercache("tier", *verb, "--json", code=3)
+        assert [one["path"] for one in done.events if one["event"] == "lost"] == [name]
+        assert done.events[-1]["lost"] == [name]
+        assert [line for line in tiercache("tier", *verb, code=3).out.splitlines() if name in line and "LOST" in line]
+
+    def test_where_nothing_is_lost_the_field_is_empty(self, tiercache, root):
+        for verb in (["check"], ["run", "--once"]):
+            assert tiercache("tier", *verb, "--json").events[-1]["lost"] == []
+
+    def test_what_was_not_asked_is_not_known(self, tiercache, root):
+        assert tiercache("tier", "check", "--offline", "--json").events[-1]["lost"] is None
+
+    def test_of_many_losses_people_see_some_and_programs_all(self, tiercache, root):
+        for step in range(20, 50):
+            write_checkpoint(root, step, 1)
+        tiercache("tier", "run", "--once")
+        tiercache("tier", "run", "--once")
+        shutil.rmtree(root / "cold" / "runs")
+        lines = [one for one in tiercache("tier", "check", code=3).out.splitlines() if one.startswith("LOST: ")]
+        assert len(lines) == 21
+        assert len(tiercache("tier", "check", "--json", code=3).events[-1]["lost"]) == 32
+
+
+class TestBucket:
+    @pytest.mark.s3
+    def test_check_warns_of_a_lifecycle_rule_that_deletes_objects_of_a_tier(self, tiercache, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with S3Server(kind="moto") as server:
+            options = ", ".join(f"{name} = {json.dumps(value)}" for name, value in server.storage_options.items())
+            (tmp_path / "tiercache.toml").write_text(
+                f'[tiers.standard]\nurl = "{server.url}/train"\nprices = "aws:us-east-1:STANDARD"\n'
+                f"storage_options = {{ {options} }}\n"
+            )
+            assert [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"] == []
+            archive = open_archive(server.url, **server.storage_options)
+            lifecycle = {"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": "tr"}, "Expiration": {"Days": 30}}
+            archive.calls(
+                "put_bucket_lifecycle_configuration",
+                archive.url,
+                Bucket=server.bucket,
+                LifecycleConfiguration={"Rules": [lifecycle]},
+            )
+            archive.close()
+            (found,) = [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"]
+            assert (found["tier"], found["kind"], found["rule"]) == ("standard", "expiration", "tidy")
+            (line,) = [one for one in tiercache("tier", "check").out.splitlines() if one.startswith("warning: ")]
+            assert "30 days" in line
+
+
 class TestCheck:
     def test_it_says_where_tiers_are_and_what_rules_match(self, tiercache, root):
         *rows, summary = tiercache("tier", "check", "--json").events
@@ -105,6 +223,7 @@ class TestCheck:
             "rules": 2,
             "pins": 0,
             "not_reached": 0,
+            "lost": [],
         }
 
     def test_people_get_two_tables(self, tiercache, root):

@@ -52,6 +52,51 @@ def serve_case(
     return found | {"warned": [str(w.message) for w in warned], "repr": repr(made)}
 
 
+class OwnRecords(tc.Dataset):
+    """A data set that says itself what a record is."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"id": super().__getitem__(index)["id"]}
+
+
+def only_ids(record: dict[str, Any]) -> dict[str, Any]:
+    return {"id": record["id"]}
+
+
+def ids_together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": torch.tensor([int(record["id"]) for record in records])}
+
+
+def serve_ways(url: str, batch_size: int) -> dict[str, dict[str, Any]]:
+    """Two epochs by each way to torch's path, with workers and without, and by the native path; no seed is given."""
+    dist.init_process_group("gloo")
+    whole = tc.Dataset(url)
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "native": (whole, {}),
+        "collate_fn": (whole, {"collate_fn": ids_together}),
+        "transform": (tc.Dataset(url, transform=only_ids), {}),
+        "subclass": (OwnRecords(url), {}),
+        "batch_size=None": (whole, {"batch_size": None}),
+    }
+    found = {}
+    for name, (dataset, more) in ways.items():
+        for workers in (0, 2) if name != "native" else (0,):
+            torch.manual_seed(dist.get_rank())  # each rank would draw a seed of its own
+            arguments = {"batch_size": batch_size, "shuffle": True, "num_workers": workers, **more}
+            loader = tc.DataLoader(dataset, **arguments)
+            epochs = [[torch.as_tensor(b["id"]).reshape(-1).tolist() for b in loader] for _ in range(2)]
+            found[f"{name}, {workers} workers"] = {
+                "epochs": epochs,
+                "length": len(loader),
+                "state": loader.state_dict(),
+                "repr": repr(loader),
+            }
+    every = tc.DataLoader(whole, batch_size, collate_fn=ids_together, options=tc.LoaderOptions(split_ranks=False))
+    found["not split"] = {"epochs": [[b["id"].tolist() for b in every]], "length": len(every)}
+    dist.destroy_process_group()
+    return found
+
+
 def take(loader: tc.DataLoader, stop_after: int | None) -> list[list[int]]:
     iterator = iter(loader)
     n_batches = stop_after if stop_after is not None else len(iterator)

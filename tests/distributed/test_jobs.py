@@ -145,3 +145,37 @@ def test_the_rest_is_served_by_any_other_number_of_ranks(job):
         assert set(rest.values()) == {1}
         assert served.keys() ^ rest.keys() == set(range(N + 37))
     dataset.close()
+
+
+@pytest.fixture(scope="module")
+def ways(packed, tmp_path_factory):
+    """What two ranks are served on torch's path: {way: (one answer a rank)}."""
+    arguments = {"url": str(packed(N)), "batch_size": 60}
+    answers = run_ranks("tests.distributed.jobs:serve_ways", 2, tmp_path_factory.mktemp("ways"), arguments)
+    return {name: [answer[name] for answer in answers] for name in answers[0]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["collate_fn", "transform", "subclass", "batch_size=None"])
+def test_torchs_path_splits_an_epoch_over_the_ranks(ways, name, workers):
+    answers = ways[f"{name}, {workers} workers"]
+    assert ["rank 0 of 2" in answers[0]["repr"], "rank 1 of 2" in answers[1]["repr"]] == [True, True]
+    assert answers[0]["state"] == answers[1]["state"]
+    assert answers[0]["length"] == answers[1]["length"] == len(answers[0]["epochs"][0]) == len(answers[1]["epochs"][0])
+    for parts in epochs_of(answers):
+        served = records_of(parts)
+        assert sorted(served) == list(range(N))
+        assert served.total() - N <= 1  # an odd record leaves one of two ranks to be padded, or none
+    if name != "batch_size=None":  # whose global batches are others
+        natively = ways["native, 0 workers"]
+        assert [answer["length"] for answer in answers] == [answer["length"] for answer in natively]
+        # Rank 0 was seeded alike for each, so the orders are one.
+        assert [answer["epochs"] for answer in answers] == [answer["epochs"] for answer in natively]
+        assert answers[0]["state"] == natively[0]["state"]
+    assert epochs_of(answers)[0] != epochs_of(answers)[1]
+
+
+def test_ranks_that_are_not_split_are_all_served_everything_on_torchs_path_too(ways):
+    for answer in ways["not split"]:
+        assert list(chain.from_iterable(answer["epochs"][0])) == list(range(N))
+        assert answer["length"] == len(answer["epochs"][0])

@@ -20,6 +20,7 @@ def serve(urls: list[str], batch_size: int, folder: str) -> dict[str, Any]:
     return {
         "epochs": epochs,
         "uneven": serve_epoch(uneven(), urls[0], batch_size)["batches"],
+        "bare": serve_bare(accelerator, urls[0], batch_size),
         "plain": serve_plain(accelerator, urls[0], batch_size),
         "resumed": save_and_resume(accelerator, urls[0], batch_size, Path(folder)),
         "steps": {who: synced_steps(accelerator, who, urls[0], batch_size) for who in ("ours", "Accelerate's")},
@@ -40,6 +41,19 @@ def serve_epoch(accelerator: Accelerator, url: str, batch_size: int) -> dict[str
             gathered += accelerator.gather_for_metrics(batch["id"]).tolist()
     assert not accelerator.gradient_state.in_dataloader
     return {"batches": batches, "gathered": gathered, "ends": ends, "padded": loader.stats()["padded"]}
+
+
+def serve_bare(accelerator: Accelerator, url: str, batch_size: int) -> dict[str, Any]:
+    """An epoch of a loader that nobody prepares, which splits it among ranks, and the same one from its third batch."""
+
+    def make() -> Any:
+        return tc.DataLoader(tc.Dataset(url), batch_size=batch_size, shuffle=True, options=tc.LoaderOptions(seed=3))
+
+    batches = [batch["id"].tolist() for batch in make()]
+    return {
+        "batches": batches,
+        "skipped": [batch["id"].tolist() for batch in accelerator.skip_first_batches(make(), 2)],
+    }
 
 
 def serve_plain(accelerator: Accelerator, url: str, batch_size: int) -> dict[str, Any]:

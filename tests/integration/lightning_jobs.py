@@ -37,7 +37,8 @@ def fit(
     warnings.filterwarnings("ignore", module="lightning.*")  # of torch's deprecations, folders that exist, few workers
     torch.manual_seed(1)
     model = Model()
-    loader = tc.DataLoader(tc.Dataset(url), batch_size=8, shuffle=True)
+    # Lightning restores no random numbers: with a seed all epochs follow from the loader's state.
+    loader = tc.DataLoader(tc.Dataset(url), batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=1))
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=n_processes,

@@ -117,6 +117,39 @@ def test_skipping_batches_by_their_indices_says_what_to_do_instead(dataset, acce
         next(iter(accelerator.skip_first_batches(loader, 2)))
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("way", ["bare", "prepared", "bare, by workers"])
+def test_skipping_the_first_batches_leaves_the_rest_of_the_epoch(dataset, accelerator, way, epoch, drop_last):
+    def make():
+        arguments = {"shuffle": True, "drop_last": drop_last, "options": tc.LoaderOptions(seed=3)}
+        loader = tc.DataLoader(dataset, batch_size=8, num_workers=2 if "workers" in way else 0, **arguments)
+        return accelerator.prepare(loader) if way == "prepared" else loader
+
+    loader = make()
+    epochs = [ids_of(loader) for _ in range(epoch + 3)]
+    resumed = make()
+    resumed.set_epoch(epoch)
+    twice = accelerator.skip_first_batches(accelerator.skip_first_batches(resumed, 2), 3)
+    assert ids_of(twice) == epochs[epoch][5:]
+    if way == "prepared":
+        resumed.set_epoch(epoch + 1)  # Accelerate's loaders count the epochs that they themselves served
+    assert ids_of(resumed) == epochs[epoch + 1]
+    if way != "prepared":
+        assert ids_of(accelerator.skip_first_batches(resumed, 1)) == epochs[epoch + 2][1:]
+
+
+def test_skipping_again_what_a_loaded_state_skips_is_refused(dataset, accelerator):
+    loader = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    batches = iter(loader)
+    next(batches), next(batches)
+    resumed = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    resumed.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="iterate the loader itself"):
+        ids_of(accelerator.skip_first_batches(resumed, 2))
+    assert ids_of(resumed) == ids_of(batches)
+
+
 def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
     with pytest.raises(TypeError, match=r"takes a tiercache\.DataLoader, got a DataLoader"):
         prepare(torch.utils.data.DataLoader(dataset), accelerator)
@@ -180,6 +213,12 @@ def test_accelerates_own_prepare_splits_our_data_set_among_ranks(job):
     served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["plain"]))
     assert sorted(set(served)) == list(range(101))
     assert all(found["skipped"] == found["batches"][2:] for found in job["plain"])
+
+
+def test_skipping_the_first_batches_of_a_loader_that_splits_itself_leaves_the_rest_of_each_ranks_epoch(job):
+    served = chain.from_iterable(chain.from_iterable(found["batches"] for found in job["bare"]))
+    assert sorted(set(served)) == list(range(101))
+    assert all(found["skipped"] == found["batches"][2:] for found in job["bare"])
 
 
 def test_save_state_keeps_the_place_of_every_rank(job):

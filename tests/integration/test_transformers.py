@@ -7,9 +7,10 @@ from tests.distributed.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-TRAIN = "tests.integration.transformers_jobs:train"
 N = 101
-BOTH = pytest.mark.parametrize("native", [False, True], ids=["the data set alone", "by the native path"])
+WAYS = pytest.mark.parametrize(
+    "trainer", ["plain", "native", "bare"], ids=["the data set alone", "by the native path", "the loader as it is"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,31 +18,49 @@ def url(packed):
     return str(packed(N))
 
 
-def train(url, folder, n_processes=1, **arguments):
+def run(job, url, folder, n_processes=1, **arguments):
     """What each process found."""
-    return run_ranks(TRAIN, n_processes, folder / "job", {"url": url, "folder": str(folder / "run"), **arguments})
+    named = f"tests.integration.transformers_jobs:{job}"
+    return run_ranks(named, n_processes, folder / "job", {"url": url, "folder": str(folder / "run"), **arguments})
+
+
+def train(url, folder, n_processes=1, **arguments):
+    return run("train", url, folder, n_processes, **arguments)
 
 
 def served(answers, first=0, last=None):
     return sorted(chain.from_iterable(chain.from_iterable(answer["seen"][first:last] for answer in answers)))
 
 
-@BOTH
-def test_an_epoch_serves_each_record_once_and_a_checkpoint_goes_on_in_its_middle(url, tmp_path, native):
-    (whole,) = train(url, tmp_path, native=native)
+@WAYS
+def test_an_epoch_serves_each_record_once_and_a_checkpoint_goes_on_in_its_middle(url, tmp_path, trainer):
+    (whole,) = train(url, tmp_path, trainer=trainer)
     assert served([whole], last=13) == served([whole], first=13) == list(range(N))
     for step in (3, 21):
-        (rest,) = train(url, tmp_path, native=native, resume=f"checkpoint-{step}")
+        (rest,) = train(url, tmp_path, trainer=trainer, resume=f"checkpoint-{step}")
         assert rest["seen"] == whole["seen"][step:]
 
 
-@BOTH
-def test_two_processes_share_an_epoch_and_go_on_in_its_middle(url, tmp_path, native):
-    answers = train(url, tmp_path, 2, native=native)
+@WAYS
+def test_two_processes_share_an_epoch_and_go_on_in_its_middle(url, tmp_path, trainer):
+    answers = train(url, tmp_path, 2, trainer=trainer)
     assert {answer["steps"] for answer in answers} == {14}
     assert set(served(answers, last=7)) == set(served(answers, first=7)) == set(range(N))
-    rest = train(url, tmp_path, 2, native=native, resume="checkpoint-3")
+    rest = train(url, tmp_path, 2, trainer=trainer, resume="checkpoint-3")
     assert [answer["seen"] for answer in rest] == [answer["seen"][3:] for answer in answers]
+
+
+def test_a_checkpoint_of_an_epochs_last_step_goes_on_with_the_next_epoch(url, tmp_path):
+    (whole,) = train(url, tmp_path, trainer="native", save_strategy="epoch")
+    (rest,) = train(url, tmp_path, trainer="native", save_strategy="epoch", resume="checkpoint-13")
+    assert rest["seen"] == whole["seen"][13:]
+
+
+def test_the_callback_refuses_what_would_serve_other_records(url, tmp_path):
+    (errors,) = run("refusals", url, tmp_path)
+    assert "saved without LoaderStateCallback" in errors["saved without the callback"]
+    assert "ignore_data_skip=True" in errors["added late"]
+    assert "integrations.accelerate.prepare" in errors["another loader"]
 
 
 def test_columns_that_the_model_does_not_take_need_not_be_removed_record_by_record(url, tmp_path):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import tiercache as tc
 from tiercache.integrations.accelerate import prepare
+from tiercache.integrations.transformers import LoaderStateCallback
 
 
 class Model(torch.nn.Module):
@@ -25,21 +25,6 @@ class Model(torch.nn.Module):
         return {"loss": self.layer(values).square().mean()}
 
 
-class KeepLoader(TrainerCallback):
-    """The loader's state beside each checkpoint, and back."""
-
-    def on_save(self, args: Any, state: Any, control: Any, train_dataloader: Any, **others: Any) -> None:
-        if state.is_world_process_zero:
-            self._path(args, state).write_text(json.dumps(train_dataloader.state_dict()))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **others: Any) -> None:
-        if state.global_step:
-            train_dataloader.load_state_dict(json.loads(self._path(args, state).read_text()))
-
-    def _path(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "loader.json"
-
-
 class NativeTrainer(Trainer):
     """A Trainer whose batches come by the native path."""
 
@@ -48,27 +33,64 @@ class NativeTrainer(Trainer):
         return prepare(loader, self.accelerator)
 
 
-def train(url: str, folder: str, native: bool = False, resume: str | None = None, **arguments: Any) -> dict[str, Any]:
-    """Two epochs, with a checkpoint every 3 steps; the ids of each step. arguments: of the training."""
+class BareTrainer(Trainer):
+    """A Trainer that is given the loader as it is, and skips batches by indices."""
+
+    def get_train_dataloader(self) -> Any:
+        options = tc.LoaderOptions(seed=self.args.seed)
+        return tc.DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, shuffle=True, options=options)
+
+
+# "wrapped": the Trainer's own loader with the callback, which cannot have its state.
+TRAINERS = {"plain": Trainer, "native": NativeTrainer, "bare": BareTrainer, "wrapped": Trainer}
+
+
+def train(
+    url: str, folder: str, trainer: str = "plain", resume: str | None = None, late: bool = False, **arguments: Any
+) -> dict[str, Any]:
+    """Two epochs, with a checkpoint every 3 steps; the ids of each step.
+
+    late: the callback is added to the trainer that was made; arguments: of the training.
+    """
     model = Model()
     settings = TrainingArguments(
         output_dir=folder,
         num_train_epochs=2,
         per_device_train_batch_size=8,
-        save_steps=3,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        ignore_data_skip=native,
-        **arguments,
+        **{"save_steps": 3, **arguments},
     )
-    trainer = (NativeTrainer if native else Trainer)(
+    callbacks = [LoaderStateCallback()] if trainer in ("native", "wrapped") else []
+    made = TRAINERS[trainer](
         model=model,
         args=settings,
         train_dataset=tc.Dataset(url),
         data_collator=tc.collate,
-        callbacks=[KeepLoader()] if native else [],
+        callbacks=[] if late else callbacks,
     )
-    trainer.train(resume_from_checkpoint=None if resume is None else str(Path(folder) / resume))
-    return {"seen": model.seen, "steps": trainer.state.global_step}
+    for callback in callbacks if late else []:
+        made.add_callback(callback)
+    made.train(resume_from_checkpoint=None if resume is None else str(Path(folder) / resume))
+    return {"seen": model.seen, "steps": made.state.global_step}
+
+
+def refusals(url: str, folder: str) -> dict[str, str]:
+    """By name, the error of what cannot go on."""
+    train(url, f"{folder}/bare", "bare", save_steps=5, max_steps=5)
+    train(url, f"{folder}/native", "native", max_steps=3)
+    return {
+        "saved without the callback": error_of(url, f"{folder}/bare", "native", "checkpoint-5"),
+        "added late": error_of(url, f"{folder}/native", "native", "checkpoint-3", late=True),
+        "another loader": error_of(url, f"{folder}/native", "wrapped", None),
+    }
+
+
+def error_of(*arguments: Any, **others: Any) -> str:
+    try:
+        train(*arguments, **others)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
+import sys
+import warnings
 import weakref
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -36,6 +42,80 @@ def test_a_data_set_larger_than_its_cache_is_warned_of_once_with_the_arithmetic(
         assert again[N - 1]["id"] == N - 1
         dataset.close()
         again.close()
+
+
+def told_of_no_room(told) -> list[str]:
+    """Messages that say so, of all that was said."""
+    return [str(one.message) for one in told if "no room" in str(one.message) or "disk is full" in str(one.message)]
+
+
+def read_through(cache: tc.Cache, server: HttpFaultServer) -> None:
+    """Two epochs of a loader, and records of the data set opened again."""
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    loader = tc.DataLoader(dataset, batch_size=100, shuffle=True)
+    for _ in range(2):
+        assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
+    dataset.close()
+    again = tc.Dataset(f"{server.url}/data", cache=cache)
+    assert again[N - 1]["id"] == N - 1
+    again.close()
+
+
+def test_a_loader_whose_cache_may_take_nothing_of_the_disk_says_so_once(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="100%") as cache:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_through(cache, server)
+        (said,) = told_of_no_room(told)
+        assert cache.entries() == []
+    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "976.6 KiB", "free_floor", "TIERCACHE_CACHE_DIR"):
+        assert fact in said
+
+
+@pytest.mark.parametrize("policy", ["plan", "lru", "resident"])
+def test_a_loader_whose_cache_is_held_by_others_says_so_once(server, tmp_path, policy):
+    with tc.Cache(tmp_path / "cache", size="100KB", free_floor="0%", policy=policy) as cache:
+        held = tc.store.MemoryStore(f"held-{policy}")
+        held.put("large", bytes(85_000))
+        cache.pin(held, [("large", None)])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_through(cache, server)
+        (said,) = told_of_no_room(told)
+    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "97.7 KiB", "unpin", "TIERCACHE_CACHE_SIZE"):
+        assert fact in said
+
+
+def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch):
+    written = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if "/copies/" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with tc.Cache(tmp_path / "cache", size="1MB", free_floor="0%") as cache:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read_through(cache, server)
+        (said,) = told_of_no_room(told)
+    assert str(tmp_path / "cache") in said
+
+
+def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path):
+    script = (
+        "import sys, tiercache as tc\n"
+        "with tc.Cache(sys.argv[2], size='1MB', free_floor='100%') as cache:\n"
+        "    dataset = tc.Dataset(sys.argv[1], cache=cache)\n"
+        "    loader = tc.DataLoader(dataset, batch_size=100)\n"
+        "    print(sum(len(batch['id']) for _ in range(2) for batch in loader))\n"
+        "    dataset.close()\n"
+    )
+    command = [sys.executable, "-c", script, f"{server.url}/data", str(tmp_path / "cache")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(2 * N)]
+    assert run.stderr.count("no room") == 1
 
 
 def test_a_data_set_that_fits_is_not_warned_of(server, tmp_path):

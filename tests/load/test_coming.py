@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tests.cache.conftest import open_below
 from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, make_columns
@@ -161,6 +162,49 @@ def test_what_was_made_ready_is_what_the_next_epoch_serves(make_dataset, streams
         fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
         fresh.set_epoch(epoch)
         assert ids_of(fresh) == found
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_next_epoch_is_made_ready_without_a_seed_as_long_as_nobody_else_draws(make_dataset, given):
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(2) if given else None
+    loader = tc.DataLoader(tc.Dataset(make_dataset(200)), batch_size=16, shuffle=True, generator=generator)
+
+    def serve(n_epochs):
+        prepared = []
+        for _ in range(n_epochs):
+            iterator = iter(loader)
+            ready = iterator._work.begun
+            prepared.append(ready is not None and ready.result() is not None)
+            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(200))
+            iterator._pipeline._planner.join(30)
+        return prepared
+
+    assert serve(3) == [False, True, True]
+    reseed = torch.manual_seed if generator is None else generator.manual_seed
+    for seed in range(2):
+        reseed(seed)
+        assert serve(1) == [False]
+    # The epochs before were not foreseen, so nothing was loaded ahead; the second of these is, and so the third is.
+    assert serve(3) == [False, True, True]
+
+
+def test_an_epoch_that_nobody_can_foresee_is_not_loaded_ahead(make_dataset):
+    dataset = tc.Dataset(make_dataset(400, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True)
+    loads = []
+    load = OpenedVersion.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenedVersion, "load", lambda self, *what: (loads.append(what), load(self, *what))[1])
+        for epoch in range(4):
+            torch.manual_seed(epoch)
+            if epoch == 2:
+                loads.clear()
+            iterator = iter(loader)
+            assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(400))
+            iterator._pipeline._planner.join(30)
+    tables = dataset.source.block_tables(range(len(dataset.source.shard_records)))
+    assert sum(len(blocks) for _, blocks in loads) == 2 * sum(len(table.records) for table in tables)
 
 
 def test_blocks_are_not_loaded_again_where_the_next_epoch_was_begun(make_dataset):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
+import sys
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.shard.mixed_shard import wait_until_settled
 
 import tiercache as tc
+from tiercache.cache.place import Place
+from tiercache.load import ahead, window
+from tiercache.opened import OpenedVersion
+from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.testing.http_server import HttpFaultServer
 
 N = 600
@@ -70,6 +79,135 @@ def test_a_copy_that_has_rotted_is_fetched_again_and_the_run_goes_on(server, cac
         found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
     assert sorted(found) == list(range(N))
     assert len(sent_shards(server)) == len(dataset.source.table)
+    dataset.close()
+
+
+def flip_bits(paths, how: str) -> None:
+    """Flip a bit of each file: written, written with its times set back, or stored through a mapping."""
+    for path in paths:
+        status = path.stat()
+        path.chmod(0o600)
+        with path.open("r+b") as file:
+            if how == "mapped":
+                with mmap.mmap(file.fileno(), 0) as memory:
+                    memory[100] ^= 4
+            else:
+                data = file.read(101)
+                file.seek(100)
+                file.write(bytes([data[100] ^ 4]))
+        path.chmod(status.st_mode)
+        if how == "restored":
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def shards_of(cache: tc.Cache, dataset: tc.Dataset) -> list[Path]:
+    """The cached copies of a data set's shards, by the size that tells them from the list of shards."""
+    sizes = set(np.asarray(dataset.source.table.n_bytes).tolist())
+    files = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
+    found = [path for path in files if path.stat().st_size in sizes]
+    assert len(found) == len(dataset.source.table)
+    return found
+
+
+def read_all(dataset: tc.Dataset, how: str, loaders: dict[str, tc.DataLoader]) -> list[int]:
+    """The ids of all records, sorted; by one loader however often it is called."""
+    if how == "loader":
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_size=32, shuffle=True))
+        found = list(itertools.chain(*map(check_batch, loader)))
+    elif how == "sampler":
+        batches = [list(range(start, N, 97)) for start in range(97)]
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_sampler=batches))
+        found = list(itertools.chain(*map(check_batch, loader)))
+    elif how == "arrow":
+        found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
+    elif how == "single records":
+        records = [dataset[i] for i in range(N)]
+        assert [record["tokens"].tolist() for record in records] == make_columns(N)["tokens"].tolist()
+        found = [int(record["id"]) for record in records]
+    else:
+        found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
+    return sorted(found)
+
+
+WAYS = ["loader", "sampler", "records", "single records", "arrow"]
+
+
+@pytest.mark.parametrize("written", ["plainly", "restored", "mapped"])
+@pytest.mark.parametrize("read", WAYS)
+def test_a_bit_that_flips_in_a_copy_after_its_check_is_never_served(server, cache, read, written):
+    dataset, loaders = tc.Dataset(f"{server.url}/data", cache=cache), {}
+    dataset.warm()
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    copies = shards_of(cache, dataset)
+    before_ns = {path: path.stat().st_ctime_ns for path in copies}
+    wait_until_settled(*copies)
+    server.log.clear()
+    flip_bits(copies, written)
+    if any(path.stat().st_ctime_ns == before_ns[path] for path in copies):
+        pytest.skip("this file system does not date what is written by a mapping")
+    wait_until_settled(*copies)
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    assert cache.stats()["quarantined"] == len(copies)
+    assert len(sent_shards(server)) == len(copies)
+    dataset.close()
+
+
+@pytest.mark.parametrize("read", WAYS)
+def test_a_bit_that_flips_in_a_local_folder_after_its_check_is_an_error(tmp_path, read):
+    with tc.Writer(tmp_path / "data", schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    dataset, loaders = tc.Dataset(tmp_path / "data"), {}
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    shards = list((tmp_path / "data").rglob("*.tcs"))
+    flip_bits(shards, "restored")
+    wait_until_settled(*shards)
+    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
+        read_all(dataset, read, loaders)
+    dataset.close()
+
+
+def test_a_later_epoch_checks_again_what_no_write_has_announced(server, cache, monkeypatch):
+    dataset, loaders = tc.Dataset(f"{server.url}/data", cache=cache), {}
+    dataset.warm()
+    (first, *_) = copies = shards_of(cache, dataset)
+    first.chmod(0o600)
+    with first.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        memory[100] ^= 0  # its page is dirty from here on, so that no further store to it is dated
+        wait_until_settled(*copies)
+        assert read_all(dataset, "loader", loaders) == list(range(N))
+        memory[100] ^= 4
+        wait_until_settled(*copies)
+        monkeypatch.setattr(window, "CHECKED_FOR_S", -1.0)
+        loaders.clear()  # the windows with which its next epoch begins are loaded already
+        for _ in range(2):
+            assert read_all(dataset, "loader", loaders) == list(range(N))
+    assert cache.stats()["quarantined"] == 1
+    dataset.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="posix_fadvise and madvise as Linux has them")
+def test_what_must_be_read_from_the_disk_again_is_checked_again(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"x": tc.Tensor("int64", (64,))}, compression="none") as writer:
+        writer.write_batch({"x": np.arange(1024 * 64).reshape(1024, 64)})
+    (path,) = (tmp_path / "data").rglob("*.tcs")
+    dataset = tc.Dataset(tmp_path / "data")
+    wait_until_settled(path)
+    dataset[list(range(1024))]
+    blocks = dataset.source.load(0, range(dataset.source._footer(0).n_blocks))
+    window.renew_checks(blocks)
+    assert blocks.checks is None  # in memory, and checked a moment ago
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        memory = dataset.source._readers.get(0).copy.mapped()
+        ahead._advise(memory.__array_interface__["data"][0] // mmap.PAGESIZE * mmap.PAGESIZE, len(memory), 4)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if ahead.is_in_memory(blocks):
+        pytest.skip("the system keeps the file in memory")
+    window.renew_checks(blocks)
+    assert blocks.checks is not None
     dataset.close()
 
 
@@ -165,3 +303,54 @@ def test_a_local_file_that_is_cut_inside_a_checked_page_serves_no_zeros(tmp_path
     assert all((x != 0).all() for x in seen)
     assert len(seen) <= 16  # of the windows that were mapped before
     dataset.close()
+
+
+class FaultyPlace(Place):
+    """A place whose store damages what it is scripted to."""
+
+    script: ClassVar[list[Fault]] = []
+    stores: ClassVar[list[FaultStore]] = []
+
+    def open(self):
+        self.stores.append(FaultStore(super().open(), self.script))
+        return self.stores[-1]
+
+
+@pytest.fixture
+def faulty(monkeypatch, tmp_path):
+    """Opens a data set of 600 records through a cache, by a store that damages the first answers for shards."""
+    path = tmp_path / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    opened: list[OpenedVersion] = []
+
+    def open_version(cache, times):
+        monkeypatch.setattr(FaultyPlace, "stores", [])
+        monkeypatch.setattr(
+            FaultyPlace, "script", [Fault("read_into", kind=FaultKind.BIT_FLIP, keys="shards/*", times=times)]
+        )
+        opened.append(OpenedVersion(FaultyPlace(str(path), cache=cache), None, None))
+        return opened[-1], FaultyPlace.stores[0]
+
+    yield open_version
+    for version in opened:
+        version.close()
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("read", ["footer", "records"])
+def test_a_first_answer_that_is_damaged_costs_a_fetch_and_no_error(faulty, cache, is_cached, read):
+    version, store = faulty(cache if is_cached else False, 1)
+    if read == "footer":
+        assert version.block_tables([0])[0].records.sum() == version.shard_records[0]
+    ids = version.values(np.arange(40))[0].values
+    assert ids.tolist() == list(range(40))
+    assert len(store.struck) == 1
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_answers_that_are_damaged_each_time_are_corruption_that_names_the_shard(faulty, cache, is_cached):
+    version, store = faulty(cache if is_cached else False, 10_000)
+    with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
+        version.block_tables([0])
+    assert 2 <= len(store.struck) <= 6

@@ -239,8 +239,8 @@ def test_a_state_of_every_step_resumes_as_it_does_in_torchdatas_loader(dataset, 
         return whole, resumed
 
     theirs, ours = run(StatefulDataLoader), run(tc.DataLoader)
-    assert ours == theirs
-    assert name == "random" or all(ours[1][step][0] == ours[0][step:] for step in range(len(ours[0])))
+    assert name == "random" or ours == theirs  # theirs goes on in the order of another seed there
+    assert all(ours[1][step][0] == ours[0][step:] for step in range(len(ours[0])))
 
 
 @warnings_of_torchdata

@@ -25,7 +25,7 @@ from torch.utils.data import (
     random_split,
 )
 from torch.utils.data import DataLoader as TorchLoader
-from torchdata.stateful_dataloader import Stateful
+from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
 import tiercache as tc
 
@@ -485,3 +485,117 @@ def test_what_looks_for_torchs_random_sampler_finds_one_and_it_has_a_state(datas
         assert isinstance(theirs.sampler, RandomSampler)
         assert isinstance(ours.sampler, RandomSampler)
         assert isinstance(iter(ours.sampler), Stateful)
+
+
+def orders_of(loader_class, n_epochs=4, *, given=False, reseed=False, **arguments):
+    """Of a loader that shuffles other data: batches of each epoch, and the random states after each call."""
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(4) if given else None
+    loader = loader_class(Squares(), shuffle=True, generator=generator, **arguments)
+    batches, states = [], []
+
+    def note():
+        states.append((torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()))
+
+    note()
+    for epoch in range(n_epochs):
+        if reseed:
+            torch.manual_seed(epoch % 2) if generator is None else generator.manual_seed(epoch % 2)
+        iterator = iter(loader)
+        note()
+        batches.append([])
+        for batch in iterator:
+            batches[-1].append(batch.tolist())
+            note()
+        note()
+        torch.rand(epoch)  # what a model draws
+    return batches, states
+
+
+@pytest.mark.parametrize("reseed", [False, True], ids=["goes on", "reseeded"])
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_size": 16},
+        {"batch_size": 15},
+        {"batch_size": 16, "drop_last": True},
+        {"batch_size": None},
+        {"batch_size": 16, "num_workers": 2},
+        {"batch_size": 16, "num_workers": 1, "persistent_workers": True},
+    ],
+    ids=lambda a: ",".join(map(str, a.values())),
+)
+def test_other_data_sets_are_shuffled_as_torch_shuffles_them_drawing_the_same_numbers(arguments, given, reseed):
+    theirs, ours = (orders_of(c, given=given, reseed=reseed, **arguments) for c in (TorchLoader, tc.DataLoader))
+    assert ours == theirs
+    _, second, third, fourth = ours[0]
+    assert second != third
+    assert (second == fourth) is reseed
+
+
+def test_workers_over_a_shuffled_data_set_are_seeded_as_torch_seeds_them():
+    found = []
+    for loader_class in (TorchLoader, tc.DataLoader):
+        torch.manual_seed(4)
+        loader = loader_class(Noting(12), 2, num_workers=2, collate_fn=list, shuffle=True)
+        found.append([list(loader) for _ in range(2)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shuffled_epoch_of_other_data_is_gone_on_with_whatever_the_other_process_drew(workers, given):
+    def make(seed):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if given else None
+        return tc.DataLoader(Squares(), 16, shuffle=True, num_workers=workers, generator=generator)
+
+    loader = make(3)
+    states, served = [], []
+    iterator = iter(loader)
+    states.append(loader.state_dict())
+    for batch in iterator:
+        served.append(batch.tolist())
+        states.append(loader.state_dict())
+    states.append(loader.state_dict())  # from between two epochs: it names the next one
+    following = [batch.tolist() for batch in loader]
+    for step in range(len(states)) if not workers else (0, 2, len(states) - 1):
+        resumed = make(step + 10)
+        resumed.load_state_dict(states[step])
+        expected = served[step:] if step < len(states) - 1 else following
+        assert [batch.tolist() for batch in resumed] == expected
+
+
+def test_a_resumed_epoch_draws_nothing_so_that_restored_random_numbers_go_on_too():
+    loader = tc.DataLoader(Squares(), 16, shuffle=True)
+    iterator = iter(loader)
+    next(iterator)
+    state, random_state = loader.state_dict(), torch.get_rng_state()
+
+    def look(batches):
+        return [batch.tolist() for batch in batches], torch.rand(2).tolist()
+
+    expected = look(iterator), look(loader)
+    resumed = tc.DataLoader(Squares(), 16, shuffle=True)
+    resumed.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert (look(resumed), look(resumed)) == expected
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_torchdatas_own_loader_is_gone_on_with(workers, given):
+    generator = torch.Generator().manual_seed(2) if given else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchdata calls a function that torch 2.13 deprecated
+        theirs = StatefulDataLoader(Squares(), 16, shuffle=True, num_workers=workers, generator=generator)
+    iterator = iter(theirs)
+    next(iterator)
+    state = theirs.state_dict()
+    rest = [batch.tolist() for batch in iterator]
+    ours = tc.DataLoader(
+        Squares(), 16, shuffle=True, num_workers=workers, generator=torch.Generator() if given else None
+    )
+    ours.load_state_dict(state)
+    assert [batch.tolist() for batch in ours] == rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native.finder import BlockTable, RecordFinder, wrapped
+from tiercache.waiting import wait_for
 
 N_STREAMS = 2
 
@@ -27,6 +29,32 @@ def table_of(blocks: list[int], shard: int, *, checked: bool = True, owner: obje
     name = shard * 10_000 + 1000 * stream[:, None] + 10 * block[None, :]
     words = name.astype(np.uint64)[:, :, None] + words
     return BlockTable(first, np.ascontiguousarray(words[:, :, :3]), 5 + words if checked else None, owner)
+
+
+def test_a_table_is_dropped_once_its_file_has_another_ctime(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"as it was")
+    with path.open("rb") as file:
+        changed_ns = os.fstat(file.fileno()).st_ctime_ns
+
+        def put(pause_ns: int = 0) -> RecordFinder:
+            finder = RecordFinder(np.array([0, 3], np.int64), 1)
+            places = np.zeros((1, 1, 3), np.uint64)
+            watched = file.fileno(), changed_ns, pause_ns
+            finder.put(0, BlockTable(np.array([0, 3], np.uint64), places, None, None, watched))
+            return finder
+
+        for_one, for_many, pausing = put(), put(), put(1 << 60)
+        for _ in range(2):
+            assert for_one.find_one(1) is not None
+            assert for_many.find(np.array([1, 2])) is not None
+            assert pausing.find_one(1) is not None
+        assert wait_for(lambda: os.utime(path) or path.stat().st_ctime_ns != changed_ns, 60.0)
+        assert for_one.find_one(1) is None
+        assert for_many.find(np.array([1, 2])) is None
+        assert pausing.find_one(1) is not None
+        assert 0 not in for_one
+        assert 0 not in for_many
 
 
 shards_of = st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=6)

@@ -1,9 +1,14 @@
 """A shard of three blocks: a column of each kind, all of them raw but the text."""
 
+import time
+
 import numpy as np
 
+from tiercache.shard.chunks import LOOK_AGAIN_S
+from tiercache.shard.source import SETTLED_NS
 from tiercache.shard.types import Image, Ragged, Schema, Tensor
 from tiercache.shard.writer import ShardOptions, ShardWriter
+from tiercache.waiting import wait_for
 
 N = 3000
 SCHEMA = Schema.of(
@@ -39,3 +44,9 @@ def fill(store, **options):
     ) as writer:
         writer.write_batch(batch())
     return writer.finish()[0]
+
+
+def wait_until_settled(*paths):
+    """Wait until each file's ctime tells it from what the next write makes of it, and readers have looked at it."""
+    changed_ns = max(path.stat().st_ctime_ns for path in paths)
+    assert wait_for(lambda: time.time_ns() - changed_ns > SETTLED_NS + LOOK_AGAIN_S * 1e9, 60.0)

@@ -21,7 +21,7 @@ from tiercache.shard.segments import SegmentRef, new_segment, pack_segment
 from tiercache.shard.types import Schema, Tensor
 from tiercache.shard.versions import Version, encode_version, fingerprint_of, parse_version, version_key
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import CountingStore, Fault, FaultStore
+from tiercache.testing import CountingStore, Fault, FaultKind, FaultStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -319,6 +319,38 @@ class TestMillionShards:
         assert pa.total_allocated_bytes() < version.segments[0].n_bytes
         monkeypatch.undo()
         assert table.info(self.N_SHARDS - 1).crc32c == self.N_SHARDS - 1
-        # By ranges: the hint, a listing, the version, the one after it, and the segment in one call.
+        # By ranges: the hint, a listing, the version, the one after it, whether the segment is as long as the version
+        # claims (asked of those above 1 MiB), and the segment in one call.
         manifest.read_shards(counting, manifest.latest(counting))
-        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "read_into"]
+        assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "head", "read_into"]
+
+
+class TestTransferErrors:
+    """A version or a segment that is damaged on the way is fetched once more, and no more than once."""
+
+    @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 2)])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a_version_whose_first_answer_is_damaged_is_read(self, store: MemoryStore, read, number) -> None:
+        for n in (1, 2):
+            version = store_version(store, n, [[shard(n)]])
+        faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, keys=version_key(number))])
+        assert read(faulty) == version
+
+    @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 1)])
+    def test_a_version_that_is_damaged_each_time_is_corruption_after_two(self, store: MemoryStore, read) -> None:
+        store_version(store, 1, [[shard(1)]])
+        faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, times=99, keys=version_key(1))])
+        with pytest.raises(CorruptShard, match="version"):
+            read(faulty)
+        assert len(faulty.struck) == 2
+
+    @pytest.mark.parametrize(("times", "is_read"), [(1, True), (99, False)])
+    def test_a_segment_is_fetched_twice_at_most(self, store: MemoryStore, times, is_read) -> None:
+        version = store_version(store, 1, [[shard(1), shard(2)]])
+        faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
+        if is_read:
+            assert len(manifest.read_shards(faulty, version)) == 2
+        else:
+            with pytest.raises(CorruptShard, match="CRC-32C"):
+                manifest.read_shards(faulty, version)
+        assert len(faulty.struck) == min(times, 2)

@@ -1,14 +1,16 @@
 """ShardReader: requests, pages, verification, leases, forks, and files that change under it."""
 
 import gc
+import mmap
 import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.shard.mixed_shard import SCHEMA, N, batch, fill
+from tests.shard.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
@@ -20,6 +22,7 @@ from tiercache.shard.values import as_batch, block_values
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
+from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 class Watching(MemoryStore):
@@ -54,7 +57,10 @@ def remote():
 
 @pytest.fixture
 def folder(tmp_path):
-    return LocalFolder(tmp_path), fill(LocalFolder(tmp_path))
+    store = LocalFolder(tmp_path)
+    info = fill(store)
+    wait_until_settled(store.root / info.name)
+    return store, info
 
 
 def expect(values, rows):
@@ -157,7 +163,7 @@ def test_blocks_and_arrays_outlive_their_reader(folder):
     assert array[3].as_py() == batch()["b"][3]
 
 
-def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
+def test_the_lease_is_given_back_when_the_reader_is_gone_and_blocks_stay_readable_without_a_descriptor(folder):
     store, info = folder
     closed = []
 
@@ -172,9 +178,9 @@ def test_the_lease_is_given_back_when_reader_and_blocks_are_gone(folder):
     blocks = reader.load([0], [0])
     reader.close()
     reader.close()
-    assert closed == []
-    del blocks
     assert closed == [info.name]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(store.root) in os.path.realpath(link)]
+    expect(block_values(blocks, [0], np.zeros(5, np.uint32), np.arange(5, dtype=np.uint32)), range(5))
     with pytest.raises(ValueError, match="closed"):
         reader.load([0], [0])
 
@@ -200,14 +206,8 @@ def test_a_store_that_cannot_keep_a_copy_is_read_by_ranges(folder):
 
 
 def damage(store, info, column, block=0):
-    reader = ShardReader(store, info.name)
-    offset = int(reader.footer.chunks[block, SCHEMA.index(column)]["offset"])
-    reader.close()
-    with (store.root / info.name).open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
+    with ShardReader(store, info.name) as reader:
+        flip(store.root / info.name, int(reader.footer.chunks[block, SCHEMA.index(column)]["offset"]))
 
 
 def values_of(blocks, column, rows):
@@ -217,18 +217,71 @@ def values_of(blocks, column, rows):
     return found.values
 
 
-def test_a_local_shard_is_checked_on_first_touch_only(folder):
+def flip(path, offset, how="write"):
+    """Flip a bit of a file; "restored": its times of access and of change are then set back; "mmap": by a mapping."""
+    status = path.stat()
+    if how == "mmap":
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory[offset] ^= 1
+        return
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    if how == "restored":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["write", "restored", "mmap"])
+@pytest.mark.parametrize("is_settled", [True, False])
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_a_local_shard_that_was_written_to_is_checked_again(folder, verify, is_settled, how):
     store, info = folder
-    column = SCHEMA.index("t")
-    with ShardReader(store, info.name) as first, ShardReader(store, info.name, verify="always") as always:
-        values_of(first.load([0], [column]), "t", [0])
-        values_of(always.load([0], [column]), "t", [0])
-        damage(store, info, "t")
-        values_of(first.load([0], [column]), "t", [0])
-        first.take([0], [column])
-        for read in (lambda: values_of(always.load([0], [column]), "t", [0]), lambda: always.take([0], [column])):
+    column, path = SCHEMA.index("t"), store.root / info.name
+    with ShardReader(store, info.name, verify=verify) as reader:
+        if not is_settled:
+            os.utime(path)
+        kept = reader.load([0], [column])
+        values_of(kept, "t", [0])
+        reader.take([0], [column])
+        before = path.stat().st_ctime_ns
+        flip(path, int(reader.footer.chunks[0, column]["offset"]), how)
+        if how == "mmap" and is_settled and path.stat().st_ctime_ns == before:
+            pytest.skip("this file system does not date what is written by a mapping")
+        wait_until_settled(path)
+        reads = [lambda: values_of(reader.load([0], [column]), "t", [0]), lambda: reader.take([0], [column])]
+        for read in [*reads, *([lambda: values_of(kept, "t", [0])] if verify == "first" else [])]:
             with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0 does not match"):
                 read()
+
+
+def test_a_local_shard_that_nobody_writes_to_is_checked_on_first_touch_only(folder):
+    store, info = folder
+    column, path = SCHEMA.index("t"), store.root / info.name
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory, ShardReader(store, info.name) as reader:
+        offset = int(reader.footer.chunks[0, column]["offset"])
+        memory[offset] ^= 0  # from here on the page is dirty and can be written to: no further write is dated
+        wait_until_settled(path)
+        values_of(reader.load([0], [column]), "t", [0])
+        before = path.stat().st_ctime_ns
+        memory[offset] ^= 1
+        if path.stat().st_ctime_ns != before:
+            pytest.skip("the kernel has written the page back meanwhile")
+        values_of(reader.load([0], [column]), "t", [0])
+        reader.take([0], [column])
+        blocks = reader.load([0], [column])
+        blocks.forget_old_checks(1e9)
+        assert values_of(blocks, "t", [0])[0][0] == batch()["t"][0, 0] ^ 1
+        blocks.forget_old_checks(0.0)
+        with pytest.raises(CorruptShard, match="CRC-32C of page 0"):
+            values_of(blocks, "t", [0])
+
+
+def test_a_new_open_starts_unchecked(folder):
+    store, info = folder
+    column = SCHEMA.index("t")
+    damage(store, info, "t")
     with ShardReader(store, info.name) as again:  # a new open starts unchecked
         again.take([N - 1], [column])
         with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0"):
@@ -440,3 +493,40 @@ def test_bfloat16_without_torch_is_a_clear_error(monkeypatch):
     assert reader.take([0], [1])[0].values.tolist() == [1]
     with pytest.raises(SchemaError, match="column 'x': values of dtype bfloat16 are torch tensors: import torch first"):
         reader.take([0], [0])
+
+
+class DamagedTails(FaultStore):
+    """Damages a byte of the footer in as many ends of objects as its script says."""
+
+    def read_tail(self, key, n_bytes):
+        data, info = self.inner.read_tail(key, n_bytes)
+        if self._fault("read_tail", key) is None:
+            return data, info
+        return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:], info
+
+
+@pytest.mark.parametrize("verb", ["read_into", "read_tail"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_footer_that_is_damaged_on_the_way_is_fetched_once_more_and_no_more_than_once(remote, verb, times):
+    store, info = remote
+    faulty = DamagedTails(store, [Fault(verb, kind=FaultKind.BIT_FLIP, times=times)])
+    known = info if verb == "read_into" else None
+    if times == 1:
+        with ShardReader(faulty, info.name, info=known) as reader:
+            expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
+    else:
+        with pytest.raises(CorruptShard, match=info.name):
+            ShardReader(faulty, info.name, info=known)
+    assert len(faulty.struck) == min(times, 2)
+
+
+def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):
+    store, info = folder
+    path = Path(store.root) / info.name
+    data = bytearray(path.read_bytes())
+    data[info.footer_offset + 5] ^= 1
+    path.write_bytes(data)
+    before = store.counters.snapshot()["requests"]
+    with pytest.raises(CorruptShard, match="footer"):
+        ShardReader(store, info.name, info=info)
+    assert store.counters.snapshot()["requests"] == before + 1  # the opening

@@ -232,8 +232,10 @@ def test_put_if_absent_has_one_winner_among_processes(store):
         lambda store: store.copy("x/y/z", "a/b/c"),
         lambda store: list(store.list()),
         lambda store: store.delete(["x/y/z"]),
+        lambda store: list(store.links()),
+        lambda store: store.remove_empty("x"),
     ],
-    ids=["put", "put_if_absent", "get", "copy", "list", "delete"],
+    ids=["put", "put_if_absent", "get", "copy", "list", "delete", "links", "remove_empty"],
 )
 def test_ctrl_c_right_after_a_close_closes_nothing_twice(store, monkeypatch, work):
     """By then the number may be somebody else's file: what an upload's thread opened meanwhile."""
@@ -257,6 +259,56 @@ def test_ctrl_c_right_after_a_close_closes_nothing_twice(store, monkeypatch, wor
         assert strike == len(closed) > 0
         return
     pytest.fail("it never ended")
+
+
+def test_empty_folders_are_removed_and_no_others(store):
+    for folder in ("gone/a/b", "gone/c", "stays/empty", "stays/full"):
+        (store.root / folder).mkdir(parents=True)
+    (store.root / "stays/full/x").write_bytes(b"1")
+    for folder in ("gone", "stays", "not there", "stays/full/x"):
+        store.remove_empty(folder)
+    assert sorted(str(path.relative_to(store.root)) for path in store.root.rglob("*")) == [
+        "stays",
+        "stays/full",
+        "stays/full/x",
+    ]
+
+
+def test_a_link_to_a_folder_is_not_followed_when_empty_ones_are_removed(store, tmp_path):
+    (store.root / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere/empty").mkdir(parents=True)
+    (store.root / "a/link").symlink_to(tmp_path / "elsewhere")
+    (store.root / "link").symlink_to(tmp_path / "elsewhere")
+    for folder in ("a", "link", "link/empty"):
+        store.remove_empty(folder)
+    assert (tmp_path / "elsewhere/empty").is_dir()
+    assert (store.root / "a/link").is_symlink()
+
+
+def test_links_are_those_that_lead_to_what_is_there_and_below_the_root(store, tmp_path):
+    store.put("runs/a/model", b"1")
+    links = {
+        "runs/file": "a/model",
+        "runs/folder": "a",
+        "runs/absolute": store.root / "runs/a/model",
+        "runs/chain": "file",
+        "runs/outside": tmp_path,
+        "runs/nothing": "b",
+        "runs/loop": "loop",
+    }
+    for name, target in links.items():
+        (store.root / name).symlink_to(target)
+    assert dict(store.links()) == {
+        "runs/file": "runs/a/model",
+        "runs/folder": "runs/a",
+        "runs/absolute": "runs/a/model",
+        "runs/chain": "runs/a/model",
+    }
+    assert [info.key for info in store.list()] == ["runs/a/model"]
+
+
+def test_a_root_that_is_not_there_has_no_links(store):
+    assert list(store.links()) == []
 
 
 def test_an_upload_has_the_etag_that_its_file_has_afterwards_where_it_had_a_temporary_name(tmp_path, monkeypatch):

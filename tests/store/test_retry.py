@@ -49,7 +49,7 @@ def test_only_what_is_retryable_and_surely_not_done_is_tried_again():
 def test_attempts_total_time_and_deadline_end_it():
     for policy, options, most_s in (
         (RetryPolicy(n_attempts=3), {}, 1e9),
-        (RetryPolicy(n_attempts=10**6, total_s=20.0), {}, 20.0),
+        (RetryPolicy(n_attempts=10**6), {"timeout_s": 20.0}, 20.0),
         (RetryPolicy(n_attempts=10**6), {"deadline_s": 7.0}, 7.0),
     ):
         clock = FakeClock()
@@ -70,7 +70,7 @@ def test_cancelling_ends_a_pause_at_once():
         return attempt()
 
     with pytest.raises(StoreError, match="cancelled"):
-        with_retries(cancelling, RetryPolicy(first_s=9, longest_s=9, total_s=99), patience(FakeClock(), cancel=cancel))
+        with_retries(cancelling, RetryPolicy(first_s=9, longest_s=9), patience(FakeClock(), cancel=cancel))
     assert len(calls) == 3
 
 

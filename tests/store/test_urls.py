@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from datetime import timedelta
 
 import pytest
 
 from tiercache.errors import StoreError
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
-from tiercache.store.aws import profile_credentials
 from tiercache.store.bucket import Tuning
 from tiercache.store.cloud import _stand_in
 from tiercache.store.obstore import Place
@@ -192,17 +190,18 @@ def test_options_reach_s3fs_by_its_names():
             "retries": {"total_max_attempts": 1},
             "s3": {"addressing_style": "virtual"},
             "read_timeout": 9.0,
+            "connect_timeout": 5.0,
         },
     }
     assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
 
 
 def test_options_that_s3fs_lacks_are_named_and_not_dropped():
-    given = {"role_arn": "arn:aws:iam::1:role/r", "proxy_url": "http://proxy", "region": "eu-west-1"}
-    assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "role_arn"]
+    given = {"s3_express": True, "proxy_url": "http://proxy", "region": "eu-west-1"}
+    assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
     place = Place("s3", "bucket", "", "s3://bucket")
-    with pytest.raises(StoreError, match="does not know proxy_url, role_arn; start it by forkserver"):
+    with pytest.raises(StoreError, match="does not know proxy_url, s3_express; start it by forkserver"):
         _stand_in(place, CloudOptions.parse("s3", given), Tuning())
 
 
@@ -216,19 +215,6 @@ def test_what_a_stand_in_must_know_too_reaches_it():
 
 def test_the_values_of_options_are_not_shown():
     assert "s3cret" not in repr(CloudOptions.parse("s3", {"secret": "s3cret", "default_headers": {"x": "s3cret"}}))
-
-
-def test_a_profile_without_boto3_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "boto3", None)
-    store = open_store("s3://bucket", profile="work")
-    with pytest.raises(ValueError, match=r"'work'.*tiercache\[archive\]"):
-        store.get("a")
-
-
-def test_a_profile_that_is_not_there_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="no-such-profile"):
-        open_store("s3://bucket", profile="no-such-profile").get("a")
 
 
 def test_an_unknown_scheme_is_an_error_that_names_it():
@@ -255,16 +241,3 @@ def test_a_chained_url_is_read_and_written(chain, tmp_path):
     assert store.get("b/c") == b"data"
     assert [found.key for found in store.list()] == ["b/c"]
     store.close()
-
-
-def test_a_profiles_own_region_and_endpoint_are_used(monkeypatch, tmp_path):
-    pytest.importorskip("boto3")
-    (tmp_path / "config").write_text("[profile work]\nregion = eu-north-1\nendpoint_url = http://e\n")
-    (tmp_path / "keys").write_text("[work]\naws_access_key_id = k\naws_secret_access_key = s\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
-    keys, said = profile_credentials("work")
-    assert said == {"region": "eu-north-1", "endpoint": "http://e"}
-    assert (keys()["access_key_id"], keys()["secret_access_key"], keys()["token"]) == ("k", "s", None)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nearer")
-    assert profile_credentials("work")[1]["endpoint"] == "http://nearer"

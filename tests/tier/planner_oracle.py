@@ -47,12 +47,28 @@ def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
                 while end <= at:
                     end += keep.every_s
     for best in keep.best:
-        having = [row for row in by_step if not math.isnan(groups[row].metrics.get(best.metric, math.nan))]
+        first = next((name for name in best.metrics if any(_has(groups[row], name) for row in rows)), "")
+        having = [row for row in by_step if _has(groups[row], first)]
         having.reverse()
-        having.sort(key=lambda row: groups[row].metrics[best.metric], reverse=best.mode == "max")
+        having.sort(key=lambda row: groups[row].metrics[first], reverse=best.mode == "max")
         # A reversed sort keeps the order of equal ones as well.
         named |= set(having[: best.n])
     return named
+
+
+def unscored_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
+    """Rows that a keep list keeps because nobody can say whether they are among the best."""
+    found = set()
+    for series in {groups[row].series for row in rows}:
+        mine = [row for row in rows if groups[row].series == series and groups[row].complete]
+        for best in keep.best:
+            first = next((name for name in best.metrics if any(_has(groups[row], name) for row in mine)), "")
+            found |= {row for row in mine if not first or (not _has(groups[row], first) and groups[row].unread)}
+    return found
+
+
+def _has(group: Group, metric: str) -> bool:
+    return not math.isnan(group.metrics.get(metric, math.nan))
 
 
 @dataclass
@@ -105,8 +121,12 @@ class PlannerOracle:
         if rule.keep and (group.kind != "checkpoint" or row in self.newest):
             return None
         named = {name: row in self._kept(rule, keep) for name, keep in rule.keep.items()}
+        by_keys = any(row in self._named(rule, keep, kept_plainly) for keep in rule.keep.values())
         refused = None
-        if rule.delete_after_s is not None and group.days * DAY_S >= rule.delete_after_s and not any(named.values()):
+        is_old = rule.delete_after_s is not None and group.days * DAY_S >= rule.delete_after_s
+        if is_old and any(named.values()) and not by_keys:
+            refused = Expected("delete", self._first(group), None, refused=True)
+        if is_old and not any(named.values()):
             found = self._checked(row, Expected("delete", self._first(group), None))
             if not found.refused or not (row in self.newest or group.tags):
                 return found
@@ -115,8 +135,15 @@ class PlannerOracle:
         return refused if wish is None else self._checked(row, wish)
 
     def _kept(self, rule: Any, keep: Any) -> set[int]:
+        return self._named(rule, keep, kept_plainly) | self._named(rule, keep, unscored_plainly)
+
+    def _named(self, rule: Any, keep: Any, by: Any) -> set[int]:
+        """As _kept, by one of the two. Those that a size excludes stay out, for a run is what a rule holds for."""
         rows = [i for i, g in enumerate(self.groups) if g.kind == "checkpoint" and self.rule_of(g) is rule]
-        return kept_plainly(self.groups, rows, keep)
+        if rule.larger_than_bytes is not None:
+            sizes = [max((copy.n_bytes for copy in self.groups[i].copies.values()), default=0) for i in rows]
+            rows = [i for i, size in zip(rows, sizes, strict=True) if size > rule.larger_than_bytes]
+        return by(self.groups, rows, keep)
 
     @staticmethod
     def _first(group: Group) -> str:

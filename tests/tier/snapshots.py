@@ -43,6 +43,7 @@ class Copy:
     state: int = HERE
     whole: bool = True
     verified: bool = True
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Group:
     counted_days: float | None = np.inf  # since uses are counted; None: nobody counts them
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
+    unread: bool = False
     tags: frozenset[str] = frozenset()
 
 
@@ -101,6 +103,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         unreported=np.array([group.unreported for group in groups], np.bool_),
         in_use=np.array([group.in_use for group in groups], np.bool_),
         metrics={name: np.array([group.metrics.get(name, np.nan) for group in groups]) for name in metrics},
+        unread=np.array([group.unread for group in groups], np.bool_),
         tags={number: group.tags for number, group in enumerate(groups) if group.tags},
         group=np.array([number for number, *_ in rows], np.int32),
         tier=np.array([tier for _, tier, *_ in rows], np.int8),
@@ -116,6 +119,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         state=copies(lambda copy: copy.state, np.uint8),
         whole=copies(lambda copy: copy.whole, np.bool_),
         verified=copies(lambda copy: copy.verified, np.bool_),
+        links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
     )
 
 

@@ -121,7 +121,7 @@ def test_a_lost_catalog_makes_things_younger_and_never_older(folders):
 def test_one_of_every_so_many_hours_is_named_as_before_when_a_batch_was_moved(folders):
     def named():
         snapshot = look(folders)
-        return kept(snapshot, np.arange(snapshot.n_groups), Keep(every_s=6 * HOUR_S)).tolist()
+        return kept(snapshot, np.arange(snapshot.n_groups), Keep(every_s=6 * HOUR_S)).named.tolist()
 
     before = named()
     move_all(folders)

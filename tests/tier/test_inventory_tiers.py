@@ -1,7 +1,10 @@
 """How tiers are listed for an inventory, and how metrics that rules ask for are found in it."""
 
+import io
+
 import numpy as np
 import pytest
+import torch
 from tests.tier.listed import NOW_S, scripted
 
 from tiercache.errors import StoreError
@@ -74,6 +77,49 @@ def test_a_metric_that_can_never_be_read_is_not_known_and_said(tiers):
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     fault = Fault("read_tail", retryable=False, status=403)
     assert tiers.take(hot=FaultStore(tiers.hot, [fault])).facts["unread"] == (1, ("step-1",))
+
+
+def test_orbax_metrics_are_read(tiers):
+    """CheckpointManager writes <step>/metrics/metrics, JSON without an ending."""
+    tiers.rules = BEST
+    for step in (100, 200):
+        tiers.hot.add(f"run/{step}/_CHECKPOINT_METADATA")
+        tiers.hot.add(f"run/{step}/default/manifest.ocdbt")
+        tiers.hot.text(f"run/{step}/metrics/metrics", {"val_loss": step / 100, "train": {"acc": 0.5}})
+    look = tiers.take()
+    assert [look.snapshot.metrics["val_loss"][look.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
+    assert look.facts["in_files"][look.group("run/100")] == {"val_loss", "train/acc"}
+
+
+@pytest.mark.parametrize("part", ["", "/meta.pt"], ids=["a file", "a folder of FSDP"])
+def test_scores_that_lightning_keeps_in_a_checkpoint_are_read(tiers, part):
+    tiers.rules = BEST
+    name = "epoch=1-step=8.ckpt"
+    state = {"monitor": "val_loss", "best_k_models": {f"/runs/{name}": torch.tensor(0.25)}}
+    file = io.BytesIO()
+    torch.save({"callbacks": {"ModelCheckpoint": state}}, file)
+    tiers.hot.text(f"c/{name}{part}", file.getvalue())
+    assert tiers.take().snapshot.metrics["val_loss"].tolist() == [0.25]
+
+
+def test_a_checkpoint_whose_name_has_the_first_metric_is_not_read_for_the_second(tiers):
+    tiers.rules = BEST.replace('"val_loss:2"', '{ metric = ["val_loss", "eval_loss"], n = 2 }')
+    tiers.hot.add("c/epoch=1-step=10-val_loss=0.5.ckpt")
+    counting = CountingStore(tiers.hot)
+    assert set(tiers.take(hot=counting).snapshot.metrics) == {"val_loss", "eval_loss"}
+    assert counting.n_calls() == counting.n_calls("list")
+
+
+def test_metrics_that_cannot_be_read_are_unread_but_for_what_a_mover_has_archived(tiers):
+    """A mover archives what was not among the best when it could be read."""
+    tiers.rules = BEST
+    for name in ("by-hand", "by-mover"):
+        for file in ("metrics.json", "a.pt"):
+            tiers.archive.add(f"{name}/step-1/{file}", storage_class="GLACIER")
+    for file in ("metrics.json", "a.pt"):
+        tiers.books.verify(tiers.archive, f"by-mover/step-1/{file}")
+    look = tiers.take()
+    assert [look.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
 
 
 # -- tiers ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def store(request):
 
 
 def test_names_of_files_that_hold_metrics_are_those_of_the_docs():
-    assert set(metrics.FILES) == {"trainer_state.json", "metrics.json", "metadata.json"}
+    assert set(metrics.FILES) == {"trainer_state.json", "metrics.json", "metadata.json", "metrics/metrics"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,8 @@ def test_a_text_that_is_something_else_has_no_metrics(name, data):
 
 def test_metrics_json_counts_more_than_the_others(store):
     found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(metrics.FILES)]
-    assert read_metrics(store, found) == {"val_loss": 2}
+    assert metrics.FILES[-1] == "metrics.json"
+    assert read_metrics(store, found, "step-1") == {"val_loss": len(found) - 1}
 
 
 def test_the_file_nearest_to_the_top_is_read(store):
@@ -99,26 +100,26 @@ def test_the_file_nearest_to_the_top_is_read(store):
         store.put("step-1/part/metrics.json", b'{"val_loss": 1}'),
         store.put("step-1/metrics.json", b'{"val_loss": 2}'),
     ]
-    assert read_metrics(store, found) == {"val_loss": 2}
+    assert read_metrics(store, found, "step-1") == {"val_loss": 2}
 
 
 def test_a_large_file_is_not_read(store):
     info = store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
     before = store.counters.snapshot()["requests"]
-    assert read_metrics(store, [info]) == {}
+    assert read_metrics(store, [info], "step-1") == {}
     assert store.counters.snapshot()["requests"] == before
 
 
 def test_a_file_that_has_grown_since_it_was_listed_is_passed_by(store):
     store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
 
 
 def test_a_file_that_is_gone_since_it_was_listed_has_no_metrics(store):
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
 
 
 def test_a_file_that_cannot_be_read_now_is_an_error(store):
     info = store.put("step-1/metrics.json", b'{"val_loss": 1}')
     with pytest.raises(StoreError, match="metrics"):
-        read_metrics(FaultStore(store, [Fault("read_tail")]), [info])
+        read_metrics(FaultStore(store, [Fault("read_tail")]), [info], "step-1")

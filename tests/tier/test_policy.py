@@ -21,7 +21,7 @@ from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.policy import decide
 from tiercache.tier.wishes import ago
-from tiercache.tierfile import Keep, Pin, Rule, Tag, Tiering
+from tiercache.tierfile import Best, Keep, Pin, Rule, Tag, Tiering
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)
@@ -61,6 +61,67 @@ def refusal_of(groups, *rules, **keys):
 
 def lying(*tiers: str, copy: Copy = BIG, **facts) -> Group:
     return Group("data/x", dict.fromkeys(tiers, copy), **{"days": 100.0, **facts})
+
+
+# -- metrics that are not found ---------------------------------------------------------------------------------------
+
+BEST = KEEP.model_copy(update={"keep": {"standard": Keep(best=(Best(metric="val_los", n=2),))}})
+
+
+def scored(run: int, *steps: int, metric: str = "val_loss", **facts) -> list[Group]:
+    facts = {"days": 400.0, **facts}
+    return [checkpoint(run, step, {"standard": BIG}, metrics={metric: float(step)}, **facts) for step in steps]
+
+
+def test_a_misspelt_metric_deletes_nothing_and_moves_nothing_of_the_run():
+    groups = scored(0, 1, 2, 3, 4)
+    moves, refusals = planned(groups, BEST)
+    assert moves == ()
+    assert [(groups[one.group].step, one.action) for one in refusals] == [(1, "delete"), (2, "delete"), (3, "delete")]
+    assert all("'val_los'" in one.reason and "no checkpoint of its run" in one.reason for one in refusals)
+
+
+def test_the_refusal_names_only_the_metric_that_is_not_found():
+    rule = BEST.model_copy(
+        update={"keep": {"standard": Keep(best=(Best(metric="val_loss", n=1), Best(metric="val_los", n=1)))}}
+    )
+    _, refusals = planned(scored(0, 1, 2, 3), rule)
+    assert {one.group for one in refusals} == {1}
+    assert all("'val_los'" in one.reason and "'val_loss'" not in one.reason for one in refusals)
+
+
+def test_a_metric_that_one_run_has_holds_for_that_run_alone():
+    groups = [*scored(0, 1, 2, 3, 4), *scored(1, 1, 2, 3, 4, metric="val_los")]
+    assert moves_of(groups, BEST) == [("ckpt/r1/step-3", "delete", "standard", None)]
+
+
+def test_what_another_keep_list_does_not_name_still_goes_down_to_the_tier_that_keeps_all():
+    rule = BEST.model_copy(update={"keep": {"hot": Keep(last=1), **BEST.keep}})
+    groups = [checkpoint(0, step, {"hot": BIG}, days=400.0) for step in (1, 2, 3)]
+    assert moves_of(groups, rule) == [(f"ckpt/r0/step-{step}", "move", "hot", "standard") for step in (1, 2)]
+
+
+def test_a_watermark_sends_away_nothing_of_a_run_whose_metric_is_not_found():
+    groups = [*scored(0, 1, 2, 3), *scored(1, 1, 2, 3, 4, metric="val_los")]
+    rule = BEST.model_copy(update={"delete_after_s": None, "then": None, "after_s": None})
+    moves = moves_of(groups, rule, capacity=(None, 100 * MB, None))
+    assert moves
+    assert {path.split("/")[1] for path, *_ in moves} == {"r1"}
+
+
+def test_the_deletion_of_a_checkpoint_without_the_metric_of_its_run_says_so():
+    groups = [*scored(0, 1, 2, metric="val_los"), checkpoint(0, 3, {"standard": BIG}, days=400.0)]
+    groups.append(checkpoint(0, 4, {"standard": BIG}, days=400.0, metrics={"val_los": 9.0}))
+    (move,), _ = planned(groups, BEST)
+    assert (groups[move.group].step, move.action) == (3, "delete")
+    assert "without 'val_los', which others of its run have" in move.reason
+
+
+def test_a_checkpoint_whose_metrics_cannot_be_read_is_not_deleted():
+    groups = [*scored(0, 1, 2, 4, metric="val_los"), checkpoint(0, 3, {"archive": BIG}, days=400.0, unread=True)]
+    moves, (refusal,) = planned(groups, BEST)
+    assert (moves, groups[refusal.group].step) == ((), 3)
+    assert "cannot be read" in refusal.reason
 
 
 # -- rules -----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from tests.tier.moving import HookAt, Killed
 import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
-from tiercache.testing import JumpingClock
+from tiercache.testing import JumpingClock, WrapperStore
 from tiercache.tier import placement
 from tiercache.tier.lock import TierLock
 from tiercache.tier.run import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.stores import Stores
 from tiercache.tierfile import load_tiers
 
 DAY_S = 86_400.0
@@ -221,3 +222,251 @@ def test_the_books_lie_in_the_state_folder(tiers):
     tiers.run()
     assert catalog_path(tiers.file) == tiers.root / "state" / "tiers.sqlite"
     assert catalog_path(tiers.file).exists()
+
+
+# -- what is lost -----------------------------------------------------------------------------------------------------
+
+
+def lost(report):
+    assert report.exit_code == (PARTLY if report.losses else DONE)
+    assert report.to_json()["lost"] == [one.path for one in report.losses]
+    return {one.path: one.tiers for one in report.losses}
+
+
+def moved_to_archive(tiers, clock, *steps):
+    """Checkpoints and data whose only copies are in the archive, but for the newest checkpoint."""
+    checkpoints(tiers, *steps)
+    for days in (2, 1):
+        clock.jump(days * DAY_S + 1)
+        report = tiers.run()
+    assert lost(report) == {}
+    return [key for key in tiers.keys("archive") if key.startswith("ck/")]
+
+
+def test_a_shard_whose_only_copy_is_gone_is_lost(tiers):
+    write_data(tiers)
+    shard = next(key for key in tiers.keys("standard", "data") if key.endswith(".tcs"))
+    assert lost(tiers.run(dry_run=True)) == {}
+    (tiers.root / "standard" / shard).unlink()
+    assert lost(tiers.run(dry_run=True)) == {shard: ()}
+    assert lost(tiers.run()) == {shard: ()}
+
+
+def test_a_shard_that_was_moved_and_is_gone_is_lost_where_it_was_last(tiers, clock):
+    write_data(tiers)
+    for days in (2, 1):
+        clock.jump(days * DAY_S + 1)
+        assert lost(tiers.run()) == {}
+    shard = tiers.keys("archive", "data")[0]
+    (tiers.root / "archive" / shard).unlink()
+    assert lost(tiers.run()) == {shard: ("archive",)}
+
+
+def test_an_object_of_a_checkpoint_that_was_moved_away_from_home_is_lost(tiers, clock):
+    part = moved_to_archive(tiers, clock, 1, 2)[-1]
+    (tiers.root / "archive" / part).unlink()
+    assert lost(tiers.run()) == {part: ("archive",)}
+
+
+def test_readers_are_led_to_it_is_enough_where_this_machine_has_lost_its_catalog(tiers, clock):
+    keys = moved_to_archive(tiers, clock, 1, 2)
+    catalog_path(tiers.file).unlink()
+    for key in keys:
+        (tiers.root / "archive" / key).unlink()
+    assert lost(tiers.run()) == dict.fromkeys(keys, ("archive",))
+
+
+def test_what_was_moved_to_its_home_and_is_gone_there_is_lost(tiers, clock):
+    """A bucket's lifecycle rule does so."""
+    rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\n'
+    tiers.write_rules(rules)
+    for step in (1, 2):
+        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
+    for _ in range(2):
+        clock.jump(DAY_S + 1)
+        assert lost(tiers.run()) == {}
+    assert (tiers.keys("hot"), tiers.keys("standard")) == (["runs/step-2/model.bin"], ["runs/step-1/model.bin"])
+    (tiers.root / "standard/runs/step-1/model.bin").unlink()
+    assert lost(tiers.run()) == {"runs/step-1/model.bin": ("standard",)}
+
+
+def test_what_lies_in_a_tier_that_cannot_be_seen_is_not_called_lost(tiers, clock):
+    moved_to_archive(tiers, clock, 1, 2)
+    (tiers.root / "archive").rename(tiers.root / "not mounted")
+    report = tiers.run()
+    assert lost(report) == {}
+    assert any("archive" in doubt for doubt in report.doubts)
+
+
+def test_what_the_rule_file_says_is_gone_is_not_lost(tiers, clock):
+    keys = moved_to_archive(tiers, clock, 1, 2)
+    for key in keys:
+        (tiers.root / "archive" / key).unlink()
+    path = tiers.root / "tiercache.toml"
+    path.write_text(path.read_text().replace("[tiering]\n", '[tiering]\ngone = ["ck/run/step-1/**"]\n'))
+    assert lost(tiers.run()) == {}
+
+
+def test_what_a_rule_has_deleted_is_not_lost_though_somebody_removed_a_copy_before(tiers, clock):
+    rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
+    tiers.write_rules(rules)
+    for step in (1, 2):
+        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
+    clock.jump(DAY_S)
+    tiers.run()
+    (tiers.root / "hot/runs/step-1/model.bin").unlink()
+    clock.jump(6 * DAY_S)
+    tiers.run()
+    clock.jump(DAY_S + 1)
+    tiers.run()
+    assert tiers.keys("standard") == []
+    tiers.write_rules(rules.replace('delete_after = "5d"\n', ""))
+    assert lost(tiers.run()) == {}
+
+
+def test_what_another_machine_s_mover_may_have_deleted_by_a_rule_is_not_lost(tiers, clock):
+    rules = '[[rules]]\nmatch = "runs/*"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
+    tiers.write_rules(rules)
+    for step in (1, 2):
+        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
+    for _ in range(2):
+        clock.jump(DAY_S + 1)
+        tiers.run()
+    (tiers.root / "standard/runs/step-1/model.bin").unlink()
+    assert lost(tiers.run()) == {"runs/step-1/model.bin": ("standard",)}  # no rule deletes it yet
+    clock.jump(4 * DAY_S)
+    assert lost(tiers.run()) == {}
+
+
+def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tiers, clock):
+    write_data(tiers)
+    path = tiers.root / "tiercache.toml"
+    path.write_text(path.read_text().replace('age = "1d"\nto = "archive"\n', 'delete_after = "5d"\n'))
+    shards = [key for key in tiers.keys("standard", "data") if key.endswith(".tcs")]
+    (tiers.root / "standard" / shards[0]).unlink()
+    clock.jump(DAY_S)
+    assert lost(tiers.run()) == {shards[0]: ()}
+    clock.jump(5 * DAY_S)
+    tiers.run()
+    clock.jump(DAY_S + 1)
+    report = tiers.run()
+    assert lost(report) == {}
+    assert report.settled.done == len(shards) - 1
+
+
+class Overlooks(WrapperStore):
+    """A listing that was made before a mover put an object here."""
+
+    def list(self, prefix=""):
+        return (info for info in super().list(prefix) if info.key != self.key)
+
+
+def test_what_a_mover_has_moved_while_tiers_were_listed_is_not_lost(tiers):
+    write_data(tiers)
+    standard = Overlooks(LocalFolder(tiers.root / "standard"))
+    standard.key = next(key for key in tiers.keys("standard", "data") if key.endswith(".tcs"))
+    with Stores(tiers.file, stores={"standard": standard}) as stores:
+        assert lost(tiers.run(stores=stores, dry_run=True)) == {}
+    (tiers.root / "standard" / standard.key).unlink()
+    assert lost(tiers.run(dry_run=True)) == {standard.key: ()}
+
+
+# -- folders and links ------------------------------------------------------------------------------------------------
+
+
+def run_twice(tiers, clock):
+    """Moves, and the deletions that wait for grace."""
+    clock.jump(2 * DAY_S)
+    first = tiers.run()
+    clock.jump(DAY_S + 1)
+    return first, tiers.run()
+
+
+def test_a_checkpoint_that_is_gone_from_a_local_tier_leaves_no_folder(tiers, clock):
+    """Orbax and Trainer list folders, and would resume from an empty one."""
+    for step in (100, 200):
+        for name in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/1", "metrics/metrics"):
+            tiers.write("standard", f"ck/run/{step}/{name}")
+    (tiers.root / "standard/ck/run/100/default/array_metadatas").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir()] == ["200"]
+    assert len(tiers.keys("archive", "ck/run/100/")) == 4
+
+
+def test_a_folder_in_which_something_is_left_stays(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    (tiers.root / "standard/ck/run/step-1/more").symlink_to("__0_0.distcp")
+    (tiers.root / "standard/ck/run/step-1/empty").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
+
+
+def test_a_deleted_checkpoint_leaves_no_folder(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
+    for step in (1, 2):
+        tiers.write("standard", f"runs/step-{step}/a/model.bin")
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/runs").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
+def test_what_a_symbolic_link_leads_to_is_copied_and_stays_until_the_link_leads_elsewhere(tiers, clock, target):
+    """Lightning's last.ckpt, with save_last="link"."""
+    checkpoints(tiers, 1, 2)
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to(target)
+    first, second = run_twice(tiers, clock)
+    assert [(move.path, move.action) for move in first.plan.moves] == [("ck/run/step-1", "copy")]
+    (refusal,) = second.plan.refusals
+    assert (refusal.action, "ck/run/last.ckpt" in refusal.reason) == ("drop", True)
+    assert (link.resolve().exists(), len(tiers.keys("archive"))) == (True, 2)
+    link.unlink()
+    link.symlink_to("step-2")
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir() if path.name != "step-2"] == ["last.ckpt"]
+
+
+def test_a_symbolic_link_that_comes_while_a_deletion_waits_keeps_the_copy(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    clock.jump(2 * DAY_S)
+    assert [move.action for move in tiers.run().plan.moves] == ["move"]
+    (tiers.root / "standard/ck/run/best").symlink_to(tiers.root / "standard/ck/run/step-1")
+    clock.jump(DAY_S + 1)
+    assert tiers.run().exit_code == PARTLY
+    assert len(tiers.keys("standard", "ck/run/step-1/")) == 2
+    (tiers.root / "standard/ck/run/best").unlink()
+    tiers.run()
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+
+
+def test_links_to_other_places_and_to_nothing_keep_nothing(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    folder = tiers.root / "standard/ck/run"
+    (folder / "gone").symlink_to("step-0")
+    (folder / "gone too").symlink_to("step-1/no file")
+    (folder / "all").symlink_to("../run")
+    (folder / "outside").symlink_to("/")
+    (folder / "loop").symlink_to("loop")
+    run_twice(tiers, clock)
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+
+
+def test_last_copies_that_a_symbolic_link_leads_to_are_not_deleted(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
+    for step in (1, 2, 3):
+        tiers.write("standard", f"runs/step-{step}.pt", bytes([step]))
+    (tiers.root / "standard/runs/best.pt").symlink_to("step-1.pt")
+    first, _ = run_twice(tiers, clock)
+    assert [move.path for move in first.plan.moves] == ["runs/step-2.pt"]
+    assert tiers.keys("standard") == ["runs/step-1.pt", "runs/step-3.pt"]
+
+
+def test_a_full_tier_sends_away_nothing_that_a_symbolic_link_leads_to(tiers, clock):
+    path = tiers.root / "tiercache.toml"
+    path.write_text(path.read_text().replace('role = "hot"\n', 'role = "hot"\ncapacity = "250"\n'))
+    for name in ("a", "b", "c"):
+        tiers.write("hot", f"x/{name}")
+    (tiers.root / "hot/x/link").symlink_to("a")
+    run_twice(tiers, clock)
+    assert "x/a" in tiers.keys("hot")
+    assert len(tiers.keys("hot")) < 3

@@ -20,13 +20,18 @@ class BlockTable:
     """A shard's blocks. Immutable; keeps owner, and with it the mapping.
 
     first: uint64[n_blocks + 1], the first row of each block and the number of rows; addresses: uint64[n_streams,
-    n_blocks, 3]; checks: uint64[n_streams, n_blocks, 4] or None.
+    n_blocks, 3]; checks: uint64[n_streams, n_blocks, 4] or None; file: (fd, changed_ns, pause_ns): a descriptor of the
+    mapped file, open as long as owner is; its ctime for which checks hold: once the file has another one the finder
+    drops the table, and 0 is none that a file has; and how long after a look the file is not looked at again. None:
+    nothing is ever checked.
 
     Raises:
         ValueError: shapes do not fit, or there are no blocks.
     """
 
-    def __new__(cls, first: U64, addresses: U64, checks: U64 | None, owner: Any) -> BlockTable: ...
+    def __new__(
+        cls, first: U64, addresses: U64, checks: U64 | None, owner: Any, file: tuple[int, int, int] | None = None
+    ) -> BlockTable: ...
 
 @final
 class RecordFinder:
@@ -55,7 +60,7 @@ class RecordFinder:
         """Drop all tables."""
 
     def find(self, records: NDArray[np.int64]) -> Found | None:
-        """Where records are, int64[n]; None if one of them is in a shard without a table.
+        """Where records are, int64[n]; None if one of them is in a shard without a table, or was written to since.
 
         Records of several shards become blocks of their own, so that one gather serves them all.
 

@@ -11,6 +11,31 @@ from libc.string cimport memcpy
 
 import numpy as np
 
+cdef extern from *:
+    """
+    #include <sys/stat.h>
+    #include <time.h>
+
+    static int64_t tc_now_ns(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    }
+
+    /* The file's ctime in ns; -1: it cannot be asked. */
+    static int64_t tc_changed_ns(int fd) {
+        struct stat status;
+        if (fstat(fd, &status)) return -1;
+    #ifdef __APPLE__
+        return (int64_t)status.st_ctimespec.tv_sec * 1000000000 + status.st_ctimespec.tv_nsec;
+    #else
+        return (int64_t)status.st_ctim.tv_sec * 1000000000 + status.st_ctim.tv_nsec;
+    #endif
+    }
+    """
+    int64_t tc_now_ns() noexcept
+    int64_t tc_changed_ns(int fd) noexcept
+
 cdef enum:
     SOURCE_WORDS = 3  # csrc/gather.h: tc_source
     CHECK_WORDS = 4  # csrc/gather.h: tc_chunk
@@ -22,12 +47,16 @@ cdef class BlockTable:
     cdef const uint64_t[:, :, ::1] checks
     cdef size_t n_blocks, n_streams
     cdef bint is_checked  # whether there are checks
+    cdef int fd  # of the mapped file; -1: it is not looked at
+    cdef int64_t changed_ns, pause_ns, look_ns  # the next look at the file is due at look_ns
     cdef uint64_t call  # the last search that has found something here
     cdef object owner
     cdef tuple addresses_of, checks_of  # stream by stream
 
-    def __cinit__(self, const uint64_t[::1] first not None, addresses not None, checks, owner):
+    def __cinit__(self, const uint64_t[::1] first not None, addresses not None, checks, owner, file=None):
         self.first = first
+        self.fd, self.changed_ns, self.pause_ns = (-1, 0, 0) if file is None else file
+        self.look_ns = 0
         self.addresses = addresses
         self.n_streams, self.n_blocks = <size_t>self.addresses.shape[0], <size_t>self.addresses.shape[1]
         if self.addresses.shape[2] != SOURCE_WORDS or first.shape[0] != self.addresses.shape[1] + 1 or not self.n_blocks:
@@ -45,6 +74,15 @@ cdef class BlockTable:
         self.owner = owner
         self.addresses_of = tuple(addresses)
         self.checks_of = None if checks is None else tuple(checks)
+
+    cdef inline bint is_as_checked(self) noexcept:
+        if self.fd < 0:
+            return True
+        cdef int64_t now_ns = tc_now_ns()
+        if now_ns < self.look_ns:
+            return True
+        self.look_ns = now_ns + self.pause_ns
+        return tc_changed_ns(self.fd) == self.changed_ns
 
     cdef inline size_t block_of(self, uint64_t row) noexcept:
         cdef size_t low = 0, high = self.n_blocks, middle  # first[low] <= row < first[high]
@@ -126,6 +164,9 @@ cdef class RecordFinder:
         if self.tables[shard] == NULL:
             return None
         table = <BlockTable>self.tables[shard]
+        if not table.is_as_checked():
+            self.forget(shard)
+            return None
         cdef uint64_t within = <uint64_t>(record - self.first_record[shard])
         block, row = np.empty(1, np.uint32), np.empty(1, np.uint32)
         cdef uint32_t[::1] to_block = block
@@ -171,6 +212,9 @@ cdef class RecordFinder:
                 table = <BlockTable>self.tables[shard]
                 start, end = self.first_record[shard], self.first_record[shard + 1]
                 if table.call != call:
+                    if not table.is_as_checked():
+                        self.forget(shard)
+                        return False
                     table.call = call
                     kept.append(table)
             within = <uint64_t>(records[i] - start)

@@ -1,8 +1,16 @@
-"""Which mapped pages are in memory, as the kernel says (mincore(2)), asked without the GIL."""
+"""Mappings of files that hold no descriptor, and which mapped pages are in memory, as the kernel says (mincore(2))."""
 
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint64_t
 
 cdef extern from "sys/mman.h" nogil:
+    enum:
+        PROT_READ
+        MAP_SHARED
+    void *MAP_FAILED
+    void *mmap(void *, size_t, int, int, int, long)
+    int munmap(void *, size_t)
     int mincore(void *, size_t, unsigned char *)
 
 cdef extern from "unistd.h" nogil:
@@ -15,6 +23,33 @@ cdef enum:
     MOST_PAGES = 4096
 
 cdef size_t page_bytes = <size_t>sysconf(_SC_PAGESIZE)
+
+
+cdef class Mapping:
+    cdef void *memory
+    cdef Py_ssize_t n_bytes
+
+    def __cinit__(self, int fd, Py_ssize_t n_bytes):
+        cdef void *found
+        self.memory = NULL
+        if n_bytes < 1:
+            raise ValueError(f"a mapping has 1 byte or more, got {n_bytes}")
+        with nogil:
+            found = mmap(NULL, <size_t>n_bytes, PROT_READ, MAP_SHARED, fd, 0)
+        if found == MAP_FAILED:
+            PyErr_SetFromErrno(OSError)
+        self.memory, self.n_bytes = found, n_bytes
+
+    def __len__(self):
+        return self.n_bytes
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.memory, self.n_bytes, 1, flags)
+
+    def __dealloc__(self):
+        if self.memory != NULL:
+            with nogil:
+                munmap(self.memory, <size_t>self.n_bytes)
 
 
 cdef bint is_range_resident(uint64_t address, uint64_t n_bytes) noexcept nogil:

@@ -188,8 +188,12 @@ class Cache:
 
     def _renew_locks(self) -> None:
         """In a forked child, where a thread of the parent may have held them."""
-        self._lock, self._notices, self.counters = RLock(), Notices(), Counters(*_COUNTERS)
+        self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*_COUNTERS)
         self._reopening = Breaker()
+
+    def expect(self, dataset_id: str, url: str) -> None:
+        """Warn, once, when something of this data set has no room, though the cache could hold all of it."""
+        self._notices.expect(dataset_id, url)
 
     # -- for CachedStore --------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class Growth:
         self.note(need_bytes)
         if not evictor.reserve(name, need_bytes, spare=self.fetch.spare | {name}):
             self.note(self.reserved_bytes)
+            self._publisher.tell_of_no_room(self._wanted, need_bytes)
             return False
         if not self.reserved_bytes:
             evictor.note_fetch(name)

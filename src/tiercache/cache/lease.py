@@ -91,6 +91,11 @@ class CopyLease:
         """Whether all of it was here when the lease was made."""
         return self._fd >= 0 and self._presence is None
 
+    @property
+    def n_descriptors(self) -> int:
+        """One; two, with the map of the units that are here, of what was not whole when the lease was made."""
+        return 1 if self.is_whole else 2
+
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Whether these bytes are here."""
         fetch = self._fetch

@@ -308,8 +308,10 @@ class Opened:
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
                 return True
-            if wanted.identity is None:  # of a data set's shards its opening has warned
+            if wanted.identity is None:
                 self._tell_if_too_large(wanted, need_bytes, writing.accounts.limit_bytes())
+            else:
+                writing.publisher.tell_of_no_room(wanted, charge_bytes(need_bytes))
         except OSError as error:
             writing.publisher.disk_failed(error)
         return False

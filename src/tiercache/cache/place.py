@@ -70,13 +70,17 @@ def _default_cache() -> Cache | None:
 _warned: set[tuple[str, int, str]] = set()
 
 
-def warn_if_larger(url: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
+def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
     """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic.
+
+    Of one that it could hold, it warns itself when there is no room.
 
     shard_bytes: int64[n], of each shard. One that is larger than the cache is never cached: it is read by ranges.
     """
     limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
     reason = (url, n_bytes, str(cache.path))
+    if n_bytes <= limit_bytes:
+        cache.expect(dataset_id, f"{url} ({format_bytes(n_bytes)} of shards)")
     if n_bytes <= limit_bytes or reason in _warned:
         return
     _warned.add(reason)

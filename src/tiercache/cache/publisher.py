@@ -19,7 +19,9 @@ from tiercache.cache.sums import checksum_of
 from tiercache.cache.units import Mask, n_units
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.tables import BLOCK_BYTES
+from tiercache.descriptors import too_many_open
 from tiercache.errors import CorruptShard, StoreError
+from tiercache.model import format_bytes
 from tiercache.points import reach
 from tiercache.waiting import wait_for
 
@@ -89,11 +91,40 @@ class Publisher:
             self.disk_is_full()
             return
         self.breaker.trip()
-        self.notices.warn("disk", f"cache {self.folder.root}: {error}; reading past it until the disk works again")
+        what = too_many_open(error) or error
+        self.notices.warn("disk", f"cache {self.folder.root}: {what}; reading past it until the disk works again")
 
     def disk_is_full(self) -> None:
         """Say so once."""
-        self.notices.warn("full", f"cache {self.folder.root}: the disk is full; reading past the cache")
+        self.notices.warn(
+            "full",
+            f"cache {self.folder.root}: the disk is full; reading past the cache, so that what it does not hold is "
+            "fetched again in every epoch; free some of the disk, or put the cache on another (TIERCACHE_CACHE_DIR)",
+        )
+
+    def tell_of_no_room(self, wanted: Wanted, need_bytes: int) -> None:
+        """Warn once of an opened data set that could be cached as a whole, but of which something has no room."""
+        dataset_id = "" if wanted.identity is None else wanted.identity.dataset_id
+        if not self.notices.is_expected(dataset_id):
+            return
+        used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
+        spare_bytes = max(self.evictor.spare_bytes(), 0)
+        if spare_bytes < need_bytes:
+            do = (
+                f"the disk has {format_bytes(spare_bytes)} left above the cache's free_floor: free some of it, lower "
+                "free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            )
+        else:
+            do = (
+                "what it holds is pinned, being read, or needed sooner: unpin or evict some of it (tiercache status "
+                "says what it is), or make the cache larger (TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
+            )
+        self.notices.warn_expected(
+            dataset_id,
+            f"cache {self.folder.root} has no room: its next object needs {format_bytes(need_bytes)}, but "
+            f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)} are taken. What does not fit "
+            f"is read past the cache, and fetched again in every epoch; {do}",
+        )
 
     def _run_locked(self, fetch: Fetch) -> None:
         """One process fetches a name; the others watch its map, and take over when it is gone.

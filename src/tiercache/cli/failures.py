@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec
 
 import typer
 
 from tiercache.errors import TierCacheError
+from tiercache.store.retry import unreachable_fails_at_once
 
 P = ParamSpec("P")
 
@@ -33,7 +36,7 @@ def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callabl
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         is_done = False
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _shown_log(), unreachable_fails_at_once():
                 warnings.showwarning = _show_warning
                 is_done = verb(*args, **kwargs) is None
         except BrokenPipeError:
@@ -48,6 +51,22 @@ def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callabl
             raise typer.Exit(exit_code_of(error)) from None
 
     return run
+
+
+class _LogToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _show_warning(" ".join(record.getMessage().split()))
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """Show warnings of the library's log, such as that of a long wait, as those of Python are shown."""
+    handler, logger = _LogToStderr(logging.WARNING), logging.getLogger("tiercache")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def exit_code_of(error: Exception) -> int:

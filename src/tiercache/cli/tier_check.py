@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +11,19 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from tiercache.cli.failures import FAILED
+from tiercache.cli.failures import FAILED, PARTLY
 from tiercache.cli.options import Json, Quiet, Verbose
-from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts
+from tiercache.cli.output import Output, count, printable
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts, say_losses
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
 from tiercache.store import redact
+from tiercache.store.archive import S3Archive
 from tiercache.store.urls import Location
+from tiercache.tier.bucket_rules import bucket_findings
 from tiercache.tier.inventory import Inventory
+from tiercache.tier.losses import Loss
 from tiercache.tier.marks import no_folder
 from tiercache.tier.model import KINDS
 from tiercache.tier.view import rules_of
@@ -29,7 +33,7 @@ _NO_RULE = "(no rule)"
 # Facts of an inventory, and what they say of objects.
 _LEFT_ALONE = {
     "orphans": "shards that no version of their data set names",
-    "missing": "shards that a version names and that lie in no tier",
+    "missing": "shards that a version names and that lie in no tier: a rule deleted them, or they are elsewhere",
     "unfinished": "somebody is still writing them",
     "no_keys": "their names cannot be keys",
     "differing": "not the same in two tiers",
@@ -46,7 +50,10 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
 ) -> None:
-    """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed."""
+    """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed.
+
+    Ends with 3 where something is lost: a version, the placement or the books name it, and no tier has a copy.
+    """
     output = Output(as_json, quiet)
     if prices:
         _print_prices(output)
@@ -54,7 +61,7 @@ def check(
         file = read_rules(rules)
         _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
         say_doubts(output, filter(None, map(no_folder, file.tiers)))
-        _sum_up(output, file, 0)
+        _sum_up(output, file, 0, None)
     else:
         with opened_tiers(rules) as tiers:
             _check(output, tiers)
@@ -65,17 +72,22 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     n_failed = sum(text != "yes" for text in reached.values())
     _print_tiers(output, file, reached)
+    losses: tuple[Loss, ...] | None = None
     if n_failed == 0:
         inventory = tiers.stock(output)
         _print_rules(output, file, inventory)
-        _print_left_alone(output, inventory.facts)
+        losses = tiers.losses(inventory)
+        _print_buckets(output, tiers)
+        _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
         tiers.say_absent(output, inventory)
+        tiers.say_unscored(output, inventory, passed_over=True)
         tiers.say_left(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))
-    _sum_up(output, file, n_failed)
-    if n_failed:
-        raise typer.Exit(FAILED)
+        say_losses(output, losses)
+    _sum_up(output, file, n_failed, losses)
+    if n_failed or losses:
+        raise typer.Exit(FAILED if n_failed else PARTLY)
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
@@ -124,10 +136,30 @@ def _print_rules(output: Output, file: TierFile, inventory: Inventory) -> None:
     output.table("rule", rows, texts)
 
 
-def _print_left_alone(output: Output, facts: Mapping[str, Any]) -> None:
-    """What no plan touches, because nobody can be sure of it."""
+def _print_buckets(output: Output, tiers: OpenTiers) -> None:
+    """What buckets do by themselves with objects of the tiers."""
+    for tier in tiers.file.tiers:
+        archive = tiers.stores.archive(tier.name)
+        if isinstance(archive, S3Archive):
+            folder = f"{archive.prefix}/" if archive.prefix else ""
+            for found in bucket_findings(tier.name, folder, tiers.stores.class_of(tier.name), archive.settings()):
+                text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
+                output.event("bucket", asdict(found), text)
+        elif tier.url.lower().startswith("s3://"):
+            text = (
+                f"tiers.{tier.name}: the bucket's lifecycle is not read without boto3: pip install 'tiercache[archive]'"
+            )
+            output.event("note", {"text": text}, f"note: {text}")
+
+
+def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection[str]) -> None:
+    """What no plan touches, because nobody can be sure of it. lost: what is told by itself."""
     for name, what in _LEFT_ALONE.items():
         n, names = facts.get(name, (0, ()))
+        if name == "missing":
+            keys, _ = facts["missing_shards"]
+            n -= sum(key in lost for key in keys.to_pylist()) if lost else 0
+            names = tuple(key for key in names if key not in lost)
         if n:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
             text = f"{count(n, 'object')} left alone, {what}: {shown}"
@@ -167,7 +199,7 @@ def _doubts(file: TierFile) -> Iterator[str]:
                 yield f"tiers.{tier.name} writes class {written} and has the prices of {priced}"
 
 
-def _sum_up(output: Output, file: TierFile, n_failed: int) -> None:
+def _sum_up(output: Output, file: TierFile, n_failed: int, losses: Sequence[Loss] | None) -> None:
     say_doubts(output, _doubts(file))
     facts = {
         "rules_file": str(file.path),
@@ -175,10 +207,12 @@ def _sum_up(output: Output, file: TierFile, n_failed: int) -> None:
         "rules": len(file.rules),
         "pins": len(file.pins),
         "not_reached": n_failed,
+        "lost": None if losses is None else [loss.path for loss in losses],
     }
     text = f"{count(len(file.tiers), 'tier')}, {count(len(file.rules), 'rule')}, {count(len(file.pins), 'pin')}"
     failed = f"; {count(n_failed, 'tier')} not reached" if n_failed else ""
-    output.summary(facts, f"{file.path}: {text}{failed}")
+    lost = f"; {count(len(losses), 'object')} LOST" if losses else ""
+    output.summary(facts, f"{file.path}: {text}{failed}{lost}")
 
 
 def _print_prices(output: Output) -> None:

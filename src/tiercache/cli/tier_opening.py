@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -17,14 +17,16 @@ import typer
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.cli.output import Output, count
+from tiercache.cli.output import Output, count, printable
 from tiercache.prices import Prices, priced
 from tiercache.store import redact
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory, take_inventory
+from tiercache.tier.losses import Loss, find_losses
 from tiercache.tier.marks import absent
 from tiercache.tier.matching import first_match
 from tiercache.tier.run import catalog_path
+from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
 from tiercache.tierfile import TierFile, load_tiers
 
@@ -33,6 +35,7 @@ Rules: TypeAlias = Annotated[
     typer.Option("--rules", metavar="FILE", help="The rule file, if not the tiercache.toml found here."),
 ]
 
+_LOSSES_SHOWN = 20
 _HERE = ("./", "../")
 _SIGNS = "*?[{"
 
@@ -72,6 +75,17 @@ class OpenTiers:
         """A note for each tier that may lack what lies in it."""
         say_doubts(output, absent(self.file, self.stores, self.catalog, inventory.facts["emptied"]))
 
+    def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
+        """What is lost, as far as is known."""
+        return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
+
+    def say_unscored(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
+        """A warning for each run without a metric that a keep list asks for; and a note of checkpoints without one."""
+        gaps, passed = metric_gaps(inventory.snapshot, self.file, inventory.facts["in_files"])
+        say_gaps(output, gaps)
+        for one in passed if passed_over else ():
+            output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
+
     def say_left(self, output: Output) -> None:
         """A note for each home, not of this rule file, that moves in the books of this machine wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
@@ -90,6 +104,21 @@ class OpenTiers:
         """What must be said of dollars that are not counted; "" where all are."""
         names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
         return f"; dollars without {', '.join(names)}, which has no prices" if names else ""
+
+
+def say_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
+    """A warning for each run without a metric that a keep list asks for."""
+    for gap in gaps:
+        output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
+
+
+def say_losses(output: Output, losses: Sequence[Loss]) -> None:
+    """A line for each object that is lost; people get some of many."""
+    shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
+    for loss in shown:
+        output.event("lost", asdict(loss), printable(f"LOST: {loss.text}"))
+    if not output.as_json and len(losses) > len(shown):
+        typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
 
 
 def say_doubts(output: Output, doubts: Iterable[str]) -> None:
@@ -115,6 +144,7 @@ def read_rules(rules: Path | None) -> TierFile:
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
     globs += [(f"{rule.name}.except", rule.excepted) for rule in file.rules]
     globs += [(f"pins[{i}].match", pin.match) for i, pin in enumerate(file.pins, start=1)]
+    globs += [("tiering.gone", file.tiering.gone)]
     globs += [(f"tags[{i}].match", tag.match) for i, tag in enumerate(file.tags, start=1)]
     for key, some in globs:
         try:

@@ -57,6 +57,7 @@ def made_plan(output: Output, tiers: OpenTiers) -> Plan:
     decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=missing)
     made = planned(decisions, inventory, tiers.file, tiers.prices)
     tiers.say_absent(output, inventory)
+    tiers.say_unscored(output, inventory)
     tiers.say_uncounted(output, inventory, paths_of(made.moves, SHARD))
     return made
 

@@ -122,7 +122,7 @@ class Ahead:
 
 def is_in_memory(blocks: Blocks) -> bool:
     """Whether all that is mapped of blocks is in memory, and whoever says so may be believed."""
-    return _LINUX and blocks.copy is not None and blocks.copy.tells_residence and are_resident(blocks.pages)
+    return _LINUX and blocks.tells_residence and are_resident(blocks.pages)
 
 
 def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:

@@ -7,7 +7,8 @@ they do; tests compare each with torch's loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.utils import data as torch_data
+from torch.utils.data.dataloader import _InfiniteConstantSampler
+from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
+
+from tiercache.load.replay import REPLAY, YIELDED, Randomness, Replay, ReplayedSampler, check, this_rank
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,15 +31,54 @@ MAX_INDICES = 1 << 26
 SAMPLES_YIELDED = "samples_yielded"  # torchdata's key in the state of its BatchSampler's iterator
 
 
+_CHUNK = 1 << 12  # indices that are asked for at a time where they are skipped
+
+
 class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
-    """torchdata's, whose state it has, with the loop over a batch's indices in C: 15 us a batch of 256 less."""
+    """torchdata's, whose state it has, with the loop over a batch's indices in C: 15 us a batch of 256 less.
+
+    Attributes:
+        replay: the pass over a sampler that has no state; None: it has one.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+        self.samples_yielded = 0
+        self.replay: Replay | None = None
+        if not isinstance(sampler, (Stateful, _InfiniteConstantSampler)):
+            self.replay = Replay(sampler)
+        self.sampler_iter = iter(sampler) if self.replay is None else self.replay.iterator
+        if isinstance(self.sampler_iter, Stateful):
+            self.replay = None
 
     def __next__(self) -> list[Any]:
-        batch = list(islice(self.sampler_iter, self.batch_size))
+        size = self.batch_size
+        batch = list(islice(self.sampler_iter, size)) if self.replay is None else self.replay.take(size)
         self.samples_yielded += len(batch)
-        if len(batch) < (self.batch_size if self.drop_last else 1):
+        if len(batch) < (size if self.drop_last else 1):
             raise StopIteration
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """torchdata's, and what a sampler without a state is asked again by."""
+        state: dict[str, Any] = super().state_dict()
+        return state if self.replay is None else {**state, REPLAY: self.replay.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where a state was taken. Raises ValueError as Replay.resume."""
+        if self.replay is None:
+            super().load_state_dict(state_dict)
+            return
+        replay, n_left = self.replay, state_dict[SAMPLES_YIELDED]
+
+        def skip() -> None:
+            nonlocal n_left
+            while n_left and (items := replay.take(min(n_left, _CHUNK))):
+                n_left -= len(items)
+
+        self.samples_yielded = n_left
+        replay.resume(state_dict.get(REPLAY), skip)
+        self.sampler_iter = replay.iterator
 
 
 class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
@@ -44,21 +88,41 @@ class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
         return _BatchIterator(self.sampler, self.batch_size, self.drop_last)
 
 
+def with_state(index_sampler: Any) -> Any:
+    """A sampler or batch sampler whose iterators, or which itself, have a state; the one given if they do."""
+    if type(index_sampler) is torchdata_samplers.BatchSampler:  # its iterators have none of a sampler that has none
+        return BatchSampler(index_sampler.sampler, index_sampler.batch_size, index_sampler.drop_last)
+    if isinstance(index_sampler, (BatchSampler, Stateful, _InfiniteConstantSampler)):
+        return index_sampler
+    return ReplayedSampler(index_sampler)
+
+
 OF_TORCHDATA = (BatchSampler, torchdata_samplers.BatchSampler)
 BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # noqa: SLF001 -- its exact type
 
 
 class Bulk(Iterator[Any]):
-    """A way through a batch sampler over a sampler of known indices; in the place of the batch sampler's iterator."""
+    """A way through a batch sampler over a sampler of known indices; in the place of the batch sampler's iterator.
+
+    random: of the states of what the sampler drew from when it began, as `Replay` has them.
+    """
 
     def __init__(
-        self, numbers: NDArray[np.int64], batch_sampler: Any, start: int, at_end: Callable[[], object]
+        self,
+        numbers: NDArray[np.int64],
+        batch_sampler: Any,
+        start: int,
+        at_end: Callable[[], object],
+        random: Mapping[str, Any],
     ) -> None:
         self._numbers = numbers
         self._size, self._drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         self._has_state = type(batch_sampler) in OF_TORCHDATA
         self._at = start
         self._at_end = at_end
+        self._random = random
+        self._rank = this_rank()
+        self.checksum = zlib.crc32(numbers[:start].data)
 
     def __next__(self) -> NDArray[np.int64]:
         """The next batch's indices, a view."""
@@ -67,11 +131,15 @@ class Bulk(Iterator[Any]):
             self._at_end()
             raise StopIteration
         self._at += len(batch)
+        self.checksum = zlib.crc32(batch.data, self.checksum)
         return batch
 
-    def look(self) -> tuple[None, dict[str, Any] | None]:
+    def look(self) -> tuple[None, dict[str, Any]]:
         """The states of batch sampler and iterator after the batches given."""
-        return None, {SAMPLES_YIELDED: self._at} if self._has_state else None
+        replay = {"random": self._random, "checksum": self.checksum, "rank": self._rank}
+        if self._has_state:
+            return None, {SAMPLES_YIELDED: self._at, REPLAY: replay}
+        return None, {YIELDED: -(-self._at // self._size), REPLAY: replay}
 
 
 def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
@@ -80,10 +148,13 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
     Args:
         batch_sampler: torch's or torchdata's, else None is given.
         n_before: batches that were served.
-        state: of torchdata's iterator, else None.
+        state: of its iterator, else None.
 
     Returns:
         None: the sampler is to be asked itself. Nothing was drawn.
+
+    Raises:
+        ValueError: the sampler gives other indices than before the state was taken.
     """
     if type(batch_sampler) in OF_TORCHDATA:
         start = 0 if state is None else state[SAMPLES_YIELDED]
@@ -91,8 +162,26 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
         start = n_before * batch_sampler.batch_size
     else:
         return None
-    found = _indices(batch_sampler.sampler)
-    return None if found is None else Bulk(found[0], batch_sampler, start, found[1])
+    sampler, replay = batch_sampler.sampler, None if state is None else state.get(REPLAY)
+    if type(sampler) is not torch_data.RandomSampler:
+        found, random = _indices(sampler), {}
+    elif replay is None:
+        randomness = Randomness(sampler)
+        before = randomness.states()
+        found = _indices(sampler)
+        random = {"first": randomness.moved_since(before)}
+    else:
+        randomness, random = Randomness(sampler), replay["random"]
+        with randomness.replaying():
+            for states in random.values():
+                randomness.restore(states)
+            found = _indices(sampler)
+    if found is None:
+        return None
+    bulk = Bulk(found[0], batch_sampler, start, found[1], random)
+    if replay is not None:
+        check(sampler, replay, bulk.checksum)
+    return bulk
 
 
 def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
@@ -115,7 +204,7 @@ def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | N
     except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, a type that NumPy does not know
         return None
     is_plain = numbers.ndim == 1 and numbers.dtype.kind in "iu"
-    return (numbers.astype(np.int64, copy=False), _nothing) if is_plain else None
+    return (np.ascontiguousarray(numbers, np.int64), _nothing) if is_plain else None
 
 
 def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
@@ -142,7 +231,7 @@ def _distributed(sampler: Any) -> NDArray[np.int64]:
         indices = torch.randperm(n, generator=generator).numpy()
     else:
         indices = np.arange(n)
-    return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas]
+    return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
 
 
 def _nothing() -> None:

@@ -71,13 +71,18 @@ class Coming:
         state: where the coming epoch would begin.
         plan_epoch: a rank's share of an epoch; holds no loader, which would keep it alive.
         is_expected: whether this run has gone from one epoch to the next before: only then a store is read for it.
+        is_foreseen: whether the state's seed is likely the one that the next iter() will draw. Where it is not, only
+            the plan is published: the cache learns which shards the epoch reads, and nothing is loaded for it.
     """
 
-    def __init__(self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool) -> None:
+    def __init__(
+        self, source: Source, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_foreseen: bool = True
+    ) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
+        self._is_foreseen = is_foreseen
         self.publishing = Publishing(source, state, plan_epoch)
         self._lock = threading.Lock()
         self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
@@ -98,8 +103,8 @@ class Coming:
         return self._share
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Shards that it begins with, about n_bytes (stored) of them."""
-        return self.share.shards_ahead(0, 0, n_bytes)
+        """Shards that it begins with, about n_bytes (stored) of them; none where its seed is not foreseen."""
+        return self.share.shards_ahead(0, 0, n_bytes) if self._is_foreseen else []
 
     def prepare(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> None:
         """Make the beginning ready: plan it, have its shards brought near, and begin to load its first windows.
@@ -124,13 +129,13 @@ class Coming:
     def take(self, source: Source, state: RunState) -> Taken | None:
         """The epoch, once, if that is where the loader goes on.
 
-        None: the loader goes on elsewhere, or in a forked child.
+        None: the loader goes on elsewhere, or in a forked child. Its publishing must then succeed this one's.
         """
         if self._pid != os.getpid():  # the lock may be held for ever
             return None
         ready = self._end()
         if source is not self._source or state != self._state:
-            self.publishing.close()
+            self._drop(ready)
             return None
         taken = Taken(self.share, ready, self.publishing)
         self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the other one is the loader's now
@@ -149,11 +154,14 @@ class Coming:
             self._let_go(self._end(), self.publishing)
 
     def _let_go(self, ready: Future[Begun | None] | None, plan: Publishing) -> None:
+        self._drop(ready)
+        plan.close()
+
+    def _drop(self, ready: Future[Begun | None] | None) -> None:
         if ready is not None:  # else nobody has begun it, or it is taken
             self._unwanted.set()  # also where its loading is just being begun, and nobody has it to cancel yet
             with self._step:
                 drop(ready)
-        plan.close()
 
     def _end(self) -> Future[Begun | None] | None:
         with self._lock:
@@ -163,8 +171,11 @@ class Coming:
 
     def _begin(self, threads: Threads, pressure: Pressure, ahead_bytes: int, publishing: Publishing) -> Begun | None:
         with self._a_step():
-            publishing.begin(self.share)
-            publishing.complete()
+            if self._is_foreseen or self._source.is_cached:
+                publishing.begin(self.share)
+                publishing.complete()
+        if not self._is_foreseen:
+            return None
         rest = self.share.pieces(0)
         first = next(rest, None)  # reads footers, for which forget() does not wait: a store may take its time
         if first is None:

@@ -39,7 +39,7 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.epoch, damage, sizes)
+    return OrderShare(order, ranks, state.seed, state.key_epoch, damage, sizes)
 
 
 def make_order(read: Source | Damage, state: RunState) -> Order:
@@ -48,12 +48,12 @@ def make_order(read: Source | Damage, state: RunState) -> Order:
     layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
     options = order_options(state)
     if source.mixture is not None:
-        return MixtureOrder(layout, source.mixture, options, state.epoch)
+        return MixtureOrder(layout, source.mixture, options, state.key_epoch)
     listed = source.listed
     if listed is not None and not state.shuffle:
         # Its windows are Windows in all but the class: they know their rows, and need no permutation to find them.
         return cast("Order", ListedOrder(layout, listed, state.window_bytes))
-    return EpochOrder(layout, options, state.epoch)
+    return EpochOrder(layout, options, state.key_epoch)
 
 
 def order_options(state: RunState) -> OrderOptions:

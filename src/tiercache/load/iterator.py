@@ -38,34 +38,53 @@ class Progress(Protocol):
 
 
 class Position:
-    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before."""
+    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before.
 
-    def __init__(self, begun: RunState, ranks: RankPlan) -> None:
+    is_counted: whether the batches handed out are known; they are not where another loader hands them out.
+    """
+
+    def __init__(self, begun: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
         self._begun = begun
-        self._ranks = ranks
+        self.ranks = ranks
+        self._is_counted = is_counted
         self._redirected: RunState | None = None
         self._next: RunState | None = None  # once it was asked for
         self.n_yielded = 0
         self.finished = False
 
     def state(self) -> RunState:
-        """Where the run stands after the batches handed out; after the end, at the start of the next epoch."""
+        """Where the run stands after the batches handed out; after the end, at the start of the next epoch.
+
+        Raises:
+            RuntimeError: another loader hands them out.
+        """
         if self._redirected is not None:
             return self._redirected
         if self.finished:
             return self.next_state()
-        return replace(self._begun, offset=self._ranks.offset_after(self.n_yielded))
+        if not self._is_counted:
+            raise RuntimeError(
+                f"how much of epoch {self._begun.epoch} was served is not known: a loader serves it that was made of "
+                "this one's sampler (as by Accelerate's skip_first_batches). Take a state before that loader begins or "
+                "after it ends (with worker processes: after set_epoch()), or resume by load_state_dict() instead"
+            )
+        return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
 
     def next_state(self) -> RunState:
         """Where the loader's next iter() begins: the next epoch, however far this one got."""
         if self._next is None:
-            self._next = replace(self._begun, epoch=self._begun.epoch + 1, offset=0)
+            self._next = self._begun.following(self._begun.epoch + 1)
         return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
         """Let the loader go on with another epoch."""
         if self.next_state().epoch != epoch:
-            self._redirected = replace(self._begun, epoch=epoch, offset=0)
+            self._redirected = self._begun.following(epoch)
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether state() is the beginning of an epoch that no iter() has begun."""
+        return self.finished or self._redirected is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, default_collate
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.bulk import BatchSampler
+from tiercache.load.bulk import BatchSampler, with_state
 from tiercache.load.collate import collate
+from tiercache.load.indexed import IndexedRun
 from tiercache.load.options import LoaderOptions
-from tiercache.load.ranks import Rank
+from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
+from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.replay import loadable
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
-from tiercache.load.sampling import SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
+from tiercache.load.sampling import NEXT_EPOCH, SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
 from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState
 
@@ -35,8 +40,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     The arguments are torch's (and torchdata's `snapshot_every_n_steps`), honoured as torch does; `options` is ours. A
     `tiercache.Dataset` without a transform or a collate function of the user's takes the native path: threads gather
     batches without Python, and `num_workers` starts no process. A sampler or batch sampler only says which records; it
-    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is torchdata's
-    StatefulDataLoader.
+    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is served by
+    torchdata's StatefulDataLoader: other data sets in torch's order, a `tiercache.Dataset` in the native path's, with
+    its ranks and its state.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -46,11 +52,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     Args:
         dataset: any torch data set, or a `tiercache.Dataset`.
-        options: seed, ranks, shuffle quality and resources of the native path.
+        options: seed, ranks and shuffle quality; resources of the native path.
 
     Raises:
         TypeError: options that are no LoaderOptions.
-        ValueError: arguments that torch refuses; options for a loader that does not take the native path.
+        ValueError: arguments that torch refuses; options that the loader has no use for.
     """
 
     def __init__(
@@ -80,12 +86,15 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         why_not = _why_not_native(dataset, batch_size, collate_fn, batch_sampler) if ours else _NOT_OURS.format(dataset)
         if ours and collate_fn is None and batch_size is not None:
             collate_fn = collate if dataset.is_plain else default_collate
-        # Of the native path: torch's loader draws nothing when it is made, where torchdata's draws a seed.
-        random_state = None if why_not else torch.get_rng_state()
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
-        if shuffled and not self._sampled and not isinstance(dataset, IterableDataset):
-            shuffle, sampler = None, RandomSampler(dataset, generator=generator)
+        is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
+        if not self._sampled and not isinstance(dataset, IterableDataset):
+            if shuffled:
+                kind = ShuffledOrder if is_ordered else RandomSampler
+                shuffle, sampler = None, kind(dataset, generator=generator)
+            elif is_ordered:
+                sampler = StoredOrder(dataset)
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -111,30 +120,41 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
             self.batch_sampler.__class__ = BatchSampler  # torchdata makes it, and it may not be replaced after that
-        if random_state is not None:
-            torch.set_rng_state(random_state)
-        _check_options(options, why_not)
+        _check_options(options, why_not, is_ordered=is_ordered, has_state=has_state)
+        self._is_split = False
         self._native: NativeRun | SampledRun | None = None
-        if not why_not:
-            self._native = self._run(
-                Asked(
-                    batch_size=int(batch_size or 1),
-                    shuffle=shuffled,
-                    drop_last=drop_last,
-                    timeout_s=timeout,
-                    pin_memory=pin_memory,
-                    generator=generator,
-                    options=options or LoaderOptions(),
-                    serving=dataset.serving,
-                    num_workers=num_workers,
-                    persistent_workers=persistent_workers,
-                )
+        self._indexed: IndexedRun | None = None
+        if ours and (is_ordered or not why_not):
+            asked = Asked(
+                batch_size=int(batch_size or 1),
+                shuffle=shuffled,
+                drop_last=drop_last,
+                timeout_s=timeout,
+                pin_memory=pin_memory,
+                generator=generator,
+                options=options or LoaderOptions(),
+                serving=dataset.serving,
+                num_workers=num_workers,
+                persistent_workers=persistent_workers,
             )
+            if not why_not:
+                self._native = self._run(asked)
+            elif has_state:  # torchdata keeps it beside the samplers'
+                self._is_split = asked.options.split_ranks
+            else:
+                self._indexed = IndexedRun(dataset, asked, is_batched=batch_size is not None)
+        self._bind_sampler()
+        # torchdata's state, as earlier releases saved it, of an epoch that is to be gone on with; that is gone on with.
+        self._has_rest = self._serves_rest = False
 
     def __iter__(self) -> Any:
         if self._native is None:
+            if self._indexed is not None and not self._has_rest:
+                return self._iterate_indexed(self._indexed)
+            self._has_rest = False
             source = getattr(self.dataset, "source", None)
             if isinstance(source, Source):
+                self._check_unsplit()
                 make_ready(source)
             return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
@@ -142,13 +162,22 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return self._native.iterate()
 
     def __len__(self) -> int:
-        return super().__len__() if self._native is None else self._native.n_batches()
+        run = self._native or self._indexed
+        return super().__len__() if run is None else run.n_batches()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: plain values, for a checkpoint; on the native path equal on every rank."""
-        if isinstance(self._native, NativeRun):
-            return self._native.state().to_dict()
-        state: dict[str, Any] = super().state_dict() if self._native is None else self._native.state()
+        """Where the loader stands: plain values, for a checkpoint; over a tiercache data set equal on every rank.
+
+        With a sampler it is torchdata's, and the rank's own.
+        """
+        run = self._ordered
+        if run is not None:
+            return run.state().to_dict()
+        state: dict[str, Any]
+        state = self._native.state() if isinstance(self._native, SampledRun) else super().state_dict()
+        if isinstance(self.sampler, RandomSampler) and state["_iterator_finished"]:
+            begins = not (self.persistent_workers and self.num_workers)
+            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(begins=begins)}
         epoch = told_epoch(self._index_sampler)
         return state if epoch is None else {**state, SAMPLER_EPOCH: epoch}
 
@@ -164,24 +193,31 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             raise TypeError(f"load_state_dict() takes what state_dict() gave, a dict, got {state_dict!r}")
         if SAMPLER_EPOCH in state_dict:  # before the sampler is asked for its iterator
             tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
-        if not isinstance(self._native, NativeRun) and {"parts", "offset"} <= state_dict.keys():
+        is_ordered = {"parts", "offset"} <= state_dict.keys()
+        if is_ordered and (self._sampled or (self._native is None and self._indexed is None)):
             raise ValueError(
                 "the state is of tiercache's own order: it is for a loader over a tiercache.Dataset without a sampler, "
-                f"a transform or a collate function, as it was saved by, and this is {self!r}"
+                f"as it was saved by, and this is {self!r}"
             )
-        if self._native is None:
-            super().load_state_dict(state_dict)
-        elif state_dict == {}:  # as torchdata: of a loader that has not begun
+        if state_dict == {} and (self._native or self._indexed) is not None:  # torchdata's, of a loader not begun
             return
+        if self._indexed is not None and (is_ordered or _is_over(state_dict)):
+            self._forget_torch_iterator()
+            if is_ordered:
+                self._indexed.load(RunState.from_dict(state_dict))
+        elif self._native is None:
+            self._has_rest = self._serves_rest = self._indexed is not None
+            super().load_state_dict(loadable(state_dict))
         elif isinstance(self._native, NativeRun):
             self._native.load(RunState.from_dict(state_dict))
         else:
-            self._native.load(state_dict)
+            self._native.load(loadable(state_dict))
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, ...) the next one; a state that was loaded for that epoch keeps its place in it."""
-        if self._native is not None:
-            self._native.set_epoch(epoch)
+        run = self._native or self._indexed
+        if run is not None:
+            run.set_epoch(epoch)
         else:
             tell_epoch(self._index_sampler, epoch)
 
@@ -190,25 +226,132 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return {} if self._native is None else self._native.stats()
 
     @property
+    def _is_accelerate_prepared(self) -> bool:
+        """False. Accelerate's prepare() asks for it, and then splits the batch sampler among its processes itself."""
+        if isinstance(self.sampler, OrderSampler):
+            self.sampler.is_split_by_others = True
+        return False
+
+    @property
     def native_rank(self) -> Rank | None:
         """Which share of each epoch the native path serves here, and who said so; None on torch's path."""
         return None if self._native is None else self._native.rank()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: the copy goes on where this loader stands, with threads of its own."""
-        return {**vars(self), "_native": None if self._native is None else self._native.recipe}
+        runs = {name: getattr(self, name) for name in ("_native", "_indexed")}
+        return {**vars(self), **{name: None if run is None else run.recipe for name, run in runs.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if isinstance(self.sampler, OrderSampler):  # bound to one loader
+            sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
+            if batch_sampler is not None:
+                batch_sampler.sampler = sampler
+            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids to set them
         if state["_native"] is not None:
             asked, begun = state["_native"]
             self._native = self._run(asked)
             if begun is not None and self._native is not None:
                 self._native.load(begun)
+        if state["_indexed"] is not None:
+            asked, begun = state["_indexed"]
+            self._indexed = IndexedRun(self.dataset, asked, is_batched=self.batch_size is not None)
+            if begun is not None:
+                self._indexed.load(begun)
+        self._bind_sampler()
 
     def __repr__(self) -> str:
-        path = "torch's path" if self._native is None else str(self._native.rank())
+        path = "torch's path"
+        if self._indexed is not None:
+            path += f", {self._indexed.rank()}"
+        elif self._native is not None:
+            path = str(self._native.rank())
         return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
+
+    @property
+    def _index_sampler(self) -> Any:
+        """What torch's iterators ask for indices."""
+        indexed = vars(self).get("_indexed")  # None while torchdata's constructor runs
+        if indexed is None:
+            return with_state(super()._index_sampler)
+        if not self._serves_rest:
+            return indexed.sampler
+        sampler = copy(self.sampler)  # bound to no loader: torch's
+        return with_state(BatchSampler(sampler, self.batch_size, self.drop_last) if self._auto_collation else sampler)
+
+    def _bind_sampler(self) -> None:
+        """Let the sampler give this loader's order."""
+        run = self._native or self._indexed
+        if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeRun):
+            self.sampler.run = run
+
+    @property
+    def _ordered(self) -> NativeRun | None:
+        """What says the order, if that is tiercache's own."""
+        if self._indexed is None:
+            return self._native if isinstance(self._native, NativeRun) else None
+        iterator: Any = self._iterator
+        is_over = iterator is not None and iterator._finished  # noqa: SLF001 -- torchdata's
+        return None if self._serves_rest and not is_over else self._indexed
+
+    def _iterate_indexed(self, run: IndexedRun) -> Any:
+        """Make torch's iterator over the next epoch of tiercache's order."""
+        is_resumed = run.begin()
+        if self._serves_rest:
+            self._forget_torch_iterator()
+        random_state = torch.get_rng_state()
+        own_state = None if self.generator is None else self.generator.get_state()
+        # The iterator takes the loader's data set, which torch forbids to set.
+        dataset, self.__dict__["dataset"] = self.dataset, run.fetched_dataset
+        try:
+            iterator = super().__iter__()
+        finally:
+            self.__dict__["dataset"] = dataset
+        if is_resumed:
+            torch.set_rng_state(random_state)
+            if self.generator is not None:
+                self.generator.set_state(own_state)
+        run.begun(iterator)
+        return iterator
+
+    def _get_iterator(self) -> Any:
+        state = self.next_iter_state
+        if state is None or not isinstance(self.sampler, RandomSampler):
+            return super()._get_iterator()
+        random_state = torch.get_rng_state()
+        iterator = super()._get_iterator()
+        # A base seed was drawn, as the epoch did before its state was saved. A data set may have restored more.
+        drawn = torch.Generator().set_state(random_state)
+        torch.empty((), dtype=torch.int64).random_(generator=drawn)
+        if torch.equal(torch.get_rng_state(), drawn.get_state()):
+            torch.set_rng_state(random_state)
+        if NEXT_EPOCH in state:
+            self.sampler.load_next_epoch(state[NEXT_EPOCH])
+        return iterator
+
+    def _forget_torch_iterator(self) -> None:
+        """Have the next iter() make a new iterator of torch's, of no state."""
+        self._iterator = None
+        self.next_iter_state: Any = None
+        self._initial_iter_for_state_dict = self._has_rest = self._serves_rest = False
+
+    def _check_unsplit(self) -> None:
+        """Warn, or raise ValueError, where ranks that share the epochs are all served everything by torchdata."""
+        rank = find_rank(LoaderOptions())
+        if rank.world_size == 1:
+            return
+        if self._is_split:
+            raise ValueError(
+                f"a data set with a state_dict() of its own cannot be split among ranks, and this is {rank}: give a "
+                "sampler (torch's DistributedSampler), or LoaderOptions(split_ranks=False)"
+            )
+        if self._serves_rest:
+            warnings.warn(
+                f"the state was saved when every rank was served all records: {rank} is, too, until this epoch ends",
+                RuntimeWarning,
+                stacklevel=3,  # the caller of iter(loader)
+            )
 
     def _run(self, asked: Asked) -> NativeRun | SampledRun | None:
         """The native path's way through the epochs; None: the sampler must be asked batch by batch, as torch does."""
@@ -216,11 +359,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if not self._sampled:
             return NativeRun(source, asked)
         _check_sampled(asked.options)
-        lead = Lead.of(self._index_sampler, asked.num_workers, self.prefetch_factor)
+        index_sampler = super()._index_sampler
+        lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
         # A mixture's records have no place of their own: which one is the next of a part depends on the epoch.
-        return (
-            None if lead is None or source.mixture is not None else SampledRun(source, asked, self._index_sampler, lead)
-        )
+        return None if lead is None or source.mixture is not None else SampledRun(source, asked, index_sampler, lead)
 
 
 def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
@@ -232,14 +374,33 @@ def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
 
 
-def _check_options(options: Any, why_not: str) -> None:
-    """Raise TypeError, ValueError for options that are none, or that nothing here would heed."""
+def _is_over(state: Mapping[str, Any]) -> bool:
+    """Whether a state of torchdata's is of an epoch that was served to its end."""
+    return bool(state.get("_iterator_finished"))
+
+
+def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: bool) -> None:
+    """Raise TypeError, ValueError for options that are none, or that nothing here would heed.
+
+    is_ordered: whether the order is tiercache's own, also where the native path is not taken; has_state: whether the
+    data set has a state of its own.
+    """
     if options is None:
         return
     if not isinstance(options, LoaderOptions):
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
-    if why_not:
+    if why_not and not is_ordered:
         raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}; leave it out")
+    unheeded: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
+    if why_not and has_state:
+        unheeded = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
+    defaults = LoaderOptions()
+    for name in unheeded:
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={value!r} is of the native path, which this loader does not take: {why_not}; leave it out"
+            )
 
 
 def _check_sampled(options: LoaderOptions) -> None:

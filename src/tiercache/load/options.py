@@ -17,8 +17,8 @@ class LoaderOptions:
     """Options of `DataLoader(options=...)`. Every default needs no thought.
 
     Attributes:
-        seed: of the order, any integer; None: drawn at the first iter() from the loader's generator or torch's, as
-            torch's samplers do.
+        seed: Seed of the order of all epochs, any integer. None: each iter() draws one from the loader's generator or
+            torch's, as torch's samplers do; ranks that share epochs take the one that rank 0 draws at the first.
         rank, world_size: this process among those that share the epoch; None: torch.distributed, else its environment,
             else one rank.
         split_ranks: False: every rank is served everything.

@@ -151,7 +151,7 @@ class Publishing:
         if self._uses is None:
             self._uses = uses_of(share, self._start, n_shards)
         ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
-        owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {share.epoch}, seed {share.seed}"
+        owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         looked: list[int] = []
         plan = forecast(owner, self._uses, self._later(looked), n_filled, max_shards)
         self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
@@ -163,11 +163,12 @@ class Publishing:
         """See ReadingPlan: of two ranks one ends first, and the other would have what it kept evicted."""
         ranks, parts = share.ranks, [(part.dataset_id, part.selection) for part in self._source.parts]
         beside = ranks.world_size > 1
-        return f"rank {ranks.rank} of {ranks.world_size}, seed {share.seed}, of {parts}" if beside else ""
+        seed = self._state.following(0).seed  # the same in all epochs of the run
+        return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
 
     def _later(self, looked: list[int]) -> Iterator[OrderShare]:
         """The rank's shares of the epochs that follow; their costs are put into `looked` as they are asked for."""
         for number in itertools.count(self._state.epoch + 1):
-            share = self._plan_epoch(replace(self._state, epoch=number, offset=0))
+            share = self._plan_epoch(self._state.following(number))
             looked.append(cost_of(share, len(self._source.shard_records)))
             yield share

@@ -14,7 +14,7 @@ import torch
 
 from tiercache.load.coming import Coming, Taken
 from tiercache.load.damage import damage_of
-from tiercache.load.draws import Draws, next_seed
+from tiercache.load.draws import Draws, foreseen_seeds, next_seed
 from tiercache.load.epochs import epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.figures import summarise
 from tiercache.load.fittings import Fittings
@@ -26,6 +26,7 @@ from tiercache.load.publishing import Publishing
 from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
 from tiercache.load.resources import Machine
 from tiercache.load.serving import Serving
+from tiercache.load.share import OrderShare
 from tiercache.load.source import Source, make_ready
 from tiercache.load.state import RunState, reopen
 from tiercache.order import RankPlan
@@ -67,6 +68,8 @@ class NativeRun:
         self._options = asked.options
         self._source = source
         self._state: RunState | None = None  # of the next iter(); None: the run has not begun
+        self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: it was not
+        self._foreseen: int | None = None  # the next epoch's seed, if nothing but this loader draws until then
         self._epoch = 0  # asked for before the run began
         self._position: Position | None = None  # of the newest iter(); None: there was none since the last load()
         self._iterator: weakref.ref[NativeIterator] | None = None
@@ -90,23 +93,28 @@ class NativeRun:
 
     def state(self) -> RunState:
         """Where the run stands; begins it (draws a seed) where it has not begun."""
-        return self._begin(drawn=False) if self._position is None else self._position.state()
+        state = self._begin(drawn=False) if self._position is None else self._position.state()
+        is_begun = self._keeps_seed(state) if self._position is None else not self._position.is_between_epochs
+        if is_begun or not self._draws_seeds(state):
+            return state
+        return replace(state, seed=next_seed(self._asked.generator, after_begin=not self._begins()))
 
     @property
     def recipe(self) -> tuple[Asked, RunState | None]:
         """What makes a run like this one elsewhere: what was asked, and where it stands if it has begun."""
-        return self._asked, self._state if self._position is None else self._position.state()
+        return self._asked, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
         """Go on from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
         self._check(state)
         order_options(state)  # refuses an order that this release does not know
         source = reopen(self._dataset, state)
-        n_records = epoch_records(source)
+        n_records = self._records_of(source)
         if state.offset > n_records:
             raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
         self._use(source)
         self._state = state
+        self._loaded_under = self._initial_seed()
         self._position = None
 
     def _check(self, state: RunState) -> None:
@@ -147,19 +155,37 @@ class NativeRun:
         if self._position is not None:
             self._position.redirect(epoch)
         elif self._state is not None and self._state.epoch != epoch:
-            self._state = replace(self._state, epoch=epoch, offset=0)
+            self._state, self._loaded_under = self._state.following(epoch), None
 
     def n_batches(self) -> int:
         """Batches of a whole epoch at this rank."""
+        return self._whole_epoch(self._asked.drop_last).n_batches
+
+    def n_served(self) -> int:
+        """Records of a whole epoch at this rank; a rank alone counts those of a last batch that is dropped too."""
+        return self._whole_epoch(self._asked.drop_last and self.rank().world_size > 1).n_served
+
+    def _whole_epoch(self, drop_last: bool) -> RankPlan:
         rank = self.rank()
-        return RankPlan(
-            0, rank.world_size, rank.rank, self._asked.batch_size, self._asked.drop_last, self._epoch_records()
-        ).n_batches
+        return RankPlan(0, rank.world_size, rank.rank, self._asked.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
         """The next epoch's batches."""
-        draws = self._draw()
+        # A run that goes on within an epoch drew that epoch's numbers before its state was saved.
+        is_resumed = self._position is None and self._state is not None and self._state.offset > 0
+        draws = self._draw(is_resumed=is_resumed)
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
+        foreseen: int | None = None
+        is_foreseen = True
+        if self._draws_seeds(state):
+            seed, foreseen = foreseen_seeds(self._asked.generator, self._epoch_records(), begins=self._begins(1))
+            if is_resumed or (self._position is None and self._keeps_seed(state)):
+                foreseen = None if is_resumed else foreseen
+            else:
+                state = replace(state, seed=seed)
+            # One epoch whose seed came otherwise, and the next one is loaded ahead no more until one was foreseen.
+            is_foreseen = foreseen is not None and self._foreseen in (None, state.seed)
+            self._foreseen = foreseen
         if self._ready is not self._source:
             make_ready(self._source)
             self._ready = self._source
@@ -169,11 +195,20 @@ class NativeRun:
         found = None if self._coming is None else self._coming.take(self._source, state)
         if found is None:
             found = Taken(plan_share(state), None, Publishing(self._source, state, plan_share))
+            if self._coming is not None:
+                found.publishing.succeed(self._coming.publishing)
         share = found.share
         if share.ranks.ignores_streams:
             self._warn_of_streams(share.ranks)
         position = Position(state, share.ranks)
-        coming = Coming(self._source, position.next_state(), plan_share, is_expected=self._n_epochs > 0)
+        following = position.next_state()
+        coming = Coming(
+            self._source,
+            following if foreseen is None else replace(following, seed=foreseen),
+            plan_share,
+            is_expected=self._n_epochs > 0,
+            is_foreseen=is_foreseen,
+        )
         work = Work(
             source=self._source,
             share=share,
@@ -199,21 +234,113 @@ class NativeRun:
         self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
         return iterator
 
-    def _draw(self) -> Draws:
-        """Draw from torch's random numbers what torch's loader draws in iter()."""
+    def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
+        """Begin the next epoch for a loader that another library made of this one's sampler.
+
+        Args:
+            state: of the epoch to be begun again; None: the epoch that iterate() would begin, and this rank's share.
+
+        Returns:
+            The epoch's state, what its order is made of, its share from its start on, and what torch's sampler draws.
+
+        Raises:
+            RuntimeError: the loader stands within an epoch, or its data set does not number the records of its order.
+        """
+        is_again = state is not None
+        if state is None:
+            if self._position is None and self._state is not None and self._state.offset > 0:
+                raise RuntimeError(
+                    f"the loader continues within epoch {self._state.epoch} by the state that it loaded, and its "
+                    "sampler was asked for an epoch from its start, as Accelerate's skip_first_batches and prepare do: "
+                    "iterate the loader itself, which skips what was served, or load no state"
+                )
+            state = self._begin(drawn=True) if self._position is None else self._position.next_state()
+            if self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state)):
+                state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
+        if self._asked.shuffle and self._source.mixture is not None:
+            raise RuntimeError(
+                "records of a shuffled mixture have no numbers by which a sampler could name them, as Accelerate's "
+                "skip_first_batches and prepare need them: iterate the loader itself, after load_state_dict() to skip"
+            )
+        if self._source is not self._dataset:
+            versions = ", ".join(str(part.version) for part in self._source.parts)
+            raise RuntimeError(
+                f"the loader reads version {versions} of {self._source.url}, because a state or another rank names it, "
+                "and its data set, whose records a sampler numbers, was opened at another one: open the data set with "
+                f"version={versions}"
+            )
+        make_ready(self._source)
+        rank = self.rank()
+        # A rank alone gives the records of a last batch that is dropped, as torch's sampler: a batch sampler drops it.
+        planned = state if rank.world_size > 1 else replace(state, drop_last=False)
+        read = self._numbered()
+        share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
+        self._position = Position(state, share.ranks, is_counted=False)
+        self._foreseen = None
+        self._n_epochs += 1
+        return (
+            state,
+            read,
+            share,
+            Draws(self._asked.generator, self._asked.shuffle, self._epoch_records(), is_sampled=is_again),
+        )
+
+    def _numbered(self) -> Any:
+        """What the order of record numbers is made of."""
+        return self._source
+
+    def end_elsewhere(self, share: OrderShare) -> None:
+        """Hear that the last record of begin_elsewhere()'s share was asked for.
+
+        Worker processes ask for records that their loader has yet to hand out, so the epoch may not have ended then.
+        """
+        position = self._position
+        if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
+            position.finished = True
+
+    def _draw(self, *, is_resumed: bool) -> Draws:
+        """Draw from torch's random numbers what torch's loader draws in iter(); nothing within an epoch."""
         asked = self._asked
         n_records = self._epoch_records()
         ends_short = not asked.drop_last and n_records % asked.batch_size > 0
-        draws = Draws(asked.generator, asked.shuffle, n_records, ends_short)
-        if not (asked.persistent_workers and asked.num_workers and self._n_epochs):
+        draws = Draws(asked.generator, asked.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        if self._begins() and not is_resumed:
             draws.begin()
         return draws
+
+    def _begins(self, n_more: int = 0) -> bool:
+        """Whether torch's loader draws a base seed for workers in the next iter(), or n_more after it."""
+        return not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs + n_more)
+
+    def _draws_seeds(self, state: RunState) -> bool:
+        """Whether each iter() draws its epoch's seed.
+
+        Ranks that share an epoch draw none after the run's first: they have no random numbers in common, and iter() is
+        no place to talk, for a prefetching thread may call it beside the training's own collectives.
+        """
+        return state.is_seed_drawn and self._options.seed is None and self.rank().world_size == 1
+
+    def _keeps_seed(self, state: RunState) -> bool:
+        """Whether the next iter() takes the seed of a loaded state.
+
+        A state from between two epochs holds the seed that was to be drawn next, which reseeding changes.
+        """
+        return self._loaded_under is not None and (state.offset > 0 or self._loaded_under == self._initial_seed())
+
+    def _initial_seed(self) -> int:
+        """What the random numbers that seeds are drawn from were last seeded with."""
+        generator = self._asked.generator
+        return torch.initial_seed() if generator is None else generator.initial_seed()
 
     def _epoch_records(self) -> int:
         """Records of an epoch: to sum them up was 70 us of each epoch's begin."""
         if self._n_records is None:
-            self._n_records = epoch_records(self._source)
+            self._n_records = self._records_of(self._source)
         return self._n_records
+
+    def _records_of(self, source: Source) -> int:
+        """Records of an epoch of a source, all ranks together."""
+        return epoch_records(source)
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
         """Say, once, that ranks read blocks of one another."""
@@ -281,4 +408,13 @@ class NativeRun:
         agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
-        return RunState(parts=self._source.parts, seed=agreed["seed"], epoch=agreed["epoch"], offset=0, **order)
+        # A mixture's parts go on in the next epoch where they stopped, so its epochs share a seed.
+        is_seed_drawn = asked.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
+        return RunState(
+            parts=self._source.parts,
+            seed=agreed["seed"],
+            epoch=agreed["epoch"],
+            offset=0,
+            is_seed_drawn=is_seed_drawn,
+            **order,
+        )

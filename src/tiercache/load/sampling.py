@@ -14,8 +14,10 @@ from torchdata.stateful_dataloader import sampler as torchdata_samplers
 from torchdata.stateful_dataloader.worker import try_to_deserialize
 
 from tiercache._native.finder import wrapped
-from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of
+from tiercache.load.bulk import BATCH_ITERATORS, OF_TORCHDATA, SAMPLES_YIELDED, Bulk, bulk_of, with_state
+from tiercache.load.draws import next_seed
 from tiercache.load.feed import Drawn, Feed
+from tiercache.load.replay import REPLAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +40,7 @@ _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED = (
 )
 STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED)
 OURS = "_tiercache"  # beside them: what random crops are keyed by
+NEXT_EPOCH = "_tiercache_next_epoch"  # what the epoch after one that was served to its end begins with
 SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # and what a DistributedSampler was told, for it has no state
 
 _PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
@@ -50,12 +53,106 @@ _TORCH = (
 )
 
 
-class RandomSampler(torchdata_samplers.RandomSampler, torch_data.RandomSampler):  # type: ignore[misc]  # no types
-    """torchdata's sampler, which has a state, known as a random one to whoever looks for torch's class.
+class RandomSampler(torch_data.RandomSampler):
+    """torch's RandomSampler: it draws what torch's draws, when torch's does. Its iterators have a state.
 
-    Lightning puts a DistributedSampler in the place of torch's RandomSampler alone. It wraps any other sampler, and
-    then has each process permute the records by numbers of its own, which no state names.
+    It is torch's class for whoever looks for that. Lightning puts a DistributedSampler in the place of torch's
+    RandomSampler alone. It wraps any other sampler, and then has each process permute the records by numbers of its
+    own, which no state names.
     """
+
+    _next_seed: int | None = None  # of the next epoch, from a state
+
+    def __iter__(self) -> Iterator[int]:
+        return _RandomIterator(self)
+
+    def next_epoch(self, *, begins: bool) -> dict[str, Any]:
+        """What names the order of the next epoch, if nothing else draws until then.
+
+        begins: whether the loader draws a base seed before it asks for indices.
+        """
+        if self.generator is not None:
+            return {_GENERATOR: self.generator.get_state()}
+        seed = self._next_seed
+        return {_SEED: next_seed(None, after_begin=not begins) if seed is None else seed}
+
+    def load_next_epoch(self, state: Mapping[str, Any]) -> None:
+        """Let the next epoch be the one that next_epoch() named."""
+        if self.generator is not None and _GENERATOR in state:
+            self.generator.set_state(state[_GENERATOR])
+        self._next_seed = state.get(_SEED)
+
+    def take_seed(self) -> int:
+        """The seed of an epoch that begins; draws as torch's sampler."""
+        drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+        loaded, self._next_seed = self._next_seed, None
+        return drawn if loaded is None else loaded
+
+    def look_at_seed(self) -> int:
+        """What take_seed() would give now."""
+        return next_seed(None, after_begin=True) if self._next_seed is None else self._next_seed
+
+
+# Keys of an iterator's state. torchdata's sampler has the first two, and "generator" without a generator of the user's.
+# The last is there, and False, where the seed is still to be drawn, which then moves torch's random numbers on.
+_N_INDICES, _GENERATOR, _SEED, _IS_DRAWN = "yielded", "generator", "seed", "is_drawn"
+
+
+class _RandomIterator:
+    """One epoch of a RandomSampler: the indices are drawn with the first one, as torch's generator function does."""
+
+    def __init__(self, sampler: RandomSampler) -> None:
+        self._sampler = sampler
+        self._indices: Iterator[int] | None = None
+        self._n = 0
+        self._begun: dict[str, Any] | None = None  # what the order follows from
+
+    def __iter__(self) -> _RandomIterator:
+        return self
+
+    def __next__(self) -> int:
+        indices = self._begin(None) if self._indices is None else self._indices
+        index = next(indices)
+        self._n += 1
+        return index
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and the generator's state where the user gave one. Draws nothing."""
+        if self._begun is None and self._sampler.generator is None:
+            self._begun = {_SEED: self._sampler.look_at_seed()}
+        state = {_N_INDICES: self._n, **(self._begun or {_GENERATOR: self._sampler.generator.get_state()})}
+        return {**state, _IS_DRAWN: False} if self._indices is None else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken; draws nothing from torch's own random numbers that was drawn before."""
+        self._n = state[_N_INDICES]
+        begun = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
+        if _SEED in begun and not state.get(_IS_DRAWN, True):
+            self._begun = begun
+            return
+        for _ in islice(self._begin(begun), self._n):
+            pass
+
+    def _begin(self, begun: dict[str, Any] | None) -> Iterator[int]:
+        """Draw the order; begun: of a state."""
+        sampler, generator = self._sampler, self._sampler.generator
+        if generator is None:
+            if begun is None:  # a state that was asked for before the first index holds for it
+                seed = sampler.take_seed()
+                begun = self._begun or {_SEED: seed}
+            generator = torch.Generator()
+            if _SEED in begun:
+                generator.manual_seed(begun[_SEED])
+            else:
+                generator.set_state(begun[_GENERATOR])
+        elif begun is None:
+            begun = {_GENERATOR: generator.get_state()}
+        elif _GENERATOR in begun:
+            generator.set_state(begun[_GENERATOR])
+        self._begun = begun
+        asked = sampler._num_samples  # noqa: SLF001 -- None: as many as there are records
+        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, asked, generator))
+        return self._indices
 
 
 _RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler, RandomSampler)
@@ -160,7 +257,7 @@ class SampledEpoch:
         return isinstance(self._iterator, Bulk)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, as torchdata's loader does: by the sampler's own state, else by skipping."""
+        """Go on where a state was taken, as torchdata does: by the sampler's own state, else by asking it again."""
         self._begun = state
         self._n_before = state[_YIELDED]
         self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
@@ -213,16 +310,15 @@ class SampledEpoch:
         if bulk is not None:
             self._iterator, self._look, self._snapshot = bulk, bulk.look, bulk.look()
             return bulk
-        iterator: Iterator[Any] = iter(self._index_sampler)
-        if state is not None and (isinstance(self._index_sampler, Stateful) or isinstance(iterator, Stateful)):
-            self._index_sampler = try_to_deserialize(self._index_sampler, state[_INDEX_SAMPLER])
-            iterator = iter(self._index_sampler)
+        index_sampler = with_state(self._index_sampler)
+        iterator: Iterator[Any] = iter(index_sampler)
+        if state is not None:
+            index_sampler = try_to_deserialize(index_sampler, state[_INDEX_SAMPLER])
+            iterator = iter(index_sampler)
             if state[_SAMPLER_ITER] is not None:
                 iterator = try_to_deserialize(iterator, state[_SAMPLER_ITER])
-        elif state is not None:
-            iterator = islice(self._index_sampler, self._n_before, None)
         self._iterator = iterator
-        self._look = _snapshots(self._index_sampler, iterator)
+        self._look = _snapshots(index_sampler, iterator)
         self._snapshot = self._look()
         return iterator
 
@@ -266,9 +362,12 @@ def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any
             iterator.state_dict() if of_iterator else None,
         )
     below = {"sampler_state": iterator.sampler, "sampler_iter_state": iterator.sampler_iter}  # torchdata's keys
-    stateful = [(key, one) for key, one in below.items() if isinstance(one, Stateful)]
+    parts = {key: one.state_dict for key, one in below.items() if isinstance(one, Stateful)}
+    replay = getattr(iterator, "replay", None)
+    if replay is not None:
+        parts[REPLAY] = replay.state
 
     def look() -> tuple[None, dict[str, Any]]:
-        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: one.state_dict() for key, one in stateful}
+        return None, {SAMPLES_YIELDED: iterator.samples_yielded} | {key: state() for key, state in parts.items()}
 
     return look

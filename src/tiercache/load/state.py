@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache.errors import ObjectChanged, UnsupportedFormat
@@ -25,6 +25,8 @@ class RunState:
 
     Attributes:
         parts: what is read, by data set.
+        seed, is_seed_drawn: Seed of the order, and whether it was drawn for this epoch alone. False: all epochs of the
+            run share the seed, and the epoch's number enters the order's keys beside it.
         epoch, offset: records of that epoch that all ranks together were served; the rest names the order.
         group_bytes, window_bytes: None for "all".
         mixture: how the parts are mixed, as plain values; None: they are not.
@@ -41,7 +43,22 @@ class RunState:
     group_bytes: int | None
     window_bytes: int | None
     mixture: Any = None
+    is_seed_drawn: bool = False
     format: int = STATE_FORMAT
+
+    @property
+    def key_epoch(self) -> int:
+        """Number of the epoch in the keys of its order: 0 under a drawn seed, so that equal seeds give equal epochs."""
+        return 0 if self.is_seed_drawn else self.epoch
+
+    def following(self, epoch: int) -> RunState:
+        """State at the beginning of another epoch of the run.
+
+        Under a drawn seed it holds a substitute for the seed, which nobody knows before iter() draws it. A run that
+        does not draw again (several ranks have no common random numbers) uses the substitute.
+        """
+        seed = self.seed + epoch - self.epoch if self.is_seed_drawn else self.seed
+        return replace(self, epoch=epoch, offset=0, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint: as they are after a way through JSON."""
@@ -69,6 +86,7 @@ class RunState:
                 found=state["format"],
                 supported=STATE_FORMAT,
             )
+        state = {"is_seed_drawn": False, **state}  # states of earlier releases lack the key
         if set(state) != set(_NAMES):
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
@@ -89,7 +107,7 @@ def _check_values(state: Mapping[str, Any]) -> None:
     )
     seed = state["seed"]
     _expect("seed", seed, "an integer", isinstance(seed, int) and not isinstance(seed, bool))
-    for name in ("shuffle", "drop_last"):
+    for name in ("shuffle", "drop_last", "is_seed_drawn"):
         _expect(name, state[name], "true or false", isinstance(state[name], bool))
     for name in ("group_bytes", "window_bytes"):
         size = state[name]

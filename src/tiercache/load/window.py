@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from tiercache._native.residence import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.load.split import split
+from tiercache.order import Window
 from tiercache.store.retry import trying_until
 
 if TYPE_CHECKING:
@@ -20,13 +22,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.load.source import Source
-    from tiercache.order import Window
     from tiercache.shard.blocks import Blocks
 
 T = TypeVar("T")
 
+# A window's pages are checked again where that was done longer ago. Data in memory is checked in less than a hundredth
+# of this time (7 GB/s a core), and an epoch that takes longer is bound by the disk or the consumer.
+CHECKED_FOR_S = 600.0
 # Threads that wait for stores: their time is the network's, so they are more than the cores.
 MIN_LOAD_THREADS = 4
+
+
+def renew_checks(blocks: Blocks) -> None:
+    """Have blocks checked again that will be read from the disk again, or were checked long ago."""
+    if not blocks.tells_residence or are_resident(blocks.pages):
+        blocks.forget_old_checks(CHECKED_FOR_S)
+    else:
+        blocks.forget_checks()
 
 
 def loading_pool(n_threads: int) -> ThreadPoolExecutor:
@@ -221,7 +233,11 @@ class Loading:
     def _load(self, places: NDArray[np.int64]) -> Blocks:
         shard = int(self.window.shards[places[0]])
         try:
-            return self._source.load(shard, self.window.blocks[places].tolist())
+            blocks = self._source.load(shard, self.window.blocks[places].tolist())
+            # Of listed rows single pages of 4 KiB are read, where a check would have 64 KiB read for each of them.
+            if isinstance(self.window, Window):
+                renew_checks(blocks)
+            return blocks
         except CorruptShard as error:
             error.facts["place"] = shard, error.facts["block"], None  # for those who go on without it
             raise

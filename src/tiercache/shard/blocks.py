@@ -33,11 +33,12 @@ class _Memory:
 class Blocks:
     """Some blocks of a shard, some columns of each.
 
-    Immutable and thread-safe; keeps its memory and lease until it is dropped.
+    Immutable and thread-safe; keeps its memory until it is dropped. A mapping pins its file, and holds no descriptor.
 
     blocks: their numbers; columns: indices in the shard's schema; n_rows: int64[n_blocks]; streams: of the columns,
     in order; addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each, 0 for none,
-    ready for the native gather; private_bytes, copy: as of LoadedChunks.
+    ready for the native gather; private_bytes: as of LoadedChunks; is_local: they were read from a local copy;
+    tells_residence: as of LocalCopy.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Blocks:
         self.blocks = blocks
         self.columns = columns
         self.private_bytes = loaded.private_bytes
-        self.copy = loaded.copy
+        self.is_local = loaded.copy is not None
+        self.tells_residence = loaded.copy is not None and loaded.copy.tells_residence
         self.n_rows: npt.NDArray[np.int64] = footer.block_records[list(blocks)].astype(np.int64)
         self.streams: tuple[Stream, ...] = tuple(s for c in columns for s in footer.schema.columns[c].streams(c))
         self._footer = footer
@@ -105,11 +107,6 @@ class Blocks:
             self._pages = merge_pages(self._bases.ravel(), self._mapped_bytes.ravel())
         return self._pages
 
-    def see_length(self) -> None:
-        """See that a local copy that is mapped has the length that it had. Raises CorruptShard."""
-        if self.copy is not None:
-            self.copy.mapped()
-
     @property
     def checks(self) -> Addresses | None:
         """What is left to check, chunk by chunk, before a row is read: uint64[n_streams, n_blocks, 4] of gather.pyi.
@@ -131,6 +128,18 @@ class Blocks:
         """
         if self._unchecked is not None:
             self._unchecked.forget()
+
+    def forget_old_checks(self, age_s: float) -> None:
+        """Let all pages of the shard be checked again if some may have been checked longer than age_s ago."""
+        if self._unchecked is not None:
+            self._unchecked.forget_if_older(age_s)
+
+    def see_changes(self) -> int | None:
+        """Have all be checked again if the file was written to since: LocalCopy.changed_ns(), for which `checks` hold.
+
+        None: nothing is ever checked.
+        """
+        return None if self._unchecked is None else self._unchecked.see_changes()
 
     def of_column(self, column: int) -> slice:
         """Which of the streams are those of a column of the schema."""
@@ -170,7 +179,8 @@ class Blocks:
         ]
         try:
             array = build_array(kind.storage_type, iter(nodes), iter(buffers))
-            if kind.kind is Kind.ARROW:
+            # Text that is no UTF-8, a count of nulls that is not that of the bits: code that uses Arrow relies on both.
+            if kind.nullable or kind.kind in (Kind.ARROW, Kind.STR, Kind.JSON):
                 array.validate(full=True)
         except (pa.ArrowException, ValueError) as error:
             raise CorruptShard(

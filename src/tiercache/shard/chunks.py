@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from tiercache.shard.layout import PAGE_BYTES, Footer, align
 from tiercache.shard.memory import POOL
 from tiercache.shard.source import LocalCopy, Source, address_of
 from tiercache.shard.spec import Kind
+from tiercache.waiting import SYSTEM_CLOCK
 
 Verify: TypeAlias = Literal["first", "always", "never"]
 Ids: TypeAlias = npt.NDArray[np.int64]
@@ -29,6 +31,56 @@ _GAP_BYTES = 4096
 # 10,000 records in random order over 49 shards of 0.8 MB took 707 requests by 8 pages a shard, and takes 97 so.
 _BYTES_A_REQUEST = 2 << 20
 _MOST_MISSES = 8
+# A file is not looked at again for so long, a tick of the clock that stamps it. Looking takes 0.3 to 3 us, by the
+# machine: at each record that is read by index that was up to 20 % of its time.
+LOOK_AGAIN_S = 0.010
+
+
+class CheckedPages:
+    """The pages of a local copy that matched their checksums, and since when that is known.
+
+    Safe from any thread, without a lock: where two threads forget at once, pages are checked once more than needed.
+
+    flags: uint8[n_pages], 1 for each page that matched; set by the threads that gather.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        self.flags = np.zeros(n_pages, np.uint8)
+        self._changed_ns = 0
+        self._look_s = 0.0
+        self._since_s = SYSTEM_CLOCK.monotonic()
+
+    def forget_if_written(self, copy: LocalCopy | None) -> int:
+        """Have all pages checked again if the file may have been written to since they were checked.
+
+        Renaming, linking or a change of rights counts as a write. To be called before flags are read or set. The file
+        is looked at once in LOOK_AGAIN_S.
+
+        Args:
+            copy: the open copy; None: it is closed, so that nobody can tell: pages are checked once more, and then no
+                more.
+
+        Returns:
+            LocalCopy.changed_ns(), for which the flags hold from now on; -1 of a closed copy.
+        """
+        now_s = SYSTEM_CLOCK.monotonic()
+        if now_s < self._look_s:
+            return self._changed_ns
+        self._look_s = now_s + LOOK_AGAIN_S
+        changed_ns = -1 if copy is None else copy.changed_ns()
+        if changed_ns != self._changed_ns or not changed_ns:
+            self._forget()
+            self._changed_ns = changed_ns
+        return changed_ns
+
+    def forget_if_older(self, age_s: float) -> None:
+        """Have all pages checked again if some may have been checked longer than age_s ago."""
+        if SYSTEM_CLOCK.monotonic() - self._since_s > age_s:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.flags[:] = 0
+        self._since_s = SYSTEM_CLOCK.monotonic()
 
 
 class Unchecked:
@@ -36,14 +88,19 @@ class Unchecked:
 
     Args:
         rows: uint64[n_chunks, 4], zeros where there is nothing to check.
-        flags: uint8[n_pages], 1 for each page of the shard that was right; shared, and held.
+        checked: the shard's pages that need no check; shared, and held.
         crcs: uint32[n_pages], held.
+        copy: whose mapping it is; not held, for it has a descriptor, and blocks that are kept need none.
     """
 
-    def __init__(self, rows: Addresses, flags: npt.NDArray[np.uint8], crcs: npt.NDArray[np.uint32]) -> None:
+    def __init__(
+        self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: ReferenceType[LocalCopy]
+    ) -> None:
+        self._checked = checked
         self._rows = rows
-        self._flags = flags
+        self._flags = flags = checked.flags
         self._crcs = crcs
+        self._copy = copy
         n_pages = -(-rows[:, 1].astype(np.int64) // PAGE_BYTES)
         self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
         self._last = self._first + n_pages
@@ -51,7 +108,15 @@ class Unchecked:
     def only(self, blocks: Ids, n_columns: int) -> Unchecked:
         """Of some blocks of a shard of which all chunks are here, int64[n], by their numbers."""
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
-        return Unchecked(rows.reshape(-1, 4), self._flags, self._crcs)
+        return Unchecked(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
+
+    def see_changes(self) -> int:
+        """As CheckedPages.forget_if_written."""
+        return self._checked.forget_if_written(self._copy())
+
+    def forget_if_older(self, age_s: float) -> None:
+        """As CheckedPages.forget_if_older."""
+        self._checked.forget_if_older(age_s)
 
     def forget(self) -> None:
         """Let all of them be checked again."""
@@ -59,7 +124,11 @@ class Unchecked:
             self._flags[first:last] = 0
 
     def rows(self) -> Addresses | None:
-        """The rows of chunks in which pages are left to check, zeros for others; None: there are none."""
+        """The rows of chunks in which pages are left to check, zeros for others; None: there are none.
+
+        All of them are, where the file was written to since they were checked.
+        """
+        self.see_changes()
         if self._flags.all():  # from the second epoch on, where all columns are served
             return None
         # How many pages were right before each page of the shard: some 10 us for a GiB.
@@ -101,9 +170,8 @@ class _Run:
 class Chunks:
     """The chunks of an open shard, numbered block by block (block * n_columns + column). Safe from any thread.
 
-    Remembers which chunks and pages of the local copy were right; two threads may both check one, which does no harm.
-
-    checked: bool[n_chunks], of chunks that are summed whole; pages_checked: uint8[n_pages], 1: was right.
+    What is read, decoded or fetched is checked each time; of what is read in a mapping, `pages` holds which pages were
+    right. Two threads may both check one, which does no harm.
     """
 
     def __init__(self, source: Source, footer: Footer, verify: Verify) -> None:
@@ -111,8 +179,7 @@ class Chunks:
         self._footer = footer
         self._verify = verify
         self._rows = footer.chunks.ravel()
-        self.checked = np.zeros(len(self._rows), bool)
-        self.pages_checked = np.zeros(len(footer.pages), np.uint8)
+        self.pages = CheckedPages(len(footer.pages))
         arrow = np.array([column.kind is Kind.ARROW for column in footer.schema.columns], bool)
         # Arrow walks its arrays without our SIGBUS guard: columns that it decodes are read, not mapped.
         self._mappable = (self._rows["codec"] == codec.RAW) & ~np.tile(arrow, footer.n_blocks)
@@ -183,10 +250,10 @@ class Chunks:
         if copy is not None and mapped.any():
             memory = copy.mapped()
             addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
-            owners += [copy, memory]
+            owners.append(memory)
         read = self._read(ids[~mapped], copy, deadline_s)
         addresses[~mapped] = read.addresses
-        self._check(ids[~mapped], read.addresses, local=copy is not None)
+        self._check(ids[~mapped], read.addresses)
         decoded = self._decode(ids, addresses)
         keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
         owners += (read.owners if keep_read else []) + decoded.owners
@@ -197,23 +264,25 @@ class Chunks:
             owners,
             private_bytes,
             mapped_bytes[inverse.ravel()],
-            self._left(ids, addresses, mapped, inverse),
+            None if copy is None else self._left(ids, addresses, mapped, inverse, copy),
             copy,
         )
 
-    def _left(self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids) -> Unchecked | None:
+    def _left(
+        self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids, copy: LocalCopy
+    ) -> Unchecked | None:
         """Summing what stays in the mapping is left to whoever touches it: 500 MB would hold up the first batch."""
         if self._verify == "never" or not mapped.any():
             return None
-        flags = self.pages_checked if self._verify == "first" else np.zeros_like(self.pages_checked)
+        checked = self.pages if self._verify == "first" else CheckedPages(len(self.pages.flags))
         rows = np.zeros((len(ids), 4), np.uint64)
         first_page = self._rows["first_page"][ids]
         rows[:, 0] = addresses
         rows[:, 1] = self._rows["stored"][ids]
         rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
-        rows[:, 3] = np.uint64(address_of(flags)) + first_page
+        rows[:, 3] = np.uint64(address_of(checked.flags)) + first_page
         rows[~mapped] = 0
-        return Unchecked(rows[inverse.ravel()], flags, self._footer.pages)
+        return Unchecked(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
 
     def _runs(self, ids: Ids) -> Iterator[_Run]:
         """Ranges that hold chunks, given in the order of the file, close ones together."""
@@ -243,24 +312,16 @@ class Chunks:
         addresses = (offsets.astype(np.int64) + shifts[of_run]).astype(np.uint64)
         return LoadedChunks(addresses, [memory], memory.nbytes)
 
-    def _check(self, ids: Ids, addresses: Addresses, *, local: bool) -> None:
-        """Compare checksums of stored bytes: of what came from the store always, of the local copy as `verify` says."""
-        if self._verify == "never":
+    def _check(self, ids: Ids, addresses: Addresses) -> None:
+        """Compare checksums of stored bytes that were read to memory of our own."""
+        if self._verify == "never" or not len(ids):
             return
-        todo = ~self.checked[ids] if local and self._verify == "first" else np.ones(len(ids), bool)
-        if not todo.any():
-            return
-        rows = self._rows[ids[todo]]
+        rows = self._rows[ids]
         sums = np.empty(len(rows), np.uint32)
-        try:
-            crc32c_many(addresses[todo], np.ascontiguousarray(rows["stored"]), sums)
-        except OSError as error:
-            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._source.url) from error
+        crc32c_many(addresses, np.ascontiguousarray(rows["stored"]), sums)
         wrong = sums != rows["crc"]
         if wrong.any():
-            self.fail(int(ids[todo][np.argmax(wrong)]), "CRC-32C does not match")
-        if local:
-            self.checked[ids[todo]] = True
+            self.fail(int(ids[np.argmax(wrong)]), "CRC-32C does not match")
 
     def _decode(self, ids: Ids, addresses: Addresses) -> LoadedChunks:
         """Replace addresses of frames by those of their content, all in one piece of memory."""

@@ -22,6 +22,9 @@ FOOTER_LEVEL = 3
 MAX_LEVEL = 22
 # A chunk longer than this is stored raw, so a reader may refuse to decode more.
 ZSTD_LIMIT_BYTES = 1 << 30
+# A block of a frame takes 4 bytes or more and holds 128 KiB or less: no frame decodes to more than so many times its
+# length. What promises more is refused before memory is taken for it.
+ZSTD_MOST_RATIO = (128 << 10) // 4
 # `auto`: this many blocks are compressed to see, and zstd stays if it saves half. A saved share s pays where s > D / Z:
 # D, what the disk that epochs are read from gives (1 to 3 GB/s), by Z, what all cores decode (1 to 1.8 GB/s each, 2 to
 # 4 of them), is a quarter to one; and what lies in the page cache pays for decoding at every epoch and saves nothing.
@@ -98,6 +101,8 @@ def _check_promise(frame: bytes | memoryview, raw_bytes: int) -> None:
         raise CodecError(f"it is no zstd frame: {error}") from error
     if promised != raw_bytes:
         raise CodecError(f"its zstd frame holds {promised} bytes, expected {raw_bytes}")
+    if raw_bytes > ZSTD_MOST_RATIO * len(frame):
+        raise CodecError(f"its zstd frame of {len(frame)} bytes cannot hold {raw_bytes}")
 
 
 def parse_compression(text: str) -> int | None:

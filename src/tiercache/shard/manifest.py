@@ -117,7 +117,13 @@ def _get(store: Store, number: int) -> bytes | None:
 
 def _parsed(store: Store, data: bytes, number: int) -> Version:
     url = f"{store.url}/{version_key(number)}"
-    version = parse_version(data, number=number, url=url)
+    try:
+        version = parse_version(data, number=number, url=url)
+    except CorruptShard:  # it may have been damaged on the way: fetched once more
+        again = _get(store, number)
+        if again is None or again == data:
+            raise
+        version = parse_version(again, number=number, url=url)
     try:
         len(version.schema)
     except UnknownKindError as error:

@@ -13,6 +13,7 @@ from tiercache._native import gather
 from tiercache._native.finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard
 from tiercache.shard.cast import Served, cast_kind
+from tiercache.shard.chunks import LOOK_AGAIN_S
 from tiercache.shard.types import Column, Kind, Schema
 from tiercache.shard.values import ColumnValues, gather_values
 
@@ -67,11 +68,13 @@ class MappedRecords:
 
     def table(self, reader: ShardReader) -> BlockTable | None:
         """A shard's table, for put(); None where the shard cannot be read this way, or not yet."""
-        blocks = None if self._has_arrow else reader.mapped(self._columns)
-        if blocks is None:
+        blocks, copy = None if self._has_arrow else reader.mapped(self._columns), reader.copy
+        if blocks is None or copy is None:
             return None
+        changed_ns = blocks.see_changes()  # first: a write after it leaves the file another ctime, and the table goes
+        file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(LOOK_AGAIN_S * 1e9))
         # The reader too is kept: what is checked by, and noted in, is its own.
-        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader))
+        return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader, copy), file)
 
     def put(self, shard: int, table: BlockTable) -> None:
         """Read this shard's records by its table from now on."""

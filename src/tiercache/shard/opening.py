@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tiercache.errors import CorruptShard
-from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
 from tiercache.shard.source import Source
 from tiercache.store.contract import Store
@@ -12,12 +12,25 @@ from tiercache.store.contract import Store
 TAIL_GUESS_BYTES = 64 << 10
 
 
-def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
-    """A shard's footer and its size in bytes: one ranged read when info is given, two at most otherwise.
+def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
+    """A shard's footer and tail: one ranged read when info is given, two at most otherwise.
+
+    What came from a store and fails its checksum is fetched once more: it may have been damaged on the way. What came
+    from a local copy is not: whoever has the copy drops it and opens the shard anew.
 
     Raises:
         CorruptShard, UnsupportedFormat: it is not a shard that this release reads.
     """
+    try:
+        return _read_footer(source, info)
+    except CorruptShard:
+        copy = source.copy
+        if copy is not None and copy.lease.present([ByteRange(max(copy.n_bytes - TAIL_BYTES, 0), copy.n_bytes)]):
+            raise
+    return _read_footer(source, info)
+
+
+def _read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
     if info is None:
         data, n_bytes = source.tail(TAIL_GUESS_BYTES)
     else:
@@ -32,7 +45,7 @@ def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, int]:
         data = source.range(tail.footer_offset, have) + data
         have = tail.footer_offset
     start = tail.footer_offset - have
-    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), n_bytes
+    return Footer.parse(memoryview(data)[start : start + tail.footer_bytes], tail, source.url), tail
 
 
 def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:

@@ -13,7 +13,7 @@ from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 from tiercache.shard.chunks import Addresses, Chunks, Ids, Verify
 from tiercache.shard.layout import PAGE_BYTES, Footer
-from tiercache.shard.source import Source, address_of, aligned_empty
+from tiercache.shard.source import LocalCopy, Source, address_of, aligned_empty
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
@@ -62,12 +62,12 @@ class Pages:
         copy = self._source.local(runs, deadline_s)
         if copy is not None:
             memory = copy.mapped()
-            self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, local=True)
+            self._check(pages, chunk_of_page, starts + address_of(memory), ends - starts, copy)
             in_file = self._rows["offset"][pieces.chunk].astype(np.int64) + pieces.start
             return LoadedPieces((in_file + address_of(memory)).astype(np.uint64), [copy, memory])
         memory = self._read(runs, starts, pages, deadline_s)
         slots = address_of(memory) + PAGE_BYTES * np.arange(len(pages), dtype=np.int64)
-        self._check(pages, chunk_of_page, slots, ends - starts, local=False)
+        self._check(pages, chunk_of_page, slots, ends - starts, None)
         first = self._rows["first_page"][pieces.chunk].astype(np.int64) + pieces.start // PAGE_BYTES
         slot = np.searchsorted(pages, first)
         addresses = address_of(memory) + PAGE_BYTES * slot + pieces.start % PAGE_BYTES
@@ -106,12 +106,15 @@ class Pages:
             self._source.read(spans, deadline_s)
         return memory
 
-    def _check(self, pages: Numbers, chunk: Ids, addresses: Numbers, lengths: Numbers, *, local: bool) -> None:
+    def _check(self, pages: Numbers, chunk: Ids, addresses: Numbers, lengths: Numbers, copy: LocalCopy | None) -> None:
+        """Compare checksums of pages; copy: the local copy in whose mapping they lie, None: memory of our own."""
         if self._verify == "never":
             return
         todo = np.ones(len(pages), bool)
-        if local and self._verify == "first":
-            todo = self._chunks.pages_checked[pages] == 0
+        checked = self._chunks.pages if copy is not None and self._verify == "first" else None
+        if copy is not None and checked is not None:
+            checked.forget_if_written(copy)
+            todo = checked.flags[pages] == 0
         if not todo.any():
             return
         sums = np.empty(int(todo.sum()), np.uint32)
@@ -124,8 +127,8 @@ class Pages:
             place = int(np.flatnonzero(todo)[np.argmax(wrong)])
             page = int(pages[place]) - int(self._rows["first_page"][chunk[place]])
             self._chunks.fail(int(chunk[place]), f"CRC-32C of page {page} does not match")
-        if local:
-            self._chunks.pages_checked[pages[todo]] = 1
+        if checked is not None:
+            checked.flags[pages[todo]] = 1
 
 
 def _runs(starts: Numbers, ends: Numbers) -> list[ByteRange]:

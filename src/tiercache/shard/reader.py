@@ -16,7 +16,7 @@ from tiercache.shard.layout import Footer
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.pages import Pages
 from tiercache.shard.records import RecordReader
-from tiercache.shard.source import Source
+from tiercache.shard.source import LocalCopy, Source
 from tiercache.shard.types import Schema
 from tiercache.shard.values import ColumnValues
 from tiercache.store.contract import Store
@@ -25,7 +25,8 @@ from tiercache.store.contract import Store
 class ShardReader:
     """One open shard. Thread-safe, without locks; usable in a forked child as far as its store is.
 
-    close() gives the lease back as soon as the last Blocks are dropped too.
+    close() gives the lease back as soon as the last read is done. Blocks that are still used keep the mapping: the copy
+    is pinned until they are dropped, without a descriptor.
     """
 
     def __init__(
@@ -82,6 +83,17 @@ class ShardReader:
         """Whether its bytes come from a local copy (as long as that has room for them)."""
         return self._source.copy is not None
 
+    @property
+    def copy(self) -> LocalCopy | None:
+        """The open local copy, as long as the reader is open."""
+        return self._source.copy
+
+    @property
+    def n_descriptors(self) -> int:
+        """Number of descriptors that it holds until it is closed or dropped."""
+        copy = self._source.copy
+        return 0 if copy is None else copy.lease.n_descriptors
+
     def want(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching these blocks to the local copy and return; nothing for stores without one."""
         self._check_open()
@@ -128,15 +140,15 @@ class ShardReader:
             CorruptShard: the copy is shorter than it was.
         """
         self._check_open()
-        kept = self._kept_of(columns)
-        if kept is not None:
-            kept.see_length()
+        kept, copy = self._kept_of(columns), self._source.copy
+        if kept is not None and copy is not None:
+            copy.mapped()  # a file that was cut short since is an error
             return kept
         blocks = range(self.footer.n_blocks)
         if not blocks or not self._chunks.can_stay_mapped(self._ids(blocks, columns)):
             return None
         found = self._load(blocks, columns, None)
-        if found.copy is None:  # closed meanwhile
+        if not found.is_local:  # closed meanwhile
             return None
         self._kept = found
         if self._closed:  # nothing is kept then

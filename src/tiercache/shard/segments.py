@@ -9,9 +9,9 @@ not copied, where the store has local files.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import secrets
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache._native.checksum import crc32c
+from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.store.contract import LocalStore, Store
@@ -42,8 +43,11 @@ _SCHEMA = pa.schema(
 # check_key() as a regular expression, for a million names at once: these names are refused.
 _BAD_NAME = r"(?s)\\|\x00|://|^$|^/|/$|//|(^|/)\.\.?(/|$)"
 _MAX_SUM = 2**62
-# Below it a private copy is cheaper than a mapping and a descriptor, and no later fault of the disk can reach it.
+# Below it a private copy is cheaper than a mapping, and no later fault of the disk can reach it.
 _MAP_BYTES = 1 << 20
+_IPC_MAGIC = b"ARROW1\0\0"
+# A version's claim of a segment's size is not believed beyond this, before memory of that size is taken.
+_CLAIMED_BYTES = 1 << 20
 # Round trips, not bytes, bound the opening of many small segments.
 _FETCH_THREADS = 16
 
@@ -204,6 +208,8 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
         if isinstance(store, LocalStore):
             store.distrust(ref.key, ref.identity(dataset_id))
         data = _fetched(store, ref)
+        if not _is_whole(data, ref):  # it may have been damaged on the way
+            data = _fetched(store, ref)
         if not _is_whole(data, ref):
             raise CorruptShard(
                 f"the CRC-32C is not the {ref.crc32c:#010x} of the version", url=_url(store, ref), part="segment"
@@ -218,10 +224,10 @@ def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
         CorruptShard: what it says cannot be, or is not what ref says.
     """
     try:
-        table = pa.ipc.open_file(data).read_all()
+        table = _read_table(data)
         table = table.select(range(min(len(_SCHEMA), table.num_columns)))
         problem = "another schema" if not table.schema.equals(_SCHEMA) else _problem(table)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, struct.error) as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="segment") from error
     if not problem and table.num_rows != ref.n_shards:
         problem = f"{table.num_rows} rows, where the version says {ref.n_shards}"
@@ -230,6 +236,51 @@ def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
     if problem:
         raise CorruptShard(problem, url=url, part="segment")
     return table
+
+
+def _read_table(data: pa.Buffer) -> pa.Table:
+    """The table of an Arrow IPC file, read as the stream that the file contains; zero-copy over data.
+
+    The messages of a stream are the same whoever walks it: what was looked at here is what Arrow reads. A file's footer
+    could name others.
+
+    Raises:
+        ValueError: it is no Arrow IPC file, or is compressed. Arrow takes the memory that a compressed buffer claims to
+            need before it decodes it.
+        pa.ArrowException, OSError, struct.error: it cannot be read.
+    """
+    if data.slice(0, len(_IPC_MAGIC)).to_pybytes() != _IPC_MAGIC:
+        raise ValueError("not an Arrow IPC file")
+    stream = data.slice(len(_IPC_MAGIC))
+    for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(stream)):
+        if message.type in ("record batch", "dictionary") and _is_compressed(message):
+            raise ValueError("it is compressed, which a segment never is")
+    with pa.ipc.open_stream(pa.BufferReader(stream)) as reader:
+        return reader.read_all()
+
+
+def _is_compressed(message: pa.Message) -> bool:
+    """Whether a record batch says how its body is compressed, which pyarrow does not tell.
+
+    Arrow has verified the message's offsets.
+    """
+    metadata = memoryview(message.metadata)
+
+    def table_at(position: int) -> int:
+        return position + int(struct.unpack_from("<I", metadata, position)[0])
+
+    def field(table: int, number: int) -> int:
+        """Where a flatbuffers table has its field of this number; 0: it has none."""
+        vtable = table - int(struct.unpack_from("<i", metadata, table)[0])
+        (vtable_bytes,) = struct.unpack_from("<H", metadata, vtable)
+        at = 4 + 2 * number
+        offset = int(struct.unpack_from("<H", metadata, vtable + at)[0]) if at < vtable_bytes else 0
+        return table + offset if offset else 0
+
+    header = table_at(field(table_at(0), 2))  # Message: version, type of the header, header, length of the body
+    if message.type == "dictionary":  # DictionaryBatch: id, data
+        header = table_at(field(header, 1))
+    return field(header, 3) > 0  # RecordBatch: length, nodes, buffers, compression
 
 
 def _problem(table: pa.Table) -> str:
@@ -287,6 +338,8 @@ def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
         return None
     whole = [ByteRange(0, ref.n_bytes)]
     try:
+        if not lease.present(whole):
+            _check_size(store, ref)
         lease.want(whole)
         return _open_copy(lease.fd, ref.n_bytes) if lease.wait(whole) else None
     finally:
@@ -299,21 +352,35 @@ def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
             return None
         if n_bytes < _MAP_BYTES:
             return pa.py_buffer(os.pread(fd, n_bytes, 0))
-        return pa.py_buffer(mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ))
+        return pa.py_buffer(Mapping(fd, n_bytes))
     except OSError:  # a disk that fails makes it slower, not wrong
         return None
 
 
 def _fetched(store: Store, ref: SegmentRef) -> pa.Buffer:
+    _check_size(store, ref)
     data = bytearray(ref.n_bytes)
     try:
         store.read_into(ref.key, [(ByteRange(0, ref.n_bytes), memoryview(data))])
     except NotFound:
         raise
     except StoreError as error:
-        n_bytes = store.head(ref.key).n_bytes
-        if n_bytes >= ref.n_bytes:
-            raise
-        found = f"{n_bytes} bytes, where the version says {ref.n_bytes}"
-        raise CorruptShard(found, url=_url(store, ref), part="segment") from error
+        _check_size(store, ref, beyond_bytes=0, cause=error)
+        raise
     return pa.py_buffer(data)
+
+
+def _check_size(
+    store: Store, ref: SegmentRef, *, beyond_bytes: int = _CLAIMED_BYTES, cause: StoreError | None = None
+) -> None:
+    """See that a segment is as long as the version says; of those of beyond_bytes and less the store is not asked.
+
+    Raises:
+        CorruptShard: it is shorter.
+    """
+    if ref.n_bytes <= beyond_bytes:
+        return
+    n_bytes = store.head(ref.key).n_bytes
+    if n_bytes < ref.n_bytes:
+        found = f"it has {n_bytes} bytes, where the version says 'bytes' {ref.n_bytes}"
+        raise CorruptShard(found, url=_url(store, ref), part="segment") from cause

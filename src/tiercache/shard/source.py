@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,12 +12,19 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tiercache._native.residence import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store.contract import Lease, LocalStore, Span, Store
+from tiercache.store.posix import os_errors
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
+# The kernel stamps files by a clock that ticks every 1 to 10 ms: a file written twice within a tick has one ctime. A
+# ctime that is younger than this does not yet tell one state of the file from the next one.
+SETTLED_NS = 20_000_000
+# A length that was read from a file is not believed beyond this, before memory of that length is taken.
+_CLAIMED_BYTES = 1 << 20
 
 
 def aligned_empty(n_bytes: int) -> Bytes:
@@ -34,9 +41,10 @@ def address_of(memory: npt.NDArray[Any]) -> int:
 
 
 class LocalCopy:
-    """A lease and, once it was asked for, its mapping.
+    """A lease and, once it was asked for, its mapping. The lease is closed when this object is dropped.
 
-    Whoever uses the bytes keeps this object; the last to go gives the lease back.
+    Loaded blocks keep the mapping alone: it holds no descriptor, and it keeps the file's bytes, and the flock(2) that
+    the cache's evictor asks for, as a lease does.
     """
 
     def __init__(self, lease: Lease, url: str) -> None:
@@ -61,15 +69,21 @@ class LocalCopy:
         found = self._mapped.get("it")
         if found is None:
             try:
-                mapping = mmap.mmap(self.lease.fd, self.n_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-            except ValueError as error:
-                raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url) from error
+                mapping = Mapping(self.lease.fd, self.n_bytes)
             except OSError as error:
                 raise StoreError(f"cannot map the local copy: {error}", url=self._url) from error
-            found = self._mapped.setdefault("it", np.frombuffer(mapping, np.uint8))
-        elif os.fstat(self.lease.fd).st_size < self.n_bytes:
+            found = self._mapped.setdefault("it", np.frombuffer(memoryview(mapping), np.uint8))
+        if os.fstat(self.lease.fd).st_size < self.n_bytes:
             raise CorruptShard(f"the local copy is shorter than {self.n_bytes} bytes", url=self._url)
         return found
+
+    def changed_ns(self) -> int:
+        """The file's ctime in ns, which every write to it changes and nobody can set back.
+
+        0: the file was changed so recently that a further write may leave the ctime as it is.
+        """
+        changed_ns = os.fstat(self.lease.fd).st_ctime_ns
+        return changed_ns if time.time_ns() - changed_ns > SETTLED_NS else 0
 
     @cached_property
     def tells_residence(self) -> bool:
@@ -131,7 +145,8 @@ class Source:
         if not copy.lease.present(ranges):
             self.n_misses += 1
             copy.lease.want(ranges)
-        return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
+        with os_errors("open the local copy", self.url):  # of what was fetched meanwhile
+            return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
 
     def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
         """Fill each span from the store, as it was when it was opened.
@@ -168,8 +183,15 @@ class Source:
         return data_read, info.n_bytes
 
     def range(self, start: int, end: int) -> bytes:
-        """Bytes [start, end)."""
+        """Bytes [start, end).
+
+        Raises:
+            CorruptShard: the object is shorter.
+            StoreError: as of Store.read_into.
+        """
         span = ByteRange(start, end)
+        if span.n_bytes > _CLAIMED_BYTES:
+            self._check_length(span)
         data = bytearray(span.n_bytes)
         copy = self.local([span], None)
         if copy is not None:
@@ -177,6 +199,14 @@ class Source:
         else:
             self.read([(span, memoryview(data))], None)
         return bytes(data)
+
+    def _check_length(self, span: ByteRange) -> None:
+        copy = self._copy
+        if copy is None or not copy.lease.present([span]):
+            n_bytes = self._store.head(self._key).n_bytes
+            if n_bytes < span.end:
+                message = f"has {n_bytes} bytes, its data set or its tail says that it has {span.end} or more"
+                raise CorruptShard(message, url=self.url, part="file")
 
     def close(self) -> None:
         """Let go of the local copy; it stays open for those who still hold it."""

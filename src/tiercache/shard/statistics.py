@@ -2,33 +2,120 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from tiercache.shard.parts import Part
-from tiercache.shard.spec import Kind
-from tiercache.shard.types import Column
+from tiercache.shard.spec import INTEGERS, Kind
+from tiercache.shard.types import Column, Schema
+
+Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
+_MOST = 2**62
+# By the bytes of a float.
+_GREATEST = {2: 65504.0, 4: float(np.finfo(np.float32).max), 8: float(np.finfo(np.float64).max)}
+
+
+def parse_statistics(text: str, schema: Schema, n_records: int) -> Facts:
+    """The statistics of a shard's row in a segment. Columns and keys that are not known here are passed by.
+
+    Raises:
+        ValueError: they are no JSON object, or a value cannot be; the message names column and field.
+    """
+    try:
+        facts = json.loads(text or "{}")
+    except RecursionError as error:
+        raise ValueError("statistics: JSON that is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"statistics: no JSON: {error}") from error
+    for _, problem in problems_of(facts, schema, n_records):
+        raise ValueError(problem)
+    return {name: fact for name, fact in facts.items() if name in schema.names}
+
+
+def problems_of(facts: Any, schema: Schema, n_records: int) -> Iterator[tuple[str, str]]:
+    """(column, message) for each column of which statistics hold a value that cannot be.
+
+    Args:
+        facts: parsed JSON of any form.
+        schema, n_records: of the shard.
+    """
+    if not isinstance(facts, dict):
+        yield "", f"statistics: a JSON object is expected, got {_shown(facts)}"
+        return
+    for column in schema.columns:
+        if column.name in facts and (problem := _problem_of(facts[column.name], column, n_records)):
+            yield column.name, f"statistics of column {column.name!r}: {problem}"
+
+
+def _problem_of(fact: Any, column: Column, n_records: int) -> str:
+    if not isinstance(fact, dict):
+        return f"a JSON object is expected, got {_shown(fact)}"
+    for name, most in (("nulls", n_records if column.nullable else 0), ("bytes", _MOST), ("stored", _MOST)):
+        value = fact.get(name, 0)
+        if type(value) is not int or not 0 <= value <= most:
+            return f"{name!r} is a whole number from 0 to {most}, got {_shown(value)}"
+    if not _is_ordered(column):
+        return ""
+    for name in ("min", "max"):
+        if name in fact and not _is_value(fact[name], column):
+            return f"{name!r} is a finite {column.dtype}, got {_shown(fact[name])}"
+    if "min" in fact and "max" in fact and fact["min"] > fact["max"]:
+        return f"'min' {fact['min']} is greater than 'max' {fact['max']}"
+    return ""
+
+
+def _is_ordered(column: Column) -> bool:
+    return column.kind is Kind.SCALAR and column.dtype != "bfloat16"
+
+
+def _is_value(value: Any, column: Column) -> bool:
+    if column.dtype in INTEGERS:
+        bits = 8 * column.stored.itemsize
+        least, greatest = (0, 2**bits) if column.dtype.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+        return type(value) is int and least <= value < greatest
+    return type(value) in (int, float) and not math.isnan(value) and abs(value) <= _GREATEST[column.stored.itemsize]
+
+
+def _shown(value: Any) -> str:
+    """A forged value, no longer than a message may be."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**128 else "a number of more than 128 bits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class ColumnStatistics:
     """Sums over the blocks of one column of one shard."""
 
     def __init__(self, column: Column) -> None:
-        self._ordered = column.kind is Kind.SCALAR and column.dtype != "bfloat16"
+        self._ordered = _is_ordered(column)
         self._nulls = self._bytes = self._stored = 0
         self._low: Any = None
         self._high: Any = None
 
     def add(self, part: Part, nulls: int, raw_bytes: int, stored_bytes: int) -> None:
         """Count a block's part of the column. stored_bytes: what its chunk takes in the file."""
+        self.add_values(part.values, part.valid, part.n, nulls, raw_bytes, stored_bytes)
+
+    def add_values(
+        self,
+        values: npt.NDArray[Any] | None,
+        valid: npt.NDArray[np.bool_] | None,
+        n: int,
+        nulls: int,
+        raw_bytes: int,
+        stored_bytes: int,
+    ) -> None:
+        """Count a block of n records. values: stored elements; valid: bool[n], None for no nulls."""
         self._nulls += nulls
         self._bytes += raw_bytes
         self._stored += stored_bytes
-        if not self._ordered or part.values is None or nulls == part.n:
+        if not self._ordered or values is None or nulls == n:
             return
-        numbers = part.values if part.valid is None else part.values[part.valid]
+        numbers = values if valid is None else values[valid]
         # fmin and fmax pass over NaN
         low, high = np.fmin.reduce(numbers, axis=None).item(), np.fmax.reduce(numbers, axis=None).item()
         self._low = low if self._low is None else min(self._low, low)
@@ -42,3 +129,12 @@ class ColumnStatistics:
         if self._low is not None and math.isfinite(self._low) and math.isfinite(self._high):
             facts |= {"min": self._low, "max": self._high}
         return facts
+
+    def difference(self, fact: Mapping[str, Any]) -> str:
+        """What statistics say of the column that is not true of the blocks that were counted; "": all of it is true."""
+        found = self.as_json()
+        found.setdefault("stored", found["bytes"])
+        for name in ("nulls", "bytes", "stored", "min", "max"):
+            if name in fact and (name in found or self._ordered) and fact[name] != found.get(name):
+                return f"{name!r} is {_shown(fact[name])}, but its blocks have {_shown(found.get(name))}"
+        return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,8 @@ from tiercache.shard.chunks import LoadedChunks
 from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, parse_head
 from tiercache.shard.opening import check_identity, read_footer
 from tiercache.shard.source import Bytes, Source, address_of, aligned_empty
-from tiercache.shard.types import VAR, Kind
+from tiercache.shard.statistics import ColumnStatistics, problems_of
+from tiercache.shard.types import VAR, Column, Kind
 from tiercache.shard.values import gather_values
 from tiercache.store.contract import Store
 
@@ -73,23 +76,34 @@ class _Verification:
         self._identity = identity
         self._crc = self._position = self._file_bytes = 0
         self._ahead: Bytes = np.zeros(0, np.uint8)
+        self._counted: dict[str, ColumnStatistics] = {}  # of columns without damage so far
 
     def findings(self) -> Iterator[Finding]:
         """All that is wrong, in the order of the file, the footer first: without it nothing can be said of the rest."""
         try:
-            footer, self._file_bytes = read_footer(self._source, None)
+            footer, tail = read_footer(self._source, None)
+            self._file_bytes = tail.file_bytes
             check_identity(footer, self._info, self._identity, self._source.url)
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "footer")
             return
+        info = self._info
+        if info is not None and (info.footer_offset, info.footer_bytes) != (tail.footer_offset, tail.footer_bytes):
+            message = (
+                f"its data set's row says 'footer_offset' {info.footer_offset} and 'footer_bytes' {info.footer_bytes}, "
+                f"its tail {tail.footer_offset} and {tail.footer_bytes}"
+            )
+            yield Finding(self._source.url, "segment", message)
         try:
             head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._source.url)
             if head != footer.shard_id:
                 yield Finding(self._source.url, "head", "head and footer name different shards")
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "head")
+        self._counted = {column.name: ColumnStatistics(column) for column in footer.schema.columns}
         for block in range(footer.n_blocks):
             yield from self._block(footer, block)
+        yield from self._check_statistics(footer)
         yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
@@ -116,6 +130,7 @@ class _Verification:
             try:
                 self._chunk(footer, block, number, memory[first : first + int(row["stored"])])
             except CorruptShard as error:
+                self._counted.pop(column.name, None)
                 yield replace(finding_of(error, "chunk"), block=block, column=column.name)
         yield from self._gap(footer, block, memory[end:])
 
@@ -141,7 +156,42 @@ class _Verification:
             except codec.CodecError as error:
                 raise CorruptShard(str(error), url=self._source.url) from error
         loaded = LoadedChunks(np.array([address_of(raw)], np.uint64), [raw])
-        check_values(Blocks(footer, self._source.url, (block,), (number,), loaded), number)
+        blocks = Blocks(footer, self._source.url, (block,), (number,), loaded)
+        check_values(blocks, number)
+        self._count(blocks.array(0, number), footer.schema.columns[number], row)
+
+    def _count(self, array: pa.Array, column: Column, row: np.void) -> None:
+        counted = self._counted.get(column.name)
+        if counted is None:  # a block before was damaged
+            return
+        values = valid = None
+        if column.kind is Kind.SCALAR:
+            values = np.frombuffer(array.buffers()[1], column.stored, len(array))
+            # Not to_numpy(): Arrow then imports pandas, if there is one.
+            valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
+        counted.add_values(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
+
+    def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
+        """What footer and row say of columns is what their blocks hold; of damaged columns nothing is known."""
+        yield from self._check_facts(footer.statistics, footer, "footer")
+        if self._info is None:
+            return
+        try:
+            facts = json.loads(self._info.stats_json or "{}")
+        except (ValueError, RecursionError) as error:
+            yield Finding(self._source.url, "segment", f"statistics of its data set's row: no JSON: {error}")
+            return
+        yield from self._check_facts(facts, footer, "segment")
+
+    def _check_facts(self, facts: Any, footer: Footer, part: str) -> Iterator[Finding]:
+        whose = "its data set's row: " if part == "segment" else ""
+        bad = dict(problems_of(facts, footer.schema, footer.n_records))
+        for column, problem in bad.items():
+            yield Finding(self._source.url, part, f"{whose}{problem}", column=column or None)
+        for column, counted in self._counted.items() if isinstance(facts, dict) else ():
+            if column in facts and column not in bad and (difference := counted.difference(facts[column])):
+                message = f"{whose}statistics of column {column!r}: {difference}"
+                yield Finding(self._source.url, part, message, column=column)
 
     def _rest(self) -> Iterator[Finding]:
         """Footer and tail, which were checked already, for the file's sum."""

@@ -6,14 +6,15 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from tiercache.config import aws_profile
+from tiercache.config import aws_ca_bundle
 from tiercache.store.cloud import CloudStore
 from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, Upload, check_key
+from tiercache.store.credentials import default_profile
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.obstore import Place
-from tiercache.store.options import CloudOptions
+from tiercache.store.options import CloudOptions, with_ca_bundle
 from tiercache.store.urls import Location, redact, split_url
 
 __all__ = [
@@ -86,7 +87,7 @@ def _place(cloud: str, place: Location) -> Place:
 
 def _options(cloud: str, given: dict[str, Any]) -> CloudOptions:
     options = CloudOptions.parse(cloud, given)
-    has_keys = any(options.config.get(name) for name in ("access_key_id", "skip_signature", "web_identity_token_file"))
-    if cloud != "s3" or options.profile is not None or has_keys:
+    if cloud != "s3":
         return options
-    return replace(options, profile=aws_profile())
+    options = with_ca_bundle(options, aws_ca_bundle())
+    return replace(options, profile=default_profile(options))

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import quote_plus
@@ -15,16 +15,26 @@ from tiercache.config import aws_reach
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, open_store
-from tiercache.store.aws import S3Calls, has_boto3
+from tiercache.store.aws import S3Calls, has_boto3, takes_long
 from tiercache.store.contract import Upload, check_key
 from tiercache.store.landing import worker_pool
-from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.retry import Calls, Patience, RetryPolicy, with_retries
 from tiercache.store.s3_answers import bare, described, encryption, is_object, listed
 from tiercache.store.s3_upload import S3Upload
 from tiercache.store.sums import whole_sums
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["SPEEDS", "ArchiveStore", "CopySizes", "Restoring", "S3Archive", "Speed", "has_boto3", "open_archive"]
+__all__ = [
+    "SPEEDS",
+    "ArchiveStore",
+    "BucketSettings",
+    "CopySizes",
+    "Restoring",
+    "S3Archive",
+    "Speed",
+    "has_boto3",
+    "open_archive",
+]
 
 Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
 SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
@@ -33,6 +43,13 @@ Failed: TypeAlias = list[tuple[str, str]]  # keys and reasons
 
 _TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
+_SETTINGS = {
+    "lifecycle": "get_bucket_lifecycle_configuration",
+    "versioning": "get_bucket_versioning",
+    "object lock": "get_object_lock_configuration",
+}
+# Of a bucket that has no such setting.
+_NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
 _PARTS = 10_000
 # What S3 keeps of an object beside its bytes, and what a copy in parts must be told again.
 _Part: TypeAlias = dict[str, Any]
@@ -112,6 +129,23 @@ class ArchiveStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class BucketSettings:
+    """What a bucket does by itself, in S3's words.
+
+    Attributes:
+        lifecycle: its lifecycle rules, those that are off too.
+        versioning: "Enabled", "Suspended", or "": it never kept versions.
+        lock: its configuration of object lock; None: it has none.
+        unread: settings that could not be read, and why.
+    """
+
+    lifecycle: tuple[Mapping[str, Any], ...] = ()
+    versioning: str = ""
+    lock: Mapping[str, Any] | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class CopySizes:
     """Copies by the server: objects up to whole_bytes by one request, larger ones in parts, n_parts at once.
 
@@ -165,8 +199,10 @@ class S3Archive:
         self._calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
+        self._timeout_s, self._endpoint = calls.timeout_s, calls.endpoint
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
+        self._under_way = Calls()
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -186,6 +222,7 @@ class S3Archive:
 
     def close(self) -> None:
         """End the threads of this process and drop its connections."""
+        self._under_way.close()
         self._pool.drop()
         self._calls.close()
 
@@ -202,10 +239,23 @@ class S3Archive:
         return self._ask(operation, self.at(key), Key=self.full(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        patience = Patience(where, operation, clock=self._clock)
-        return with_retries(
-            lambda: self._calls(operation, where, Bucket=self.bucket, **request), self._policy, patience
+        copies = takes_long(operation)
+        # A copy by the server is silent for long while all is well: its own client limits it.
+        patience = Patience(
+            where,
+            operation,
+            clock=self._clock,
+            timeout_s=None if copies else self._timeout_s,
+            endpoint=self._endpoint,
         )
+
+        def attempt() -> Mapping[str, Any]:
+            return self._calls(operation, where, Bucket=self.bucket, **request)
+
+        if copies:
+            return with_retries(attempt, self._policy, patience)
+        with self._under_way.track(patience) as stop:
+            return with_retries(attempt, self._policy, patience, stop=stop)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""
@@ -415,6 +465,23 @@ class S3Archive:
                 return "done"
             raise
         return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
+
+    def settings(self) -> BucketSettings:
+        """The bucket's, in three requests. What cannot be read is named, and is no error."""
+        answers: dict[str, Mapping[str, Any]] = {}
+        unread: dict[str, str] = {}
+        for name, operation in _SETTINGS.items():
+            try:
+                answers[name] = self._ask(operation, self.url)
+            except StoreError as error:
+                if error.facts.get("code") not in _NOT_SET:
+                    unread[name] = error.message
+        return BucketSettings(
+            tuple(answers.get("lifecycle", {}).get("Rules", ())),
+            str(answers.get("versioning", {}).get("Status", "")),
+            answers.get("object lock", {}).get("ObjectLockConfiguration"),
+            unread,
+        )
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
         """DeleteObjects."""

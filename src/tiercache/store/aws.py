@@ -1,25 +1,24 @@
-"""What needs boto3: credentials from profiles in the user's AWS files, and the requests that obstore has none of."""
+"""What needs boto3: the requests of S3 that obstore has none of."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.stats import Counters
+from tiercache.store.credentials import Keys, refusal, s3_access
 from tiercache.store.landing import PerProcess
 from tiercache.store.options import CloudOptions
 
-# How long a set of keys is used before boto3 is asked again; it renews temporary ones by itself in time.
-_USED_FOR = timedelta(minutes=15)
-
-# A copy by the server of a GiB may take longer than obstore's 20 s without a byte.
-_SILENCE_S = 120
+# A copy by the server of a GiB may take longer than 20 s without a byte, and joining its parts too.
+_COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
+_COPYING_S = 120.0
 _CONNECTIONS = 32
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _TRY_AGAIN_CODES = ("OperationAborted", "ConditionalRequestConflict", "RequestTimeout", "SlowDown")
@@ -29,49 +28,9 @@ _UNABLE = (405, 501)
 _ENCRYPTION = ("server_side_encryption", "sse_kms_key_id", "sse_bucket_key_enabled")
 
 
-def profile_credentials(profile: str) -> tuple[Callable[[], dict[str, Any]], dict[str, str]]:
-    """A function that gives the keys of a profile as obstore wants them, and what else it says: region, endpoint.
-
-    Raises:
-        ValueError: boto3 is not installed, or there is no such profile, or it holds no credentials.
-    """
-    try:
-        boto3 = importlib.import_module("boto3")
-        botocore = importlib.import_module("botocore.session")
-        exceptions = importlib.import_module("botocore.exceptions")
-        providers = importlib.import_module("botocore.configprovider")
-    except ImportError as error:
-        raise ValueError(
-            f"the AWS profile {profile!r} is read by boto3, which is not installed: pip install 'tiercache[archive]', "
-            "or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
-    try:
-        core = botocore.Session(profile=profile)
-        session = boto3.Session(botocore_session=core)
-        credentials = session.get_credentials()
-        # As AWS clients have it: a variable of the environment, the profile's services, the profile's own endpoint.
-        endpoint = providers.ConfiguredEndpointProvider(core.full_config, core.get_scoped_config(), "s3").provide()
-    except exceptions.BotoCoreError as error:
-        raise ValueError(f"the AWS profile {profile!r}: {error}") from error
-    if credentials is None:
-        raise ValueError(f"the AWS profile {profile!r} holds no credentials")
-
-    def keys() -> dict[str, Any]:
-        frozen = credentials.get_frozen_credentials()
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _USED_FOR,
-        }
-
-    said = {"region": session.region_name, "endpoint": endpoint}
-    return keys, {name: value for name, value in said.items() if value}
-
-
-# By process and profile: a session reads botocore's tables, 100 ms, and makes further clients from them in 3 ms. It is
-# not safe from threads, hence the lock; a forked child has one of its own.
-_sessions: dict[tuple[int, str | None], tuple[Any, Lock]] = {}
+# By process: a session reads botocore's tables, 100 ms, and makes further clients from them in 3 ms. It is not safe
+# from threads, hence the lock; a forked child has one of its own.
+_sessions: dict[int, tuple[Any, Lock]] = {}
 
 
 def has_boto3() -> bool:
@@ -95,7 +54,7 @@ class S3Calls:
             raise ValueError(f"{url}: storage classes go by boto3, which cannot be told {', '.join(unknown)}")
         self.url, self.counters = url, counters
         self._options = options
-        self._client = PerProcess(lambda: _client(options), lambda client: client.close())
+        self._clients = PerProcess(lambda: _Clients(options, url), lambda clients: clients.close())
 
     def __reduce__(self) -> tuple[type[S3Calls], tuple[CloudOptions, str, Counters]]:
         return S3Calls, (self._options, self.url, self.counters)
@@ -114,8 +73,8 @@ class S3Calls:
     def reach(self) -> tuple[object, ...]:
         """The same where one server and one identity answer: what may copy between buckets by itself."""
         config = self._options.config
-        names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature")
-        return self._options.profile, *(config.get(name) for name in names)
+        names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature", "role_arn")
+        return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
         """The answer to one request.
@@ -131,35 +90,94 @@ class S3Calls:
         """
         exceptions = importlib.import_module("botocore.exceptions")
         given = {name: value for name, value in request.items() if value is not None}
-        if "RequestPayer" not in given and str(self._options.config.get("request_payer", "")).lower() == "true":
+        if "RequestPayer" not in given and _pays(self._options):
             given["RequestPayer"] = "requester"
+        clients = self._clients.get()
+        client, number = clients.get(operation)
+        endpoint = client.meta.endpoint_url
         self.counters.add("requests")
         try:
-            answer: Mapping[str, Any] = getattr(self._client.get(), operation)(**given)
+            answer: Mapping[str, Any] = getattr(client, operation)(**given)
         except exceptions.ClientError as error:
-            raise _refused(error.response, operation, where) from None
+            response = error.response
+            if operation == "head_object":
+                response = _reason(client, given, response, exceptions.ClientError)
+            raise refusal(_refused(response, operation, where), clients.credentials, number) from None
+        except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError):
+            message = f"{operation}: cannot connect to {endpoint}"
+            raise StoreError(message, url=where, retryable=True, sent=False) from None
         except exceptions.BotoCoreError as error:
             # From None: a text of botocore may hold a signed URL.
             lost = isinstance(error, (exceptions.HTTPClientError, exceptions.ConnectionError))
-            raise StoreError(f"{operation}: {type(error).__name__}", url=where, retryable=lost) from None
+            text = f"{operation}: {type(error).__name__}{f' ({endpoint})' if lost else ''}"
+            raise StoreError(text, url=where, retryable=lost) from None
         return answer
+
+    @property
+    def endpoint(self) -> str:
+        """The server, for messages."""
+        config = self._options.config
+        return str(config.get("endpoint") or f"S3 in {config.get('region', 'its region')}")
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds without an answer after which a call fails, retries included."""
+        return self._options.timeout_s
 
     def takes(self, operation: str, *names: str) -> bool:
         """Whether the boto3 that is installed knows these arguments of an operation ("CopyObject")."""
-        shape = self._client.get().meta.service_model.operation_model(operation).input_shape
+        shape = self._clients.get().get("head_object")[0].meta.service_model.operation_model(operation).input_shape
         return set(names) <= set(shape.members)
 
     def close(self) -> None:
         """Drop this process's connections."""
-        self._client.drop()
+        self._clients.drop()
 
 
-def _client(options: CloudOptions) -> Any:
+def takes_long(operation: str) -> bool:
+    """Whether the server may be silent for minutes while it does what it was asked."""
+    return operation in _COPYING
+
+
+class _Clients:
+    """This process's clients of one endpoint, made again when there are other keys. Safe from any thread."""
+
+    def __init__(self, options: CloudOptions, url: str) -> None:
+        config, self.credentials = s3_access(options, url)
+        self._options = replace(options, config=config)
+        self._lock = Lock()
+        self._made: dict[bool, tuple[Keys | None, Any]] = {}
+        self._old: list[Any] = []  # other threads may still use them
+
+    def get(self, operation: str) -> tuple[Any, int]:
+        """The client for an operation, and the number of its keys."""
+        keys = None if self.credentials is None else self.credentials.get()
+        number = 0 if self.credentials is None else self.credentials.number
+        is_long = takes_long(operation)
+        with self._lock:
+            made = self._made.get(is_long)
+            if made is None or made[0] != keys:
+                if made is not None:
+                    self._old.append(made[1])
+                made = self._made[is_long] = keys, _client(self._options, keys, is_long=is_long)
+            return made[1], number
+
+    def close(self) -> None:
+        """Close their connections."""
+        with self._lock:
+            for client in (*self._old, *(client for _, client in self._made.values())):
+                client.close()
+            self._made.clear()
+            self._old.clear()
+
+
+def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
     boto3 = importlib.import_module("boto3")
     config_of, unsigned = importlib.import_module("botocore.config").Config, importlib.import_module("botocore")
     named = options.for_s3fs()
     settings = named["config_kwargs"]
-    settings["read_timeout"] = max(settings.get("read_timeout", _SILENCE_S), _SILENCE_S)
+    if is_long:
+        settings["read_timeout"] = max(settings["read_timeout"], _COPYING_S)
     settings.setdefault("s3", {"addressing_style": "path" if "endpoint_url" in named else "auto"})
     if named["anon"]:
         settings["signature_version"] = unsigned.UNSIGNED
@@ -170,20 +188,41 @@ def _client(options: CloudOptions) -> Any:
         response_checksum_validation="when_required",
         **settings,
     )
-    asked = os.getpid(), named.get("profile")
-    if asked not in _sessions:
-        _sessions.setdefault(asked, (boto3.Session(profile_name=asked[1]), Lock()))
-    session, lock = _sessions[asked]
+    pid = os.getpid()
+    if pid not in _sessions:
+        _sessions.setdefault(pid, (boto3.Session(), Lock()))
+    session, lock = _sessions[pid]
     with lock:
         return session.client(
             "s3",
             endpoint_url=named.get("endpoint_url"),
-            aws_access_key_id=named.get("key"),
-            aws_secret_access_key=named.get("secret"),
-            aws_session_token=named.get("token"),
+            aws_access_key_id=named.get("key") if keys is None else keys.access_key_id,
+            aws_secret_access_key=named.get("secret") if keys is None else keys.secret_access_key,
+            aws_session_token=named.get("token") if keys is None else keys.token,
             config=config,
             **named["client_kwargs"],
         )
+
+
+def _pays(options: CloudOptions) -> bool:
+    """Whether the requester pays: an option, or the environment, as text."""
+    return str(options.config.get("request_payer", "")).lower() == "true"
+
+
+def _reason(
+    client: Any, given: Mapping[str, Any], response: Mapping[str, Any], failure: type[Exception]
+) -> Mapping[str, Any]:
+    """What a HEAD was refused for: its answer has no body that says it, so a GET of a byte is asked."""
+    if response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (400, 401, 403):
+        return response
+    names = ("Bucket", "Key", "VersionId", "RequestPayer")
+    try:
+        said = client.get_object(**{name: given[name] for name in names if name in given}, Range="bytes=0-0")
+    except failure as error:
+        found: Mapping[str, Any] = getattr(error, "response", response)
+        return found
+    said["Body"].close()
+    return response
 
 
 def _refused(response: Mapping[str, Any], operation: str, where: str) -> StoreError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
@@ -13,13 +13,13 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.landing import Landing, read_requests, worker_pool
-from tiercache.store.obstore import WRITER_PART_BYTES, Client, Place, Taken
+from tiercache.store.landing import Landing, read_requests, within, worker_pool
+from tiercache.store.obstore import WRITER_PART_BYTES, Client, Place, Taken, described
 from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
 from tiercache.store.obstore_upload import StreamedUpload
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.retry import Calls, Patience, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
@@ -29,6 +29,8 @@ _N_THREADS = 16
 _DELETE_KEYS = 1000
 # Bodies up to this come as one piece; longer ones in pieces of this length, so that a call that is over stops early.
 _PIECE_BYTES = 1 << 20
+# Pieces are how progress is seen: a connection that brings less than this a second counts as stalled.
+_SLOWEST_BYTES_S = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,10 @@ class ObstoreStore(Store):
         self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
         self._client = Client(place, options, self.counters)
         self._pool = worker_pool(tuning.n_threads)
-        self._stops: set[Event] = set()  # of calls under way
+        self._within = within(self._pool)
+        self._calls = Calls()
+        self._timeout_s = options.timeout_s
+        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(self._timeout_s * _SLOWEST_BYTES_S)))
 
     def __repr__(self) -> str:
         return f"ObstoreStore({self.url!r})"
@@ -65,34 +70,45 @@ class ObstoreStore(Store):
 
     def close(self) -> None:
         """End the threads of this process and drop its connections; calls under way try nothing again."""
-        for stop in list(self._stops):
-            stop.set()
+        self._calls.close()
         self._pool.drop()
         self._client.close()
 
-    @contextmanager
-    def _stoppable(self, stop: Event) -> Iterator[Event]:
-        """Have close() set stop meanwhile: else who reads ahead for nobody would try a server that is gone for long."""
-        self._stops.add(stop)
-        try:
-            yield stop
-        finally:
-            self._stops.discard(stop)
+    def _patience(self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None) -> Patience:
+        client = self._client
+        return Patience(
+            client.at(key),
+            doing,
+            deadline_s,
+            cancel,
+            clock=self._tuning.clock,
+            timeout_s=self._timeout_s,
+            endpoint=client.endpoint,
+        )
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
-        patience = Patience(self._client.at(key), doing, clock=self._tuning.clock)
-        with self._stoppable(Event()) as stop:
+    def _asked(self, key: str, doing: str, attempt: Callable[[Patience], T]) -> T:
+        """What a request that changes nothing gives: one that is out of time is left to its thread."""
+        patience = self._patience(key, doing)
+        with self._calls.track(patience) as stop:
+            return with_retries(
+                lambda: attempt(patience), self._tuning.policy, patience, stop=stop, within=self._within
+            )
+
+    def _written(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        """What a writing request gives: its last attempt is waited for, since nobody knew what it did otherwise."""
+        patience = self._patience(key, doing)
+        with self._calls.track(patience) as stop:
             return with_retries(attempt, self._tuning.policy, patience, stop=stop)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""
         check_key(key)
-        return self._retried(key, "head", lambda: self._client.head(key))
+        return self._asked(key, "head", lambda _patience: self._client.head(key))
 
     def get(self, key: str) -> bytes:
         """One GET."""
         check_key(key)
-        data = self._retried(key, "get", lambda: self._client.get(key))
+        data = self._asked(key, "get", lambda patience: self._client.get(key, self._piece_bytes, patience.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -102,7 +118,7 @@ class ObstoreStore(Store):
         if n_bytes <= 0:
             return b"", self.head(key)
 
-        def attempt() -> tuple[bytes, ObjectInfo]:
+        def attempt(_patience: Patience) -> tuple[bytes, ObjectInfo]:
             try:
                 tail, info = self._client.tail(key, n_bytes)
             except StoreError as error:
@@ -113,7 +129,7 @@ class ObstoreStore(Store):
             self.counters.add("bytes_read", len(tail))
             return tail, info
 
-        return self._retried(key, "read_tail", attempt)
+        return self._asked(key, "read_tail", attempt)
 
     def _tail_by_head(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         info = self.head(key)
@@ -134,20 +150,26 @@ class ObstoreStore(Store):
         """Ranges in parallel, one memcpy from the client's buffer, all of the object that the first answer names."""
         check_key(key)
         check_spans(spans)
-        patience = Patience(self._client.at(key), "read_into", deadline_s, cancel, clock=self._tuning.clock)
-        reading, landing = _Reading(self._client, key, if_match), Landing()
+        patience = self._patience(key, "read_into", deadline_s, cancel)
+        reading, landing = _Reading(self._client, key, if_match, self._piece_bytes, patience), Landing()
 
         def read_one(request: Request, landing: Landing) -> None:
-            with_retries(lambda: reading.attempt(request, landing), self._tuning.policy, patience, stop=landing.stop)
+            with_retries(
+                lambda: reading.attempt(request, landing),
+                self._tuning.policy,
+                patience,
+                stop=landing.stop,
+                within=self._within,
+            )
 
-        with self._stoppable(landing.stop):
+        with self._calls.track(patience, landing.stop):
             read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, patience, landing)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """One PUT."""
         check_key(key)
         body = bytes(data)  # a connection may hold it a little longer than the call; no copy when it is bytes already
-        info = self._retried(key, "put", lambda: self._client.put(key, body))
+        info = self._written(key, "put", lambda: self._client.put(key, body))
         self.counters.add("bytes_written", len(body))
         return info
 
@@ -157,7 +179,7 @@ class ObstoreStore(Store):
 
     def _put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         try:
-            info = self._retried(key, "put_if_absent", lambda: self._client.put_new(key, body))
+            info = self._written(key, "put_if_absent", lambda: self._client.put_new(key, body))
         except Taken:
             return None
         self.counters.add("bytes_written", len(body))
@@ -183,26 +205,42 @@ class ObstoreStore(Store):
                         self._delete([key])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        self._retried(keys[0], "delete", lambda: self._client.delete(keys))
+        self._written(keys[0], "delete", lambda: self._client.delete(keys))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """By pages of a thousand."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
-        for info in self._client.list(folder):
-            if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
-                yield info
+        after: str | None = None
+        pages: Iterator[Sequence[Mapping[str, Any]]] | None = None
+
+        def next_page(_patience: Patience) -> Sequence[Mapping[str, Any]] | None:
+            nonlocal pages
+            with self._client.errors(folder, "list"):
+                try:
+                    pages = self._client.pages(folder, after) if pages is None else pages
+                    return next(pages, None)
+                except BaseException:
+                    pages = None  # begins again after the last key
+                    raise
+
+        while (page := self._asked(folder, "list", next_page)) is not None:
+            for meta in page:
+                info = described(meta["path"], meta)
+                after = info.key
+                if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
+                    yield info
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """By the server."""
         check_key(src)
         check_key(dst)
-        self._retried(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
+        self._written(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
         return self.head(dst)
 
     def publish_new(self, src: str, dst: str) -> ObjectInfo | None:
         """Rename an object to a free key; None, and src is gone, where the key is taken."""
         try:
-            self._retried(src, "complete", lambda: self._client.copy_new(src, dst))
+            self._written(src, "complete", lambda: self._client.copy_new(src, dst))
         except Taken:
             return None
         finally:
@@ -213,6 +251,12 @@ class ObstoreStore(Store):
     def put_whole(self, key: str, data: bytes, *, if_absent: bool) -> ObjectInfo | None:
         """put, or put_if_absent with what was written."""
         return self._put_new(key, data) if if_absent else self.put(key, data)
+
+    @contextmanager
+    def watched(self, key: str, doing: str) -> Iterator[None]:
+        """A step of an upload, whose requests obstore makes and repeats itself."""
+        with self._client.errors(key, doing), self._calls.track(self._patience(key, doing)):
+            yield
 
     @property
     def client(self) -> Client:
@@ -226,9 +270,10 @@ class _Reading:
     Shared by the threads of the call; the dict's setdefault is atomic.
     """
 
-    def __init__(self, client: Client, key: str, if_match: str | None) -> None:
-        self._client, self._key = client, key
+    def __init__(self, client: Client, key: str, if_match: str | None, piece_bytes: int, patience: Patience) -> None:
+        self._client, self._key, self._piece_bytes, self._patience = client, key, piece_bytes, patience
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
+        self._n_landed: dict[int, int] = {}  # by a request's start, the most bytes that an attempt has brought
 
     def attempt(self, request: Request, landing: Landing) -> None:
         """One request, into the buffers."""
@@ -237,9 +282,9 @@ class _Reading:
         asked = None if etag is None or etag.startswith("W/") else etag  # a weak one never matches, by the standard
         try:
             with client.errors(self._key, "read_into"):
-                info, body = client.range(self._key, wanted, asked, _PIECE_BYTES)
+                info, body = client.range(self._key, wanted, asked, self._piece_bytes)
                 self._check(info, wanted)
-                n_read = _land(body, request, landing)
+                n_read = _land(body, request, landing, self._note_landed)
         except ObjectChanged as error:
             raise ObjectChanged(url=client.at(self._key), expected=etag, found=error.found) from None
         except StoreError as error:
@@ -250,6 +295,12 @@ class _Reading:
             message = f"read_into: {n_read} bytes came of [{wanted.start}, {wanted.end})"
             raise StoreError(message, url=client.at(self._key), retryable=True)
         client.counters.add("bytes_read", n_read)
+
+    def _note_landed(self, request: Request, n_bytes: int) -> None:
+        """Note as progress what no earlier attempt has brought."""
+        if n_bytes > self._n_landed.get(request.range.start, 0):
+            self._n_landed[request.range.start] = n_bytes
+            self._patience.progressed()
 
     def _check(self, info: ObjectInfo, wanted: ByteRange) -> None:
         # Without an ETag, the date is what a replaced object changes.
@@ -264,7 +315,9 @@ class _Reading:
         return StoreError(f"a range ends at {wanted.end}, the object {end}", url=self._client.at(self._key))
 
 
-def _land(body: Iterable[memoryview], request: Request, landing: Landing) -> int:
+def _land(
+    body: Iterable[memoryview], request: Request, landing: Landing, on_landed: Callable[[Request, int], None]
+) -> int:
     """Copy the body to the request's pieces as it comes; returns bytes that came."""
     n_read = 0
     for data in body:
@@ -275,6 +328,7 @@ def _land(body: Iterable[memoryview], request: Request, landing: Landing) -> int
             if start < end:
                 landing.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
         n_read += data.nbytes
+        on_landed(request, n_read)
     return n_read
 
 
@@ -296,14 +350,14 @@ class _Target:
 
     def write(self, writer: Any, data: bytes) -> None:
         """Hand bytes to the writer, which waits while too many parts are under way."""
-        with self._store.client.errors(self.key, "put_part"):
+        with self._store.watched(self.key, "put_part"):
             writer.write(data)
         self._store.counters.add("bytes_written", len(data))
 
     def close(self, writer: Any, n_bytes: int, *, if_absent: bool) -> ObjectInfo | None:
         """Publish what the writer was given; None if if_absent and the key is taken."""
         store = self._store
-        with store.client.errors(self.key, "complete"):
+        with store.watched(self.key, "complete"):
             writer.close()
         if not self.exclusive:
             info: ObjectInfo | None = store.head(self.key)

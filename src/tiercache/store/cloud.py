@@ -122,7 +122,8 @@ class CloudStore(Store):
 
 def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
     if place.cloud == "http":
-        return FsspecStore(place.bucket, place.url, options.for_fsspec_http(), policy=tuning.policy)
+        given = options.for_fsspec_http()
+        return FsspecStore(place.bucket, place.url, given, policy=tuning.policy, timeout_s=options.timeout_s)
     if place.cloud != "s3":
         message = "this forked process cannot use obstore; start its workers by forkserver or spawn"
         raise StoreError(message, url=place.url)
@@ -133,7 +134,7 @@ def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
         )
         raise StoreError(message, url=place.url)
     full_url = f"s3://{place.bucket}/{place.prefix}".rstrip("/")
-    return FsspecStore(full_url, place.url, options.for_s3fs(), policy=tuning.policy)
+    return FsspecStore(full_url, place.url, {}, policy=tuning.policy, timeout_s=options.timeout_s, s3=options)
 
 
 _warned = False

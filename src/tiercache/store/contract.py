@@ -167,6 +167,10 @@ class Lease(Protocol):
     def n_bytes(self) -> int:
         """Size of the whole object."""
 
+    @property
+    def n_descriptors(self) -> int:
+        """Number of descriptors that the lease holds, or will hold when the copy is here."""
+
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Whether all these bytes are here now."""
 

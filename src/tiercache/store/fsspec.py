@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
+from tiercache.store.credentials import Credentials, Keys, refusal, s3_access
 from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
 from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
-from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
+from tiercache.store.landing import Landing, PerProcess, read_requests, within, worker_pool
+from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import Patience, RetryPolicy, with_retries
+from tiercache.store.retry import TIMEOUT_S, Calls, Patience, RetryPolicy, Within, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.store.urls import redact
 from tiercache.waiting import SYSTEM_CLOCK
@@ -45,6 +48,8 @@ class FsspecStore(Store):
         *,
         policy: RetryPolicy | None = None,
         make: Callable[[], Any] | None = None,
+        timeout_s: float = TIMEOUT_S,
+        s3: CloudOptions | None = None,
     ) -> None:
         """Open nothing yet.
 
@@ -54,39 +59,59 @@ class FsspecStore(Store):
             options: of the file system.
             policy: of retries.
             make: gives the file system, one that nobody else uses and that keeps no listings; picklable.
+            timeout_s: seconds without progress after which a call is not tried again.
+            s3: of S3, the options that say where its keys come from, in place of options.
         """
         self._full_url, self._options, self._policy = full_url, dict(options), policy or RetryPolicy()
-        self._make = make
+        self._make, self._timeout_s, self._s3 = make, timeout_s, s3
+        self._calls = Calls()
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
-        opened = partial(_open_files, full_url, options) if make is None else partial(_made_files, make, full_url)
-        self._files_here: PerProcess[Files] = PerProcess(opened, lambda f: f.close())
+        self._within = within(self._pool)
+        self._files_here: PerProcess[_Opened] = PerProcess(self._open, lambda opened: opened.close())
 
     def __repr__(self) -> str:
         return f"FsspecStore({self.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._full_url, self.url, self._options, self._policy, self._make)
+        given = (self._full_url, self.url, self._options, self._policy, self._make, self._timeout_s, self._s3)
+        return _rebuild, given
+
+    def _open(self) -> _Opened:
+        if self._make is not None:
+            return _Opened(partial(_made_files, self._make, self._full_url), None)
+        if self._s3 is None:
+            return _Opened(partial(_open_files, self._full_url, self._options), None)
+        config, credentials = s3_access(self._s3, self.url)
+        options = {**self._options, **replace(self._s3, config=config).for_s3fs()}
+        if credentials is None:
+            return _Opened(partial(_open_files, self._full_url, options), None)
+        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials)
 
     @property
     def _files(self) -> Files:
-        return self._files_here.get()
+        return self._files_here.get().files()
+
+    def _patience(self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None) -> Patience:
+        at = self._at(key)
+        return Patience(at, doing, deadline_s, cancel, clock=SYSTEM_CLOCK, timeout_s=self._timeout_s, endpoint=self.url)
 
     def close(self) -> None:
         """End the threads of this process and close its file system's connections."""
+        self._calls.close()
         self._pool.drop()
         self._files_here.drop()
 
     def head(self, key: str) -> ObjectInfo:
         """The file system's info()."""
         check_key(key)
-        return self._retried(key, "head", lambda: self._files.info(key))
+        return self._asked(key, "head", lambda: self._files.info(key))
 
     def get(self, key: str) -> bytes:
         """The whole object."""
         check_key(key)
-        data = self._retried(key, "get", lambda: self._files.read(key, None, None)[0])
+        data = self._asked(key, "get", lambda: self._files.read(key, None, None)[0])
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -95,7 +120,7 @@ class FsspecStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-        tail, info = self._retried(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
+        tail, info = self._asked(key, "read_tail", lambda: self._files.read_tail(key, n_bytes))
         self.counters.add("bytes_read", len(tail))
         return tail, info
 
@@ -111,7 +136,7 @@ class FsspecStore(Store):
         """Ranges in parallel, all of one object."""
         check_key(key)
         check_spans(spans)
-        patience = Patience(self._at(key), "read_into", deadline_s, cancel, clock=SYSTEM_CLOCK)
+        patience = self._patience(key, "read_into", deadline_s, cancel)
         requests = plan_requests(spans, _SIZES)
         seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         checks = not self._files.is_conditional and (if_match is not None or len(requests) > 1)
@@ -120,10 +145,18 @@ class FsspecStore(Store):
 
         def read_one(request: Request, landing: Landing) -> None:
             with_retries(
-                lambda: self._attempt(key, request, landing, seen), self._policy, patience, stop=landing.closed
+                lambda: self._attempt(key, request, landing, seen),
+                self._policy,
+                patience,
+                stop=landing.stop,
+                within=self._within,
+                is_client_bounded=False,
             )
+            patience.progressed()
 
-        read_requests(requests, read_one, self._pool, patience)
+        landing = Landing()
+        with self._calls.track(patience, landing.stop):
+            read_requests(requests, read_one, self._pool, patience, landing)
         if checks:
             self._check_unchanged(key, seen)
 
@@ -176,9 +209,10 @@ class FsspecStore(Store):
             self.counters.add("bytes_written", len(body))
             return True
 
-        patience = Patience(self._at(key), "put_if_absent", clock=SYSTEM_CLOCK)
+        patience = self._patience(key, "put_if_absent")
         try:
-            return with_retries(attempt, self._policy, patience)
+            with self._calls.track(patience) as stop:
+                return with_retries(attempt, self._policy, patience, stop=stop)
         except Taken:
             return False
 
@@ -198,7 +232,7 @@ class FsspecStore(Store):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """The file system's find()."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
-        found = self._retried(prefix, "list", lambda: self._files.find(folder))
+        found = self._asked(prefix, "list", lambda: self._files.find(folder))
         for info in found:
             if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
                 yield info
@@ -213,23 +247,31 @@ class FsspecStore(Store):
     def _at(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url
 
-    def _retried(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+    def _asked(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
+        """What a request that changes nothing gives. One that is out of time is left to its thread."""
+        return self._retried(key, doing, attempt, within=self._within)
+
+    def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, within: Within | None = None) -> T:
         def guarded() -> T:
             with self._errors(key, doing):
                 return attempt()
 
-        return with_retries(guarded, self._policy, Patience(self._at(key), doing, clock=SYSTEM_CLOCK))
+        patience = self._patience(key, doing)
+        with self._calls.track(patience) as stop:
+            return with_retries(guarded, self._policy, patience, stop=stop, within=within, is_client_bounded=False)
 
     @contextmanager
     def _errors(self, key: str, doing: str) -> Iterator[None]:
         self.counters.add("requests")
+        credentials = self._files_here.get().credentials
+        number = 0 if credentials is None else credentials.number
         try:
             yield
         except (StoreError, Taken):
             raise
         except Exception as error:  # noqa: BLE001 - raised again as ours
             # File systems raise what their clients raise; from None because a client's text may hold a signed URL.
-            raise failure(error, doing, self._at(key)) from None
+            raise refusal(failure(error, doing, self._at(key)), credentials, number) from None
 
     @contextmanager
     def _conditional(self, key: str, doing: str) -> Iterator[None]:
@@ -304,9 +346,46 @@ def check_scheme(scheme: str) -> None:
 
 
 def _rebuild(
-    full_url: str, url: str, options: Mapping[str, Any], policy: RetryPolicy, make: Callable[[], Any] | None
+    full_url: str,
+    url: str,
+    options: Mapping[str, Any],
+    policy: RetryPolicy,
+    make: Callable[[], Any] | None,
+    timeout_s: float,
+    s3: CloudOptions | None,
 ) -> FsspecStore:
-    return FsspecStore(full_url, url, options, policy=policy, make=make)
+    return FsspecStore(full_url, url, options, policy=policy, make=make, timeout_s=timeout_s, s3=s3)
+
+
+class _Opened:
+    """This process's file system, made again when there are other keys. Safe from any thread."""
+
+    def __init__(self, make: Callable[..., Files], credentials: Credentials | None) -> None:
+        self.credentials = credentials
+        self._make, self._lock = make, Lock()
+        self._keys: Keys | None = None
+        self._all: list[Files] = []  # the last one is used; other threads may still use those before it
+
+    def files(self) -> Files:
+        """The file system with keys that are valid now."""
+        keys = None if self.credentials is None else self.credentials.get()
+        with self._lock:
+            if not self._all or keys != self._keys:
+                self._all.append(self._make() if keys is None else self._make(keys))
+                self._keys = keys
+            return self._all[-1]
+
+    def close(self) -> None:
+        """Close its connections."""
+        with self._lock:
+            for files in self._all:
+                files.close()
+            self._all.clear()
+
+
+def _named(keys: Keys) -> dict[str, Any]:
+    named = {"key": keys.access_key_id, "secret": keys.secret_access_key}
+    return named if keys.token is None else named | {"token": keys.token}
 
 
 def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:

@@ -22,6 +22,10 @@ def failure(error: BaseException, doing: str, url: str) -> StoreError:
     """Our error, with .status, .retryable, and .sent False where the request never left."""
     status = status_of(error)
     shown = _SECRET.sub("", str(error).strip() or type(error).__name__)
+    code = _answer(error).get("Error", {}).get("Code")
+    code = None if code is None or str(code) == str(status) else str(code)
+    if code is not None and code not in shown:  # s3fs keeps the message only
+        shown = f"{code}: {shown}"
     if isinstance(error, FileNotFoundError | IsADirectoryError):
         return NotFound(f"no such object ({doing})", url=url, status=status)
     if status == 412:
@@ -37,7 +41,9 @@ def failure(error: BaseException, doing: str, url: str) -> StoreError:
     else:
         lost = isinstance(error, TimeoutError | ConnectionError) or not names.isdisjoint((*_NOT_SENT, *_BROKEN))
         retryable = lost or (isinstance(error, OSError) and error.errno in _RETRYABLE)
-    return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent)
+    return StoreError(
+        f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent, code=code, text=shown
+    )
 
 
 def may_have_happened(error: StoreError) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
 from threading import Condition, Event
 from typing import Generic, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 
 from tiercache.errors import StoreError
 from tiercache.store.contract import Buffer
-from tiercache.store.retry import Patience
+from tiercache.store.retry import Patience, Within, bounded
 from tiercache.store.spans import Request
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def read_requests(
 ) -> None:
     """Carry out all requests, many at a time; after it has returned or raised, no buffer is written.
 
-    A single request of a call that only the store can end runs in the calling thread. landing: a new one, of this call.
+    A single request of a call that the caller cannot end runs in the calling thread. landing: a new one, of this call.
 
     Raises:
         StoreError: the first that a request raised, or that patience ended.
@@ -119,8 +119,11 @@ def read_requests(
     patience.check()
     landing = landing or Landing()
     if len(requests) <= 1 and patience.is_endless:
-        for request in requests:
-            read_one(request, landing)
+        try:
+            for request in requests:
+                read_one(request, landing)
+        finally:
+            landing.close()  # an attempt that was given up may still run
         return
     threads = (
         pool.get()
@@ -129,7 +132,7 @@ def read_requests(
     try:
         for request in requests:
             try:
-                futures.append(threads.submit(read_one, request, landing))
+                futures.append(threads.submit(_read_bounded, read_one, request, landing))
             except RuntimeError as error:
                 if pool.is_current(threads):  # no thread can be started
                     raise
@@ -139,6 +142,40 @@ def read_requests(
         landing.close()
         for future in futures:
             future.cancel()
+
+
+def _read_bounded(read_one: Callable[[Request, Landing], None], request: Request, landing: Landing) -> None:
+    with bounded():
+        read_one(request, landing)
+
+
+def within(pool: PerProcess[ThreadPoolExecutor]) -> Within:
+    """What runs an attempt on a thread of the pool, and gives it up when the call's time is over.
+
+    Threads of the pool never wait for the pool: bounded() keeps their own attempts on them.
+    """
+
+    def run(attempt: Callable[[], T], patience: Patience) -> T:
+        def attempt_bounded() -> T:
+            with bounded():
+                return attempt()
+
+        try:
+            future = pool.get().submit(attempt_bounded)
+        except RuntimeError as error:
+            raise _closed(patience) from error
+        while not wait((future,), timeout=patience.left_s).done:
+            try:
+                patience.check()  # the attempt may have made progress meanwhile
+            except StoreError:
+                future.cancel()
+                raise
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise _closed(patience) from error
+
+    return run
 
 
 def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:

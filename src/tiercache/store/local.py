@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,6 +185,39 @@ class LocalFolder(Store):
                         continue  # deleted since the folder was read
         return files, folders
 
+    def links(self) -> Iterator[tuple[str, str]]:
+        """(its path below the root, key that it leads to) of each symbolic link to something below the root.
+
+        Links are no objects, and are not followed: but what they lead to is missed by their users when it goes.
+        """
+        root, pending = os.path.realpath(self.root), [""]
+        while pending:
+            folder = pending.pop()
+            found = []
+            with self._errors(folder, "links"), suppress(FileNotFoundError, NotADirectoryError):
+                steps = folder.split("/") if folder else []
+                with open_folder(self.root, steps) as folder_fd, os.scandir(folder_fd) as entries:
+                    for entry in entries:
+                        key = f"{folder}/{entry.name}" if folder else entry.name
+                        if entry.is_symlink():
+                            found.append(key)
+                        elif entry.is_dir(follow_symlinks=False):
+                            pending.append(key)
+            for key in found:
+                target = os.path.realpath(f"{root}/{key}")
+                if target.startswith(f"{root.rstrip('/')}/") and os.path.exists(target):  # noqa: PTH110 - realpath's
+                    yield key, target[len(root.rstrip("/")) + 1 :]
+
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder and those in it, as far as there is nothing else in them; what is not there is no error.
+
+        Folders are no objects here, but other programs list them. A folder that somebody is writing into stays.
+        """
+        *above, name = check_key(folder).split("/")
+        gone = suppress(FileNotFoundError, NotADirectoryError)
+        with self._errors(folder, "remove_empty"), gone, open_folder(self.root, above) as folder_fd:
+            _remove_empty(name, folder_fd)
+
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy inside the kernel; shares blocks where the file system can."""
         with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
@@ -241,6 +275,24 @@ class LocalFolder(Store):
                 yield file, name
             finally:
                 file.close()
+
+
+def _remove_empty(name: str, above_fd: int) -> None:
+    """As LocalFolder.remove_empty(), of a folder in one that is open. Raises FileNotFoundError: it is not there."""
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above_fd)
+    try:
+        with os.scandir(fd) as entries:
+            inner = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for folder in inner:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                _remove_empty(folder, fd)
+    finally:
+        os.close(fd)
+    try:
+        os.rmdir(name, dir_fd=above_fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _unlink_file(name: str, folder_fd: int) -> None:

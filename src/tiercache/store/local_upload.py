@@ -30,6 +30,11 @@ class FileLease:
         """Size of the file when it was opened."""
         return self._n_bytes
 
+    @property
+    def n_descriptors(self) -> int:
+        """One."""
+        return 1
+
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Whether they lie inside the file."""
         return all(wanted.end <= self._n_bytes for wanted in ranges)

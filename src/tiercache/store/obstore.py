@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore
 import obstore.exceptions
 import obstore.store
 
+from tiercache.config import aws_reach
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.aws import profile_credentials
+from tiercache.store.credentials import Credentials, refusal, s3_access
 from tiercache.store.landing import PerProcess
 from tiercache.store.obstore_errors import exists_already, failure, may_have_happened
 from tiercache.store.options import CloudOptions
 
-# Parts of an upload and pages of a listing are many requests inside obstore, which therefore repeats them itself.
-_INNER_RETRIES = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
+# Parts of an upload are many requests inside obstore, which therefore repeats them itself.
+_INNER_RETRIES = 8
 _NO_RETRIES = {"max_retries": 0}
 _PAGE_KEYS = 1000
 WRITER_PART_BYTES = 8 << 20
@@ -65,13 +67,27 @@ class Client:
 
     def __init__(self, place: Place, options: CloudOptions, counters: Counters) -> None:
         self.place, self.counters = place, counters
-        self._once = PerProcess(lambda: _open(place, options, _NO_RETRIES), lambda _client: None)
-        self._repeating = PerProcess(lambda: _open(place, options, _INNER_RETRIES), lambda _client: None)
+        self.endpoint = _endpoint(place, options.config)
+        self._access = PerProcess(lambda: self._find_access(options), lambda _access: None)
+        inner = {"max_retries": _INNER_RETRIES, "retry_timeout": timedelta(seconds=options.timeout_s)}
+        self._once = PerProcess(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
+        self._repeating = PerProcess(lambda: self._open(options, inner), lambda _client: None)
+
+    def _find_access(self, options: CloudOptions) -> tuple[dict[str, Any], Credentials | None]:
+        if self.place.cloud != "s3":
+            return dict(options.config), None
+        config, credentials = s3_access(options, self.place.url)
+        self.endpoint = _endpoint(self.place, config)
+        return config, credentials
+
+    def _open(self, options: CloudOptions, retries: Mapping[str, Any]) -> Any:
+        return _open(self.place, self._access.get(), options, retries)
 
     def close(self) -> None:
         """Drop this process's connections."""
         self._once.drop()
         self._repeating.drop()
+        self._access.drop()
 
     def at(self, key: str) -> str:
         """The URL of a key, for people."""
@@ -80,6 +96,10 @@ class Client:
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
         """Count a request; turn obstore's errors into ours, or into Taken."""
+        credentials, number = self._access.get()[1], 0
+        if credentials is not None:
+            credentials.get()  # here, for an error of theirs would lose its kind inside obstore
+            number = credentials.number
         self.counters.add("requests")
         try:
             yield
@@ -89,7 +109,15 @@ class Client:
             if exists_already(error):
                 raise Taken from None
             # From None: obstore's own text may hold a signature of the URL.
-            raise failure(error, doing, self.at(key)) from None
+            raise self._refused(failure(error, doing, self.at(key), self.endpoint), credentials, number) from None
+
+    def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
+        """The error, or one that is worth another attempt because there are other credentials now."""
+        found = refusal(error, credentials, number)
+        if found.facts.get("renewed"):  # obstore keeps the old ones until they expire
+            self._once.drop()
+            self._repeating.drop()
+        return found
 
     @contextmanager
     def conditional(self, key: str, doing: str) -> Iterator[None]:
@@ -105,13 +133,33 @@ class Client:
 
     def head(self, key: str, doing: str = "head") -> ObjectInfo:
         """HEAD."""
-        with self.errors(key, doing):
-            return described(key, obstore.head(self._once.get(), key))
+        try:
+            with self.errors(key, doing):
+                return described(key, obstore.head(self._once.get(), key))
+        except StoreError as error:
+            if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.facts.get("renewed"):
+                raise
+            refused = error
+        # The answer to a HEAD has no body that says why: a GET of a byte is refused for the same reason.
+        try:
+            with self.errors(key, doing):
+                obstore.get(self._once.get(), key, options={"range": (0, 1)})
+        except StoreError as error:
+            if error.facts.get("code") or error.facts.get("renewed"):
+                raise
+        raise refused
 
-    def get(self, key: str) -> bytes:
-        """GET of a whole object."""
+    def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
+        """GET of a whole object. on_piece: called for each piece of about piece_bytes that has come."""
         with self.errors(key, "get"):
-            return bytes(obstore.get(self._once.get(), key).bytes())
+            result = obstore.get(self._once.get(), key)
+            if result.meta["size"] <= piece_bytes:
+                return bytes(result.bytes())
+            pieces = []
+            for piece in result.stream(min_chunk_size=piece_bytes):
+                pieces.append(piece)
+                on_piece()
+            return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         """GET of a suffix range."""
@@ -151,19 +199,9 @@ class Client:
         with self.errors(keys[0], "delete"):
             obstore.delete(self._once.get(), keys[0] if len(keys) == 1 else keys)
 
-    def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Pages of a listing."""
-        # A plain HTTP server refuses for good what object stores rarely refuse for a moment.
-        client = (self._once if self.place.cloud == "http" else self._repeating).get()
-        with self.errors(folder, "list"):
-            pages = iter(obstore.list(client, folder or None, chunk_size=_PAGE_KEYS))
-        while True:
-            with self.errors(folder, "list"):
-                page = next(pages, None)
-            if page is None:
-                return
-            for meta in page:
-                yield described(meta["path"], meta)
+    def pages(self, folder: str, after: str | None) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """Pages of a listing, of what comes after a key; for use inside errors(): they raise obstore's own errors."""
+        return iter(obstore.list(self._once.get(), folder or None, offset=after, chunk_size=_PAGE_KEYS))
 
     def copy(self, src: str, dst: str) -> None:
         """Copy by the server, replacing."""
@@ -183,29 +221,50 @@ class Client:
             )
 
 
-def _open(place: Place, options: CloudOptions, retries: Mapping[str, Any]) -> Any:
+def _open(
+    place: Place,
+    access: tuple[dict[str, Any], Credentials | None],
+    options: CloudOptions,
+    retries: Mapping[str, Any],
+) -> Any:
     global _first_user_pid
     if _first_user_pid is None:
         _first_user_pid = os.getpid()
     stores: Any = obstore.store  # the types of its options cannot be had at run time
-    common: dict[str, Any] = {"client_options": dict(options.client), "retry_config": dict(retries)}
-    config = dict(options.config)
+    common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": dict(retries)}
     if place.cloud == "http":
         return stores.HTTPStore(place.bucket, **common)
+    config, credentials = dict(access[0]), access[1]
     common["prefix"] = place.prefix or None
+    if credentials is not None:
+        common["credential_provider"] = credentials.for_obstore
+    elif options.credentials is not None:
+        common["credential_provider"] = options.credentials
     if place.cloud == "gs":
         return stores.GCSStore(place.bucket, config=config, **common)
     if place.cloud == "az":
         return stores.AzureStore(place.bucket, config=config, **common)
     config.setdefault("copy_if_not_exists", "multipart")
-    if options.profile is not None:
-        common["credential_provider"], more = profile_credentials(options.profile)
-        config = {**more, **config}
-    elif {"access_key_id", "secret_access_key"} <= config.keys() and "session_token" not in config:
-        # Keys that were given need no token; obstore would join them with one that the environment has for its own.
-        given = {"access_key_id": config.pop("access_key_id"), "secret_access_key": config.pop("secret_access_key")}
-        common["credential_provider"] = lambda: {**given, "token": None, "expires_at": None}
     return stores.S3Store(place.bucket, config=config, **common)
+
+
+def _endpoint(place: Place, config: Mapping[str, Any]) -> str:
+    """The server that answers, as far as it is known before it is asked; for messages."""
+    said = {**aws_reach(), **config} if place.cloud == "s3" else config
+    given = {
+        "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
+        "gs": said.get("base_url"),
+        "az": said.get("endpoint"),
+        "http": place.url,
+    }[place.cloud]
+    if given:
+        parts = urlsplit(str(given))
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    if place.cloud == "s3":
+        return f"https://s3.{said.get('region') or said.get('default_region') or 'us-east-1'}.amazonaws.com"
+    if place.cloud == "gs":
+        return "https://storage.googleapis.com"
+    return f"https://{said.get('account_name', place.bucket)}.blob.core.windows.net"
 
 
 def described(key: str, meta: Mapping[str, Any]) -> ObjectInfo:

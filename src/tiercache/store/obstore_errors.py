@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
@@ -12,6 +13,8 @@ _CAUSES = re.compile(r'(?:message|error): "?([^"\n]+?)"?,?\n')
 # Where clients look for credentials when nobody gave any.
 _METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity/")
 _XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
+_SERVER = re.compile(r"performing \w+ (https?://[^/\s]+)")
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
@@ -23,10 +26,15 @@ _CHANGED = 412
 CONFLICT = 409
 
 
-def failure(error: BaseException, doing: str, url: str) -> StoreError:
-    """Our error for one of obstore's, with .status and .retryable, and .sent False where the request never left."""
+def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
+    """Our error for one of obstore's, with .status, .code and .retryable, and .sent False where the request never left.
+
+    endpoint: the server that was asked, for messages.
+    """
     text = str(error)
-    shown, status = _shown(text), _status(text)
+    status, said = _status(text), _said(text)
+    code = said.get("Code")
+    shown = _shown(text, status, said, endpoint)
     name = type(error).__name__
     if isinstance(error, FileNotFoundError):
         what = "bucket" if "NoSuchBucket" in text else "object"
@@ -44,10 +52,18 @@ def failure(error: BaseException, doing: str, url: str) -> StoreError:
             f"of a cloud machine gave none ({shown}); for a public bucket say anon=True or skip_signature=True"
         )
         return StoreError(message, url=url)
+    if certificate := _CERTIFICATE.search(text):
+        message = (
+            f"{doing}: the certificate of {endpoint or 'the server'} is not trusted ({certificate[1]}); "
+            "root_certificate= or AWS_CA_BUNDLE names a file of certificates to trust"
+        )
+        return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)
     retryable = status in _TRY_AGAIN or "ConditionalRequestConflict" in text if status else kind is not None
     sent = not (kind is not None and kind[1] == "Connect")
-    return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent)
+    return StoreError(
+        f"{doing}: {shown}", url=url, retryable=retryable, status=status, sent=sent, code=code, text=shown
+    )
 
 
 def knows_no_range(error: StoreError) -> bool:
@@ -63,6 +79,8 @@ def exists_already(error: BaseException) -> bool:
 def may_have_happened(error: StoreError) -> bool:
     """Whether a write that failed so may still have taken effect: it left, and no answer says that it was refused."""
     status = error.facts.get("status")
+    if error.facts.get("before_request"):
+        return False
     if status is not None:
         return status >= 500 and status not in _NOT_DONE
     return bool(error.facts.get("sent", False)) and error.retryable
@@ -78,19 +96,44 @@ def _status(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _shown(text: str) -> str:
-    """What people need of the text: the status with S3's code and message, or the innermost cause; no secrets."""
+def _said(text: str) -> dict[str, str]:
+    """Code and Message of the answer's body, XML (S3, STS, Azure) or JSON (Google); {} without."""
+    match = _STATUS.search(text.partition(_DEBUG)[0])
+    if match is None:
+        return {}
+    body = match[3].strip()
+    if not body.startswith("{"):
+        return dict(_XML.findall(body))
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return {}
+    inner = said.get("error", said)
+    if isinstance(inner, dict):  # {"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "..."}}
+        found = {"Code": inner.get("status") or inner.get("code"), "Message": inner.get("message")}
+    else:  # OAuth: {"error": "invalid_grant", "error_description": "..."}
+        found = {"Code": inner, "Message": said.get("error_description")}
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def _shown(text: str, status: int | None, said: dict[str, str], endpoint: str) -> str:
+    """What people need of the text: the status with the code and message of the body, or the cause; no secrets."""
     first, _, debug = text.partition(_DEBUG)
     match = _STATUS.search(first)
     if match:
-        said = dict(_XML.findall(match[3]))
         body = ": ".join(said[name] for name in ("Code", "Message") if name in said) or match[3].strip()
         if body.startswith("<"):
             body = ""  # a page for browsers
-        return _hide(f"HTTP {match[1]} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
+        return _hide(f"HTTP {status} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
     kind, causes = _KIND.search(debug), _CAUSES.findall(debug)
     if kind:
-        what = {"Timeout": "timed out", "Connect": "cannot connect"}.get(kind[1], "the connection broke")
+        server = _SERVER.search(first)
+        where = _hide(server[1] if server else endpoint)
+        at = f" {where}" if where else ""
+        what = {
+            "Timeout": f"timed out: no answer, or no further byte, from{at or ' the server'}",
+            "Connect": f"cannot connect{' to' if at else ''}{at}",
+        }.get(kind[1], f"the connection{' to' if at else ''}{at} broke")
         return _hide(f"{what}{': ' + causes[-1] if causes else ''}")
     return _hide(first.strip().splitlines()[0] if first.strip() else "unknown error")
 

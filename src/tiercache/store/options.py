@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from tiercache.model import parse_duration
+from tiercache.store.retry import TIMEOUT_S
 
 _CLIENT = frozenset(
     [
@@ -128,6 +130,7 @@ _S3FS = {
     "token": "session_token",
     "anon": "skip_signature",
     "endpoint_url": "endpoint",
+    "requester_pays": "request_payer",
 }
 _CLIENT_KWARGS = {
     "endpoint_url": "endpoint",
@@ -143,34 +146,41 @@ _S3FS_LACKS = frozenset(
         "container_credentials_relative_uri",
         "container_credentials_full_uri",
         "container_authorization_token_file",
-        "role_arn",
-        "role_session_name",
         "s3_express",
         "server_side_encryption",
         "sse_bucket_key_enabled",
         "sse_customer_key_base64",
         "sse_kms_key_id",
-        "sts_endpoint",
-        "web_identity_token_file",
         "default_headers",
         "proxy_url",
         "proxy_ca_certificate",
         "proxy_excludes",
-        "root_certificate",
     ]
 )
-# A stalled connection must not hang a job, and a slow one must not fail while it moves: a request may take long,
-# but 20 s without a byte is a failure.
-_CLIENT_DEFAULTS = {"timeout": timedelta(minutes=5), "read_timeout": timedelta(seconds=20)}
+# A stalled connection must not hang a job: after 20 s without a byte a request is made again, on another connection.
+# `timeout` is not the HTTP client's: it limits a whole call, see Patience.
+_CLIENT_DEFAULTS = {
+    "timeout": timedelta(seconds=TIMEOUT_S),
+    "read_timeout": timedelta(seconds=20),
+    "connect_timeout": timedelta(seconds=5),
+}
+# A request is at most 8 MiB (or one small object): a server that takes longer sends less than 28 KiB/s.
+_LONGEST_REQUEST = timedelta(minutes=5)
+_PEM = "-----BEGIN"
 
 
 @dataclass(frozen=True, slots=True)
 class CloudOptions:
-    """Options in obstore's names. config: the store's; client: its HTTP client's; profile: in the user's AWS files."""
+    """Options in obstore's names. config: the store's; client: its HTTP client's; profile: in the user's AWS files.
+
+    client["timeout"]: limit of a whole call without progress, not of one request; client["root_certificate"]: a path,
+    or PEM text. credentials: a function of the user's that returns keys.
+    """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     client: Mapping[str, Any] = field(default_factory=dict, repr=False)
     profile: str | None = None
+    credentials: Callable[[], Any] | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
@@ -181,10 +191,20 @@ class CloudOptions:
         """
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
-        profile = None
+        profile = credentials = None
         for name, value in _flat(cloud, given):
             if name == "profile" and cloud == "s3":
                 profile = value
+            elif name == "credentials":
+                if not callable(value):
+                    raise ValueError(
+                        f"storage option 'credentials' is a function that returns the keys, got {type(value).__name__}"
+                    )
+                credentials = value
+            elif name == "root_certificate":
+                client[name] = _certificate("storage option 'root_certificate'", value)
+            elif name == "request_payer":
+                config[name] = _is_true(value) or str(value).lower() == "requester"
             elif name in _CLIENT:
                 client[name] = _duration(name, value) if name in _DURATIONS else _plain(value)
             elif name in config and config[name] != _plain(value):
@@ -195,12 +215,41 @@ class CloudOptions:
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https one given here forbids plain http.
             client["allow_http"] = not endpoint.startswith("https:")
-        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile)
+        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile, credentials)
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds without progress after which a call fails, retries included."""
+        return float(self._limit("timeout").total_seconds())
+
+    def _limit(self, name: str) -> timedelta:
+        """A timeout of the HTTP client, no longer than the call's."""
+        limits: Mapping[str, timedelta] = {**_CLIENT_DEFAULTS, **self.client}
+        return min(limits[name], limits["timeout"])
+
+    def for_obstore(self) -> dict[str, Any]:
+        """Options of obstore's HTTP client. Raises ValueError: the file of certificates cannot be read."""
+        client = {
+            **self.client,
+            "timeout": max(_LONGEST_REQUEST, self._limit("timeout")),
+            "read_timeout": self._limit("read_timeout"),
+            "connect_timeout": self._limit("connect_timeout"),
+        }
+        if "root_certificate" in client:
+            client["root_certificate"] = _pem("root_certificate", client["root_certificate"])
+        return client
+
+    @property
+    def ca_file(self) -> str | None:
+        """Path of the file of certificates, None where none is given, or its text instead of a path."""
+        given = self.client.get("root_certificate")
+        return None if given is None or _PEM in given else str(given)
 
     @property
     def unknown_to_s3fs(self) -> list[str]:
         """Names of given options that for_s3fs() would have to drop, and that matter."""
-        return sorted(_S3FS_LACKS & {*self.config, *self.client})
+        lacks = _S3FS_LACKS | (frozenset() if self.ca_file else {"root_certificate"})
+        return sorted(lacks & {*self.config, *self.client})
 
     def for_s3fs(self) -> dict[str, Any]:
         """The same for s3fs, as far as it knows them: credentials, endpoint, region, timeouts, addressing style."""
@@ -211,19 +260,19 @@ class CloudOptions:
             client_kwargs["region_name"] = region
         if self.client.get("allow_invalid_certificates"):
             client_kwargs["verify"] = False
+        elif self.ca_file:
+            client_kwargs["verify"] = self.ca_file
         s3 = {}
         if "virtual_hosted_style_request" in self.config:
             s3["addressing_style"] = "virtual" if _is_true(self.config["virtual_hosted_style_request"]) else "path"
         # Repeating is retry.py's business; a conditional put repeated by botocore would take itself for a rival.
         config_kwargs: dict[str, Any] = {"retries": {"total_max_attempts": 1}} | ({"s3": s3} if s3 else {})
-        for theirs, ours in (("read_timeout", "read_timeout"), ("connect_timeout", "connect_timeout")):
-            if isinstance(self.client.get(ours), timedelta):
-                config_kwargs[theirs] = self.client[ours].total_seconds()
-        if _is_true(self.config.get("request_payer", False)):
+        for name in ("read_timeout", "connect_timeout"):
+            config_kwargs[name] = self._limit(name).total_seconds()
+        named.pop("requester_pays", None)
+        if self.config.get("request_payer"):
             named["requester_pays"] = True
         named["anon"] = _is_true(named.get("anon", False))
-        if self.profile is not None:
-            named["profile"] = self.profile
         return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
 
     def for_fsspec_http(self) -> dict[str, Any]:
@@ -243,14 +292,17 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         short = lower.removeprefix(_PREFIX[cloud])
         if cloud == "s3" and lower == "client_kwargs":
             yield from _client_kwargs(value)
+        elif lower == "verify":
+            yield _verify(value)
         elif cloud == "s3" and lower in _S3FS:
             yield _S3FS[lower], value
-        elif lower in known or (cloud == "s3" and lower == "profile"):
+        elif lower in known or (cloud == "s3" and lower == "profile") or (cloud != "http" and lower == "credentials"):
             yield lower, value
         elif short in known:
             yield short, value
         else:
             names = known | (frozenset(_S3FS) | {"client_kwargs", "profile"} if cloud == "s3" else frozenset())
+            names |= {"verify"} | (frozenset() if cloud == "http" else {"credentials"})
             raise ValueError(f"unknown storage option {name!r} for {cloud}://{_near(lower, names)}")
 
 
@@ -260,10 +312,50 @@ def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
     for name, value in given.items():
         if name in _CLIENT_KWARGS:
             yield _CLIENT_KWARGS[name], value
-        elif name == "verify" and isinstance(value, bool):
-            yield "allow_invalid_certificates", not value
+        elif name == "verify":
+            yield _verify(value)
         else:
             raise ValueError(f"unknown name {name!r} in client_kwargs{_near(name, {*_CLIENT_KWARGS, 'verify'})}")
+
+
+def _verify(value: object) -> tuple[str, Any]:
+    """Boto3's word for both: whether certificates are checked, and a file of certificates to trust."""
+    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+        return "allow_invalid_certificates", not _is_true(value)
+    return "root_certificate", _certificate("verify", value)
+
+
+def _certificate(option: str, value: object) -> str:
+    """The absolute path of a file of certificates, or their text. Raises ValueError if it holds none."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str) and _PEM in value:
+        return value
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{option} is the path of a file of certificates (PEM), got {type(value).__name__}")
+    path = Path(value).expanduser().absolute()
+    _pem(option, str(path))
+    return str(path)
+
+
+def _pem(option: str, given: str) -> str:
+    """The text of certificates, read if it is a path."""
+    if _PEM in given:
+        return given
+    try:
+        text = Path(given).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{option}: the file of certificates {given} cannot be read: {error.strerror}") from error
+    if _PEM not in text:
+        raise ValueError(f"{option}: {given} holds no certificate in PEM form")
+    return text
+
+
+def with_ca_bundle(options: CloudOptions, path: str | None) -> CloudOptions:
+    """The options with the certificates of AWS_CA_BUNDLE's file, unless they have some of their own."""
+    if path is None or {"root_certificate", "allow_invalid_certificates"} & options.client.keys():
+        return options
+    return replace(options, client={**options.client, "root_certificate": _certificate("AWS_CA_BUNDLE", path)})
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tiercache.descriptors import too_many_open
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 
@@ -32,8 +33,7 @@ _RETRYABLE = (
     errno.ETIMEDOUT,
     errno.ESTALE,
     errno.EBUSY,
-    errno.EMFILE,
-    errno.ENFILE,
+    errno.ENFILE,  # the whole machine's limit: other processes close files too. EMFILE, this process's own, stays
 )
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 _NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
@@ -45,6 +45,8 @@ def store_error(error: OSError, doing: str, url: str) -> StoreError:
         return NotFound(f"no such object ({doing})", url=url)
     if error.errno == errno.ELOOP:
         return StoreError(f"{doing}: a symbolic link is in the way; keys are never followed through links", url=url)
+    if limit := too_many_open(error):
+        return StoreError(f"{doing}: {limit}", url=url, too_many_open=True)
     return StoreError(f"{doing}: {os.strerror(error.errno or 0)}", url=url, retryable=error.errno in _RETRYABLE)
 
 

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tiercache.errors import StoreError
 from tiercache.waiting import Clock, pause
 
 T = TypeVar("T")
 
+logger = logging.getLogger("tiercache")
+
+# The default `timeout`: longer than a store's restart (10 s or so), shorter than the patience of a person.
+TIMEOUT_S = 60.0
+# A wait longer than this is reported.
+REPORT_AFTER_S = 2.0
+_LOOK_EVERY_S = 0.5
+_IDLE_S = 1.0
+
 _jitter = random.SystemRandom()  # not the seeded generator: many ranks must not come back in step
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s, until total_s.
+    """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s.
 
-    The defaults wait some 26 s in all: a store that restarts, in 10 s or so, must not end a training.
+    The defaults wait some 26 s in all: a store that restarts, in 10 s or so, must not end a training. The call's
+    Patience ends retrying earlier.
     """
 
     n_attempts: int = 12
     first_s: float = 0.1
     longest_s: float = 10.0
-    total_s: float = 180.0
 
     def __post_init__(self) -> None:
-        if self.n_attempts < 1 or not 0 <= self.first_s <= self.longest_s or self.total_s < 0:
+        if self.n_attempts < 1 or not 0 <= self.first_s <= self.longest_s:
             raise ValueError(f"n_attempts must be at least 1 and 0 <= first_s <= longest_s, got {self}")
 
     def pause_s(self, n_failed: int) -> float:
@@ -40,12 +52,18 @@ class RetryPolicy:
 
 
 class _Here(threading.local):
-    """Of each thread: what says that nobody wants what it asks for any more."""
+    """State of one thread. unwanted: is set when nobody wants the thread's answers any more.
+
+    is_bounded: another thread waits for this one, and ends the wait when the call's time is over.
+    """
 
     unwanted: Event | None = None
+    is_bounded: bool = False
 
 
 _here = _Here()
+# Endpoints that have answered this process, kept while unreachable_fails_at_once() is in force; None: it is not.
+_answered: set[str] | None = None
 
 
 @contextmanager
@@ -62,19 +80,61 @@ def trying_until(unwanted: Event | None) -> Iterator[None]:
         _here.unwanted = before
 
 
+@contextmanager
+def unreachable_fails_at_once() -> Iterator[None]:
+    """Have a call fail at its first attempt if it cannot connect to an endpoint that has not answered this process yet.
+
+    For commands: a person has probably mistyped the endpoint. An endpoint that has answered before is retried, so that
+    a long command survives a restart of its store. Applies to all threads.
+    """
+    global _answered
+    before, _answered = _answered, set()
+    try:
+        yield
+    finally:
+        _answered = before
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Mark this thread as one that another thread waits for with a deadline: its own retries need no further bound."""
+    before, _here.is_bounded = _here.is_bounded, True
+    try:
+        yield
+    finally:
+        _here.is_bounded = before
+
+
 class Patience:
-    """How long one call may go on: until its deadline, or until it is cancelled. Read from any thread."""
+    """How long one call may go on: until its deadline, until it is cancelled, or timeout_s after its last progress.
+
+    Progress is the call's start, and then each progressed(): a byte that had not arrived before. Failed attempts and
+    pauses between them are no progress. Safe from any thread. endpoint: the server, for messages.
+    """
 
     def __init__(
-        self, url: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None, *, clock: Clock
+        self,
+        url: str,
+        doing: str,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+        *,
+        clock: Clock,
+        timeout_s: float | None = None,
+        endpoint: str = "",
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
-        self.deadline_s, self._unwanted = deadline_s, _here.unwanted
-        self.start_s = clock.monotonic()
+        self.deadline_s, self.timeout_s, self._unwanted = deadline_s, timeout_s, _here.unwanted
+        self.endpoint = endpoint or url
+        self.start_s = self._progress_s = clock.monotonic()
+        self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
+        self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
+        self.error: StoreError | None = None  # of the last attempt that failed, since the last progress
+        self.is_reported = False
 
     @property
     def is_endless(self) -> bool:
-        """Whether nothing but the store itself can end the call."""
+        """Whether the caller has set neither a deadline nor a way to cancel."""
         return self.deadline_s is None and self.cancel is None
 
     @property
@@ -83,48 +143,200 @@ class Patience:
         return self._unwanted is None or not self._unwanted.is_set()
 
     @property
+    def waited_s(self) -> float:
+        """Seconds since the last progress."""
+        return self.clock.monotonic() - self._progress_s
+
+    @property
     def left_s(self) -> float | None:
-        """Seconds to the deadline, negative after it; None without one."""
-        if self.deadline_s is None:
-            return None
-        return self.start_s + self.deadline_s - self.clock.monotonic()
+        """Seconds until the call is over unless it makes progress, negative after that; None without any limit."""
+        return None if self._end_s == math.inf else self._end_s - self.clock.monotonic()
+
+    def progressed(self) -> None:
+        """Note that bytes have arrived that had not arrived before."""
+        self._progress_s = now_s = self.clock.monotonic()
+        if self.timeout_s is not None:
+            self._end_s = min(self._deadline_end_s, now_s + self.timeout_s)
+        self.error, self.is_reported = None, False
 
     def check(self) -> None:
         """Return if the call may go on.
 
         Raises:
-            StoreError: retryable; the deadline has passed or the call was cancelled.
+            StoreError: retryable; the call was cancelled, or its deadline or timeout has passed.
         """
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
-        left_s = self.left_s
-        if left_s is not None and left_s <= 0:
-            raise StoreError(f"{self.doing}: not done within {self.deadline_s:g} s", url=self.url, retryable=True)
+        if self._end_s <= self.clock.monotonic():
+            raise self.too_late()
+
+    def too_late(self) -> StoreError:
+        """The error of a call whose deadline or timeout has passed."""
+        if self._deadline_end_s <= self.clock.monotonic():
+            text = f"{self.doing}: not done within {self.deadline_s:g} s"
+        else:
+            text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
+        if self.error is not None:
+            text = f"{text}; the last attempt: {self.error.facts.get('text', self.error.message)}"
+        return StoreError(text, url=self.url, retryable=True)
+
+    def report(self) -> None:
+        """Warn that the call waits."""
+        limit = (
+            "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
+        )
+        last = f"; the last attempt: {self.error.facts.get('text', self.error.message)}" if self.error else ""
+        logger.warning(
+            "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, limit
+        )
 
 
-def with_retries(attempt: Callable[[], T], policy: RetryPolicy, patience: Patience, *, stop: Event | None = None) -> T:
+class Calls:
+    """Calls of one store that are under way: close() ends their retries, and a long wait is reported while it lasts.
+
+    Each process has a thread that looks at them twice a second; it ends at close(), or soon after the last call. Of
+    calls that wait at the same time one is reported: they mostly wait for the same reason. Safe from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew, in a forked process too: calls and thread are the parent's, and its lock may be held for ever."""
+        self._pid = os.getpid()
+        self._starting = threading.Lock()
+        self._stop = Event()
+        self._under_way: dict[Patience, Event] = {}
+        self._watcher: tuple[threading.Thread, Event, Event] | None = None  # it, what wakes it and what ends it
+
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
+        return Calls, ()
+
+    @contextmanager
+    def track(self, patience: Patience, stop: Event | None = None) -> Iterator[Event]:
+        """Watch a call while the block runs. stop: set by close() to end its retries; None: one that calls share."""
+        if self._pid != os.getpid():
+            self._forget()
+        stop = stop or self._stop
+        self._under_way[patience] = stop
+        watcher = self._watcher
+        if watcher is None:
+            watcher = self._start()
+        if not watcher[1].is_set():
+            watcher[1].set()
+        try:
+            yield stop
+        finally:
+            self._under_way.pop(patience, None)
+
+    def _start(self) -> tuple[threading.Thread, Event, Event]:
+        with self._starting:
+            if self._watcher is None:
+                wake, ended = Event(), Event()
+                thread = threading.Thread(
+                    target=self._watch, args=(wake, ended), name="tiercache-store-watch", daemon=True
+                )
+                thread.start()
+                self._watcher = thread, wake, ended
+            return self._watcher
+
+    def _watch(self, wake: Event, ended: Event) -> None:
+        while not ended.is_set():
+            wake.clear()
+            while self._under_way and not ended.wait(_LOOK_EVERY_S):
+                self.look()
+            if not wake.wait(_IDLE_S) and self._has_ended():
+                return
+
+    def _has_ended(self) -> bool:
+        """Give the watcher's place up, unless a call has begun: one that begins from now on finds it free."""
+        with self._starting:
+            watcher, self._watcher = self._watcher, None
+            if self._under_way:
+                self._watcher = watcher
+            return self._watcher is None
+
+    def look(self) -> None:
+        """Report a wait that is longer than 2 s, unless another one is reported already."""
+        late = [p for p in list(self._under_way) if p.waited_s >= REPORT_AFTER_S]
+        if late and not any(p.is_reported for p in late):
+            late[0].report()
+        for patience in late:
+            patience.is_reported = True
+
+    def close(self) -> None:
+        """End the retries of calls under way, and this process's thread. Calls may be made again after it."""
+        ended, self._stop = self._stop, Event()
+        for stop in (ended, *list(self._under_way.values())):
+            stop.set()
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None and self._pid == os.getpid():
+            watcher[2].set()
+            watcher[1].set()
+
+
+class Within(Protocol):
+    """Runs an attempt in another thread, and waits for it no longer than the call's patience lasts."""
+
+    def __call__(self, attempt: Callable[[], T], patience: Patience) -> T:
+        """What attempt gives. Raises StoreError when the time is over, and leaves attempt to its thread."""
+
+
+def with_retries(
+    attempt: Callable[[], T],
+    policy: RetryPolicy,
+    patience: Patience,
+    *,
+    stop: Event | None = None,
+    within: Within | None = None,
+    is_client_bounded: bool = True,
+) -> T:
     """What attempt gives, trying again while its StoreError is retryable and policy and patience allow.
 
     stop: ends a pause, and trying again, when nobody waits for the answer any more.
 
+    within: runs further attempts, which begin when part of the time is spent already. The first one needs no thread if
+    the client's own limits are no longer than the call's (is_client_bounded).
+
     Raises:
         StoreError: the last one; with .maybe_done set, at once, because the attempt may have taken effect.
     """
-    n_failed = 0
+    n_failed, has_renewed = 0, False
     while True:
         patience.check()
         try:
-            return attempt()
+            if within is not None and (n_failed or not is_client_bounded) and not _here.is_bounded:
+                answer = within(attempt, patience)
+            else:
+                answer = attempt()
         except StoreError as error:
             n_failed += 1
-            spent_s = patience.clock.monotonic() - patience.start_s
-            if not error.retryable or error.facts.get("maybe_done") or n_failed >= policy.n_attempts:
-                raise
-            if not patience.is_wanted:
-                raise
+            if error.facts.get("renewed"):  # there are other credentials now
+                if has_renewed:  # and they were refused too
+                    raise
+                has_renewed = True
+                continue
             pause_s = policy.pause_s(n_failed)
-            left_s = patience.left_s
-            if spent_s + pause_s > policy.total_s or (left_s is not None and pause_s >= left_s):
+            if n_failed >= policy.n_attempts or not _is_worth_repeating(error, patience, pause_s):
                 raise
+            patience.error = error
             if not pause(pause_s, patience.clock, stop or patience.cancel) and stop is not None:
                 raise
+        else:
+            if _answered is not None:
+                _answered.add(patience.endpoint)
+            return answer
+
+
+def _is_worth_repeating(error: StoreError, patience: Patience, pause_s: float) -> bool:
+    """Whether another attempt after pause_s may succeed, and has the time to."""
+    if not error.retryable or error.facts.get("maybe_done") or not patience.is_wanted:
+        return False
+    if _answered is not None:
+        if error.facts.get("sent") is False:
+            if patience.endpoint not in _answered:
+                return False
+        else:
+            _answered.add(patience.endpoint)
+    left_s = patience.left_s
+    return left_s is None or pause_s < left_s

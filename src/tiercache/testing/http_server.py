@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import socket
+import ssl
 import struct
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
@@ -22,19 +23,20 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 class Misbehave:
     """What happens to one request.
 
-    kind, of which the first and last two suit any method, the others only GET:
+    kind, of which "status", "silence", "drop" and "lost_answer" suit any method, the others only GET:
 
     - "status": an answer of that status, with body and header; the request takes no effect
     - "reset": the connection is reset after n_bytes of the body (None: half of it)
     - "short": the connection is closed in order after n_bytes
     - "stall": what follows n_bytes comes only when release() is called or the server stops
+    - "silence": not even the head of an answer comes before release() is called or the server stops
     - "whole": 200 and the whole object where a range was asked for
     - "replace": the object is replaced first, by body or by itself reversed, then served
     - "drop": no effect and no answer
     - "lost_answer": the request takes effect, but the connection is reset in place of an answer (PUT, DELETE)
     """
 
-    kind: Literal["status", "reset", "short", "stall", "whole", "replace", "drop", "lost_answer"]
+    kind: Literal["status", "reset", "short", "stall", "silence", "whole", "replace", "drop", "lost_answer"]
     status: int = 503
     n_bytes: int | None = None
     body: bytes | None = None
@@ -43,7 +45,10 @@ class Misbehave:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that was served. n_bytes: of the body that was sent."""
+    """A request that was served. n_bytes: of the body that was sent; headers: of the request, in lower case.
+
+    body: of a POST.
+    """
 
     method: str
     path: str
@@ -51,17 +56,21 @@ class Seen:
     if_match: str | None
     status: int
     n_bytes: int
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
 
 
 class HttpFaultServer:
     """`with HttpFaultServer({"a": b"..."}) as server:` serves server.url + "/a".
 
-    GET and HEAD with ranges, ETag and If-Match; PUT with If-None-Match: *; DELETE. objects may be changed at any
-    time. next() scripts the coming requests in order, when() all that match. log and
+    GET and HEAD with ranges, ETag and If-Match; PUT with If-None-Match: *; DELETE; POST as scripted. objects may be
+    changed at any time. next() scripts the coming requests in order, when() all that match. log and
     n_bytes_sent tell what was asked and sent. Each request has a thread; the lock guards script and log.
     """
 
-    def __init__(self, objects: dict[str, bytes] | None = None) -> None:
+    def __init__(self, objects: dict[str, bytes] | None = None, *, tls: ssl.SSLContext | None = None) -> None:
+        """objects: by their paths; tls: serve https by it."""
+        self._tls = tls
         self.objects: dict[str, bytes] = {} if objects is None else objects
         self.log: list[Seen] = []
         self._lock = Lock()
@@ -73,6 +82,10 @@ class HttpFaultServer:
     def __enter__(self) -> HttpFaultServer:
         self._released.clear()
         self._server = _Server(self)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), name="http-fault-server", daemon=True)
         self._thread.start()
         return self
@@ -91,7 +104,7 @@ class HttpFaultServer:
         """Its address, without a slash at the end."""
         if self._server is None:
             raise ValueError("the server runs inside `with` only")
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.server_port}"
 
     @property
     def n_bytes_sent(self) -> int:
@@ -168,6 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its head
     server: _Server
+    _posted = b""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         """Keep quiet."""
@@ -192,6 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
             objects[self._key] = body
             self._confirm(fault, HTTPStatus.OK, {"ETag": _etag(body)})
 
+    def do_POST(self) -> None:
+        """Answer as scripted."""
+        self._posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if not self._is_prevented(self.server.owner.take(self.command, self.path)):
+            self._answer(HTTPStatus.NOT_IMPLEMENTED, b"", {}, with_body=True)
+
     def do_DELETE(self) -> None:
         """Forget an object."""
         fault = self.server.owner.take(self.command, self.path)
@@ -202,6 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_prevented(self, fault: Misbehave | None) -> bool:
         if fault is not None and fault.kind == "status":
             self._answer(fault.status, fault.body or b"", dict(fault.header), with_body=True)
+        elif fault is not None and fault.kind == "silence":
+            self.server.owner.wait_released()
+            self._reset()
         elif fault is not None and fault.kind == "drop":
             self._reset()
         else:
@@ -223,7 +246,10 @@ class _Handler(BaseHTTPRequestHandler):
         owner = self.server.owner
         key = self._key
         fault = owner.take(self.command, self.path)
-        if fault is not None and fault.kind == "drop":
+        if fault is not None and fault.kind == "silence":
+            self._note(0, 0)
+            owner.wait_released()
+        if fault is not None and fault.kind in ("drop", "silence"):
             self._reset()
             return
         if fault is not None and fault.kind == "replace":
@@ -297,4 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _note(self, status: int, n_bytes: int) -> None:
         wanted, if_match = self.headers.get("Range"), self.headers.get("If-Match")
-        self.server.owner.note(Seen(self.command, self.path, wanted, if_match, int(status), n_bytes))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        seen = Seen(self.command, self.path, wanted, if_match, int(status), n_bytes, headers, self._posted)
+        self.server.owner.note(seen)
+        self._posted = b""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,6 +69,8 @@ class Shards:
         last_use_s: float64[n], NaN where nobody has reported a use.
         uses: int64[n].
         in_use, unreported: bool[n].
+        named_s: float64[n], when the first version that names it was committed, seconds since the epoch; NaN: unknown.
+        elsewhere: bool[n], its placement leads to a URL that is no tier's.
         counted_since_s: float64[n], from when on machines report their use; inf: they do not yet.
     """
 
@@ -78,6 +81,8 @@ class Shards:
     uses: NDArray[np.int64]
     in_use: NDArray[np.bool_]
     unreported: NDArray[np.bool_]
+    named_s: NDArray[np.float64]
+    elsewhere: NDArray[np.bool_]
     counted_since_s: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -91,6 +96,8 @@ _NONE = Shards(
     np.empty(0, np.float64),
     np.empty(0, np.int64),
     np.empty(0, np.bool_),
+    np.empty(0, np.bool_),
+    np.empty(0, np.float64),
     np.empty(0, np.bool_),
     np.empty(0, np.float64),
 )
@@ -149,13 +156,14 @@ class _Reader:
         """Its shards, and what else is to be said of it."""
         try:
             versions = self._versions(numbers)
-            table = self._table(versions)
+            table, named_s = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
             return _NONE, DataSet(self._folder, self._tier, len(numbers), problem=str(error))
         has_mark = bool(matches(own_keys, f"^{re.escape(self._folder + placement.MARK_KEY)}$").any())
         reports = matches(own_keys, f"^{re.escape(self._folder + usage.USAGE_FOLDER)}").any()
         found = usage.read_reports(self._store) if reports else []
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
+        urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
         # A mark without a date was written by an early release: its uses have been counted for long.
         since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
@@ -167,12 +175,11 @@ class _Reader:
             uses=used.uses,
             in_use=used.in_use,
             unreported=np.full(len(table), used.unreported),
+            named_s=named_s,
+            elsewhere=elsewhere,
             counted_since_s=np.full(len(table), since_s),
         )
-        elsewhere = self._elsewhere(table.names) if has_mark else ()
-        return shards, DataSet(
-            self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=elsewhere
-        )
+        return shards, DataSet(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
         """Those of them that are still there."""
@@ -190,31 +197,52 @@ class _Reader:
                 found = list(pool.map(read, numbers))
         return [version for version in found if version is not None]
 
-    def _table(self, versions: Sequence[Version]) -> ShardTable:
-        """All shards that any version names, each once; segments that versions share are read once."""
-        refs: dict[tuple[str, str], SegmentRef] = {
-            (version.dataset_id, ref.name): ref for version in versions for ref in version.segments
-        }
-        tables = []
+    def _table(self, versions: Sequence[Version]) -> tuple[ShardTable, NDArray[np.float64]]:
+        """All shards that any version names, each once, and when the first such version was committed.
+
+        Segments that versions share are read once.
+        """
+        refs: dict[tuple[str, str], SegmentRef] = {}
+        first_s: dict[tuple[str, str], float] = {}
+        for version in versions:
+            for ref in version.segments:
+                refs[version.dataset_id, ref.name] = ref
+                first_s.setdefault((version.dataset_id, ref.name), _seconds(version.created))
+        tables: list[pa.Table] = []
+        named_s = [np.empty(0)]
         for dataset_id in dict.fromkeys(dataset_id for dataset_id, _ in refs):
-            tables += read_segments(self._store, dataset_id, [ref for (of, _), ref in refs.items() if of == dataset_id])
-        table = ShardTable(tables)
+            mine = [(key, ref) for key, ref in refs.items() if key[0] == dataset_id]
+            read = read_segments(self._store, dataset_id, [ref for _, ref in mine])
+            tables += read
+            named_s += [np.full(len(one), first_s[key]) for (key, _), one in zip(mine, read, strict=True)]
+        table, since_s = ShardTable(tables), np.concatenate(named_s)
         once = table.names.combine_chunks().dictionary_encode() if len(table) else None
         if once is None or len(_one(once).dictionary) == len(table):
-            return table
-        first = np.unique(np.asarray(_one(once).indices.to_numpy(), np.int64), return_index=True)[1]
-        return ShardTable([table.arrow.take(pa.array(np.sort(first)))])
+            return table, since_s
+        first = np.sort(np.unique(np.asarray(_one(once).indices.to_numpy(), np.int64), return_index=True)[1])
+        return ShardTable([table.arrow.take(pa.array(first))]), since_s[first]
 
-    def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[str, int], ...]:
-        """How many of its shards are placed at a URL that is no tier's, by URL."""
+    def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[tuple[str, int], ...], NDArray[np.bool_]]:
+        """How many of its shards are placed at a URL that is no tier's, by URL; and which: bool[n]."""
         placed = placement.read(self._store)
         if placed is None or not len(placed):
-            return ()
+            return (), np.zeros(len(names), np.bool_)
         at = placed.among(names)
         urls = placed.rows["url"].take(pa.array(at[at >= 0]))
         tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
+        is_elsewhere = np.zeros(len(names), np.bool_)
+        is_elsewhere[at >= 0] = [url.rstrip("/") not in tiers for url in urls.to_pylist()]
         counts = urls.value_counts().to_pylist()
-        return tuple(sorted((one["values"], one["counts"]) for one in counts if one["values"].rstrip("/") not in tiers))
+        found = sorted((one["values"], one["counts"]) for one in counts if one["values"].rstrip("/") not in tiers)
+        return tuple(found), is_elsewhere
+
+
+def _seconds(created: str) -> float:
+    """Seconds since the epoch of what a version says of its making; NaN where that is no time."""
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except (ValueError, OverflowError):
+        return np.nan
 
 
 def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -238,5 +266,15 @@ def _joined(shards: Sequence[Shards]) -> Shards:
         joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
         return joined[rows]
 
-    names = ("n_bytes", "crc32c", "last_use_s", "uses", "in_use", "unreported", "counted_since_s")
+    names = (
+        "n_bytes",
+        "crc32c",
+        "last_use_s",
+        "uses",
+        "in_use",
+        "unreported",
+        "named_s",
+        "elsewhere",
+        "counted_since_s",
+    )
     return Shards(keys.take(pa.array(rows, pa.int64())), *(column(name) for name in names))  # type: ignore[arg-type]

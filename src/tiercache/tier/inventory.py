@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tiercache.catalog import uses
 from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
 from tiercache.tier.copies import Copies, Objects, copies_at, copies_of
 from tiercache.tier.datasets import OWN_KEY, SHARD_KEY, DataSet, Shards, read_datasets
@@ -56,7 +57,9 @@ class Inventory:
             `emptied` (local tiers that have nothing, and of which the catalog knows copies), `n_objects`, `n_own`, and
             what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
             (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
-            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics).
+            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics). `in_files`: group -> names of the
+            metrics in its files, of those that were read; `missing_shards`: keys of all shards that are in no tier, and
+            not placed elsewhere, and when each was first named (seconds since the epoch).
     """
 
     snapshot: Snapshot
@@ -74,6 +77,10 @@ class Inventory:
             return ()
         start, end = self._copies.start[copy : copy + 2].tolist()
         return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
+
+    def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
+        """Whether an object of each of these keys was listed in any tier; bool[len(keys)]."""
+        return find(keys, self._listed.keys) >= 0
 
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
         """The objects of each group's copy in the tier beside it, as objects() has them."""
@@ -119,10 +126,22 @@ def take_inventory(
     complete = _complete(grouped, copies, now_s=now_s, settle_s=file.tiering.settle_s)
     scores = Scores(stores, tuple(tier.name for tier in file.tiers), listed, copies)
     metrics = scores.of(wanted_metrics(file), grouped.paths, np.flatnonzero(grouped.kind == CHECKPOINT))
+    links = _links(file, stores, listed, grouped.paths, copies)
+    of_groups = {
+        "links": links,
+        "complete": complete,
+        "metrics": metrics,
+        "unread": _unread(scores.unread, copies, len(grouped.kind)),
+    }
     used = _Used.of(file, listed, grouped)
-    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, complete=complete, metrics=metrics)
+    snapshot = _snapshot(file, listed, grouped, copies, used, now_s=now_s, **of_groups)
     facts = _facts(listed, grouped, copies, complete, datasets)
-    more = {"n_own": int(own.sum()), "unread": scores.unread, "emptied": _emptied(file, listed, known)}
+    more = {
+        "n_own": int(own.sum()),
+        "unread": _some(grouped.paths.take(pa.array(scores.unread))),
+        "in_files": scores.in_files,
+        "emptied": _emptied(file, listed, known),
+    }
     return Inventory(snapshot, facts | more, listed, copies)
 
 
@@ -257,6 +276,40 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: floa
     return complete
 
 
+def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
+    """Of groups whose metrics cannot be read, those that no mover has put where they lie.
+
+    What a mover has put there was not among the best when its metrics could be read.
+    """
+    found = np.zeros(n_groups, np.bool_)
+    found[groups] = True
+    found[copies.group[copies.verified]] = False
+    return found
+
+
+def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copies: Copies) -> dict[int, str]:
+    """Copy -> a symbolic link in its tier that leads to it, or to something in it."""
+    found: dict[int, str] = {}
+    for number in listed.tiers:
+        store = stores.store(file.tiers[number].name)
+        if not isinstance(store, LocalFolder):
+            continue
+        # The group itself, or the folder above that is one.
+        pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
+        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # it would go with it
+        rows = find(pa.array([above for _, above in pairs], pa.large_string()), paths)
+        for (link, _), row in zip(pairs, rows.tolist(), strict=True):
+            copy = copies.find(row, number) if row >= 0 else None
+            if copy is not None:
+                found.setdefault(copy, link)
+    return found
+
+
+def _with_folders(key: str) -> list[str]:
+    """The key, and the folders that it lies in."""
+    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Used:
     """What the logs of caches on this machine say of the use of each group; last_s: NaN where they say nothing."""
@@ -337,6 +390,7 @@ def _facts(
     there = np.zeros(len(grouped.shards), np.bool_)
     there[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~there)))
+    lacking = np.flatnonzero(~there & ~grouped.shards.elsewhere)
     differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
     return {
         "datasets": datasets,
@@ -344,6 +398,7 @@ def _facts(
         "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),
+        "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
         "differing": _some(differing),

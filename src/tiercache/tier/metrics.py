@@ -1,23 +1,33 @@
-"""Metrics of checkpoints: from a name, and from small JSON files that stand in the folder."""
+"""Metrics of checkpoints: from a name, from small JSON files in the folder, and from Lightning's own file."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tiercache.errors import NotFound
 from tiercache.tier.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
+from tiercache.tier.lightning import read_scores
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.store import Store
 
 # Later ones count more where two of them have a metric.
-FILES = ("metadata.json", "trainer_state.json", "metrics.json")
-MAX_BYTES = 1 << 20
+# The first is Orbax's: a file "metrics" in a folder "metrics".
+FILES = ("metrics/metrics", "metadata.json", "trainer_state.json", "metrics.json")
+# Trainer's log of a long run has some MiB.
+MAX_BYTES = 16 << 20
+# Lightning's checkpoints: a file, or a folder that FSDP has written with such a file in it.
+_LIGHTNING_FILE, _LIGHTNING_PART = ".ckpt", "meta.pt"
+# The keys of objects that read_metrics() reads; the path of their checkpoint is not looked at.
+MAY_HOLD = (
+    rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|{re.escape(_LIGHTNING_FILE)}(?:/{re.escape(_LIGHTNING_PART)})?$"
+)
 
 _COUNTER = re.compile(rf"(?i)(?:^|[-_])(?:{WORD})[-_=]?[0-9]+(?=$|[-_])")
 _METRIC = re.compile(
@@ -57,28 +67,45 @@ def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
     """
     found: dict[str, ObjectInfo] = {}
     for one in objects:
-        name = one.key.rpartition("/")[2]
+        name = _file_name(one.key)
         if name in FILES and (name not in found or one.key.count("/") < found[name].key.count("/")):
             found[name] = one
     return tuple(found[name] for name in FILES if name in found and found[name].n_bytes <= MAX_BYTES)
 
 
-def read_metrics(store: Store, objects: Iterable[ObjectInfo]) -> dict[str, float]:
+def _file_name(key: str) -> str:
+    """The name of FILES that a key ends with, or else its last part."""
+    parts = key.split("/")
+    name = "/".join(parts[-2:])
+    return name if name in FILES else parts[-1]
+
+
+def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
     """Metrics in the small files among a checkpoint's objects; what cannot be understood has none.
 
-    Reads at most three objects of at most MAX_BYTES each.
+    Reads at most four objects of at most MAX_BYTES each, and some blocks of one that Lightning has written.
+
+    Args:
+        store: where they lie.
+        objects: the checkpoint's.
+        path: the checkpoint's.
 
     Raises:
         StoreError: a file is there and cannot be read now: what is best is not known then.
     """
     found: dict[str, float] = {}
+    for one in objects:
+        is_part = one.key == f"{path}/{_LIGHTNING_PART}"
+        if path.endswith(_LIGHTNING_FILE) and (one.key == path or is_part):
+            with suppress(NotFound):
+                found |= read_scores(store, one.key, one.n_bytes, path.rpartition("/")[2])
     for one in files_of(objects):
         try:
             data, info = store.read_tail(one.key, MAX_BYTES)
         except NotFound:  # gone since it was listed
             continue
         if info.n_bytes <= MAX_BYTES:
-            found |= parse_metrics(one.key.rpartition("/")[2], data)
+            found |= parse_metrics(_file_name(one.key), data)
     return found
 
 

@@ -50,6 +50,8 @@ class Snapshot:
         unreported: bool[n_groups], a machine that may have used it has not reported: it is not idle.
         in_use: bool[n_groups], somebody reads it now.
         metrics: name -> float64[n_groups], NaN where a checkpoint has not got it.
+        unread: bool[n_groups], a checkpoint with files that may hold metrics, none of which can be read, where no mover
+            has put it there.
         tags: group -> its tags, of those that have some.
         group: int32[n_copies], rising: whose copy; row c of the columns below is copy c.
         tier: int8[n_copies], rising within a group.
@@ -59,6 +61,7 @@ class Snapshot:
         storage_class: int16[n_copies], numbers of `classes`.
         state: uint8[n_copies], HERE and so on.
         whole: bool[n_copies], all objects of the group are in this copy, with the sizes they have elsewhere.
+        links: copy -> a symbolic link in its tier that leads to it, of those that have one: it would lead nowhere.
         verified: bool[n_copies], its bytes were compared with checksums when it was made, and it has not changed since.
     """
 
@@ -77,6 +80,7 @@ class Snapshot:
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]
     metrics: Mapping[str, NDArray[np.float64]]
+    unread: NDArray[np.bool_]
     tags: Mapping[int, frozenset[str]]
     group: NDArray[np.int32]
     tier: NDArray[np.int8]
@@ -88,6 +92,7 @@ class Snapshot:
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    links: Mapping[int, str]
 
     @property
     def n_groups(self) -> int:

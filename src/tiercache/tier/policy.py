@@ -18,7 +18,7 @@ import numpy as np
 
 from tiercache.tier.decided import Choices, Dollars, Refused, Ways
 from tiercache.tier.model import CHECKPOINT, Decisions, Snapshot
-from tiercache.tier.refusing import Bill, Room, bill, bytes_of, costly, held, in_sight, newest_stays
+from tiercache.tier.refusing import Bill, Room, bill, bytes_of, costly, held, in_sight, linked_stays, newest_stays
 from tiercache.tier.view import Rows, View
 from tiercache.tier.wishes import (
     COPY,
@@ -82,6 +82,7 @@ class _Deciding:
         for rule in rules:
             self.refused.append(held(self.view, rule.refused, self.refused))
             wishes = newest_stays(self.view, held(self.view, rule.wanted, self.refused), self.refused)
+            wishes = linked_stays(self.view, wishes, self.refused)
             wishes = in_sight(self.view, wishes, self.refused, self.missing)
             self._make(*costly(self.view, wishes, self.refused, for_room=False))
         for tier in range(self.view.n_tiers - 1):
@@ -124,6 +125,8 @@ class _Deciding:
         view = self.view
         held = self.moving | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
         held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
+        linked = [copy for copy in view.snapshot.links if view.snapshot.tier[copy] == tier]
+        held[view.snapshot.group[linked]] = True
         for rule in rules:
             if rule.kept is not None:
                 held[rule.rows[rule.kept[tier]]] = True

@@ -143,6 +143,28 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
 
 
+def linked_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
+    """Without what would take away a copy that a symbolic link leads to: a move of it becomes a copy."""
+    links = view.snapshot.links
+    if not links:
+        return wishes
+    has_link = np.zeros(view.snapshot.n_copies + 1, np.bool_)  # the last is for -1: no copy
+    has_link[[*links]] = True
+    takes = has_link[view.at[wishes.src, wishes.group]]
+    deletes = wishes.action == DELETE
+    takes |= deletes & has_link[view.at[:, wishes.group]].any(axis=0)
+    stays = takes & (deletes | (wishes.action == DROP))
+    text = np.empty(int(stays.sum()), np.object_)
+    for row, group in enumerate(wishes.group[stays].tolist()):
+        link = next(links[copy] for copy in view.at[:, group].tolist() if copy in links)
+        text[row] = f"the symbolic link {link} leads to it: it would lead nowhere"
+    wishes, takes = sift(wishes, refused, stays, text), takes[~stays]
+    becomes = takes & (wishes.action == MOVE)
+    action = np.where(becomes, COPY, wishes.action).astype(np.int8)
+    text = ending(wishes.text, becomes, "; copied only: a symbolic link leads to it")
+    return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
+
+
 def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping[str, str]) -> Wishes:
     """Without what goes to a tier that may not be there, and without deletions while any may not: marks.py."""
     if why := deletions_wait(missing):

@@ -2,10 +2,14 @@
 
 Steps are compared as numbers; of equal steps the one that was written later is the higher, then the later row. What is
 not complete is named by its tags and its youth alone: it takes nobody's place.
+
+A `best` whose metric no checkpoint of a run has cannot tell the checkpoints of that run apart, so the keep list keeps
+all of them: the name may be misspelt, or the metrics may lie where they cannot be read.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,18 +25,31 @@ _Rows = NDArray[np.int64]
 _Flags = NDArray[np.bool_]
 
 
-def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> _Flags:
-    """Whether a keep list names each of these groups, in each series of its own.
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What a keep list keeps of some groups; bool[n_rows] each, in their order.
+
+    named: its keys name the group; unscored: `best` cannot tell whether the group is among the best. Both are kept.
+    without: the group lacks a metric of `best` that another of its run has, so that it is not among the best.
+    unscored_by, without_by: the metrics of each `best` for which any group is unscored, or without.
+    """
+
+    named: _Flags
+    unscored: _Flags
+    without: _Flags
+    unscored_by: tuple[tuple[str, ...], ...] = ()
+    without_by: tuple[tuple[str, ...], ...] = ()
+
+
+def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
+    """Which of these groups a keep list keeps, in each series of its own.
 
     Args:
         snapshot: where they stand; metrics and tags are its.
         rows: numbers of groups that are checkpoints, no two alike, in any order.
         keep: what it names is the union of what its keys name.
-
-    Returns:
-        bool[n_rows], in the order of rows.
     """
-    named = np.zeros(snapshot.n_groups, np.bool_)
+    named, unscored, without = (np.zeros(snapshot.n_groups, np.bool_) for _ in range(3))
     complete = rows[snapshot.complete[rows]]
     if keep.last is not None or keep.every_steps is not None:
         rising = _sorted(snapshot, complete)
@@ -42,14 +59,47 @@ def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> _Flags:
             named[_first_of_steps(snapshot, rising, keep.every_steps)] = True
     if keep.every_s is not None:
         named[_first_of_stretches(snapshot, complete, keep.every_s)] = True
+    unscored_by: list[tuple[str, ...]] = []
+    without_by: list[tuple[str, ...]] = []
     for best in keep.best:
-        named[_best(snapshot, complete, best)] = True
+        scores = scores_of(snapshot, complete, best)
+        named[_best(snapshot, complete, scores.values, best)] = True
+        unsure = scores.is_unscored | (np.isnan(scores.values) & snapshot.unread[complete])
+        lacks = np.isnan(scores.values) & ~unsure
+        unscored[complete[unsure]], without[complete[lacks]] = True, True
+        unscored_by += [best.metrics] if unsure.any() else []
+        without_by += [best.metrics] if lacks.any() else []
     if keep.tags:
         wanted = set(keep.tags)
         named[[group for group, tags in snapshot.tags.items() if not wanted.isdisjoint(tags)]] = True
     if keep.younger_s is not None:
         named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
-    return named[rows]
+    return Kept(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BestScores:
+    """The metric that a `best` goes by, of some groups: float64[n_rows], NaN where there is none.
+
+    is_unscored: bool[n_rows], no group of its series has any of the metrics.
+    """
+
+    values: NDArray[np.float64]
+    is_unscored: _Flags
+
+
+def scores_of(snapshot: Snapshot, complete: _Rows, best: Best) -> BestScores:
+    """Of complete checkpoints the first of the metrics that any of their series has: two metrics are not compared."""
+    _, run = np.unique(snapshot.series[complete], return_inverse=True)
+    values = np.full(len(complete), np.nan)
+    has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
+    for name in best.metrics:
+        if name in snapshot.metrics:
+            found = snapshot.metrics[name][complete]
+            is_first = np.bincount(run, weights=~np.isnan(found), minlength=len(has)).astype(np.bool_) & ~has
+            values = np.where(is_first[run], found, values)
+            has |= is_first
+    return BestScores(values, ~has[run])
 
 
 def newest(snapshot: Snapshot) -> _Flags:
@@ -97,12 +147,9 @@ def _first_of_stretches(snapshot: Snapshot, rows: _Rows, every_s: float) -> _Row
     return rows[_begins(series, np.floor((created_s - first_s) / every_s))]
 
 
-def _best(snapshot: Snapshot, rows: _Rows, best: Best) -> _Rows:
-    """Of equal values the higher step is the better."""
-    values = snapshot.metrics.get(best.metric)
-    if values is None:
-        return rows[:0]
-    rows = rows[~np.isnan(values[rows])]
-    worse = values[rows] if best.mode == "min" else -values[rows]
+def _best(snapshot: Snapshot, rows: _Rows, values: NDArray[np.float64], best: Best) -> _Rows:
+    """Of equal values the higher step is the better. values: of each row."""
+    rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
+    worse = values if best.mode == "min" else -values
     rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.series[rows]))]
     return rows[_from_start(snapshot.series[rows]) < best.n]

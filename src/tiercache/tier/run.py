@@ -22,11 +22,13 @@ from tiercache.prices import priced
 from tiercache.tier.adopting import adopt_ruled
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.lock import TierLock
+from tiercache.tier.losses import Loss, find_losses
 from tiercache.tier.marks import absences, absent
 from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.mover import Applied, Mover, Progress, Stopped
 from tiercache.tier.plan import planned
 from tiercache.tier.policy import decide
+from tiercache.tier.scores import MetricGap, metric_gaps
 from tiercache.tier.stores import Stores
 from tiercache.tier.transfer import Transfer
 
@@ -47,6 +49,8 @@ class RunReport:
         settled: deletions whose grace was over, and those that an earlier run had left half done.
         adopted: folders of data sets that tiers look after from now on.
         doubts: tiers that may lack what lies in them: marks.py.
+        gaps: metrics that keep lists ask for and that a run has not got.
+        losses: objects that should be there and of which no tier has a copy.
         n_groups: that there are.
         n_restoring: copies that are being restored.
         seconds: how long it took.
@@ -58,6 +62,8 @@ class RunReport:
     settled: Applied = field(default_factory=Applied)
     adopted: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    gaps: tuple[MetricGap, ...] = ()
+    losses: tuple[Loss, ...] = ()
     n_groups: int = 0
     n_restoring: int = 0
     seconds: float = 0.0
@@ -70,8 +76,8 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with: 3 where something was stopped, 5 where restores are under way, else 0."""
-        if self.stopped:
+        """What a command ends with: 3 where moves were stopped or objects are lost, 5 where restores run, else 0."""
+        if self.stopped or self.losses:
             return PARTLY
         return PENDING if self.n_restoring else DONE
 
@@ -97,6 +103,7 @@ class RunReport:
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
+            "lost": [one.path for one in self.losses],
             "before": _holdings(self.plan, "before"),
             "after": _holdings(self.plan, "after"),
             "seconds": round(self.seconds, 3),
@@ -146,6 +153,7 @@ class _Run:
     def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
         self._file, self._stores, self._catalog = file, stores, catalog
         self._started_s, self._doubts = time.monotonic(), tuple[str, ...]()
+        self._losses: tuple[Loss, ...] = ()
 
     def rehearse(self) -> RunReport:
         inventory, plan = self._planned()
@@ -171,7 +179,9 @@ class _Run:
     def _planned(self) -> tuple[Inventory, Plan]:
         file, stores = self._file, self._stores
         prices = [priced(tier) for tier in file.tiers]
-        inventory = take_inventory(file, stores, self._catalog, now_s=time.time())
+        now_s = time.time()
+        inventory = take_inventory(file, stores, self._catalog, now_s=now_s)
+        self._losses = find_losses(inventory, file, stores, self._catalog, now_s=now_s)
         self._doubts = absent(file, stores, self._catalog, inventory.facts["emptied"])
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
         missing = absences(file, stores, self._catalog)
@@ -195,6 +205,8 @@ class _Run:
             settled or Applied(),
             tuple(adopted),
             self._doubts,
+            metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
+            self._losses,
             n_groups=snapshot.n_groups,
             n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
             seconds=time.monotonic() - self._started_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from tiercache.catalog.tiers import JournalObject, JournalRow, KnownCopy
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.points import reach
+from tiercache.store import LocalFolder
 from tiercache.tier.copying import has_class
 from tiercache.tier.marks import absences, deletions_wait
 from tiercache.tier.outcome import Progress, Settled
@@ -188,6 +190,10 @@ class Settling:
             self._check_target(one, heads, survey)
         if pin:
             one.say("cancel", pin)
+        links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.there})]
+        # What is half gone is no use to a link: it is finished.
+        if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
+            one.say("keep", f"{row.path}: expected no symbolic link to it, found {link}")
         if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement leads readers of files to the copy: whoever reads them by their URL reads the source.
             one.say("cancel", f"{row.path}: expected nobody to use it, found that it was read since it was copied")
@@ -445,6 +451,8 @@ class Settling:
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.there]
+                if row.action == "delete":  # and what the books have of copies that others have taken away
+                    gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
                     self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
@@ -454,10 +462,23 @@ class Settling:
                 rows.append(replace(kept, note=one.why, changed_s=self._now_s))
                 self._settled.n_waiting += 1
             self._settled.stopped.append((row, one.why))
+        self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
         self._catalog.keep(lasting)  # of what somebody else took away, too
         self._catalog.write(rows)
         reach("tier_drop.done")
         self._catalog.forget(gone)
+
+    def _remove_folders(self, due: Sequence[Due]) -> None:
+        """Remove the folders of groups that are gone from local tiers: frameworks list them, and resume from them."""
+        for one in due:
+            row = one.row
+            if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
+                continue
+            for where in sorted({obj.where or row.src for obj in row.objects}):
+                store = self._sight.stores.store(where)
+                if isinstance(store, LocalFolder):
+                    with suppress(StoreError):  # the objects are gone; what is left is for the eye
+                        store.remove_empty(row.path)
 
     def _take_back(self, due: Sequence[Due]) -> None:
         """Where readers were led to dst, and src stays: have them go back there, before that is forgotten."""

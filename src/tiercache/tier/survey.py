@@ -33,6 +33,7 @@ class Survey:
         protected: the newest complete checkpoint of each run, and the newest that can be read now.
         deletes: last copies that the rules delete now.
         asked: (path, tier) that the rules take something away from now.
+        linked: (path, tier) -> a symbolic link in that tier that leads to it.
         used_s: when files and checkpoints were last read through a cache of this machine, of those that were.
     """
 
@@ -40,6 +41,7 @@ class Survey:
     protected: frozenset[str] = frozenset()
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
+    linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
     used_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,6 +64,10 @@ def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
         protected=_paths(snapshot, newest(snapshot) | newest(_readable(snapshot))),
         deletes=frozenset(snapshot.paths[m.group].as_py() for m in decisions.moves if m.action == "delete"),
         asked=frozenset((snapshot.paths[move.group].as_py(), tiers[move.src]) for move in takes),
+        linked={
+            (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
+            for copy, link in snapshot.links.items()
+        },
         used_s={snapshot.paths[row].as_py(): snapshot.last_use_s[row] for row in np.flatnonzero(is_used).tolist()},
     )
 

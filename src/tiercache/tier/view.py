@@ -18,7 +18,7 @@ from tiercache.tier.retention import newest
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.model import Snapshot
-    from tiercache.tierfile import Tier, TierFile
+    from tiercache.tierfile import Rule, Tier, TierFile
 
 Rows = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -77,8 +77,6 @@ class View:
 
         at = np.full(shape, -1, np.int32)
         at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
-        group_bytes = np.zeros(snapshot.n_groups, np.int64)
-        np.maximum.at(group_bytes, snapshot.group, snapshot.n_bytes)
         tagged = np.zeros(snapshot.n_groups, np.bool_)
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
@@ -99,7 +97,7 @@ class View:
             tagged=tagged,
             age_s=snapshot.now_s - snapshot.created_s,
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
-            group_bytes=group_bytes,
+            group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
             leaves=leaves,
             streams=leaves | ~_pairs(file.tiers, lambda a, b: _is_s3(file.tiers[a]) and _is_s3(file.tiers[b])),
@@ -136,6 +134,23 @@ def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
         hits = first_match(snapshot.paths.filter(pa.array(of_kind)), globs)
         found[of_kind] = np.append(rules, -1).astype(np.int16)[hits]
     return found
+
+
+def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
+    """Whether groups of so many bytes are as large, and as small, as a rule asks for."""
+    fits = np.ones(len(n_bytes), np.bool_)
+    if rule.larger_than_bytes is not None:
+        fits &= n_bytes > rule.larger_than_bytes
+    if rule.smaller_than_bytes is not None:
+        fits &= n_bytes < rule.smaller_than_bytes
+    return fits
+
+
+def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
+    """Bytes of each group's largest copy."""
+    n_bytes = np.zeros(snapshot.n_groups, np.int64)
+    np.maximum.at(n_bytes, snapshot.group, snapshot.n_bytes)
+    return n_bytes
 
 
 def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
 from tiercache.tier.model import CHECKPOINT, RESTORING, SHARD, Action
 from tiercache.tier.retention import kept
-from tiercache.tier.view import Flags, Rows, View
+from tiercache.tier.view import Flags, Rows, View, fits_size
 
 if TYPE_CHECKING:
     from tiercache.tierfile import Rule
@@ -215,7 +215,7 @@ def _why_stuck(view: View, stuck: Wishes) -> Texts:
 def asked(view: View, rule: Rule, number: int) -> Asked:
     """What a rule asks for, of the groups that it holds for."""
     rows = np.flatnonzero(view.rule == number)
-    rows = rows[_fits_size(view, rule, rows)]
+    rows = rows[fits_size(rule, view.group_bytes[rows])]
     if rule.keep:
         return _by_keep_lists(view, rule, number, rows[view.snapshot.kind[rows] == CHECKPOINT])
     deletes = _deletes(view, rule, number, rows)
@@ -263,16 +263,6 @@ def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
     out = np.zeros(view.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
     return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
-
-
-def _fits_size(view: View, rule: Rule, rows: Rows) -> Flags:
-    n_bytes = view.group_bytes[rows]
-    fits = np.ones(len(rows), np.bool_)
-    if rule.larger_than_bytes is not None:
-        fits &= n_bytes > rule.larger_than_bytes
-    if rule.smaller_than_bytes is not None:
-        fits &= n_bytes < rule.smaller_than_bytes
-    return fits
 
 
 def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
@@ -334,18 +324,33 @@ def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | Non
 
 
 def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
-    named = np.zeros((view.n_tiers, len(rows)), np.bool_)
+    named, by_keys = np.zeros((view.n_tiers, len(rows)), np.bool_), view.newest[rows]
+    without = np.zeros(view.snapshot.n_groups, np.bool_)
+    unscored_by: list[tuple[str, ...]] = []
+    without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
+        found = kept(view.snapshot, rows, keep)
         # The newest of a run is always among them.
-        named[view.file.index(name)] = kept(view.snapshot, rows, keep) | view.newest[rows]
+        named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
+        by_keys = by_keys | found.named
+        without[rows] |= found.without
+        unscored_by += found.unscored_by
+        without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
+    says = f"; without {_worded(without_by)}, which others of its run have"
+    deletes = deletes.saying(ending(deletes.text, without[deletes.group], says))
+    # What would be deleted, had `best` only found nothing.
+    unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
+    where = "found in no checkpoint of its run, or only in files that cannot be read"
+    text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
+    unscored = unscored.saying(np.full(len(unscored), text, np.object_))
     left = np.isin(rows, _left(view, rows, deletes), assume_unique=True)
     rows, named, anywhere = rows[left], named[:, left], anywhere[left]
     old = np.zeros(len(rows), np.bool_)
     if rule.then is not None:
         old = ~anywhere & (view.age_s[rows] >= (rule.after_s or 0.0))
-    parts = [(deletes, NOTHING), _then(view, rule, number, rows[old])]
+    parts = [(deletes, unscored), _then(view, rule, number, rows[old])]
     tiers = sorted(view.file.index(name) for name in rule.keep)
     undecided = ~old
     for tier in tiers if rule.then is None else tiers[:-1]:
@@ -356,6 +361,11 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     hot = view.hot
     stays = ~old if hot is None or view.name(hot) not in rule.keep else ~old & named[hot]
     return Asked(rows, wanted, refused, stays, named)
+
+
+def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
+    """The metrics of some `best`, for people."""
+    return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
 def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tiercache.model import parse_bytes
 from tiercache.prices import named_prices, parse_prices
@@ -125,25 +134,41 @@ class Tier(Table):
 
 
 class Best(Table):
-    """The n checkpoints with the lowest ("min") or the highest values of a metric."""
+    """The n checkpoints with the lowest ("min") or the highest values of a metric.
 
-    metric: str
+    metrics: names of it, of which the first that a run has counts for that run.
+    """
+
+    metrics: Annotated[Texts, AfterValidator(some)] = Field(validation_alias="metric")
     n: int = Field(ge=1, le=MOST)
     mode: Literal["min", "max"] = "min"
 
 
 def read_bests(value: object) -> tuple[object, ...]:
-    """Of "val_loss:2", "accuracy:1:max" or a list of such. Raises ValueError."""
+    """Of "val_loss:2", "accuracy:1:max", a table of Best's keys, or a list of these. Raises ValueError."""
     return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def _best(given: object) -> object:
     if isinstance(given, Best):
         return given
+    if isinstance(given, dict):
+        return _best_of(given)
     match = _BEST.fullmatch(given) if isinstance(given, str) else None
     if match is None or not 1 <= int(match["n"]) <= MOST:
         raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return Best(metric=match["metric"].strip(), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min")
+    return Best(metrics=(match["metric"].strip(),), n=int(match["n"]), mode="max" if match["mode"] == "max" else "min")
+
+
+def _best_of(given: dict[str, object]) -> Best:
+    try:
+        return Best.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ValueError(
+            f"{key}: {text}; expected a table as {{ metric = ['val_loss', 'eval_loss'], n = 2, mode = 'min' }}"
+        ) from error
 
 
 class Keep(Table):
@@ -232,6 +257,7 @@ class Tiering(Table):
     max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
+    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
+    from tiercache.shard.statistics import Facts
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
 
@@ -84,8 +85,14 @@ class Readable(Source, Protocol):
     def leaves(self) -> tuple[Leaf, ...]:
         """The opened versions below, each once."""
 
-    def statistics(self, shard: int) -> str:
-        """What the version says of a shard's columns, JSON: {column: {"nulls", "bytes", "min", "max"}}."""
+    def statistics(self, shard: int) -> Facts:
+        """What the version says of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
+
+        Any of them may be missing; those that are there can be true.
+
+        Raises:
+            CorruptShard: a value that cannot be; it names the segment, the shard, the column and the field.
+        """
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """A whole stored block as Arrow arrays, the columns that are served, wholly checked."""

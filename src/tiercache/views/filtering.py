@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockTable
+    from tiercache.shard.statistics import Facts
     from tiercache.shard.types import Column, Schema
     from tiercache.views.contract import Readable
 
@@ -154,9 +154,9 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
         return list(shards)
 
 
-def _known(numbers: dict[str, Column], statistics: str) -> pc.Expression:
+def _known(numbers: dict[str, Column], facts: Facts) -> pc.Expression:
     """What is true of every record of a shard."""
-    known, facts = pc.scalar(True), json.loads(statistics or "{}")
+    known = pc.scalar(True)
     for name, column in numbers.items():
         fact = facts.get(name, {})
         if "min" not in fact or "max" not in fact:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tiercache.order import BlockTable
     from tiercache.order.mixture import MixtureSpec
     from tiercache.shard.blocks import Blocks
+    from tiercache.shard.statistics import Facts
     from tiercache.shard.values import ColumnValues
     from tiercache.views.contract import Leaf, Plan, Readable
 
@@ -185,7 +186,7 @@ class Joined:
         source, number = self.of_shard(shard)
         return source.arrays(number, block)
 
-    def statistics(self, shard: int) -> str:
+    def statistics(self, shard: int) -> Facts:
         """As Readable.statistics."""
         source, number = self.of_shard(shard)
         return source.statistics(number)

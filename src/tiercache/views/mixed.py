@@ -65,6 +65,10 @@ class Mixed(Joined):
         """How they are mixed."""
         return self._spec
 
+    def unmixed(self) -> Joined:
+        """The parts one after the other: a shuffled epoch serves records that have no number in the mixture."""
+        return Joined(self.below)
+
     @property
     def is_in_stored_order(self) -> bool:
         """Parts alternate."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tiercache.cache import WarmProgress
     from tiercache.model import Following, Keeper, Part, ReadingPlan
     from tiercache.shard.blocks import Blocks
+    from tiercache.shard.statistics import Facts
     from tiercache.shard.types import Schema
     from tiercache.shard.values import ColumnValues
     from tiercache.views.contract import Leaf, Plan, Readable
@@ -192,7 +193,7 @@ class View:
         """As Readable.arrays: the whole block."""
         return self.below.arrays(shard, block)
 
-    def statistics(self, shard: int) -> str:
+    def statistics(self, shard: int) -> Facts:
         """As Readable.statistics: of the whole shard."""
         return self.below.statistics(shard)
 

@@ -1,0 +1,112 @@
+"""The sampler of a loader without a user's: the loader's own order, for whoever makes another loader of this one.
+
+Frameworks rebuild a loader from its data set and its sampler or batch sampler (Accelerate's `skip_first_batches`, for
+example). torch's sampler would give them another order than that which the loader serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.utils import data as torch_data
+
+from tiercache.load.indexed import served_numbers
+from tiercache.load.sampling import RandomSampler
+from tiercache.load.state import RunState
+
+if TYPE_CHECKING:
+    from tiercache.load.draws import Draws
+    from tiercache.load.run import NativeRun
+    from tiercache.load.share import OrderShare
+
+_YIELDED, _ORDER = "yielded", "order"
+
+
+class OrderSampler(torch_data.Sampler[int]):
+    """Mixed into torch's class of the same kind of order: its iterators give the records of the loader's next epoch.
+
+    Such an iterator begins the epoch, as iter(loader) does. Where `run` is None, it is torch's sampler.
+
+    Attributes:
+        run: the loader's.
+        is_split_by_others: whether another library splits what the sampler gives among processes. Then it gives all
+            records, in torch's order: that library keeps the generators of torch's sampler alike on all processes.
+    """
+
+    run: NativeRun | None = None
+    is_split_by_others = False
+    told_epoch: int | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        run = self.run
+        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+            return super().__iter__()
+        return OrderIterator(self, run)
+
+    def __len__(self) -> int:
+        run = self.run
+        if run is None or (self.is_split_by_others and run.rank().world_size > 1):
+            return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers have one
+        return run.n_served()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the one that the next iterator of this sampler begins; the loader's own iterators ignore it."""
+        self.told_epoch = epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is torch's sampler until it is bound to a loader: a run has threads."""
+        return {name: value for name, value in vars(self).items() if name != "run"}
+
+
+class ShuffledOrder(OrderSampler, RandomSampler):
+    """Of a shuffled loader."""
+
+
+class StoredOrder(OrderSampler, torch_data.SequentialSampler):
+    """Of a loader that does not shuffle."""
+
+
+class OrderIterator(Iterator[int]):
+    """Record numbers of one epoch, of this rank. The epoch begins with the first number, as torch's samplers draw."""
+
+    def __init__(self, sampler: OrderSampler, run: NativeRun) -> None:
+        self._sampler = sampler
+        self._run = run
+        self._numbers: Iterator[int] | None = None
+        self._begun: RunState | None = None
+        self._n_yielded = 0
+
+    def __next__(self) -> int:
+        numbers = self._begin(None) if self._numbers is None else self._numbers
+        number = next(numbers)
+        self._n_yielded += 1
+        return number
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the epoch's order, once it has begun, and how many numbers were given."""
+        order = None if self._begun is None else self._begun.to_dict()
+        return {_YIELDED: self._n_yielded, _ORDER: order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the epoch of a state."""
+        self._n_yielded = 0
+        if state[_ORDER] is not None:
+            numbers = self._begin(RunState.from_dict(state[_ORDER]))
+            for _ in zip(range(state[_YIELDED]), numbers, strict=False):
+                self._n_yielded += 1
+
+    def _begin(self, state: RunState | None) -> Iterator[int]:
+        epoch, self._sampler.told_epoch = self._sampler.told_epoch, None
+        if state is None and epoch is not None:
+            self._run.set_epoch(epoch)
+        self._begun, read, share, draws = self._run.begin_elsewhere(state)
+        self._numbers = self._given(read, share, draws)
+        return self._numbers
+
+    def _given(self, read: Any, share: OrderShare, draws: Draws) -> Iterator[int]:
+        draws.sample()
+        for numbers in served_numbers(read, share, is_shuffled=draws.shuffle):
+            yield from numbers.tolist()
+        draws.exhaust()
+        self._run.end_elsewhere(share)

@@ -1,0 +1,302 @@
+"""Samplers without a state: how a resumed run finds the order again in which it was interrupted, or refuses to go on.
+
+Such a sampler is asked again from its start. That gives the same order only if the sampler draws the same random
+numbers. So the loader's state holds the state of those generators that the sampler used when it began, and a checksum
+of the indices that it gave. A resumed run restores the generators, asks again for as many indices, and compares.
+"""
+
+from __future__ import annotations
+
+import base64
+import marshal
+import random
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import data as torch_data
+from torchdata.stateful_dataloader import Stateful
+
+from tiercache.load.options import LoaderOptions
+from tiercache.load.ranks import find_rank
+
+REPLAY = "_tiercache_replay"  # the key, beside torchdata's, in the state of a sampler's iterator
+YIELDED = "yielded"  # items of an index sampler that is no BatchSampler of torchdata's
+
+_CHUNK = 1 << 12
+
+
+class Replay:
+    """One pass over a sampler that has no state.
+
+    Attributes:
+        iterator: the sampler's.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._randomness = Randomness(sampler)
+        self._random: dict[str, Any] = {}  # states, by generator, that iter() moved, and those that the first item did
+        self._is_begun = False
+        self._checksum = 0
+        self._rank = this_rank()
+        before = self._randomness.states()
+        self.iterator: Iterator[Any] = iter(sampler)
+        self._random["iter"] = self._randomness.moved_since(before)
+
+    def take(self, n: int) -> list[Any]:
+        """The next n items, indices; fewer at the end."""
+        items: list[Any] = self._counted(lambda: list(islice(self.iterator, n)))
+        return items
+
+    def take_one(self) -> Any:
+        """The next item, an index or a batch of indices. Raises StopIteration at the end."""
+        return self._counted(lambda: next(self.iterator))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values; shared between calls, not to be written to."""
+        return {"random": self._random, "checksum": self._checksum, "rank": self._rank}
+
+    def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
+        """Ask the sampler again for what it gave before a state was taken.
+
+        Args:
+            state: what state() returned; None: it is not known (states of torchdata's loader).
+            skip: takes what was given before, by take() or take_one().
+
+        Raises:
+            ValueError: the sampler gives other indices now.
+        """
+        with self._randomness.replaying():
+            if state is not None:
+                self._randomness.restore(state["random"].get("iter", {}))
+            self.iterator = iter(self._sampler)
+            if state is not None:
+                self._randomness.restore(state["random"].get("first", {}))
+            skip()
+        if state is not None:
+            self._random = dict(state["random"])
+            check(self._sampler, state, self._checksum)
+
+    def _counted(self, ask: Callable[[], Any]) -> Any:
+        if self._is_begun:
+            items = ask()
+        else:
+            before = self._randomness.states()
+            items = ask()
+            self._random = {**self._random, "first": self._randomness.moved_since(before)}
+            self._is_begun = True
+        self._checksum = add_checksum(self._checksum, items)
+        return items
+
+
+class ReplayedSampler:
+    """An index sampler without a state, as torchdata's iterators take one whose iterators have a state."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        replay = Replay(self._sampler)
+        return replay.iterator if isinstance(replay.iterator, Stateful) else ReplayedIterator(replay)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_sampler":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+
+class ReplayedIterator(Iterator[Any]):
+    """Items of an index sampler, with a state that torchdata's iterators keep."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._n_yielded = 0
+
+    def __next__(self) -> Any:
+        item = self._replay.take_one()
+        self._n_yielded += 1
+        return item
+
+    def state_dict(self) -> dict[str, Any]:
+        """After the items given."""
+        return {YIELDED: self._n_yielded, REPLAY: self._replay.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the items that were given when the state was taken. Raises ValueError as Replay.resume."""
+        self._n_yielded = 0
+
+        def skip() -> None:
+            for _ in islice(self, state[YIELDED]):
+                pass
+
+        self._replay.resume(state.get(REPLAY), skip)
+        self._n_yielded = state[YIELDED]
+
+
+def loadable(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of torchdata's loader or ours, as the iterators here load it.
+
+    The number of items that an index sampler gave is added where no iterator had a state. After the end of an epoch no
+    checksum is compared: the next epoch begins, whatever its order is.
+    """
+    found = dict(state)
+    snapshot = state.get("_snapshot")
+    if snapshot is not None:  # of a loader with worker processes
+        main = _loadable_main(snapshot["_main_snapshot"], state["_iterator_finished"])
+        found["_snapshot"] = {**snapshot, "_main_snapshot": main}
+        return found
+    return _loadable_main(found, state.get("_iterator_finished", False)) if "_sampler_iter_state" in state else found
+
+
+def _loadable_main(state: Mapping[str, Any], is_finished: bool) -> dict[str, Any]:
+    of_iterator = state["_sampler_iter_state"]
+    if of_iterator is None:
+        of_iterator = {YIELDED: state["_sampler_iter_yielded"]}
+    elif is_finished and REPLAY in of_iterator:
+        of_iterator = {**of_iterator, REPLAY: {**of_iterator[REPLAY], "checksum": None}}
+    return {**state, "_sampler_iter_state": of_iterator}
+
+
+def check(sampler: Any, state: Mapping[str, Any], checksum: int) -> None:
+    """Raise ValueError if a sampler gave other indices now than before a state was taken.
+
+    Ranks often load the state that one of them saved, and each rank's sampler gives a share of its own: only the rank
+    that saved it can compare.
+    """
+    if state.get("checksum") in (None, checksum) or state["rank"] != this_rank():
+        return
+    raise ValueError(
+        f"the sampler, a {type(sampler).__name__}, has no state. Asked again for the records that were served before "
+        "the loader's state was saved, it gives others: a run that goes on would serve records twice, and others not "
+        "at all. Give the sampler state_dict() and load_state_dict(), or let its order follow from a seed and an epoch "
+        "that the resumed run gives it again, or use shuffle=True, whose order the loader's state names"
+    )
+
+
+def this_rank() -> int:
+    """Of torch.distributed, or the environment's."""
+    return find_rank(LoaderOptions()).rank
+
+
+def add_checksum(checksum: int, items: Any) -> int:
+    """The checksum with an index or indices added: of the same indices the same, in whatever batches and types."""
+    try:
+        data: Any = array("q", items if hasattr(items, "__iter__") else (items,))
+    except (TypeError, ValueError, OverflowError):  # keys of a data set that is not asked by numbers
+        try:
+            data = marshal.dumps(items, 0)
+        except ValueError:  # of which nothing is known that another process could compare
+            return checksum
+    return zlib.crc32(data, checksum)
+
+
+class Randomness:
+    """The random numbers that a sampler may draw from: torch's, NumPy's and Python's own, and generators that it holds.
+
+    States are plain values by the generator's name.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._generators = {"torch": torch.default_generator, "numpy": np.random.mtrand._rand, "python": _PYTHON}  # noqa: SLF001 -- what numpy.random's functions draw from
+        self._n_global = len(self._generators)
+        self._find("", sampler, set())
+
+    def states(self) -> dict[str, Any]:
+        """Of all, as they are; to compare with."""
+        return {name: _get(generator) for name, generator in self._generators.items()}
+
+    def moved_since(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the states `before` that are others now, as plain values."""
+        return {name: _plain(before[name]) for name, now in self.states().items() if not _equal(before[name], now)}
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Set the generators that are here."""
+        for name, state in states.items():
+            if name in self._generators:
+                _set(self._generators[name], state)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let a sampler draw again: the generators that others draw from are as before after it."""
+        shared = dict(islice(self._generators.items(), self._n_global))
+        before = {name: _plain(_get(generator)) for name, generator in shared.items()}
+        try:
+            yield
+        finally:
+            self.restore(before)
+
+    def _find(self, path: str, sampler: Any, seen: set[int]) -> None:
+        seen.add(id(sampler))
+        for name, value in getattr(sampler, "__dict__", {}).items():
+            if id(value) in seen:
+                continue
+            if isinstance(value, _KINDS) and not isinstance(value, random.SystemRandom):
+                seen.add(id(value))
+                self._generators[f"{path}.{name}"] = value
+            elif isinstance(value, torch_data.Sampler):
+                self._find(f"{path}.{name}", value, seen)
+
+
+class _Python:
+    """Python's own generator, of which the module has only functions."""
+
+    getstate = staticmethod(random.getstate)
+    setstate = staticmethod(random.setstate)
+
+
+_PYTHON = _Python()
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random, _Python)
+
+
+def _get(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state
+        return {**state, "state": {name: _listed(value) for name, value in state["state"].items()}}
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate()
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _set(generator: Any, state: Any) -> None:
+    """state: as _plain() gives it, perhaps after a way through JSON."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        name, key, *rest = state
+        generator.set_state((name, np.frombuffer(base64.b64decode(key), np.uint32), *rest))
+    else:
+        version, numbers, gauss = state
+        generator.setstate((version, tuple(numbers), gauss))
+
+
+def _plain(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return base64.b64encode(state.numpy().tobytes()).decode()
+    if isinstance(state, tuple) and isinstance(state[1], np.ndarray):
+        return [state[0], base64.b64encode(state[1].tobytes()).decode(), *state[2:]]
+    return [state[0], list(state[1]), state[2]] if isinstance(state, tuple) else state
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(a[1], np.ndarray):
+        return np.array_equal(a[1], b[1]) and a[2:] == b[2:]
+    return bool(a == b)

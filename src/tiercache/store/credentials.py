@@ -1,0 +1,432 @@
+"""Credentials of S3: where they come from, and how they are read again when they expire or the store refuses them.
+
+A source is read again shortly before its keys expire, every 15 minutes where no expiry is known, and at once when the
+store refuses them: another program may have renewed the file, the environment or the token.
+"""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import json
+import re
+import shlex
+import ssl
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from tiercache.config import aws_files, aws_keys, aws_profile, aws_reach, aws_web_identity
+from tiercache.errors import StoreError
+from tiercache.store.options import CloudOptions
+
+# Keys without a known expiry are read again after this.
+_UNDATED = timedelta(minutes=15)
+# Keys with a known expiry are read again so long before it; short-lived ones at three quarters of their life.
+_MARGIN = timedelta(minutes=5)
+# After a source has failed while its last keys are still valid.
+_TRY_AGAIN = timedelta(seconds=30)
+_PROCESS_S = 60.0
+_STS_S = 20.0
+_STS_VERSION = "2011-06-15"
+_STS_RETRYABLE_CODES = ("IDPCommunicationError", "InternalFailure", "ServiceUnavailable", "Throttling")
+_ROLE_OPTIONS = ("role_arn", "role_session_name", "web_identity_token_file", "sts_endpoint")
+_XML = re.compile(r"<(Code|Message|AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)</")
+# Codes of S3 and STS that say that the keys are not valid (any more); 401 and 403 say that they may not be.
+_INVALID_CODES = (
+    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "RequestExpired",
+    "TokenRefreshRequired",
+)  # fmt: skip
+_TEXT_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """One set of credentials. expires_at: with a time zone; None: not known, or never."""
+
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    token: str | None = field(default=None, repr=False)
+    expires_at: datetime | None = None
+
+
+class Credentials:
+    """Keys of one source, read when they are needed. Safe from any thread; a process must make its own.
+
+    The lock is held while the source is read, so that a process is started once for all threads that wait for keys.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        read: Callable[[], Keys],
+        url: str,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Read nothing yet. origin: the source, for messages; url: of the store."""
+        self.origin, self.url = origin, url
+        self._read, self._now = read, now
+        self._lock = Lock()
+        self._keys: Keys | None = None
+        self._again_at: datetime | None = None
+        self.number = 0
+
+    def get(self) -> Keys:
+        """Keys that are valid now. Raises StoreError or ValueError where the source has none."""
+        with self._lock:
+            now = self._now()
+            if self._keys is None or (self._again_at is not None and now >= self._again_at):
+                return self._refresh(self._keys, now)
+            return self._keys
+
+    def renew(self, number: int) -> bool:
+        """Whether there are other keys than those with this `number`, after reading the source again."""
+        with self._lock:
+            if self.number == number:
+                self._refresh(None, self._now())
+            return self.number != number
+
+    def _refresh(self, last: Keys | None, now: datetime) -> Keys:
+        """Read the source. last: keys that are used on if it fails and they are still valid."""
+        try:
+            keys = self._read()
+            if keys.expires_at is not None and keys.expires_at <= now:
+                message = f"the credentials of {self.origin} have expired, at {keys.expires_at:%Y-%m-%d %H:%M:%S %Z}"
+                raise StoreError(f"{message}: renew them there", url=self.url, code="ExpiredToken")
+        except (StoreError, ValueError):
+            if last is None or (last.expires_at is not None and last.expires_at <= now):
+                raise
+            self._again_at = now + _TRY_AGAIN
+            return last
+        if keys.expires_at is None:
+            self._again_at = now + _UNDATED
+        else:
+            self._again_at = keys.expires_at - min(_MARGIN, (keys.expires_at - now) / 4)
+        if keys != self._keys:
+            self._keys, self.number = keys, self.number + 1
+        return keys
+
+    def for_obstore(self) -> dict[str, Any]:
+        """The keys as obstore's credential_provider returns them."""
+        keys = self.get()
+        return {
+            "access_key_id": keys.access_key_id,
+            "secret_access_key": keys.secret_access_key,
+            "token": keys.token,
+            "expires_at": keys.expires_at or self._now() + _UNDATED,
+        }
+
+
+def refusal(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
+    """The error to raise for a refused request: with .renewed if other keys than those of the request are there now.
+
+    with_retries() then makes one more attempt. number: of the keys that the request was signed with.
+    """
+    code = error.facts.get("code")
+    if credentials is None or not (error.facts.get("status") in (401, 403) or code in _INVALID_CODES):
+        return error
+    facts = {**error.facts, "retryable": False}
+    try:
+        if credentials.renew(number):
+            text, facts["renewed"] = "", True
+        elif code in _INVALID_CODES:
+            text = f"; {credentials.origin} has no newer credentials"
+        else:
+            return error
+    except (StoreError, ValueError) as failed:
+        text = f"; reading the credentials again failed: {failed}"
+    said = error.message.removeprefix(f"{facts.pop('url')}: ")
+    return StoreError(f"{said}{text}", url=error.facts["url"], **facts)
+
+
+def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:
+    """Options of the store without keys, with the region and endpoint of the profile; and the source of the keys.
+
+    The source is None where requests are not signed, or the back end asks a container's or a machine's metadata
+    service by itself. Options come first, then the profile, then the environment.
+
+    Raises:
+        ValueError: a profile or role that cannot be used; the message says what to do.
+    """
+    config = dict(options.config)
+    role = {name: config.pop(name) for name in _ROLE_OPTIONS if name in config}
+    if options.credentials is not None:
+        return config, Credentials("the function in storage_options", lambda: _called(options, url), url)
+    if {"access_key_id", "secret_access_key"} & config.keys():
+        key, secret = config.pop("access_key_id", None), config.pop("secret_access_key", None)
+        if not key or not secret:
+            raise ValueError(f"{url}: access_key_id and secret_access_key belong together")
+        keys = Keys(key, secret, config.pop("session_token", None))
+        return config, Credentials("storage_options", lambda: keys, url)
+    if str(config.get("skip_signature", "")).lower() in ("true", "1"):
+        return config, None
+    if {"role_arn", "web_identity_token_file"} & role.keys():
+        return config, _role(role, {**aws_reach(), **config}, options, url)
+    if options.profile is not None:
+        return _of_profile(options.profile, config, options, url)
+    if aws_reach().get("skip_signature"):
+        return config, None
+    if aws_keys() is not None:
+        return config, Credentials("the environment (AWS_ACCESS_KEY_ID)", lambda: _from_environment(url), url)
+    if "web_identity_token_file" in aws_web_identity():
+        return config, _role(role, {**aws_reach(), **config}, options, url)
+    return config, None
+
+
+def default_profile(options: CloudOptions) -> str | None:
+    """The profile that is used where the options give no credentials."""
+    names = ("access_key_id", "skip_signature", "web_identity_token_file", "role_arn")
+    if options.credentials is not None or any(options.config.get(name) for name in names):
+        return options.profile
+    return options.profile or aws_profile()
+
+
+def _from_environment(url: str) -> Keys:
+    keys = aws_keys()
+    if keys is None:
+        raise StoreError("the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY any more", url=url)
+    return Keys(*keys)
+
+
+def _called(options: CloudOptions, url: str) -> Keys:
+    given = options.credentials() if options.credentials is not None else None
+    return _parsed(given, "the function in storage_options", url)
+
+
+def _parsed(given: object, origin: str, url: str) -> Keys:
+    """Keys of a mapping in obstore's names or in those of AWS (STS, credential_process)."""
+    if not isinstance(given, Mapping):
+        raise StoreError(f"{origin} must give a mapping of keys, got {type(given).__name__}", url=url)
+
+    def value(*names: str) -> Any:
+        return next((given[name] for name in names if given.get(name)), None)
+
+    key, secret = value("access_key_id", "AccessKeyId"), value("secret_access_key", "SecretAccessKey")
+    if not isinstance(key, str) or not isinstance(secret, str):
+        raise StoreError(f"{origin} gave no access_key_id and secret_access_key (or AccessKeyId ...)", url=url)
+    expires_at = value("expires_at", "Expiration")
+    if isinstance(expires_at, str):
+        try:
+            expires_at = datetime.fromisoformat(expires_at)
+        except ValueError as error:
+            raise StoreError(f"{origin} gave an expiry that is no time: {expires_at!r}", url=url) from error
+    if expires_at is not None and not isinstance(expires_at, datetime):
+        raise StoreError(f"{origin} gave an expiry that is no datetime: {type(expires_at).__name__}", url=url)
+    if expires_at is not None and expires_at.tzinfo is None:
+        expires_at = expires_at.replace(tzinfo=UTC)
+    return Keys(key, secret, value("token", "session_token", "SessionToken"), expires_at)
+
+
+# Profiles
+
+
+def _of_profile(
+    name: str, config: dict[str, Any], options: CloudOptions, url: str
+) -> tuple[dict[str, Any], Credentials | None]:
+    said = _profile(name)
+    environment = aws_reach()
+    endpoint = environment.get("endpoint") or _endpoint_of(said, "s3")
+    found = {"region": environment.get("region") or said.get("region"), "endpoint": endpoint}
+    config = {**{key: value for key, value in found.items() if value}, **config}
+    origin = f"the AWS profile {name!r}"
+    if not _has_credentials(said):
+        if name == "default":  # a file that says a region only: the machine's own role is used
+            return config, None
+        raise ValueError(f"{origin} holds no credentials")
+    return config, Credentials(origin, lambda: _read_profile(name, config, options, url), url)
+
+
+def _has_credentials(said: Mapping[str, str]) -> bool:
+    names = ("aws_access_key_id", "credential_process", "role_arn", "login_session")
+    return any(said.get(name) for name in names) or _needs_botocore(said)
+
+
+def _needs_botocore(said: Mapping[str, str]) -> bool:
+    """Whether the keys come from another service by an exchange that botocore knows: SSO, login, another role."""
+    assumes = "role_arn" in said and "web_identity_token_file" not in said
+    return assumes or "login_session" in said or any(name.startswith("sso_") for name in said)
+
+
+def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
+    said = _profile(name)
+    origin = f"the AWS profile {name!r}"
+    if _needs_botocore(said):
+        return _by_botocore(name)
+    if "role_arn" in said:
+        role = {key: said[key] for key in _ROLE_OPTIONS if key in said}
+        if (endpoint := _endpoint_of(said, "sts")) is not None:
+            role["sts_endpoint"] = endpoint
+        return _assume_role({**aws_web_identity(), **role}, config, options, url)
+    if said.get("aws_access_key_id"):
+        secret = said.get("aws_secret_access_key")
+        if not secret:
+            raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
+        return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
+    return _by_process(said.get("credential_process", ""), origin, url)
+
+
+def _profile(name: str) -> dict[str, str]:
+    """All that the user's AWS files say of a profile, with `services` resolved; keys of the credentials file win."""
+    config_file, keys_file = aws_files()
+    config, keys = _sections(config_file), _sections(keys_file)
+    section = next((s for s in config if s == f"profile {name}" or (s == name == "default")), None)
+    if section is None and name not in keys and name != "default":  # which may be missing
+        raise ValueError(f"the AWS profile {name!r} is neither in {config_file} nor in {keys_file}")
+    said = dict(config[section]) if section is not None else {}
+    own = keys.get(name, {})
+    if own.get("aws_access_key_id"):
+        said = {k: v for k, v in said.items() if k not in ("aws_secret_access_key", "aws_session_token")}
+    said |= own
+    for key, value in config.get(f"services {said.get('services', '')}", {}).items():
+        for line in value.splitlines():
+            setting, found, text = line.partition("=")
+            if found and setting.strip() == "endpoint_url":
+                said[f"{key} endpoint_url"] = text.strip()
+    return said
+
+
+def _endpoint_of(said: Mapping[str, str], service: str) -> str | None:
+    return said.get(f"{service} endpoint_url") or said.get("endpoint_url") or None
+
+
+def _sections(path: Path) -> dict[str, dict[str, str]]:
+    """Sections of an AWS file, their names with single blanks and without quotes; {} where there is no file."""
+    parser = configparser.RawConfigParser(strict=False, default_section="\0")
+    try:
+        text = path.read_text(encoding="utf-8")
+        parser.read_string(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an AWS file: {reason}") from None  # its text may hold keys
+    return {" ".join(s.replace('"', "").replace("'", "").split()): dict(parser.items(s)) for s in parser.sections()}
+
+
+def _by_process(command: str, origin: str, url: str) -> Keys:
+    """Keys that a profile's credential_process prints."""
+    what = f"credential_process of {origin}"
+    try:
+        words = shlex.split(command)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROCESS_S, check=False)
+    except (ValueError, OSError) as error:
+        raise StoreError(f"{what} cannot be run: {error}", url=url) from None
+    except subprocess.TimeoutExpired as error:
+        said = _tail(error.stderr)
+        raise StoreError(f"{what} did not end within {_PROCESS_S:g} s{said}", url=url, retryable=True) from None
+    if done.returncode:
+        raise StoreError(f"{what} ended with {done.returncode}{_tail(done.stderr)}", url=url)
+    try:
+        given = json.loads(done.stdout)
+    except ValueError:
+        raise StoreError(f"{what} printed no JSON{_tail(done.stderr)}", url=url) from None
+    if isinstance(given, dict) and given.get("Version") != 1:
+        raise StoreError(f"{what} printed Version {given.get('Version')!r}; 1 is expected", url=url)
+    return _parsed(given, what, url)
+
+
+def _tail(stderr: bytes | None) -> str:
+    text = " ".join((stderr or b"").decode("utf-8", "replace").split())
+    return f": {text[-_TEXT_CHARS:]}" if text else ""
+
+
+def _by_botocore(name: str) -> Keys:
+    """Keys of a profile by SSO, by login, or by a role taken on with another profile's keys."""
+    try:
+        botocore = importlib.import_module("botocore.session")
+        exceptions = importlib.import_module("botocore.exceptions")
+    except ImportError as error:
+        raise ValueError(
+            f"the AWS profile {name!r} uses SSO or another role, which is read by boto3: pip install "
+            "'tiercache[archive]', or give the profile a line `credential_process = aws configure "
+            f"export-credentials --profile OTHER --format process`"
+        ) from error
+    try:
+        # A new session: one that is used again would not see what `aws sso login` has written since.
+        credentials = botocore.Session(profile=name).get_credentials()
+        if credentials is None:
+            raise ValueError(f"the AWS profile {name!r} holds no credentials")
+        frozen = credentials.get_frozen_credentials()
+    except exceptions.BotoCoreError as error:
+        raise ValueError(f"the AWS profile {name!r}: {error}") from error
+    except exceptions.ClientError as error:  # STS has refused
+        raise ValueError(f"the AWS profile {name!r}: {error}") from error
+    return Keys(frozen.access_key, frozen.secret_key, frozen.token)
+
+
+# Roles by a token's file
+
+
+def _role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Credentials:
+    wanted = {**aws_web_identity(), **role}
+    if not wanted.get("role_arn") or not wanted.get("web_identity_token_file"):
+        raise ValueError(
+            f"{url}: role_arn and web_identity_token_file belong together; a role that is taken on by other keys is "
+            "read from a profile with role_arn and source_profile: storage_options={'profile': ...}"
+        )
+    origin = f"the token file {wanted['web_identity_token_file']}"
+    return Credentials(origin, lambda: _assume_role(wanted, config, options, url), url)
+
+
+def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
+    """Keys that STS gives for the token that the file holds now."""
+    file = role["web_identity_token_file"]
+    try:
+        token = Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"the token file {file} cannot be read: {error}", url=url) from None
+    region = config.get("region") or config.get("default_region") or "us-east-1"
+    domain = "amazonaws.com.cn" if str(region).startswith("cn-") else "amazonaws.com"
+    endpoint = role.get("sts_endpoint") or f"https://sts.{region}.{domain}"
+    if not endpoint.startswith(("https://", "http://")):
+        raise ValueError(f"sts_endpoint is a URL, got {endpoint!r}")
+    asked = {
+        "Action": "AssumeRoleWithWebIdentity",
+        "Version": _STS_VERSION,
+        "RoleArn": role["role_arn"],
+        "RoleSessionName": role.get("role_session_name") or "tiercache",
+        "WebIdentityToken": token,
+    }
+    data = urllib.parse.urlencode(asked).encode()
+    try:
+        with urllib.request.urlopen(  # noqa: S310 - the scheme was checked
+            endpoint, data, timeout=min(_STS_S, options.timeout_s), context=_tls(options, endpoint)
+        ) as answer:
+            said = dict(_XML.findall(answer.read().decode("utf-8", "replace")))
+    except urllib.error.HTTPError as error:
+        with error:
+            said = dict(_XML.findall(error.read().decode("utf-8", "replace")))
+        code = said.get("Code", "")
+        text = f"{code}: {said.get('Message', '')}" if code else f"HTTP {error.code}"
+        retryable = error.code >= 500 or error.code == 429 or code in _STS_RETRYABLE_CODES
+        message = f"STS at {endpoint} gave no keys for the token in {file}: {text[:_TEXT_CHARS]}"
+        facts: dict[str, Any] = {"status": error.code, "code": code, "before_request": True}
+        raise StoreError(message, url=url, retryable=retryable, **facts) from None
+    except (OSError, HTTPException) as error:  # URLError too
+        reason = getattr(error, "reason", error)
+        message = f"cannot connect to STS at {endpoint}: {reason}"
+        raise StoreError(message, url=url, retryable=True, sent=False) from None
+    return _parsed(said, f"STS at {endpoint}", url)
+
+
+def _tls(options: CloudOptions, endpoint: str) -> ssl.SSLContext | None:
+    if not endpoint.startswith("https:"):
+        return None
+    context = ssl.create_default_context()
+    if options.client.get("allow_invalid_certificates"):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif (given := options.client.get("root_certificate")) is not None:
+        if options.ca_file is not None:
+            context.load_verify_locations(cafile=options.ca_file)
+        else:
+            context.load_verify_locations(cadata=given)
+    return context

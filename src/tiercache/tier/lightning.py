@@ -1,0 +1,368 @@
+"""Scores in Lightning's checkpoints, which are torch's zip files with a pickle: the pickle is read and never executed.
+
+`ModelCheckpoint` writes into a checkpoint, under `callbacks`, the metric that it monitors and the scores of the best
+checkpoints by their paths, this checkpoint's among them. `current_score` is not used: it may be the score of an earlier
+checkpoint where several callbacks save. A score is a number, or a tensor whose number is in a record of the zip file.
+A checkpoint that was renamed is not found among the paths, and has no score.
+
+An interpreter of a few opcodes makes dicts, tuples, texts and numbers of the pickle. It imports and calls nothing: what
+any other opcode makes is a placeholder, and functions that the pickle names are texts.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tiercache.model import ByteRange
+
+if TYPE_CHECKING:
+    from tiercache.store import Store
+
+# Of one checkpoint: the directory of the zip file, the pickle, and the scores.
+_MAX_PICKLE_BYTES, _MAX_READ_BYTES = 32 << 20, 64 << 20
+_BLOCK_BYTES = 256 << 10
+_ZIP_SIGN = b"PK\x03\x04"
+_SEPARATORS = re.compile(r"[/\\]")
+_FORMATS = {"FloatStorage": "f", "DoubleStorage": "d", "HalfStorage": "e", "LongStorage": "q", "IntStorage": "i"}
+# What a file that is no checkpoint of torch, or is damaged, makes zipfile, pickletools and the interpreter raise.
+_NO_CHECKPOINT = (
+    zipfile.BadZipFile,
+    ValueError,  # with UnicodeDecodeError
+    LookupError,
+    TypeError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,  # zipfile says so of an encrypted record
+)
+
+
+def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
+    """Metric -> score of the checkpoint that an object holds; nothing where it is something else.
+
+    Args:
+        store: where the object lies.
+        key: of the object.
+        n_bytes: its size, as it was listed.
+        name: of the checkpoint's file or folder, by which its scores are found.
+
+    Raises:
+        NotFound: the object is gone.
+        StoreError: it cannot be read, or has changed since it was listed.
+    """
+    if n_bytes < len(_ZIP_SIGN):
+        return {}
+    file = _Blocks(store, key, n_bytes)
+    if file.read(len(_ZIP_SIGN)) != _ZIP_SIGN:
+        return {}
+    try:
+        with zipfile.ZipFile(file) as records:
+            return dict(_scores(records, name))
+    except _NO_CHECKPOINT:
+        return {}
+
+
+class _Blocks(io.RawIOBase):
+    """An object as a file to be sought in, read by blocks, of which it reads no more than _MAX_READ_BYTES."""
+
+    def __init__(self, store: Store, key: str, n_bytes: int) -> None:
+        super().__init__()
+        self._store, self._key, self._n_bytes = store, key, n_bytes
+        self._at, self._blocks = 0, dict[int, bytearray]()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._n_bytes}[whence]
+        if start + offset < 0:
+            raise ValueError("a position before the start of the file")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._n_bytes if size < 0 else min(self._at + size, self._n_bytes)
+        if end <= self._at:
+            return b""
+        numbers = range(self._at // _BLOCK_BYTES, -(-end // _BLOCK_BYTES))
+        self._fetch([number for number in numbers if number not in self._blocks])
+        start = self._at - numbers[0] * _BLOCK_BYTES
+        data = b"".join(self._blocks[number] for number in numbers)[start : start + end - self._at]
+        self._at = end
+        return data
+
+    def _fetch(self, numbers: list[int]) -> None:
+        if (len(self._blocks) + len(numbers)) * _BLOCK_BYTES > _MAX_READ_BYTES:
+            raise ValueError("a directory or a pickle that is too large to hold scores alone")
+        starts = [number * _BLOCK_BYTES for number in numbers]
+        buffers = [bytearray(min(_BLOCK_BYTES, self._n_bytes - start)) for start in starts]
+        spans = [
+            (ByteRange(start, start + len(buffer)), memoryview(buffer))
+            for start, buffer in zip(starts, buffers, strict=True)
+        ]
+        if spans:
+            self._store.read_into(self._key, spans)
+        self._blocks.update(zip(numbers, buffers, strict=True))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor's first number: its storage's class and record, and its place there."""
+
+    kind: str
+    record: str
+    offset: int
+
+
+def _scores(records: zipfile.ZipFile, name: str) -> Iterator[tuple[str, float]]:
+    """Metric and score by each callback that has the checkpoint of this name among its best ones."""
+    pickles = [one for one in records.namelist() if one.endswith("/data.pkl")]
+    start = pickles[0].removesuffix("data.pkl")
+    body = _Interpreter().run(_record(records, f"{start}data.pkl", _MAX_PICKLE_BYTES))
+    for state in _table(_table(body).get("callbacks")).values():
+        metric, scores = _table(state).get("monitor"), _table(_table(state).get("best_k_models"))
+        for path, score in scores.items():
+            if isinstance(metric, str) and _SEPARATORS.split(path)[-1] == name:
+                value = _number(records, start, score)
+                if value is not None and math.isfinite(value):
+                    yield metric, value
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(records: zipfile.ZipFile, start: str, score: object) -> float | None:
+    if isinstance(score, int | float) and not isinstance(score, bool):
+        return float(score)
+    if not isinstance(score, _Tensor):
+        return None
+    order = ">" if f"{start}byteorder" in records.NameToInfo and _order(records, start) == b"big" else "<"
+    data = _record(records, f"{start}data/{score.record}", _BLOCK_BYTES)
+    if score.kind == "BFloat16Storage":  # the upper half of a float
+        (half,) = struct.unpack_from(f"{order}H", data, 2 * score.offset)
+        return float(struct.unpack(">f", struct.pack(">I", half << 16))[0])
+    code = f"{order}{_FORMATS[score.kind]}"
+    return float(struct.unpack_from(code, data, struct.calcsize(code) * score.offset)[0])
+
+
+def _order(records: zipfile.ZipFile, start: str) -> bytes:
+    return _record(records, f"{start}byteorder", _BLOCK_BYTES).strip()
+
+
+def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
+    """A record as torch stores it. Raises ValueError where it is compressed or too large."""
+    info = records.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > most_bytes:
+        raise ValueError(f"{name}: expected at most {most_bytes} bytes, not compressed")
+    return records.read(name)
+
+
+# -- the pickle -------------------------------------------------------------------------------------------------------
+
+# What opcodes that are not interpreted make.
+_OTHER = object()
+_MARK = object()
+
+_PUSHES_ARGUMENT = frozenset(
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "UNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    ]
+)
+_PUSHES_OTHER = frozenset(
+    [
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "EMPTY_LIST",
+        "EMPTY_SET",
+        "EXT1",
+        "EXT2",
+        "EXT4",
+        "NEXT_BUFFER",
+    ]
+)
+# Opcodes that take so many values from the stack and leave one of no interest.
+_TAKES = {"NEWOBJ": 2, "NEWOBJ_EX": 3}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_DROPS_TO_MARK = frozenset(["APPENDS", "ADDITEMS", "POP_MARK"])
+_OTHER_OF_MARK = frozenset(["LIST", "FROZENSET", "INST", "OBJ"])
+_WITHOUT_EFFECT = frozenset(["PROTO", "FRAME", "READONLY_BUFFER"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A function or class that the pickle names. It is never looked up."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    kind: str
+    record: str
+
+
+class _Interpreter:
+    """Makes values of a pickle: dicts with their texts as keys, tuples, texts, numbers, tensors' places in records.
+
+    Every value is made once and then referred to, so that it takes no more memory than a few times the pickle.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        """The value. Raises ValueError, LookupError or TypeError where the data is no pickle."""
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                break
+            self._step(opcode.name, argument)
+        return self._stack.pop()
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in _PUSHES_ARGUMENT:
+            stack.append(argument)
+        elif name in _PUSHES_OTHER:
+            stack.append(_OTHER)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        else:
+            self._make(name, argument)
+
+    def _make(self, name: str, argument: Any) -> None:
+        """An opcode that makes dicts, tuples, or what torch makes of them."""
+        stack = self._stack
+        if name == "MARK":
+            stack.append(_MARK)
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "DICT":
+            stack.append(_with({}, self._to_mark()))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._to_mark() if name == "SETITEMS" else self._last(2)
+            _with(stack[-1], items)
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name in _TUPLES:
+            stack.append(tuple(self._last(_TUPLES[name])))
+        else:
+            self._call(name, argument)
+
+    def _call(self, name: str, argument: Any) -> None:
+        """An opcode that names a function or class, or would call one."""
+        stack = self._stack
+        if name == "GLOBAL":
+            stack.append(_Name(argument))
+        elif name == "STACK_GLOBAL":
+            module, function = self._last(2)
+            stack.append(_Name(f"{module} {function}"))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            function, arguments = self._last(2)
+            stack.append(_called(function, arguments))
+        else:
+            self._skip(name)
+
+    def _skip(self, name: str) -> None:
+        """An opcode of no interest; what it leaves on the stack is a placeholder."""
+        stack = self._stack
+        if name in _TAKES:
+            self._last(_TAKES[name])
+            stack.append(_OTHER)
+        elif name in _OTHER_OF_MARK:
+            self._to_mark()
+            stack.append(_OTHER)
+        elif name in _DROPS_TO_MARK:
+            self._to_mark()
+        elif name in ("APPEND", "BUILD", "POP"):
+            stack.pop()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "PERSID":
+            stack.append(_OTHER)
+        elif name not in _WITHOUT_EFFECT:
+            raise ValueError(f"an opcode that no pickle of torch has: {name}")
+
+    def _last(self, n: int) -> list[Any]:
+        if len(self._stack) < n:
+            raise ValueError("a pickle that takes more than it has made")
+        taken = self._stack[len(self._stack) - n :]
+        del self._stack[len(self._stack) - n :]
+        return taken
+
+    def _to_mark(self) -> list[Any]:
+        """What lies above the last mark, which goes too."""
+        n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
+        if n is None:
+            raise ValueError("a pickle without the mark that it refers to")
+        taken = self._last(n)
+        self._stack.pop()
+        return taken
+
+
+def _with(target: Any, items: list[Any]) -> Any:
+    """The dict with these keys and values; keys that are no texts are passed over, as is what is no dict."""
+    if isinstance(target, dict):
+        target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str))
+    return target
+
+
+def _storage(identity: object) -> object:
+    """What torch writes of a storage: ("storage", its class, its record, its device, its length)."""
+    match identity:
+        case ("storage", _Name(text), str(record), _, _):
+            return _Storage(text.rpartition(" ")[2], record)
+    return _OTHER
+
+
+def _called(function: object, arguments: object) -> object:
+    """What torch's own call of a function makes, as far as a score needs it."""
+    match function, arguments:
+        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(kind, record), int(offset), *_) if offset >= 0:
+            return _Tensor(kind, record, offset)
+        case _Name("collections OrderedDict"), ():
+            return {}
+    return _OTHER

@@ -1,0 +1,201 @@
+"""Objects that are lost: something says that they are there, and no tier has a copy.
+
+What there should be is known from three sources: versions of data sets name their shards; the home's placement leads
+readers to files and checkpoints that were moved; and this machine's catalog has the copies that moves have verified. An
+object is not lost, as far as is known, if a tier that cannot be seen now is where it was last, if the rules may have
+deleted it, or if the rule file says that it is gone (`[tiering] gone`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.catalog.checksums import Checksums
+from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.tier import placement
+from tiercache.tier.columns import matches
+from tiercache.tier.datasets import OWN_KEY, SHARD_KEY
+from tiercache.tier.marks import absences
+from tiercache.tier.matching import first_match
+from tiercache.tier.view import Flags
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from tiercache.catalog.tiers import TierCatalog
+    from tiercache.tier.inventory import Inventory
+    from tiercache.tier.stores import Stores
+    from tiercache.tierfile import TierFile
+
+# Losses that are asked for once more, one HEAD a tier each: a mover may have been at work while tiers were listed.
+_CONFIRMED = 1000
+_THREADS = 16
+# No shard, and nothing of tiercache's own: versions say which shards there are.
+_NO_FILE = rf"{SHARD_KEY}|{OWN_KEY}"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """An object without any copy. tiers: where it was last, as far as is known; known_by: what says that it was."""
+
+    path: str
+    tiers: tuple[str, ...]
+    known_by: str
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        where = f" in {', '.join(self.tiers)}" if self.tiers else ""
+        return f"{self.path}: expected a copy{where} ({self.known_by}), found none in any tier"
+
+
+def find_losses(
+    inventory: Inventory, file: TierFile, stores: Stores, catalog: TierCatalog, *, now_s: float
+) -> tuple[Loss, ...]:
+    """All that is lost, by path. Nothing is changed.
+
+    Args:
+        inventory: what lies in the tiers.
+        file: the rule file.
+        stores: of its tiers.
+        catalog: of this machine.
+        now_s: seconds since the epoch.
+
+    Raises:
+        StoreError: a store cannot be asked now.
+    """
+    hidden = {*absences(file, stores, catalog), *inventory.facts["missed"]}
+    known = _Expected()
+    keys, named_s = inventory.facts["missing_shards"]
+    known.add(keys, named_s, "", "a version of its data set names it")
+    _add_from_catalog(known, inventory, file, catalog)
+    if file.home.name not in hidden:
+        _add_from_placement(known, inventory, file, stores)
+    found = {path: one for path, one in known.by_path.items() if hidden.isdisjoint(one.tiers)}
+    paths = pa.array(sorted(found), pa.large_string())
+    written_s = np.array([found[path].written_s for path in paths.to_pylist()], np.float64)
+    may_be_gone = _said_gone(paths, file) | _may_be_deleted(paths, now_s - written_s, file)
+    left = paths.filter(pa.array(~may_be_gone)).to_pylist()
+    there = _there_after_all(left[:_CONFIRMED], [tier.name for tier in file.tiers if tier.name not in hidden], stores)
+    return tuple(
+        Loss(path, tuple(sorted(found[path].tiers, key=file.index)), found[path].known_by)
+        for path in left
+        if path not in there
+    )
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of an object that no tier has. written_s: at the latest; NaN: unknown."""
+
+    tiers: set[str]
+    written_s: float
+    known_by: str
+
+
+class _Expected:
+    """Objects that should be there and were not listed, by path."""
+
+    def __init__(self) -> None:
+        self.by_path: dict[str, _Known] = {}
+
+    def add(self, keys: pa.Array, written_s: NDArray[np.float64], tier: str, known_by: str) -> None:
+        for path, since_s in zip(keys.to_pylist(), written_s.tolist(), strict=True):
+            one = self.by_path.setdefault(path, _Known(set(), since_s, known_by))
+            one.written_s = since_s if np.isnan(one.written_s) else one.written_s
+            if tier:
+                one.tiers.add(tier)
+
+
+def _add_from_catalog(known: _Expected, inventory: Inventory, file: TierFile, catalog: TierCatalog) -> None:
+    for tier in file.tiers:
+        book = Checksums.of(catalog.checksums(tier.name)).table
+        book = book.filter(book["verified"]).combine_chunks()
+        keys = pa.concat_arrays([pa.array([], pa.large_string()), *book["key"].chunks])
+        lacking = ~inventory.lies(keys) & ~matches(keys, _NO_FILE)
+        if lacking.any():
+            mask = pa.array(lacking)
+            written_s = book["written_s"].fill_null(np.nan).filter(mask).to_numpy()
+            known.add(keys.filter(mask), written_s, tier.name, "a move has verified it")
+    # Of shards the catalog only says where they were last.
+    _add_tiers_of_shards(known, file, catalog)
+
+
+def _add_tiers_of_shards(known: _Expected, file: TierFile, catalog: TierCatalog) -> None:
+    shards = [path for path in known.by_path if path.endswith(".tcs")]
+    if not shards:
+        return
+    for tier in file.tiers:
+        for key, copy in catalog.known(tier.name, shards).items():
+            if copy.verified and not copy.is_intended:
+                known.by_path[key].tiers.add(tier.name)
+
+
+def _add_from_placement(known: _Expected, inventory: Inventory, file: TierFile, stores: Stores) -> None:
+    """What readers are led to: files and checkpoints that were moved away from home."""
+    if not inventory.lies(pa.array([placement.MARK_KEY], pa.large_string()))[0]:
+        return
+    try:
+        placed = placement.read(stores.store(file.home.name))
+    except (CorruptShard, UnsupportedFormat):
+        return  # the mover says so, and moves nothing
+    if placed is None or not len(placed):
+        return
+    keys = pa.concat_arrays([pa.array([], pa.large_string()), *placed.rows["key"].cast(pa.large_string()).chunks])
+    lacking = ~inventory.lies(keys) & ~matches(keys, _NO_FILE)
+    tiers: Mapping[str, str] = {tier.url.rstrip("/"): tier.name for tier in file.tiers}
+    rows: dict[str, list[str]] = defaultdict(list)
+    urls = placed.rows["url"].filter(pa.array(lacking)).to_pylist()
+    for key, url in zip(keys.filter(pa.array(lacking)).to_pylist(), urls, strict=True):
+        if url.rstrip("/") in tiers:
+            rows[tiers[url.rstrip("/")]].append(key)
+    for tier, some in rows.items():
+        nobody_knows = np.full(len(some), np.nan)
+        known.add(pa.array(some, pa.large_string()), nobody_knows, tier, "readers are led there")
+
+
+def _said_gone(paths: pa.Array, file: TierFile) -> Flags:
+    return first_match(paths, [(file.tiering.gone, ())]) >= 0 if file.tiering.gone else np.zeros(len(paths), np.bool_)
+
+
+def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: TierFile) -> Flags:
+    """Whether a rule deletes what is so old: another machine's mover may have done so, which knows it alone."""
+    is_shard = matches(paths, SHARD_KEY)
+    found = np.zeros(len(paths), np.bool_)
+    for rule in file.rules:
+        if rule.delete_after_s is not None:
+            fits = is_shard if rule.kind == "shard" else ~is_shard if rule.kind else np.ones(len(paths), np.bool_)
+            # A glob may name the folder of a checkpoint, and these are paths of objects in it.
+            globs = rule.match + tuple(f"{glob}/**" for glob in rule.match if not glob.endswith("**"))
+            found |= fits & (age_s >= rule.delete_after_s) & (first_match(paths, [(globs, rule.excepted)]) >= 0)
+    return found
+
+
+def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
+    """Those of the paths that a tier has now."""
+
+    def is_there(path: str) -> bool:
+        for tier in tiers:
+            try:
+                stores.head(tier, path)
+            except NotFound:
+                continue
+            except StoreError as error:
+                if error.retryable:
+                    raise
+                continue
+            return True
+        return False
+
+    if not paths:
+        return set()
+    with ThreadPoolExecutor(min(_THREADS, len(paths)), "tiercache-losses") as pool:
+        return {path for path, there in zip(paths, pool.map(is_there, paths), strict=True) if there}

@@ -1,0 +1,448 @@
+"""Forged data sets: values that cannot be or are not true, under checksums and a fingerprint that match them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from tests.shard.later import sealed
+
+import tiercache as tc
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptShard, TierCacheError
+from tiercache.shard import codec
+from tiercache.shard.dataset_check import verify_dataset
+from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
+from tiercache.shard.manifest import latest, read_shards
+from tiercache.shard.segments import SegmentRef, digest_rows
+from tiercache.shard.versions import encode_version, fingerprint_of, version_key
+from tiercache.store import LocalFolder
+
+N = 300
+SCHEMA = {
+    "id": "int64",
+    "small": "uint8?",
+    "score": "float32?",
+    "text": "str?",
+    "note": "json",
+    "blob": "bytes?",
+    "point": tc.Tensor("float32", (3,)),
+    "boxes": tc.Ragged("int16", (None, 2)),
+    "when": pa.field("when", pa.list_(pa.string()), nullable=True),
+}
+
+
+def records() -> dict[str, Any]:
+    ids = range(N)
+    return {
+        "id": np.arange(N),
+        "small": [None if i % 7 == 0 else i % 200 for i in ids],
+        "score": [None if i % 5 == 0 else i / 2 for i in ids],
+        "text": [None if i % 11 == 0 else f"{i}: ä text" for i in ids],
+        "note": [{"i": i} for i in ids],
+        "blob": [None if i % 3 == 0 else bytes([i % 256]) * (i % 5) for i in ids],
+        "point": np.arange(3 * N, dtype=np.float32).reshape(N, 3),
+        "boxes": [np.full((i % 4, 2), i, np.int16) for i in ids],
+        "when": pa.array([None if i % 4 == 0 else [str(i)] * (i % 3) for i in ids], pa.list_(pa.string())),
+    }
+
+
+class Forgery:
+    """A data set in a folder, of which anything can be changed; save() makes all sums fit what is there then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, LocalFolder(folder)
+        self.version = latest(self.store)
+        self.table = read_shards(self.store, self.version).arrow
+        self.rows: list[dict[str, Any]] = self.table.to_pylist()
+
+    def facts(self, shard: int) -> dict[str, Any]:
+        """The statistics of a shard's row."""
+        return json.loads(self.rows[shard]["statistics"])
+
+    def footer(self, shard: int) -> tuple[bytes, Footer, bytearray]:
+        """What lies before the footer, the footer, and its content."""
+        row = self.rows[shard]
+        data = (self.folder / row["name"]).read_bytes()
+        tail = Tail.parse(data[-TAIL_BYTES:], len(data), "")
+        stored = data[tail.footer_offset : -TAIL_BYTES]
+        raw = bytearray(codec.decompress(stored, tail.footer_raw_bytes))
+        return data[: tail.footer_offset], Footer.parse(stored, tail, ""), raw
+
+    def put(self, shard: int, chunks: bytes, footer: Footer, raw: bytes | None = None) -> None:
+        """Another shard in the place of one, and its row."""
+        row = self.rows[shard]
+        fields, data = sealed(chunks, footer, row["name"], raw)
+        self.put_data(shard, data, fields["footer_bytes"])
+
+    def put_data(self, shard: int, data: bytes, footer_bytes: int) -> None:
+        row = self.rows[shard]
+        (self.folder / row["name"]).write_bytes(data)
+        offset = len(data) - footer_bytes - TAIL_BYTES
+        row |= {"bytes": len(data), "crc32c": crc32c(data), "footer_offset": offset, "footer_bytes": footer_bytes}
+
+    def save(self, *, segment: bytes | None = None, **changes: Any) -> str:
+        """Write segment and version anew, and give the segment's name. changes: of the segment's line."""
+        table = pa.Table.from_pylist(self.rows, self.table.schema)
+        if segment is None:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+            segment = sink.getvalue().to_pybytes()
+        ref = SegmentRef(self.version.segments[0].name, len(segment), crc32c(segment), len(table), digest_rows(table))
+        ref = dataclasses.replace(ref, **changes)
+        (self.folder / ref.key).write_bytes(segment)
+        n_records = sum(row["records"] for row in self.rows)
+        facts = self.version.dataset_id, self.version.number, self.version.schema_bytes, n_records
+        forged = dataclasses.replace(
+            self.version,
+            segments=(ref,),
+            n_records=n_records,
+            n_bytes=sum(row["bytes"] for row in self.rows),
+            fingerprint=fingerprint_of(*facts, [ref.digest]),
+        )
+        (self.folder / version_key(forged.number)).write_bytes(encode_version(forged))
+        return ref.name
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forged") / "original"
+    with tc.Writer(folder, schema=SCHEMA, shard_size="16KiB", block_size="4KiB", compression={"note": "zstd"}) as w:
+        w.write_batch(records())
+    assert len(tc.Dataset(folder).source.shard_records) > 1
+    return folder
+
+
+@pytest.fixture
+def forgery(original, tmp_path):
+    shutil.copytree(original, tmp_path / "data")
+    return Forgery(tmp_path / "data")
+
+
+def filtered(folder: Path) -> int:
+    return len(tc.Dataset(folder, cache=False).filter((pc.field("id") > 250) | (pc.field("score") > 1e9)))
+
+
+def use(folder: Path) -> list[str]:
+    """Do all that reads a data set; names of what failed with an error of ours. Any other error passes through."""
+
+    def epoch() -> None:
+        dataset = tc.Dataset(folder, cache=False)
+        for first in range(0, len(dataset), 64):
+            dataset[list(range(first, min(first + 64, len(dataset))))]
+
+    def verify() -> None:
+        for finding in verify_dataset(LocalFolder(folder), jobs=1):
+            raise CorruptShard(finding.message, url=finding.url)
+
+    failed = []
+    for name, work in {
+        "epoch": epoch,
+        "filter": lambda: filtered(folder),
+        "to_arrow": lambda: [b.validate(full=True) for b in tc.Dataset(folder, cache=False).to_arrow()],
+        "verify": verify,
+    }.items():
+        try:
+            work()
+        except TierCacheError:
+            failed.append(name)
+    return failed
+
+
+def test_what_is_written_anew_with_nothing_forged_is_whole(forgery):
+    forgery.put(0, *forgery.footer(0))
+    forgery.save()
+    assert use(forgery.folder) == []
+    assert filtered(forgery.folder) == N - 251
+
+
+FORGED_STATISTICS = {
+    "no JSON": "{",
+    "nothing but a number": "7",
+    "a list": "[]",
+    "nested too deep": "[" * 100_000,
+    "a column that is a list": {"id": [1]},
+    "a column that is null": {"id": None},
+    "min is text": {"id": {"min": "0", "max": 9}},
+    "min is a float": {"id": {"min": 0.5, "max": 9}},
+    "min is true": {"id": {"min": True, "max": 9}},
+    "max is null": {"id": {"min": 0, "max": None}},
+    "max is a list": {"id": {"min": 0, "max": [9]}},
+    "max is infinite": {"id": {"min": 0, "max": float("inf")}},
+    "max is NaN": {"score": {"min": 0, "max": float("nan")}},
+    "max is beyond the type": {"small": {"min": 0, "max": 256}},
+    "max is beyond every type": {"id": {"min": 0, "max": 10**400}},
+    "min is above max": {"id": {"min": 9, "max": 0}},
+    "min is below the type": {"small": {"min": -1, "max": 9}},
+    "nulls where there can be none": {"id": {"nulls": 1}},
+    "nulls are text": {"score": {"nulls": "none"}},
+    "more nulls than records": {"score": {"nulls": 10**9}},
+    "negative bytes": {"id": {"bytes": -1}},
+}
+
+
+@pytest.mark.parametrize("forged", FORGED_STATISTICS.values(), ids=FORGED_STATISTICS)
+def test_statistics_that_cannot_be_are_corruption_that_names_segment_shard_and_field(forgery, forged):
+    text = forged if isinstance(forged, str) else json.dumps(forgery.facts(1) | forged)
+    forgery.rows[1]["statistics"] = text
+    segment = forgery.save()
+    with pytest.raises(CorruptShard) as caught:
+        filtered(forgery.folder)
+    message = str(caught.value)
+    assert segment in message
+    assert forgery.rows[1]["name"] in message
+    if isinstance(forged, dict):
+        ((column, fact),) = forged.items()
+        assert repr(column) in message
+        assert not isinstance(fact, dict) or any(repr(field) in message for field in fact)
+    (finding,) = verify_dataset(forgery.store)
+    assert (finding.part, finding.url) == ("segment", f"{forgery.folder}/{forgery.rows[1]['name']}")
+    assert len(message) < 1000
+
+
+UNTRUE = {
+    "min": {"id": {"min": 260}},
+    "max": {"small": {"max": 3}},
+    "nulls": {"text": {"nulls": 0}},
+    "bytes": {"point": {"bytes": 1}},
+    "stored": {"note": {"stored": 1}},
+    "score": {"score": {"min": -1.0}},
+}
+
+
+@pytest.mark.parametrize("where", ["the segment", "the footer"])
+@pytest.mark.parametrize("untrue", UNTRUE.values(), ids=UNTRUE)
+def test_statistics_that_are_not_true_are_found_by_verify(forgery, where, untrue):
+    ((column, fact),) = untrue.items()
+    if where == "the segment":
+        facts = forgery.facts(0)
+        facts[column] |= fact
+        forgery.rows[0]["statistics"] = json.dumps(facts)
+    else:
+        chunks, footer, _ = forgery.footer(0)
+        facts = dict(footer.statistics)
+        facts[column] = facts[column] | fact
+        forgery.put(0, chunks, dataclasses.replace(footer, statistics=facts))
+    forgery.save()
+    (finding,) = verify_dataset(forgery.store)
+    assert finding.part == {"the segment": "segment", "the footer": "footer"}[where]
+    assert finding.column == column
+    assert all(repr(field) in finding.message for field in fact)
+
+
+def test_statistics_that_say_nothing_or_more_than_is_known_are_no_damage(forgery):
+    facts = forgery.facts(0)
+    facts["text"]["min"] = "a least text, of a later release"
+    facts["id"] |= {"distinct": 3}
+    facts["no such column"] = {"min": 1, "max": 0}
+    forgery.rows[0]["statistics"], forgery.rows[1]["statistics"] = json.dumps(facts), "{}"
+    forgery.save()
+    assert use(forgery.folder) == []
+
+
+def forge_chunk(forgery: Forgery, column: str, change) -> None:
+    """Change a raw chunk of a column of the first shard, and the sums of it. change: (bytes, buffers, nodes)."""
+    chunks, footer, _ = forgery.footer(0)
+    number = footer.schema.index(column)
+    rows, nodes, pages = footer.chunks.copy(), footer.nodes.copy(), footer.pages.copy()
+    row = rows[0, number]
+    assert row["codec"] == codec.RAW
+    start, end = int(row["offset"]), int(row["offset"]) + int(row["stored"])
+    body, chunk = bytearray(chunks), bytearray(chunks[start:end])
+    change(chunk, footer.buffers[int(row["first_buffer"]) :], nodes[int(row["first_node"]) :])
+    body[start:end] = chunk
+    row["crc"] = pages[int(row["first_page"])] = crc32c(bytes(chunk))
+    forgery.put(0, bytes(body), dataclasses.replace(footer, chunks=rows, nodes=nodes, pages=pages))
+    forgery.save()
+
+
+def no_utf8(chunk, buffers, nodes):
+    chunk[int(buffers[2, 0]) + 3] = 0xFF
+
+
+def other_nulls(chunk, buffers, nodes):
+    nodes[0, 1] += 1
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("text", no_utf8),
+        ("text", other_nulls),
+        ("small", other_nulls),
+        ("blob", other_nulls),
+        ("when", other_nulls),
+    ],
+)
+def test_to_arrow_gives_no_text_that_is_no_utf8_and_no_wrong_count_of_nulls(forgery, column, change):
+    forge_chunk(forgery, column, change)
+    with pytest.raises(CorruptShard) as caught:
+        list(tc.Dataset(forgery.folder, cache=False).to_arrow())
+    assert forgery.rows[0]["name"] in str(caught.value)
+    assert repr(column) in str(caught.value)
+    assert "block 0" in str(caught.value)
+    findings = list(verify_dataset(forgery.store))
+    assert ("chunk", column) in [(finding.part, finding.column) for finding in findings]
+
+
+NUMBERS = [0, 1, -1, 63, 64, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
+
+
+@pytest.mark.parametrize("column", ["records", "bytes", "crc32c", "footer_offset", "footer_bytes"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_forged_number_of_a_segments_row_is_an_error_of_ours_and_found_by_verify(forgery, column, number):
+    if column == "crc32c" and not 0 <= number < 2**32:
+        pytest.skip("not a number of that column")
+    forgery.rows[1][column] = number
+    try:
+        forgery.save()
+    except (struct.error, OverflowError):
+        pytest.skip("not a number of that column")
+    assert "verify" in use(forgery.folder)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_footer_with_forged_numbers_is_an_error_of_ours_or_found_by_verify(forgery, seed):
+    """Numbers of 4 or 8 bytes anywhere in the footer, sealed; what still reads without an error reads as before."""
+    random_, original = random.Random(seed), forgery.footer(0)
+    chunks, footer, raw = original
+    n_found = 0
+    for _ in range(12):
+        forged = bytearray(raw)
+        for _ in range(random_.choice([1, 1, 2])):
+            size = random_.choice([4, 8])
+            at = random_.randrange(0, (len(raw) - size) // size) * size
+            number = random_.choice([*NUMBERS, random_.getrandbits(8 * size), raw[at] ^ 1]) % 2 ** (8 * size)
+            forged[at : at + size] = number.to_bytes(size, "little")
+        forgery.put(0, chunks, footer, bytes(forged))
+        forgery.save()
+        failed = use(forgery.folder)
+        n_found += "verify" in failed
+        assert not failed or "verify" in failed
+    assert n_found > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_segment_with_forged_bytes_is_an_error_of_ours(forgery, seed):
+    forgery.save()
+    path = forgery.folder / forgery.version.segments[0].key
+    data, random_ = path.read_bytes(), random.Random(seed)
+    for _ in range(15):
+        forged = bytearray(data)
+        at = random_.randrange(0, len(data) // 4) * 4
+        forged[at : at + 4] = random_.choice([0, 1, 2**31 - 1, 2**32 - 1, random_.getrandbits(32)]).to_bytes(
+            4, "little"
+        )
+        forgery.save(segment=bytes(forged))
+        use(forgery.folder)
+
+
+CHILD = """
+import json, resource, sys
+import pyarrow.compute as pc
+import tiercache as tc
+from tiercache.shard.dataset_check import verify_dataset
+from tiercache.store import LocalFolder
+folder, cache = sys.argv[1:3]
+dataset = tc.Dataset(sys.argv[3], cache=False)
+dataset[0], dataset.filter(pc.field("id") > 3), list(dataset.to_arrow()), list(verify_dataset(LocalFolder(sys.argv[3])))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), resource.RLIM_INFINITY))
+said = []
+for work in (
+    lambda: tc.Dataset(folder, cache=False)[0],
+    lambda: tc.Dataset(folder, cache=tc.Cache(cache, size="8GiB"))[0],
+    lambda: tc.Dataset(folder, cache=False).filter(pc.field("id") > 3),
+    lambda: [str(finding) for finding in verify_dataset(LocalFolder(folder))],
+):
+    try:
+        said.append(str(work()))
+    except tc.CorruptShard as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+HUGE = 3_200_000_000
+
+
+def forge_segment_size(forgery):
+    forgery.save(n_bytes=HUGE)
+    return forgery.version.segments[0].name
+
+
+def forge_footer_size(forgery):
+    row = forgery.rows[0]
+    row |= {"bytes": row["footer_offset"] + (HUGE >> 2) + TAIL_BYTES, "footer_bytes": HUGE >> 2}
+    forgery.save()
+    return row["name"]
+
+
+def forge_decoded_footer(forgery):
+    chunks, _, raw = forgery.footer(0)
+    frame = bytearray(codec.compress(bytes(raw), 3))
+    promised = 1 << 30
+    assert frame[4] & 0xC0 in (0x40, 0x80)  # the frame's header says its content's size in 2 or 4 bytes
+    single = bytes(frame[:4]) + bytes([0xA0]) + promised.to_bytes(4, "little") + bytes(frame[7:])
+    tail = Tail(len(chunks), len(single), promised, crc32c(single))
+    forgery.put_data(0, chunks + single + tail.pack(), len(single))
+    forgery.save()
+    return forgery.rows[0]["name"]
+
+
+def forge_decoded_chunk(forgery):
+    chunks, footer, _ = forgery.footer(0)
+    rows, buffers = footer.chunks.copy(), footer.buffers.copy()
+    number = footer.schema.index("note")
+    row = rows[0, number]
+    row["raw"] = 1 << 30
+    last = int(row["first_buffer"]) + 2
+    buffers[last, 1] = (1 << 30) - int(buffers[last, 0])
+    forgery.put(0, chunks, dataclasses.replace(footer, chunks=rows, buffers=buffers))
+    forgery.save()
+    return forgery.rows[0]["name"]
+
+
+def forge_compressed_segment(forgery):
+    """A segment whose body says that it decodes to more than all memory: Arrow takes that memory before it decodes."""
+    forgery.rows[0]["statistics"] += " " * 5000
+    table = pa.Table.from_pylist(forgery.rows, forgery.table.schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    data, size = sink.getvalue().to_pybytes(), sum(len(row["statistics"]) for row in forgery.rows)
+    before, _, after = data.rpartition(size.to_bytes(8, "little"))  # what is before the compressed text
+    return forgery.save(segment=before + HUGE.to_bytes(8, "little") + after)
+
+
+SIZES = [forge_segment_size, forge_compressed_segment, forge_footer_size, forge_decoded_footer, forge_decoded_chunk]
+
+
+@pytest.mark.parametrize("forge", SIZES, ids=lambda forge: forge.__name__)
+def test_no_memory_is_taken_for_a_size_that_is_only_claimed(forgery, original, tmp_path, forge):
+    name = forge(forgery)
+    command = [sys.executable, "-c", CHILD, str(forgery.folder), str(tmp_path / "cache"), str(original)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in said for said in json.loads(done.stdout)), done.stdout
+
+
+def test_a_segment_that_is_compressed_is_refused_before_arrow_decodes_it(forgery):
+    table = pa.Table.from_pylist(forgery.rows, forgery.table.schema)
+    for compression in ("zstd", "lz4"):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+            writer.write_table(table)
+        name = forgery.save(segment=sink.getvalue().to_pybytes())
+        with pytest.raises(CorruptShard, match=f"{name}.*compressed"):
+            tc.Dataset(forgery.folder, cache=False)

@@ -1,0 +1,150 @@
+"""Servers with certificates of a private authority, and buckets whose requester pays."""
+
+from __future__ import annotations
+
+import ssl
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.store import open_store
+from tiercache.store.archive import S3Archive
+from tiercache.store.cloud import _stand_in
+from tiercache.store.options import CloudOptions
+from tiercache.testing.http_server import HttpFaultServer
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Files: of an authority's certificate, and of one that it has signed for 127.0.0.1, with its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def signed(subject, issuer, key, by, extension, more=()):
+        now = datetime.now(UTC)
+        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (subject, issuer)]
+        builder = x509.CertificateBuilder(*reversed(names), key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        builder = builder.add_extension(extension, critical=True)
+        for one in more:
+            builder = builder.add_extension(one, critical=False)
+        return builder.sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    is_authority = x509.BasicConstraints(ca=True, path_length=None)
+    key_id = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
+    authority = signed("authority", "authority", authority_key, authority_key, is_authority, [key_id])
+    named = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    by_authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_id)
+    own = signed("server", "authority", key, authority_key, x509.BasicConstraints(False, None), [named, by_authority])
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "ca.pem").write_bytes(authority)
+    (folder / "server.pem").write_bytes(own + private)
+    return folder / "ca.pem", folder / "server.pem"
+
+
+@pytest.fixture
+def server(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate[1])
+    with HttpFaultServer({"bucket/a": b"data"}, tls=context) as server:
+        yield server
+
+
+def options(server, **more):
+    return {"endpoint": server.url, "region": "us-east-1", "anon": True, "timeout": 5, **more}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda path: {"root_certificate": path},
+        lambda path: {"root_certificate": str(path)},
+        lambda path: {"root_certificate": path.read_bytes()},
+        lambda path: {"verify": str(path)},
+        lambda path: {"client_kwargs": {"verify": str(path)}},
+        lambda path: {"verify": False},
+        lambda path: {"client_kwargs": {"verify": False}},
+    ],
+    ids=["path", "text path", "PEM", "verify", "client_kwargs", "unchecked", "client_kwargs unchecked"],
+)
+def test_a_bundle_is_trusted_however_it_is_given(server, certificate, given):
+    store = open_store("s3://bucket", **options(server, **given(certificate[0])))
+    assert store.get("a") == b"data"
+    store.close()
+
+
+@pytest.mark.parametrize("variable", [True, False])
+def test_a_bundle_of_the_environment_is_trusted_by_every_back_end(server, certificate, monkeypatch, variable):
+    more = {}
+    if variable:
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
+    else:
+        more = {"root_certificate": str(certificate[0])}
+    store = open_store("s3://bucket", **options(server, **more))
+    assert store.get("a") == b"data"
+    stand_in = _stand_in(store.place, store.options, store._tuning)
+    assert stand_in.get("a") == b"data"
+    stand_in.close()
+    archive = S3Archive.of(store)
+    assert archive.head("a").n_bytes == 4
+    archive.close()
+    store.close()
+
+
+def test_without_the_bundle_the_server_is_not_trusted(server):
+    store = open_store("s3://bucket", **options(server))
+    with pytest.raises(StoreError, match=r"UnknownIssuer.*root_certificate=") as caught:
+        store.get("a")
+    assert not caught.value.retryable
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["root_certificate", "verify", "AWS_CA_BUNDLE"])
+def test_a_bundle_that_is_none_is_an_error_that_names_option_and_file(monkeypatch, tmp_path, name):
+    for path in (tmp_path / "gone.pem", tmp_path / "empty.pem", tmp_path):
+        (tmp_path / "empty.pem").write_text("nothing")
+        given = {} if name == "AWS_CA_BUNDLE" else {name: str(path)}
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(path) if not given else "")
+        with pytest.raises(ValueError, match=f"{name}.*{path.name}"):
+            open_store("s3://bucket", **given)
+
+
+@pytest.mark.parametrize("given", [{"verify": 3}, {"client_kwargs": {"verify": 3}}, {"client_kwargs": {"verfy": True}}])
+def test_a_message_never_means_the_name_that_was_given(given):
+    with pytest.raises(ValueError, match="verify") as caught:
+        CloudOptions.parse("s3", given)
+    assert "unknown name 'verify'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"requester_pays": True}, {"request_payer": "requester"}, {"request_payer": "true"}])
+def test_the_requester_pays_for_every_back_end(http_server, given):
+    http_server.objects = {"bucket/a": b"data"}
+    keys = {"access_key_id": "k", "secret_access_key": "s"}  # S3 lets nobody pay whom it does not know
+    store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **given, **keys)
+    stand_in = _stand_in(store.place, store.options, store._tuning)
+    archive = S3Archive.of(store)
+    store.get("a")
+    stand_in.get("a")
+    archive.head("a")
+    for one in (store, stand_in, archive):
+        one.close()
+    assert [seen.headers.get("x-amz-request-payer") for seen in http_server.log] == ["requester"] * 3
+
+
+def test_the_requester_does_not_pay_unasked(http_server):
+    http_server.objects = {"bucket/a": b"data"}
+    keys = {"access_key_id": "k", "secret_access_key": "s", "requester_pays": False}
+    store = open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **keys)
+    archive = S3Archive.of(store)
+    store.get("a")
+    archive.head("a")
+    archive.close()
+    store.close()
+    assert [seen.headers.get("x-amz-request-payer") for seen in http_server.log] == [None, None]

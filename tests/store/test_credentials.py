@@ -1,0 +1,426 @@
+"""Keys of S3: from files, processes, tokens and functions, read again when they expire or are refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs
+
+import pytest
+
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange
+from tiercache.store import open_store
+from tiercache.store.archive import S3Archive
+from tiercache.store.bucket import ObstoreStore
+from tiercache.store.cloud import _stand_in
+from tiercache.store.credentials import Credentials, Keys, s3_access
+from tiercache.store.options import CloudOptions
+from tiercache.testing.http_server import Misbehave
+from tiercache.testing.reading import read_ranges
+
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+REFUSED = Misbehave("status", 400, body=EXPIRED)
+
+
+@pytest.fixture(autouse=True)
+def aws(monkeypatch, tmp_path):
+    """The user's AWS files, which are not there yet; nothing in the environment."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ROLE_ARN", "ENDPOINT_URL"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    return tmp_path
+
+
+@pytest.fixture
+def opened(http_server):
+    """Opens stores of the fault server's bucket, with an object `a` in it."""
+    http_server.objects = {"bucket/a": b"data"}
+    made = []
+
+    def build(**options):
+        made.append(open_store("s3://bucket", endpoint=http_server.url, region="us-east-1", **options))
+        return made[-1]
+
+    yield build
+    for store in made:
+        store.close()
+
+
+def keys_of(server, *, start=0):
+    """Names of the keys that requests were signed with."""
+    signed = [seen.headers.get("authorization", "") for seen in server.log[start:]]
+    return [text.partition("Credential=")[2].partition("/")[0] for text in signed]
+
+
+def profile_text(key, section="work"):
+    return f"[{section}]\naws_access_key_id = {key}\naws_secret_access_key = s3cret\n"
+
+
+# Renewal
+
+
+def renew_file(tmp_path, monkeypatch, key):
+    (tmp_path / "credentials").write_text(profile_text(key))
+
+
+def renew_environment(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+
+
+@pytest.mark.parametrize("call", ["get", "head", "read_tail", "read_into", "put", "list"])
+@pytest.mark.parametrize(("renew", "options"), [(renew_file, {"profile": "work"}), (renew_environment, {})])
+def test_keys_that_another_program_has_renewed_are_read_again_when_the_old_ones_are_refused(
+    http_server, opened, monkeypatch, tmp_path, call, renew, options
+):
+    renew(tmp_path, monkeypatch, "OLD")
+    store = opened(**options)
+    assert store.get("a") == b"data"
+    renew(tmp_path, monkeypatch, "NEW")
+    listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    n_refusals = 2 if call == "head" else 1  # that of a HEAD has no body
+    http_server.next(*[REFUSED] * n_refusals, *([Misbehave("status", 200, body=listing)] if call == "list" else []))
+    {
+        "get": lambda: store.get("a"),
+        "head": lambda: store.head("a"),
+        "read_tail": lambda: store.read_tail("a", 2),
+        "read_into": lambda: read_ranges(store, "a", [ByteRange(0, 4)]),
+        "put": lambda: store.put("b", b"x"),
+        "list": lambda: list(store.list()),
+    }[call]()
+    assert keys_of(http_server) == ["OLD"] * (1 + n_refusals) + ["NEW"]
+
+
+def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
+    pytest.importorskip("boto3")
+    renew_file(tmp_path, monkeypatch, "OLD")
+    archive = S3Archive.of(opened(profile="work"))
+    archive.head("a")
+    renew_file(tmp_path, monkeypatch, "NEW")
+    http_server.next(REFUSED, REFUSED, REFUSED)  # botocore asks the bucket for its region in between
+    archive.head("a")
+    archive.close()
+    assert keys_of(http_server) == ["OLD"] * 4 + ["NEW"]
+
+
+def test_s3fs_in_forked_processes_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
+    renew_file(tmp_path, monkeypatch, "OLD")
+    store = opened(profile="work")
+    stand_in = _stand_in(store.place, store.options, store._tuning)
+    assert stand_in.get("a") == b"data"
+    renew_file(tmp_path, monkeypatch, "NEW")
+    http_server.next(REFUSED)
+    assert stand_in.get("a") == b"data"
+    stand_in.close()
+    assert keys_of(http_server) == ["OLD", "OLD", "NEW"]
+
+
+def test_an_expired_token_is_named_where_no_newer_one_is_there(http_server, opened, monkeypatch, tmp_path):
+    renew_file(tmp_path, monkeypatch, "OLD")
+    store = opened(profile="work")
+    http_server.when(lambda method, path: REFUSED)
+    for call in (store.get, store.head):
+        with pytest.raises(StoreError, match=r"ExpiredToken.*'work' has no newer credentials") as caught:
+            call("a")
+        assert (caught.value.code, caught.value.retryable) == ("ExpiredToken", False)
+    assert len(http_server.log) == 3, "the HEAD is followed by a GET that says why"
+
+
+def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
+    asked = []
+
+    def keys():
+        asked.append(1)
+        return {"AccessKeyId": f"K{len(asked)}", "SecretAccessKey": "s"}
+
+    store = opened(credentials=keys)
+    http_server.when(lambda method, path: Misbehave("status", 403, body=DENIED))
+    with pytest.raises(StoreError, match="AccessDenied"):
+        store.get("a")
+    assert keys_of(http_server) == ["K1", "K2"]
+
+
+def test_keys_are_read_again_before_they_expire_and_used_on_while_the_source_fails():
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    given = []
+
+    def read():
+        answer = given.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    source = Credentials("the test", read, "s3://bucket", now=lambda: now)
+    first = Keys("A", "s", None, now + timedelta(hours=1))
+    given.append(first)
+    assert source.get() is first
+    now += timedelta(minutes=54)
+    assert source.get() is first, "not asked yet"
+    now += timedelta(minutes=2)
+    given.append(StoreError("no", url="s3://bucket"))
+    assert source.get() is first
+    assert not given
+    assert source.get() is first, "not asked at once again"
+    now += timedelta(minutes=1)
+    second = Keys("B", "s", None, now + timedelta(hours=1))
+    given.append(second)
+    assert source.get() is second
+    now += timedelta(hours=2)
+    given.append(StoreError("no", url="s3://bucket"))
+    with pytest.raises(StoreError):
+        source.get()
+    given.append(first)
+    with pytest.raises(StoreError, match="of the test have expired, at 2026-01-01 01:00:00"):
+        source.get()
+
+
+# Functions
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("access_key_id", "secret_access_key", "token", "expires_at"),
+        ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"),
+    ],
+)
+def test_a_function_supplies_keys_by_obstores_names_and_those_of_aws(http_server, opened, names):
+    later = datetime.now(UTC) + timedelta(hours=1)
+    given = dict(zip(names, ("FROM-A-FUNCTION", "s", "the-token", later), strict=True))
+    store = opened(credentials=lambda: given)
+    assert store.get("a") == store.get("a") == b"data"
+    assert keys_of(http_server) == ["FROM-A-FUNCTION"] * 2
+    assert http_server.log[0].headers["x-amz-security-token"] == "the-token"
+
+
+def test_a_function_supplies_the_token_of_google_cloud_as_obstore_has_it(http_server):
+    http_server.objects = {"bucket/a": b"data"}
+    later = datetime.now(UTC) + timedelta(hours=1)
+    given = {"token": "the-token", "expires_at": later}
+    store = open_store("gs://bucket", base_url=http_server.url, credentials=lambda: given)
+    assert store.get("a") == b"data"
+    store.close()
+    assert http_server.log[0].headers["authorization"] == "Bearer the-token"
+
+
+@pytest.mark.parametrize(
+    ("given", "fact"),
+    [
+        (None, "NoneType"),
+        ({"AccessKeyId": "A"}, "secret_access_key"),
+        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "soon"}, "soon"),
+        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "2020-01-01T00:00:00Z"}, "expired"),
+    ],
+)
+def test_what_a_function_must_not_give_is_said(opened, given, fact):
+    with pytest.raises(StoreError, match=fact):
+        opened(credentials=lambda: given).get("a")
+
+
+def test_credentials_that_are_no_function_are_an_error():
+    with pytest.raises(ValueError, match="function"):
+        open_store("s3://bucket", credentials="keys.json")
+
+
+# Profiles
+
+
+def test_a_profile_that_only_the_config_file_has_is_used(http_server, opened, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text(profile_text("FROM-CONFIG", "profile work"))
+    opened(profile="work").get("a")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    opened().get("a")
+    assert keys_of(http_server) == ["FROM-CONFIG"] * 2
+
+
+def test_files_without_a_default_profile_leave_the_search_to_the_machines_own_role(tmp_path):
+    (tmp_path / "config").write_text("[profile other]\nregion = eu-north-1\n")
+    (tmp_path / "credentials").write_text(profile_text("K", "other"))
+    assert s3_access(open_store("s3://bucket").options, "s3://bucket") == ({}, None)
+
+
+def test_one_key_without_the_other_is_an_error(opened):
+    with pytest.raises(ValueError, match="belong together"):
+        opened(access_key_id="a").get("a")
+
+
+def test_the_default_profile_of_the_config_file_is_used_without_a_word(http_server, opened, tmp_path):
+    (tmp_path / "config").write_text(profile_text("FROM-DEFAULT", "default"))
+    opened().get("a")
+    assert keys_of(http_server) == ["FROM-DEFAULT"]
+
+
+def test_a_profiles_own_region_and_endpoint_are_used_and_the_environments_come_first(monkeypatch, tmp_path):
+    text = "[profile work]\nregion = eu-north-1\nservices = here\n[services here]\ns3 =\n  endpoint_url = http://e\n"
+    (tmp_path / "config").write_text(text)
+    (tmp_path / "credentials").write_text(profile_text("K"))
+    options = CloudOptions.parse("s3", {"profile": "work"})
+    config, credentials = s3_access(options, "s3://bucket")
+    assert config == {"region": "eu-north-1", "endpoint": "http://e"}
+    assert credentials.get() == Keys("K", "s3cret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nearer")
+    assert s3_access(options, "s3://bucket")[0]["endpoint"] == "http://nearer"
+
+
+def test_a_profile_that_is_not_there_is_an_error_that_names_the_files(tmp_path):
+    with pytest.raises(ValueError, match=r"'no-such-profile' is neither in .*config nor in .*credentials"):
+        open_store("s3://bucket", profile="no-such-profile").get("a")
+
+
+def test_a_file_that_cannot_be_parsed_is_named_without_what_it_holds(tmp_path):
+    (tmp_path / "credentials").write_text("aws_secret_access_key = s3cret\n")
+    with pytest.raises(ValueError, match="credentials: cannot be read as an AWS file") as caught:
+        open_store("s3://bucket", profile="work").get("a")
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lines", ["sso_session = x\nsso_account_id = 1\n", "role_arn = arn:aws:iam::1:role/r\nsource_profile = base\n"]
+)
+def test_a_profile_that_needs_boto3_names_both_remedies_without_it(monkeypatch, tmp_path, lines):
+    (tmp_path / "config").write_text(f"[profile work]\n{lines}")
+    monkeypatch.setitem(sys.modules, "botocore.session", None)
+    with pytest.raises(ValueError, match=r"'work'.*tiercache\[archive\].*credential_process"):
+        open_store("s3://bucket", profile="work").get("a")
+
+
+def test_a_role_of_another_profile_is_taken_on_by_botocore(http_server, opened, monkeypatch, tmp_path):
+    pytest.importorskip("boto3")
+    (tmp_path / "config").write_text(
+        "[profile base]\naws_access_key_id = BASE\naws_secret_access_key = s\n[profile work]\n"
+        "region = us-east-1\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\n"
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{http_server.url}/sts")
+    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE", "AssumeRole")))
+    assert opened(profile="work").get("a") == b"data"
+    assert keys_of(http_server) == ["BASE", "ROLE"]
+
+
+# credential_process
+
+PROCESS = """
+import json, pathlib, sys
+calls = pathlib.Path(sys.argv[1])
+n = int(calls.read_text()) + 1 if calls.exists() else 1
+calls.write_text(str(n))
+keys = {"Version": 1, "AccessKeyId": f"PROCESS{n}", "SecretAccessKey": "s", "SessionToken": "t"}
+print(json.dumps(keys | json.loads(sys.argv[2])))
+"""
+
+
+def write_process(tmp_path, more):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    command = f"{sys.executable} '{script}' '{tmp_path / 'calls'}' '{json.dumps(more)}'"
+    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
+
+
+def test_a_process_is_started_once_until_its_keys_expire_or_are_refused(http_server, opened, tmp_path):
+    expires_at = datetime.now(UTC) + timedelta(hours=1)
+    write_process(tmp_path, {"Expiration": expires_at.isoformat()})
+    store = opened(profile="work")
+    for _ in range(3):
+        store.get("a")
+    http_server.next(REFUSED)
+    store.get("a")
+    assert keys_of(http_server) == ["PROCESS1"] * 4 + ["PROCESS2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "fact"),
+    [
+        (f"{sys.executable} -c \"import sys; sys.exit('log in first')\"", "ended with 1: log in first"),
+        ("/no/such/program", "cannot be run: .*No such file"),
+        (f"{sys.executable} -c print()", "no JSON"),
+        (f"{sys.executable} -c 'print(\"{{}}\")'", "Version None"),
+    ],
+)
+def test_what_is_wrong_with_a_process_is_said(opened, tmp_path, command, fact):
+    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
+    with pytest.raises(StoreError, match=f"credential_process of the AWS profile 'work'.*{fact}") as caught:
+        opened(profile="work").get("a")
+    assert not caught.value.retryable
+
+
+# Roles by a token's file
+
+
+def sts_answer(key, action="AssumeRoleWithWebIdentity", expiration="2099-01-01T00:00:00Z"):
+    return (
+        f'<{action}Response xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><{action}Result><AssumedRoleUser>'
+        f"<Arn>arn</Arn><AssumedRoleId>id:x</AssumedRoleId></AssumedRoleUser><Credentials><AccessKeyId>{key}"
+        f"</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>{expiration}"
+        f"</Expiration></Credentials></{action}Result></{action}Response>"
+    ).encode()
+
+
+@pytest.fixture
+def role(http_server, tmp_path):
+    (tmp_path / "token").write_text("the-web-token\n")
+    return {
+        "role_arn": "arn:aws:iam::1:role/r",
+        "web_identity_token_file": str(tmp_path / "token"),
+        "sts_endpoint": f"{http_server.url}/sts",
+    }
+
+
+def test_a_tokens_file_is_read_again_when_the_keys_for_it_are_refused(http_server, opened, role, tmp_path):
+    store = opened(**role)
+    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE1")))
+    assert store.get("a") == b"data"
+    (tmp_path / "token").write_text("a-newer-token")
+    http_server.next(REFUSED, Misbehave("status", 200, body=sts_answer("ROLE2")))
+    assert store.get("a") == b"data"
+    assert keys_of(http_server) == ["", "ROLE1", "ROLE1", "", "ROLE2"]
+    tokens = [parse_qs(seen.body.decode())["WebIdentityToken"] for seen in http_server.log if seen.method == "POST"]
+    assert tokens == [["the-web-token"], ["a-newer-token"]]
+
+
+def test_a_role_of_the_environment_is_taken_on(http_server, opened, role, monkeypatch):
+    for name, variable in (("role_arn", "ROLE_ARN"), ("web_identity_token_file", "WEB_IDENTITY_TOKEN_FILE")):
+        monkeypatch.setenv(f"AWS_{variable}", role[name])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", role["sts_endpoint"])
+    http_server.next(Misbehave("status", 200, body=sts_answer("ROLE")))
+    assert opened().get("a") == b"data"
+
+
+def test_what_sts_refuses_is_said_with_its_own_reason(http_server, opened, role):
+    body = (
+        b"<ErrorResponse><Error><Type>Sender</Type><Code>ExpiredTokenException</Code><Message>Token expired: now must "
+        b"be before</Message></Error></ErrorResponse>"
+    )
+    http_server.when(lambda method, path: Misbehave("status", 400, body=body))
+    with pytest.raises(StoreError, match=r"STS at http.*/sts.*ExpiredTokenException: Token expired") as caught:
+        opened(**role).get("a")
+    assert (caught.value.code, caught.value.retryable) == ("ExpiredTokenException", False)
+    assert "the-web-token" not in str(caught.value)
+    assert len(http_server.log) == 1
+
+
+def test_a_write_that_sts_kept_from_being_sent_is_not_in_doubt(http_server, opened, role):
+    http_server.next(Misbehave("status", 500), Misbehave("status", 200, body=sts_answer("ROLE")))
+    assert opened(**role).put_if_absent("b", b"x")
+
+
+def test_an_sts_that_is_busy_is_asked_again(http_server, opened, role):
+    http_server.next(Misbehave("status", 503), Misbehave("status", 200, body=sts_answer("ROLE")))
+    assert opened(**role).get("a") == b"data"
+
+
+def test_a_token_file_that_is_gone_is_named(opened, role, tmp_path):
+    (tmp_path / "token").unlink()
+    with pytest.raises(StoreError, match=r"token file .*token cannot be read"):
+        opened(**role).get("a")
+
+
+def test_half_a_role_is_refused_with_the_remedy(opened, role):
+    with pytest.raises(ValueError, match=r"web_identity_token_file.*source_profile"):
+        opened(role_arn=role["role_arn"]).get("a")
+
+
+def test_obstore_does_the_work(opened):
+    assert isinstance(opened(access_key_id="a", secret_access_key="b").back_end, ObstoreStore)

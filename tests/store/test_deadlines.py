@@ -1,0 +1,290 @@
+"""How long a call may last, and what is said while it does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange
+from tiercache.store import CloudStore, open_store
+from tiercache.store.archive import S3Archive
+from tiercache.store.bucket import Tuning
+from tiercache.store.fsspec import FsspecStore
+from tiercache.store.landing import within, worker_pool
+from tiercache.store.obstore import Place
+from tiercache.store.obstore_errors import failure
+from tiercache.store.options import CloudOptions
+from tiercache.store.retry import Calls, Patience, RetryPolicy, unreachable_fails_at_once, with_retries
+from tiercache.store.spans import RequestSizes
+from tiercache.testing import FakeClock
+from tiercache.testing.http_server import HttpFaultServer, Misbehave
+from tiercache.testing.reading import pattern, read_ranges
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
+
+MIB = 1 << 20
+DATA = pattern(3 * MIB)
+# The server's stalls end after 60 s; a call that ends long before has not waited for that.
+GATE_S = 30
+
+
+@pytest.fixture
+def opened(http_server):
+    """Opens S3 stores of the fault server."""
+    http_server.objects = {"bucket/a": DATA}
+    made = []
+
+    def build(tuning=None, **options):
+        given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1", **options}
+        place = Place("s3", "bucket", "", "s3://bucket")
+        made.append(CloudStore(place, CloudOptions.parse("s3", given), tuning))
+        return made[-1]
+
+    yield build
+    http_server.release()
+    for store in made:
+        store.close()
+
+
+CALLS = {
+    "get": lambda store: store.get("a"),
+    "head": lambda store: store.head("a"),
+    "read_tail": lambda store: store.read_tail("a", 2 * MIB),
+    "read_into": lambda store: read_ranges(store, "a", [ByteRange(0, MIB)]),
+    "read_into, many": lambda store: read_ranges(store, "a", [ByteRange(0, 10), ByteRange(2 * MIB, 3 * MIB)]),
+    "put": lambda store: store.put("b", b"x"),
+    "put_if_absent": lambda store: store.put_if_absent("b", b"x"),
+    "delete": lambda store: store.delete(["a"]),
+    "list": lambda store: list(store.list()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_server_that_never_answers_ends_a_call_after_its_timeout(http_server, opened, call):
+    http_server.when(lambda method, path: Misbehave("silence"))
+    started_s = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        CALLS[call](opened(timeout=0.5))
+    assert time.monotonic() - started_s < GATE_S
+    assert http_server.url in str(caught.value)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("call", ["get", "read_tail", "read_into", "read_into, many"])
+def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, call):
+    http_server.when(lambda method, path: Misbehave("stall", n_bytes=5))
+    started_s = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        CALLS[call](opened(timeout="0.5"))
+    assert time.monotonic() - started_s < GATE_S
+    assert http_server.url in str(caught.value)
+
+
+def test_an_archive_has_the_same_timeout(http_server, opened):
+    pytest.importorskip("boto3")
+    http_server.when(lambda method, path: Misbehave("silence"))
+    archive = S3Archive.of(opened(timeout=0.5))
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match=http_server.url):
+        archive.head("a")
+    assert time.monotonic() - started_s < GATE_S
+    archive.close()
+
+
+@pytest.mark.parametrize("call", ["get", "head", "read_into", "list"])
+def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
+    gate = threading.Event()
+
+    class Silent(MemoryFileSystem):
+        cachable = False
+
+        def _wait(self, *_args, **_kwargs):
+            gate.wait(60)
+            raise OSError("the gate is open")
+
+        cat_file = info = find = _wait
+
+    store = FsspecStore("/folder", "silent://folder", {}, make=Silent, timeout_s=0.3)
+    with pytest.raises(StoreError, match=r"nothing came from silent://folder for 0.3 s"):
+        CALLS[call](store)
+    assert not gate.is_set()
+    gate.set()
+    store.close()
+
+
+def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
+    gate, pool, attempts = threading.Event(), worker_pool(2), []
+
+    def attempt():
+        attempts.append(1)
+        if len(attempts) > 1:
+            gate.wait(60)
+        raise StoreError("no", url="u", retryable=True, text="the first failure")
+
+    patience = Patience("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint="http://e")
+    with pytest.raises(StoreError, match=r"nothing came from http://e for 0.3 s .*the first failure"):
+        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), patience, within=within(pool))
+    assert not gate.is_set()
+    gate.set()
+    pool.drop()
+
+
+def test_a_long_read_goes_on_as_long_as_bytes_come(http_server, opened):
+    clock = FakeClock()
+    http_server.when(lambda method, path: clock.advance(40))
+    store = opened(Tuning(clock=clock, n_threads=1, sizes=RequestSizes(gap_bytes=0, part_bytes=MIB)), timeout=60)
+    assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
+
+
+def test_attempts_that_bring_no_new_bytes_are_no_progress(http_server, opened):
+    clock = FakeClock()
+
+    def fail_slowly(method, path):
+        clock.advance(25)
+        return Misbehave("reset", n_bytes=2 * MIB)
+
+    http_server.when(fail_slowly)
+    store = opened(Tuning(clock=clock, policy=RetryPolicy(n_attempts=100)), timeout=60)
+    with pytest.raises(StoreError):
+        read_ranges(store, "a", [ByteRange(0, 3 * MIB)])
+    assert len(http_server.log) < 30, "each attempt takes 25 s, and most bring no byte that had not come before"
+
+
+def test_the_clients_own_limits_are_no_longer_than_the_calls():
+    client = CloudOptions.parse("s3", {"timeout": 3}).for_obstore()
+    assert client["read_timeout"].total_seconds() == 3
+    assert client["connect_timeout"].total_seconds() == 3
+    assert client["timeout"].total_seconds() >= 60, "of a request that brings bytes all the time"
+    client = CloudOptions.parse("s3", {}).for_obstore()
+    assert client["read_timeout"].total_seconds() < CloudOptions.parse("s3", {}).timeout_s, "a stall is tried again"
+
+
+# Reports
+
+
+def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_server, opened, caplog):
+    http_server.when(lambda method, path: Misbehave("silence"))
+    store = opened(timeout=30)
+    errors = []
+
+    def read():
+        try:
+            store.get("a")
+        except StoreError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert wait_for(lambda: caplog.records, GATE_S)
+    http_server.when(lambda method, path: None)
+    http_server.release()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert http_server.url in caplog.text
+
+
+def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
+    clock, calls = FakeClock(), Calls()
+    patience = Patience("s3://b/a", "get", clock=clock, timeout_s=60, endpoint="http://e")
+    with calls.track(patience):
+        clock.advance(1.9)
+        calls.look()
+        assert not caplog.records
+        for _ in range(3):
+            clock.advance(1)
+            calls.look()
+        assert len(caplog.records) == 1
+        patience.progressed()
+        clock.advance(2)
+        calls.look()
+        assert len(caplog.records) == 2
+    clock.advance(60)
+    calls.look()
+    calls.close()
+    assert len(caplog.records) == 2, "the call is over"
+
+
+# Nobody there
+
+
+@pytest.fixture
+def nobody():
+    """The URL of a server that is gone."""
+    with HttpFaultServer() as server:
+        return server.url
+
+
+@pytest.mark.parametrize("endpoint", ["nobody", "http://no-such-host.invalid"])
+def test_a_command_fails_at_its_first_attempt_where_nobody_listens(request, opened, endpoint):
+    endpoint = request.getfixturevalue("nobody") if endpoint == "nobody" else endpoint
+    clock = FakeClock()
+    store = opened(Tuning(clock=clock), endpoint=endpoint)
+    with unreachable_fails_at_once(), pytest.raises(StoreError, match=f"cannot connect to {endpoint}"):
+        store.get("a")
+    assert clock.slept == []
+    with pytest.raises(StoreError, match=f"cannot connect to {endpoint}"):
+        store.get("a")
+    assert len(clock.slept) > 3, "a training waits for a store that restarts"
+
+
+def test_a_command_waits_for_an_endpoint_that_has_answered(http_server, opened):
+    clock = FakeClock()
+    store = opened(Tuning(clock=clock))
+    with unreachable_fails_at_once():
+        store.get("a")
+        http_server.__exit__()
+        with pytest.raises(StoreError, match="cannot connect"):
+            store.get("a")
+    assert len(clock.slept) > 3
+
+
+def test_an_archive_says_where_it_cannot_connect(nobody, opened):
+    pytest.importorskip("boto3")
+    archive = S3Archive.of(opened(endpoint=nobody))
+    with unreachable_fails_at_once(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
+        archive.head("a")
+    assert caught.value.retryable
+    archive.close()
+
+
+# Reasons
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"<Error><Code>ExpiredToken</Code><Message>too old</Message></Error>", "ExpiredToken: too old"),
+        (b'{"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "no"}}', "UNAUTHENTICATED: no"),
+        (b'{"error": "invalid_grant", "error_description": "Token expired"}', "invalid_grant: Token expired"),
+        (b"<html><body>a page</body></html>", "HTTP 400 Bad Request$"),
+        (b"{", "HTTP 400 Bad Request: {$"),
+    ],
+)
+def test_the_reason_is_read_from_the_answers_body(http_server, body, reason):
+    http_server.next(Misbehave("status", 400, body=body))
+    store = open_store(http_server.url)
+    with pytest.raises(StoreError, match=reason):
+        store.get("a")
+    store.close()
+
+
+def test_a_refused_head_is_followed_by_a_request_that_says_why(http_server, opened):
+    body = b"<Error><Code>AccessDenied</Code><Message>not yours</Message></Error>"
+    http_server.when(lambda method, path: Misbehave("status", 403, body=body))
+    with pytest.raises(StoreError, match="AccessDenied: not yours") as caught:
+        opened().head("a")
+    assert caught.value.code == "AccessDenied"
+
+
+def test_an_error_without_a_server_in_its_text_names_the_one_that_was_asked():
+    text = "Generic S3 error: HTTP error: body\n\nDebug source:\nHttpError {\n    kind: Timeout,\n}"
+    error = failure(RuntimeError(text), "get", "s3://b/a", "http://e")
+    assert "http://e" in str(error)
+    assert error.retryable
