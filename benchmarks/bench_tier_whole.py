@@ -53,13 +53,14 @@ def made_file(n_rules: int) -> TierFile:
             excepted=("**/*.keep",),
             to="archive",
             idle_s=DAY_S / 2,
+            idle_by="mtime",
         )
         for i in range(n_rules - 2)
     ]
     best = (Best(metric="val_loss", n=2, mode="min"),)
     keep = {"hot": Keep(last=2), "standard": Keep(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
-    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, promote="on_access"))
+    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime", promote="on_access"))
     return TierFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,8 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
 from tiercache.prices import priced
 from tiercache.shard.types import Schema
+from tiercache.store import local
+from tiercache.store.posix import file_info
 from tiercache.testing import JumpingClock
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory import take_inventory
@@ -133,6 +135,7 @@ class World:
         self.script = Script()
         self.clock = JumpingClock()
         self.slept_s = 0.0
+        self.unseen: dict[str, str] = {}  # ETags of files whose bits turned: as they are, and as they were
         self.pins: tuple[str, ...] = ()
         self.places = {place.name: place for place in self._places()}
         self.oracle = Oracle(GRACE_S, SETTLE_S)
@@ -242,9 +245,12 @@ class World:
         return next((one for one in turned if one not in self.oracle.ever[key]), flipped(data))
 
     def _lay_unseen(self, path: Path, data: bytes) -> None:
+        """As a bit turns on a disk: the store gives the ETag that the file had, which no program could."""
         before = path.stat()
+        etag = file_info("", before).etag
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self.unseen[file_info("", path.stat()).etag] = self.unseen.get(etag, etag)
 
     def pin(self, *names: str) -> None:
         """The rule file has pins of these groups from now on."""
@@ -300,7 +306,12 @@ class World:
         def archive_of(tier, store):
             return store if isinstance(store, DiskBucket) else really_archive(tier, store)
 
+        def info_of(key, status):
+            info = file_info(key, status)
+            return replace(info, etag=self.unseen.get(info.etag, info.etag))
+
         with ExitStack() as stack:
+            stack.enter_context(patch.object(local, "file_info", info_of))
             for name, module in [*sys.modules.items()]:
                 if name.startswith("tiercache") and getattr(module, "open_store", None) is really:
                     stack.enter_context(patch.object(module, "open_store", open_store))
