@@ -453,7 +453,7 @@ class Settling:
                     gone += [(where, obj.key) for where, obj in one.there]
                 if row.action == "delete":  # and what the books have of copies that others have taken away
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
-                    self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
+                self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
                 continue
             if one.verdict == "cancel":
                 rows.append(replace(row, state="cancelled", note=one.why, changed_s=self._now_s))
