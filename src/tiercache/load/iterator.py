@@ -68,9 +68,9 @@ class Position:
             raise RuntimeError(
                 f"how much of epoch {self._begun.epoch} was served is not known: this loader's sampler or "
                 "batch_sampler was iterated, usually by another loader that was made of it (as by Accelerate's "
-                "skip_first_batches). "
-                "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
-                f"set_epoch({self._begun.epoch + 1}) of this loader first. Otherwise resume with load_state_dict()"
+                "skip_first_batches). Call state_dict() before that loader begins or after it ends; if it has worker "
+                f"processes, call set_epoch({self._begun.epoch + 1}) of this loader first. Otherwise resume "
+                "with load_state_dict()"
             )
         return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
 
