@@ -158,7 +158,7 @@ _S3FS_LACKS = frozenset(
     ]
 )
 # A stalled connection must not hang a job: after 20 s without a byte a request is made again, on another connection.
-# `timeout` is not the HTTP client's: it limits a whole call, see Patience.
+# `timeout` is not the HTTP client's: it limits a whole call, see CallLimit.
 _CLIENT_DEFAULTS = {
     "timeout": timedelta(seconds=TIMEOUT_S),
     "read_timeout": timedelta(seconds=20),
