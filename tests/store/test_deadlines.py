@@ -125,7 +125,7 @@ def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
             gate.wait(60)
         raise StoreError("no", url="u", retryable=True, text="the first failure")
 
-    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint="http://e")
+    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint=lambda: "http://e")
     with pytest.raises(StoreError, match=r"nothing came from http://e for 0.3 s .*the first failure"):
         with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), limit, abandons="retries")
     assert not gate.is_set()
@@ -206,7 +206,7 @@ def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_serv
 
 def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
     clock, calls = FakeClock(), CallWatch()
-    limit = CallLimit("s3://b/a", "get", clock=clock, timeout_s=60, endpoint="http://e")
+    limit = CallLimit("s3://b/a", "get", clock=clock, timeout_s=60, endpoint=lambda: "http://e")
     with calls.track(limit):
         clock.advance(1.9)
         calls.look()

@@ -84,7 +84,7 @@ class ObstoreStore(Store):
             cancel,
             clock=self._tuning.clock,
             timeout_s=self._timeout_s,
-            endpoint=client.endpoint,
+            endpoint=client.awaited,
         )
 
     def _asked(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:

@@ -15,7 +15,7 @@ from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.credentials import Credentials, Keys, refusal, s3_access
+from tiercache.store.credentials import Credentials, Keys, awaited, refusal, s3_access
 from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
 from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
 from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
@@ -23,7 +23,7 @@ from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
 from tiercache.store.retry import TIMEOUT_S, Abandons, CallLimit, CallWatch, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
-from tiercache.store.urls import redact
+from tiercache.store.urls import endpoint_of, redact
 from tiercache.waiting import SYSTEM_CLOCK
 
 T = TypeVar("T")
@@ -79,14 +79,21 @@ class FsspecStore(Store):
 
     def _open(self) -> _Opened:
         if self._make is not None:
-            return _Opened(partial(_made_files, self._make, self._full_url), None)
+            return _Opened(partial(_made_files, self._make, self._full_url), None, self.url)
         if self._s3 is None:
-            return _Opened(partial(_open_files, self._full_url, self._options), None)
+            endpoint = endpoint_of("http", self.url, {}) if self.url.startswith("http") else self.url
+            return _Opened(partial(_open_files, self._full_url, self._options), None, endpoint)
         config, credentials = s3_access(self._s3, self.url)
+        endpoint = endpoint_of("s3", self.url, config)
         options = {**self._options, **replace(self._s3, config=config).for_s3fs()}
         if credentials is None:
-            return _Opened(partial(_open_files, self._full_url, options), None)
-        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials)
+            return _Opened(partial(_open_files, self._full_url, options), None, endpoint)
+        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials, endpoint)
+
+    def _awaited(self) -> str:
+        """Whom a call waits for now, for messages. Where a file system finds its server is its own business."""
+        opened = self._files_here.get()
+        return awaited(opened.endpoint, opened.credentials)
 
     @property
     def _files(self) -> Files:
@@ -97,7 +104,7 @@ class FsspecStore(Store):
     ) -> CallLimit:
         at = self._at(key)
         return CallLimit(
-            at, doing, deadline_s, cancel, clock=SYSTEM_CLOCK, timeout_s=self._timeout_s, endpoint=self.url
+            at, doing, deadline_s, cancel, clock=SYSTEM_CLOCK, timeout_s=self._timeout_s, endpoint=self._awaited
         )
 
     def close(self) -> None:
@@ -358,8 +365,8 @@ def _rebuild(
 class _Opened:
     """This process's file system, made again when there are other keys. Safe from any thread."""
 
-    def __init__(self, make: Callable[..., Files], credentials: Credentials | None) -> None:
-        self.credentials = credentials
+    def __init__(self, make: Callable[..., Files], credentials: Credentials | None, endpoint: str) -> None:
+        self.credentials, self.endpoint = credentials, endpoint
         self._make, self._lock = make, Lock()
         self._keys: Keys | None = None
         self._all: list[Files] = []  # the last one is used; other threads may still use those before it

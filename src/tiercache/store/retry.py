@@ -112,7 +112,7 @@ class CallLimit:
 
     Progress is the call's start, and then each progressed(): a byte that had not arrived before. Failed attempts and
     pauses between them are no progress; time in which all parts of the call wait for a thread does not count. Safe from
-    any thread. endpoint: the server, for messages.
+    any thread. endpoint: says whom the call waits for now, for messages: the server, or the source of its keys.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class CallLimit:
         *,
         clock: Clock,
         timeout_s: float | None = None,
-        endpoint: str = "",
+        endpoint: Callable[[], str] | None = None,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
         self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _here.unwanted
-        self.endpoint = endpoint or url
+        self._endpoint = endpoint
         self.start_s = self._progress_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
         self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
@@ -136,6 +136,11 @@ class CallLimit:
         self.is_reported = False
         # Threads that carry out a part of the call now; None: the caller's thread does all of it.
         self._running: set[int] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Whom the call waits for now."""
+        return self.url if self._endpoint is None else self._endpoint()
 
     @property
     def is_endless(self) -> bool:
