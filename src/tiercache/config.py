@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tiercache.model import parse_bytes
+from tiercache.model import parse_bool, parse_bytes
 
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
@@ -213,7 +213,9 @@ def aws_profile() -> str | None:
     if named:
         return named
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")):
+    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")) or _flag(
+        "AWS_SKIP_SIGNATURE"
+    ):
         return None
     return "default" if any(file.is_file() for file in aws_files()) else None
 
@@ -248,7 +250,7 @@ def aws_ca_bundle() -> str | None:
     return os.environ.get("AWS_CA_BUNDLE") or None
 
 
-def aws_reach() -> dict[str, str]:
+def aws_reach() -> dict[str, Any]:
     """How AWS clients reach S3 here, in obstore's names: what the environment says, which boto3 reads by other names.
 
     A client that asked another server than the store does would change, or delete, objects of the same names there.
@@ -256,14 +258,21 @@ def aws_reach() -> dict[str, str]:
     names = {
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        "skip_signature": ("AWS_SKIP_SIGNATURE",),
-        "virtual_hosted_style_request": ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST",),
-        "request_payer": ("AWS_REQUEST_PAYER",),
     }
-    said = {name: next(filter(None, map(os.environ.get, variables)), None) for name, variables in names.items()}
-    if (payer := said["request_payer"]) is not None:
-        said["request_payer"] = "true" if payer.lower() in ("true", "1", "requester") else None
-    return {name: value for name, value in said.items() if value}
+    said: dict[str, Any] = {name: next(filter(None, map(os.environ.get, given)), None) for name, given in names.items()}
+    said["skip_signature"] = _flag("AWS_SKIP_SIGNATURE")
+    said["virtual_hosted_style_request"] = _flag("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    said["request_payer"] = _flag("AWS_REQUEST_PAYER", "requester")
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _flag(variable: str, *true: str) -> bool | None:
+    """What a variable says, None where it is not set or empty. true: further texts that mean true."""
+    text = os.environ.get(variable, "")
+    try:
+        return None if not text else text.lower() in true or parse_bool(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {variable}: {error}") from error
 
 
 def available_cpus(root: Path = Path("/")) -> int:

@@ -108,7 +108,7 @@ def test_a_dry_run_says_what_it_would_cost_and_asks_for_nothing(tiercache, bucke
     *objects, summary = tiercache("restore", "runs", "--dry-run", "--json").events
     assert [(one["key"], one["state"]) for one in objects] == [(f"runs/{n}/data.bin", "archived") for n in "abc"]
     assert (summary["objects"], summary["n_bytes"], summary["hours"]) == (3, 3000, 5.0)
-    assert summary["cost"] == pytest.approx(3 * 0.05 / 1000 + 3000 / 1e9 * 0.01)
+    assert summary["cost"] == pytest.approx(3 * 0.05 / 1000 + 3000 / 2**30 * 0.01)
     assert "Restore" not in bucket.head("cold", "runs/a/data.bin")
     assert tiercache("restore", "runs", "--dry-run").out == (
         "would restore 3 objects, 2.9 KiB, for $0.00015, up to 5 h (standard)\n"

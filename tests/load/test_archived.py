@@ -187,7 +187,7 @@ def test_each_class_is_priced_by_its_own_row_of_the_table(world):
     deep = next(prices for name, prices in table.items() if name.endswith(":DEEP_ARCHIVE")).restore["standard"]
     n_bytes = next(info.n_bytes for info in world.moved.infos if info.name == second)
     assert both.hours == deep.hours > quick.hours
-    assert both.cost == pytest.approx(quick.cost + n_bytes / 1e9 * deep.gb + deep.per_1000 / 1000, rel=1e-9)
+    assert both.cost == pytest.approx(quick.cost + n_bytes / 2**30 * deep.gb + deep.per_1000 / 1000, rel=1e-9)
     world.archive([third], storage_class="SOMETHING_ELSE")
     assert (asked().hours, asked().cost) == (None, None)
 
