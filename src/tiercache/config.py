@@ -178,9 +178,10 @@ def _suggestion(name: str) -> str:
 
 
 def distributed_environment() -> tuple[int, int, int, int] | None:
-    """(rank, world size, local rank, local world size) as torchrun and its like set them.
+    """(rank, world size, local rank, local world size) as torchrun and other launchers set them.
 
-    None without RANK and WORLD_SIZE. Without LOCAL_RANK and LOCAL_WORLD_SIZE each rank counts as alone on its machine.
+    None without RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE (DeepSpeed sets LOCAL_SIZE) each rank counts as alone on
+    its machine.
 
     Raises:
         ValueError: a variable that is not a number, or a rank that is not below its world size.
@@ -188,10 +189,14 @@ def distributed_environment() -> tuple[int, int, int, int] | None:
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return None
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    local_rank, local_world_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-    for name, member, size in (("", rank, world_size), ("LOCAL_", local_rank, local_world_size)):
+    local_size = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local_rank, local_world_size = 0, 1
+    if os.environ.get(local_size):
+        local_rank, local_world_size = _number("LOCAL_RANK", 0), _number(local_size, 1)
+    ranks = (("RANK", rank, "WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank, local_size, local_world_size))
+    for name, member, size_name, size in ranks:
         if not 0 <= member < size:
-            given = f"{name}RANK={member} and {name}WORLD_SIZE={size}"
+            given = f"{name}={member} and {size_name}={size}"
             raise ValueError(f"environment variables {given}: a rank is from 0 to its world size - 1")
     return rank, world_size, local_rank, local_world_size
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+OWN_FOLDER = "_tiercache/"
+"""Folder of a data set or tier for the objects of tiercache itself: versions, segments, placements, the lock."""
+
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgtp", start=1)

@@ -198,7 +198,7 @@ class TestBucket:
             )
             archive.close()
             (found,) = [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"]
-            assert (found["tier"], found["kind"], found["rule"]) == ("standard", "expiration", "tidy")
+            assert (found["tier"], found["kind"], found["lifecycle_rule"]) == ("standard", "expiration", "tidy")
             (line,) = [one for one in tiercache("tier", "check").out.splitlines() if one.startswith("warning: ")]
             assert "30 days" in line
 

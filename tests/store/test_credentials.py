@@ -132,6 +132,28 @@ def test_an_expired_token_is_named_where_no_newer_one_is_there(http_server, open
     assert len(http_server.log) == 3, "the HEAD is followed by a GET that says why"
 
 
+@pytest.mark.parametrize("half_written", ["", "[work]\naws_access_key_id = NEW\n", "aws_access_key_id\n"])
+def test_a_file_that_is_being_written_anew_when_keys_are_refused_is_read_until_it_is_whole(
+    http_server, opened, monkeypatch, tmp_path, half_written
+):
+    renew_file(tmp_path, monkeypatch, "OLD")
+    store = opened(profile="work")
+    assert store.get("a") == b"data"
+    (tmp_path / "credentials").write_text(half_written)
+    n_refused = 0
+
+    def answer(_method, _path):
+        nonlocal n_refused
+        n_refused += 1
+        if n_refused == 2:
+            renew_file(tmp_path, monkeypatch, "NEW")
+        return REFUSED if n_refused < 3 else None
+
+    http_server.when(answer)
+    assert store.get("a") == b"data"
+    assert keys_of(http_server)[-1] == "NEW"
+
+
 def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
     asked = []
 

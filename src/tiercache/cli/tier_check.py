@@ -52,7 +52,8 @@ def check(
 ) -> None:
     """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed.
 
-    Ends with 3 where something is lost: a version, the placement or the books name it, and no tier has a copy.
+    Exits with 3 if an object is lost: a data set version, the placement or this machine's catalog names it, and no tier
+    has a copy.
     """
     output = Output(as_json, quiet)
     if prices:

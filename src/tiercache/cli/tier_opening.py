@@ -87,11 +87,11 @@ class OpenTiers:
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
 
     def say_left(self, output: Output) -> None:
-        """A note for each home, not of this rule file, that moves in the books of this machine wait for."""
+        """A note for each home, not of this rule file, that moves in the catalog of this machine wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
             if home != self.file.home.url:
                 text = (
-                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the books of this machine: "
+                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the catalog of this machine: "
                     f"nothing of them is deleted before `tiercache tier run --once` with a rule file of that home"
                 )
                 output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")

@@ -13,6 +13,7 @@ from tiercache.store.credentials import default_profile
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
+from tiercache.store.object_file import StoreFile
 from tiercache.store.obstore import Place
 from tiercache.store.options import CloudOptions, parse_limit, with_ca_bundle
 from tiercache.store.retry import TIMEOUT_S
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryStore",
     "Span",
     "Store",
+    "StoreFile",
     "Upload",
     "check_key",
     "open_store",

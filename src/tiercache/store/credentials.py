@@ -168,7 +168,8 @@ def refusal(error: StoreError, credentials: Credentials | None, number: int) -> 
         else:
             return error
     except (StoreError, ValueError) as failed:
-        text = f"; reading the credentials again failed: {failed}"
+        # Another program may be writing the file anew: the call is tried again within its time.
+        text, facts["retryable"] = f"; reading the credentials again failed: {failed}", True
     said = error.message.removeprefix(f"{facts.pop('url')}: ")
     return StoreError(f"{said}{text}", url=error.facts["url"], **facts)
 
@@ -304,7 +305,9 @@ def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, u
         if not secret:
             raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
         return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
-    return _by_process(said.get("credential_process", ""), origin, url, min(_PROCESS_S, options.timeout_s))
+    if not said.get("credential_process"):
+        raise ValueError(f"{origin} holds no credentials any more")  # for example a file that is being written anew
+    return _by_process(said["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
 
 
 def _profile(name: str) -> dict[str, str]:

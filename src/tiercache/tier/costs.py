@@ -120,6 +120,45 @@ def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
     return sizes.n_objects * dst.transition_1000 / 1000 + sizes.n_bytes / GB * src.retrieve_gb
 
 
+def restored_home_dollars(
+    archive: Prices, speed: RestorePrice, home: Prices, n_bytes: NDArray[np.int64], *, urls: tuple[str, str]
+) -> Dollars:
+    """What copying each archived object home costs: its restore for PROMOTION_DAYS, and the copy or change of class.
+
+    urls: of the archive and of home. Where they are equal, only the class is changed.
+    """
+    sizes = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes)
+    dollars = restore_dollars(archive, speed, n_bytes, PROMOTION_DAYS)
+    if urls[0].rstrip("/") == urls[1].rstrip("/"):
+        return dollars + reclass_dollars(archive, home, sizes)
+    leaves, streams = leaves_and_streams(*urls, archive, home)
+    return dollars + copy_dollars(archive, home, sizes, leaves=leaves, streams=streams)
+
+
+def leaves_and_streams(src_url: str, dst_url: str, src: Prices | None, dst: Prices | None) -> tuple[bool, bool]:
+    """Of a copy between two tiers: whether it leaves the provider's region, and whether it passes through this machine.
+
+    Where prices name no region, a copy leaves it unless both tiers are in one bucket. A local disk is outside every
+    region. Only S3 copies objects itself.
+    """
+    if src is None or dst is None:
+        leaves = True
+    elif region := region_of(src):
+        leaves = region != region_of(dst)
+    else:
+        leaves = _bucket(src_url) != _bucket(dst_url)
+    return leaves, leaves or not (_is_s3(src_url) and _is_s3(dst_url))
+
+
+def _is_s3(url: str) -> bool:
+    return url.lower().startswith("s3://")
+
+
+def _bucket(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
+
+
 def break_even_days(once: Dollars, saving_month: Dollars) -> Dollars:
     """Days until what was paid once is earned back; inf: never; 0 where nothing is paid and nothing lost."""
     days = np.full(len(once), np.inf)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog import uses
+from tiercache.catalog import read_log
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
@@ -323,11 +323,11 @@ class _Used:
         n_groups = len(grouped.kind)
         last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
         try:
-            known = uses.read()
+            known = read_log.read()
         except (OSError, ValueError):  # no state folder can be had: then nothing is known
             known = {}
         for number in listed.tiers if known else ():
-            found = uses.below(known, file.tiers[number].url)
+            found = read_log.below(known, file.tiers[number].url)
             rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
             keys = taken(listed.keys, grouped.objects.row[rows])
             at = find(keys, pa.array(list(found), pa.large_string()))
