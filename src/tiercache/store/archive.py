@@ -199,7 +199,7 @@ class S3Archive:
         self._calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
-        self._timeout_s = calls.timeout_s
+        self._timeout_s, self._awaited = calls.timeout_s, calls.awaited
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
         self._under_way = CallWatch()
@@ -246,7 +246,7 @@ class S3Archive:
             operation,
             clock=self._clock,
             timeout_s=None if copies else self._timeout_s,
-            endpoint=self._calls.awaited,
+            endpoint=self._awaited,
         )
 
         def attempt() -> Mapping[str, Any]:
