@@ -443,7 +443,7 @@ class TestLs:
         for verb in ("ls", "check"):
             left = [one for one in tiercache("tier", verb, "--json").events if one["event"] == "left"]
             assert left == [{"event": "left", "home": f"{root}/store", "moves": n_moves}], verb
-        assert f"moves of another home, {root}/store, wait in the books" in tiercache("tier", "ls").out
+        assert f"moves of another home, {root}/store, wait in the catalog" in tiercache("tier", "ls").out
         (root / "tiercache.toml").write_text(rules)
         assert [one for one in tiercache("tier", "ls", "--json").events if one["event"] == "left"] == []
         assert tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"] == n_moves
