@@ -69,6 +69,20 @@ def parse_duration(text: int | float | str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_bool(value: object) -> bool:
+    """A bool, or the texts true, 1, yes, on, y and their opposites, in any case.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on", "y"):
+        return True
+    if text in ("false", "0", "no", "off", "n"):
+        return False
+    raise ValueError(f"not true or false: {value!r}")
+
+
 def format_bytes(n_bytes: float) -> str:
     """A size for people: "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

@@ -15,6 +15,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Protocol
 
+GB = float(1 << 30)
+"""Bytes of a GB in every price."""
 SPEEDS = ("expedited", "standard", "bulk")
 _FREE_SCHEMES = ("file", "memory")
 

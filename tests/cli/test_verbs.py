@@ -118,7 +118,7 @@ class TestListing:
 class TestHead:
     def test_records_are_shown_over_the_borders_of_shards(self, tiercache, data_set):
         lines = tiercache("head", data_set, "-n", "15", "--start", "3").out.splitlines()
-        assert lines[:4] == ["record 3", "  image  <png 1008 B>", "  label  0 (cat)", '  path   "cat/3.png"']
+        assert lines[:4] == ["record 3", "  image  <png 1.1 KiB>", "  label  0 (cat)", '  path   "cat/3.png"']
         assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in range(3, 18)]
         assert lines[-1] == "15 of 20 records"
 

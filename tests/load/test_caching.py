@@ -68,8 +68,10 @@ def test_a_loader_whose_cache_may_take_nothing_of_the_disk_says_so_once(server, 
             read_through(cache, server)
         (said,) = told_of_no_room(told)
         assert cache.entries() == []
-    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "976.6 KiB", "free_floor", "TIERCACHE_CACHE_DIR"):
+    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "only 0 B left", "free_floor", "TIERCACHE_CACHE_DIR"):
         assert fact in said
+    assert "taken" not in said
+    assert "pinned" not in said
 
 
 @pytest.mark.parametrize("policy", ["plan", "lru", "resident"])
@@ -82,8 +84,9 @@ def test_a_loader_whose_cache_is_held_by_others_says_so_once(server, tmp_path, p
             warnings.simplefilter("always")
             read_through(cache, server)
         (said,) = told_of_no_room(told)
-    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "97.7 KiB", "unpin", "TIERCACHE_CACHE_SIZE"):
+    for fact in (f"{server.url}/data", str(tmp_path / "cache"), "97.7 KiB", "pinned", "TIERCACHE_CACHE_SIZE"):
         assert fact in said
+    assert "free_floor" not in said
 
 
 def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
+from tests.distributed.jobs import OwnRecords, ids_together, only_ids
 from tests.load.conftest import SCHEMA, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import RandomSampler
@@ -24,22 +25,7 @@ WORKERS = pytest.mark.parametrize("workers", [0, 2])
 SHUFFLE = pytest.mark.parametrize("shuffle", [False, True])
 
 
-def numbers_of(records):
-    return {"id": torch.tensor([int(record["id"]) for record in records])}
-
-
-def only_id(record):
-    return {"id": record["id"]}
-
-
-class Own(tc.Dataset):
-    """A data set that says itself what a record is."""
-
-    def __getitem__(self, index):
-        return {"id": super().__getitem__(index)["id"]}
-
-
-class Pairs(Own):
+class Pairs(OwnRecords):
     """A data set that says itself how many records there are."""
 
     def __len__(self):
@@ -50,9 +36,9 @@ class Pairs(Own):
 
 
 WAYS = {
-    "collate_fn": lambda path, **more: tc.DataLoader(tc.Dataset(path), collate_fn=numbers_of, **more),
-    "transform": lambda path, **more: tc.DataLoader(tc.Dataset(path, transform=only_id), **more),
-    "subclass": lambda path, **more: tc.DataLoader(Own(path), **more),
+    "collate_fn": lambda path, **more: tc.DataLoader(tc.Dataset(path), collate_fn=ids_together, **more),
+    "transform": lambda path, **more: tc.DataLoader(tc.Dataset(path, transform=only_ids), **more),
+    "subclass": lambda path, **more: tc.DataLoader(OwnRecords(path), **more),
     "batch_size=None": lambda path, batch_size, **more: tc.DataLoader(tc.Dataset(path), batch_size=None, **more),
 }
 BATCHED = [name for name in WAYS if name != "batch_size=None"]
@@ -212,10 +198,10 @@ def test_random_numbers_and_seeds_are_those_of_torchs_loader_and_of_the_native_p
         return found
 
     def ours(**more):
-        return tc.DataLoader(tc.Dataset(path), collate_fn=numbers_of, **more)
+        return tc.DataLoader(tc.Dataset(path), collate_fn=ids_together, **more)
 
     def theirs(**more):
-        return TorchLoader(tc.Dataset(path), collate_fn=numbers_of, **more)
+        return TorchLoader(tc.Dataset(path), collate_fn=ids_together, **more)
 
     def natively(batch_size, **more):
         return native(path, batch_size, **more)
@@ -281,7 +267,7 @@ def test_views_and_mixtures_are_served_as_on_the_native_path(path, make, shuffle
     chosen = make(tc.Dataset(path, columns=["id"]))
     for rank in range(2):
         given = {"batch_size": 4, "shuffle": shuffle, "options": options(rank, 2)}
-        loader, expected = tc.DataLoader(chosen, collate_fn=numbers_of, **given), tc.DataLoader(chosen, **given)
+        loader, expected = tc.DataLoader(chosen, collate_fn=ids_together, **given), tc.DataLoader(chosen, **given)
         assert len(loader) == len(expected)
         for _ in range(3):
             assert ids_of(loader) == ids_of(expected)
@@ -325,7 +311,7 @@ def test_a_state_that_an_earlier_release_saved_goes_on_in_the_order_that_it_had(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchdata calls a function that torch 2.13 deprecated
             return StatefulDataLoader(
-                tc.Dataset(path), batch_size=16, shuffle=shuffle, num_workers=workers, collate_fn=numbers_of
+                tc.Dataset(path), batch_size=16, shuffle=shuffle, num_workers=workers, collate_fn=ids_together
             )
 
     before = theirs()
@@ -353,7 +339,7 @@ def test_a_state_that_an_earlier_release_saved_goes_on_in_the_order_that_it_had(
 def test_ranks_that_go_on_with_such_a_state_are_told_that_each_is_served_everything(path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = StatefulDataLoader(tc.Dataset(path), batch_size=16, collate_fn=numbers_of)
+        before = StatefulDataLoader(tc.Dataset(path), batch_size=16, collate_fn=ids_together)
     next(iter(before))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -364,7 +350,7 @@ def test_ranks_that_go_on_with_such_a_state_are_told_that_each_is_served_everyth
     assert len(list(itertools.chain(*ids_of(loader)))) == N // 2
 
 
-class WithState(Own):
+class WithState(OwnRecords):
     n_read = 0
 
     def __getitem__(self, index):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.images.pictures import encode, picture
-from tests.load.conftest import check_batch, join_loading
+from tests.load.conftest import check_batch, ids_of, join_loading
 
 import tiercache as tc
 from tiercache.load import damage, mending
@@ -68,10 +68,6 @@ def mend(ids: list[int], bad: set[int], before: int | None = None) -> list[int]:
         found.append(last)
     first_good = next((i for i in ids if i not in bad), None)
     return [first_good if i is None else i for i in found]
-
-
-def ids_of(loader) -> list[list[int]]:
-    return [check_batch(batch) for batch in loader]
 
 
 def read_with_states(loader) -> list[tuple[dict, dict]]:

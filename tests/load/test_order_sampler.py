@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from tests.load.conftest import SCHEMA, make_columns
+from tests.load.conftest import SCHEMA, ids_of, make_columns
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from torch.utils.data import DataLoader as TorchLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -44,10 +44,6 @@ def rebuilt(loader, kind=TorchLoader):
     return kind(
         loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn, generator=loader.generator
     )
-
-
-def ids_of(loader):
-    return [batch["id"].tolist() for batch in loader]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -169,10 +165,35 @@ def test_an_epoch_that_another_loader_serves_has_no_state_until_it_ended(dataset
     assert loader.state_dict()["epoch"] == 5
 
 
+@pytest.mark.parametrize("name", ["sampler", "batch_sampler"])
+def test_iterating_a_sampler_begins_the_epoch_as_iter_of_the_loader_does(dataset, name):
+    epochs = [ids_of(loader) for loader in [make(dataset)] * 3]
+    loader = make(dataset)
+    given = list(getattr(loader, name))
+    assert given == (epochs[0] if name == "batch_sampler" else list(itertools.chain(*epochs[0])))
+    assert (loader.state_dict()["epoch"], loader.state_dict()["offset"]) == (1, 0)
+    assert ids_of(loader) == epochs[1]
+    next(iter(getattr(loader, name)))
+    with pytest.raises(RuntimeError, match="sampler or batch_sampler was iterated"):
+        loader.state_dict()
+    loader.set_epoch(2)
+    assert loader.state_dict()["epoch"] == 2
+    assert ids_of(loader) == epochs[2]
+
+
+def test_looking_at_a_samplers_length_or_making_its_iterator_begins_no_epoch(dataset):
+    loader, expected = make(dataset), make(dataset)
+    for sampler in (loader.sampler, loader.batch_sampler):
+        assert len(sampler)
+        iter(sampler)
+    assert loader.state_dict()["epoch"] == 0
+    assert ids_of(loader) == ids_of(expected)
+
+
 def test_workers_ask_ahead_so_the_end_is_not_known_from_what_was_asked(dataset):
     loader = make(dataset, num_workers=2)
     list(loader.batch_sampler)
-    with pytest.raises(RuntimeError, match="worker processes: after set_epoch"):
+    with pytest.raises(RuntimeError, match=r"if it has worker processes, call set_epoch\(1\)"):
         loader.state_dict()
 
 

@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.shard.mixed_shard import wait_until_settled
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
@@ -387,6 +388,9 @@ def test_a_cached_record_brings_the_copy_and_is_mapped_from_then_on(tmp_path):
         dataset = tc.Dataset(f"{server.url}/d", cache=cache)
         assert dataset[37]["id"] == 37
         server.log.clear()
+        assert dataset[38]["id"] == 38
+        for copy in (cache.path / "copies").iterdir():
+            wait_until_settled(copy)  # until then each read looks whether the new copy was written to
         assert dataset[38]["id"] == 38
         assert dataset.source.record(38) is not None
         assert [seen for seen in server.log if seen.n_bytes] == []

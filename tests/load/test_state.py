@@ -76,7 +76,7 @@ def test_a_state_of_our_order_is_refused_by_a_loader_of_another_way(make_dataset
     state = tc.DataLoader(dataset, batch_size=4).state_dict()
     for other in ({"collate_fn": list, "sampler": [1, 2]}, {"sampler": [1, 2]}):
         loader = tc.DataLoader(dataset, batch_size=4, **other)
-        with pytest.raises(ValueError, match="is of tiercache's own order: it is for a loader over"):
+        with pytest.raises(ValueError, match="Load it into a loader without sampler= and batch_sampler="):
             loader.load_state_dict(state)
     with pytest.raises(TypeError, match="takes what state_dict\\(\\) gave, a dict, got None"):
         tc.DataLoader(dataset).load_state_dict(None)

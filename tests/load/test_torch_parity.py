@@ -208,6 +208,11 @@ def test_attributes_that_torch_fixes_are_fixed_and_others_may_be_set(dataset, pl
     )
 
 
+def random_states(generator):
+    """Torch's random state, and the generator's; None: there is no generator."""
+    return torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()
+
+
 def draws_of(loader_class, data, make_arguments):
     """Torch's random state, and the generator's, after each call of a run of three epochs, one of them left early."""
     torch.manual_seed(3)
@@ -215,16 +220,13 @@ def draws_of(loader_class, data, make_arguments):
     generator = arguments.get("generator")
     states = []
 
-    def note():
-        states.append((torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()))
-
     loader = loader_class(data, 16, collate_fn=tc.collate, **arguments)
-    note()
+    states.append(random_states(generator))
     for stop in (None, 2, None):
         iterator = iter(loader)
-        note()
+        states.append(random_states(generator))
         for i, _ in enumerate(iterator):
-            note()
+            states.append(random_states(generator))
             if i == stop:
                 break
         del iterator
@@ -646,20 +648,17 @@ def orders_of(loader_class, n_epochs=4, *, given=False, reseed=False, **argument
     loader = loader_class(Squares(), shuffle=True, generator=generator, **arguments)
     batches, states = [], []
 
-    def note():
-        states.append((torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()))
-
-    note()
+    states.append(random_states(generator))
     for epoch in range(n_epochs):
         if reseed:
             torch.manual_seed(epoch % 2) if generator is None else generator.manual_seed(epoch % 2)
         iterator = iter(loader)
-        note()
+        states.append(random_states(generator))
         batches.append([])
         for batch in iterator:
             batches[-1].append(batch.tolist())
-            note()
-        note()
+            states.append(random_states(generator))
+        states.append(random_states(generator))
         torch.rand(epoch)  # what a model draws
     return batches, states
 

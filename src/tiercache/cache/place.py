@@ -73,7 +73,7 @@ _warned: set[tuple[str, int, str]] = set()
 def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
     """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic.
 
-    Of one that it could hold, it warns itself when there is no room.
+    If the data set fits, the cache warns later, when it has no room.
 
     shard_bytes: int64[n], of each shard. One that is larger than the cache is never cached: it is read by ranges.
     """

@@ -110,20 +110,19 @@ class Publisher:
         used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
-            do = (
-                f"the disk has {format_bytes(spare_bytes)} left above the cache's free_floor: free some of it, lower "
-                "free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
-            )
+            why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's free_floor"
+            do = "free some of the disk, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
+            taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
+            why = f"{taken} are taken by copies that are pinned, in use or needed sooner"
             do = (
-                "what it holds is pinned, being read, or needed sooner: unpin or evict some of it (tiercache status "
-                "says what it is), or make the cache larger (TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
+                "unpin or evict some of them (tiercache status lists them), or make the cache larger "
+                "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
             )
         self.notices.warn_expected(
             dataset_id,
-            f"cache {self.folder.root} has no room: its next object needs {format_bytes(need_bytes)}, but "
-            f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)} are taken. What does not fit "
-            f"is read past the cache, and fetched again in every epoch; {do}",
+            f"cache {self.folder.root} has no room: its next object needs {format_bytes(need_bytes)}, but {why}. What "
+            f"does not fit is read past the cache, and fetched again in every epoch; {do}",
         )
 
     def _run_locked(self, fetch: Fetch) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
+from importlib import import_module
 from typing import Annotated
 
 import typer
-from typer._completion_classes import completion_init
-from typer._completion_shared import get_completion_script, install
 
 from tiercache.cli.demo import demo
 from tiercache.cli.evict import evict, unpin
@@ -37,7 +37,6 @@ app = typer.Typer(
     # Typer's own options guess the shell from the parent process, and fail where that is sh (make, containers).
     add_completion=False,
 )
-completion_init()
 
 # Each verb, and what to do after Ctrl-C.
 _AGAIN = "nothing was changed; run the same command again"
@@ -68,6 +67,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# Typer's functions for completion are not public. They are looked up when they are needed, so that a release of typer
+# that moves them breaks completion alone.
+
+
 class _Shell(StrEnum):
     BASH = "bash"
     ZSH = "zsh"
@@ -76,12 +79,14 @@ class _Shell(StrEnum):
 
 def _show_completion(shell: _Shell | None) -> None:
     if shell is not None:
-        typer.echo(get_completion_script(prog_name=_NAME, complete_var=_COMPLETE, shell=shell.value))
+        script = import_module("typer._completion_shared").get_completion_script
+        typer.echo(script(prog_name=_NAME, complete_var=_COMPLETE, shell=shell.value))
         raise typer.Exit
 
 
 def _install_completion(shell: _Shell | None) -> None:
     if shell is not None:
+        install = import_module("typer._completion_shared").install
         _, path = install(shell=shell.value, prog_name=_NAME, complete_var=_COMPLETE)
         typer.echo(f"installed completion for {shell.value} in {path}; a new terminal uses it")
         raise typer.Exit
@@ -115,5 +120,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command with the arguments of this process, and exit."""
+    """Run the command with the arguments of this process, and exit; print completions if a shell asks for them."""
+    with suppress(ImportError, AttributeError):
+        import_module("typer._completion_classes").completion_init()
     app(prog_name=_NAME)

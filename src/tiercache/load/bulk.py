@@ -7,7 +7,6 @@ they do; tests compare each with torch's loader.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -20,7 +19,7 @@ from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.replay import REPLAY, YIELDED, Randomness, Replay, ReplayedSampler, check, this_rank
+from tiercache.load.replay import REPLAY, YIELDED, Randomness, Replay, ReplayedSampler, ReplayState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +109,7 @@ BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # 
 class Bulk(Iterator[Any]):
     """A way through a batch sampler over a sampler of known indices; in the place of the batch sampler's iterator.
 
-    random: of the states of what the sampler drew from when it began, as `Replay` has them.
+    replay: what the generators were before the sampler drew; counts the indices that are given, from `start` on.
     """
 
     def __init__(
@@ -119,16 +118,15 @@ class Bulk(Iterator[Any]):
         batch_sampler: Any,
         start: int,
         at_end: Callable[[], object],
-        random: Mapping[str, Any],
+        replay: ReplayState,
     ) -> None:
         self._numbers = numbers
         self._size, self._drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         self._has_state = type(batch_sampler) in OF_TORCHDATA
         self._at = start
         self._at_end = at_end
-        self._random = random
-        self._rank = this_rank()
-        self.checksum = zlib.crc32(numbers[:start].data)
+        self._replay = replay
+        replay.add(numbers[:start])
 
     def __next__(self) -> NDArray[np.int64]:
         """The next batch's indices, a view."""
@@ -137,12 +135,12 @@ class Bulk(Iterator[Any]):
             self._at_end()
             raise StopIteration
         self._at += len(batch)
-        self.checksum = zlib.crc32(batch.data, self.checksum)
+        self._replay.add(batch)
         return batch
 
     def look(self) -> tuple[None, dict[str, Any]]:
         """The states of batch sampler and iterator after the batches given."""
-        replay = {"random": self._random, "checksum": self.checksum, "rank": self._rank}
+        replay = self._replay.to_dict()
         if self._has_state:
             return None, {SAMPLES_YIELDED: self._at, REPLAY: replay}
         return None, {YIELDED: -(-self._at // self._size), REPLAY: replay}
@@ -168,25 +166,25 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
         start = n_before * batch_sampler.batch_size
     else:
         return None
-    sampler, replay = batch_sampler.sampler, None if state is None else state.get(REPLAY)
+    sampler, replay = batch_sampler.sampler, ReplayState.fresh()
+    saved = ReplayState.from_dict(state[REPLAY]) if state is not None and REPLAY in state else None
     if type(sampler) is not torch_data.RandomSampler:
-        found, random = _indices(sampler), {}
-    elif replay is None:
-        randomness = Randomness(sampler)
-        before = randomness.states()
         found = _indices(sampler)
-        random = {"first": randomness.moved_since(before)}
-    else:
-        randomness, random = Randomness(sampler), replay["random"]
-        with randomness.replaying():
-            for states in random.values():
-                randomness.restore(states)
+    elif saved is None:
+        with replay.recording(Randomness(sampler), "first"):
             found = _indices(sampler)
+    else:
+        randomness = Randomness(sampler)
+        with randomness.replaying():
+            for step in ("iter", "first"):
+                saved.restore(randomness, step)
+            found = _indices(sampler)
+        replay.moved = saved.moved
     if found is None:
         return None
-    bulk = Bulk(found[0], batch_sampler, start, found[1], random)
-    if replay is not None:
-        check(sampler, replay, bulk.checksum)
+    bulk = Bulk(found[0], batch_sampler, start, found[1], replay)
+    if saved is not None:
+        replay.check(sampler, saved)
     return bulk
 
 

@@ -66,9 +66,11 @@ class Position:
             return self.next_state()
         if not self._is_counted:
             raise RuntimeError(
-                f"how much of epoch {self._begun.epoch} was served is not known: a loader serves it that was made of "
-                "this one's sampler (as by Accelerate's skip_first_batches). Take a state before that loader begins or "
-                "after it ends (with worker processes: after set_epoch()), or resume by load_state_dict() instead"
+                f"how much of epoch {self._begun.epoch} was served is not known: this loader's sampler or "
+                "batch_sampler was iterated, usually by another loader that was made of it (as by Accelerate's "
+                "skip_first_batches). Call state_dict() before that loader begins or after it ends; if it has worker "
+                f"processes, call set_epoch({self._begun.epoch + 1}) of this loader first. Otherwise resume "
+                "with load_state_dict()"
             )
         return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
 

@@ -35,6 +35,7 @@ logger = logging.getLogger("tiercache")
 T_co = TypeVar("T_co", covariant=True)  # of a batch, as in torch: `DataLoader[Batch]` is a type
 
 _NOT_OURS = "the data set is a {0.__class__.__name__}, not a tiercache.Dataset"
+_OF_NATIVE_PATH = "applies only to a tiercache.Dataset served by the native path; here"
 _NO_PIN_DEVICE = (  # in torch's words
     "pin_memory_device is deprecated, the current accelerator will be used as the device,ignore pin_memory_device='{}'."
 )
@@ -236,8 +237,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         is_ordered = {"parts", "offset"} <= state_dict.keys()
         if is_ordered and (self._sampled or (self._native is None and self._indexed is None)):
             raise ValueError(
-                "the state is of tiercache's own order: it is for a loader over a tiercache.Dataset without a sampler, "
-                f"as it was saved by, and this is {self!r}"
+                "the state was saved by a loader over a tiercache.Dataset without a sampler, and this loader has a "
+                f"sampler or another data set: {self!r}. Load it into a loader without sampler= and batch_sampler="
             )
         if state_dict == {} and (self._native or self._indexed) is not None:  # torchdata's, of a loader not begun
             return
@@ -508,7 +509,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
     if not isinstance(options, LoaderOptions):
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
     if why_not and not is_ordered:
-        raise ValueError(f"options= is of the native path, which this loader does not take: {why_not}; leave it out")
+        raise ValueError(f"options= {_OF_NATIVE_PATH} {why_not}: remove options=")
     unheeded: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
     if why_not and has_state:
         unheeded = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
@@ -516,9 +517,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
     for name in unheeded:
         value = getattr(options, name)
         if value != getattr(defaults, name):
-            raise ValueError(
-                f"{name}={value!r} is of the native path, which this loader does not take: {why_not}; leave it out"
-            )
+            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: remove {name}=")
 
 
 def _check_sampled(options: LoaderOptions) -> None:
@@ -528,6 +527,7 @@ def _check_sampled(options: LoaderOptions) -> None:
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(
-                f"{name}={value!r} is of tiercache's own order, and here a sampler says it: a rank is served what its "
-                "sampler says (torch's DistributedSampler splits records by rank); leave one of the two out"
+                f"{name}={value!r} applies only to a loader without a sampler; here the sampler decides the order and "
+                "which records a rank is served (torch's DistributedSampler splits records by rank): remove "
+                f"{name}=, or the sampler"
             )

@@ -28,7 +28,66 @@ from tiercache.load.ranks import find_rank
 REPLAY = "_tiercache_replay"  # the key, beside torchdata's, in the state of a sampler's iterator
 YIELDED = "yielded"  # items of an index sampler that is no BatchSampler of torchdata's
 
-_CHUNK = 1 << 12
+
+class ReplayState:
+    """What the loader's state says of a sampler without a state: the generators that it moved, and what it gave.
+
+    Attributes:
+        moved: by step ("iter": the call of iter(); "first": that for the first item), the states before the step of
+            the generators that the step moved, by the generator's name.
+        checksum: of the indices that were given; None: it is not to be compared.
+        rank: the one that the indices were given to.
+    """
+
+    def __init__(self, moved: dict[str, Any], checksum: int | None, rank: int) -> None:
+        self.moved = moved
+        self.checksum = checksum
+        self.rank = rank
+
+    @classmethod
+    def fresh(cls) -> ReplayState:
+        """The state of a pass that begins in this process."""
+        return cls({}, 0, find_rank(LoaderOptions()).rank)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> ReplayState:
+        """The state that to_dict() gave."""
+        return cls(dict(state["random"]), state.get("checksum"), state["rank"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; shared between calls, not to be written to."""
+        return {"random": self.moved, "checksum": self.checksum, "rank": self.rank}
+
+    def add(self, items: Any) -> None:
+        """Add an index, or indices, to the checksum."""
+        self.checksum = add_checksum(self.checksum or 0, items)
+
+    @contextmanager
+    def recording(self, randomness: Randomness, step: str) -> Iterator[None]:
+        """Note which generators a step of the sampler moves."""
+        before = randomness.states()
+        yield
+        self.moved = {**self.moved, step: randomness.moved_since(before)}
+
+    def restore(self, randomness: Randomness, step: str) -> None:
+        """Set the generators as they were before a step."""
+        randomness.restore(self.moved.get(step, {}))
+
+    def check(self, sampler: Any, saved: ReplayState) -> None:
+        """Raise ValueError if a sampler gave other indices in this pass than before `saved` was taken.
+
+        Ranks often load the state that one of them saved, and each rank's sampler gives a share of its own: only the
+        rank that saved it can compare.
+        """
+        if saved.checksum in (None, self.checksum) or saved.rank != self.rank:
+            return
+        raise ValueError(
+            f"the sampler, a {type(sampler).__name__}, has no state. Asked again for the records that were served "
+            "before the loader's state was saved, it gives others: a run that goes on would serve records twice, and "
+            "others not at all. Give the sampler state_dict() and load_state_dict(), or let its order follow from a "
+            "seed and an epoch that the resumed run gives it again, or use shuffle=True, whose order the loader's "
+            "state names"
+        )
 
 
 class Replay:
@@ -41,13 +100,10 @@ class Replay:
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
         self._randomness = Randomness(sampler)
-        self._random: dict[str, Any] = {}  # states, by generator, that iter() moved, and those that the first item did
+        self._state = ReplayState.fresh()
         self._is_begun = False
-        self._checksum = 0
-        self._rank = this_rank()
-        before = self._randomness.states()
-        self.iterator: Iterator[Any] = iter(sampler)
-        self._random["iter"] = self._randomness.moved_since(before)
+        with self._state.recording(self._randomness, "iter"):
+            self.iterator: Iterator[Any] = iter(sampler)
 
     def take(self, n: int) -> list[Any]:
         """The next n items, indices; fewer at the end."""
@@ -60,7 +116,7 @@ class Replay:
 
     def state(self) -> dict[str, Any]:
         """Plain values; shared between calls, not to be written to."""
-        return {"random": self._random, "checksum": self._checksum, "rank": self._rank}
+        return self._state.to_dict()
 
     def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
         """Ask the sampler again for what it gave before a state was taken.
@@ -72,26 +128,26 @@ class Replay:
         Raises:
             ValueError: the sampler gives other indices now.
         """
+        saved = None if state is None else ReplayState.from_dict(state)
         with self._randomness.replaying():
-            if state is not None:
-                self._randomness.restore(state["random"].get("iter", {}))
+            if saved is not None:
+                saved.restore(self._randomness, "iter")
             self.iterator = iter(self._sampler)
-            if state is not None:
-                self._randomness.restore(state["random"].get("first", {}))
+            if saved is not None:
+                saved.restore(self._randomness, "first")
             skip()
-        if state is not None:
-            self._random = dict(state["random"])
-            check(self._sampler, state, self._checksum)
+        if saved is not None:
+            self._state.moved = saved.moved
+            self._state.check(self._sampler, saved)
 
     def _counted(self, ask: Callable[[], Any]) -> Any:
         if self._is_begun:
             items = ask()
         else:
-            before = self._randomness.states()
-            items = ask()
-            self._random = {**self._random, "first": self._randomness.moved_since(before)}
+            with self._state.recording(self._randomness, "first"):
+                items = ask()
             self._is_begun = True
-        self._checksum = add_checksum(self._checksum, items)
+        self._state.add(items)
         return items
 
 
@@ -166,29 +222,10 @@ def _loadable_main(state: Mapping[str, Any], is_finished: bool) -> dict[str, Any
     return {**state, "_sampler_iter_state": of_iterator}
 
 
-def check(sampler: Any, state: Mapping[str, Any], checksum: int) -> None:
-    """Raise ValueError if a sampler gave other indices now than before a state was taken.
-
-    Ranks often load the state that one of them saved, and each rank's sampler gives a share of its own: only the rank
-    that saved it can compare.
-    """
-    if state.get("checksum") in (None, checksum) or state["rank"] != this_rank():
-        return
-    raise ValueError(
-        f"the sampler, a {type(sampler).__name__}, has no state. Asked again for the records that were served before "
-        "the loader's state was saved, it gives others: a run that goes on would serve records twice, and others not "
-        "at all. Give the sampler state_dict() and load_state_dict(), or let its order follow from a seed and an epoch "
-        "that the resumed run gives it again, or use shuffle=True, whose order the loader's state names"
-    )
-
-
-def this_rank() -> int:
-    """Of torch.distributed, or the environment's."""
-    return find_rank(LoaderOptions()).rank
-
-
 def add_checksum(checksum: int, items: Any) -> int:
     """The checksum with an index or indices added: of the same indices the same, in whatever batches and types."""
+    if isinstance(items, np.ndarray) and items.ndim == 1 and items.dtype == np.int64:
+        return zlib.crc32(np.ascontiguousarray(items).data, checksum)
     try:
         data: Any = array("q", items if hasattr(items, "__iter__") else (items,))
     except (TypeError, ValueError, OverflowError):  # keys of a data set that is not asked by numbers
@@ -254,7 +291,7 @@ class _Python:
 
 
 _PYTHON = _Python()
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random, _Python)
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _get(generator: Any) -> Any:

@@ -56,9 +56,7 @@ _TORCH = (
 class RandomSampler(torch_data.RandomSampler):
     """torch's RandomSampler: it draws what torch's draws, when torch's does. Its iterators have a state.
 
-    It is torch's class for whoever looks for that. Lightning puts a DistributedSampler in the place of torch's
-    RandomSampler alone. It wraps any other sampler, and then has each process permute the records by numbers of its
-    own, which no state names.
+    It subclasses torch's RandomSampler because Lightning replaces exactly that class.
     """
 
     _next_seed: int | None = None  # of the next epoch, from a state

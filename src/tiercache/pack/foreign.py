@@ -28,7 +28,7 @@ _BY_SUFFIX: Mapping[str, str] = {
     ".orc": "an ORC file; pyarrow reads it",
     ".avro": "an Avro file",
 }
-_MEMBERS = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zstd")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Shards of TFRecord and ArrayRecord data sets are named train.tfrecord-00000-of-00010.
 _NUMBERED = re.compile(r"-\d+-of-\d+$")
 # offset, bytes, format
@@ -52,8 +52,8 @@ def format_by_name(path: str) -> str | None:
     name = _NUMBERED.sub("", path.rsplit("/", 1)[-1].lower())
     if name.endswith(".tgz"):
         return _BY_SUFFIX[".tar"]
-    for member in _MEMBERS:
-        name = name.removesuffix(member)
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
     return _BY_SUFFIX.get("." + name.rsplit(".", 1)[1]) if "." in name else None
 
 
@@ -63,11 +63,11 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
         if file.path.rsplit("/", 1)[-1] == _INDEX:
             start = _start(files, file.path)
             if _MDS_INDEX.match(start):
-                raise _refused(
-                    files, file.path, "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
-                )
+                what = "the index of a MosaicML Streaming (MDS) data set; mosaicml-streaming reads it"
+                raise _refused(files, file.path, what, "leave the index out with exclude")
             if _LITDATA_INDEX.match(start):
-                raise _refused(files, file.path, "the index of a LitData data set; litdata reads it")
+                what = "the index of a LitData data set; litdata reads it"
+                raise _refused(files, file.path, what, "leave the index out with exclude")
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
@@ -79,7 +79,7 @@ def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
             matches = (text for offset, magic, text in _BY_START if start[offset : offset + len(magic)] == magic)
             format_name = next(matches, None)
         if format_name is not None:
-            raise _refused(files, file.path, format_name)
+            raise _refused(files, file.path, format_name, "choose files with kind, include and exclude")
 
 
 def _start(files: Files, path: str) -> bytes:
@@ -87,8 +87,8 @@ def _start(files: Files, path: str) -> bytes:
         return file.read(_START_BYTES)
 
 
-def _refused(files: Files, path: str, format_name: str) -> SchemaError:
+def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
-        f"{files.place(path)}: this is {format_name}. pack takes folders of images, Parquet and JSON lines: write the "
-        "records of other formats with tiercache.Writer, or choose files with kind, include and exclude"
+        f"{files.place(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines: write the records "
+        f"of other formats with tiercache.Writer, or {remedy}"
     )

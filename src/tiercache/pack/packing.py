@@ -227,11 +227,13 @@ def pack(
     """
     plan = plan_pack(source, url, replace(options or PackOptions(), **fields))
     if plan.left_out:
+        n = len(plan.left_out)
         shown = "; ".join(f"{one.path}: {one.reason}" for one in plan.left_out[:_SHOWN_LEFT_OUT])
-        more = f"; and {len(plan.left_out) - _SHOWN_LEFT_OUT:,} more" if len(plan.left_out) > _SHOWN_LEFT_OUT else ""
+        more = f"; and {n - _SHOWN_LEFT_OUT:,} more" if n > _SHOWN_LEFT_OUT else ""
+        counted = "1 file is" if n == 1 else f"{n:,} files are"
         warnings.warn(
-            f"{len(plan.left_out):,} files of {redact(os.fspath(source))} are not packed: {shown}{more} (exclude= with "
-            "their names silences this warning)",
+            f"{redact(os.fspath(source))}: {counted} not packed: {shown}{more}. To silence this warning, exclude them "
+            "by name (exclude=)",
             stacklevel=2,
         )
     return run_pack(plan, on_progress)

@@ -30,8 +30,8 @@ class Partitions:
     def find(files: Files, found: Sequence[SourceFile], *, stored: Sequence[str] = ()) -> Partitions:
         """Return the partition columns that the files' folders name.
 
-        A column whose values are all integers is int64, as in Spark and pyarrow; every other one is str. A column with
-        a null partition is nullable.
+        A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a
+        null partition is nullable.
 
         Args:
             files: Location of the files, for messages.

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tiercache.prices import GB, Prices, RestorePrice
 from tiercache.tier.pieces import PART_BYTES
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices, RestorePrice
     from tiercache.tier.model import Snapshot
 
-GB = float(1 << 30)
 DAY_S = 86400.0
 MONTH_DAYS = 30.0
 PROMOTION_DAYS = 3
