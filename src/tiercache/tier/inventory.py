@@ -140,7 +140,6 @@ def take_inventory(
         "n_own": int(own.sum()),
         "unread": _some(grouped.paths.take(pa.array(scores.unread))),
         "in_files": scores.in_files,
-        "emptied": _emptied(file, listed, known),
     }
     return Inventory(snapshot, facts | more, listed, copies)
 
@@ -404,11 +403,6 @@ def _facts(
         "differing": _some(differing),
         "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
     }
-
-
-def _emptied(file: TierFile, listed: Listed, known: Known) -> tuple[str, ...]:
-    local = [file.tiers[number] for number in listed.tiers if file.tiers[number].is_local]
-    return tuple(t.name for t in local if not np.any(listed.tier == file.index(t.name)) and known.checksums(t.name))
 
 
 def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:
