@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.load.conftest import ids_of
 from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import RandomSampler
 
 import tiercache as tc
 from tiercache.load.draws import MAX_PASSED, Draws
@@ -220,6 +221,64 @@ def test_a_run_that_reseeds_before_each_epoch_goes_on_from_any_state_as_it_would
     found = [] if n_taken is None else ids_of(resumed)
     reseed(2)
     assert found + ids_of(resumed) == rest
+
+
+def of_ours(path, generator, **more):
+    dataset = tc.Dataset(path)
+    return tc.DataLoader(dataset, 16, sampler=RandomSampler(dataset, generator=generator), **more)
+
+
+def of_others(_, generator, **more):
+    return tc.DataLoader(Numbers(), 16, sampler=RandomSampler(Numbers(), generator=generator), **more)
+
+
+def of_others_shuffled(_, generator, **more):
+    return tc.DataLoader(Numbers(), 16, shuffle=True, generator=generator, **more)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [(of_ours, False), (of_ours, True), (of_others, False), (of_others_shuffled, False), (of_others_shuffled, True)],
+)
+def test_a_run_that_reseeds_before_each_epoch_goes_on_from_an_epochs_end_whatever_says_the_order(
+    make_dataset, make, given, n_workers
+):
+    path = make_dataset(N)
+
+    def served(loader, generator, epochs):
+        found = []
+        for epoch in epochs:
+            (torch if generator is None else generator).manual_seed(100 + epoch)
+            found.append([(batch["id"] if make is of_ours else batch).tolist() for batch in loader])
+        return found
+
+    generator = torch.Generator() if given else None
+    loader = make(path, generator, num_workers=n_workers)
+    served(loader, generator, [0])
+    state = loader.state_dict()
+    expected = served(loader, generator, [1, 2])
+    torch.manual_seed(77)  # of another process
+    generator = torch.Generator() if given else None
+    resumed = make(path, generator, num_workers=n_workers)
+    resumed.load_state_dict(state)
+    assert served(resumed, generator, [1, 2]) == expected
+
+
+@pytest.mark.parametrize("make", [of_ours, of_others, of_others_shuffled])
+def test_random_numbers_that_are_restored_at_an_epochs_end_go_on_whatever_says_the_order(make_dataset, make):
+    def served(loader):
+        return [(batch["id"] if make is of_ours else batch).tolist() for batch in loader]
+
+    loader = make(path := make_dataset(N), None)
+    served(loader)
+    state, random_state = loader.state_dict(), torch.get_rng_state()
+    expected = served(loader), torch.rand(3).tolist(), served(loader)
+    torch.manual_seed(77)
+    resumed = make(path, None)
+    resumed.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert (served(resumed), torch.rand(3).tolist(), served(resumed)) == expected
 
 
 def test_a_state_from_between_two_epochs_names_the_order_of_the_next_whatever_the_other_process_draws(make_dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from functools import partial
@@ -221,7 +222,6 @@ def test_going_on_leaves_the_random_numbers_that_others_draw_from_alone(ours):
     state, rest = interrupt(tc.DataLoader(ours, SIZE, sampler=make(), num_workers=1), 3)
     loader = tc.DataLoader(ours, SIZE, sampler=make(), num_workers=1)
     seed_all(2)
-    torch.empty((), dtype=torch.int64).random_()  # the base seed, which every iter() draws
     expected = torch.get_rng_state(), np.random.get_state()[1].tolist()
     assert resume(loader, state)[0] == rest
     assert torch.equal(torch.get_rng_state(), expected[0])
@@ -244,6 +244,87 @@ def test_a_sampler_that_gives_another_order_is_refused_with_the_remedy(ours, why
     loader = tc.DataLoader(ours, **WAYS[way](make))
     with pytest.raises(ValueError, match=r"has no state.*Give the sampler state_dict\(\) and load_state_dict\(\)"):
         resume(loader, state)
+
+
+class OneByOne(Sampler):
+    """A user's sampler that draws each index when it is asked for, from torch's shared numbers or its own."""
+
+    def __init__(self, generator=None):
+        self.generator = generator
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        for _ in range(100):
+            yield int(torch.randint(0, N, (), generator=self.generator))
+
+
+AHEAD = {
+    "native, 1 worker": {"num_workers": 1},
+    "native, 2 workers": {"num_workers": 2},
+    "torch's path, 2 workers": {"num_workers": 2, "collate_fn": tc.collate},
+}
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch sampler"])
+@pytest.mark.parametrize("way", AHEAD)
+def test_a_sampler_that_drew_ahead_what_cannot_be_drawn_again_is_refused_wherever_its_epoch_stood(ours, way, kind):
+    def make():
+        if kind == "sampler":
+            return tc.DataLoader(ours, 7, sampler=OneByOne(), **AHEAD[way])
+        return tc.DataLoader(ours, batch_sampler=BatchSampler(OneByOne(), 7, False), **AHEAD[way])
+
+    torch.manual_seed(1)
+    saved = []
+    loader = make()
+    for _ in itertools.islice(loader, 5):
+        torch.rand(3)
+        saved.append((loader.state_dict(), torch.get_rng_state()))
+    for state, random_state in saved:
+        again = make()
+        again.load_state_dict(state)
+        torch.set_rng_state(random_state)
+        with pytest.raises(ValueError, match=r"OneByOne.*state_dict\(\).*generator that is an attribute|has no state"):
+            next(iter(again))
+
+
+@pytest.mark.parametrize("n_taken", range(1, 6))
+@pytest.mark.parametrize("way", AHEAD)
+def test_a_sampler_that_draws_one_by_one_from_its_own_generator_goes_on(ours, way, n_taken):
+    def make():
+        return tc.DataLoader(ours, 7, sampler=OneByOne(torch.Generator().manual_seed(4)), **AHEAD[way])
+
+    state, rest = interrupt(make(), n_taken)
+    assert resume(make(), state)[0] == rest
+
+
+def test_a_sampler_that_draws_in_chunks_is_refused_where_it_drew_a_chunk_ahead(ours):
+    def make():
+        return tc.DataLoader(ours, 10, sampler=InChunks(), num_workers=1)  # chunks of 20, two batches ahead
+
+    torch.manual_seed(1)
+    batches = iter(loader := make())
+    next(batches)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match="asked ahead"):
+        resume(make(), state)
+
+
+@pytest.mark.parametrize("kind", [OneByOne, InChunks])
+def test_a_sampler_that_is_not_asked_ahead_goes_on_with_restored_numbers_by_a_state_that_later_batches_leave_alone(
+    ours, kind
+):
+    torch.manual_seed(1)
+    loader = tc.DataLoader(ours, 7, sampler=kind())
+    batches = iter(loader)
+    next(batches), next(batches)
+    state, random_state = loader.state_dict(), torch.get_rng_state()
+    rest = numbers_of(batches)
+    again = tc.DataLoader(ours, 7, sampler=kind())
+    again.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert numbers_of(again) == rest
 
 
 @pytest.mark.parametrize("way", WAYS)

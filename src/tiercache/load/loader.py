@@ -22,7 +22,7 @@ from tiercache.load.indexed import IndexedRun
 from tiercache.load.options import LoaderOptions
 from tiercache.load.order_sampler import OrderSampler, ShuffledOrder, StoredOrder
 from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.replay import loadable
+from tiercache.load.replay import Randomness, loadable, settled
 from tiercache.load.run import Asked, NativeRun
 from tiercache.load.sampled import SampledRun
 from tiercache.load.sampling import NEXT_EPOCH, SAMPLER_EPOCH, Lead, RandomSampler, tell_epoch, told_epoch
@@ -218,7 +218,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             begins = not (self.persistent_workers and self.num_workers)
             state = {**state, NEXT_EPOCH: self.sampler.next_epoch(begins=begins)}
         epoch = told_epoch(self._index_sampler)
-        return state if epoch is None else {**state, SAMPLER_EPOCH: epoch}
+        return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a state was taken, on any number of ranks.
@@ -250,6 +250,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._has_rest = self._serves_rest = self._indexed is not None
             with self._torchdata_iterator():
                 super().load_state_dict(loadable(state_dict))
+            if NEXT_EPOCH in state_dict and isinstance(self.sampler, RandomSampler):
+                self.sampler.load_next_epoch(state_dict[NEXT_EPOCH])
         elif isinstance(self._native, NativeRun):
             self._native.load(RunState.from_dict(state_dict))
         else:
@@ -367,25 +369,31 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         state = self.next_iter_state
         if state is None:
             return super()._get_iterator()
-        random_state = torch.get_rng_state()
-        iterator = super()._get_iterator()
-        if isinstance(self.sampler, RandomSampler):
-            self._restore_random_numbers(state, random_state)
+        if state.get("_iterator_finished") and not isinstance(self.dataset, (IterableDataset, Stateful)):
+            # torchdata makes another iterator for the next epoch: this one draws nothing that the next one's order
+            # follows from, which may have been reseeded since the state was loaded.
+            with Randomness(self.sampler).replaying(with_own=NEXT_EPOCH in state):
+                iterator = super()._get_iterator()
+        else:
+            random_state = torch.get_rng_state()
+            own_state = None if self.generator is None else self.generator.get_state()
+            iterator = super()._get_iterator()
+            self._restore_random_numbers(random_state)
+            if NEXT_EPOCH in state and self.generator is not None:  # load_state_dict() set it, or the user after that
+                self.generator.set_state(own_state)
         if self.num_workers == 0 and STEPS_SINCE in state:  # with workers torchdata's does so itself
             for _ in range(state[STEPS_SINCE]):
                 next(iterator)
             iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- as its load_state_dict sets it
         return iterator
 
-    def _restore_random_numbers(self, state: Mapping[str, Any], random_state: torch.Tensor) -> None:
+    def _restore_random_numbers(self, random_state: torch.Tensor) -> None:
         """Let what follows draw what it drew after the state was saved; random_state: before the iterator was made."""
         # A base seed was drawn, as the epoch did before its state was saved. A data set may have restored more.
         drawn = torch.Generator().set_state(random_state)
         torch.empty((), dtype=torch.int64).random_(generator=drawn)
         if torch.equal(torch.get_rng_state(), drawn.get_state()):
             torch.set_rng_state(random_state)
-        if NEXT_EPOCH in state:
-            self.sampler.load_next_epoch(state[NEXT_EPOCH])
 
     def _forget_torch_iterator(self) -> None:
         """Have the next iter() make a new iterator of torch's, of no state."""

@@ -3,6 +3,10 @@
 Such a sampler is asked again from its start. That gives the same order only if the sampler draws the same random
 numbers. So the loader's state holds the state of those generators that the sampler used when it began, and a checksum
 of the indices that it gave. A resumed run restores the generators, asks again for as many indices, and compares.
+
+Where a loader with workers had asked the sampler ahead, the state also counts what was asked ahead. The resumed run
+asks for that again too. If the sampler then draws from a generator that others draw from, it is refused: which numbers
+it drew ahead is not known any more.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,8 @@ from tiercache.load.ranks import find_rank
 
 REPLAY = "_tiercache_replay"  # the key, beside torchdata's, in the state of a sampler's iterator
 YIELDED = "yielded"  # items of an index sampler that is no BatchSampler of torchdata's
+_GIVEN, _ASKED = "given", "asked"  # items: up to where the state was taken, and all, as a list of one number
+SHARED = ("torch", "numpy", "python")  # names of the generators that others draw from too
 
 
 class ReplayState:
@@ -102,21 +108,28 @@ class Replay:
         self._randomness = Randomness(sampler)
         self._state = ReplayState.fresh()
         self._is_begun = False
+        self._n_given = 0  # items
+        self._n_asked = [
+            0
+        ]  # the same, in all states that were taken: what it is when DataLoader.state_dict() copies it
         with self._state.recording(self._randomness, "iter"):
             self.iterator: Iterator[Any] = iter(sampler)
 
     def take(self, n: int) -> list[Any]:
         """The next n items, indices; fewer at the end."""
-        items: list[Any] = self._counted(lambda: list(islice(self.iterator, n)))
+        items: list[Any] = self._recorded(lambda: list(islice(self.iterator, n)))
+        self._count(len(items))
         return items
 
     def take_one(self) -> Any:
         """The next item, an index or a batch of indices. Raises StopIteration at the end."""
-        return self._counted(lambda: next(self.iterator))
+        item = self._recorded(lambda: next(self.iterator))
+        self._count(1)
+        return item
 
     def state(self) -> dict[str, Any]:
-        """Plain values; shared between calls, not to be written to."""
-        return self._state.to_dict()
+        """Plain values; shared between calls, not to be written to. Incomplete until settled() copied it."""
+        return {**self._state.to_dict(), _GIVEN: self._n_given, _ASKED: self._n_asked}
 
     def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
         """Ask the sampler again for what it gave before a state was taken.
@@ -126,7 +139,7 @@ class Replay:
             skip: takes what was given before, by take() or take_one().
 
         Raises:
-            ValueError: the sampler gives other indices now.
+            ValueError: the sampler gives other indices now, or drew ahead what it cannot draw again.
         """
         saved = None if state is None else ReplayState.from_dict(state)
         with self._randomness.replaying():
@@ -136,11 +149,32 @@ class Replay:
             if saved is not None:
                 saved.restore(self._randomness, "first")
             skip()
-        if saved is not None:
-            self._state.moved = saved.moved
-            self._state.check(self._sampler, saved)
+            if saved is not None:
+                self._state.moved = saved.moved
+                self._state.check(self._sampler, saved)
+            if state is not None and saved is not None and saved.checksum is not None and state.get(_GIVEN):
+                self._ask_ahead(state[_ASKED][0] - state[_GIVEN])
 
-    def _counted(self, ask: Callable[[], Any]) -> Any:
+    def _ask_ahead(self, n: int) -> None:
+        """Ask for the n items that had been asked ahead. Raises ValueError if that draws from a shared generator."""
+        before = self._randomness.states()
+        items = list(islice(self.iterator, n))
+        self.iterator = chain(items, self.iterator)
+        drawn = [name for name in self._randomness.moved_since(before) if name in SHARED]
+        if drawn:
+            raise ValueError(
+                f"the sampler, a {type(self._sampler).__name__}, has no state and draws from {drawn[0]}'s shared "
+                "random numbers while it is read. When the loader's state was saved, the sampler had been asked ahead "
+                "(as num_workers= asks it), and what it drew then cannot be drawn again: the rest of the epoch would be "
+                "another one. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator "
+                "that is an attribute of it, or draw all its indices when it begins. States of an epoch's end load"
+            )
+
+    def _count(self, n: int) -> None:
+        self._n_given += n
+        self._n_asked[0] = self._n_given
+
+    def _recorded(self, ask: Callable[[], Any]) -> Any:
         if self._is_begun:
             items = ask()
         else:
@@ -198,28 +232,42 @@ class ReplayedIterator(Iterator[Any]):
         self._n_yielded = state[YIELDED]
 
 
+def settled(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of the loader's that what is asked of the sampler from now on does not change."""
+    return _with_replay(state, lambda replay: {**replay, _ASKED: [*replay[_ASKED]]} if _ASKED in replay else replay)
+
+
+def _with_replay(state: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A state of the loader's with another ReplayState, if it has one."""
+    snapshot = state.get("_snapshot")
+    if snapshot is not None:  # of a loader with worker processes
+        return {**state, "_snapshot": {**snapshot, "_main_snapshot": _with_replay(snapshot["_main_snapshot"], change)}}
+    of_iterator = state.get("_sampler_iter_state")
+    if not isinstance(of_iterator, Mapping) or REPLAY not in of_iterator:
+        return dict(state)
+    return {**state, "_sampler_iter_state": {**of_iterator, REPLAY: change(of_iterator[REPLAY])}}
+
+
 def loadable(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of torchdata's loader or ours, as the iterators here load it.
 
     The number of items that an index sampler gave is added where no iterator had a state. After the end of an epoch no
     checksum is compared: the next epoch begins, whatever its order is.
     """
-    found = dict(state)
+    if state.get("_iterator_finished"):
+        state = _with_replay(state, lambda replay: {**replay, "checksum": None})
     snapshot = state.get("_snapshot")
     if snapshot is not None:  # of a loader with worker processes
-        main = _loadable_main(snapshot["_main_snapshot"], state["_iterator_finished"])
-        found["_snapshot"] = {**snapshot, "_main_snapshot": main}
-        return found
-    return _loadable_main(found, state.get("_iterator_finished", False)) if "_sampler_iter_state" in state else found
+        return {**state, "_snapshot": {**snapshot, "_main_snapshot": _with_count(snapshot["_main_snapshot"])}}
+    return _with_count(state) if "_sampler_iter_state" in state else dict(state)
 
 
-def _loadable_main(state: Mapping[str, Any], is_finished: bool) -> dict[str, Any]:
+def _with_count(state: Mapping[str, Any]) -> dict[str, Any]:
     of_iterator = state["_sampler_iter_state"]
-    if of_iterator is None:
-        of_iterator = {YIELDED: state["_sampler_iter_yielded"]}
-    elif is_finished and REPLAY in of_iterator:
-        of_iterator = {**of_iterator, REPLAY: {**of_iterator[REPLAY], "checksum": None}}
-    return {**state, "_sampler_iter_state": of_iterator}
+    return {
+        **state,
+        "_sampler_iter_state": {YIELDED: state["_sampler_iter_yielded"]} if of_iterator is None else of_iterator,
+    }
 
 
 def add_checksum(checksum: int, items: Any) -> int:
@@ -243,8 +291,8 @@ class Randomness:
     """
 
     def __init__(self, sampler: Any) -> None:
-        self._generators = {"torch": torch.default_generator, "numpy": np.random.mtrand._rand, "python": _PYTHON}  # noqa: SLF001 -- what numpy.random's functions draw from
-        self._n_global = len(self._generators)
+        shared = (torch.default_generator, np.random.mtrand._rand, _PYTHON)  # noqa: SLF001 -- what numpy.random's functions draw from
+        self._generators: dict[str, Any] = dict(zip(SHARED, shared, strict=True))
         self._find("", sampler, set())
 
     def states(self) -> dict[str, Any]:
@@ -262,10 +310,13 @@ class Randomness:
                 _set(self._generators[name], state)
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Let a sampler draw again: the generators that others draw from are as before after it."""
-        shared = dict(islice(self._generators.items(), self._n_global))
-        before = {name: _plain(_get(generator)) for name, generator in shared.items()}
+    def replaying(self, *, with_own: bool = False) -> Iterator[None]:
+        """Let a sampler draw again: the generators that others draw from are as before after it.
+
+        with_own: whether those that the sampler holds are, too.
+        """
+        kept = {name: generator for name, generator in self._generators.items() if with_own or name in SHARED}
+        before = {name: _plain(_get(generator)) for name, generator in kept.items()}
         try:
             yield
         finally:

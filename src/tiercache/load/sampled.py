@@ -21,8 +21,9 @@ from tiercache.load.iterator import Delivery, NativeIterator
 from tiercache.load.memory import BatchMemory
 from tiercache.load.pipeline import Work
 from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.replay import Randomness
 from tiercache.load.resources import Machine
-from tiercache.load.sampling import OURS, STATE_KEYS, Lead, SampledEpoch, batch_rows, says_size, tell_epoch
+from tiercache.load.sampling import FINISHED, OURS, STATE_KEYS, Lead, SampledEpoch, batch_rows, says_size, tell_epoch
 from tiercache.load.source import make_ready
 from tiercache.order import Layout
 from tiercache.order.listed import Locator
@@ -152,6 +153,9 @@ class SampledRun:
                 f"it has the keys {sorted(state)}"
             )
         self._next, self._epoch, self._is_fresh = state, None, False
+        if state[FINISHED]:  # now, for what is reseeded between here and iter() says the next epoch's order
+            with Randomness(self._index_sampler).replaying():
+                self._epoch, self._is_fresh = self._make(), True
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers that know of epochs."""
@@ -212,7 +216,8 @@ class SampledRun:
         feed = Feed(self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage)
         feed.batch_size = batch_rows(self._index_sampler)
         epoch = SampledEpoch(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
-        if not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
+        # An epoch that is gone on with drew it before its state was saved.
+        if state is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
             Draws(self._asked.generator, False, 0).begin()
         if self._seed is None:
             self._seed = next_seed(self._asked.generator, after_begin=True)

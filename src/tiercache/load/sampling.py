@@ -31,14 +31,14 @@ AHEAD_ROWS = 1 << 17
 MIN_AHEAD, MAX_AHEAD = 8, 1 << 10
 
 # torchdata's keys of a single-process iterator's state: a state of either kind of loader serves the other.
-_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED = (
+_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
     "_index_sampler_state",
     "_sampler_iter_state",
     "_sampler_iter_yielded",
     "_num_yielded",
     "_iterator_finished",
 )
-STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, _FINISHED)
+STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED)
 OURS = "_tiercache"  # beside them: what random crops are keyed by
 NEXT_EPOCH = "_tiercache_next_epoch"  # what the epoch after one that was served to its end begins with
 SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # and what a DistributedSampler was told, for it has no state
@@ -60,9 +60,14 @@ class RandomSampler(torch_data.RandomSampler):
     """
 
     _next_seed: int | None = None  # of the next epoch, from a state
+    _loaded_under: int | None = None  # torch's initial seed when it was loaded: reseeding after that says the order
 
     def __iter__(self) -> Iterator[int]:
         return _RandomIterator(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._loaded_under = torch.initial_seed()  # of this process
 
     def next_epoch(self, *, begins: bool) -> dict[str, Any]:
         """What names the order of the next epoch, if nothing else draws until then.
@@ -71,24 +76,28 @@ class RandomSampler(torch_data.RandomSampler):
         """
         if self.generator is not None:
             return {_GENERATOR: self.generator.get_state()}
-        seed = self._next_seed
+        seed = self._loaded_seed()
         return {_SEED: next_seed(None, after_begin=not begins) if seed is None else seed}
 
     def load_next_epoch(self, state: Mapping[str, Any]) -> None:
         """Let the next epoch be the one that next_epoch() named."""
         if self.generator is not None and _GENERATOR in state:
             self.generator.set_state(state[_GENERATOR])
-        self._next_seed = state.get(_SEED)
+        self._next_seed, self._loaded_under = state.get(_SEED), torch.initial_seed()
 
     def take_seed(self) -> int:
         """The seed of an epoch that begins; draws as torch's sampler."""
         drawn = int(torch.empty((), dtype=torch.int64).random_().item())
-        loaded, self._next_seed = self._next_seed, None
+        loaded, self._next_seed = self._loaded_seed(), None
         return drawn if loaded is None else loaded
 
     def look_at_seed(self) -> int:
         """What take_seed() would give now."""
-        return next_seed(None, after_begin=True) if self._next_seed is None else self._next_seed
+        seed = self._loaded_seed()
+        return next_seed(None, after_begin=True) if seed is None else seed
+
+    def _loaded_seed(self) -> int | None:
+        return self._next_seed if self._loaded_under == torch.initial_seed() else None
 
 
 # Keys of an iterator's state. torchdata's sampler has the first two, and "generator" without a generator of the user's.
@@ -260,7 +269,7 @@ class SampledEpoch:
         self._n_before = state[_YIELDED]
         self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
         self._snapshot = state[_INDEX_SAMPLER], state[_SAMPLER_ITER]
-        self.finished = state[_FINISHED]
+        self.finished = state[FINISHED]
         if self.finished:  # it will not be drawn from, and the sampler's next epoch begins where this one ended
             self._begin()
 
@@ -297,7 +306,7 @@ class SampledEpoch:
             "_shared_seed": None,
             "fetcher_state": None,
             "dataset_state": None,
-            _FINISHED: self.finished,
+            FINISHED: self.finished,
             OURS: {"epoch": self.feed.epoch, "seed": self.feed.seed, "rows": n_rows},
         }
 
