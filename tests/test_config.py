@@ -13,7 +13,13 @@ from tiercache.cache.policy import POLICIES
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
     for name in list(os.environ):
-        if name.startswith("TIERCACHE_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name.startswith("TIERCACHE_") or name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "LOCAL_SIZE",
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -185,6 +191,9 @@ def test_ranks_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert config.distributed_environment() == (5, 8, 0, 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert config.distributed_environment() == (5, 8, 0, 1)  # how many ranks its machine has is not known
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert config.distributed_environment() == (5, 8, 1, 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert config.distributed_environment() == (5, 8, 1, 4)
     monkeypatch.setenv("RANK", "8")

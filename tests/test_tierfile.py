@@ -274,7 +274,8 @@ class TestRules:
     def test_keep_lists_have_every_kind_of_keeping(self, read):
         keep = (
             read(
-                TIERS + '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
+                TIERS + '[[tags]]\nmatch = "*"\ntags = "release"\n'
+                '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
                 ' best = ["loss:2", "top 1 : 3 : max", {metric = ["a", "b"], n = 1, mode = "max"}]}'
             )
             .rules[0]
@@ -400,6 +401,17 @@ class TestTheRest:
     def test_tags_are_names_for_checkpoints(self, read):
         tag = read(f'{TIERS}\n[[tags]]\nmatch = "runs/a/*"\ntags = "release"').tags[0]
         assert (tag.match, tag.tags) == (("runs/a/*",), ("release",))
+
+    @pytest.mark.parametrize(
+        ("tags", "says"),
+        [('[[tags]]\nmatch = "a"\ntags = ["release", "paper"]\n', "did you mean 'release'?"), ("", "there are none")],
+    )
+    def test_a_keep_list_with_a_tag_that_no_table_gives_is_refused(self, read, tags, says):
+        rule = '[[rules]]\nmatch = "*"\nkeep_standard = {tags = ["paper", "releese"]}\ndelete_after = "5d"\n'
+        rule = rule if tags else rule.replace('"paper", ', "")
+        with pytest.raises(ValueError, match=r"rules\[1\]\.keep_standard\.tags: .*'releese'") as caught:
+            read(f"{TIERS}\n{rule}{tags}")
+        assert says in str(caught.value)
 
     def test_how_things_are_moved_is_read_in_seconds_and_bytes(self, read, tmp_path):
         tiers = TIERS + 'prices = "aws:us-east-1:GLACIER_IR"\n'

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tiercache.model import parse_bytes
+from tiercache.model import parse_bool, parse_bytes
 
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
@@ -178,9 +178,10 @@ def _suggestion(name: str) -> str:
 
 
 def distributed_environment() -> tuple[int, int, int, int] | None:
-    """(rank, world size, local rank, local world size) as torchrun and its like set them.
+    """(rank, world size, local rank, local world size) as torchrun and other launchers set them.
 
-    None without RANK and WORLD_SIZE. Without LOCAL_RANK and LOCAL_WORLD_SIZE each rank counts as alone on its machine.
+    None without RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE (DeepSpeed sets LOCAL_SIZE) each rank counts as alone on
+    its machine.
 
     Raises:
         ValueError: a variable that is not a number, or a rank that is not below its world size.
@@ -188,10 +189,14 @@ def distributed_environment() -> tuple[int, int, int, int] | None:
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return None
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    local_rank, local_world_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-    for name, member, size in (("", rank, world_size), ("LOCAL_", local_rank, local_world_size)):
+    local_size = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local_rank, local_world_size = 0, 1
+    if os.environ.get(local_size):
+        local_rank, local_world_size = _number("LOCAL_RANK", 0), _number(local_size, 1)
+    ranks = (("RANK", rank, "WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank, local_size, local_world_size))
+    for name, member, size_name, size in ranks:
         if not 0 <= member < size:
-            given = f"{name}RANK={member} and {name}WORLD_SIZE={size}"
+            given = f"{name}={member} and {size_name}={size}"
             raise ValueError(f"environment variables {given}: a rank is from 0 to its world size - 1")
     return rank, world_size, local_rank, local_world_size
 
@@ -213,7 +218,9 @@ def aws_profile() -> str | None:
     if named:
         return named
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")):
+    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")) or _flag(
+        "AWS_SKIP_SIGNATURE"
+    ):
         return None
     return "default" if any(file.is_file() for file in aws_files()) else None
 
@@ -248,7 +255,7 @@ def aws_ca_bundle() -> str | None:
     return os.environ.get("AWS_CA_BUNDLE") or None
 
 
-def aws_reach() -> dict[str, str]:
+def aws_reach() -> dict[str, Any]:
     """How AWS clients reach S3 here, in obstore's names: what the environment says, which boto3 reads by other names.
 
     A client that asked another server than the store does would change, or delete, objects of the same names there.
@@ -256,14 +263,21 @@ def aws_reach() -> dict[str, str]:
     names = {
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
         "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        "skip_signature": ("AWS_SKIP_SIGNATURE",),
-        "virtual_hosted_style_request": ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST",),
-        "request_payer": ("AWS_REQUEST_PAYER",),
     }
-    said = {name: next(filter(None, map(os.environ.get, variables)), None) for name, variables in names.items()}
-    if (payer := said["request_payer"]) is not None:
-        said["request_payer"] = "true" if payer.lower() in ("true", "1", "requester") else None
-    return {name: value for name, value in said.items() if value}
+    said: dict[str, Any] = {name: next(filter(None, map(os.environ.get, given)), None) for name, given in names.items()}
+    said["skip_signature"] = _flag("AWS_SKIP_SIGNATURE")
+    said["virtual_hosted_style_request"] = _flag("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    said["request_payer"] = _flag("AWS_REQUEST_PAYER", "requester")
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _flag(variable: str, *true: str) -> bool | None:
+    """What a variable says, None where it is not set or empty. true: further texts that mean true."""
+    text = os.environ.get(variable, "")
+    try:
+        return None if not text else text.lower() in true or parse_bool(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {variable}: {error}") from error
 
 
 def available_cpus(root: Path = Path("/")) -> int:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+OWN_FOLDER = "_tiercache/"
+"""Folder of a data set or tier for the objects of tiercache itself: versions, segments, placements, the lock."""
+
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgtp", start=1)
@@ -64,6 +67,20 @@ def parse_duration(text: int | float | str) -> float:
     if match is None:
         raise ValueError(f"not a duration: {text!r}; write seconds as a number, or '30s', '5m', '24h', '7d'")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_bool(value: object) -> bool:
+    """A bool, or the texts true, 1, yes, on, y and their opposites, in any case.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on", "y"):
+        return True
+    if text in ("false", "0", "no", "off", "n"):
+        return False
+    raise ValueError(f"not true or false: {value!r}")
 
 
 def format_bytes(n_bytes: float) -> str:

@@ -15,6 +15,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Protocol
 
+GB = float(1 << 30)
+"""Bytes of a GB in every price."""
 SPEEDS = ("expedited", "standard", "bulk")
 _FREE_SCHEMES = ("file", "memory")
 
@@ -178,8 +180,13 @@ def priced(tier: Priced) -> Prices | None:
             return parse_prices(f"tiers.{tier.name}", tier.prices)
     except ValueError as error:
         raise ValueError(f"tiers.{tier.name}.prices: {error}") from error
-    scheme, found, _ = tier.url.partition("://")
-    return FREE if not found or scheme.lower() in _FREE_SCHEMES else None
+    return FREE if is_free(tier.url) else None
+
+
+def is_free(url: str) -> bool:
+    """Whether a URL is one of this machine, where nothing is billed."""
+    scheme, found, _ = url.partition("://")
+    return not found or scheme.lower() in _FREE_SCHEMES
 
 
 def _parsed(name: str, given: Mapping[str, Any]) -> Prices:

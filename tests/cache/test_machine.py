@@ -9,8 +9,9 @@ import pytest
 from tiercache.cache import machine
 from tiercache.cache.breaker import Breaker
 from tiercache.cache.folder import Folder
-from tiercache.cache.machine import Owner, network_file_system, room, start_time
+from tiercache.cache.machine import Owner, network_file_system, room
 from tiercache.cache.owners import Owners
+from tiercache.catalog.files import start_time
 from tiercache.testing import FakeClock
 
 # From Python 3.12 on: what these tests are about.

@@ -98,7 +98,7 @@ class TestCases:
         case = run_case(nodes, "lru", 0, question)
         n_requests = -(-4_000_000_000 // (8 << 20)) + -(-1_000_000_000 // (8 << 20))
         assert case.epoch_requests == n_requests
-        assert case.dollars == pytest.approx(5 * 0.09 + n_requests / 1000 * 0.4)
+        assert case.dollars == pytest.approx(5e9 / 2**30 * 0.09 + n_requests / 1000 * 0.4)
         assert case.epoch_s == pytest.approx(4.0)
         held = run_case([recorded(Trace.of(np.zeros(3, int), 3_000_000_000))], "lru", 1 << 40, question)
         assert held.epoch_s == pytest.approx(3.0)  # two of three hits: what training reads takes as long

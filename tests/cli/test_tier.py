@@ -198,7 +198,7 @@ class TestBucket:
             )
             archive.close()
             (found,) = [one for one in tiercache("tier", "check", "--json").events if one["event"] == "bucket"]
-            assert (found["tier"], found["kind"], found["rule"]) == ("standard", "expiration", "tidy")
+            assert (found["tier"], found["kind"], found["lifecycle_rule"]) == ("standard", "expiration", "tidy")
             (line,) = [one for one in tiercache("tier", "check").out.splitlines() if one.startswith("warning: ")]
             assert "30 days" in line
 
@@ -257,14 +257,50 @@ class TestCheck:
         tiercache("tier", "run", "--once")
         (root / tier).rename(root / "away")
         (root / tier).mkdir()
-        for more in (["check"], ["plan"], ["ls"], ["run", "--once", "--dry-run"]):
-            doubts = [e["text"] for e in tiercache("tier", *more, "--json").events if e["event"] == "doubt"]
-            assert ["tier.id: expected " in text for text in doubts] == [True], more
+        name = {"cold": "archive", "nvme": "hot"}[tier]
+        for code, more in (1, ["check"]), (0, ["plan"]), (0, ["ls"]), (3, ["run", "--once", "--dry-run"]):
+            unseen = [e for e in tiercache("tier", *more, "--json", code=code).events if e["event"] == "unseen"]
+            assert [(one["tier"], "tier.id: expected " in one["reason"]) for one in unseen] == [(name, True)], more
+
+    @pytest.mark.parametrize("folder_stays", [True, False])
+    def test_a_tier_that_holds_the_only_copies_and_has_vanished_ends_check_with_1_and_run_with_3(
+        self, tiercache, root, folder_stays
+    ):
+        tiercache("tier", "run", "--once")
+        only = [
+            path
+            for path in (root / "cold").rglob("*.bin")
+            if not (root / "nvme" / path.relative_to(root / "cold")).exists()
+        ]
+        assert only
+        (root / "cold").rename(root / "away")
+        if folder_stays:
+            (root / "cold").mkdir()
+        for _ in range(2):  # each night again
+            done = tiercache("tier", "check", "--json", code=1)
+            tiers = {event["tier"]: event["reached"] for event in done.events if event["event"] == "tier"}
+            assert tiers == {"hot": True, "standard": True, "archive": False}
+            assert (done.events[-1]["not_reached"], done.events[-1]["lost"]) == (1, [])
+            summary = tiercache("tier", "run", "--once", "--json", code=3).events[-1]
+            assert (summary["unseen"], summary["lost"], summary["exit_code"]) == (["archive"], [], 3)
+        if folder_stays:
+            (root / "cold").rmdir()
+        (root / "away").rename(root / "cold")
+        assert tiercache("tier", "check", "--json").events[-1]["not_reached"] == 0
+        assert tiercache("tier", "run", "--once", "--json").events[-1]["unseen"] == []
+
+    def test_a_vanished_tier_counts_beside_one_that_cannot_be_reached(self, tiercache, root):
+        tiercache("tier", "run", "--once")
+        (root / "cold").rename(root / "away")
+        (root / "nvme").rename(root / "aside")
+        (root / "nvme").write_text("a file, where a folder should be")
+        assert tiercache("tier", "check", "--json", code=1).events[-1]["not_reached"] == 2
 
     def test_tiers_that_are_as_they_were_raise_no_doubt(self, tiercache, root):
         tiercache("tier", "run", "--once")
         for more in (["check"], ["plan"], ["ls"], ["run", "--once"]):
-            assert not [e for e in tiercache("tier", *more, "--json").events if e["event"] == "doubt"], more
+            events = tiercache("tier", *more, "--json").events
+            assert not [event for event in events if event["event"] in ("doubt", "unseen")], more
 
     def test_what_nobody_can_be_sure_of_is_told(self, tiercache, root):
         (root / "store/datasets/photos/shards/0123456789abcdef-000000.tcs").write_bytes(b"of a commit that never came")
@@ -443,7 +479,7 @@ class TestLs:
         for verb in ("ls", "check"):
             left = [one for one in tiercache("tier", verb, "--json").events if one["event"] == "left"]
             assert left == [{"event": "left", "home": f"{root}/store", "moves": n_moves}], verb
-        assert f"moves of another home, {root}/store, wait in the books" in tiercache("tier", "ls").out
+        assert f"moves of another home, {root}/store, wait in the catalog" in tiercache("tier", "ls").out
         (root / "tiercache.toml").write_text(rules)
         assert [one for one in tiercache("tier", "ls", "--json").events if one["event"] == "left"] == []
         assert tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"] == n_moves

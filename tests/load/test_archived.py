@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,15 @@ from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 
 import tiercache as tc
 from tiercache.errors import ArchivedShards
-from tiercache.prices import price_table
+from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing.http_server import HttpFaultServer, Misbehave
 from tiercache.testing.s3_server import S3Server
 from tiercache.tier import placement
 from tiercache.tier.placement import Row
+from tiercache.tier.restore import plan_restore
+from tiercache.tier.stores import Stores
+from tiercache.tierfile import Tier, TierFile
 
 ALL = list(range(N))
 GONE = Misbehave("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
@@ -184,12 +188,41 @@ def test_each_class_is_priced_by_its_own_row_of_the_table(world):
     world.archive([second], storage_class="DEEP_ARCHIVE")
     both = asked()
     _, table = price_table()
-    deep = next(prices for name, prices in table.items() if name.endswith(":DEEP_ARCHIVE")).restore["standard"]
-    n_bytes = next(info.n_bytes for info in world.moved.infos if info.name == second)
+    prices = table["aws:us-east-1:DEEP_ARCHIVE"]
+    deep = prices.restore["standard"]
+    n_gb = next(info.n_bytes for info in world.moved.infos if info.name == second) / 2**30
     assert both.hours == deep.hours > quick.hours
-    assert both.cost == pytest.approx(quick.cost + n_bytes / 1e9 * deep.gb + deep.per_1000 / 1000, rel=1e-9)
+    restored = n_gb * (deep.gb + prices.standard_gb_month * 3 / 30) + deep.per_1000 / 1000
+    copied = n_gb * prices.egress_gb + prices.get_1000 / 1000  # to a local disk, in one part
+    assert both.cost == pytest.approx(quick.cost + restored + copied, rel=1e-9)
     world.archive([third], storage_class="SOMETHING_ELSE")
     assert (asked().hours, asked().cost) == (None, None)
+
+
+class Glacier(MemoryStore):
+    """A store whose objects are all in GLACIER."""
+
+    def head(self, key):
+        return replace(super().head(key), storage_class="GLACIER")
+
+
+def test_a_reader_is_told_the_same_cost_as_a_dry_run_of_the_restore(world, tmp_path):
+    gone = world.moved.keys[:2]
+    world.archive(gone)
+    dataset = world.dataset()
+    with pytest.raises(ArchivedShards) as caught:
+        iter(tc.DataLoader(dataset, batch_size=16))
+    dataset.close()
+    archive = Glacier(tmp_path.name, "glacier")
+    for info in world.moved.infos[:2]:
+        archive.put(info.name, bytes(info.n_bytes))
+    home = Tier(name="home", role="standard", url=world.moved.store.url)
+    tiers = home, Tier(name="cold", role="archive", url=f"{world.cold.url}/far", storage_class="GLACIER")
+    file = TierFile(path=tmp_path / "tiers.toml", sha256="of the file", tiers=tiers)
+    stores = Stores(file, stores={"home": MemoryStore(tmp_path.name, "home"), "cold": archive}, archives={})
+    plan = plan_restore(file, stores, gone, (FREE, price_table()[1]["aws:us-east-1:GLACIER"]))
+    assert plan.names == tuple(gone)
+    assert (caught.value.cost, caught.value.hours) == (pytest.approx(plan.cost, rel=1e-9), plan.hours)
 
 
 def test_a_class_without_a_known_price_is_named_without_one(world):

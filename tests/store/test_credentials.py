@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs
 
@@ -19,6 +20,7 @@ from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.options import CloudOptions
 from tiercache.testing.http_server import Misbehave
 from tiercache.testing.reading import read_ranges
+from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -128,6 +130,28 @@ def test_an_expired_token_is_named_where_no_newer_one_is_there(http_server, open
             call("a")
         assert (caught.value.code, caught.value.retryable) == ("ExpiredToken", False)
     assert len(http_server.log) == 3, "the HEAD is followed by a GET that says why"
+
+
+@pytest.mark.parametrize("half_written", ["", "[work]\naws_access_key_id = NEW\n", "aws_access_key_id\n"])
+def test_a_file_that_is_being_written_anew_when_keys_are_refused_is_read_until_it_is_whole(
+    http_server, opened, monkeypatch, tmp_path, half_written
+):
+    renew_file(tmp_path, monkeypatch, "OLD")
+    store = opened(profile="work")
+    assert store.get("a") == b"data"
+    (tmp_path / "credentials").write_text(half_written)
+    n_refused = 0
+
+    def answer(_method, _path):
+        nonlocal n_refused
+        n_refused += 1
+        if n_refused == 2:
+            renew_file(tmp_path, monkeypatch, "NEW")
+        return REFUSED if n_refused < 3 else None
+
+    http_server.when(answer)
+    assert store.get("a") == b"data"
+    assert keys_of(http_server)[-1] == "NEW"
 
 
 def test_a_refusal_that_newer_keys_do_not_mend_is_final(http_server, opened):
@@ -344,6 +368,90 @@ def test_what_is_wrong_with_a_process_is_said(opened, tmp_path, command, fact):
     with pytest.raises(StoreError, match=f"credential_process of the AWS profile 'work'.*{fact}") as caught:
         opened(profile="work").get("a")
     assert not caught.value.retryable
+
+
+SLEEPS = f"{sys.executable} -c 'import time; time.sleep(1000)'"
+
+
+def test_a_process_that_does_not_end_is_ended_by_the_timeout_of_the_call_and_named(http_server, opened, tmp_path):
+    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {SLEEPS}\n")
+    with pytest.raises(StoreError, match=r"credential_process of the AWS profile 'work'.* 0\.2 s") as caught:
+        opened(profile="work", timeout=0.2).head("a")
+    assert caught.value.retryable
+    assert http_server.log == []
+
+
+def test_a_long_wait_for_a_process_is_reported_with_its_name_and_not_the_server(http_server, opened, tmp_path, caplog):
+    write_process(tmp_path, {})
+    script, go = tmp_path / "process.py", tmp_path / "go"
+    script.write_text(
+        f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n{PROCESS}"
+    )
+    store = opened(profile="work")
+    thread = threading.Thread(target=store.head, args=("a",))
+    thread.start()
+    assert wait_for(lambda: caplog.records, 30)
+    go.touch()
+    thread.join()
+    assert "credential_process of the AWS profile 'work'" in caplog.text
+    assert http_server.url not in caplog.text
+
+
+def test_a_source_that_fails_has_failed_for_all_threads_that_waited_for_it():
+    go, calls, errors = threading.Event(), [], []
+
+    def read():
+        calls.append(1)
+        go.wait(30)
+        raise StoreError("no keys", url="s3://b")
+
+    credentials = Credentials("a source", read, "s3://b")
+
+    def get():
+        try:
+            credentials.get()
+        except StoreError as error:
+            errors.append(error.message)
+
+    threads = [threading.Thread(target=get) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+
+    def n_waiting():  # for the lock, in whose method they are
+        frames = sys._current_frames()
+        return sum(frames[thread.ident].f_code.co_name == "_after_others" for thread in threads)
+
+    assert wait_for(lambda: n_waiting() == 3, 30)
+    assert credentials.is_reading
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert (len(calls), len(errors)) == (1, 4)
+    with pytest.raises(StoreError, match="no keys"):  # the next call asks again
+        credentials.get()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("given", "profile"), [("false", "work"), (False, "work"), ("yes", None), ("1", None)])
+def test_unsigned_requests_need_no_profile_whatever_word_says_so(opened, tmp_path, monkeypatch, given, profile):
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    (tmp_path / "credentials").write_text(profile_text("KEY"))
+    store = opened(skip_signature=given)
+    assert store.options.profile == profile
+    assert (s3_access(store.options, store.url)[1] is None) == (profile is None)
+
+
+@pytest.mark.parametrize(("text", "is_signed"), [("false", True), ("true", False)])
+def test_the_environment_says_by_the_same_words_whether_requests_are_signed(
+    opened, tmp_path, monkeypatch, text, is_signed
+):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
+    (tmp_path / "credentials").write_text(profile_text("KEY", "default"))
+    store = opened()
+    assert (s3_access(store.options, store.url)[1] is not None) == is_signed
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
+    with pytest.raises(ValueError, match="AWS_SKIP_SIGNATURE"):
+        opened()
 
 
 # Roles by a token's file

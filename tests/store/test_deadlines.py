@@ -19,7 +19,7 @@ from tiercache.store.landing import read_requests, worker_pool
 from tiercache.store.obstore import Place
 from tiercache.store.obstore_errors import failure
 from tiercache.store.options import CloudOptions
-from tiercache.store.retry import Calls, Patience, RetryPolicy, unreachable_fails_at_once, with_retries
+from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, unreachable_fails_at_once, with_retries
 from tiercache.store.spans import RequestSizes, plan_requests
 from tiercache.testing import FakeClock
 from tiercache.testing.http_server import HttpFaultServer, Misbehave
@@ -125,9 +125,9 @@ def test_an_attempt_that_begins_late_is_given_up_when_the_time_is_over():
             gate.wait(60)
         raise StoreError("no", url="u", retryable=True, text="the first failure")
 
-    patience = Patience("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint="http://e")
+    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint=lambda: "http://e")
     with pytest.raises(StoreError, match=r"nothing came from http://e for 0.3 s .*the first failure"):
-        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), patience, abandons="retries")
+        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), limit, abandons="retries")
     assert not gate.is_set()
     gate.set()
 
@@ -137,11 +137,11 @@ def test_time_in_the_queue_behind_other_reads_does_not_count():
     pool.get().submit(gate.wait, 60)
     timer = threading.Timer(2, gate.set)
     timer.start()
-    patience = Patience("u", "read", clock=SYSTEM_CLOCK, timeout_s=1)
+    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=1)
     requests = plan_requests(
         [(ByteRange(i * MIB, i * MIB + 1), memoryview(bytearray(1))) for i in (0, 2)], RequestSizes()
     )
-    read_requests(requests, lambda request, landing: done.append(request), pool, patience)
+    read_requests(requests, lambda request, landing: done.append(request), pool, limit)
     assert done == list(requests)
     timer.join()
     pool.drop()
@@ -205,9 +205,9 @@ def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_serv
 
 
 def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
-    clock, calls = FakeClock(), Calls()
-    patience = Patience("s3://b/a", "get", clock=clock, timeout_s=60, endpoint="http://e")
-    with calls.track(patience):
+    clock, calls = FakeClock(), CallWatch()
+    limit = CallLimit("s3://b/a", "get", clock=clock, timeout_s=60, endpoint=lambda: "http://e")
+    with calls.track(limit):
         clock.advance(1.9)
         calls.look()
         assert not caplog.records
@@ -215,7 +215,7 @@ def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
             clock.advance(1)
             calls.look()
         assert len(caplog.records) == 1
-        patience.progressed()
+        limit.progressed()
         clock.advance(2)
         calls.look()
         assert len(caplog.records) == 2

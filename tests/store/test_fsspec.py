@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from typing import ClassVar
+
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import known_implementations
 
+from tiercache.errors import StoreError
 from tiercache.store import FsspecStore, open_store
 from tiercache.store.options import CloudOptions
 from tiercache.testing.reading import ReadSuite
@@ -60,6 +66,39 @@ class TestFsspecHttp(ReadSuite):
 
     def raw_put(self, store, key, data):
         self.server.objects[key] = data
+
+
+class Told(MemoryFileSystem):
+    """A file system with an option `timeout` of its own, whose info() waits at a gate."""
+
+    protocol = "told"
+    cachable = False
+    gate = threading.Event()
+    told: ClassVar[list[object]] = []
+
+    def __init__(self, timeout=None, **options):
+        super().__init__(**options)
+        self.told.append(timeout)
+
+    def info(self, path, **options):
+        self.gate.wait(60)
+        return super().info(path, **options)
+
+
+@pytest.mark.parametrize("url", ["told://folder", "dir::told://folder"])
+def test_timeout_is_ours_for_any_url_and_the_file_systems_own_is_told_by_its_name(monkeypatch, url):
+    monkeypatch.setitem(known_implementations, "told", {"class": f"{__name__}.Told"})
+    Told.gate.clear()
+    Told.told.clear()
+    store = open_store(url, timeout="0.3s", told={"timeout": 7})
+    with pytest.raises(StoreError, match=r"0\.3 s") as caught:
+        store.head("a")
+    Told.gate.set()
+    store.close()
+    assert caught.value.retryable
+    assert Told.told == [7]
+    with pytest.raises(ValueError, match="timeout"):
+        open_store(url, timeout="soon")
 
 
 @pytest.mark.s3

@@ -8,7 +8,7 @@ import pytest
 
 from tiercache.errors import StoreError
 from tiercache.store.landing import read_requests, worker_pool
-from tiercache.store.retry import Patience
+from tiercache.store.retry import CallLimit
 from tiercache.waiting import SYSTEM_CLOCK
 
 
@@ -22,7 +22,7 @@ def test_a_call_whose_requests_wait_for_threads_ends_when_the_store_is_closed(de
 
     def call():
         try:
-            read_requests([1, 2, 3], read_one, pool, Patience("s3://bucket", "get", deadline_s, clock=SYSTEM_CLOCK))
+            read_requests([1, 2, 3], read_one, pool, CallLimit("s3://bucket", "get", deadline_s, clock=SYSTEM_CLOCK))
         except StoreError as error:
             errors.append(error)
 
@@ -50,5 +50,5 @@ def test_a_store_that_is_closed_between_two_requests_ends_the_call_and_leaves_no
         begun.append(request)
 
     with pytest.raises(StoreError, match="closed meanwhile"):
-        read_requests(Requests([1, 2, 3]), read_one, pool, Patience("s3://bucket", "get", None, clock=SYSTEM_CLOCK))
+        read_requests(Requests([1, 2, 3]), read_one, pool, CallLimit("s3://bucket", "get", None, clock=SYSTEM_CLOCK))
     assert not {2, 3} & set(begun)

@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store.retry import Patience, RetryPolicy, trying_until, with_retries
+from tiercache.store.retry import CallLimit, RetryPolicy, trying_until, with_retries
 from tiercache.testing import FakeClock
 from tiercache.waiting import SystemClock, pause, wait_for
 
@@ -24,8 +24,8 @@ def failing(n_times, **facts):
     return attempt, calls
 
 
-def patience(clock, **options):
-    return Patience("u", "read", clock=clock, **options)
+def limit(clock, **options):
+    return CallLimit("u", "read", clock=clock, **options)
 
 
 def test_pauses_grow_are_drawn_and_bounded():
@@ -40,10 +40,10 @@ def test_only_what_is_retryable_and_surely_not_done_is_tried_again():
     for facts in ({"retryable": False}, {"retryable": True, "maybe_done": True}):
         attempt, calls = failing(1, **facts)
         with pytest.raises(StoreError):
-            with_retries(attempt, RetryPolicy(), patience(FakeClock()))
+            with_retries(attempt, RetryPolicy(), limit(FakeClock()))
         assert len(calls) == 1
     attempt, calls = failing(3, retryable=True)
-    assert with_retries(attempt, RetryPolicy(), patience(FakeClock())) == 4
+    assert with_retries(attempt, RetryPolicy(), limit(FakeClock())) == 4
 
 
 def test_attempts_total_time_and_deadline_end_it():
@@ -55,7 +55,7 @@ def test_attempts_total_time_and_deadline_end_it():
         clock = FakeClock()
         attempt, calls = failing(10**9, retryable=True)
         with pytest.raises(StoreError):
-            with_retries(attempt, policy, patience(clock, **options))
+            with_retries(attempt, policy, limit(clock, **options))
         assert sum(clock.slept) <= most_s
         assert len(calls) == len(clock.slept) + 1
 
@@ -70,7 +70,7 @@ def test_cancelling_ends_a_pause_at_once():
         return attempt()
 
     with pytest.raises(StoreError, match="cancelled"):
-        with_retries(cancelling, RetryPolicy(first_s=9, longest_s=9), patience(FakeClock(), cancel=cancel))
+        with_retries(cancelling, RetryPolicy(first_s=9, longest_s=9), limit(FakeClock(), cancel=cancel))
     assert len(calls) == 3
 
 
@@ -125,7 +125,7 @@ def test_what_nobody_wants_any_more_is_asked_once():
         raise StoreError("away", url="u", retryable=True)
 
     with trying_until(unwanted):
-        patience = Patience("u", "get", clock=FakeClock())
+        limit = CallLimit("u", "get", clock=FakeClock())
     with pytest.raises(StoreError, match="away"):
-        with_retries(attempt, RetryPolicy(), patience)
+        with_retries(attempt, RetryPolicy(), limit)
     assert len(asked) == 1

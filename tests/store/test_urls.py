@@ -8,11 +8,14 @@ from datetime import timedelta
 import pytest
 
 from tiercache.errors import StoreError
+from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
+from tiercache.store.aws import S3Calls
 from tiercache.store.bucket import Tuning
 from tiercache.store.cloud import _stand_in
-from tiercache.store.obstore import Place
+from tiercache.store.obstore import Client, Place
 from tiercache.store.options import CloudOptions
+from tiercache.store.urls import endpoint_of
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,42 @@ def test_an_option_given_by_two_names_must_be_one_value():
         CloudOptions.parse("s3", {"key": "k", "access_key_id": "other"})
     with pytest.raises(ValueError, match=r"client_kwargs.*'region_name'"):
         CloudOptions.parse("s3", {"client_kwargs": {"region_nam": "r"}})
+
+
+def test_certificates_cannot_be_both_checked_and_not():
+    with pytest.raises(ValueError, match=r"allow_invalid_certificates.*twice"):
+        CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": False})
+    assert CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": "yes"})
+
+
+@pytest.mark.parametrize("name", ["skip_signature", "request_payer", "allow_http", "aws_s3_express"])
+def test_an_option_that_is_true_or_false_may_be_a_text_of_either(name):
+    for given, expected in [("Yes", True), (1, True), ("on", True), (True, True), ("no", False), ("0", False)]:
+        options = CloudOptions.parse("s3", {name: given})
+        assert {**options.config, **options.client}[name.removeprefix("aws_")] is expected
+    with pytest.raises(ValueError, match=f"{name.removeprefix('aws_')}.*perhaps"):
+        CloudOptions.parse("s3", {name: "perhaps"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "expected"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9/x"}, {}, "http://127.0.0.1:9"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, {"endpoint": "http://me:s3cret@host"}, "http://host"),
+        ({"AWS_REGION": "eu-west-1"}, {}, "https://s3.eu-west-1.amazonaws.com"),
+    ],
+)
+def test_a_server_has_one_name_whatever_client_asks_it(monkeypatch, environment, given, expected):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = CloudOptions.parse("s3", {"anon": True, **given})
+    place, counters = Place("s3", "bucket", "", "s3://bucket"), Counters("requests")
+    assert endpoint_of("s3", "bucket", options.config) == expected
+    assert Client(place, options, counters).awaited() == expected
+    assert S3Calls(options, place.url, counters).awaited() == expected
+    assert _stand_in(place, options, Tuning())._call_limit("a", "get").endpoint == expected
 
 
 def test_http_is_allowed_unless_an_https_endpoint_is_given():

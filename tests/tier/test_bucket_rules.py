@@ -60,7 +60,7 @@ def test_an_expiry_is_told_with_rule_objects_and_time():
     one, other = bucket_findings(
         "cold", "train/", "STANDARD", BucketSettings(lifecycle=(rule(EXPIRES, **where), rule(date)))
     )
-    assert (one.tier, one.rule) == ("cold", "r")
+    assert (one.tier, one.lifecycle_rule) == ("cold", "r")
     assert all(fact in one.text for fact in ("tiers.cold", "'r'", "'train/'", "a=b", "9 bytes", "30 days"))
     assert "2027-05-01" in other.text
 

@@ -10,7 +10,7 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
-from tiercache.catalog import uses
+from tiercache.catalog import read_log
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import priced
@@ -73,7 +73,7 @@ def tiers(tmp_path):
 
 def shift_clock(monkeypatch, days):
     now_s = time.time() + days * DAY_S
-    monkeypatch.setattr(uses.time, "time", lambda: now_s)
+    monkeypatch.setattr(read_log.time, "time", lambda: now_s)
 
 
 def read_by_fsspec(tiers, key):
@@ -167,6 +167,16 @@ def test_a_file_that_is_read_through_a_link_is_the_same_file(tiers, tmp_path):
     assert tiers.decide() == ([KEYS[1]], {})
 
 
+def test_openings_within_a_minute_count_once_however_the_file_is_named(tiers, tmp_path):
+    (tmp_path / "link").symlink_to(tiers.root / "store")
+    read_by_fsspec(tiers, KEYS[0])
+    for folder in ("store", "link"):
+        tiers.cache.store(open_store(str(tiers.root / folder))).get(KEYS[0])
+    tiers.decide()
+    row = tiers.snapshot.paths.to_pylist().index(KEYS[0])
+    assert tiers.snapshot.uses.tolist()[row] == 1
+
+
 def test_what_another_process_has_read_is_in_use_also_where_it_was_killed(tiers):
     code = (
         "import fsspec, os, signal\n"
@@ -179,17 +189,17 @@ def test_what_another_process_has_read_is_in_use_also_where_it_was_killed(tiers)
 
 def test_full_logs_are_reduced_and_nothing_of_them_is_lost(tiers, monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "own"))
-    monkeypatch.setattr(uses, "_LOG_BYTES", 200)
+    monkeypatch.setattr(read_log, "_LOG_BYTES", 200)
     for number in range(30):
-        uses.note(f"s3://bucket/{number % 5}-{number}")
-    folder = tmp_path / "own" / uses.FOLDER
+        read_log.note(f"s3://bucket/{number % 5}-{number}")
+    folder = tmp_path / "own" / read_log.FOLDER
     n_logs = len(list(folder.iterdir()))
     assert n_logs > 2
-    before = uses.read()
+    before = read_log.read()
     shift_clock(monkeypatch, 1)
-    assert uses.read() == before
+    assert read_log.read() == before
     assert len(list(folder.iterdir())) < n_logs
-    assert uses.read() == before
+    assert read_log.read() == before
     assert len(before) == 30
 
 
@@ -203,11 +213,11 @@ def test_a_state_folder_that_cannot_be_had_hinders_no_reader(tiers, monkeypatch,
 
 def test_a_line_that_was_torn_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path))
-    uses.note("s3://bucket/torn-test")
-    path = next((tmp_path / uses.FOLDER).iterdir())
+    read_log.note("s3://bucket/torn-test")
+    path = next((tmp_path / read_log.FOLDER).iterdir())
     with path.open("a") as file:
         file.write('[1.0, "s3://buck\n{}\n[null, 3, 4]\n[5]\n')
-    assert list(uses.read()) == ["s3://bucket/torn-test"]
+    assert list(read_log.read()) == ["s3://bucket/torn-test"]
 
 
 @pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])

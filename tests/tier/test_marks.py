@@ -193,8 +193,37 @@ def test_the_summary_of_a_run_stays_json_while_a_tier_is_missing(tiers, clock):
     unmount(tiers, "archive")
     clock.jump(6 * DAY_S)
     report = run_once(tiers.file)
-    assert json.loads(json.dumps(report.to_json()))["refused"] == 1
-    assert len(report.doubts) == 1
+    summary = json.loads(json.dumps(report.to_json()))
+    assert (summary["refused"], summary["unseen"], summary["exit_code"]) == (1, ["archive"], PARTLY)
+
+
+def test_a_run_ends_with_done_again_when_the_tier_is_back_or_its_mark_is_written_into_a_new_disk(tiers):
+    tiers.run()
+    mark = mark_of(tiers, "hot")
+    unmount(tiers, "hot")
+    assert [tiers.run(dry_run=dry).exit_code for dry in (True, False)] == [PARTLY, PARTLY]
+    mount(tiers, "hot")
+    assert tiers.run().exit_code == DONE
+    unmount(tiers, "hot")
+    tiers.write("hot", MARK_KEY, mark.encode())
+    assert tiers.run().exit_code == DONE
+
+
+def test_a_tier_that_has_never_held_anything_is_not_missed(tmp_path):
+    tiers = Tiers(tmp_path)
+    tiers.write("standard", "x")
+    (tmp_path / "hot").mkdir()  # and there is no folder of archive
+    for dry_run in (True, False, False):
+        report = tiers.run(dry_run=dry_run)
+        assert (report.unseen, report.exit_code) == ({}, DONE)
+
+
+def test_home_is_missed_too(tiers):
+    tiers.run()
+    unmount(tiers, "standard")
+    for dry_run in (True, False):
+        report = tiers.run(dry_run=dry_run)
+        assert (list(report.unseen), report.exit_code) == (["standard"], PARTLY)
 
 
 def apply(tiers, plan):

@@ -438,7 +438,8 @@ def test_a_move_that_is_not_earned_back_in_time_is_refused_with_its_figures():
     group = lying("standard", copy=Copy(2**30, days=100))
     tiering = Tiering(max_break_even_s=5 * DAY_S)
     assert refusal_of([group], TO_ARCHIVE, prices=prices, tiering=tiering) == (
-        "costs $0.005 once and saves $0.016 a month: earned back in 9.38 days (max_break_even = 5 days)"
+        "costs $0.005 once and saves $0.016 a month: earned back in 9.38 days (max_break_even = 5 days); "
+        "use larger files, another class, or `even_if_dearer = true` in the rule"
     )
     assert moves_of([group], TO_ARCHIVE, prices=prices, tiering=Tiering(max_break_even_s=10 * DAY_S))
 

@@ -7,8 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tiercache.cache.machine import start_time
-from tiercache.catalog.files import maker_of, pid_namespace
+from tiercache.catalog.files import maker_of, pid_namespace, start_time
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tiercache.catalog.files import pid_namespace
+from tiercache.catalog.files import pid_namespace, start_time
 
 # statfs(2): file systems whose locks, links or mappings other machines share. FUSE is often one of them and never says.
 _NETWORK = {
@@ -76,19 +76,6 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
     except OSError:
         return "0"
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in ticks since boot: with the pid it names a process for ever. None: no such process.
-
-    A zombie is dead: it holds nothing any more.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 @dataclass(frozen=True, slots=True)

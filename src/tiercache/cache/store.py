@@ -7,7 +7,8 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from tiercache.cache.record import Wanted, name_of_identity, name_of_object
-from tiercache.catalog import uses
+from tiercache.catalog import read_log
+from tiercache.model import OWN_FOLDER
 from tiercache.store import Buffer, Lease, Span, Store, Upload, check_key, redact
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from tiercache.model import ByteRange, Following, ObjectInfo, ReadingPlan, ShardIdentity
 
 N_KNOWN = 4096
-_OWN_FOLDER = "_tiercache/"  # of a data set: its versions are no use of a shard
 
 
 class CachedStore(Store):
@@ -55,9 +55,12 @@ class CachedStore(Store):
         return self.cache.open(wanted, self.inner, self._tell)
 
     def _note_use(self, key: str) -> None:
-        """Count a read of an object that no manifest describes; a `Dataset` counts the shards that it reads."""
-        if not key.startswith(_OWN_FOLDER) and f"/{_OWN_FOLDER}" not in key:
-            uses.note(f"{self._source}/{key}")
+        """Count a read of an object that no manifest describes; a `Dataset` counts the shards that it reads.
+
+        Reads of versions, segments and placements are not uses of data.
+        """
+        if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
+            read_log.note(f"{self._source}/{key}")
 
     def _tell(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")

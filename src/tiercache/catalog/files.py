@@ -145,6 +145,19 @@ def pid_namespace() -> int:
         return 0
 
 
+def start_time(pid: int) -> int | None:
+    """When a process started, in ticks since boot: with the pid it names a process for ever. None: no such process.
+
+    A zombie is dead: it holds nothing any more.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
 def maker_of(file: str) -> tuple[int, int] | None:
     """(pid namespace, pid) of who was writing a file that has no name yet; None: it is no such file."""
     match = re.fullmatch(r"\..+\.(\d+)-(\d+)-[0-9a-f]{8}", file)

@@ -80,7 +80,7 @@ def simulate(
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     batch_size: BatchSize = None,
-    egress: Annotated[float, typer.Option("--egress", metavar="DOLLARS", help="What fetching a GB (10^9) costs.")] = 0,
+    egress: Annotated[float, typer.Option("--egress", metavar="DOLLARS", help="What fetching a GB (2^30) costs.")] = 0,
     request: Annotated[float, typer.Option("--request", metavar="DOLLARS", help="What 1,000 requests cost.")] = 0,
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="SIZE/s", help="What the store gives a node: 1GB/s.")

@@ -10,25 +10,24 @@ import numpy as np
 from tiercache.cache.replay import Trace, bound, replay
 from tiercache.cache.units import PIECE_BYTES
 from tiercache.cli.training import Training, epoch_reads
+from tiercache.prices import GB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-_GB = 1e9  # as stores' price lists count
-
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What fetching costs. egress: dollars a GB (10^9 bytes); request: dollars for 1,000 requests."""
+    """What fetching costs. egress: dollars a GB of 2^30 bytes; request: dollars for 1,000 requests."""
 
     egress: float = 0.0
     request: float = 0.0
 
     def dollars(self, n_bytes: float, n_requests: float) -> float:
         """Of so many bytes and requests."""
-        return n_bytes / _GB * self.egress + n_requests / 1000 * self.request
+        return n_bytes / GB * self.egress + n_requests / 1000 * self.request
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import typer
 from tiercache.cli.failures import FAILED, PARTLY
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count, printable
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts, say_losses
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, read_rules, say_doubts, say_losses, say_unseen
 from tiercache.errors import StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, price_notes, price_table
@@ -39,7 +39,7 @@ _LEFT_ALONE = {
     "differing": "not the same in two tiers",
 }
 _SHOWN = 3
-_OFFLINE = "not asked"
+_OFFLINE, _UNSEEN = "not asked", "cannot be seen"
 
 
 def check(
@@ -52,7 +52,8 @@ def check(
 ) -> None:
     """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed.
 
-    Ends with 3 where something is lost: a version, the placement or the books name it, and no tier has a copy.
+    Exits with 1 if a tier cannot be reached, or its copies cannot be seen (a disk that is not mounted). Exits with 3 if
+    an object is lost: a data set version, the placement or this machine's catalog names it, and no tier has a copy.
     """
     output = Output(as_json, quiet)
     if prices:
@@ -70,24 +71,26 @@ def check(
 def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
-    n_failed = sum(text != "yes" for text in reached.values())
-    _print_tiers(output, file, reached)
+    failed = {name for name, answer in reached.items() if answer != "yes"}
+    unseen = tiers.unseen(but=failed)
+    _print_tiers(output, file, reached | dict.fromkeys(unseen, _UNSEEN))
+    say_unseen(output, file, unseen)
     losses: tuple[Loss, ...] | None = None
-    if n_failed == 0:
+    if not failed:
         inventory = tiers.stock(output)
         _print_rules(output, file, inventory)
         losses = tiers.losses(inventory)
         _print_buckets(output, tiers)
         _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
-        tiers.say_absent(output, inventory)
         tiers.say_unscored(output, inventory, passed_over=True)
         tiers.say_left(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.say_uncounted(output, inventory, pa.array(folders, pa.large_string()))
         say_losses(output, losses)
-    _sum_up(output, file, n_failed, losses)
-    if n_failed or losses:
-        raise typer.Exit(FAILED if n_failed else PARTLY)
+    n_unreached = len(failed) + len(unseen)
+    _sum_up(output, file, n_unreached, losses)
+    if n_unreached or losses:
+        raise typer.Exit(FAILED if n_unreached else PARTLY)
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
@@ -199,20 +202,20 @@ def _doubts(file: TierFile) -> Iterator[str]:
                 yield f"tiers.{tier.name} writes class {written} and has the prices of {priced}"
 
 
-def _sum_up(output: Output, file: TierFile, n_failed: int, losses: Sequence[Loss] | None) -> None:
+def _sum_up(output: Output, file: TierFile, n_unreached: int, losses: Sequence[Loss] | None) -> None:
     say_doubts(output, _doubts(file))
     facts = {
         "rules_file": str(file.path),
         "tiers": len(file.tiers),
         "rules": len(file.rules),
         "pins": len(file.pins),
-        "not_reached": n_failed,
+        "not_reached": n_unreached,
         "lost": None if losses is None else [loss.path for loss in losses],
     }
     text = f"{count(len(file.tiers), 'tier')}, {count(len(file.rules), 'rule')}, {count(len(file.pins), 'pin')}"
-    failed = f"; {count(n_failed, 'tier')} not reached" if n_failed else ""
+    unreached = f"; {count(n_unreached, 'tier')} not reached" if n_unreached else ""
     lost = f"; {count(len(losses), 'object')} LOST" if losses else ""
-    output.summary(facts, f"{file.path}: {text}{failed}{lost}")
+    output.summary(facts, f"{file.path}: {text}{unreached}{lost}")
 
 
 def _print_prices(output: Output) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import Rules, chosen, opened_tiers, path_of
+from tiercache.cli.tier_opening import Rules, chosen, opened_tiers, path_of, say_unseen
 from tiercache.cli.tier_texts import dollars, span
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
@@ -39,7 +39,7 @@ def ls(
     with opened_tiers(rules) as tiers:
         wanted = "" if path is None else path_of(tiers.file, path)
         inventory = tiers.stock(output)
-        tiers.say_absent(output, inventory)
+        say_unseen(output, tiers.file, tiers.unseen())
         tiers.say_left(output)
         snapshot = inventory.snapshot
         note = tiers.without_prices()

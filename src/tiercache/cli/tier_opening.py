@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tiercache.store import redact
 from tiercache.store.urls import Location
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import absent
+from tiercache.tier.marks import absences, no_folder
 from tiercache.tier.matching import first_match
 from tiercache.tier.run import catalog_path
 from tiercache.tier.scores import MetricGap, metric_gaps
@@ -71,9 +71,9 @@ class OpenTiers:
                 text = f"{folder}: its use is not counted yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
 
-    def say_absent(self, output: Output, inventory: Inventory) -> None:
-        """A note for each tier that may lack what lies in it."""
-        say_doubts(output, absent(self.file, self.stores, self.catalog, inventory.facts["emptied"]))
+    def unseen(self, *, but: Collection[str] = ()) -> dict[str, str]:
+        """The tiers whose copies cannot be seen now, and why. but: names of tiers that are not asked."""
+        return absences(self.file, self.stores, self.catalog, but=but)
 
     def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
         """What is lost, as far as is known."""
@@ -87,11 +87,11 @@ class OpenTiers:
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
 
     def say_left(self, output: Output) -> None:
-        """A note for each home, not of this rule file, that moves in the books of this machine wait for."""
+        """A note for each home, not of this rule file, that moves in the catalog of this machine wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
             if home != self.file.home.url:
                 text = (
-                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the books of this machine: "
+                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the catalog of this machine: "
                     f"nothing of them is deleted before `tiercache tier run --once` with a rule file of that home"
                 )
                 output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")
@@ -119,6 +119,14 @@ def say_losses(output: Output, losses: Sequence[Loss]) -> None:
         output.event("lost", asdict(loss), printable(f"LOST: {loss.text}"))
     if not output.as_json and len(losses) > len(shown):
         typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
+
+
+def say_unseen(output: Output, file: TierFile, unseen: Mapping[str, str]) -> None:
+    """A warning for each tier whose copies cannot be seen, and a note for each other one that has no folder yet."""
+    for tier, why in unseen.items():
+        text = f"tiers.{tier} cannot be seen: {why}"
+        output.event("unseen", {"tier": tier, "reason": why}, printable(f"warning: {text}"))
+    say_doubts(output, filter(None, (no_folder(tier) for tier in file.tiers if tier.name not in unseen)))
 
 
 def say_doubts(output: Output, doubts: Iterable[str]) -> None:

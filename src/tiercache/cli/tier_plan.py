@@ -10,10 +10,9 @@ import typer
 
 from tiercache.cli.options import Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
-from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers
+from tiercache.cli.tier_opening import OpenTiers, Rules, opened_tiers, say_unseen
 from tiercache.cli.tier_texts import dollars, print_holdings, span
 from tiercache.model import format_bytes
-from tiercache.tier.marks import absences
 from tiercache.tier.model import SHARD, Move, Plan, Refusal
 from tiercache.tier.moves import paths_of, sums, sums_by_way
 from tiercache.tier.plan import planned, write_plan
@@ -52,11 +51,11 @@ def plan(
 def made_plan(output: Output, tiers: OpenTiers) -> Plan:
     """A plan of what lies in the tiers now."""
     inventory = tiers.stock(output)
-    missing = absences(tiers.file, tiers.stores, tiers.catalog)
+    unseen = tiers.unseen()
     limits = tiers.capacities()
-    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=missing)
+    decisions = decide(inventory.snapshot, tiers.file, tiers.prices, capacity_bytes=limits, missing=unseen)
     made = planned(decisions, inventory, tiers.file, tiers.prices)
-    tiers.say_absent(output, inventory)
+    say_unseen(output, tiers.file, unseen)
     tiers.say_unscored(output, inventory)
     tiers.say_uncounted(output, inventory, paths_of(made.moves, SHARD))
     return made

@@ -9,7 +9,7 @@ import typer
 from tiercache.cli.options import DryRun, Json, Quiet, Verbose
 from tiercache.cli.output import Output, count
 from tiercache.cli.tier_apply import adopted_text, print_stopped
-from tiercache.cli.tier_opening import Rules, read_rules, say_doubts, say_gaps, say_losses
+from tiercache.cli.tier_opening import Rules, read_rules, say_gaps, say_losses, say_unseen
 from tiercache.cli.tier_plan import Limit, plan_text, print_plan
 from tiercache.cli.tier_texts import print_holdings
 from tiercache.model import format_bytes
@@ -28,8 +28,8 @@ def run(
     """Do all that is to be done now: finish what was broken off, plan, move, delete sources whose grace is over.
 
     For cron, Airflow, Kubernetes. Asks nothing. With --json the last line sums all up. Ends with 0, with 3 where some
-    moves were stopped (the others are done) or something is lost, with 5 where restores are under way, with 1 where it
-    failed.
+    moves were stopped (the others are done), something is lost or a tier cannot be seen (a disk that is not mounted),
+    with 5 where restores are under way, with 1 where it failed.
     """
     if not once:
         raise ValueError("say --once: a scheduler such as cron repeats it, nothing of tiercache stays resident")
@@ -37,7 +37,7 @@ def run(
     file = read_rules(rules)
     with output.progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
-    say_doubts(output, report.doubts)
+    say_unseen(output, file, report.unseen)
     say_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, limit)
@@ -63,6 +63,7 @@ def _text(report: RunReport) -> str:
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
+        (len(report.unseen), f"{count(len(report.unseen), 'tier')} not seen"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
         (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
     ]

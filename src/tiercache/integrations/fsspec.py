@@ -21,7 +21,7 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.callbacks import DEFAULT_CALLBACK
 
 from tiercache.cache import Cache, CachedStore
-from tiercache.catalog import uses
+from tiercache.catalog import read_log
 from tiercache.errors import TierCacheError
 from tiercache.integrations.files import CachedFile, WrittenFile
 from tiercache.integrations.reading import Reading
@@ -158,7 +158,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
 
         Either way it counts as a use of the object, for tiers' rules.
         """
-        uses.note(str(self.fs.unstrip_protocol(path)))
+        read_log.note(str(self.fs.unstrip_protocol(path)))
         place = None if options.keys() - _HOW else place_of(path)
         # What lies in an archive has no identity of its own; the archive has: zip://name::tiercache::s3://bucket/a.zip
         if place is None or isinstance(self.fs, AbstractArchiveFileSystem):

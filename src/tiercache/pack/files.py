@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from tiercache.errors import NotFound
-from tiercache.model import ByteRange
-from tiercache.store import Store, open_store, split_url
+from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.urls import Location
 
 _BUFFER_BYTES = 1 << 20
@@ -119,7 +118,8 @@ class StoreFiles:
 
     def open(self, path: str) -> BinaryIO:
         """The object, read by ranges of at least a MiB."""
-        return io.BufferedReader(_StoreFile(self.store, path), buffer_size=_BUFFER_BYTES)
+        info = self.store.head(path)
+        return io.BufferedReader(StoreFile(self.store, path, info.n_bytes, info.etag), buffer_size=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
         """Sixteen requests at a time."""
@@ -129,38 +129,6 @@ class StoreFiles:
     def place(self, path: str) -> str:
         """Its redacted URL."""
         return f"{self.store.url.rstrip('/')}/{path}"
-
-
-class _StoreFile(io.RawIOBase):
-    """An object of a store as a raw file. One thread."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
-        self._info = store.head(key)
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._info.n_bytes}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        n_bytes = max(0, min(view.nbytes, self._info.n_bytes - self._position))
-        if n_bytes:
-            span = ByteRange(self._position, self._position + n_bytes)
-            self._store.read_into(self._key, [(span, view[:n_bytes])], if_match=self._info.etag)
-            self._position += n_bytes
-        return n_bytes
 
 
 def is_hidden(name: str) -> bool:

@@ -13,8 +13,10 @@ from tiercache.store.credentials import default_profile
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
+from tiercache.store.object_file import StoreFile
 from tiercache.store.obstore import Place
-from tiercache.store.options import CloudOptions, with_ca_bundle
+from tiercache.store.options import CloudOptions, parse_limit, with_ca_bundle
+from tiercache.store.retry import TIMEOUT_S
 from tiercache.store.urls import Location, redact, split_url
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "MemoryStore",
     "Span",
     "Store",
+    "StoreFile",
     "Upload",
     "check_key",
     "open_store",
@@ -55,8 +58,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
     if place.chain:
         if place.scheme == "tiercache":  # integrations/fsspec.py: a cache round the cache
             raise ValueError(f"{place.shown}: data sets go through the cache by themselves; leave tiercache:: out")
-        check_scheme(place.scheme)
-        return FsspecStore(place.full, place.shown, storage_options)
+        return _by_fsspec(place, storage_options)
     if place.scheme in ("", "memory") and storage_options:
         raise ValueError(f"{place.shown}: takes no storage options, got {', '.join(sorted(storage_options))}")
     if not place.scheme:
@@ -65,9 +67,17 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
         return MemoryStore(place.host, place.path)
     cloud = _CLOUDS.get(place.scheme)
     if cloud is None:
-        check_scheme(place.scheme)
-        return FsspecStore(place.full, place.shown, storage_options)
+        return _by_fsspec(place, storage_options)
     return CloudStore(_place(cloud, place), _options(cloud, storage_options))
+
+
+def _by_fsspec(place: Location, given: dict[str, Any]) -> FsspecStore:
+    """A store whose `timeout` is ours, as of every store; all other options are the file system's."""
+    check_scheme(place.scheme)
+    options = dict(given)
+    timeout = options.pop("timeout", None)
+    timeout_s = TIMEOUT_S if timeout is None else parse_limit("timeout", timeout).total_seconds()
+    return FsspecStore(place.full, place.shown, options, timeout_s=timeout_s)
 
 
 def _place(cloud: str, place: Location) -> Place:

@@ -18,7 +18,7 @@ from tiercache.store import CloudStore, open_store
 from tiercache.store.aws import S3Calls, has_boto3, takes_long
 from tiercache.store.contract import Upload, check_key
 from tiercache.store.landing import worker_pool
-from tiercache.store.retry import Calls, Patience, RetryPolicy, with_retries
+from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, with_retries
 from tiercache.store.s3_answers import bare, described, encryption, is_object, listed
 from tiercache.store.s3_upload import S3Upload
 from tiercache.store.sums import whole_sums
@@ -199,10 +199,10 @@ class S3Archive:
         self._calls, self.bucket, self.prefix = calls, bucket, prefix
         self.url = calls.url
         self.counters = calls.counters
-        self._timeout_s, self._endpoint = calls.timeout_s, calls.endpoint
+        self._timeout_s, self._awaited = calls.timeout_s, calls.awaited
         self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
         self._pool = worker_pool(self._sizes.n_parts)
-        self._under_way = Calls()
+        self._under_way = CallWatch()
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
@@ -241,21 +241,20 @@ class S3Archive:
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
         copies = takes_long(operation)
         # A copy by the server is silent for long while all is well: its own client limits it.
-        patience = Patience(
+        limit = CallLimit(
             where,
             operation,
             clock=self._clock,
             timeout_s=None if copies else self._timeout_s,
-            endpoint=self._endpoint,
+            endpoint=self._awaited,
         )
 
         def attempt() -> Mapping[str, Any]:
             return self._calls(operation, where, Bucket=self.bucket, **request)
 
         if copies:
-            return with_retries(attempt, self._policy, patience)
-        with self._under_way.track(patience) as stop:
-            return with_retries(attempt, self._policy, patience, stop=stop)
+            return with_retries(attempt, self._policy, limit)
+        return self._under_way.retrying(attempt, self._policy, limit)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""

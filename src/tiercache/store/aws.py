@@ -12,9 +12,10 @@ from typing import Any
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.stats import Counters
-from tiercache.store.credentials import Keys, refusal, s3_access
+from tiercache.store.credentials import Keys, awaited, refusal, s3_access
 from tiercache.store.landing import PerProcess
 from tiercache.store.options import CloudOptions
+from tiercache.store.urls import endpoint_of
 
 # A copy by the server of a GiB may take longer than 20 s without a byte, and joining its parts too.
 _COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
@@ -90,11 +91,11 @@ class S3Calls:
         """
         exceptions = importlib.import_module("botocore.exceptions")
         given = {name: value for name, value in request.items() if value is not None}
-        if "RequestPayer" not in given and _pays(self._options):
+        if "RequestPayer" not in given and self._options.config.get("request_payer"):
             given["RequestPayer"] = "requester"
         clients = self._clients.get()
         client, number = clients.get(operation)
-        endpoint = client.meta.endpoint_url
+        endpoint = clients.endpoint
         self.counters.add("requests")
         try:
             answer: Mapping[str, Any] = getattr(client, operation)(**given)
@@ -113,11 +114,10 @@ class S3Calls:
             raise StoreError(text, url=where, retryable=lost) from None
         return answer
 
-    @property
-    def endpoint(self) -> str:
-        """The server, for messages."""
-        config = self._options.config
-        return str(config.get("endpoint") or f"S3 in {config.get('region', 'its region')}")
+    def awaited(self) -> str:
+        """Whom a request waits for now, for messages."""
+        clients = self._clients.get()
+        return awaited(clients.endpoint, clients.credentials)
 
     @property
     def timeout_s(self) -> float:
@@ -144,7 +144,7 @@ class _Clients:
 
     def __init__(self, options: CloudOptions, url: str) -> None:
         config, self.credentials = s3_access(options, url)
-        self._options = replace(options, config=config)
+        self._options, self.endpoint = replace(options, config=config), endpoint_of("s3", "", config)
         self._lock = Lock()
         self._made: dict[bool, tuple[Keys | None, Any]] = {}
         self._old: list[Any] = []  # other threads may still use them
@@ -202,11 +202,6 @@ def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
             config=config,
             **named["client_kwargs"],
         )
-
-
-def _pays(options: CloudOptions) -> bool:
-    """Whether the requester pays: an option, or the environment, as text."""
-    return str(options.config.get("request_payer", "")).lower() == "true"
 
 
 def _reason(

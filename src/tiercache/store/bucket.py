@@ -19,7 +19,7 @@ from tiercache.store.obstore_errors import is_beyond_end, knows_no_range
 from tiercache.store.obstore_upload import StreamedUpload
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import Calls, Patience, RetryPolicy, with_retries
+from tiercache.store.retry import CallLimit, CallWatch, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
@@ -57,7 +57,7 @@ class ObstoreStore(Store):
         self.counters = counters or Counters("requests", "bytes_read", "bytes_written")
         self._client = Client(place, options, self.counters)
         self._pool = worker_pool(tuning.n_threads)
-        self._calls = Calls()
+        self._calls = CallWatch()
         self._timeout_s = options.timeout_s
         self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(self._timeout_s * _SLOWEST_BYTES_S)))
 
@@ -73,39 +73,38 @@ class ObstoreStore(Store):
         self._pool.drop()
         self._client.close()
 
-    def _patience(self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None) -> Patience:
+    def _call_limit(
+        self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None
+    ) -> CallLimit:
         client = self._client
-        return Patience(
+        return CallLimit(
             client.at(key),
             doing,
             deadline_s,
             cancel,
             clock=self._tuning.clock,
             timeout_s=self._timeout_s,
-            endpoint=client.endpoint,
+            endpoint=client.awaited,
         )
 
-    def _asked(self, key: str, doing: str, attempt: Callable[[Patience], T]) -> T:
+    def _asked(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
         """What a request that changes nothing gives: one that is out of time is left to its thread."""
-        patience = self._patience(key, doing)
-        with self._calls.track(patience) as stop:
-            return with_retries(lambda: attempt(patience), self._tuning.policy, patience, stop=stop, abandons="retries")
+        limit = self._call_limit(key, doing)
+        return self._calls.retrying(lambda: attempt(limit), self._tuning.policy, limit, abandons="retries")
 
     def _written(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
         """What a writing request gives: its last attempt is waited for, since nobody knew what it did otherwise."""
-        patience = self._patience(key, doing)
-        with self._calls.track(patience) as stop:
-            return with_retries(attempt, self._tuning.policy, patience, stop=stop)
+        return self._calls.retrying(attempt, self._tuning.policy, self._call_limit(key, doing))
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD."""
         check_key(key)
-        return self._asked(key, "head", lambda _patience: self._client.head(key))
+        return self._asked(key, "head", lambda _limit: self._client.head(key))
 
     def get(self, key: str) -> bytes:
         """One GET."""
         check_key(key)
-        data = self._asked(key, "get", lambda patience: self._client.get(key, self._piece_bytes, patience.progressed))
+        data = self._asked(key, "get", lambda limit: self._client.get(key, self._piece_bytes, limit.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -115,7 +114,7 @@ class ObstoreStore(Store):
         if n_bytes <= 0:
             return b"", self.head(key)
 
-        def attempt(_patience: Patience) -> tuple[bytes, ObjectInfo]:
+        def attempt(_limit: CallLimit) -> tuple[bytes, ObjectInfo]:
             try:
                 tail, info = self._client.tail(key, n_bytes)
             except StoreError as error:
@@ -147,20 +146,20 @@ class ObstoreStore(Store):
         """Ranges in parallel, one memcpy from the client's buffer, all of the object that the first answer names."""
         check_key(key)
         check_spans(spans)
-        patience = self._patience(key, "read_into", deadline_s, cancel)
-        reading, landing = _Reading(self._client, key, if_match, self._piece_bytes, patience), Landing()
+        limit = self._call_limit(key, "read_into", deadline_s, cancel)
+        reading, landing = _Reading(self._client, key, if_match, self._piece_bytes, limit), Landing()
 
         def read_one(request: Request, landing: Landing) -> None:
             with_retries(
                 lambda: reading.attempt(request, landing),
                 self._tuning.policy,
-                patience,
+                limit,
                 stop=landing.stop,
                 abandons="retries",
             )
 
-        with self._calls.track(patience, landing.stop):
-            read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, patience, landing)
+        with self._calls.track(limit, landing.stop):
+            read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, limit, landing)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """One PUT."""
@@ -210,7 +209,7 @@ class ObstoreStore(Store):
         after: str | None = None
         pages: Iterator[Sequence[Mapping[str, Any]]] | None = None
 
-        def next_page(_patience: Patience) -> Sequence[Mapping[str, Any]] | None:
+        def next_page(_limit: CallLimit) -> Sequence[Mapping[str, Any]] | None:
             nonlocal pages
             with self._client.errors(folder, "list"):
                 try:
@@ -252,7 +251,7 @@ class ObstoreStore(Store):
     @contextmanager
     def watched(self, key: str, doing: str) -> Iterator[None]:
         """A step of an upload, whose requests obstore makes and repeats itself."""
-        with self._client.errors(key, doing), self._calls.track(self._patience(key, doing)):
+        with self._client.errors(key, doing), self._calls.track(self._call_limit(key, doing)):
             yield
 
     @property
@@ -267,8 +266,8 @@ class _Reading:
     Shared by the threads of the call; the dict's setdefault is atomic.
     """
 
-    def __init__(self, client: Client, key: str, if_match: str | None, piece_bytes: int, patience: Patience) -> None:
-        self._client, self._key, self._piece_bytes, self._patience = client, key, piece_bytes, patience
+    def __init__(self, client: Client, key: str, if_match: str | None, piece_bytes: int, limit: CallLimit) -> None:
+        self._client, self._key, self._piece_bytes, self._limit = client, key, piece_bytes, limit
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         self._n_landed: dict[int, int] = {}  # by a request's start, the most bytes that an attempt has brought
 
@@ -297,7 +296,7 @@ class _Reading:
         """Note as progress what no earlier attempt has brought."""
         if n_bytes > self._n_landed.get(request.range.start, 0):
             self._n_landed[request.range.start] = n_bytes
-            self._patience.progressed()
+            self._limit.progressed()
 
     def _check(self, info: ObjectInfo, wanted: ByteRange) -> None:
         # Without an ETag, the date is what a replaced object changes.

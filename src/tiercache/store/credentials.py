@@ -16,7 +16,8 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
@@ -61,7 +62,8 @@ class Keys:
 class Credentials:
     """Keys of one source, read when they are needed. Safe from any thread; a process must make its own.
 
-    The lock is held while the source is read, so that a process is started once for all threads that wait for keys.
+    The lock is held while the source is read, so that a process is started once for all threads that wait for keys;
+    where that reading fails, it has failed for all of them.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class Credentials:
         self._lock = Lock()
         self._keys: Keys | None = None
         self._again_at: datetime | None = None
+        self._n_failed = 0
+        self._error: StoreError | ValueError | None = None  # of the last reading, where it failed
         self.number = 0
 
     def get(self) -> Keys:
         """Keys that are valid now. Raises StoreError or ValueError where the source has none."""
-        with self._lock:
+        with self._after_others():
             now = self._now()
             if self._keys is None or (self._again_at is not None and now >= self._again_at):
                 return self._refresh(self._keys, now)
@@ -90,10 +94,24 @@ class Credentials:
 
     def renew(self, number: int) -> bool:
         """Whether there are other keys than those with this `number`, after reading the source again."""
-        with self._lock:
+        with self._after_others():
             if self.number == number:
                 self._refresh(None, self._now())
             return self.number != number
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the source is being read now."""
+        return self._lock.locked()
+
+    @contextmanager
+    def _after_others(self) -> Iterator[None]:
+        """Hold the lock. Raises the error of the reading that was waited for."""
+        n_failed = self._n_failed
+        with self._lock:
+            if self._n_failed != n_failed and self._error is not None:
+                raise self._error
+            yield
 
     def _refresh(self, last: Keys | None, now: datetime) -> Keys:
         """Read the source. last: keys that are used on if it fails and they are still valid."""
@@ -102,11 +120,13 @@ class Credentials:
             if keys.expires_at is not None and keys.expires_at <= now:
                 message = f"the credentials of {self.origin} have expired, at {keys.expires_at:%Y-%m-%d %H:%M:%S %Z}"
                 raise StoreError(f"{message}: renew them there", url=self.url, code="ExpiredToken")
-        except (StoreError, ValueError):
+        except (StoreError, ValueError) as error:
             if last is None or (last.expires_at is not None and last.expires_at <= now):
+                self._n_failed, self._error = self._n_failed + 1, error
                 raise
             self._again_at = now + _TRY_AGAIN
             return last
+        self._error = None
         if keys.expires_at is None:
             self._again_at = now + _UNDATED
         else:
@@ -126,6 +146,11 @@ class Credentials:
         }
 
 
+def awaited(endpoint: str, credentials: Credentials | None) -> str:
+    """Whom a call waits for now, for messages: the source of its keys while that is read, else the server."""
+    return endpoint if credentials is None or not credentials.is_reading else credentials.origin
+
+
 def refusal(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
     """The error to raise for a refused request: with .renewed if other keys than those of the request are there now.
 
@@ -143,7 +168,8 @@ def refusal(error: StoreError, credentials: Credentials | None, number: int) -> 
         else:
             return error
     except (StoreError, ValueError) as failed:
-        text = f"; reading the credentials again failed: {failed}"
+        # Another program may be writing the file anew: the call is tried again within its time.
+        text, facts["retryable"] = f"; reading the credentials again failed: {failed}", True
     said = error.message.removeprefix(f"{facts.pop('url')}: ")
     return StoreError(f"{said}{text}", url=error.facts["url"], **facts)
 
@@ -167,7 +193,7 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
             raise ValueError(f"{url}: access_key_id and secret_access_key belong together")
         keys = Keys(key, secret, config.pop("session_token", None))
         return config, Credentials("storage_options", lambda: keys, url)
-    if str(config.get("skip_signature", "")).lower() in ("true", "1"):
+    if config.get("skip_signature"):
         return config, None
     if {"role_arn", "web_identity_token_file"} & role.keys():
         return config, _role(role, {**aws_reach(), **config}, options, url)
@@ -242,6 +268,8 @@ def _of_profile(
         if name == "default":  # a file that says a region only: the machine's own role is used
             return config, None
         raise ValueError(f"{origin} holds no credentials")
+    if _runs_process(said):
+        origin = f"credential_process of {origin}"
     return config, Credentials(origin, lambda: _read_profile(name, config, options, url), url)
 
 
@@ -254,6 +282,12 @@ def _needs_botocore(said: Mapping[str, str]) -> bool:
     """Whether the keys come from another service by an exchange that botocore knows: SSO, login, another role."""
     assumes = "role_arn" in said and "web_identity_token_file" not in said
     return assumes or "login_session" in said or any(name.startswith("sso_") for name in said)
+
+
+def _runs_process(said: Mapping[str, str]) -> bool:
+    """Whether a command prints the keys: any other source comes first."""
+    others = _needs_botocore(said) or "role_arn" in said or said.get("aws_access_key_id")
+    return not others and bool(said.get("credential_process"))
 
 
 def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
@@ -271,7 +305,9 @@ def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, u
         if not secret:
             raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
         return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
-    return _by_process(said.get("credential_process", ""), origin, url)
+    if not said.get("credential_process"):
+        raise ValueError(f"{origin} holds no credentials any more")  # for example a file that is being written anew
+    return _by_process(said["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
 
 
 def _profile(name: str) -> dict[str, str]:
@@ -312,17 +348,17 @@ def _sections(path: Path) -> dict[str, dict[str, str]]:
     return {" ".join(s.replace('"', "").replace("'", "").split()): dict(parser.items(s)) for s in parser.sections()}
 
 
-def _by_process(command: str, origin: str, url: str) -> Keys:
+def _by_process(command: str, origin: str, url: str, timeout_s: float) -> Keys:
     """Keys that a profile's credential_process prints."""
     what = f"credential_process of {origin}"
     try:
         words = shlex.split(command)
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROCESS_S, check=False)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
     except (ValueError, OSError) as error:
         raise StoreError(f"{what} cannot be run: {error}", url=url) from None
     except subprocess.TimeoutExpired as error:
         said = _tail(error.stderr)
-        raise StoreError(f"{what} did not end within {_PROCESS_S:g} s{said}", url=url, retryable=True) from None
+        raise StoreError(f"{what} did not end within {timeout_s:g} s{said}", url=url, retryable=True) from None
     if done.returncode:
         raise StoreError(f"{what} ended with {done.returncode}{_tail(done.stderr)}", url=url)
     try:
@@ -373,7 +409,7 @@ def _role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOpti
             f"{url}: role_arn and web_identity_token_file belong together; a role that is taken on by other keys is "
             "read from a profile with role_arn and source_profile: storage_options={'profile': ...}"
         )
-    origin = f"the token file {wanted['web_identity_token_file']}"
+    origin = f"the token file {wanted['web_identity_token_file']} (STS)"
     return Credentials(origin, lambda: _assume_role(wanted, config, options, url), url)
 
 

@@ -15,15 +15,15 @@ from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, Span, Store, Upload, check_key
-from tiercache.store.credentials import Credentials, Keys, refusal, s3_access
+from tiercache.store.credentials import Credentials, Keys, awaited, refusal, s3_access
 from tiercache.store.fsspec_errors import exists_already, failure, is_conflict, may_have_happened
 from tiercache.store.fsspec_files import Files, PlainFiles, S3Files, Taken
 from tiercache.store.landing import Landing, PerProcess, read_requests, worker_pool
 from tiercache.store.options import CloudOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.retry import TIMEOUT_S, Abandons, Calls, Patience, RetryPolicy, with_retries
+from tiercache.store.retry import TIMEOUT_S, Abandons, CallLimit, CallWatch, RetryPolicy, with_retries
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
-from tiercache.store.urls import redact
+from tiercache.store.urls import endpoint_of, redact
 from tiercache.waiting import SYSTEM_CLOCK
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class FsspecStore(Store):
         """
         self._full_url, self._options, self._policy = full_url, dict(options), policy or RetryPolicy()
         self._make, self._timeout_s, self._s3 = make, timeout_s, s3
-        self._calls = Calls()
+        self._calls = CallWatch()
         self.url = url
         self.counters = Counters("requests", "bytes_read", "bytes_written")
         self._pool = worker_pool(_N_THREADS)
@@ -79,22 +79,33 @@ class FsspecStore(Store):
 
     def _open(self) -> _Opened:
         if self._make is not None:
-            return _Opened(partial(_made_files, self._make, self._full_url), None)
+            return _Opened(partial(_made_files, self._make, self._full_url), None, self.url)
         if self._s3 is None:
-            return _Opened(partial(_open_files, self._full_url, self._options), None)
+            endpoint = endpoint_of("http", self.url, {}) if self.url.startswith("http") else self.url
+            return _Opened(partial(_open_files, self._full_url, self._options), None, endpoint)
         config, credentials = s3_access(self._s3, self.url)
+        endpoint = endpoint_of("s3", self.url, config)
         options = {**self._options, **replace(self._s3, config=config).for_s3fs()}
         if credentials is None:
-            return _Opened(partial(_open_files, self._full_url, options), None)
-        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials)
+            return _Opened(partial(_open_files, self._full_url, options), None, endpoint)
+        return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials, endpoint)
+
+    def _awaited(self) -> str:
+        """Whom a call waits for now, for messages. Where a file system finds its server is its own business."""
+        opened = self._files_here.get()
+        return awaited(opened.endpoint, opened.credentials)
 
     @property
     def _files(self) -> Files:
         return self._files_here.get().files()
 
-    def _patience(self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None) -> Patience:
+    def _call_limit(
+        self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None
+    ) -> CallLimit:
         at = self._at(key)
-        return Patience(at, doing, deadline_s, cancel, clock=SYSTEM_CLOCK, timeout_s=self._timeout_s, endpoint=self.url)
+        return CallLimit(
+            at, doing, deadline_s, cancel, clock=SYSTEM_CLOCK, timeout_s=self._timeout_s, endpoint=self._awaited
+        )
 
     def close(self) -> None:
         """End the threads of this process and close its file system's connections."""
@@ -135,7 +146,7 @@ class FsspecStore(Store):
         """Ranges in parallel, all of one object."""
         check_key(key)
         check_spans(spans)
-        patience = self._patience(key, "read_into", deadline_s, cancel)
+        limit = self._call_limit(key, "read_into", deadline_s, cancel)
         requests = plan_requests(spans, _SIZES)
         seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
         checks = not self._files.is_conditional and (if_match is not None or len(requests) > 1)
@@ -146,15 +157,15 @@ class FsspecStore(Store):
             with_retries(
                 lambda: self._attempt(key, request, landing, seen),
                 self._policy,
-                patience,
+                limit,
                 stop=landing.stop,
                 abandons="all",
             )
-            patience.progressed()
+            limit.progressed()
 
         landing = Landing()
-        with self._calls.track(patience, landing.stop):
-            read_requests(requests, read_one, self._pool, patience, landing)
+        with self._calls.track(limit, landing.stop):
+            read_requests(requests, read_one, self._pool, limit, landing)
         if checks:
             self._check_unchanged(key, seen)
 
@@ -207,10 +218,8 @@ class FsspecStore(Store):
             self.counters.add("bytes_written", len(body))
             return True
 
-        patience = self._patience(key, "put_if_absent")
         try:
-            with self._calls.track(patience) as stop:
-                return with_retries(attempt, self._policy, patience, stop=stop)
+            return self._calls.retrying(attempt, self._policy, self._call_limit(key, "put_if_absent"))
         except Taken:
             return False
 
@@ -254,9 +263,7 @@ class FsspecStore(Store):
             with self._errors(key, doing):
                 return attempt()
 
-        patience = self._patience(key, doing)
-        with self._calls.track(patience) as stop:
-            return with_retries(guarded, self._policy, patience, stop=stop, abandons=abandons)
+        return self._calls.retrying(guarded, self._policy, self._call_limit(key, doing), abandons=abandons)
 
     @contextmanager
     def _errors(self, key: str, doing: str) -> Iterator[None]:
@@ -358,8 +365,8 @@ def _rebuild(
 class _Opened:
     """This process's file system, made again when there are other keys. Safe from any thread."""
 
-    def __init__(self, make: Callable[..., Files], credentials: Credentials | None) -> None:
-        self.credentials = credentials
+    def __init__(self, make: Callable[..., Files], credentials: Credentials | None, endpoint: str) -> None:
+        self.credentials, self.endpoint = credentials, endpoint
         self._make, self._lock = make, Lock()
         self._keys: Keys | None = None
         self._all: list[Files] = []  # the last one is used; other threads may still use those before it

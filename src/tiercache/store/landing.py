@@ -13,7 +13,7 @@ import numpy as np
 
 from tiercache.errors import StoreError
 from tiercache.store.contract import Buffer
-from tiercache.store.retry import Patience, bounded
+from tiercache.store.retry import CallLimit, bounded
 from tiercache.store.spans import Request
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def read_requests(
     requests: Sequence[Request],
     read_one: Callable[[Request, Landing], None],
     pool: PerProcess[ThreadPoolExecutor],
-    patience: Patience,
+    limit: CallLimit,
     landing: Landing | None = None,
 ) -> None:
     """Carry out all requests, many at a time; after it has returned or raised, no buffer is written.
@@ -114,11 +114,11 @@ def read_requests(
     A single request of a call that the caller cannot end runs in the calling thread. landing: a new one, of this call.
 
     Raises:
-        StoreError: the first that a request raised, or that patience ended.
+        StoreError: the first that a request raised, or the one that the limit gives.
     """
-    patience.check()
+    limit.check()
     landing = landing or Landing()
-    if len(requests) <= 1 and patience.is_endless:
+    if len(requests) <= 1 and limit.is_endless:
         try:
             for request in requests:
                 read_one(request, landing)
@@ -130,11 +130,11 @@ def read_requests(
     )  # once: of a store that is closed between two requests it would be another pool, left to nobody
 
     def read_bounded(request: Request) -> None:
-        with bounded(patience), patience.running():
+        with bounded(limit), limit.running():
             read_one(request, landing)
 
     futures: list[Future[None]] = []
-    patience.queue()
+    limit.queue()
     try:
         for request in requests:
             try:
@@ -142,23 +142,23 @@ def read_requests(
             except RuntimeError as error:
                 if pool.is_current(threads):  # no thread can be started
                     raise
-                raise _closed(patience) from error
-        _wait_all(futures, patience)
+                raise _closed(limit) from error
+        _wait_all(futures, limit)
     finally:
         landing.close()
         for future in futures:
             future.cancel()
 
 
-def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:
+def _wait_all(futures: Sequence[Future[None]], limit: CallLimit) -> None:
     # Not concurrent.futures.wait: a request that close() cancels before a thread took it never ends for that.
     ended: SimpleQueue[Future[None]] = SimpleQueue()
     for future in futures:
         future.add_done_callback(ended.put)
     n_pending = len(futures)
     while n_pending:
-        timeout_s = patience.left_s
-        if patience.cancel is not None:
+        timeout_s = limit.left_s
+        if limit.cancel is not None:
             timeout_s = _CANCEL_POLL_S if timeout_s is None else min(timeout_s, _CANCEL_POLL_S)
         try:
             ended.get(timeout=None if timeout_s is None else max(timeout_s, 0.0)).result()
@@ -166,10 +166,10 @@ def _wait_all(futures: Sequence[Future[None]], patience: Patience) -> None:
         except Empty:
             pass
         except CancelledError as error:
-            raise _closed(patience) from error
+            raise _closed(limit) from error
         if n_pending:
-            patience.check()
+            limit.check()
 
 
-def _closed(patience: Patience) -> StoreError:
-    return StoreError(f"{patience.doing}: the store was closed meanwhile", url=patience.url, retryable=True)
+def _closed(limit: CallLimit) -> StoreError:
+    return StoreError(f"{limit.doing}: the store was closed meanwhile", url=limit.url, retryable=True)

@@ -8,20 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import obstore
 import obstore.exceptions
 import obstore.store
 
-from tiercache.config import aws_reach
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.credentials import Credentials, refusal, s3_access
+from tiercache.store.credentials import Credentials, awaited, refusal, s3_access
 from tiercache.store.landing import PerProcess
 from tiercache.store.obstore_errors import exists_already, failure, may_have_happened
 from tiercache.store.options import CloudOptions
+from tiercache.store.urls import endpoint_of
 
 # Parts of an upload are many requests inside obstore, which therefore repeats them itself.
 _INNER_RETRIES = 8
@@ -59,6 +58,15 @@ class Place:
         return f"Place({self.url!r})"
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """How the store is reached by this process: options without keys, the source of the keys, the server."""
+
+    config: Mapping[str, Any]
+    credentials: Credentials | None
+    endpoint: str
+
+
 class Client:
     """obstore's functions with our errors. Any thread; clients are made by each process when it first needs them.
 
@@ -67,18 +75,21 @@ class Client:
 
     def __init__(self, place: Place, options: CloudOptions, counters: Counters) -> None:
         self.place, self.counters = place, counters
-        self.endpoint = _endpoint(place, options.config)
         self._access = PerProcess(lambda: self._find_access(options), lambda _access: None)
         inner = {"max_retries": _INNER_RETRIES, "retry_timeout": timedelta(seconds=options.timeout_s)}
         self._once = PerProcess(lambda: self._open(options, _NO_RETRIES), lambda _client: None)
         self._repeating = PerProcess(lambda: self._open(options, inner), lambda _client: None)
 
-    def _find_access(self, options: CloudOptions) -> tuple[dict[str, Any], Credentials | None]:
-        if self.place.cloud != "s3":
-            return dict(options.config), None
-        config, credentials = s3_access(options, self.place.url)
-        self.endpoint = _endpoint(self.place, config)
-        return config, credentials
+    def _find_access(self, options: CloudOptions) -> _Access:
+        config, credentials = dict(options.config), None
+        if self.place.cloud == "s3":
+            config, credentials = s3_access(options, self.place.url)
+        return _Access(config, credentials, endpoint_of(self.place.cloud, self.place.bucket, config))
+
+    def awaited(self) -> str:
+        """Whom a request waits for now, for messages."""
+        access = self._access.get()
+        return awaited(access.endpoint, access.credentials)
 
     def _open(self, options: CloudOptions, retries: Mapping[str, Any]) -> Any:
         return _open(self.place, self._access.get(), options, retries)
@@ -96,7 +107,8 @@ class Client:
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
         """Count a request; turn obstore's errors into ours, or into Taken."""
-        credentials, number = self._access.get()[1], 0
+        access, number = self._access.get(), 0
+        credentials = access.credentials
         if credentials is not None:
             credentials.get()  # here, for an error of theirs would lose its kind inside obstore
             number = credentials.number
@@ -109,7 +121,7 @@ class Client:
             if exists_already(error):
                 raise Taken from None
             # From None: obstore's own text may hold a signature of the URL.
-            raise self._refused(failure(error, doing, self.at(key), self.endpoint), credentials, number) from None
+            raise self._refused(failure(error, doing, self.at(key), access.endpoint), credentials, number) from None
 
     def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
         """The error, or one that is worth another attempt because there are other credentials now."""
@@ -223,7 +235,7 @@ class Client:
 
 def _open(
     place: Place,
-    access: tuple[dict[str, Any], Credentials | None],
+    access: _Access,
     options: CloudOptions,
     retries: Mapping[str, Any],
 ) -> Any:
@@ -234,7 +246,7 @@ def _open(
     common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": dict(retries)}
     if place.cloud == "http":
         return stores.HTTPStore(place.bucket, **common)
-    config, credentials = dict(access[0]), access[1]
+    config, credentials = dict(access.config), access.credentials
     common["prefix"] = place.prefix or None
     if credentials is not None:
         common["credential_provider"] = credentials.for_obstore
@@ -246,25 +258,6 @@ def _open(
         return stores.AzureStore(place.bucket, config=config, **common)
     config.setdefault("copy_if_not_exists", "multipart")
     return stores.S3Store(place.bucket, config=config, **common)
-
-
-def _endpoint(place: Place, config: Mapping[str, Any]) -> str:
-    """The server that answers, as far as it is known before it is asked; for messages."""
-    said = {**aws_reach(), **config} if place.cloud == "s3" else config
-    given = {
-        "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
-        "gs": said.get("base_url"),
-        "az": said.get("endpoint"),
-        "http": place.url,
-    }[place.cloud]
-    if given:
-        parts = urlsplit(str(given))
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    if place.cloud == "s3":
-        return f"https://s3.{said.get('region') or said.get('default_region') or 'us-east-1'}.amazonaws.com"
-    if place.cloud == "gs":
-        return "https://storage.googleapis.com"
-    return f"https://{said.get('account_name', place.bucket)}.blob.core.windows.net"
 
 
 def described(key: str, meta: Mapping[str, Any]) -> ObjectInfo:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tiercache.model import parse_duration
+from tiercache.model import parse_bool, parse_duration
 from tiercache.store.retry import TIMEOUT_S
 
 _CLIENT = frozenset(
@@ -45,6 +45,29 @@ _DURATIONS = frozenset(
         "pool_idle_timeout",
         "read_timeout",
         "timeout",
+    ]
+)
+# Of clients and clouds: a bool, or a text that says one.
+_BOOLS = frozenset(
+    [
+        "allow_http",
+        "allow_invalid_certificates",
+        "disable_bulk_delete",
+        "disable_tagging",
+        "http1_only",
+        "http2_keep_alive_while_idle",
+        "http2_only",
+        "imdsv1_fallback",
+        "randomize_addresses",
+        "request_payer",
+        "s3_express",
+        "skip_signature",
+        "sse_bucket_key_enabled",
+        "unsigned_payload",
+        "use_azure_cli",
+        "use_emulator",
+        "use_fabric_endpoint",
+        "virtual_hosted_style_request",
     ]
 )
 _CONFIG = {
@@ -158,7 +181,7 @@ _S3FS_LACKS = frozenset(
     ]
 )
 # A stalled connection must not hang a job: after 20 s without a byte a request is made again, on another connection.
-# `timeout` is not the HTTP client's: it limits a whole call, see Patience.
+# `timeout` is not the HTTP client's: it limits a whole call, see CallLimit.
 _CLIENT_DEFAULTS = {
     "timeout": timedelta(seconds=TIMEOUT_S),
     "read_timeout": timedelta(seconds=20),
@@ -201,16 +224,10 @@ class CloudOptions:
                         f"storage option 'credentials' is a function that returns the keys, got {type(value).__name__}"
                     )
                 credentials = value
-            elif name == "root_certificate":
-                client[name] = _certificate("storage option 'root_certificate'", value)
-            elif name == "request_payer":
-                config[name] = _is_true(value) or str(value).lower() == "requester"
-            elif name in _CLIENT:
-                client[name] = _duration(name, value) if name in _DURATIONS else _plain(value)
-            elif name in config and config[name] != _plain(value):
-                raise ValueError(f"storage option {name!r} is given twice, by two names and with two values")
             else:
-                config[name] = _plain(value)
+                chosen, parsed = client if name in _CLIENT else config, _parsed(name, value)
+                if chosen.setdefault(name, parsed) != parsed:
+                    raise ValueError(f"storage option {name!r} is given twice, by two names and with two values")
         endpoint = str(config.get("endpoint", config.get("base_url", "")))
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https one given here forbids plain http.
@@ -264,15 +281,12 @@ class CloudOptions:
             client_kwargs["verify"] = self.ca_file
         s3 = {}
         if "virtual_hosted_style_request" in self.config:
-            s3["addressing_style"] = "virtual" if _is_true(self.config["virtual_hosted_style_request"]) else "path"
+            s3["addressing_style"] = "virtual" if self.config["virtual_hosted_style_request"] else "path"
         # Repeating is retry.py's business; a conditional put repeated by botocore would take itself for a rival.
         config_kwargs: dict[str, Any] = {"retries": {"total_max_attempts": 1}} | ({"s3": s3} if s3 else {})
         for name in ("read_timeout", "connect_timeout"):
             config_kwargs[name] = self._limit(name).total_seconds()
-        named.pop("requester_pays", None)
-        if self.config.get("request_payer"):
-            named["requester_pays"] = True
-        named["anon"] = _is_true(named.get("anon", False))
+        named["anon"] = bool(named.get("anon"))
         return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
 
     def for_fsspec_http(self) -> dict[str, Any]:
@@ -321,7 +335,7 @@ def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
 def _verify(value: object) -> tuple[str, Any]:
     """Boto3's word for both: whether certificates are checked, and a file of certificates to trust."""
     if isinstance(value, bool) or str(value).lower() in ("true", "false"):
-        return "allow_invalid_certificates", not _is_true(value)
+        return "allow_invalid_certificates", not parse_bool(value)
     return "root_certificate", _certificate("verify", value)
 
 
@@ -363,7 +377,23 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(map(repr, near))}?" if near else f"; known are {', '.join(sorted(known))}"
 
 
-def _duration(name: str, value: Any) -> timedelta:
+def _parsed(name: str, value: Any) -> Any:
+    """What obstore takes: durations, bools, paths of certificates, and all else as text where it is a number."""
+    if name == "root_certificate":
+        return _certificate("storage option 'root_certificate'", value)
+    if name in _DURATIONS:
+        return parse_limit(name, value)
+    if name in _BOOLS:
+        if name == "request_payer" and str(value).lower() == "requester":  # as HTTP says it
+            return True
+        try:
+            return parse_bool(value)
+        except ValueError as error:
+            raise ValueError(f"storage option {name!r}: {error}") from None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def parse_limit(name: str, value: Any) -> timedelta:
     """Seconds as a number, also one written as text (as the command line gives it), or "30s", "5m"."""
     if isinstance(value, timedelta):
         return value
@@ -377,12 +407,3 @@ def _duration(name: str, value: Any) -> timedelta:
     if isinstance(value, bool) or not 0 < seconds < math.inf:
         raise ValueError(f"storage option {name!r} is a number of seconds or a text such as '30s' or '5m'")
     return timedelta(seconds=seconds)
-
-
-def _plain(value: Any) -> Any:
-    """What obstore takes: numbers as text."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _is_true(value: object) -> bool:
-    return value is True or str(value).lower() in ("true", "1", "yes", "on")

@@ -22,7 +22,7 @@ Abandons: TypeAlias = Literal["none", "retries", "all"]
 
 logger = logging.getLogger("tiercache")
 
-# The default `timeout`: longer than a store's restart (10 s or so), shorter than the patience of a person.
+# The default `timeout`: longer than a store's restart (10 s or so), shorter than most people wait.
 TIMEOUT_S = 60.0
 # A wait longer than this is reported.
 REPORT_AFTER_S = 2.0
@@ -37,7 +37,7 @@ class RetryPolicy:
     """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s.
 
     The defaults wait some 26 s in all: a store that restarts, in 10 s or so, must not end a training. The call's
-    Patience ends retrying earlier.
+    CallLimit ends retrying earlier.
     """
 
     n_attempts: int = 12
@@ -70,10 +70,9 @@ _answered: set[str] | None = None
 
 @contextmanager
 def trying_until(unwanted: Event | None) -> Iterator[None]:
-    """Have calls of this thread try nothing again once unwanted is set; what they are asked once, they are asked.
+    """Make calls of this thread stop retrying once `unwanted` is set; a first attempt is still made.
 
-    For who reads ahead: 1. the data set is closed, and its server too. 2. A thread that was on its way asks, and would
-    try again for half a minute.
+    Used by read-ahead: a data set may be closed while a thread is about to ask a server that is gone.
     """
     before, _here.unwanted = _here.unwanted, unwanted
     try:
@@ -98,22 +97,22 @@ def unreachable_fails_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def bounded(patience: Patience) -> Iterator[None]:
-    """Carry out a part of a call in this thread for another one, which waits no longer than patience lasts."""
+def bounded(limit: CallLimit) -> Iterator[None]:
+    """Carry out a part of a call in this thread for another one, which waits no longer than the limit allows."""
     before, _here.is_bounded = _here.is_bounded, True
     try:
-        with trying_until(patience.unwanted):
+        with trying_until(limit.unwanted):
             yield
     finally:
         _here.is_bounded = before
 
 
-class Patience:
+class CallLimit:
     """How long one call may go on: until its deadline, until it is cancelled, or timeout_s after its last progress.
 
     Progress is the call's start, and then each progressed(): a byte that had not arrived before. Failed attempts and
     pauses between them are no progress; time in which all parts of the call wait for a thread does not count. Safe from
-    any thread. endpoint: the server, for messages.
+    any thread. endpoint: says whom the call waits for now, for messages: the server, or the source of its keys.
     """
 
     def __init__(
@@ -125,11 +124,11 @@ class Patience:
         *,
         clock: Clock,
         timeout_s: float | None = None,
-        endpoint: str = "",
+        endpoint: Callable[[], str] | None = None,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
         self.deadline_s, self.timeout_s, self.unwanted = deadline_s, timeout_s, _here.unwanted
-        self.endpoint = endpoint or url
+        self._endpoint = endpoint
         self.start_s = self._progress_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
         self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
@@ -137,6 +136,11 @@ class Patience:
         self.is_reported = False
         # Threads that carry out a part of the call now; None: the caller's thread does all of it.
         self._running: set[int] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Whom the call waits for now."""
+        return self.url if self._endpoint is None else self._endpoint()
 
     @property
     def is_endless(self) -> bool:
@@ -214,16 +218,16 @@ class Patience:
 
     def report(self) -> None:
         """Warn that the call waits."""
-        limit = (
+        ending = (
             "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
         )
         last = f"; the last attempt: {self.error.facts.get('text', self.error.message)}" if self.error else ""
         logger.warning(
-            "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, limit
+            "%s: %s: has waited %.0f s for %s%s%s", self.url, self.doing, self.waited_s, self.endpoint, last, ending
         )
 
 
-class Calls:
+class CallWatch:
     """Calls of one store that are under way: close() ends their retries, and a long wait is reported while it lasts.
 
     Each process has a thread that looks at them twice a second; it ends at close(), or soon after the last call. Of
@@ -238,19 +242,19 @@ class Calls:
         self._pid = os.getpid()
         self._starting = threading.Lock()
         self._stop = Event()
-        self._under_way: dict[Patience, Event] = {}
+        self._under_way: dict[CallLimit, Event] = {}
         self._watcher: tuple[threading.Thread, Event, Event] | None = None  # it, what wakes it and what ends it
 
-    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
-        return Calls, ()
+    def __reduce__(self) -> tuple[type[CallWatch], tuple[()]]:
+        return CallWatch, ()
 
     @contextmanager
-    def track(self, patience: Patience, stop: Event | None = None) -> Iterator[Event]:
+    def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
         """Watch a call while the block runs. stop: set by close() to end its retries; None: one that calls share."""
         if self._pid != os.getpid():
             self._forget()
         stop = stop or self._stop
-        self._under_way[patience] = stop
+        self._under_way[limit] = stop
         watcher = self._watcher
         if watcher is None:
             watcher = self._start()
@@ -259,7 +263,14 @@ class Calls:
         try:
             yield stop
         finally:
-            self._under_way.pop(patience, None)
+            self._under_way.pop(limit, None)
+
+    def retrying(
+        self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: Abandons = "none"
+    ) -> T:
+        """What attempt gives: with_retries(), watched."""
+        with self.track(limit) as stop:
+            return with_retries(attempt, policy, limit, stop=stop, abandons=abandons)
 
     def _start(self) -> tuple[threading.Thread, Event, Event]:
         with self._starting:
@@ -296,8 +307,8 @@ class Calls:
         late = [p for p in list(self._under_way) if p.waited_s >= REPORT_AFTER_S]
         if late and not any(p.is_reported for p in late):
             late[0].report()
-        for patience in late:
-            patience.is_reported = True
+        for limit in late:
+            limit.is_reported = True
 
     def close(self) -> None:
         """End the retries of calls under way, and this process's thread. Calls may be made again after it."""
@@ -313,12 +324,12 @@ class Calls:
 def with_retries(
     attempt: Callable[[], T],
     policy: RetryPolicy,
-    patience: Patience,
+    limit: CallLimit,
     *,
     stop: Event | None = None,
     abandons: Abandons = "none",
 ) -> T:
-    """What attempt gives, trying again while its StoreError is retryable and policy and patience allow.
+    """What attempt gives, trying again while its StoreError is retryable and policy and limit allow.
 
     stop: ends a pause, and trying again, when nobody waits for the answer any more.
 
@@ -330,10 +341,10 @@ def with_retries(
     """
     n_failed, has_renewed = 0, False
     while True:
-        patience.check()
+        limit.check()
         try:
             is_left = (abandons == "all" or (abandons == "retries" and n_failed > 0)) and not _here.is_bounded
-            answer = _in_time(attempt, patience) if is_left else attempt()
+            answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
             if error.facts.get("renewed"):  # there are other credentials now
@@ -342,41 +353,41 @@ def with_retries(
                 has_renewed = True
                 continue
             pause_s = policy.pause_s(n_failed)
-            if n_failed >= policy.n_attempts or not _is_worth_repeating(error, patience, pause_s):
+            if n_failed >= policy.n_attempts or not _is_worth_repeating(error, limit, pause_s):
                 raise
-            patience.error = error
-            if not pause(pause_s, patience.clock, stop or patience.cancel) and stop is not None:
+            limit.error = error
+            if not pause(pause_s, limit.clock, stop or limit.cancel) and stop is not None:
                 raise
         else:
             if _answered is not None:
-                _answered.add(patience.endpoint)
+                _answered.add(limit.endpoint)
             return answer
 
 
-def _in_time(attempt: Callable[[], T], patience: Patience) -> T:
+def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
     """What attempt gives in a thread of its own. Raises StoreError when the time is over, and leaves the thread."""
 
     def run() -> T:
-        with bounded(patience):
+        with bounded(limit):
             return attempt()
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
     future = threads.submit(run)
     threads.shutdown(wait=False)  # it ends with the attempt
-    while not wait((future,), timeout=patience.left_s).done:
-        patience.check()  # the attempt may have made progress meanwhile
+    while not wait((future,), timeout=limit.left_s).done:
+        limit.check()  # the attempt may have made progress meanwhile
     return future.result()
 
 
-def _is_worth_repeating(error: StoreError, patience: Patience, pause_s: float) -> bool:
+def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
     """Whether another attempt after pause_s may succeed, and has the time to."""
-    if not error.retryable or error.facts.get("maybe_done") or not patience.is_wanted:
+    if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
         return False
     if _answered is not None:
         if error.facts.get("sent") is False:
-            if patience.endpoint not in _answered:
+            if limit.endpoint not in _answered:
                 return False
         else:
-            _answered.add(patience.endpoint)
-    left_s = patience.left_s
+            _answered.add(limit.endpoint)
+    left_s = limit.left_s
     return left_s is None or pause_s < left_s

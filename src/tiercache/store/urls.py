@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from tiercache.config import aws_reach
 from tiercache.store.contract import check_key
 
 # In abfss://container@account/... the "@" belongs to the name of the place.
@@ -128,3 +131,25 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
     if not place.scheme:
         return folder or "/", check_key(name)
     return Location(place.scheme, place.host, folder, place.chain).full, check_key(name)
+
+
+def endpoint_of(cloud: str, place: str, config: Mapping[str, Any]) -> str:
+    """The server that answers, as far as it is known before it is asked; for messages.
+
+    cloud: "s3", "gs", "az" or "http"; place: the bucket or container, of HTTP the URL; config: the store's options.
+    """
+    said = {**aws_reach(), **config} if cloud == "s3" else config
+    given = {
+        "s3": said.get("aws_endpoint_url_s3") or said.get("endpoint"),
+        "gs": said.get("base_url"),
+        "az": said.get("endpoint"),
+        "http": place,
+    }[cloud]
+    if given:
+        parts = urlsplit(str(given))
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    if cloud == "s3":
+        return f"https://s3.{said.get('region') or said.get('default_region') or 'us-east-1'}.amazonaws.com"
+    if cloud == "gs":
+        return "https://storage.googleapis.com"
+    return f"https://{said.get('account_name', place)}.blob.core.windows.net"

@@ -24,14 +24,14 @@ class BucketFinding:
     Attributes:
         tier: the tier.
         kind: what it is about; "unread": a setting that could not be read.
-        rule: the lifecycle rule's ID; None: it is no such rule.
+        lifecycle_rule: ID of the lifecycle rule; None: the finding is not about one.
         is_danger: objects are deleted, or become unreadable, without tiercache.
         text: for people.
     """
 
     tier: str
     kind: Kind
-    rule: str | None
+    lifecycle_rule: str | None
     is_danger: bool
     text: str
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tiercache.prices import GB, Prices, RestorePrice
 from tiercache.tier.pieces import PART_BYTES
 
 if TYPE_CHECKING:
-    from tiercache.prices import Prices, RestorePrice
     from tiercache.tier.model import Snapshot
 
-GB = float(1 << 30)
 DAY_S = 86400.0
 MONTH_DAYS = 30.0
 PROMOTION_DAYS = 3
@@ -119,6 +118,45 @@ def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
     AWS: a COPY is priced as a PUT into the class that it writes, and reads from the one it reads.
     """
     return sizes.n_objects * dst.transition_1000 / 1000 + sizes.n_bytes / GB * src.retrieve_gb
+
+
+def restored_home_dollars(
+    archive: Prices, speed: RestorePrice, home: Prices, n_bytes: NDArray[np.int64], *, urls: tuple[str, str]
+) -> Dollars:
+    """What copying each archived object home costs: its restore for PROMOTION_DAYS, and the copy or change of class.
+
+    urls: of the archive and of home. Where they are equal, only the class is changed.
+    """
+    sizes = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes)
+    dollars = restore_dollars(archive, speed, n_bytes, PROMOTION_DAYS)
+    if urls[0].rstrip("/") == urls[1].rstrip("/"):
+        return dollars + reclass_dollars(archive, home, sizes)
+    leaves, streams = leaves_and_streams(*urls, archive, home)
+    return dollars + copy_dollars(archive, home, sizes, leaves=leaves, streams=streams)
+
+
+def leaves_and_streams(src_url: str, dst_url: str, src: Prices | None, dst: Prices | None) -> tuple[bool, bool]:
+    """Of a copy between two tiers: whether it leaves the provider's region, and whether it passes through this machine.
+
+    Where prices name no region, a copy leaves it unless both tiers are in one bucket. A local disk is outside every
+    region. Only S3 copies objects itself.
+    """
+    if src is None or dst is None:
+        leaves = True
+    elif region := region_of(src):
+        leaves = region != region_of(dst)
+    else:
+        leaves = _bucket(src_url) != _bucket(dst_url)
+    return leaves, leaves or not (_is_s3(src_url) and _is_s3(dst_url))
+
+
+def _is_s3(url: str) -> bool:
+    return url.lower().startswith("s3://")
+
+
+def _bucket(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def break_even_days(once: Dollars, saving_month: Dollars) -> Dollars:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, UnsupportedFormat
+from tiercache.model import OWN_FOLDER
 from tiercache.shard import manifest
 from tiercache.shard.segments import SegmentRef, ShardTable, read_segments
 from tiercache.shard.versions import VERSIONS_FOLDER, Version
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
     from tiercache.tierfile import TierFile
 
-OWN_FOLDER = "_tiercache/"
-OWN_KEY = r"(?:^|/)_tiercache/"
+OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
 SHARD_KEY = r"\.tcs$"
 
 _VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0-9]{{20}})\.json$"
@@ -266,15 +266,5 @@ def _joined(shards: Sequence[Shards]) -> Shards:
         joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
         return joined[rows]
 
-    names = (
-        "n_bytes",
-        "crc32c",
-        "last_use_s",
-        "uses",
-        "in_use",
-        "unreported",
-        "named_s",
-        "elsewhere",
-        "counted_since_s",
-    )
-    return Shards(keys.take(pa.array(rows, pa.int64())), *(column(name) for name in names))  # type: ignore[arg-type]
+    columns = {one.name: column(one.name) for one in fields(Shards) if one.name != "keys"}
+    return Shards(keys=keys.take(pa.array(rows, pa.int64())), **columns)  # type: ignore[arg-type]

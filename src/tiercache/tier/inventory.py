@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.catalog import uses
+from tiercache.catalog import read_log
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 from tiercache.tier.columns import find, matches, rising, taken
@@ -140,7 +140,6 @@ def take_inventory(
         "n_own": int(own.sum()),
         "unread": _some(grouped.paths.take(pa.array(scores.unread))),
         "in_files": scores.in_files,
-        "emptied": _emptied(file, listed, known),
     }
     return Inventory(snapshot, facts | more, listed, copies)
 
@@ -323,11 +322,11 @@ class _Used:
         n_groups = len(grouped.kind)
         last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
         try:
-            known = uses.read()
+            known = read_log.read()
         except (OSError, ValueError):  # no state folder can be had: then nothing is known
             known = {}
         for number in listed.tiers if known else ():
-            found = uses.below(known, file.tiers[number].url)
+            found = read_log.below(known, file.tiers[number].url)
             rows = np.flatnonzero(listed.tier[grouped.objects.row] == number)
             keys = taken(listed.keys, grouped.objects.row[rows])
             at = find(keys, pa.array(list(found), pa.large_string()))
@@ -404,11 +403,6 @@ def _facts(
         "differing": _some(differing),
         "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
     }
-
-
-def _emptied(file: TierFile, listed: Listed, known: Known) -> tuple[str, ...]:
-    local = [file.tiers[number] for number in listed.tiers if file.tiers[number].is_local]
-    return tuple(t.name for t in local if not np.any(listed.tier == file.index(t.name)) and known.checksums(t.name))
 
 
 def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:

@@ -11,7 +11,6 @@ any other opcode makes is a placeholder, and functions that the pickle names are
 
 from __future__ import annotations
 
-import io
 import math
 import pickletools
 import re
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tiercache.model import ByteRange
+from tiercache.store import StoreFile
 
 if TYPE_CHECKING:
     from tiercache.store import Store
@@ -71,52 +71,26 @@ def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str,
         return {}
 
 
-class _Blocks(io.RawIOBase):
-    """An object as a file to be sought in, read by blocks, of which it reads no more than _MAX_READ_BYTES."""
+class _Blocks(StoreFile):
+    """An object that is read by blocks, which are kept: at most _MAX_READ_BYTES of them."""
 
     def __init__(self, store: Store, key: str, n_bytes: int) -> None:
-        super().__init__()
-        self._store, self._key, self._n_bytes = store, key, n_bytes
-        self._at, self._blocks = 0, dict[int, bytearray]()
+        super().__init__(store, key, n_bytes)
+        self._blocks = dict[int, bytearray]()
 
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._n_bytes}[whence]
-        if start + offset < 0:
-            raise ValueError("a position before the start of the file")
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._n_bytes if size < 0 else min(self._at + size, self._n_bytes)
-        if end <= self._at:
-            return b""
-        numbers = range(self._at // _BLOCK_BYTES, -(-end // _BLOCK_BYTES))
+    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
+        numbers = range(wanted.start // _BLOCK_BYTES, -(-wanted.end // _BLOCK_BYTES))
         self._fetch([number for number in numbers if number not in self._blocks])
-        start = self._at - numbers[0] * _BLOCK_BYTES
-        data = b"".join(self._blocks[number] for number in numbers)[start : start + end - self._at]
-        self._at = end
-        return data
+        start = wanted.start - numbers[0] * _BLOCK_BYTES
+        buffer[:] = b"".join(self._blocks[number] for number in numbers)[start : start + wanted.n_bytes]
 
     def _fetch(self, numbers: list[int]) -> None:
         if (len(self._blocks) + len(numbers)) * _BLOCK_BYTES > _MAX_READ_BYTES:
             raise ValueError("a directory or a pickle that is too large to hold scores alone")
-        starts = [number * _BLOCK_BYTES for number in numbers]
-        buffers = [bytearray(min(_BLOCK_BYTES, self._n_bytes - start)) for start in starts]
-        spans = [
-            (ByteRange(start, start + len(buffer)), memoryview(buffer))
-            for start, buffer in zip(starts, buffers, strict=True)
-        ]
-        if spans:
-            self._store.read_into(self._key, spans)
+        ranges = [ByteRange(n * _BLOCK_BYTES, min((n + 1) * _BLOCK_BYTES, self.n_bytes)) for n in numbers]
+        buffers = [bytearray(one.n_bytes) for one in ranges]
+        if buffers:
+            self.store.read_into(self.key, [(one, memoryview(b)) for one, b in zip(ranges, buffers, strict=True)])
         self._blocks.update(zip(numbers, buffers, strict=True))
 
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from tiercache.catalog.files import make_folder, open_file, pid_namespace
+from tiercache.catalog.files import make_folder, open_file, pid_namespace, start_time
 from tiercache.errors import CommitConflict, NotFound, StoreError
 from tiercache.points import reach
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
@@ -400,13 +400,3 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return "0"
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in ticks since boot: with the pid it names a process for ever. None: no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])

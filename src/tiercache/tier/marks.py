@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.store import LocalFolder
 from tiercache.store.urls import Location
 
 if TYPE_CHECKING:
@@ -54,10 +53,16 @@ def absence(tier: Tier, store: Store, catalog: TierCatalog) -> str:
     return unlike(tier.name, store, found, before)
 
 
-def absences(file: TierFile, stores: Stores, catalog: TierCatalog) -> dict[str, str]:
-    """The tiers of which absence() says why, and those that cannot be asked, by name. Writes nothing."""
+def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()) -> dict[str, str]:
+    """The tiers of which absence() says why, and those that cannot be asked, by name. Writes nothing.
+
+    A local tier whose folder is not there and that this machine has never used is not among them: no_folder().
+    but: names of tiers that are not asked.
+    """
     found = {}
     for tier in file.tiers:
+        if tier.name in but:
+            continue
         try:
             why = absence(tier, stores.store(tier.name), catalog)
         except StoreError as error:
@@ -126,28 +131,3 @@ def no_folder(tier: Tier) -> str:
     if not tier.is_local or path.exists():
         return ""
     return f"tiers.{tier.name}: there is no folder {path}: it counts as empty"
-
-
-def absent(file: TierFile, stores: Stores, catalog: TierCatalog, emptied: Collection[str]) -> tuple[str, ...]:
-    """Of each local tier that may lack what lies in it because its disk is not mounted, why. Nothing is written.
-
-    emptied: names of tiers that have nothing by now, and had something.
-    """
-    return tuple(_absent(file, stores, catalog, emptied))
-
-
-def _absent(file: TierFile, stores: Stores, catalog: TierCatalog, emptied: Collection[str]) -> Iterator[str]:
-    for tier in file.tiers:
-        store = stores.store(tier.name) if tier.is_local else None
-        if not isinstance(store, LocalFolder):
-            continue
-        try:
-            why = unlike(tier.name, store, read_mark(store), catalog.mark(tier.name))
-        except StoreError as error:
-            why = str(error)
-        if why:
-            yield f"tiers.{tier.name}: {why}"
-        elif text := no_folder(tier):
-            yield text
-        elif tier.name in emptied:
-            yield f"tiers.{tier.name}: {was_seen(store)}"

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from tiercache.errors import ArchivedShards
 from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
-from tiercache.prices import Prices, price_table
+from tiercache.prices import FREE, Prices, is_free, price_table
 from tiercache.store import Buffer, Lease, LocalStore, Span, Store, Upload
-from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars
+from tiercache.tier.costs import region_of, restored_home_dollars
 from tiercache.tier.places import Found, Places, is_far
 
 if TYPE_CHECKING:
@@ -203,9 +203,10 @@ class _Needed:
     rows: tuple[Row, ...]
 
     def estimate(self) -> tuple[float | None, float | None]:
-        """Hours until the last can be read, and dollars, both at the usual speed; None: no price is known.
+        """Hours until the last shard can be read, and dollars at least, at the usual speed; None: no price is known.
 
-        Dollars: of the retrieval, of a temporary copy for as long as copying home needs it, and of a PUT each there.
+        A reader has no rule file. An archive has the prices of the first row of the table with its class, and a remote
+        home those of the standard class, the first row of the same region: a home in another region costs more.
         """
         _, table = price_table()
         by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
@@ -216,8 +217,10 @@ class _Needed:
             if known is None or price is None:
                 return None, None
             hours = max(hours, price.hours)
-            cost += float(restore_dollars(known, price, np.array([row.n_bytes]), PROMOTION_DAYS)[0])
-            cost += known.part_1000 / 1000
+            same_region = (one for one in table.values() if region_of(one) == region_of(known))
+            home = FREE if is_free(self.url) else next(same_region)
+            n_bytes = np.array([row.n_bytes], np.int64)
+            cost += float(restored_home_dollars(known, price, home, n_bytes, urls=(row.url, self.url))[0])
         return hours, cost
 
     def error(self) -> ArchivedShards:
@@ -227,7 +230,7 @@ class _Needed:
         asked = names if len(names) <= _SHOWN else []
         command = shlex.join(["tiercache", "restore", self.url, *asked, "--wait"])
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs about ${cost:,.2f}"
+        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
         return ArchivedShards(
             f"{self.url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
             f"restored first{price_text}: {command}\n({shown})",

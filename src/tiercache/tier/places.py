@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError, TierCacheError
-from tiercache.model import ByteRange
+from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.tier import placement
 from tiercache.tier.machine import tier_above
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What lies there is never placed elsewhere.
-OWN_FOLDER = "_tiercache/"
 _ARCHIVED = re.compile(r"InvalidObjectState|BlobArchived|storage class|archived", re.IGNORECASE)
 _MANY_ETAGS = 4096
 _CLOUDS = ("s3", "s3a", "gs", "gcs", "az", "azure")

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+from tiercache.model import OWN_FOLDER
 from tiercache.store.contract import check_key
 from tiercache.store.posix import NewFile, open_folder, write_all
 from tiercache.tier.model import KINDS, Action, Holding, Kind, Money, Move, Plan, PlannedObject, PlannedTier, Refusal
@@ -21,8 +22,6 @@ from tiercache.tier.moves import Moves, Refusals, sums
 from tiercache.tier.plan_lines import HEAD_KEYS, lines_of_moves, lines_of_refusals
 
 FORMAT, VERSION = "tiercache-plan", 1
-
-_OWN_FOLDER = "_tiercache/"
 
 _WRITE_BYTES = 1 << 20
 _TOO_LARGE = 1 << 63  # of an integer, for the journal
@@ -276,7 +275,7 @@ class _Reader:
         """A key of a tier, that none of tiercache's own is. Half a surrogate pair is no text: encode() says so."""
         try:
             text.encode()
-            if _OWN_FOLDER in f"{text}/":
+            if OWN_FOLDER in f"{text}/":
                 raise ValueError(f"{text!r} is tiercache's own, and never moved")
             return check_key(text)
         except ValueError as error:

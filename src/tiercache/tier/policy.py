@@ -84,7 +84,7 @@ class _Deciding:
             wishes = newest_stays(self.view, held(self.view, rule.wanted, self.refused), self.refused)
             wishes = linked_stays(self.view, wishes, self.refused)
             wishes = in_sight(self.view, wishes, self.refused, self.missing)
-            self._make(*costly(self.view, wishes, self.refused, for_room=False))
+            self._make(*costly(self.view, wishes, self.refused))
         for tier in range(self.view.n_tiers - 1):
             self._keep_below_high(tier, rules)
         for number, rule in enumerate(rules):
@@ -109,9 +109,8 @@ class _Deciding:
         wanted, stuck = self._sent_down(tier, rows, f"{what.name} is {used / max(limit, 1):.1%} full")
         passed = [stuck]
         wanted = in_sight(self.view, wanted, passed, self.missing)
-        wishes, dollars = costly(self.view, wanted, passed, for_room=True)
-        order = np.lexsort((wishes.group, -self.view.unused_s[wishes.group]))
-        wishes, dollars = wishes.take(order), dollars.take(order)
+        wishes = wanted.take(np.lexsort((wanted.group, -self.view.unused_s[wanted.group])))
+        dollars = bill(self.view, wishes)
         freed = np.cumsum(np.where(self.room.fitting(wishes), bytes_of(self.view, wishes), 0))
         n = int(np.searchsorted(freed, used - int(limit * what.low))) + 1
         # Of those that cannot go, the ones that would have been among them.

@@ -22,7 +22,7 @@ from tiercache.tier.costs import (
 from tiercache.tier.marks import deletions_wait
 from tiercache.tier.model import CHECKPOINT, HERE
 from tiercache.tier.view import Flags, View
-from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wishes, ending, say, span
+from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wishes, ending, one_text, say, span
 
 Dollars = NDArray[np.float64]
 
@@ -118,7 +118,7 @@ def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     text = say(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     wishes = sift(wishes, refused, pinned >= 0, text)
     in_use = view.snapshot.in_use[wishes.group]
-    wishes = sift(wishes, refused, in_use, _said("in use", in_use))
+    wishes = sift(wishes, refused, in_use, one_text("in use", in_use))
     partial = ~view.snapshot.complete[wishes.group] & (view.snapshot.kind[wishes.group] == CHECKPOINT)
     whole = view.whole[:, wishes.group[partial]].any(axis=0)
     wishes = sift(wishes, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
@@ -136,7 +136,7 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
     lasts |= of_newest & (wishes.action == DROP) & ~_readable_elsewhere(view, wishes)
     what = "the newest complete checkpoint of its run is never deleted, nor its last readable copy given up"
-    wishes = sift(wishes, refused, lasts, _said(what, lasts))
+    wishes = sift(wishes, refused, lasts, one_text(what, lasts))
     becomes = view.newest[wishes.group] & (wishes.action == MOVE)
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
     text = ending(wishes.text, becomes, "; copied only: it is the newest complete checkpoint of its run")
@@ -169,10 +169,10 @@ def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping
     """Without what goes to a tier that may not be there, and without deletions while any may not: marks.py."""
     if why := deletions_wait(missing):
         deletes = wishes.action == DELETE
-        wishes = sift(wishes, refused, deletes, _said(why, deletes))
+        wishes = sift(wishes, refused, deletes, one_text(why, deletes))
     for name, why in missing.items():
         there = wishes.dst == view.file.index(name)
-        wishes = sift(wishes, refused, there, _said(f"nothing goes to tier {name}: {why}", there))
+        wishes = sift(wishes, refused, there, one_text(f"nothing goes to tier {name}: {why}", there))
     return wishes
 
 
@@ -186,26 +186,19 @@ def _readable_elsewhere(view: View, wishes: Wishes) -> Flags:
     return found
 
 
-def _said(text: str, mask: Flags) -> Texts:
-    return np.full(int(mask.sum()), text, np.object_)
-
-
 def _tagged(view: View, wishes: Wishes) -> Texts:
     out = np.empty(len(wishes), np.object_)
     out[:] = [f"tagged {', '.join(sorted(view.snapshot.tags[group]))}" for group in wishes.group.tolist()]
     return out
 
 
-def costly(view: View, wishes: Wishes, refused: list[Wishes], *, for_room: bool) -> tuple[Wishes, Bill]:
+def costly(view: View, wishes: Wishes, refused: list[Wishes]) -> tuple[Wishes, Bill]:
     """Without moves that do not pay back within max_break_even, or before their rule deletes what they move.
 
-    Minimum sizes and days, overheads, requests and fees are counted. A rule may say even_if_dearer = true.
-
-    for_room: of a watermark: then dollars are not what it is about.
+    Minimum sizes and days, overheads, requests and fees are counted. A rule may say even_if_dearer = true. Moves for a
+    watermark are not asked: they are about room.
     """
     dollars = bill(view, wishes)
-    if for_room:
-        return wishes, dollars
     limit_s = view.file.tiering.max_break_even_s
     stays_s = _stays_s(view, wishes)
     may_lose = np.array([rule.even_if_dearer for rule in view.file.rules], np.bool_)[wishes.rule]
@@ -228,8 +221,10 @@ def _too_late(dollars: Bill, limit_s: float, stays_s: NDArray[np.float64]) -> Te
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {money(once)} once and saves {money(saving)} a month: {when}"
         if stays_days >= 0:
-            return f"{what}, and it is deleted in {stays_days} days (delete_after)"
-        return f"{what} (max_break_even = {span(limit_s)})"
+            limit = f", and it is deleted in {stays_days} days (delete_after)"
+        else:
+            limit = f" (max_break_even = {span(limit_s)})"
+        return f"{what}{limit}; use larger files, another class, or `even_if_dearer = true` in the rule"
 
     stays_days = np.where(stays_s < limit_s, np.minimum(stays_s, limit_s) // DAY_S, -1).astype(np.int64)
     return say(

@@ -16,11 +16,10 @@ import pyarrow as pa
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store.archive import SPEEDS, Speed
-from tiercache.tier.costs import PROMOTION_DAYS, Sizes, copy_dollars, reclass_dollars, restore_dollars
+from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.layouts import recognise
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import RESTORED_FIRST, Stores, state_of
-from tiercache.tier.view import leaves_and_streams
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
@@ -192,17 +191,14 @@ def _cost(
         if archive is None or price is None:
             return None
         n_bytes = np.array([one.n_bytes for one in some], np.int64)
-        cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
         if days is not None or name == home.name:
-            continue
-        if to is None:
+            dollars = restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days)
+        elif to is None:
             return None
-        sizes, tier = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes), file.tier(name)
-        if tier.url == home.url:
-            cost += float(reclass_dollars(archive, to, sizes).sum())
         else:
-            leaves, streams = leaves_and_streams(tier, home, archive, to)
-            cost += float(copy_dollars(archive, to, sizes, leaves=leaves, streams=streams).sum())
+            urls = file.tier(name).url, home.url
+            dollars = restored_home_dollars(archive, price, to, n_bytes, urls=urls)
+        cost += float(dollars.sum())
     return cost
 
 

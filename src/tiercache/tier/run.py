@@ -23,7 +23,7 @@ from tiercache.tier.adopting import adopt_ruled
 from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.lock import TierLock
 from tiercache.tier.losses import Loss, find_losses
-from tiercache.tier.marks import absences, absent
+from tiercache.tier.marks import absences
 from tiercache.tier.model import RESTORING, Plan
 from tiercache.tier.mover import Applied, Mover, Progress, Stopped
 from tiercache.tier.plan import planned
@@ -48,7 +48,7 @@ class RunReport:
         applied: what came of it.
         settled: deletions whose grace was over, and those that an earlier run had left half done.
         adopted: folders of data sets that tiers look after from now on.
-        doubts: tiers that may lack what lies in them: marks.py.
+        unseen: tiers whose copies cannot be seen now (a disk that is not mounted), and why: marks.absences().
         gaps: metrics that keep lists ask for and that a run has not got.
         losses: objects that should be there and of which no tier has a copy.
         n_groups: that there are.
@@ -61,7 +61,7 @@ class RunReport:
     applied: Applied = field(default_factory=Applied)
     settled: Applied = field(default_factory=Applied)
     adopted: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    unseen: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[MetricGap, ...] = ()
     losses: tuple[Loss, ...] = ()
     n_groups: int = 0
@@ -76,8 +76,11 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with: 3 where moves were stopped or objects are lost, 5 where restores run, else 0."""
-        if self.stopped or self.losses:
+        """What a command ends with.
+
+        3 where moves were stopped, objects are lost or a tier cannot be seen; 5 where restores run; else 0.
+        """
+        if self.stopped or self.losses or self.unseen:
             return PARTLY
         return PENDING if self.n_restoring else DONE
 
@@ -104,6 +107,7 @@ class RunReport:
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
             "lost": [one.path for one in self.losses],
+            "unseen": list(self.unseen),
             "before": _holdings(self.plan, "before"),
             "after": _holdings(self.plan, "after"),
             "seconds": round(self.seconds, 3),
@@ -152,7 +156,7 @@ class _Run:
 
     def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
         self._file, self._stores, self._catalog = file, stores, catalog
-        self._started_s, self._doubts = time.monotonic(), tuple[str, ...]()
+        self._started_s, self._unseen = time.monotonic(), dict[str, str]()
         self._losses: tuple[Loss, ...] = ()
 
     def rehearse(self) -> RunReport:
@@ -182,10 +186,9 @@ class _Run:
         now_s = time.time()
         inventory = take_inventory(file, stores, self._catalog, now_s=now_s)
         self._losses = find_losses(inventory, file, stores, self._catalog, now_s=now_s)
-        self._doubts = absent(file, stores, self._catalog, inventory.facts["emptied"])
+        self._unseen = absences(file, stores, self._catalog)
         capacity = [stores.capacity(tier.name) for tier in file.tiers]
-        missing = absences(file, stores, self._catalog)
-        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=missing)
+        decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity, missing=self._unseen)
         return inventory, planned(decisions, inventory, file, prices)
 
     def _report(
@@ -204,7 +207,7 @@ class _Run:
             applied or Applied(),
             settled or Applied(),
             tuple(adopted),
-            self._doubts,
+            self._unseen,
             metric_gaps(snapshot, self._file, inventory.facts["in_files"])[0],
             self._losses,
             n_groups=snapshot.n_groups,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiercache.tier.costs import region_of
+from tiercache.tier.costs import leaves_and_streams
 from tiercache.tier.matching import first_match
 from tiercache.tier.model import CHECKPOINT, HERE, KINDS, RESTORED
 from tiercache.tier.retention import newest
@@ -82,7 +82,10 @@ class View:
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
         # The mover knows the objects of a group, and `run/step-10/**` names them; here its path stands for them.
         pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
-        leaves = _pairs(file.tiers, lambda a, b: _leaves(file.tiers[a], file.tiers[b], prices[a], prices[b]))
+
+        def way(a: int, b: int) -> tuple[bool, bool]:
+            return leaves_and_streams(file.tiers[a].url, file.tiers[b].url, prices[a], prices[b])
+
         return cls(
             snapshot=snapshot,
             file=file,
@@ -99,8 +102,8 @@ class View:
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
             group_bytes=largest_copies(snapshot),
             same_place=_pairs(file.tiers, lambda a, b: _folder(file.tiers[a]) == _folder(file.tiers[b])),
-            leaves=leaves,
-            streams=leaves | ~_pairs(file.tiers, lambda a, b: _is_s3(file.tiers[a]) and _is_s3(file.tiers[b])),
+            leaves=_pairs(file.tiers, lambda a, b: way(a, b)[0]),
+            streams=_pairs(file.tiers, lambda a, b: way(a, b)[1]),
         )
 
     @property
@@ -171,31 +174,8 @@ def _pairs(tiers: Sequence[Tier], of: Callable[[int, int], bool]) -> Flags:
     return np.array([[a != b and of(a, b) for b in numbers] for a in numbers], np.bool_).reshape(len(tiers), -1)
 
 
-def leaves_and_streams(src: Tier, dst: Tier, src_prices: Prices, dst_prices: Prices) -> tuple[bool, bool]:
-    """Of a copy from one tier to another: whether it leaves the provider's region, and passes through this machine."""
-    leaves = _leaves(src, dst, src_prices, dst_prices)
-    return leaves, leaves or not (_is_s3(src) and _is_s3(dst))
-
-
 def _folder(tier: Tier) -> str:
     return tier.url.rstrip("/")
-
-
-def _leaves(src: Tier, dst: Tier, src_prices: Prices | None, dst_prices: Prices | None) -> bool:
-    """Where prices name no region: unless both lie in one bucket. A machine's own disk is taken to lie outside."""
-    if src_prices is None or dst_prices is None:
-        return True
-    region = region_of(src_prices)
-    return region != region_of(dst_prices) if region else _bucket(src) != _bucket(dst)
-
-
-def _is_s3(tier: Tier) -> bool:
-    return tier.url.lower().startswith("s3://")
-
-
-def _bucket(tier: Tier) -> str:
-    scheme, _, rest = tier.url.partition("://")
-    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def _folders(globs: Sequence[str]) -> tuple[str, ...]:

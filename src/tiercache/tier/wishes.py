@@ -102,6 +102,11 @@ def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     return np.asarray(said[inverse], np.object_)
 
 
+def one_text(text: str, mask: Flags) -> Texts:
+    """The text, once for each row of mask."""
+    return np.full(int(mask.sum()), text, np.object_)
+
+
 def ending(texts: Texts, mask: Flags, end: str) -> Texts:
     """The texts, those of mask with an end. What was one text in many rows stays one."""
     known: dict[str, str] = {}
@@ -231,7 +236,7 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
     wanted, refused = send(view, left[goes], sources[:, goes], dst, (number, _why(view, rule, left[goes])))
-    waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, _same("", waits))))
+    waiting = Wishes.all(send(view, left[waits], sources[:, waits], dst, (number, one_text("", waits))))
     late = view.snapshot.unreported[waiting.group]
     unknown = waiting.saying(np.where(late, _UNREPORTED, _uncounted(rule, view, waiting)))
     return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
@@ -252,10 +257,6 @@ def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
         return f'its use is not known: {how}; if its date of writing is enough for {key}, write idle_by = "mtime"'
 
     return say(words, view.snapshot.kind[waiting.group] == SHARD)
-
-
-def _same(text: str, mask: Flags) -> Texts:
-    return np.full(int(mask.sum()), text, np.object_)
 
 
 def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:

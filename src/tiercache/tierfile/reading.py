@@ -65,9 +65,10 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
     if not tables.get("tiers"):
         raise ValueError("tiers: there is none; write [tiers.NAME] with role and url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)
+    tags = tuple(_built(Tag, given, where) for where, given in _list(tables, "tags"))
     rules: list[Rule] = []
     for where, given in _list(tables, "rules"):
-        rules.append(_rule(given, where, tiers))
+        rules.append(_rule(given, where, tiers, tags))
         if rules[-1].name in [rule.name for rule in rules[:-1]]:
             raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
     tiering = _built(Tiering, tables.get("tiering", {}), "tiering")
@@ -82,7 +83,7 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
         tiers=tiers,
         rules=tuple(rules),
         pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
-        tags=tuple(_built(Tag, given, where) for where, given in _list(tables, "tags")),
+        tags=tags,
         tiering=tiering,
     )
 
@@ -152,7 +153,7 @@ def _place(tier: Tier) -> str:
     return os.path.normpath(unquote("/" + text.partition("://")[2].partition("/")[2]) if "://" in text else text)
 
 
-def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
+def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
     values = dict(_table(given, where))
     names = [tier.name for tier in tiers]
     keep: dict[str, Keep] = {}
@@ -166,6 +167,7 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
         if empty := [inner for inner, value in table.items() if value == []]:
             raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more, got an empty list")
         keep[name] = _built(Keep, table, f"{where}.{key}")
+        _check_tags(keep[name].tags, f"{where}.{key}", tags)
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}
@@ -178,6 +180,15 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
         if names.index(then) <= names.index(last):
             raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
     return rule.model_copy(update=update)
+
+
+def _check_tags(names: Sequence[str], where: str, tags: Sequence[Tag]) -> None:
+    """Refuse a tag that no [[tags]] table gives: the keep list would keep nothing by it, and the rule may delete."""
+    given = sorted({name for tag in tags for name in tag.tags})
+    for name in names:
+        if name not in given:
+            known = _near(name, given) if given else "there are none: write [[tags]] with match and tags"
+            raise ValueError(f"{where}.tags: no [[tags]] table gives the tag {name!r}; {known}")
 
 
 def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:

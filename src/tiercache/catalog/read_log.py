@@ -2,7 +2,7 @@
 
 A shard that a `Dataset` reads is counted beside its data set (tier/usage.py). All else that is read through `Cache` or
 `tiercache::` is noted here, by its URL. A line is appended when an object is opened, at most once a minute for each
-process and object: this costs some 100 us, needs no lock, and outlives a killed process.
+process and object, however its URL is spelled: this costs some 100 us, needs no lock, and outlives a killed process.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ def note(url: str) -> None:
     now_s = time.time()
     if now_s - _noted.get(url, 0.0) < _AGAIN_S:
         return
-    if len(_noted) >= _MOST_REMEMBERED:
-        _noted.clear()
-    _noted[url] = now_s
     with suppress(OSError, ValueError):
-        _append(f"{json.dumps([round(now_s, 3), plain_url(url), 1])}\n".encode())
+        plain = plain_url(url)
+        last_s = _noted.get(plain, 0.0)
+        if len(_noted) >= _MOST_REMEMBERED:
+            _noted.clear()
+        if now_s - last_s < _AGAIN_S:  # noted under another spelling
+            _noted[url] = last_s
+            return
+        _noted[url] = _noted[plain] = now_s
+        _append(f"{json.dumps([round(now_s, 3), plain, 1])}\n".encode())
 
 
 def plain_url(url: str) -> str:
