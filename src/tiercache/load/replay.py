@@ -165,8 +165,8 @@ class Replay:
             raise ValueError(
                 f"the sampler, a {type(self._sampler).__name__}, has no state and draws from {drawn[0]}'s shared "
                 "random numbers while it is read. When the loader's state was saved, the sampler had been asked ahead "
-                "(as num_workers= asks it), and what it drew then cannot be drawn again: the rest of the epoch would be "
-                "another one. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator "
+                "(as num_workers= asks it), and what it drew then cannot be drawn again: the rest of the epoch would "
+                "be another one. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator "
                 "that is an attribute of it, or draw all its indices when it begins. States of an epoch's end load"
             )
 
