@@ -54,6 +54,8 @@ def demo(
                 claims.append(event)
             elif isinstance(event, Held):
                 held.append(event)
+            if isinstance(event, Step) and not as_json:
+                typer.echo()
             output.event(type(event).__name__.lower(), _facts(event), _text(event))
     if not as_json:
         Console(width=None if sys.stdout.isatty() else 120).print(_table(epochs), _tiers(held))
@@ -116,7 +118,7 @@ def _text(event: Event) -> str | None:
     """An event as a line for people."""
     match event:
         case Step(title):
-            return f"\n{title}"
+            return title
         case Note(text):
             return f"  {text}"
         case Packed():
