@@ -246,7 +246,10 @@ def test_a_ring_that_is_closed_while_lists_are_filled_waits_for_them():
 
 
 def test_a_consumer_that_would_wait_gathers_what_no_worker_has_begun():
-    """Its own processor time says so: handing over 30 batches takes less than 1 ms, gathering them far more."""
+    """Its own processor time says so: handing over 30 batches takes less than 1 ms, gathering one of 16 MiB more.
+
+    The ring's own figures are wall time, which grows where a thread waits for its processor, and are no measure here.
+    """
     rows = np.ones((1 << 14, 1024), np.uint8)
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(1 << 14), 30))
     ring = Ring(fixed_streams(1024), batch_rows=1 << 14, depth=4, n_threads=1)
@@ -258,7 +261,7 @@ def test_a_consumer_that_would_wait_gathers_what_no_worker_has_begun():
         n_batches += 1
     helped_ns = time.thread_time_ns() - start_ns
     assert n_batches == 30
-    assert helped_ns > ring.figures()["gather_ns"] / 30
+    assert helped_ns > 3_000_000
     ring.close()
 
 
