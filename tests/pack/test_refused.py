@@ -106,7 +106,9 @@ class TestLeftOut:
         assert all(name in text for name in ("gone.jsonl", "pipe.jsonl", "README.md"))
 
     def test_what_exclude_names_is_not_named_again(self, folder, tmp_path):
-        pack(folder, tmp_path / "out", exclude=["gone.jsonl", "pipe.jsonl", "README.md"])
+        exclude = ["gone.jsonl", "pipe.jsonl", "README.md"]
+        assert plan_pack(folder, tmp_path / "out", PackOptions(exclude=exclude)).left_out == ()
+        assert pack(folder, tmp_path / "out", exclude=exclude).n_records == 1
 
     def test_a_folder_of_links_to_nothing_is_not_empty_without_a_reason(self, tmp_path):
         (tmp_path / "in").mkdir()

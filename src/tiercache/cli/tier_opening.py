@@ -76,7 +76,7 @@ class OpenTiers:
         return absences(self.file, self.stores, self.catalog, but=but)
 
     def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
-        """What is lost, as far as is known."""
+        """Return the objects that should be in a tier and that no tier has."""
         return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
 
     def say_unscored(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:

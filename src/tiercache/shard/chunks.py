@@ -170,8 +170,8 @@ class _Run:
 class Chunks:
     """The chunks of an open shard, numbered block by block (block * n_columns + column). Safe from any thread.
 
-    What is read, decoded or fetched is checked each time; of what is read in a mapping, `pages` holds which pages were
-    right. Two threads may both check one, which does no harm.
+    Chunks that are fetched, or read into memory of our own, are checked each time. `pages` records which pages of a
+    mapping matched their checksums. Two threads may check the same page, which does no harm.
     """
 
     def __init__(self, source: Source, footer: Footer, verify: Verify) -> None:

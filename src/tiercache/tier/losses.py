@@ -94,7 +94,7 @@ def find_losses(
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of an object that no tier has. written_s: at the latest; NaN: unknown."""
+    """An object that no tier has. written_s: latest time at which it can have been written; NaN: unknown."""
 
     tiers: set[str]
     written_s: float

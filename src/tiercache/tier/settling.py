@@ -191,7 +191,7 @@ class Settling:
         if pin:
             one.say("cancel", pin)
         links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.there})]
-        # What is half gone is no use to a link: it is finished.
+        # A link cannot use a group of which some objects are deleted already: its deletion is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
             one.say("keep", f"{row.path}: expected no symbolic link to it, found {link}")
         if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
