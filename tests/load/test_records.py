@@ -77,6 +77,7 @@ def pack(path: str | Path) -> None:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("records") / "data"
     pack(path)
+    wait_until_settled(*(path / "shards").iterdir())  # until then shards are read anew each time, not mapped
     return path
 
 
@@ -156,6 +157,7 @@ def test_columns_that_cannot_stay_mapped_are_read_the_other_way(tmp_path, compre
     schema = {"id": "int64"} if compression == "zstd" else {"id": "int64", "when": columns["when"].type}
     with tc.Writer(tmp_path / "d", schema=schema, shard_size="4KiB", block_size="512B", compression=compression) as w:
         w.write_batch({name: columns[name] for name in schema})
+    wait_until_settled(*(tmp_path / "d" / "shards").iterdir())
     dataset = tc.Dataset(tmp_path / "d")
     assert dataset[[70, 3, 99]]["id"].tolist() == [70, 3, 99]
     assert dataset[41] == {name: {"id": 41, "when": {"a": [41]}}[name] for name in schema}
@@ -234,6 +236,7 @@ def test_a_forked_child_maps_shards_of_its_own(both):
 def test_torchs_loader_over_it_gives_what_ours_gives(tmp_path):
     with tc.Writer(tmp_path / "d", schema=SCHEMA, shard_size="8KiB", block_size="1KiB", compression="none") as writer:
         writer.write_batch(make_columns(N))
+    wait_until_settled(*(tmp_path / "d" / "shards").iterdir())
     dataset = tc.Dataset(tmp_path / "d")
     loader = TorchLoader(dataset, batch_size=32, shuffle=True, collate_fn=tc.collate)
     assert sorted(i for batch in loader for i in check_batch(batch)) == list(range(N))
@@ -322,6 +325,7 @@ def test_a_copy_that_rots_under_its_mapping_is_fetched_again_by_the_records_that
     with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         dataset = tc.Dataset(f"{server.url}/d", cache=cache)
         dataset.warm()
+        wait_until_settled(*(cache.path / "copies").iterdir())
         assert dataset[[0, 63]]["id"].tolist() == [0, 63]
         assert mapped_now(dataset, [0])
         for copy in (cache.path / "copies").iterdir():
@@ -331,6 +335,7 @@ def test_a_copy_that_rots_under_its_mapping_is_fetched_again_by_the_records_that
         server.log.clear()
         assert (dataset[20]["wide"] == 20).all()
         assert {seen.path for seen in server.log if seen.n_bytes} == {f"/d/{dataset.source.table.info(0).name}"}
+        wait_until_settled(*(cache.path / "copies").iterdir())
         assert mapped_now(dataset, [20, 63])
         dataset.close()
 
