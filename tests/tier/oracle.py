@@ -300,7 +300,7 @@ class Oracle:
     def _may_stay(self, group: Group, place: str, picture: Picture) -> bool:
         """Whether parts of a group may be left in a place where no plan wants it.
 
-        What a copy that was broken off has left stays: nothing is deleted for it (docs/design/2026-11-26-tiers.md). So
+        What a copy that was broken off has left stays: nothing is deleted for it (docs/design/tiers.md). So
         it is where two contents differ, of which nobody knows the right one, and where all that there is of the group
         lies in another place, in which it is kept by now. But a deletion that was begun is finished.
         """
