@@ -149,7 +149,7 @@ def test_options_that_cannot_be_are_refused_with_what_to_do(options, error, said
 
 
 def test_data_sets_need_no_second_cache():
-    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* leave tiercache:: out"):
+    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* remove tiercache::"):
         open_store("tiercache::s3://bucket/photos")
 
 
