@@ -157,12 +157,12 @@ def test_names_of_s3fs_and_of_the_environment_mean_the_same():
 
 @pytest.mark.parametrize("value", ["soon", "", -1, 0, True, "nan", [1]])
 def test_a_timeout_that_is_none_is_an_error(value):
-    with pytest.raises(ValueError, match="'timeout' is a number of seconds"):
+    with pytest.raises(ValueError, match="'timeout' must be a positive number of seconds"):
         CloudOptions.parse("s3", {"timeout": value})
 
 
 def test_client_kwargs_that_are_no_dict_are_an_error():
-    with pytest.raises(ValueError, match="client_kwargs is a dict, got str"):
+    with pytest.raises(ValueError, match="client_kwargs must be a dict, got str"):
         CloudOptions.parse("s3", {"client_kwargs": "endpoint_url"})
 
 
