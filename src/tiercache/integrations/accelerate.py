@@ -59,7 +59,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
     Attributes:
         end_of_dataloader: Whether the last delivered batch is the last one of the epoch.
         remainder: Number of records in the last batches of all ranks together that are not repeated; 0 if none is
-            repeated.
+            repeated, -1 before the end of the first epoch.
     """
 
     end_of_dataloader = False
@@ -188,7 +188,7 @@ def _check(loader: DataLoader[Any], accelerator: Accelerator) -> None:
 
 def _n_data_ranks(accelerator: Accelerator) -> int:
     """Return the number of different batches that the processes take in one step."""
-    mesh = getattr(accelerator, "torch_device_mesh", None)  # older releases have none
+    mesh = getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
     if mesh is None:
         return int(accelerator.num_processes)
     n_same = math.prod(mesh[name].size() for name in mesh.mesh_dim_names if name in _SAME_BATCH)

@@ -376,7 +376,7 @@ class S3Archive:
         }
         condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self._calls.takes("CopyObject", *condition):  # a boto3 of before 2025-10
+            if condition and not self._calls.takes("CopyObject", *condition):  # boto3 before 2025-10
                 self._check(key, wanted, expected)
                 condition = {}
             etag = self._copy_whole(key, head, request, writing | condition)

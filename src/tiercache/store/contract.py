@@ -210,7 +210,7 @@ class Lease(Protocol):
             False if the bytes will not become local (no space, disk fault). The caller then reads them by ranges.
 
         Raises:
-            StoreError: The source failed, or the deadline passed; the message names the process that was fetching.
+            StoreError: The source failed, or the deadline passed; the message names what the call waited for.
         """
 
     def close(self) -> None:

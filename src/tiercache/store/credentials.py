@@ -372,7 +372,9 @@ def _sections(path: Path) -> dict[str, dict[str, str]]:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an AWS file: {reason}") from None  # its text may hold keys
+        raise ValueError(
+            f"{path}: cannot be read as an AWS file: {reason}"
+        ) from None  # from None: the parser's text may contain keys
     return {" ".join(s.replace('"', "").replace("'", "").split()): dict(parser.items(s)) for s in parser.sections()}
 
 

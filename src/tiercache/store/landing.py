@@ -135,9 +135,8 @@ def read_requests(
         finally:
             landing.close()  # an abandoned attempt may still run
         return
-    threads = (
-        pool.get()
-    )  # once: of a store that is closed between two requests it would be another pool, left to nobody
+    # Get the pool once: if the store is closed between two requests, another get() would create a pool without owner.
+    threads = pool.get()
 
     def read_bounded(request: Request) -> None:
         with bounded(limit), limit.running():

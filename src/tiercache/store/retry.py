@@ -121,6 +121,15 @@ class CallLimit:
     The call makes progress when it starts and at each progressed(), that is when new bytes arrive. Failed attempts and
     pauses are not progress. Time in which all parts of the call wait for a thread of the pool does not count. Safe for
     threads.
+
+    Args:
+        url: URL of the object, for messages.
+        doing: Operation, for messages.
+        deadline_s: Seconds from now within which the whole call must end.
+        cancel: Event that ends the call.
+        clock: Clock of all limits.
+        timeout_s: Seconds without progress after which the call fails.
+        endpoint: Function that returns the name of what the call waits for now (the server, or the source of its keys).
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
     when = head.get("LastModified")
     restore = head.get("Restore")
     if restore is None and head.get("ArchiveStatus") is not None:
-        restore = f'archive-status="{head["ArchiveStatus"]}"'  # of INTELLIGENT_TIERING
+        restore = f'archive-status="{head["ArchiveStatus"]}"'  # class INTELLIGENT_TIERING
     return ObjectInfo(
         key,
         int(head["ContentLength"]),
