@@ -238,7 +238,7 @@ class CloudOptions:
             else:
                 chosen, parsed = client if name in _CLIENT else config, _parsed(name, value)
                 if chosen.setdefault(name, parsed) != parsed:
-                    raise ValueError(f"storage option {name!r} is given by two names with different values")
+                    raise ValueError(f"storage option {name!r} is given twice, with different values")
         endpoint = str(config.get("endpoint", config.get("base_url", "")))
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https endpoint given here forbids plain http.
