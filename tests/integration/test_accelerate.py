@@ -153,7 +153,7 @@ def test_skipping_again_what_a_loaded_state_skips_is_refused(dataset, accelerato
 def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
     with pytest.raises(TypeError, match=r"takes a tiercache\.DataLoader, got a DataLoader"):
         prepare(torch.utils.data.DataLoader(dataset), accelerator)
-    with pytest.raises(ValueError, match=r"native path: accelerator\.prepare\(loader\)"):
+    with pytest.raises(ValueError, match=r"native path: use accelerator\.prepare\(loader\)"):
         prepare(tc.DataLoader(range(4)), accelerator)
     with pytest.raises(ValueError, match="has a sampler"):
         prepare(tc.DataLoader(dataset, sampler=[3, 1, 2]), accelerator)
@@ -161,7 +161,7 @@ def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
 
 def test_reading_on_one_rank_for_all_is_refused(dataset):
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
-    with pytest.raises(ValueError, match="dispatch_batches=True reads on one rank alone"):
+    with pytest.raises(ValueError, match="dispatch_batches=True reads on one rank only"):
         prepare(tc.DataLoader(dataset), accelerator)
 
 

@@ -136,7 +136,7 @@ def test_equal_targets_share_their_connections(make, source, path):
     ("options", "error", "said"),
     [
         ({}, ValueError, "target_protocol"),
-        ({"target_protocol": "memory", "fs": fsspec.filesystem("memory")}, ValueError, "only once"),
+        ({"target_protocol": "memory", "fs": fsspec.filesystem("memory")}, ValueError, "exactly once"),
         ({"target_protocol": "memory", "anon": True}, TypeError, r"does not know anon.*s3=\{"),
         ({"target_protocol": "memory", "asynchronous": True}, ValueError, "AsyncFileSystemWrapper"),
         ({"target_protocol": "no-such"}, ValueError, "no-such"),
@@ -149,12 +149,12 @@ def test_options_that_cannot_be_are_refused_with_what_to_do(options, error, said
 
 
 def test_data_sets_need_no_second_cache():
-    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* leave tiercache:: out"):
+    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* remove tiercache::"):
         open_store("tiercache::s3://bucket/photos")
 
 
 def test_a_cache_and_its_size_are_not_both_given(cache):
-    with pytest.raises(ValueError, match="leave cache_dir and cache_size out"):
+    with pytest.raises(ValueError, match="remove cache_dir and cache_size"):
         fsspec.filesystem("tiercache", target_protocol="memory", cache=cache, cache_size="1GB")
 
 

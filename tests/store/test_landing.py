@@ -33,7 +33,7 @@ def test_a_call_whose_requests_wait_for_threads_ends_when_the_store_is_closed(de
     thread.join(10)
     gate.set()
     assert not thread.is_alive()
-    assert "closed meanwhile" in str(errors[0])
+    assert "closed during" in str(errors[0])
     assert errors[0].retryable
 
 
@@ -49,6 +49,6 @@ def test_a_store_that_is_closed_between_two_requests_ends_the_call_and_leaves_no
     def read_one(request, landing):
         begun.append(request)
 
-    with pytest.raises(StoreError, match="closed meanwhile"):
+    with pytest.raises(StoreError, match="closed during"):
         read_requests(Requests([1, 2, 3]), read_one, pool, CallLimit("s3://bucket", "get", None, clock=SYSTEM_CLOCK))
     assert not {2, 3} & set(begun)

@@ -64,7 +64,7 @@ def test_parts_that_come_much_too_early_wait(monkeypatch, store):
     monkeypatch.setattr(obstore_upload, "_AHEAD_WAIT_S", 0.2)
     with store.create("big") as upload:
         upload.put_part(1, PARTS[1])
-        with pytest.raises(obstore_upload.StoreError, match="part 0 did not come"):
+        with pytest.raises(obstore_upload.StoreError, match="part 0 is still missing"):
             upload.put_part(2, PARTS[2])
 
 

@@ -157,12 +157,12 @@ def test_names_of_s3fs_and_of_the_environment_mean_the_same():
 
 @pytest.mark.parametrize("value", ["soon", "", -1, 0, True, "nan", [1]])
 def test_a_timeout_that_is_none_is_an_error(value):
-    with pytest.raises(ValueError, match="'timeout' is a number of seconds"):
+    with pytest.raises(ValueError, match="'timeout' must be a positive number of seconds"):
         CloudOptions.parse("s3", {"timeout": value})
 
 
 def test_client_kwargs_that_are_no_dict_are_an_error():
-    with pytest.raises(ValueError, match="client_kwargs is a dict, got str"):
+    with pytest.raises(ValueError, match="client_kwargs must be a dict, got str"):
         CloudOptions.parse("s3", {"client_kwargs": "endpoint_url"})
 
 
@@ -240,7 +240,7 @@ def test_options_that_s3fs_lacks_are_named_and_not_dropped():
     assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
     place = Place("s3", "bucket", "", "s3://bucket")
-    with pytest.raises(StoreError, match="does not know proxy_url, s3_express; start it by forkserver"):
+    with pytest.raises(StoreError, match="not support proxy_url, s3_express; .*forkserver"):
         _stand_in(place, CloudOptions.parse("s3", given), Tuning())
 
 

@@ -356,5 +356,5 @@ def test_on_seaweedfs_a_restore_says_that_classes_are_names_only(s3_server):
         with stores.archive("vault").create("a", storage_class="GLACIER") as upload:
             upload.put_part(0, b"x")
             upload.complete()
-        with pytest.raises(StoreError, match="names only"):
+        with pytest.raises(StoreError, match="only labels"):
             request(stores, plan_restore(file, stores, ["a"], [None]))

@@ -1,1 +1,4 @@
-"""For frameworks that rebuild their user's loader: ways to keep ours whole. Each module needs its framework."""
+"""Adapters for frameworks that rebuild the user's data loader, and the `tiercache::` file system of fsspec.
+
+Each module needs the framework of its name.
+"""

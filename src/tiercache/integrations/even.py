@@ -1,4 +1,4 @@
-"""Batches made larger by repeating their last record."""
+"""Padding of a batch by repetition of its last record."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tiercache.load.buffer import Buffer
 
 
 def with_last_repeated(batch: Any, n: int) -> tuple[Any, int]:
-    """(a batch of n records whose last one stands for those that are missing, how many are).
+    """Return (the batch padded to n records by repeating the last one, number of repeated records).
 
-    Of any batch that tiercache makes: a dict or, with `as_tuple`, a list of columns, which are tensors, jagged nested
-    tensors, lists and `Buffer`s. A value that is none of these stays as it is.
+    The batch is a dict or, with `as_tuple`, a list of columns: tensors, jagged nested tensors, lists or `Buffer`s. A
+    value of another type stays as it is.
     """
     if isinstance(batch, Mapping):
         found = {name: _column(value, n) for name, value in batch.items()}

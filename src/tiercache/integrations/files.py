@@ -1,4 +1,4 @@
-"""What the file system hands out: a file that is read through the cache, and one whose writing drops the copy."""
+"""File objects of the file system: one reads through the cache, the other writes and drops the cached copy."""
 
 from __future__ import annotations
 
@@ -16,31 +16,40 @@ if TYPE_CHECKING:
 
     from tiercache.integrations.reading import Reading
 
-# Two units of the cache: what a small random read costs at most beyond itself.
+# Two units of the cache: the maximum overhead of a small random read.
 BUFFER_BYTES = 8192
 
 
 class FileSystem(Protocol):
-    """What a file needs of the file system that made it."""
+    """The methods of the file system that a file uses."""
 
     def open(self, path: str, mode: str, **options: Any) -> Any:
-        """Another file of that path."""
+        """Open a file of that path."""
 
     def info(self, path: str) -> dict[str, Any]:
-        """What the target says of it."""
+        """Return the target's description of the path."""
 
     def unstrip_protocol(self, name: str) -> str:
-        """The URL of a path."""
+        """Return the URL of a path."""
 
 
 class CachedFile(io.BufferedReader):
-    """An open file of the cache, for reading. Its bytes are those of the object that was opened.
+    """A file of the cache, open for reading.
 
-    Any thread may use it; it has one position for all. A pickle opens the path again at the same position.
+    It always reads the object that was opened, even if the object is replaced.
+
+    Safe for threads, which share one position. A pickled file opens the path again at the same position.
     """
 
     def __init__(self, fs: FileSystem, path: str, reading: Reading, block_bytes: int | None = None) -> None:
-        """Take over reading. block_bytes: most to be fetched ahead of a reader who reads on and on."""
+        """Take ownership of reading.
+
+        Args:
+            fs: File system that opened the file.
+            path: Path of the file.
+            reading: Open object.
+            block_bytes: Maximum readahead for a sequential reader.
+        """
         raw = _Raw(reading, Ahead(block_bytes or MOST_AHEAD_BYTES))
         super().__init__(raw, BUFFER_BYTES)
         self._source = raw
@@ -48,7 +57,7 @@ class CachedFile(io.BufferedReader):
         self.blocksize = block_bytes or MOST_AHEAD_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Up to size bytes; None or negative: all that is left. One request where it is larger than the buffer."""
+        """Return up to size bytes; None or a negative size: the rest. A read larger than the buffer is one request."""
         position = self.tell()
         n_left = max(self.size - position, 0)
         n_bytes = n_left if size is None or size < 0 else min(size, n_left)
@@ -71,26 +80,26 @@ class CachedFile(io.BufferedReader):
 
     @property
     def loc(self) -> int:
-        """The position."""
+        """Position in the file."""
         return self.tell()
 
     @property
     def mode(self) -> str:
-        """Always "rb"."""
+        """Mode of the file: "rb"."""
         return "rb"
 
     @property
     def full_name(self) -> str:
-        """URL that opens it again."""
+        """URL that opens the file again."""
         return self.fs.unstrip_protocol(self.path)
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """What the target says of the path now."""
+        """The target's present description of the path."""
         return self.fs.info(self.path)
 
     def info(self) -> Mapping[str, Any]:
-        """What the target says of the path now."""
+        """Return the target's present description of the path."""
         return self.details
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,14 +119,14 @@ def _reopened(fs: FileSystem, path: str, position: int, block_bytes: int) -> Any
 
 
 class _Raw(io.RawIOBase):
-    """The position of one reader in a Reading, which it owns."""
+    """A raw file: the position of one reader in a Reading, which it owns."""
 
     def __init__(self, reading: Reading, ahead: Ahead) -> None:
         super().__init__()
         self._reading, self._ahead, self._position = reading, ahead, 0
 
     def read_range(self, wanted: ByteRange) -> bytes:
-        """Bytes of a range; the position stays."""
+        """Return the bytes of a range; the position stays."""
         ahead_bytes = self._ahead.after(wanted)
         if ahead_bytes:
             self._reading.want([ByteRange(wanted.start, min(wanted.end + ahead_bytes, self._reading.n_bytes))])
@@ -146,10 +155,10 @@ class _Raw(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._reading.n_bytes}
         if whence not in starts:
-            raise ValueError(f"whence is 0, 1 or 2, got {whence}")
+            raise ValueError(f"whence must be 0, 1 or 2, got {whence}")
         position = starts[whence] + offset
         if position < 0:
-            raise ValueError(f"cannot seek to {position}: a position is not negative")
+            raise ValueError(f"cannot seek to {position}: the position must not be negative")
         self._position = position
         return position
 
@@ -160,14 +169,14 @@ class _Raw(io.RawIOBase):
 
 
 class WrittenFile:
-    """A file of the target that is open for writing; the cached copy of what was there goes when it is closed."""
+    """A file of the target, open for writing. Closing it drops the cached copy of its former contents."""
 
     def __init__(self, file: Any, drop: Callable[[], None]) -> None:
-        """Take over file."""
+        """Take ownership of file."""
         self._file, self._drop = file, drop
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # no pickle, no copy: there is one writer
+        if name.startswith("__"):  # cannot be pickled or copied: there is one writer
             raise AttributeError(name)
         return getattr(self.__dict__["_file"], name)
 
@@ -179,7 +188,7 @@ class WrittenFile:
             self._drop()
 
     def commit(self) -> None:
-        """Make what was written the file."""
+        """Publish the bytes written."""
         try:
             self._file.commit()
         finally:

@@ -1,8 +1,8 @@
-"""`tiercache::` for fsspec: any file system of fsspec, read through the cache.
+"""The `tiercache` protocol of fsspec: any file system of fsspec, read through the cache.
 
-`fsspec.open("tiercache::s3://bucket/key")`, `pandas.read_parquet("tiercache::s3://bucket/table.parquet")`, or
-`fsspec.filesystem("tiercache", target_protocol="s3")`; docs/guide/any-url.md has more. fsspec finds the class by the
-package's entry point.
+Examples: `fsspec.open("tiercache::s3://bucket/key")`, `pandas.read_parquet("tiercache::s3://bucket/table.parquet")`,
+`fsspec.filesystem("tiercache", target_protocol="s3")`. docs/guide/any-url.md gives more. fsspec finds the class through
+the package's entry point.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from tiercache.model import ByteRange
 
 try:
     from fsspec.implementations.chained import ChainedFileSystem
-except ImportError:  # before 2025.10 fsspec knew only its own caches for chains; tiercache://key::s3:// works there too
+except ImportError:  # fsspec before 2025.10 chained only its own caches; tiercache://key::s3:// works there too
     from fsspec import AbstractFileSystem as ChainedFileSystem
 
 T = TypeVar("T")
 A = TypeVar("A")
 
-# Objects that are asked about at the same time, where many are read at once.
+# Number of parallel calls when many objects are read.
 N_AT_ONCE = 16
 COPY_BYTES = 8 << 20
 _OWN_OPTIONS = {
     "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop",
 }  # fmt: skip
-# Options of reading that say how; any other may say what, such as version_id, and is the target's business.
+# Read options that do not select the object. Any other option (such as version_id) may, so the target reads the object.
 _HOW = {"block_size", "cache_type", "cache_options", "size", "fill_cache", "max_concurrency", "timeout"}
 
 
 class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]  # fsspec ships no types
-    """A file system that reads another one through the cache, and leaves all else to it.
+    """A file system that reads another file system through the cache, and delegates all other methods to it.
 
-    Opening a file asks the target once what the object is now (its ETag, version, or size and date): what the cache has
-    of that one is read here, a changed object is another copy, and one without any identity is read past the cache.
-    Writing goes to the target and drops the copy. Any thread may use it, and forked children.
+    Opening a file sends one request to the target for the object's identity: its ETag, version, or size and date.
+    Cached bytes of that identity are read locally. A changed object is another copy, and an object without an identity
+    bypasses the cache. Writes go to the target and drop the cached copy. Safe for threads and fork-safe.
     """
 
     protocol: ClassVar[str] = "tiercache"
-    # One file system for all paths of a chain.
+    # fsspec then shares one instance among all paths of a chain.
     _strip_tokenize_options = ("fo",)
 
     def __init__(
@@ -71,66 +71,67 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         fo: str | None = None,  # noqa: ARG002 - fsspec's name for the path in a chain; every call names its path
         **options: Any,
     ) -> None:
-        """Open nothing yet but the target.
+        """Open the target, but not the cache.
 
         Args:
-            target_protocol: of the file system behind, such as "s3"; or fs.
-            target_options: its options.
-            fs: the file system behind, in place of the two.
-            cache: None: Cache.default() with cache_dir and cache_size, as the configuration has them.
-            cache_dir: the cache's folder.
-            cache_size: its size, such as "200GB".
-            fo: not used: every call names its path.
-            **options: fsspec's own (use_listings_cache, skip_instance_cache).
+            target_protocol: Protocol of the target file system, such as "s3". Give either this or fs.
+            target_options: Options of the target file system.
+            fs: Target file system, instead of target_protocol and target_options.
+            cache: Cache to read through. None: Cache.default() with cache_dir and cache_size.
+            cache_dir: Folder of the cache; None for the configured one.
+            cache_size: Size of the cache, such as "200GB"; None for the configured one.
+            fo: Not used; fsspec passes the path of a chain, and every call names its path.
+            **options: Options of fsspec itself (use_listings_cache, skip_instance_cache).
 
         Raises:
-            TypeError: an option that is not known; options of the target go into target_options.
-            ValueError: no target, two, or this one again; a cache and also its folder or size.
+            TypeError: An option is unknown. Options of the target go into target_options.
+            ValueError: No target or two targets are given, the target is a tiercache file system, or a cache is given
+                together with its folder or size.
         """
         _check_options(options)
         if (fs is None) == (target_protocol is None):
             raise ValueError(
-                "tiercache reads another file system: name it in the URL ('tiercache::s3://bucket/key'), by "
-                "target_protocol='s3', or by fs=..., and only once"
+                "tiercache reads another file system: name it exactly once, in the URL ('tiercache::s3://bucket/key'), "
+                "by target_protocol='s3', or by fs=..."
             )
         if cache is not None and (cache_dir is not None or cache_size is not None):
-            raise ValueError("cache=... has its own folder and size: leave cache_dir and cache_size out")
+            raise ValueError("cache=... has its own folder and size: remove cache_dir and cache_size")
         if target_protocol == self.protocol or isinstance(fs, TierCacheFileSystem):
-            raise ValueError("tiercache:: over tiercache:: would keep everything twice; name it once")
+            raise ValueError("tiercache:: over tiercache:: would cache everything twice; name it once")
         super().__init__(**options)
         self._target = _given(fs) if target_protocol is None else _made(target_protocol, dict(target_options or {}))
         self._cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
         self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
-        self._strip_protocol = self._strip_target_protocol  # fsspec asks the class too, which knows no target
+        self._strip_protocol = self._strip_target_protocol  # fsspec also calls the class method, which has no target
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target.protocol!r})"
 
     def __getattr__(self, name: str) -> Any:
-        """What only the target has: its own methods and settings."""
-        if name.startswith("_") or name == "fs":  # not before __init__ is over
+        """Return an attribute that only the target has."""
+        if name.startswith("_") or name == "fs":  # may be read before __init__ has finished
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.fs, name)
 
     @property
     def fs(self) -> Any:
-        """The file system behind, of this process."""
+        """Target file system of this process."""
         return self._target.fs
 
     def close(self) -> None:
-        """End the threads and connections by which the cache reads. They come again when they are needed."""
+        """End the threads and connections through which the cache reads. A later read creates them again."""
         for store in list(self._stores.values()):
             store.close()
 
     def _strip_target_protocol(self, path: Any) -> Any:
-        return self.fs._strip_protocol(bare(path))  # noqa: SLF001 - fsspec's name for what every file system gives
+        return self.fs._strip_protocol(bare(path))  # noqa: SLF001 - part of every fsspec file system's interface
 
     def unstrip_protocol(self, name: str) -> str:
-        """The URL of a path: "tiercache::s3://bucket/key"."""
+        """Return the URL of a path: "tiercache::s3://bucket/key"."""
         return f"{self.protocol}::{self.fs.unstrip_protocol(bare(name))}"
 
-    # -- reading, through the cache ---------------------------------------------------------------------------------
+    # Reads, through the cache
 
     def _open(
         self,
@@ -141,7 +142,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         cache_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """A file: CachedFile where the cache may be used; block_size: most bytes to be fetched ahead of a reader."""
+        """Return a file: a CachedFile if the cache can be used. block_size: Its maximum readahead in bytes."""
         reading = self._reading(path, options) if mode == "rb" else None
         if reading is not None:
             return CachedFile(self, path, reading, block_size if isinstance(block_size, int) else None)
@@ -154,13 +155,13 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         return WrittenFile(file, lambda: self.drop(path))
 
     def _reading(self, path: str, options: Mapping[str, Any]) -> Reading | None:
-        """A hold on what lies under path now; None: the target reads it, or says in its own words why it cannot.
+        """Open the object that the path names now. Return None if the target must read it (or report why it cannot).
 
-        Either way it counts as a use of the object, for tiers' rules.
+        In both cases, the read counts as a use of the object for the rules of tiers.
         """
         read_log.note(str(self.fs.unstrip_protocol(path)))
         place = None if options.keys() - _HOW else place_of(path)
-        # What lies in an archive has no identity of its own; the archive has: zip://name::tiercache::s3://bucket/a.zip
+        # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if place is None or isinstance(self.fs, AbstractArchiveFileSystem):
             return None
         root, key = place
@@ -169,7 +170,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
             cache = self._open_cache()
             if cache is None:
                 return None
-            # Nothing is opened yet: of two threads that make one, the first wins, and nothing is lost.
+            # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
             store = self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
             wanted = store.wanted(key)
@@ -178,7 +179,10 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         return None if wanted is None else Reading(store, wanted)
 
     def _open_cache(self) -> Cache | None:
-        """The cache; None, with a warning, where the default one cannot be had: nobody has asked for it by name."""
+        """Return the cache.
+
+        If the default cache cannot be opened, warn and return None, because the user did not name it.
+        """
         if self._cache is None and not self._is_uncached:
             size = None if self._cache_size is None else str(self._cache_size)
             try:
@@ -188,22 +192,22 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
                     raise
                 self._is_uncached = True
                 warnings.warn(
-                    f"tiercache:: has no cache, so that everything is read from its source: {error}; name a folder "
-                    "that can be written by cache_dir=... or TIERCACHE_CACHE_DIR",
+                    f"tiercache:: has no cache, so everything is read from its source: {error}; name a writable folder "
+                    "with cache_dir=... or TIERCACHE_CACHE_DIR",
                     RuntimeWarning,
                     stacklevel=2,
                 )
         return self._cache
 
     def open_many(self, open_files: Any) -> list[Any]:
-        """The files of an fsspec.OpenFiles, opened many at a time; fsspec calls it in `with open_files as files`."""
+        """Open the files of an fsspec.OpenFiles in parallel; fsspec calls this in `with open_files as files`."""
         return at_once(lambda file: file.__enter__(), list(open_files))
 
     def commit_many(self, open_files: Any) -> None:
-        """Nothing: each was written when it was closed. fsspec calls it after open_many()."""
+        """Do nothing: each file was written when it was closed. fsspec calls this after open_many()."""
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        """The bytes of a range, by the rules of slices."""
+        """Return the bytes of a range, with the rules of slices."""
         stripped = self._strip_protocol(path)
         reading = self._reading(stripped, options)
         if reading is None:
@@ -214,7 +218,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
     def cat(
         self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **options: Any
     ) -> bytes | dict[str, bytes | Exception]:
-        """Contents by path, many at a time; of one path that names one file: its content."""
+        """Return contents by path, read in parallel, or the content alone if path names one file."""
         paths = self.expand_path(path, recursive=recursive)
         if isinstance(path, str) and paths == [self._strip_protocol(path)] and not recursive:
             return self.cat_file(paths[0], **options)
@@ -232,14 +236,14 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         on_error: str = "return",
         **options: Any,
     ) -> list[bytes | Exception]:
-        """The bytes of many ranges; each object is asked about once, and all its ranges are fetched together.
+        """Return the bytes of many ranges. Each object is looked up once, and all its ranges are fetched together.
 
-        max_gap: not used; the cache joins what lies close together.
+        max_gap is not used: the cache coalesces neighbouring ranges itself.
         """
         first = starts if isinstance(starts, list) else [starts] * len(paths)
         last = ends if isinstance(ends, list) else [ends] * len(paths)
         if not len(paths) == len(first) == len(last):
-            raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: one of each is expected")
+            raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: expected equal numbers")
         names = list(dict.fromkeys(paths))
         with ExitStack() as stack:
             opened = at_once(lambda path: self._reading(self._strip_protocol(path), options), names)
@@ -270,7 +274,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
         maxdepth: int | None = None,
         **options: Any,
     ) -> None:
-        """Copy files and folders to local paths, many at a time; by fsspec's rules of what goes where."""
+        """Copy files and folders to local paths in parallel, with fsspec's rules for the destination paths."""
         planned = _Planned(self)
         ChainedFileSystem.get(planned, rpath, lpath, recursive=recursive, maxdepth=maxdepth)
         callback.set_size(len(planned.pairs))
@@ -285,7 +289,7 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
     def get_file(
         self, rpath: str, lpath: Any, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **options: Any
     ) -> None:
-        """Copy a file to a local path, or into an open file; of a folder: make one."""
+        """Copy a file to a local path or into an open file. For a folder, create the local folder."""
         path = self._strip_protocol(rpath)
         reading = self._reading(path, options)
         out = lpath if outfile is None and hasattr(lpath, "write") else outfile
@@ -302,12 +306,13 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
                 out = stack.enter_context(Path(lpath).open("wb"))
             _copy(reading, out, callback)
 
-    # -- writing: the target does it --------------------------------------------------------------------------------
+    # Writes, by the target
 
     def drop(self, *paths: Any) -> None:
-        """Forget the copies of paths (one, a list, a mapping's keys; with wildcards) and of what lies below them."""
+        """Drop the cached copies of paths (a path, a list or a mapping's keys; with wildcards) and of paths below."""
         sources = [self._target.url(name).rstrip("/") for path in paths for name in self._literals(path)]
-        # It is written, and has another name than the copy: an error here would say that it is not.
+        # The write has succeeded, and the new object has another identity than the copy. An error here would wrongly
+        # say that the write failed.
         with suppress(TierCacheError, OSError, ValueError):
             cache = self._open_cache()
             if cache is not None:
@@ -320,12 +325,12 @@ class TierCacheFileSystem(TargetVerbs, ChainedFileSystem):  # type: ignore[misc]
 
     @property
     def transaction(self) -> Any:
-        """The target's."""
+        """Transaction of the target."""
         return self.fs.transaction
 
 
 class _Planned:
-    """A file system to fsspec's get(), which copies one file after the other: it only notes which."""
+    """A file system for fsspec's get(), which copies files one by one: it records the copies instead."""
 
     def __init__(self, fs: TierCacheFileSystem) -> None:
         self._fs = fs
@@ -335,7 +340,7 @@ class _Planned:
         return getattr(self._fs, name)
 
     def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
-        """Note it."""
+        """Record the copy."""
         self.pairs.append((rpath, lpath))
 
 
@@ -343,24 +348,24 @@ def _check_options(options: Mapping[str, Any]) -> None:
     unknown = sorted(options.keys() - _OWN_OPTIONS)
     if unknown:
         raise TypeError(
-            f"tiercache:: does not know {', '.join(unknown)}; it takes cache, cache_dir and cache_size. Options of the "
-            "target go by its name beside a URL, s3={...}, and into target_options={...} elsewhere"
+            f"tiercache:: does not know {', '.join(unknown)}; it takes cache, cache_dir and cache_size. Pass options "
+            "of the target under its protocol with a URL, s3={...}, and in target_options={...} otherwise"
         )
     if options.get("asynchronous"):
         raise ValueError(
-            "tiercache:: is called by threads: wrap it by fsspec.implementations.asyn_wrapper.AsyncFileSystemWrapper"
+            "tiercache:: is synchronous: wrap it with fsspec.implementations.asyn_wrapper.AsyncFileSystemWrapper"
         )
 
 
 def _given(fs: Any) -> Target:
     make = partial(unshared, type(fs), fs.storage_args, dict(fs.storage_options))
-    # One that belongs to somebody's event loop cannot be waited for from a thread.
+    # A thread cannot wait for a file system that belongs to an event loop of the caller.
     return Target(make, None if getattr(fs, "asynchronous", False) else fs)
 
 
 def _made(protocol: str, options: dict[str, Any]) -> Target:
     kind = fsspec.get_filesystem_class(protocol)
-    # Hugging Face datasets makes tiercache::s3://b/k::s3://b/k of tiercache::s3://b/k: an s3 over an s3.
+    # Hugging Face datasets turns tiercache::s3://b/k into tiercache::s3://b/k::s3://b/k: s3 chained over s3.
     while options.get("target_protocol") == protocol and not issubclass(kind, ChainedFileSystem):
         inner = options.pop("target_options", None) or {}
         options = {**{n: v for n, v in options.items() if n not in ("fo", "target_protocol")}, **inner}
@@ -373,7 +378,7 @@ def _slice(start: int | None, end: int | None, n_bytes: int) -> ByteRange:
 
 
 def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
-    """What a call gives; where keeps_error: or what it raises, as fsspec's on_error="return" says."""
+    """Return the result of a call or, if keeps_error, its exception, as fsspec's on_error="return" requires."""
     try:
         return call()
     except Exception as error:
@@ -383,7 +388,10 @@ def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
 
 
 def at_once(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
-    """Results of calls for all items, some of them at the same time; the first error is raised when all have ended."""
+    """Return the results of calls for all items, run in parallel.
+
+    The first error is raised after all calls have ended.
+    """
     asked = list(items)
     if len(asked) < 2:
         return [call(item) for item in asked]
@@ -392,7 +400,7 @@ def at_once(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
 
 
 def _copy(reading: Reading, out: Any, callback: Any) -> None:
-    """Write a whole object to an open file, and tell callback how far it is."""
+    """Write a whole object to an open file, and report the progress to callback."""
     n_bytes = reading.n_bytes
     callback.set_size(n_bytes)
     reading.want([ByteRange(0, n_bytes)])

@@ -1,4 +1,4 @@
-"""One object as it was when it was opened: ranges of it, from the cached copy or past it."""
+"""Reads of one object as it was when it was opened: ranges from the cached copy, or from the source."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from tiercache.cache.lease import CopyLease
     from tiercache.cache.record import Wanted
 
-# Readers of tables ask for whole column chunks, those of text and archives for a few KiB again and again: what is
-# larger than this was chosen, and what follows it is fetched ahead only after many such reads in a row.
+# Table readers request whole column chunks; readers of text and archives request a few KiB at a time. A read larger
+# than SMALL_BYTES is probably a deliberate choice, so readahead starts only after many such reads in a row.
 SMALL_BYTES = 64 << 10
 N_SMALL_IN_A_ROW = 3
 N_LARGE_IN_A_ROW = 8
 LEAST_AHEAD_BYTES = 128 << 10
 MOST_AHEAD_BYTES = 8 << 20
-# Checked and copied in one go for a reader of small pieces: at 8 KiB the way there takes longer than the bytes.
+# Size that is verified and copied at once for small sequential reads: for 8 KiB, the overhead exceeds the copy itself.
 BLOCK_BYTES = 256 << 10
 
 
 class Ahead:
-    """How much to fetch beyond what one reader asks for. Pure; of one reader, so without a lock."""
+    """Readahead policy of one reader: how many bytes to fetch beyond a read. Pure; needs no lock."""
 
     def __init__(self, most_bytes: int = MOST_AHEAD_BYTES) -> None:
-        """most_bytes: never more than this."""
+        """Start without history. most_bytes: Maximum readahead in bytes."""
         self._most_bytes = most_bytes
         self._next, self._n_in_a_row, self._run_bytes = -1, 0, 0
 
     def after(self, wanted: ByteRange) -> int:
-        """Bytes to fetch beyond wanted, 0 where it does not go on where the read before it ended."""
+        """Return the number of bytes to fetch beyond wanted; 0 if wanted does not start where the last read ended."""
         if wanted.start != self._next:
             self._n_in_a_row = self._run_bytes = 0
         self._next = wanted.end
@@ -47,19 +47,19 @@ class Ahead:
         needed = N_SMALL_IN_A_ROW if wanted.n_bytes <= SMALL_BYTES else N_LARGE_IN_A_ROW
         if self._n_in_a_row < needed:
             return 0
-        # As much again as was read in this run: whoever stops has fetched at most twice what it read.
+        # As much as was read in this run: a reader that stops has fetched at most twice the bytes it read.
         return min(max(self._run_bytes, LEAST_AHEAD_BYTES), self._most_bytes)
 
 
 class Reading:
-    """A hold on one object. All bytes are of the object that was opened, whatever lies under its key by now.
+    """An open object. All bytes come from the object that was opened, whatever its key names now.
 
-    Any thread may read; one at a time does: the lock is held while it reads, so that close() never takes a descriptor
-    away from a reader. After a fork the child reads on with a hold of its own.
+    Any thread may read. The lock is held during a read, so reads run one at a time and close() never closes a
+    descriptor in use. After a fork, the child continues with its own lease.
     """
 
     def __init__(self, store: CachedStore, wanted: Wanted) -> None:
-        """Take a lease on the copy, there or to come."""
+        """Take a lease on the cached copy, which may still have to be fetched."""
         self._store, self._wanted = store, wanted
         self._lease: CopyLease | None = store.cache.open(wanted, store.inner)
         self._lock = Lock()
@@ -72,28 +72,32 @@ class Reading:
         return self._wanted.n_bytes
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching what is missing of ranges; returns at once."""
+        """Start to fetch the missing bytes of the ranges. Returns at once."""
         with self._lock:
             if self._lease is not None:
                 self._lease.want(ranges)
 
     def read(self, wanted: ByteRange) -> bytes:
-        """Bytes of a range that ends within the object. Raises as read_into()."""
-        # Nobody else holds the bytes that it is made of, so it hands out these and no copy.
+        """Return the bytes of a range that ends within the object. Raises as read_into()."""
+        # BytesIO returns its own buffer without a copy, because nothing else refers to it.
         whole = BytesIO(bytes(wanted.n_bytes))
         with whole.getbuffer() as view:
             self.read_into(wanted, view)
         return whole.getvalue()
 
     def read_into(self, wanted: ByteRange, buffer: memoryview, *, ahead_bytes: int = 0) -> None:
-        """Fill buffer (writable uint8, as long as the range) with a range that ends within the object.
+        """Fill buffer with a range that ends within the object.
 
-        ahead_bytes: how much will be wanted after it; it is fetched too, and waited for only as far as a small block.
+        Args:
+            wanted: Range of the object.
+            buffer: Writable uint8 memory of the length of the range.
+            ahead_bytes: Number of bytes after the range that are fetched too. The call waits for a small block of them
+                only.
 
         Raises:
-            NotFound: the object is gone, and the range was not here.
-            ObjectChanged: it was replaced, and the range was not here.
-            StoreError: the source failed.
+            NotFound: The object is gone, and the range is not cached.
+            ObjectChanged: The object was replaced, and the range is not cached.
+            StoreError: The source failed.
         """
         if not wanted.n_bytes:
             return
@@ -106,7 +110,7 @@ class Reading:
                 self._read_past(wanted, buffer, ahead_bytes)
 
     def _read_here(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> bool:
-        """From the copy; False: it will not be there. One that is wrong is fetched again."""
+        """Read from the copy. Return False if the range will not be cached. A wrong copy is fetched again."""
         for _ in range(2):
             lease = self._lease
             if lease is None:
@@ -125,14 +129,17 @@ class Reading:
         return False
 
     def _checked(self, lease: CopyLease, wanted: ByteRange, buffer: memoryview) -> bool:
-        """Read what is here, each unit held against its checksum: nothing else checks these bytes."""
+        """Read cached bytes, and verify each unit's checksum: no other code checks these bytes."""
         spans = [(wanted, buffer)]
-        # By the hold, if it was taken on a part: a part of an object that changed has lost its name. By name otherwise,
-        # which also takes what is wrong out of the cache.
+        # Read through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
+        # name. Otherwise read by name, which also removes a wrong copy from the cache.
         return lease.read(spans) or self._store.cache.read(self._wanted, spans)
 
     def _keep_block(self, lease: CopyLease, block: ByteRange, buffer: memoryview) -> bool:
-        """Read a block that is here into memory, for a reader who goes on by small pieces; False: it is wrong."""
+        """Read a cached block into memory for a sequential reader of small pieces.
+
+        Return False if the block is wrong.
+        """
         data = bytearray(block.n_bytes)
         if not self._checked(lease, block, memoryview(data)):
             return False
@@ -144,7 +151,7 @@ class Reading:
         return ByteRange(wanted.start, min(wanted.end + ahead_bytes, self.n_bytes))
 
     def _read_past(self, wanted: ByteRange, buffer: memoryview, ahead_bytes: int) -> None:
-        """From the source, by ranges; a reader who goes on by small pieces is served from one larger."""
+        """Read ranges from the source. A sequential reader of small pieces is served from a larger block."""
         block = self._until(wanted, ahead_bytes)
         if block == wanted:
             self._from_source(wanted, buffer)
@@ -159,7 +166,7 @@ class Reading:
         self._store.inner.read_into(self._wanted.key, [(wanted, buffer)], if_match=if_match)
         if if_match is not None:
             return
-        # Where no ETag guards the reading, the object must look the same after it.
+        # Without an ETag to check, the object must have the same description after the read.
         found = self._store.wanted(self._wanted.key)
         if found is None or found.name != self._wanted.name:
             raise ObjectChanged(
@@ -167,7 +174,7 @@ class Reading:
             )
 
     def close(self) -> None:
-        """Give the copy back. Repeatable."""
+        """Release the lease. Repeated calls have no effect."""
         with self._lock:
             lease, self._lease, self._block = self._lease, None, bytearray()
         if lease is not None:
@@ -180,7 +187,7 @@ class Reading:
         self.close()
 
     def _renew_lock(self) -> None:
-        """In a forked child, where a thread of the parent may have held it."""
+        """Create a new lock in a forked child, because a thread of the parent may have held the old one."""
         self._lock = Lock()
 
 
@@ -189,7 +196,7 @@ _readings: weakref.WeakSet[Reading] = weakref.WeakSet()
 
 def _renew_locks() -> None:
     for reading in list(_readings):
-        reading._renew_lock()  # noqa: SLF001 - of one file
+        reading._renew_lock()  # noqa: SLF001 - same module
 
 
 os.register_at_fork(after_in_child=_renew_locks)

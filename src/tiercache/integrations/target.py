@@ -1,4 +1,4 @@
-"""The file system behind `tiercache::`, made anew in each process, and stores of its buckets or top folders."""
+"""The file system behind `tiercache::`, created in each process, and stores of its buckets or top folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 from tiercache.store import FsspecStore, check_key, redact
 from tiercache.store.landing import PerProcess
 
-# Options that say which place is meant; never a secret. What lies elsewhere is another object, though its path, size
-# and date are the same.
+# Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
+# different servers are different objects.
 _PLACES = (
     "endpoint_url", "endpoint", "host", "hostname", "port", "account_name", "account_host", "base_url", "url",
     "instance", "org", "repo", "sha", "ref", "gist_id", "root_file_id", "share", "namespace", "project_id",
@@ -26,20 +26,27 @@ _HTTP = re.compile(r"(https?://[^/]+)/(.+)")
 
 
 class Target:
-    """A file system of fsspec, by its class and options. Safe from any thread; a forked child makes its own.
+    """A file system of fsspec, given by its class and options.
 
-    Values of options never show.
+    Safe for threads; a forked child creates its own instance.
+
+    Values of options are never shown.
     """
 
     def __init__(self, make: Callable[[], Any], given: Any = None) -> None:
-        """make: gives the file system that people see; given: this one here, in this process."""
+        """Open the file system.
+
+        Args:
+            make: Function that creates the file system that users see.
+            given: Existing instance to use in this process instead.
+        """
         first = [given]
-        # What was given is for the process that gave it: clients and event loops do not live through a fork.
+        # A given instance serves only the process that gave it, because clients and event loops do not survive a fork.
         self._fs: PerProcess[Any] = PerProcess(lambda: (first and first.pop()) or make(), id)
         kind, arguments, options = type(self.fs), self.fs.storage_args, dict(self.fs.storage_options)
         self.protocol: str = _first(kind.protocol)
         self._make = partial(unshared, kind, arguments, options)
-        # In memory only, and a hash: it is made of secrets too.
+        # A hash that stays in memory, because it covers secrets too.
         self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
         self._place = "/".join(_places(_named(kind, arguments, options)))
 
@@ -48,13 +55,13 @@ class Target:
 
     @property
     def fs(self) -> Any:
-        """The file system of this process."""
+        """File system of this process."""
         return self._fs.get()
 
     def store(self, root: str) -> FsspecStore:
-        """The store of a bucket or top folder, with a file system of its own that remembers no listings.
+        """Return the store of a bucket or top folder. Its own file system does not cache listings.
 
-        Equal targets share it: fsspec makes a file system for each thread, and each would have its own connections.
+        Equal targets share the store: fsspec creates a file system per thread, and each would have its own connections.
         """
         store = _stores.get((self._digest, root))
         if store is None:
@@ -62,7 +69,7 @@ class Target:
         return store
 
     def url(self, path: str) -> str:
-        """What may be shown of a path: no credentials, no query."""
+        """Return the URL of a path without credentials and query."""
         if path.startswith(("http://", "https://")):
             return redact(path)
         return f"{self.protocol}://{self._place}{'/' if self._place and not path.startswith('/') else ''}{path}"
@@ -72,10 +79,12 @@ _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictiona
 
 
 def place_of(path: str) -> tuple[str, str] | None:
-    """(root, key) of a path of a file system: its bucket, host or top folder, and the rest.
+    """Split the path of a file system into (root, key): its bucket, host or top folder, and the rest.
 
-    None: nothing that can be cached: the path of a version or with a signature ("?", of HTTP "#" too), of an S3 access
-    point, of a file directly below "/", or one that is no key (see check_key).
+    Returns:
+        None if the object cannot be cached: the path of a version or with a signature ("?", with HTTP also "#"), of an
+            S3
+        access point, of a file directly below "/", or a path that is not a key (see check_key).
     """
     match = _HTTP.fullmatch(path)
     if match is not None:
@@ -97,23 +106,23 @@ def _first(protocol: str | tuple[str, ...] | list[str]) -> str:
 
 
 def unshared(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-    """A file system like another, but of no other's event loop, connections or listings."""
-    # Not asynchronous: then it runs on fsspec's own loop, from whatever thread or loop it is asked.
+    """Return a new file system with the same options that shares no event loop, connections or listings."""
+    # Not asynchronous, so that it runs on fsspec's own loop, whichever thread or loop calls it.
     kept = {name: value for name, value in options.items() if name not in ("asynchronous", "loop")}
     try:
         return kind(*arguments, **{**kept, "use_listings_cache": False}, skip_instance_cache=True)
-    except TypeError:  # a class that does not hand unknown options on keeps no listings of fsspec's kind
+    except TypeError:  # a class that does not pass on unknown options has no fsspec listings cache
         return kind(*arguments, **kept, skip_instance_cache=True)
 
 
 def _named(kind: type[Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, those that were given by position too."""
+    """Return all options by name, including those that were given by position."""
     names = list(inspect.signature(kind.__init__).parameters)[1:]
     return {**dict(zip(names, arguments, strict=False)), **options}
 
 
 def _places(options: Mapping[str, Any]) -> list[str]:
-    """What options say about where: "127.0.0.1:9000", "host:22"."""
+    """Return the values of options that name a server or folder, such as "127.0.0.1:9000" or "host:22"."""
     found = []
     for name in _PLACES:
         value = options.get(name)

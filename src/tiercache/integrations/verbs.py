@@ -1,4 +1,4 @@
-"""The verbs of a file system that are left to the one behind it, and paths that may carry a chain before them."""
+"""Methods that the file system delegates to its target, and the handling of paths that start with `tiercache::`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 def bare(path: Any) -> Any:
-    """Paths (one, a list, or the keys of a mapping) without "tiercache::", as the target takes them."""
+    """Return paths (a path, a list, or the keys of a mapping) without "tiercache::", as the target accepts them."""
     if isinstance(path, Mapping):
         return {bare(name): value for name, value in path.items()}
     if isinstance(path, list | tuple | set | frozenset):
@@ -25,22 +25,33 @@ def bare(path: Any) -> Any:
 
 
 def literal(path: str) -> str:
-    """A path as far as it has no wildcard: the folder that all that it matches lies in."""
+    """Return the part of a path before its first wildcard: the folder that contains all matches."""
     return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
 
 
 def passed_on(verb: str, *names: str) -> Verb:
-    """A method that the target carries out. names: its arguments that are paths, in order."""
+    """Return a method that calls the target's method.
+
+    Args:
+        verb: Name of the method.
+        names: Names of the arguments that are paths, in order.
+    """
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         paths, rest = _taken(names, arguments, options)
         return getattr(self.fs, verb)(*[bare(path) for path in paths], *rest, **options)
 
-    return _called(call, verb, f"The target's {verb}().")
+    return _called(call, verb, f"Call the target's {verb}().")
 
 
 def written(verb: str, *names: str, drops: str) -> Verb:
-    """A method by which the target writes. drops: those of names whose copies go, "path1 path2"."""
+    """Return a method that calls the target's writing method and drops cached copies.
+
+    Args:
+        verb: Name of the method.
+        names: Names of the arguments that are paths, in order.
+        drops: Names of the arguments whose cached copies are dropped, such as "path1 path2".
+    """
     dropped = [names.index(name) for name in drops.split()]
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -50,13 +61,13 @@ def written(verb: str, *names: str, drops: str) -> Verb:
         finally:
             self.drop(*(paths[number] for number in dropped if number < len(paths)))
 
-    return _called(call, verb, f"The target's {verb}(); the cached copies of what was there are dropped.")
+    return _called(call, verb, f"Call the target's {verb}() and drop the cached copies of the written paths.")
 
 
 def _taken(
     names: tuple[str, ...], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[list[Any], tuple[Any, ...]]:
-    """(paths, other arguments); paths that were given by name are taken out of options."""
+    """Return (paths, other arguments), and remove paths given by name from options."""
     paths = list(arguments[: len(names)])
     paths += [options.pop(name) for name in names[len(paths) :] if name in options]
     return paths, arguments[len(names) :]
@@ -68,7 +79,10 @@ def _called(method: Verb, name: str, doc: str) -> Verb:
 
 
 class TargetVerbs:
-    """Every verb but those that read contents. fs: the target; drop(): forgets copies; both are the subclass's."""
+    """All methods of a file system except those that read contents.
+
+    The subclass provides fs (the target) and drop().
+    """
 
     ls = passed_on("ls", "path")
     info = passed_on("info", "path")

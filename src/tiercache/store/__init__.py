@@ -1,4 +1,9 @@
-"""Where bytes live: one contract (contract.py), several back ends, opened by URL."""
+"""Storage back ends behind one contract: objects under a root URL, read and written by key.
+
+open_store() parses a URL and returns a LocalFolder, a MemoryStore, a CloudStore (obstore, or s3fs in forked children)
+or an FsspecStore. A read goes from Store.read_into() through the request planner (spans.py) and the retry loop
+(retry.py) to the client library, and then into the caller's buffers.
+"""
 
 from __future__ import annotations
 
@@ -44,23 +49,26 @@ _CLOUDS = {
 
 
 def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
-    """The store of a URL or local path. Nothing is asked of the store yet: a wrong bucket shows at the first call.
+    """Return the store of a URL or local path. No request is sent: an unknown bucket shows at the first call.
 
     Args:
-        url: a local path, `file://`, `memory://`, `s3://`, `gs://`, `az://`, `http(s)://`, or any fsspec URL,
-            chained ones included.
-        **storage_options: the back end's own options and credentials, by name.
+        url: Local path, `file://`, `memory://`, `s3://`, `gs://`, `az://` or `http(s)://` URL, or any fsspec URL,
+            chained URLs included.
+        **storage_options: Options and credentials of the back end, by name. `timeout` (seconds, or text such as "30s")
+            limits the time without progress of every call to a remote store.
 
     Raises:
-        ValueError: a URL that cannot be, or an option that the back end does not know.
+        ValueError: The URL is invalid, or the back end does not know an option.
     """
     place = Location.parse(url)
     if place.chain:
-        if place.scheme == "tiercache":  # integrations/fsspec.py: a cache round the cache
-            raise ValueError(f"{place.shown}: data sets go through the cache by themselves; leave tiercache:: out")
+        if place.scheme == "tiercache":  # integrations/fsspec.py; it would be a cache of a cache
+            raise ValueError(
+                f"{place.shown}: tiercache reads data sets through its cache already; remove tiercache:: from the URL"
+            )
         return _by_fsspec(place, storage_options)
     if place.scheme in ("", "memory") and storage_options:
-        raise ValueError(f"{place.shown}: takes no storage options, got {', '.join(sorted(storage_options))}")
+        raise ValueError(f"{place.shown} takes no storage options, got {', '.join(sorted(storage_options))}")
     if not place.scheme:
         return LocalFolder(place.path)
     if place.scheme == "memory":
@@ -72,7 +80,7 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
 
 
 def _by_fsspec(place: Location, given: dict[str, Any]) -> FsspecStore:
-    """A store whose `timeout` is ours, as of every store; all other options are the file system's."""
+    """Return a store through fsspec. `timeout` is tiercache's own option; all other options go to the file system."""
     check_scheme(place.scheme)
     options = dict(given)
     timeout = options.pop("timeout", None)

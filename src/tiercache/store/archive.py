@@ -1,4 +1,4 @@
-"""What S3 has beyond a store: storage classes, restores, copies between buckets and deletes that say what failed."""
+"""S3 operations beyond the Store contract: storage classes, restores, copies between buckets, batch deletes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 Speed: TypeAlias = Literal["expedited", "standard", "bulk"]
 SPEEDS: tuple[Speed, ...] = ("expedited", "standard", "bulk")
 Restoring: TypeAlias = Literal["started", "running", "done"]
-Failed: TypeAlias = list[tuple[str, str]]  # keys and reasons
+Failed: TypeAlias = list[tuple[str, str]]  # (key, reason)
 
 _TIERS = {"expedited": "Expedited", "standard": "Standard", "bulk": "Bulk"}
 _DELETE_KEYS = 1000
@@ -48,49 +48,55 @@ _SETTINGS = {
     "versioning": "get_bucket_versioning",
     "object lock": "get_object_lock_configuration",
 }
-# Of a bucket that has no such setting.
+# Error codes of a bucket without such a setting.
 _NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
 _PARTS = 10_000
-# What S3 keeps of an object beside its bytes, and what a copy in parts must be told again.
+# Metadata that a copy in parts must pass again.
 _Part: TypeAlias = dict[str, Any]
 _Parts: TypeAlias = list[_Part]
 _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
 
 
 class ArchiveStore(Protocol):
-    """Objects with storage classes. Keys are those of the Store with the same URL. Safe from any thread."""
+    """Objects with storage classes. Keys are those of the Store with the same URL. Safe for threads."""
 
     url: str
 
     def head(self, key: str) -> ObjectInfo:
-        """With class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole. Raises NotFound."""
+        """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.
+
+        Raises NotFound.
+        """
 
     def sums(self, key: str) -> Mapping[str, str]:
-        """Checksums over the whole object that the store knows, and its ETag, each by its name. Raises NotFound."""
+        """Return the store's checksums over the whole object, and its ETag, by name. Raises NotFound."""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As Store.list(), with class and restore state."""
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> Upload:
-        """An upload whose parts may come in parallel; the object has the class (None: the store's own).
+        """Start an upload whose parts may come in parallel.
 
-        if_match: the ETag of what it takes the place of: of another, or none, complete() raises ObjectChanged, as far
-        as the server looks at it.
+        If the upload has an attribute `is_confirmed` that is true after complete(), the server has returned matching
+        checksums of all parts. Then the object need not be read back (an object of an archive class could not be).
 
-        Where it has an attribute `is_confirmed` that is true after complete(), the server has named sums of all that it
-        was given, and they were ours: then nothing need be read back, and of a class that is archived nothing can be.
+        Args:
+            key: Key of the object.
+            storage_class: Class of the object; None for the store's default.
+            if_match: ETag of the object to be replaced. If the key has another object or none, complete() raises
+                ObjectChanged, on servers that check this.
         """
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
-        """Give an object another class in place; bytes, metadata and tags stay.
+        """Change the storage class of an object in place; bytes, metadata and tags stay.
 
         Raises:
-            NotFound, ObjectChanged: not there, or not what if_match names.
-            StoreError: with .archived True where it must be restored first.
+            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
+            StoreError: The change failed; .archived is True if the object must be restored first.
         """
 
     def can_copy_from(self, src: ArchiveStore) -> bool:
-        """Whether the server can copy from there."""
+        """Return whether the server can copy from src."""
 
     def copy_from(
         self,
@@ -104,39 +110,57 @@ class ArchiveStore(Protocol):
         if_absent: bool = False,
         over: str | None = None,
     ) -> ObjectInfo:
-        """Copy by the server; only where can_copy_from(src). Raises as set_class().
+        """Copy on the server. Requires can_copy_from(src). Raises as set_class().
 
-        crc32c: what its bytes sum to, where somebody knows: the server is then asked for such a sum of the copy too,
-        which stands in the answer where it can, and is the caller's to compare. if_absent: raise ObjectChanged where
-        something lies, which is replaced otherwise; over: and where that has not this ETag.
+        Args:
+            src: Store of the source object.
+            src_key: Key of the source object.
+            key: Key of the copy.
+            storage_class: Class of the copy; None for the store's default.
+            if_match: ETag that the source object must have.
+            crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
+                it if the server supports it, and the caller compares the two.
+            if_absent: Whether to raise ObjectChanged if the key exists instead of replacing the object.
+            over: ETag of the object to be replaced; raise ObjectChanged if the key has another object.
         """
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
-        """Ask for a readable copy for so many days.
+        """Request a temporary readable copy of an archived object.
 
-        "started": asked for; "running": somebody had asked; "done": it can be read, for as long as was asked now.
+        Args:
+            key: Key of the object.
+            days: Number of days for which the copy stays; None for a class that needs no such number.
+            speed: Retrieval speed.
+
+        Returns:
+            "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
+            read, for
+            the number of days given now.
 
         Raises:
-            NotFound: not there.
-            StoreError: with .unable True where the store cannot restore; its classes are then names only.
+            NotFound: The object does not exist.
+            StoreError: The request failed; .unable is True if the store has no restores, so its classes are only
+                labels.
         """
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
-        """Delete, by a thousand a request; what could not be deleted, each with the reason.
+        """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.
 
-        if_match: the ETag that each must have, as far as the server looks at it; None: whatever it has.
+        Args:
+            keys: Keys of the objects.
+            if_match: ETag that each object must have, on servers that check this; None for any.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class BucketSettings:
-    """What a bucket does by itself, in S3's words.
+    """Settings of a bucket that act on objects by themselves, in S3's terms.
 
     Attributes:
-        lifecycle: its lifecycle rules, those that are off too.
-        versioning: "Enabled", "Suspended", or "": it never kept versions.
-        lock: its configuration of object lock; None: it has none.
-        unread: settings that could not be read, and why.
+        lifecycle: Lifecycle rules, including disabled ones.
+        versioning: "Enabled", "Suspended", or "" if the bucket never kept versions.
+        lock: Object lock configuration; None if there is none.
+        unread: Settings that could not be read, with the reasons.
     """
 
     lifecycle: tuple[Mapping[str, Any], ...] = ()
@@ -147,9 +171,14 @@ class BucketSettings:
 
 @dataclass(frozen=True, slots=True)
 class CopySizes:
-    """Copies by the server: objects up to whole_bytes by one request, larger ones in parts, n_parts at once.
+    """Sizes of server-side copies.
 
-    S3 itself copies up to 5 GB by one request; a GiB in parts of 256 MiB is faster, and no request lasts long.
+    S3 copies up to 5 GB by one request, but a GiB in parts of 256 MiB is faster, and no request lasts long.
+
+    Attributes:
+        whole_bytes: Maximum size of an object that is copied by one request.
+        part_bytes: Size of the parts of larger objects.
+        n_parts: Number of parts that are copied in parallel.
     """
 
     whole_bytes: int = 1 << 30
@@ -159,10 +188,15 @@ class CopySizes:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Of a copy by the server: its class, the source's ETag, and whether its CRC-32C is to be compared with one.
+    """Requirements of a server-side copy.
 
-    where: "itself": in the place of the source, while that is there; "absent": where nothing is; "over": in the place
-    of what has the ETag `over`; else "any".
+    Attributes:
+        storage_class: Class of the copy.
+        if_match: ETag of the source.
+        where: Condition on the destination. "itself": it is the source, unchanged; "absent": it does not exist; "over":
+            it has the ETag `over`; "any": no condition.
+        needs_crc32c: Whether the caller compares the CRC-32C of the copy.
+        over: ETag of the object to be replaced.
     """
 
     storage_class: str | None
@@ -172,11 +206,11 @@ class _Wanted:
     over: str | None = None
 
     def expected(self, source_etag: str) -> str | None:
-        """The ETag of what it takes the place of; None: there is nothing."""
+        """Return the ETag of the object that the copy replaces, or None if there must be none."""
         return source_etag if self.where == "itself" else self.over
 
     def condition(self, source_etag: str) -> dict[str, str]:
-        """What must be so in the place that it goes to, in a request's words."""
+        """Return the request arguments for the condition on the destination."""
         if self.where == "any":
             return {}
         expected = self.expected(source_etag)
@@ -184,7 +218,7 @@ class _Wanted:
 
 
 class S3Archive:
-    """A folder of a bucket through boto3. Clients and threads are made by each process when it first needs them."""
+    """A folder of a bucket through boto3. Each process creates its clients and threads at first use."""
 
     def __init__(
         self,
@@ -206,10 +240,10 @@ class S3Archive:
 
     @classmethod
     def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3Archive:
-        """The archive of an S3 store: the same bucket, folder, options and counters.
+        """Return the archive of an S3 store: the same bucket, folder, options and counters.
 
         Raises:
-            ValueError: the store is not S3, boto3 is missing, or it cannot do what the options ask for.
+            ValueError: The store is not S3, or boto3 is missing or does not support the options.
         """
         if store.cloud != "s3":
             raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
@@ -221,26 +255,26 @@ class S3Archive:
         return f"S3Archive({self.url!r})"
 
     def close(self) -> None:
-        """End the threads of this process and drop its connections."""
+        """End the threads of this process and close its connections."""
         self._under_way.close()
         self._pool.drop()
         self._calls.close()
 
     def at(self, key: str) -> str:
-        """The URL of a key, for people."""
+        """Return the URL of a key, for messages."""
         return f"{self.url}/{key}" if key else self.url
 
     def full(self, key: str) -> str:
-        """The key in the bucket."""
+        """Return the key with the store's prefix, as it is in the bucket."""
         return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
 
     def call(self, operation: str, key: str, **request: Any) -> Mapping[str, Any]:
-        """One request about an object, repeated while that can help."""
+        """Send one request about an object, with retries."""
         return self._ask(operation, self.at(key), Key=self.full(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
         copies = takes_long(operation)
-        # A copy by the server is silent for long while all is well: its own client limits it.
+        # A server-side copy may be silent for long without a failure: the timeout of its own client limits it.
         limit = CallLimit(
             where,
             operation,
@@ -257,16 +291,16 @@ class S3Archive:
         return self._under_way.retrying(attempt, self._policy, limit)
 
     def head(self, key: str) -> ObjectInfo:
-        """One HEAD."""
+        """Send one HEAD."""
         return described(key, self.call("head_object", key, ChecksumMode="ENABLED"))
 
     def sums(self, key: str) -> Mapping[str, str]:
-        """One HEAD."""
+        """Send one HEAD."""
         said = self.call("head_object", key, ChecksumMode="ENABLED")
         return {**whole_sums(said), "ETag": str(said.get("ETag", ""))}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """By pages of a thousand."""
+        """List by pages of 1,000 objects."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         root = f"{self.prefix}/" if self.prefix else ""
         token = None
@@ -287,22 +321,22 @@ class S3Archive:
                 return
 
     def create(self, key: str, *, storage_class: str | None = None, if_match: str | None = None) -> S3Upload:
-        """One request for an object of one part, else S3's multipart upload."""
+        """Start an upload: one request for an object of one part, else a multipart upload."""
         writing = {**self._calls.writing, **({"StorageClass": storage_class} if storage_class else {})}
         takes = all(self._calls.takes(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
         return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
-        """A copy to itself: one request, or in parts where it is large."""
+        """Copy the object to itself, by one request or in parts."""
         return self._copied(self, key, key, _Wanted(storage_class, if_match, "itself"))
 
     def can_copy_from(self, src: ArchiveStore) -> bool:
-        """Whether both are of one endpoint, reached with one set of credentials."""
+        """Return whether both have the same endpoint and the same credentials."""
         return isinstance(src, S3Archive) and src.calls.reach == self._calls.reach
 
     @property
     def calls(self) -> S3Calls:
-        """The single requests."""
+        """Client that sends single requests."""
         return self._calls
 
     def copy_from(
@@ -317,7 +351,7 @@ class S3Archive:
         if_absent: bool = False,
         over: str | None = None,
     ) -> ObjectInfo:
-        """One request, or in parts where it is large."""
+        """Copy by one request, or in parts if the object is large."""
         if not isinstance(src, S3Archive) or not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
         where: Literal["absent", "over", "any"] = "absent" if if_absent else "any" if over is None else "over"
@@ -331,7 +365,8 @@ class S3Archive:
             "CopySource": {"Bucket": src.bucket, "Key": src.full(src_key)},
             "CopySourceIfMatch": expected,
         }
-        # The copy gets sums of the kinds that the source has; where it has none, or ours is known, one of our kind.
+        # The server gives the copy the source's kinds of checksums. If the source has none, or the caller knows the
+        # CRC-32C, request a CRC-32C.
         sums = whole_sums(head)
         kind = "CRC32C" if wanted.needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
@@ -341,7 +376,7 @@ class S3Archive:
         }
         condition = wanted.condition(expected)
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self._calls.takes("CopyObject", *condition):  # a boto3 of before 2025-10
+            if condition and not self._calls.takes("CopyObject", *condition):  # boto3 before 2025-10
                 self._check(key, wanted, expected)
                 condition = {}
             etag = self._copy_whole(key, head, request, writing | condition)
@@ -351,30 +386,30 @@ class S3Archive:
             etag = self._copy_parts(key, int(head["ContentLength"]), request, writing, condition)
         made = self.head(key)
         if None not in (etag, made.etag) and bare(etag) != bare(made.etag):
-            message = "somebody else has written it since it was copied"
+            message = "another writer replaced the destination after the copy"
             raise ObjectChanged(message, url=self.at(key), expected=etag, found=made.etag)
         return made
 
     def _check(self, key: str, wanted: _Wanted, source_etag: str) -> None:
-        """Look at the place of a copy, where the request itself cannot. Raises ObjectChanged."""
+        """Check the destination of a copy if the request itself cannot. Raises ObjectChanged."""
         try:
             found = self.head(key).etag
         except NotFound:
             found = None
         expected = wanted.expected(source_etag)
         if found != expected:
-            raise ObjectChanged("it is not as it was", url=self.at(key), expected=expected, found=found)
+            raise ObjectChanged("the destination has changed", url=self.at(key), expected=expected, found=found)
 
     def _copy_whole(
         self, key: str, head: Mapping[str, Any], request: dict[str, Any], writing: dict[str, Any]
     ) -> str | None:
-        """Copy by one request; the ETag of what was made."""
+        """Copy by one request. Return the ETag of the copy."""
         try:
             said = self.call("copy_object", key, **request, **writing, MetadataDirective="COPY")
         except StoreError as error:
             if error.facts.get("code") != "InvalidRequest":
                 raise
-            # SeaweedFS takes no copy to itself that changes the class alone; with its metadata given anew, it does.
+            # SeaweedFS refuses a copy to itself that changes only the class, unless the metadata is given again.
             kept = {name: head.get(name) for name in _KEPT}
             said = self.call("copy_object", key, **request, **writing, **kept, MetadataDirective="REPLACE")
         etag: str | None = said.get("CopyObjectResult", {}).get("ETag")
@@ -383,7 +418,7 @@ class S3Archive:
     def _copy_parts(
         self, key: str, n_bytes: int, request: dict[str, Any], writing: dict[str, Any], condition: dict[str, str]
     ) -> str | None:
-        """Copy in parts; the ETag of what was made."""
+        """Copy in parts. Return the ETag of the copy."""
         begun = self.call("create_multipart_upload", key, **writing)
         upload_id = str(begun["UploadId"])
 
@@ -412,14 +447,17 @@ class S3Archive:
         return etag
 
     def _abort(self, key: str, upload_id: str) -> None:
-        """Drop an upload; what cannot be dropped stays until the bucket's own rule removes it."""
+        """Discard an upload. If this fails, the parts stay until a lifecycle rule of the bucket removes them."""
         try:
             self.call("abort_multipart_upload", key, UploadId=upload_id)
         except StoreError:
             return
 
     def _side_by_side(self, work: Callable[[int, int, int], _Part], jobs: Iterable[tuple[int, int, int]]) -> _Parts:
-        """Results of all jobs, in order; after the first error no further one is begun, and none is running."""
+        """Run all jobs in parallel and return their results in order.
+
+        After an error, start no job and wait for running ones.
+        """
         pool, waiting = self._pool.get(), iter(jobs)
         results: _Parts = []
         running: deque[Future[_Part]] = deque()
@@ -438,14 +476,14 @@ class S3Archive:
         return results
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
-        """An object's tags as a request writes them; None where it has none."""
+        """Return an object's tags in the form of a request argument, or None if it has none."""
         if not head.get("TagCount"):
             return None
         found = self.call("get_object_tagging", key)["TagSet"]
         return "&".join(f"{quote_plus(tag['Key'])}={quote_plus(tag['Value'])}" for tag in found)
 
     def restore(self, key: str, *, days: int | None, speed: Speed) -> Restoring:
-        """One POST."""
+        """Send one POST."""
         wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": _TIERS[speed]}}
         if days is not None:
             wanted["Days"] = days
@@ -456,17 +494,20 @@ class S3Archive:
                 return "running"
             if error.facts.get("unable"):
                 message = (
-                    f"restore: this store cannot (HTTP {error.status}); its storage classes are names only, "
-                    "and what it holds may be read as it is"
+                    f"restore: this store has no restores (HTTP {error.status}); its storage classes are only labels, "
+                    "and its objects can be read without one"
                 )
                 raise StoreError(message, url=self.at(key), status=error.status, unable=True) from None
-            if error.facts.get("archived"):  # S3's word for a class that needs no restore
+            if error.facts.get("archived"):  # S3's error code for a class that needs no restore
                 return "done"
             raise
         return "done" if said.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
 
     def settings(self) -> BucketSettings:
-        """The bucket's, in three requests. What cannot be read is named, and is no error."""
+        """Return the bucket's settings, in three requests.
+
+        A setting that cannot be read is named and is not an error.
+        """
         answers: dict[str, Mapping[str, Any]] = {}
         unread: dict[str, str] = {}
         for name, operation in _SETTINGS.items():
@@ -483,7 +524,7 @@ class S3Archive:
         )
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> Failed:
-        """DeleteObjects."""
+        """Send DeleteObjects requests."""
         failed: Failed = []
         names = {self.full(key): key for key in keys}
         etags = dict(zip(names, if_match or [None] * len(keys), strict=True))
@@ -502,10 +543,15 @@ class S3Archive:
 
 
 def open_archive(url: str | os.PathLike[str], **storage_options: Any) -> S3Archive:
-    """The archive of an `s3://` URL. Nothing is asked of the server yet.
+    """Return the archive of an `s3://` URL. No request is sent.
+
+    Args:
+        url: URL of a bucket or of a folder in it.
+        **storage_options: Options and credentials, as for open_store().
 
     Raises:
-        ValueError: another URL, an option that is not known, or boto3 is missing; the message names the extra.
+        ValueError: The URL is not s3://, an option is unknown, or boto3 is missing (the message names the extra to
+            install).
     """
     store = open_store(url, **storage_options)
     if not isinstance(store, CloudStore):

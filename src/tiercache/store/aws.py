@@ -1,4 +1,4 @@
-"""What needs boto3: the requests of S3 that obstore has none of."""
+"""The boto3 client for S3 requests that obstore does not offer: storage classes, restores, batch deletes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiercache.store.landing import PerProcess
 from tiercache.store.options import CloudOptions
 from tiercache.store.urls import endpoint_of
 
-# A copy by the server of a GiB may take longer than 20 s without a byte, and joining its parts too.
+# The server may copy a GiB, or join its parts, for longer than 20 s without sending a byte.
 _COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
 _COPYING_S = 120.0
 _CONNECTIONS = 32
@@ -25,34 +25,34 @@ _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _TRY_AGAIN_CODES = ("OperationAborted", "ConditionalRequestConflict", "RequestTimeout", "SlowDown")
 _ARCHIVED_CODES = ("InvalidObjectState", "ObjectNotInActiveTierError")
 _UNABLE = (405, 501)
-# s3fs does not know these, S3Calls does.
+# Options that s3fs does not support and S3Calls does.
 _ENCRYPTION = ("server_side_encryption", "sse_kms_key_id", "sse_bucket_key_enabled")
 
 
-# By process: a session reads botocore's tables, 100 ms, and makes further clients from them in 3 ms. It is not safe
-# from threads, hence the lock; a forked child has one of its own.
+# Sessions by process. A session takes 100 ms to read botocore's tables and then creates a client in 3 ms. A session is
+# not thread-safe, hence the lock; a forked child has its own session.
 _sessions: dict[int, tuple[Any, Lock]] = {}
 
 
 def has_boto3() -> bool:
-    """Whether it is installed."""
+    """Return whether boto3 is installed."""
     return importlib.util.find_spec("boto3") is not None
 
 
 class S3Calls:
-    """boto3's client of one endpoint: a call is one request, not repeated, with our errors.
+    """boto3's client of one endpoint. A call is one request, not retried, and raises StoreError.
 
-    Safe from any thread; each process makes a client of its own when it first needs one. counters: gets "requests".
+    Safe for threads; each process creates its client at first use. The client counts "requests" in counters.
     """
 
     def __init__(self, options: CloudOptions, url: str, counters: Counters) -> None:
-        """Raises ValueError where boto3 is missing, or cannot do what the options ask for."""
+        """Open nothing yet. Raises ValueError if boto3 is missing, or does not support the options."""
         if not has_boto3():
             raise ValueError(
                 f"{url}: storage classes, restores and batch deletes need boto3: pip install 'tiercache[archive]'"
             )
         if unknown := [name for name in options.unknown_to_s3fs if name not in _ENCRYPTION]:
-            raise ValueError(f"{url}: storage classes go by boto3, which cannot be told {', '.join(unknown)}")
+            raise ValueError(f"{url}: storage classes need boto3, for which {', '.join(unknown)} cannot be set")
         self.url, self.counters = url, counters
         self._options = options
         self._clients = PerProcess(lambda: _Clients(options, url), lambda clients: clients.close())
@@ -62,7 +62,7 @@ class S3Calls:
 
     @property
     def writing(self) -> dict[str, Any]:
-        """Arguments of all requests that write an object: how it is encrypted."""
+        """Request arguments that set the encryption of a written object."""
         config = self._options.config
         kind = config.get("server_side_encryption")
         if kind is None:
@@ -72,22 +72,23 @@ class S3Calls:
 
     @property
     def reach(self) -> tuple[object, ...]:
-        """The same where one server and one identity answer: what may copy between buckets by itself."""
+        """Endpoint and identity: equal for clients between whose buckets the server can copy."""
         config = self._options.config
         names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature", "role_arn")
         return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        """The answer to one request.
+        """Send one request and return its answer.
 
         Args:
-            operation: boto3's name of it, "head_object".
-            where: the URL of the object, for errors.
-            **request: its arguments, in boto3's names; those that are None are left out.
+            operation: boto3's name of the operation, such as "head_object".
+            where: URL of the object, for messages.
+            **request: Arguments of the request, with boto3's names. Arguments that are None are omitted.
 
         Raises:
-            NotFound, ObjectChanged, StoreError: with .status and .retryable; .archived True where the object must be
-                restored first, .unable True where the server does not know the request at all.
+            NotFound, ObjectChanged, StoreError: The request failed. The error has .status and .retryable; .archived is
+                True if the object must be restored first, and .unable is True if the server does not support the
+                request.
         """
         exceptions = importlib.import_module("botocore.exceptions")
         given = {name: value for name, value in request.items() if value is not None}
@@ -108,14 +109,14 @@ class S3Calls:
             message = f"{operation}: cannot connect to {endpoint}"
             raise StoreError(message, url=where, retryable=True, sent=False) from None
         except exceptions.BotoCoreError as error:
-            # From None: a text of botocore may hold a signed URL.
+            # From None: botocore's text may contain a signed URL.
             lost = isinstance(error, (exceptions.HTTPClientError, exceptions.ConnectionError))
             text = f"{operation}: {type(error).__name__}{f' ({endpoint})' if lost else ''}"
             raise StoreError(text, url=where, retryable=lost) from None
         return answer
 
     def awaited(self) -> str:
-        """Whom a request waits for now, for messages."""
+        """Return what a request waits for now, for messages."""
         clients = self._clients.get()
         return awaited(clients.endpoint, clients.credentials)
 
@@ -125,22 +126,22 @@ class S3Calls:
         return self._options.timeout_s
 
     def takes(self, operation: str, *names: str) -> bool:
-        """Whether the boto3 that is installed knows these arguments of an operation ("CopyObject")."""
+        """Return whether the installed boto3 supports these arguments of an operation (such as "CopyObject")."""
         shape = self._clients.get().get("head_object")[0].meta.service_model.operation_model(operation).input_shape
         return set(names) <= set(shape.members)
 
     def close(self) -> None:
-        """Drop this process's connections."""
+        """Close this process's connections."""
         self._clients.drop()
 
 
 def takes_long(operation: str) -> bool:
-    """Whether the server may be silent for minutes while it does what it was asked."""
+    """Return whether the server may be silent for minutes while it executes the operation."""
     return operation in _COPYING
 
 
 class _Clients:
-    """This process's clients of one endpoint, made again when there are other keys. Safe from any thread."""
+    """This process's clients of one endpoint, created again when the keys change. Safe for threads."""
 
     def __init__(self, options: CloudOptions, url: str) -> None:
         config, self.credentials = s3_access(options, url)
@@ -150,7 +151,7 @@ class _Clients:
         self._old: list[Any] = []  # other threads may still use them
 
     def get(self, operation: str) -> tuple[Any, int]:
-        """The client for an operation, and the number of its keys."""
+        """Return the client for an operation, and the number of its keys."""
         keys = None if self.credentials is None else self.credentials.get()
         number = 0 if self.credentials is None else self.credentials.number
         is_long = takes_long(operation)
@@ -163,7 +164,7 @@ class _Clients:
             return made[1], number
 
     def close(self) -> None:
-        """Close their connections."""
+        """Close the connections."""
         with self._lock:
             for client in (*self._old, *(client for _, client in self._made.values())):
                 client.close()
@@ -181,7 +182,7 @@ def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
     settings.setdefault("s3", {"addressing_style": "path" if "endpoint_url" in named else "auto"})
     if named["anon"]:
         settings["signature_version"] = unsigned.UNSIGNED
-    # Sums are given with each request; those that botocore adds by itself are unknown to many servers.
+    # tiercache sends its own checksums. Many servers do not support the checksums that botocore adds by default.
     config = config_of(
         max_pool_connections=_CONNECTIONS,
         request_checksum_calculation="when_required",
@@ -207,7 +208,7 @@ def _client(options: CloudOptions, keys: Keys | None, *, is_long: bool) -> Any:
 def _reason(
     client: Any, given: Mapping[str, Any], response: Mapping[str, Any], failure: type[Exception]
 ) -> Mapping[str, Any]:
-    """What a HEAD was refused for: its answer has no body that says it, so a GET of a byte is asked."""
+    """Return the reason why a HEAD was refused: its answer has no body, so a GET of one byte is sent."""
     if response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (400, 401, 403):
         return response
     names = ("Bucket", "Key", "VersionId", "RequestPayer")
@@ -221,17 +222,17 @@ def _reason(
 
 
 def _refused(response: Mapping[str, Any], operation: str, where: str) -> StoreError:
-    """Our error for an answer that is one."""
+    """Convert an error answer to a StoreError."""
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
     code, text = str(response["Error"].get("Code", "")), str(response["Error"].get("Message", ""))
     if status == 404:
         missing = {"NoSuchBucket": "bucket", "NoSuchUpload": "upload"}.get(code, "object")
         return NotFound(f"no such {missing} ({operation})", url=where, status=status, code=code)
     if status == 412:
-        message = f"the object is not the one that was asked for ({operation})"
+        message = f"the object does not have the requested ETag ({operation})"
         return ObjectChanged(message, url=where, status=status, code=code)
     if code in _ARCHIVED_CODES:
-        message = f"{operation}: it is archived, and must be restored before it can be read: tiercache restore"
+        message = f"{operation}: the object is archived and must be restored before it can be read: tiercache restore"
         return StoreError(message, url=where, status=status, code=code, archived=True)
     retryable = status in _TRY_AGAIN or code in _TRY_AGAIN_CODES
     unable = status in _UNABLE or code in ("NotImplemented", "MethodNotAllowed")

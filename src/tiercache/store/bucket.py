@@ -27,15 +27,22 @@ T = TypeVar("T")
 
 _N_THREADS = 16
 _DELETE_KEYS = 1000
-# Bodies up to this come as one piece; longer ones in pieces of this length, so that a call that is over stops early.
+# A longer body is read in pieces of this size, so that a call that has ended stops early.
 _PIECE_BYTES = 1 << 20
-# Pieces are how progress is seen: a connection that brings less than this a second counts as stalled.
+# Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
 _SLOWEST_BYTES_S = 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a store reads: retries, request sizes, threads of its pool, and whose time it is."""
+    """How a store reads.
+
+    Attributes:
+        policy: Retries.
+        sizes: Sizes of requests.
+        n_threads: Number of threads in the store's pool.
+        clock: Clock that the time limits use.
+    """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     sizes: RequestSizes = field(default_factory=RequestSizes)
@@ -44,9 +51,9 @@ class Tuning:
 
 
 class ObstoreStore(Store):
-    """Objects in a bucket. Safe from any thread; clients and threads are made by each process when it first needs them.
+    """Objects in a bucket, through obstore. Safe for threads; each process creates its client and threads at first use.
 
-    Must not be used where is_usable_here() is false; CloudStore sees to that.
+    Must not be used where is_usable_here() is false; CloudStore ensures this.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class ObstoreStore(Store):
         return ObstoreStore, (self._place, self._options, self._tuning)
 
     def close(self) -> None:
-        """End the threads of this process and drop its connections; calls under way try nothing again."""
+        """End the threads of this process and close its connections. Running calls are not retried any more."""
         self._calls.close()
         self._pool.drop()
         self._client.close()
@@ -88,28 +95,31 @@ class ObstoreStore(Store):
         )
 
     def _asked(self, key: str, doing: str, attempt: Callable[[CallLimit], T]) -> T:
-        """What a request that changes nothing gives: one that is out of time is left to its thread."""
+        """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
         limit = self._call_limit(key, doing)
         return self._calls.retrying(lambda: attempt(limit), self._tuning.policy, limit, abandons="retries")
 
     def _written(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
-        """What a writing request gives: its last attempt is waited for, since nobody knew what it did otherwise."""
+        """Return the result of a write request.
+
+        Its last attempt is always awaited, because its effect would be unknown otherwise.
+        """
         return self._calls.retrying(attempt, self._tuning.policy, self._call_limit(key, doing))
 
     def head(self, key: str) -> ObjectInfo:
-        """One HEAD."""
+        """Send one HEAD."""
         check_key(key)
         return self._asked(key, "head", lambda _limit: self._client.head(key))
 
     def get(self, key: str) -> bytes:
-        """One GET."""
+        """Send one GET."""
         check_key(key)
         data = self._asked(key, "get", lambda limit: self._client.get(key, self._piece_bytes, limit.progressed))
         self.counters.add("bytes_read", len(data))
         return data
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """One GET of a suffix range; HEAD and GET where the store knows no such range, or the object is empty."""
+        """Send one GET with a suffix range; HEAD and GET if the store has no suffix ranges or the object is empty."""
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
@@ -118,7 +128,7 @@ class ObstoreStore(Store):
             try:
                 tail, info = self._client.tail(key, n_bytes)
             except StoreError as error:
-                # Azure knows no suffix ranges; an empty object has none, and some servers then send the whole of it.
+                # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
                 if not is_beyond_end(error) and not knows_no_range(error):
                     raise
                 return self._tail_by_head(key, n_bytes)
@@ -143,7 +153,10 @@ class ObstoreStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Ranges in parallel, one memcpy from the client's buffer, all of the object that the first answer names."""
+        """Read the ranges in parallel, with one copy from the client's buffer.
+
+        All ranges are of one version of the object.
+        """
         check_key(key)
         check_spans(spans)
         limit = self._call_limit(key, "read_into", deadline_s, cancel)
@@ -162,15 +175,15 @@ class ObstoreStore(Store):
             read_requests(plan_requests(spans, self._tuning.sizes), read_one, self._pool, limit, landing)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """One PUT."""
+        """Send one PUT."""
         check_key(key)
-        body = bytes(data)  # a connection may hold it a little longer than the call; no copy when it is bytes already
+        body = bytes(data)  # a connection may hold the body longer than the call; bytes are not copied
         info = self._written(key, "put", lambda: self._client.put(key, body))
         self.counters.add("bytes_written", len(body))
         return info
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """One PUT with If-None-Match: *."""
+        """Send one PUT with If-None-Match: *."""
         return self._put_new(check_key(key), bytes(data)) is not None
 
     def _put_new(self, key: str, body: bytes) -> ObjectInfo | None:
@@ -182,21 +195,24 @@ class ObstoreStore(Store):
         return info
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """Parts stream to the store in their order, some at a time; up to 16 MiB are one request.
+        """Start an upload that streams its parts in order, several at a time. Up to 16 MiB are written by one request.
 
-        if_absent: needed for complete(if_absent=True) of more than 16 MiB, which goes through a temporary object.
+        Args:
+            key: Key of the object.
+            if_absent: Whether complete(if_absent=True) will be called. More than 16 MiB then go through a temporary
+                object.
         """
         return StreamedUpload(_Target(self, check_key(key), exclusive=if_absent))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """By a thousand a request where the store has one for many."""
+        """Delete up to 1,000 objects per request if the store supports it."""
         wanted = [check_key(key) for key in keys]
         for start in range(0, len(wanted), _DELETE_KEYS):
             some = wanted[start : start + _DELETE_KEYS]
             try:
                 self._delete(some)
             except NotFound:
-                for key in some:  # this store minds the missing, and stopped at the first
+                for key in some:  # this store reports missing objects, and stopped at the first one
                     with suppress(NotFound):
                         self._delete([key])
 
@@ -204,7 +220,7 @@ class ObstoreStore(Store):
         self._written(keys[0], "delete", lambda: self._client.delete(keys))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """By pages of a thousand."""
+        """List by pages of 1,000 objects."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         after: str | None = None
         pages: Iterator[Sequence[Mapping[str, Any]]] | None = None
@@ -216,7 +232,7 @@ class ObstoreStore(Store):
                     pages = self._client.pages(folder, after) if pages is None else pages
                     return next(pages, None)
                 except BaseException:
-                    pages = None  # begins again after the last key
+                    pages = None  # the next attempt begins after the last key
                     raise
 
         while (page := self._asked(folder, "list", next_page)) is not None:
@@ -227,55 +243,55 @@ class ObstoreStore(Store):
                     yield info
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """By the server."""
+        """Copy on the server."""
         check_key(src)
         check_key(dst)
         self._written(src, f"copy to {dst}", lambda: self._client.copy(src, dst))
         return self.head(dst)
 
     def publish_new(self, src: str, dst: str) -> ObjectInfo | None:
-        """Rename an object to a free key; None, and src is gone, where the key is taken."""
+        """Rename an object to a free key. If the key exists, delete src and return None."""
         try:
             self._written(src, "complete", lambda: self._client.copy_new(src, dst))
         except Taken:
             return None
         finally:
-            with suppress(StoreError):  # a temporary object left behind harms nobody; the first error tells more
+            with suppress(StoreError):  # a leftover temporary object is harmless; the first error says more
                 self._delete([src])
         return self.head(dst)
 
     def put_whole(self, key: str, data: bytes, *, if_absent: bool) -> ObjectInfo | None:
-        """put, or put_if_absent with what was written."""
+        """Write a whole object and return its description, or None if if_absent is true and the key exists."""
         return self._put_new(key, data) if if_absent else self.put(key, data)
 
     @contextmanager
     def watched(self, key: str, doing: str) -> Iterator[None]:
-        """A step of an upload, whose requests obstore makes and repeats itself."""
+        """Execute a step of an upload, whose requests obstore sends and retries itself."""
         with self._client.errors(key, doing), self._calls.track(self._call_limit(key, doing)):
             yield
 
     @property
     def client(self) -> Client:
-        """The single requests."""
+        """Client that sends single requests."""
         return self._client
 
 
 class _Reading:
-    """One read_into: all its ranges are of one object, the one that if_match names or the first answer shows.
+    """One read_into: all its ranges must be of one version of the object, named by if_match or by the first answer.
 
-    Shared by the threads of the call; the dict's setdefault is atomic.
+    The threads of the call share it; dict.setdefault is atomic.
     """
 
     def __init__(self, client: Client, key: str, if_match: str | None, piece_bytes: int, limit: CallLimit) -> None:
         self._client, self._key, self._piece_bytes, self._limit = client, key, piece_bytes, limit
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
-        self._n_landed: dict[int, int] = {}  # by a request's start, the most bytes that an attempt has brought
+        self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
 
     def attempt(self, request: Request, landing: Landing) -> None:
-        """One request, into the buffers."""
+        """Send one request and copy its bytes into the buffers."""
         client, wanted = self._client, request.range
         etag = self._seen.get("etag")
-        asked = None if etag is None or etag.startswith("W/") else etag  # a weak one never matches, by the standard
+        asked = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
         try:
             with client.errors(self._key, "read_into"):
                 info, body = client.range(self._key, wanted, asked, self._piece_bytes)
@@ -285,36 +301,36 @@ class _Reading:
             raise ObjectChanged(url=client.at(self._key), expected=etag, found=error.found) from None
         except StoreError as error:
             if is_beyond_end(error):
-                raise self._too_far(wanted, "before it") from None
+                raise self._too_far(wanted, "before the range") from None
             raise
         if n_read != wanted.n_bytes and not landing.closed.is_set():
-            message = f"read_into: {n_read} bytes came of [{wanted.start}, {wanted.end})"
+            message = f"read_into: received only {n_read} bytes of the range [{wanted.start}, {wanted.end})"
             raise StoreError(message, url=client.at(self._key), retryable=True)
         client.counters.add("bytes_read", n_read)
 
     def _note_landed(self, request: Request, n_bytes: int) -> None:
-        """Note as progress what no earlier attempt has brought."""
+        """Record as progress the bytes that no earlier attempt has received."""
         if n_bytes > self._n_landed.get(request.range.start, 0):
             self._n_landed[request.range.start] = n_bytes
             self._limit.progressed()
 
     def _check(self, info: ObjectInfo, wanted: ByteRange) -> None:
-        # Without an ETag, the date is what a replaced object changes.
+        # Without an ETag, only the date tells a replaced object.
         name, found = ("etag", info.etag) if info.etag is not None else ("date", str(info.modified_s))
         expected = self._seen.setdefault(name, found)
         if found != expected:
             raise ObjectChanged(url=self._client.at(self._key), expected=expected, found=found)
         if info.n_bytes < wanted.end:
-            raise self._too_far(wanted, f"at {info.n_bytes}")
+            raise self._too_far(wanted, f"at byte {info.n_bytes}")
 
     def _too_far(self, wanted: ByteRange, end: str) -> StoreError:
-        return StoreError(f"a range ends at {wanted.end}, the object {end}", url=self._client.at(self._key))
+        return StoreError(f"a range ends at byte {wanted.end}, the object {end}", url=self._client.at(self._key))
 
 
 def _land(
     body: Iterable[memoryview], request: Request, landing: Landing, on_landed: Callable[[Request, int], None]
 ) -> int:
-    """Copy the body to the request's pieces as it comes; returns bytes that came."""
+    """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
     n_read = 0
     for data in body:
         if landing.closed.is_set():
@@ -329,7 +345,7 @@ def _land(
 
 
 class _Target:
-    """Where an upload's bytes go: for StreamedUpload, which knows nothing of obstore."""
+    """Destination of an upload, for StreamedUpload, which does not depend on obstore."""
 
     def __init__(self, store: ObstoreStore, key: str, *, exclusive: bool) -> None:
         self.key, self.exclusive, self.part_bytes = key, exclusive, WRITER_PART_BYTES
@@ -341,17 +357,17 @@ class _Target:
         return self._store.put_whole(self.key, data, if_absent=if_absent)
 
     def begin(self) -> Any:
-        """A writer of a multipart upload."""
+        """Return the writer of a new multipart upload."""
         return self._store.client.open_writer(self._streamed_key)
 
     def write(self, writer: Any, data: bytes) -> None:
-        """Hand bytes to the writer, which waits while too many parts are under way."""
+        """Pass bytes to the writer, which blocks while too many parts are in flight."""
         with self._store.watched(self.key, "put_part"):
             writer.write(data)
         self._store.counters.add("bytes_written", len(data))
 
     def close(self, writer: Any, n_bytes: int, *, if_absent: bool) -> ObjectInfo | None:
-        """Publish what the writer was given; None if if_absent and the key is taken."""
+        """Publish the bytes of the writer. Return None if if_absent is true and the key exists."""
         store = self._store
         with store.watched(self.key, "complete"):
             writer.close()
@@ -368,6 +384,6 @@ class _Target:
         return info
 
     def abort(self, writer: Any) -> None:
-        """Drop the multipart upload."""
+        """Discard the multipart upload."""
         with self._store.client.errors(self.key, "abort"):
             writer.__exit__(StoreError, None, None)

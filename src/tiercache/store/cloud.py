@@ -1,4 +1,4 @@
-"""Objects in the cloud by the best way a process has: obstore, or s3fs in a forked child of one that used obstore."""
+"""Cloud storage by the fastest available client: obstore, or s3fs in a forked child of a process that used obstore."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiercache.store.options import CloudOptions
 
 
 class CloudStore(Store):
-    """A bucket, a container or an HTTP server. Each process that holds it decides for itself how it is reached."""
+    """A bucket, a container or an HTTP server. Each process that holds the store selects the client for itself."""
 
     def __init__(self, place: Place, options: CloudOptions, tuning: Tuning | None = None) -> None:
         self._place, self._options, self._tuning = place, options, tuning or Tuning()
@@ -42,41 +42,41 @@ class CloudStore(Store):
 
     @property
     def place(self) -> Place:
-        """Where its objects are."""
+        """Bucket and folder of the store."""
         return self._place
 
     @property
     def options(self) -> CloudOptions:
-        """How it is reached, credentials included: never shown."""
+        """Storage options, including credentials; never shown."""
         return self._options
 
     @property
     def cloud(self) -> str:
-        """Which one: "s3", "gs", "az" or "http"."""
+        """Kind of cloud: "s3", "gs", "az" or "http"."""
         return self._place.cloud
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """The same for stores of one folder: cloud, endpoint, bucket and prefix."""
+        """Cloud, endpoint, bucket and prefix: equal for stores of the same folder."""
         config = self._options.config
         endpoint = str(config.get("endpoint", config.get("account_name", ""))).rstrip("/")
         return self._place.cloud, endpoint, self._place.bucket, self._place.prefix
 
     @property
     def back_end(self) -> Store:
-        """The store that does the work in this process."""
+        """Store that does the work in this process."""
         return self._here.get()
 
     def head(self, key: str) -> ObjectInfo:
-        """Pass on."""
+        """See Store.head."""
         return self.back_end.head(key)
 
     def get(self, key: str) -> bytes:
-        """Pass on."""
+        """See Store.get."""
         return self.back_end.get(key)
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Pass on."""
+        """See Store.read_tail."""
         return self.back_end.read_tail(key, n_bytes)
 
     def read_into(
@@ -88,31 +88,31 @@ class CloudStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Pass on."""
+        """See Store.read_into."""
         self.back_end.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Pass on."""
+        """See Store.put."""
         return self.back_end.put(key, data)
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Pass on."""
+        """See Store.put_if_absent."""
         return self.back_end.put_if_absent(key, data)
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """Pass on."""
+        """See Store.create."""
         return self.back_end.create(key, if_absent=if_absent)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Pass on."""
+        """See Store.delete."""
         self.back_end.delete(keys)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Pass on."""
+        """See Store.list."""
         return self.back_end.list(prefix)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Pass on."""
+        """See Store.copy."""
         return self.back_end.copy(src, dst)
 
     def close(self) -> None:
@@ -125,12 +125,12 @@ def _stand_in(place: Place, options: CloudOptions, tuning: Tuning) -> Store:
         given = options.for_fsspec_http()
         return FsspecStore(place.bucket, place.url, given, policy=tuning.policy, timeout_s=options.timeout_s)
     if place.cloud != "s3":
-        message = "this forked process cannot use obstore; start its workers by forkserver or spawn"
+        message = "obstore cannot be used in this forked process; start workers with forkserver or spawn"
         raise StoreError(message, url=place.url)
     if options.unknown_to_s3fs:
         names = ", ".join(options.unknown_to_s3fs)
         message = (
-            f"this forked process reads S3 through s3fs, which does not know {names}; start it by forkserver or spawn"
+            f"this forked process reads S3 by s3fs, which does not support {names}; start it with forkserver or spawn"
         )
         raise StoreError(message, url=place.url)
     full_url = f"s3://{place.bucket}/{place.prefix}".rstrip("/")
@@ -145,8 +145,8 @@ def _warn_of_fork() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "this process was forked from one that had used obstore, whose threads did not survive: S3 is read through "
-            "s3fs here, which is slower; start workers by forkserver or spawn",
+            "this process was forked from a process that had used obstore, which does not survive a fork: S3 is read "
+            "by s3fs, which is slower; start workers with forkserver or spawn",
             RuntimeWarning,
             stacklevel=4,
         )

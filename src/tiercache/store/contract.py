@@ -1,10 +1,10 @@
-"""The Store contract: what every back end gives, and what nobody may assume beyond it.
+"""The Store contract: what every back end provides, and what callers may rely on.
 
-Keys are relative paths of plain segments joined by "/" ("" is never a key); check_key() is the one rule. A store never
-keeps a buffer that it was given after the call has returned, and never writes to one after it has returned. All
-methods may be called from any thread of any process that holds the store: clients are made lazily, one a process.
-Errors are StoreError (NotFound, ObjectChanged): they name the redacted URL and say in `.retryable` whether the same
-call may succeed later; a back end has done its retrying by then.
+A key is a relative path of plain segments joined by "/"; "" is never a key, and check_key() is the only rule. A store
+neither keeps nor writes to a caller's buffer after the call has returned. Any thread of any process that holds a store
+may call all methods: each process creates its own client at first use. A failed call raises StoreError (NotFound,
+ObjectChanged). The error names the redacted URL, and `.retryable` says whether the same call may succeed later; the
+back end has finished its own retries by then.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from tiercache.stats import Counters
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Span: TypeAlias = tuple[ByteRange, memoryview]
-"""A range of an object and the writable, contiguous uint8 memory of the same length that it goes to."""
+"""A byte range of an object and its destination: writable, contiguous uint8 memory of the same length."""
 
 
 def check_key(key: str) -> str:
     """Return key if it is a valid key.
 
     Raises:
-        ValueError: empty, absolute, with a backslash, NUL, scheme, or an empty, "." or ".." segment.
+        ValueError: The key is empty or absolute, or contains a backslash, a NUL, a scheme, or an empty, "." or ".."
+            segment.
     """
     segments = key.split("/")
     if "\\" in key or "\0" in key or "://" in key or any(s in ("", ".", "..") for s in segments):
@@ -37,41 +38,50 @@ def check_key(key: str) -> str:
 
 
 class Upload(ABC):
-    """An object in the making.
+    """An unfinished upload of one object in numbered parts.
 
-    Nothing is visible under its key before complete() returns. Use as a context manager: leaving it without
-    complete() aborts.
+    The key shows nothing of the upload before complete() returns. An upload is a context manager: leaving the block
+    without complete() aborts the upload.
     """
 
     @abstractmethod
     def put_part(self, number: int, data: Buffer) -> None:
-        """Add part `number` (0, 1, 2 and so on, without gaps at the end; in any order, from any thread).
+        """Add one part. Parts may come in any order and from any thread.
 
-        data is held for the call only. Every part but the last has at least min_part_bytes.
+        Args:
+            number: Number of the part: 0, 1, 2, ... without gaps once the upload is completed.
+            data: Bytes of the part, held only during the call. Every part except the last has at least min_part_bytes.
         """
 
     @abstractmethod
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join the parts in the order of their numbers and publish them, atomically.
+        """Join the parts in the order of their numbers and publish the object atomically.
 
-        None if if_absent and the key exists.
+        Args:
+            if_absent: Whether to publish only if the key is free.
+
+        Returns:
+            The new object, or None if if_absent is true and the key exists.
         """
 
     @abstractmethod
     def abort(self) -> None:
-        """Drop what was uploaded. Never raises for an upload that is already gone."""
+        """Discard the uploaded parts. An upload that no longer exists is not an error."""
 
     def __enter__(self) -> Upload:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.abort()  # harmless after complete()
+        self.abort()  # has no effect after complete()
 
 
 class Store(ABC):
     """Objects under a root URL.
 
-    Url: for people, without credentials; counters: requests, bytes_read, bytes_written of this process.
+    Attributes:
+        url: Root URL without credentials, for messages.
+        counters: Number of requests, bytes_read and bytes_written in this process.
+        min_part_bytes: Minimum size of every part of an upload except the last.
     """
 
     url: str
@@ -80,17 +90,19 @@ class Store(ABC):
 
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:
-        """Size and identity of an object. Raises NotFound."""
+        """Return the size and identity of an object. Raises NotFound."""
 
     @abstractmethod
     def get(self, key: str) -> bytes:
-        """A whole (small) object. Raises NotFound."""
+        """Return a whole (small) object. Raises NotFound."""
 
     @abstractmethod
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The last n_bytes of an object (all of it if it is shorter) and its size and ETag, in one request.
+        """Return the end of an object, and the object's size and ETag, in one request. Raises NotFound.
 
-        Raises NotFound.
+        Args:
+            key: Key of the object.
+            n_bytes: Number of bytes to read from the end; a shorter object is returned whole.
         """
 
     @abstractmethod
@@ -103,65 +115,75 @@ class Store(ABC):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Fill each span's buffer with its range, in as few and as parallel requests as pays.
+        """Fill each span's buffer with its byte range, by coalesced and parallel requests.
 
-        if_match: an ETag from head() or read_tail(); deadline_s: seconds from now for the whole call; cancel: when
-            set, ends the call
-        soon with StoreError. Buffers are undefined after an error.
+        Args:
+            key: Key of the object.
+            spans: Byte ranges and their destination buffers. After an error, the contents of the buffers are undefined.
+            if_match: ETag from head() or read_tail() that the object must still have.
+            deadline_s: Seconds from now within which the whole call must end.
+            cancel: Event that makes the call end soon with StoreError once it is set.
 
         Raises:
-            NotFound: no such object.
-            ObjectChanged: if_match does not match.
-            StoreError: a range ends beyond the object (not retryable), the deadline passed (retryable), or the store
-            failed.
+            NotFound: The object does not exist.
+            ObjectChanged: The object does not match if_match.
+            StoreError: A range ends beyond the object (not retryable), the deadline passed (retryable), or the store
+                failed.
         """
 
     @abstractmethod
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Write a whole object, atomically, replacing what is there. One request; at most a few MiB."""
+        """Write a whole object of at most a few MiB atomically, in one request, and replace an existing object."""
 
     @abstractmethod
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Write a whole object if the key is free, atomically, in one request.
+        """Write a whole object atomically, in one request, if the key is free. Return whether it was written.
 
-        Exactly one of many racing calls returns True.
+        Exactly one of several concurrent calls returns True.
 
         Raises:
-            StoreError: with .maybe_done True where the answer was lost and the object may have been written.
+            StoreError: The write failed; `.maybe_done` is True if the answer was lost and the object may have been
+                written.
         """
 
     @abstractmethod
     def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """Start an upload of any size. if_absent: say here already that complete(if_absent=True) will be asked for.
+        """Start an upload of any size.
 
-        Without it, a large upload may refuse that with ValueError: not every store can decide it at the end.
+        Args:
+            key: Key of the object.
+            if_absent: Whether complete(if_absent=True) will be called. Without this announcement, a large upload may
+                refuse that call with ValueError, because some stores cannot decide it at the end.
         """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error."""
+        """Delete objects. A key that does not exist is not an error."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key starts with the folder `prefix` ("" or ending in "/"), at any depth, in no promised order.
+        """List the objects below a folder at any depth, in no particular order.
 
-        Temporary objects of unfinished writes are never listed. A folder that is not there lists nothing.
+        Temporary objects of unfinished writes are never listed. A folder that does not exist yields nothing.
+
+        Args:
+            prefix: Folder as a key prefix: "" or a path that ends in "/".
         """
 
     @abstractmethod
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Copy within the store, by the server where it can. Raises NotFound."""
+        """Copy an object within the store, on the server if the store supports that. Raises NotFound."""
 
     def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
-        """Drop connections and descriptors. The store may be used again after it."""
+        """Close connections and descriptors. The store may be used again afterwards."""
 
 
 class Lease(Protocol):
-    """A reader's hold on a local copy: while it is open, the bytes stay readable whatever is evicted."""
+    """A reader's lease on a local copy. While the lease is open, its bytes stay readable whatever the cache evicts."""
 
     @property
     def fd(self) -> int:
-        """Descriptor of the copy, owned by the lease; valid where present() is true or wait() returned True."""
+        """Descriptor of the copy, owned by the lease. It is valid if present() is true or wait() returned True."""
 
     @property
     def n_bytes(self) -> int:
@@ -169,41 +191,55 @@ class Lease(Protocol):
 
     @property
     def n_descriptors(self) -> int:
-        """Number of descriptors that the lease holds, or will hold when the copy is here."""
+        """Number of descriptors that the lease holds, or will hold once the copy is local."""
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether all these bytes are here now."""
+        """Return whether all bytes of the ranges are local now."""
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching what is missing, or join who is; returns at once."""
+        """Start to fetch the missing bytes of the ranges, or join a fetch that is running. Returns at once."""
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until the bytes are here.
+        """Wait until the bytes of the ranges are local.
 
-        False: they will not come by this way (no room, disk fault): read by ranges instead.
+        Args:
+            ranges: Byte ranges of the object.
+            deadline_s: Seconds from now after which the wait fails.
+
+        Returns:
+            False if the bytes will not become local (no space, disk fault). The caller then reads them by ranges.
 
         Raises:
-            StoreError: the source failed, or deadline_s (seconds from now) passed; the message says who was waited for.
+            StoreError: The source failed, or the deadline passed; the message names what the call waited for.
         """
 
     def close(self) -> None:
-        """Give the copy back. Harmless when repeated."""
+        """Release the lease. Repeated calls have no effect."""
 
 
 @runtime_checkable
 class LocalStore(Protocol):
-    """A store whose objects can be had as local files: local folders, and the cache round any other store."""
+    """A store that can provide its objects as local files: a local folder, or the cache of any other store."""
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """A lease on key's local copy (perhaps still to be fetched: see Lease.want).
+        """Return a lease on the local copy of key. The copy may still have to be fetched: see Lease.want.
 
-        None: not here and not to be, read by ranges.
+        Args:
+            key: Key of the object.
+            identity: Identity of the object according to the manifest. A copy that does not match counts as a miss.
 
-        identity: what the manifest says the object is; a copy that does not match is a miss. Raises NotFound.
+        Returns:
+            None if there is no local copy and there will be none: the caller reads by ranges.
+
+        Raises:
+            NotFound: The object does not exist.
         """
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Hear that key's local copy was found to be wrong.
+        """Verify the local copy of key after a reader found wrong bytes in it.
 
-        True: it was, and is gone: open it again. False: it is right, or the object itself.
+        Returns:
+            True if the copy was wrong and has been removed: the caller opens the object again. False if the copy is
+                right,
+            or is the object itself.
         """

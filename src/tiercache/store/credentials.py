@@ -1,7 +1,7 @@
-"""Credentials of S3: where they come from, and how they are read again when they expire or the store refuses them.
+"""S3 credentials: their sources, and their renewal when they expire or the store refuses them.
 
-A source is read again shortly before its keys expire, every 15 minutes where no expiry is known, and at once when the
-store refuses them: another program may have renewed the file, the environment or the token.
+A source is read again shortly before its keys expire, every 15 minutes if their expiry is unknown, and at once when the
+store refuses them, because another program may have renewed the file, the environment or the token.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tiercache.config import aws_files, aws_keys, aws_profile, aws_reach, aws_we
 from tiercache.errors import StoreError
 from tiercache.store.options import CloudOptions
 
-# Keys without a known expiry are read again after this.
+# Keys without a known expiry are read again after this time.
 _UNDATED = timedelta(minutes=15)
-# Keys with a known expiry are read again so long before it; short-lived ones at three quarters of their life.
+# Keys with a known expiry are read again this long before it; short-lived keys after three quarters of their life.
 _MARGIN = timedelta(minutes=5)
-# After a source has failed while its last keys are still valid.
+# Pause after a source has failed while its last keys are still valid.
 _TRY_AGAIN = timedelta(seconds=30)
 _PROCESS_S = 60.0
 _STS_S = 20.0
@@ -41,7 +41,7 @@ _STS_VERSION = "2011-06-15"
 _STS_RETRYABLE_CODES = ("IDPCommunicationError", "InternalFailure", "ServiceUnavailable", "Throttling")
 _ROLE_OPTIONS = ("role_arn", "role_session_name", "web_identity_token_file", "sts_endpoint")
 _XML = re.compile(r"<(Code|Message|AccessKeyId|SecretAccessKey|SessionToken|Expiration)>([^<]*)</")
-# Codes of S3 and STS that say that the keys are not valid (any more); 401 and 403 say that they may not be.
+# Codes of S3 and STS for keys that are not, or no longer, valid. Statuses 401 and 403 only suggest it.
 _INVALID_CODES = (
     "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "RequestExpired",
     "TokenRefreshRequired",
@@ -51,7 +51,14 @@ _TEXT_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """One set of credentials. expires_at: with a time zone; None: not known, or never."""
+    """One set of credentials.
+
+    Attributes:
+        access_key_id: Access key ID.
+        secret_access_key: Secret access key.
+        token: Session token.
+        expires_at: Time of expiry, with a time zone; None if it is unknown, or if the keys do not expire.
+    """
 
     access_key_id: str = field(repr=False)
     secret_access_key: str = field(repr=False)
@@ -60,10 +67,10 @@ class Keys:
 
 
 class Credentials:
-    """Keys of one source, read when they are needed. Safe from any thread; a process must make its own.
+    """Keys of one source, read when needed. Safe for threads, but each process must create its own object.
 
-    The lock is held while the source is read, so that a process is started once for all threads that wait for keys;
-    where that reading fails, it has failed for all of them.
+    The lock is held while the source is read, so that a process is started once for all threads that wait for keys. If
+    the reading fails, it fails for all of them.
     """
 
     def __init__(
@@ -74,18 +81,25 @@ class Credentials:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Read nothing yet. origin: the source, for messages; url: of the store."""
+        """Store the source without reading it.
+
+        Args:
+            origin: Name of the source, for messages.
+            read: Function that reads the keys.
+            url: URL of the store, for messages.
+            now: Function that returns the current time.
+        """
         self.origin, self.url = origin, url
         self._read, self._now = read, now
         self._lock = Lock()
         self._keys: Keys | None = None
         self._again_at: datetime | None = None
         self._n_failed = 0
-        self._error: StoreError | ValueError | None = None  # of the last reading, where it failed
+        self._error: StoreError | ValueError | None = None  # of the last reading, if it failed
         self.number = 0
 
     def get(self) -> Keys:
-        """Keys that are valid now. Raises StoreError or ValueError where the source has none."""
+        """Return keys that are valid now. Raises StoreError or ValueError if the source has none."""
         with self._after_others():
             now = self._now()
             if self._keys is None or (self._again_at is not None and now >= self._again_at):
@@ -93,7 +107,7 @@ class Credentials:
             return self._keys
 
     def renew(self, number: int) -> bool:
-        """Whether there are other keys than those with this `number`, after reading the source again."""
+        """Read the source again, and return whether its keys differ from the keys with this number."""
         with self._after_others():
             if self.number == number:
                 self._refresh(None, self._now())
@@ -106,7 +120,7 @@ class Credentials:
 
     @contextmanager
     def _after_others(self) -> Iterator[None]:
-        """Hold the lock. Raises the error of the reading that was waited for."""
+        """Hold the lock. If another thread's reading failed meanwhile, raise its error."""
         n_failed = self._n_failed
         with self._lock:
             if self._n_failed != n_failed and self._error is not None:
@@ -114,12 +128,17 @@ class Credentials:
             yield
 
     def _refresh(self, last: Keys | None, now: datetime) -> Keys:
-        """Read the source. last: keys that are used on if it fails and they are still valid."""
+        """Read the source.
+
+        Args:
+            last: Keys that stay in use if the reading fails and they are still valid.
+            now: Current time.
+        """
         try:
             keys = self._read()
             if keys.expires_at is not None and keys.expires_at <= now:
                 message = f"the credentials of {self.origin} have expired, at {keys.expires_at:%Y-%m-%d %H:%M:%S %Z}"
-                raise StoreError(f"{message}: renew them there", url=self.url, code="ExpiredToken")
+                raise StoreError(f"{message}: renew them at their source", url=self.url, code="ExpiredToken")
         except (StoreError, ValueError) as error:
             if last is None or (last.expires_at is not None and last.expires_at <= now):
                 self._n_failed, self._error = self._n_failed + 1, error
@@ -136,7 +155,7 @@ class Credentials:
         return keys
 
     def for_obstore(self) -> dict[str, Any]:
-        """The keys as obstore's credential_provider returns them."""
+        """Return the keys in the form of obstore's credential_provider."""
         keys = self.get()
         return {
             "access_key_id": keys.access_key_id,
@@ -147,14 +166,19 @@ class Credentials:
 
 
 def awaited(endpoint: str, credentials: Credentials | None) -> str:
-    """Whom a call waits for now, for messages: the source of its keys while that is read, else the server."""
+    """Return what a call waits for now, for messages: the source of its keys while it is read, else the server."""
     return endpoint if credentials is None or not credentials.is_reading else credentials.origin
 
 
 def refusal(error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
-    """The error to raise for a refused request: with .renewed if other keys than those of the request are there now.
+    """Return the error to raise for a refused request, with .renewed set if new keys are available now.
 
-    with_retries() then makes one more attempt. number: of the keys that the request was signed with.
+    with_retries() then makes one more attempt.
+
+    Args:
+        error: Error of the request.
+        credentials: Source of the request's keys; None if the request is not signed by keys of a known source.
+        number: Number of the keys that signed the request.
     """
     code = error.facts.get("code")
     if credentials is None or not (error.facts.get("status") in (401, 403) or code in _INVALID_CODES):
@@ -168,20 +192,21 @@ def refusal(error: StoreError, credentials: Credentials | None, number: int) -> 
         else:
             return error
     except (StoreError, ValueError) as failed:
-        # Another program may be writing the file anew: the call is tried again within its time.
+        # Another program may be replacing the file: the call is retried within its time limit.
         text, facts["retryable"] = f"; reading the credentials again failed: {failed}", True
     said = error.message.removeprefix(f"{facts.pop('url')}: ")
     return StoreError(f"{said}{text}", url=error.facts["url"], **facts)
 
 
 def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:
-    """Options of the store without keys, with the region and endpoint of the profile; and the source of the keys.
+    """Return the options of the store without keys, and the source of the keys.
 
-    The source is None where requests are not signed, or the back end asks a container's or a machine's metadata
-    service by itself. Options come first, then the profile, then the environment.
+    The options gain the region and endpoint of the profile. The source is None if requests are not signed, or if the
+    back end itself asks the metadata service of a container or machine. Options take precedence over the profile, and
+    the profile over the environment.
 
     Raises:
-        ValueError: a profile or role that cannot be used; the message says what to do.
+        ValueError: A profile or role cannot be used; the message says what to do.
     """
     config = dict(options.config)
     role = {name: config.pop(name) for name in _ROLE_OPTIONS if name in config}
@@ -190,7 +215,7 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
     if {"access_key_id", "secret_access_key"} & config.keys():
         key, secret = config.pop("access_key_id", None), config.pop("secret_access_key", None)
         if not key or not secret:
-            raise ValueError(f"{url}: access_key_id and secret_access_key belong together")
+            raise ValueError(f"{url}: access_key_id and secret_access_key belong together: give both")
         keys = Keys(key, secret, config.pop("session_token", None))
         return config, Credentials("storage_options", lambda: keys, url)
     if config.get("skip_signature"):
@@ -209,7 +234,7 @@ def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credenti
 
 
 def default_profile(options: CloudOptions) -> str | None:
-    """The profile that is used where the options give no credentials."""
+    """Return the profile to use if the options give no credentials."""
     names = ("access_key_id", "skip_signature", "web_identity_token_file", "role_arn")
     if options.credentials is not None or any(options.config.get(name) for name in names):
         return options.profile
@@ -219,7 +244,7 @@ def default_profile(options: CloudOptions) -> str | None:
 def _from_environment(url: str) -> Keys:
     keys = aws_keys()
     if keys is None:
-        raise StoreError("the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY any more", url=url)
+        raise StoreError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY were removed from the environment", url=url)
     return Keys(*keys)
 
 
@@ -229,24 +254,24 @@ def _called(options: CloudOptions, url: str) -> Keys:
 
 
 def _parsed(given: object, origin: str, url: str) -> Keys:
-    """Keys of a mapping in obstore's names or in those of AWS (STS, credential_process)."""
+    """Convert a mapping with obstore's or AWS's names (STS, credential_process) to Keys."""
     if not isinstance(given, Mapping):
-        raise StoreError(f"{origin} must give a mapping of keys, got {type(given).__name__}", url=url)
+        raise StoreError(f"{origin} must return a mapping of keys, got {type(given).__name__}", url=url)
 
     def value(*names: str) -> Any:
         return next((given[name] for name in names if given.get(name)), None)
 
     key, secret = value("access_key_id", "AccessKeyId"), value("secret_access_key", "SecretAccessKey")
     if not isinstance(key, str) or not isinstance(secret, str):
-        raise StoreError(f"{origin} gave no access_key_id and secret_access_key (or AccessKeyId ...)", url=url)
+        raise StoreError(f"{origin} returned no access_key_id and secret_access_key (or AccessKeyId ...)", url=url)
     expires_at = value("expires_at", "Expiration")
     if isinstance(expires_at, str):
         try:
             expires_at = datetime.fromisoformat(expires_at)
         except ValueError as error:
-            raise StoreError(f"{origin} gave an expiry that is no time: {expires_at!r}", url=url) from error
+            raise StoreError(f"{origin} returned an invalid expiry time: {expires_at!r}", url=url) from error
     if expires_at is not None and not isinstance(expires_at, datetime):
-        raise StoreError(f"{origin} gave an expiry that is no datetime: {type(expires_at).__name__}", url=url)
+        raise StoreError(f"{origin} must return expires_at as a datetime, got {type(expires_at).__name__}", url=url)
     if expires_at is not None and expires_at.tzinfo is None:
         expires_at = expires_at.replace(tzinfo=UTC)
     return Keys(key, secret, value("token", "session_token", "SessionToken"), expires_at)
@@ -265,9 +290,9 @@ def _of_profile(
     config = {**{key: value for key, value in found.items() if value}, **config}
     origin = f"the AWS profile {name!r}"
     if not _has_credentials(said):
-        if name == "default":  # a file that says a region only: the machine's own role is used
+        if name == "default":  # the file sets only a region: the machine's own role is used
             return config, None
-        raise ValueError(f"{origin} holds no credentials")
+        raise ValueError(f"{origin} contains no credentials")
     if _runs_process(said):
         origin = f"credential_process of {origin}"
     return config, Credentials(origin, lambda: _read_profile(name, config, options, url), url)
@@ -279,13 +304,13 @@ def _has_credentials(said: Mapping[str, str]) -> bool:
 
 
 def _needs_botocore(said: Mapping[str, str]) -> bool:
-    """Whether the keys come from another service by an exchange that botocore knows: SSO, login, another role."""
+    """Return whether the keys come from a protocol that botocore implements: SSO, login, or another profile's role."""
     assumes = "role_arn" in said and "web_identity_token_file" not in said
     return assumes or "login_session" in said or any(name.startswith("sso_") for name in said)
 
 
 def _runs_process(said: Mapping[str, str]) -> bool:
-    """Whether a command prints the keys: any other source comes first."""
+    """Return whether a command prints the keys: any other source takes precedence."""
     others = _needs_botocore(said) or "role_arn" in said or said.get("aws_access_key_id")
     return not others and bool(said.get("credential_process"))
 
@@ -306,16 +331,19 @@ def _read_profile(name: str, config: Mapping[str, Any], options: CloudOptions, u
             raise ValueError(f"{origin} has an aws_access_key_id, but no aws_secret_access_key")
         return Keys(said["aws_access_key_id"], secret, said.get("aws_session_token") or None)
     if not said.get("credential_process"):
-        raise ValueError(f"{origin} holds no credentials any more")  # for example a file that is being written anew
+        raise ValueError(f"{origin} contains no credentials any more")  # for example while the file is being replaced
     return _by_process(said["credential_process"], origin, url, min(_PROCESS_S, options.timeout_s))
 
 
 def _profile(name: str) -> dict[str, str]:
-    """All that the user's AWS files say of a profile, with `services` resolved; keys of the credentials file win."""
+    """Return all settings of a profile in the user's AWS files, `services` resolved.
+
+    The credentials file takes precedence.
+    """
     config_file, keys_file = aws_files()
     config, keys = _sections(config_file), _sections(keys_file)
     section = next((s for s in config if s == f"profile {name}" or (s == name == "default")), None)
-    if section is None and name not in keys and name != "default":  # which may be missing
+    if section is None and name not in keys and name != "default":  # "default" may be missing
         raise ValueError(f"the AWS profile {name!r} is neither in {config_file} nor in {keys_file}")
     said = dict(config[section]) if section is not None else {}
     own = keys.get(name, {})
@@ -335,7 +363,7 @@ def _endpoint_of(said: Mapping[str, str], service: str) -> str | None:
 
 
 def _sections(path: Path) -> dict[str, dict[str, str]]:
-    """Sections of an AWS file, their names with single blanks and without quotes; {} where there is no file."""
+    """Return the sections of an AWS file, with names without quotes and extra blanks; {} if there is no file."""
     parser = configparser.RawConfigParser(strict=False, default_section="\0")
     try:
         text = path.read_text(encoding="utf-8")
@@ -344,12 +372,14 @@ def _sections(path: Path) -> dict[str, dict[str, str]]:
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an AWS file: {reason}") from None  # its text may hold keys
+        raise ValueError(
+            f"{path}: cannot be read as an AWS file: {reason}"
+        ) from None  # from None: the parser's text may contain keys
     return {" ".join(s.replace('"', "").replace("'", "").split()): dict(parser.items(s)) for s in parser.sections()}
 
 
 def _by_process(command: str, origin: str, url: str, timeout_s: float) -> Keys:
-    """Keys that a profile's credential_process prints."""
+    """Return the keys that a profile's credential_process prints."""
     what = f"credential_process of {origin}"
     try:
         words = shlex.split(command)
@@ -366,7 +396,7 @@ def _by_process(command: str, origin: str, url: str, timeout_s: float) -> Keys:
     except ValueError:
         raise StoreError(f"{what} printed no JSON{_tail(done.stderr)}", url=url) from None
     if isinstance(given, dict) and given.get("Version") != 1:
-        raise StoreError(f"{what} printed Version {given.get('Version')!r}; 1 is expected", url=url)
+        raise StoreError(f"{what} printed Version {given.get('Version')!r}, expected 1", url=url)
     return _parsed(given, what, url)
 
 
@@ -376,45 +406,45 @@ def _tail(stderr: bytes | None) -> str:
 
 
 def _by_botocore(name: str) -> Keys:
-    """Keys of a profile by SSO, by login, or by a role taken on with another profile's keys."""
+    """Return the keys of a profile by SSO, by login, or by a role assumed with another profile's keys."""
     try:
         botocore = importlib.import_module("botocore.session")
         exceptions = importlib.import_module("botocore.exceptions")
     except ImportError as error:
         raise ValueError(
-            f"the AWS profile {name!r} uses SSO or another role, which is read by boto3: pip install "
+            f"the AWS profile {name!r} uses SSO or another role, which needs boto3: pip install "
             "'tiercache[archive]', or give the profile a line `credential_process = aws configure "
             f"export-credentials --profile OTHER --format process`"
         ) from error
     try:
-        # A new session: one that is used again would not see what `aws sso login` has written since.
+        # A new session each time: an old one does not see what `aws sso login` has written since.
         credentials = botocore.Session(profile=name).get_credentials()
         if credentials is None:
-            raise ValueError(f"the AWS profile {name!r} holds no credentials")
+            raise ValueError(f"the AWS profile {name!r} contains no credentials")
         frozen = credentials.get_frozen_credentials()
     except exceptions.BotoCoreError as error:
         raise ValueError(f"the AWS profile {name!r}: {error}") from error
-    except exceptions.ClientError as error:  # STS has refused
+    except exceptions.ClientError as error:  # refused by STS
         raise ValueError(f"the AWS profile {name!r}: {error}") from error
     return Keys(frozen.access_key, frozen.secret_key, frozen.token)
 
 
-# Roles by a token's file
+# Roles from a token file
 
 
 def _role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Credentials:
     wanted = {**aws_web_identity(), **role}
     if not wanted.get("role_arn") or not wanted.get("web_identity_token_file"):
         raise ValueError(
-            f"{url}: role_arn and web_identity_token_file belong together; a role that is taken on by other keys is "
-            "read from a profile with role_arn and source_profile: storage_options={'profile': ...}"
+            f"{url}: role_arn and web_identity_token_file belong together: give both. To assume a role by other keys, "
+            "use a profile with role_arn and source_profile: storage_options={'profile': ...}"
         )
     origin = f"the token file {wanted['web_identity_token_file']} (STS)"
     return Credentials(origin, lambda: _assume_role(wanted, config, options, url), url)
 
 
 def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: CloudOptions, url: str) -> Keys:
-    """Keys that STS gives for the token that the file holds now."""
+    """Return the keys that STS gives for the token that the file contains now."""
     file = role["web_identity_token_file"]
     try:
         token = Path(file).expanduser().read_text(encoding="utf-8").strip()
@@ -424,7 +454,7 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
     domain = "amazonaws.com.cn" if str(region).startswith("cn-") else "amazonaws.com"
     endpoint = role.get("sts_endpoint") or f"https://sts.{region}.{domain}"
     if not endpoint.startswith(("https://", "http://")):
-        raise ValueError(f"sts_endpoint is a URL, got {endpoint!r}")
+        raise ValueError(f"sts_endpoint must be a URL, got {endpoint!r}")
     asked = {
         "Action": "AssumeRoleWithWebIdentity",
         "Version": _STS_VERSION,
@@ -447,7 +477,7 @@ def _assume_role(role: Mapping[str, str], config: Mapping[str, Any], options: Cl
         message = f"STS at {endpoint} gave no keys for the token in {file}: {text[:_TEXT_CHARS]}"
         facts: dict[str, Any] = {"status": error.code, "code": code, "before_request": True}
         raise StoreError(message, url=url, retryable=retryable, **facts) from None
-    except (OSError, HTTPException) as error:  # URLError too
+    except (OSError, HTTPException) as error:  # includes URLError
         reason = getattr(error, "reason", error)
         message = f"cannot connect to STS at {endpoint}: {reason}"
         raise StoreError(message, url=url, retryable=True, sent=False) from None

@@ -1,4 +1,4 @@
-"""Writing past the page cache, where the system can: large parts of new files."""
+"""Direct writes: large parts of new files bypass the page cache where the system supports it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from contextlib import suppress
 
 import numpy as np
 
-# What memory, offset and length must be multiples of: the page, which is no smaller than any disk's block in use.
+# Alignment of memory, offset and length: the page size, which is at least the block size of any disk in use.
 ALIGN_BYTES = 4096
-# Smaller ones stay in the cache, and have little to gain.
+# Smaller writes gain little from bypassing the page cache.
 MIN_BYTES = 1 << 20
-# What a store writes first stays in the cache, too, for small data sets are read as soon as they are written: packing
-# 100 MB and a first shuffled epoch took 0.11 s together so, 0.16 s past the cache; 256 and 512 MB took the same, and
-# 1.6 and 2.1 times as long all through the cache. A slow disk would have to read all of it again.
+# A store's first bytes stay in the page cache, because a small data set is often read right after it is written:
+# packing 100 MB and a first shuffled epoch took 0.11 s with the page cache and 0.16 s without. Larger data sets gain
+# from direct writes: 512 MB took 2.1 times as long through the page cache.
 CACHED_BYTES = 128 << 20
-# Of a file system that takes the flag, and then nothing that is so written; or of memory that no disk can read.
+# Errors of file systems that accept O_DIRECT at open but not at write, and of memory that a disk cannot read.
 _UNABLE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFAULT, errno.ENOMEM)
 
 
 class DirectWriter:
-    """A second descriptor of a file that is written, for what may go to the disk directly.
+    """A second descriptor (O_DIRECT) of a file that is being written.
 
-    The page cache takes a copy of all that is written, in pages that must be found first, in a virtual machine often by
-    its host: 512 MB in parts of 8 MiB took 1.3 to 3.7 s and 0.9 to 1.4 s of processor time, and 0.3 to 0.5 s and 0.03 s
-    past it. What others have in the cache stays there, too.
+    The page cache copies all written bytes into pages that must be allocated first, in a virtual machine often by the
+    host: 512 MB in parts of 8 MiB took 1.3 to 3.7 s with the page cache, and 0.3 to 0.5 s without. Direct writes also
+    leave other programs' pages in the page cache.
 
-    Safe from any thread; the file's descriptor must stay open until close().
+    Safe for threads. The file's own descriptor must stay open until close().
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = _opened(fd)
 
     def write(self, data: memoryview, offset: int) -> int:
-        """Write what can be written of the beginning of data (flat bytes) at offset; returns how many bytes that was.
+        """Write the aligned part of data, as far as direct writes accept it.
+
+        Return the number of bytes written, which may be 0.
+
+        Args:
+            data: Flat bytes.
+            offset: Offset in the file.
 
         Raises:
-            OSError: the disk is full, or failed.
+            OSError: The disk is full, or failed.
         """
         n_bytes = data.nbytes // ALIGN_BYTES * ALIGN_BYTES
         if self._fd < 0 or n_bytes < MIN_BYTES or (_address(data) | offset) % ALIGN_BYTES:
@@ -53,14 +59,14 @@ class DirectWriter:
         return done
 
     def close(self) -> None:
-        """Close the descriptor. Repeatable."""
+        """Close the descriptor. Repeated calls have no effect."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 def _opened(fd: int) -> int:
-    """A descriptor for direct writes to the file of another one, which may have no name; -1 where there is none."""
+    """Return a descriptor for direct writes to the (perhaps nameless) file of fd, or -1 if the system provides none."""
     flag = getattr(os, "O_DIRECT", 0)
     if flag:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Every other URL, through fsspec; and S3 through s3fs, where obstore cannot be used (forked children)."""
+"""Stores through fsspec: all other URLs, and S3 through s3fs where obstore cannot be used (forked children)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _SIZES = RequestSizes()
 
 
 class FsspecStore(Store):
-    """Objects of any fsspec file system. Safe from any thread; each process makes a file system of its own.
+    """Objects of any fsspec file system. Safe for threads; each process creates its own file system.
 
-    On S3 it does all that the contract says by the store's own means. Elsewhere it is as good as the file system:
-    put_if_absent has one winner in this process, and among processes where the file system's mode="create" has one;
-    if_match compares what info() says before and after reading.
+    On S3 the store fulfils the whole contract. Elsewhere it depends on the file system: put_if_absent lets one writer
+    win in this process, and among processes if the file system supports mode="create"; if_match compares info() before
+    and after the read.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class FsspecStore(Store):
         timeout_s: float = TIMEOUT_S,
         s3: CloudOptions | None = None,
     ) -> None:
-        """Open nothing yet.
+        """Store the arguments without opening the file system.
 
         Args:
-            full_url: of the folder, secrets included; where make is given: the folder in make's own words.
-            url: what may be shown of it.
-            options: of the file system.
-            policy: of retries.
-            make: gives the file system, one that nobody else uses and that keeps no listings; picklable.
-            timeout_s: seconds without progress after which a call is not tried again.
-            s3: of S3, the options that say where its keys come from, in place of options.
+            full_url: URL of the folder, including secrets; with make, the folder's path in that file system.
+            url: URL of the folder for messages.
+            options: Options of the file system.
+            policy: Retries.
+            make: Function that returns a file system that is not shared and does not cache listings; picklable.
+            timeout_s: Seconds without progress after which a call is not retried.
+            s3: Options of S3 that name the source of the keys; used instead of options.
         """
         self._full_url, self._options, self._policy = full_url, dict(options), policy or RetryPolicy()
         self._make, self._timeout_s, self._s3 = make, timeout_s, s3
@@ -91,7 +91,7 @@ class FsspecStore(Store):
         return _Opened(lambda keys: _open_files(self._full_url, options | _named(keys)), credentials, endpoint)
 
     def _awaited(self) -> str:
-        """Whom a call waits for now, for messages. Where a file system finds its server is its own business."""
+        """Return what a call waits for now, for messages. fsspec does not say which server a file system uses."""
         opened = self._files_here.get()
         return awaited(opened.endpoint, opened.credentials)
 
@@ -114,19 +114,19 @@ class FsspecStore(Store):
         self._files_here.drop()
 
     def head(self, key: str) -> ObjectInfo:
-        """The file system's info()."""
+        """Return the description from the file system's info()."""
         check_key(key)
         return self._asked(key, "head", lambda: self._files.info(key))
 
     def get(self, key: str) -> bytes:
-        """The whole object."""
+        """Return the whole object."""
         check_key(key)
         data = self._asked(key, "get", lambda: self._files.read(key, None, None)[0])
         self.counters.add("bytes_read", len(data))
         return data
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """One request on S3; info() and a range elsewhere."""
+        """Read by one request on S3, and by info() and a range elsewhere."""
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
@@ -143,7 +143,7 @@ class FsspecStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Ranges in parallel, all of one object."""
+        """Read the ranges in parallel, all of one version of the object."""
         check_key(key)
         check_spans(spans)
         limit = self._call_limit(key, "read_into", deadline_s, cancel)
@@ -185,7 +185,7 @@ class FsspecStore(Store):
         if len(data) != wanted.n_bytes:
             n_bytes = self.head(key).n_bytes
             raise StoreError(
-                f"a range ends at {wanted.end}, the object at {n_bytes}; {len(data)} bytes came",
+                f"a range ends at byte {wanted.end}, the object at byte {n_bytes}; received {len(data)} bytes",
                 url=self._at(key),
                 retryable=n_bytes >= wanted.end,
             )
@@ -208,7 +208,7 @@ class FsspecStore(Store):
         return info
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Write the whole object by the file system's mode="create"."""
+        """Write the whole object with the file system's mode="create"."""
         check_key(key)
         body = bytes(data)
 
@@ -224,20 +224,20 @@ class FsspecStore(Store):
             return False
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
-        """On S3 a multipart upload; elsewhere parts on the local disk until complete()."""
+        """Start an upload: a multipart upload on S3; elsewhere the parts stay on the local disk until complete()."""
         check_key(key)
         with self._errors(key, "create"):
             parts = self._files.begin(key)
         return _FilesUpload(self, key, parts)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """One by one, or by the file system's own way for many."""
+        """Delete one by one."""
         wanted = [check_key(key) for key in keys]
         if wanted:
             self._retried(wanted[0], "delete", lambda: self._files.delete(wanted))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """The file system's find()."""
+        """List by the file system's find()."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         found = self._asked(prefix, "list", lambda: self._files.find(folder))
         for info in found:
@@ -245,7 +245,7 @@ class FsspecStore(Store):
                 yield info
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """By the file system."""
+        """Copy by the file system."""
         check_key(src)
         check_key(dst)
         self._retried(src, f"copy to {dst}", lambda: self._files.copy(src, dst))
@@ -255,7 +255,7 @@ class FsspecStore(Store):
         return f"{self.url}/{key}" if key else self.url
 
     def _asked(self, key: str, doing: str, attempt: Callable[[], T]) -> T:
-        """What a request that changes nothing gives. One that is out of time is left to its thread."""
+        """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
         return self._retried(key, doing, attempt, abandons="all")
 
     def _retried(self, key: str, doing: str, attempt: Callable[[], T], *, abandons: Abandons = "none") -> T:
@@ -274,28 +274,28 @@ class FsspecStore(Store):
             yield
         except (StoreError, Taken):
             raise
-        except Exception as error:  # noqa: BLE001 - raised again as ours
-            # File systems raise what their clients raise; from None because a client's text may hold a signed URL.
+        except Exception as error:  # noqa: BLE001 - raised as a StoreError
+            # A file system raises its client's errors. From None, because their text may contain a signed URL.
             raise refusal(failure(error, doing, self._at(key)), credentials, number) from None
 
     @contextmanager
     def _conditional(self, key: str, doing: str) -> Iterator[None]:
-        """Errors of a conditional write: Taken where the key is, .maybe_done where the answer was lost."""
+        """Convert the errors of a conditional write: Taken if the key exists, .maybe_done if the answer was lost."""
         self.counters.add("requests")
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - raised again as ours
+        except Exception as error:  # noqa: BLE001 - raised as a StoreError
             if exists_already(error) and not is_conflict(error):
                 raise Taken from None
             ours = failure(error, doing, self._at(key))
             if not may_have_happened(ours):
                 raise ours from None
-            message = f"{doing}: no answer that says whether it was written ({ours.message})"
+            message = f"{doing}: the answer was lost, so the object may or may not have been written ({ours.message})"
             raise StoreError(message, url=self._at(key), retryable=True, maybe_done=True) from None
 
 
 class _FilesUpload(Upload):
-    """An upload over what begin() of the file system gave."""
+    """An upload through the parts object that the file system's begin() returned."""
 
     def __init__(self, store: FsspecStore, key: str, parts: Any) -> None:
         self._store, self._key, self._parts = store, key, parts
@@ -304,7 +304,7 @@ class _FilesUpload(Upload):
     def put_part(self, number: int, data: Buffer) -> None:
         """Send the part."""
         if number < 0 or not self._is_open:
-            raise ValueError(f"{self._key}: part {number}: parts count from 0, before complete() or abort()")
+            raise ValueError(f"{self._key}: part {number}: numbers start at 0; add parts before complete() or abort()")
         body = bytes(data)
         self._store._retried(self._key, f"put_part {number}", lambda: self._parts.put(number, body))  # noqa: SLF001
         self._store.counters.add("bytes_written", len(body))
@@ -312,11 +312,11 @@ class _FilesUpload(Upload):
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
         """Publish the parts."""
         if not self._is_open:
-            raise ValueError(f"{self._key}: the upload was completed or aborted before")
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
         self._parts.check()
         self._is_open = False
         try:
-            with self._store._conditional(self._key, "complete"):  # noqa: SLF001 - of one file
+            with self._store._conditional(self._key, "complete"):  # noqa: SLF001 - same module
                 self._parts.complete(if_absent=if_absent)
         except Taken:
             self._drop()
@@ -327,7 +327,7 @@ class _FilesUpload(Upload):
         return self._store.head(self._key)
 
     def abort(self) -> None:
-        """Drop the parts."""
+        """Discard the parts."""
         if self._is_open:
             self._is_open = False
             self._drop()
@@ -341,7 +341,7 @@ def check_scheme(scheme: str) -> None:
     """Return if fsspec knows the scheme (its package may still be missing).
 
     Raises:
-        ValueError: it does not.
+        ValueError: fsspec does not know the scheme.
     """
     known = importlib.import_module("fsspec").available_protocols()
     if scheme not in known:
@@ -363,16 +363,16 @@ def _rebuild(
 
 
 class _Opened:
-    """This process's file system, made again when there are other keys. Safe from any thread."""
+    """This process's file system, created again when the keys change. Safe for threads."""
 
     def __init__(self, make: Callable[..., Files], credentials: Credentials | None, endpoint: str) -> None:
         self.credentials, self.endpoint = credentials, endpoint
         self._make, self._lock = make, Lock()
         self._keys: Keys | None = None
-        self._all: list[Files] = []  # the last one is used; other threads may still use those before it
+        self._all: list[Files] = []  # the last one is current; other threads may still use earlier ones
 
     def files(self) -> Files:
-        """The file system with keys that are valid now."""
+        """Return the file system with keys that are valid now."""
         keys = None if self.credentials is None else self.credentials.get()
         with self._lock:
             if not self._all or keys != self._keys:
@@ -381,7 +381,7 @@ class _Opened:
             return self._all[-1]
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         with self._lock:
             for files in self._all:
                 files.close()
@@ -397,14 +397,14 @@ def _open_files(full_url: str, options: Mapping[str, Any]) -> Files:
     core = importlib.import_module("fsspec.core")
     scheme = full_url.partition("://")[0]
     more = {"auto_mkdir": True} if scheme in ("file", "local") else {}
-    # No cached instances (they are shared beyond us) and no cached listings (others write too).
+    # No cached instances (other code shares them) and no cached listings (other programs write too).
     common = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         fs, root = core.url_to_fs(full_url, **common, **more, **options)
     except (ImportError, ValueError, TypeError) as error:
         raise StoreError(f"the file system cannot be opened: {error}", url=redact(full_url)) from None
     if fs.protocol == "dir":
-        root = ""  # it is the folder itself, and its names are relative to it
+        root = ""  # the file system is the folder itself, and its names are relative to it
     return _files_of(fs, root)
 
 

@@ -1,4 +1,4 @@
-"""What the exceptions of fsspec's file systems mean. Pure."""
+"""Meaning of the exceptions of fsspec's file systems. Pure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _BROKEN = (
 
 
 def failure(error: BaseException, doing: str, url: str) -> StoreError:
-    """Our error, with .status, .retryable, and .sent False where the request never left."""
+    """Convert an error to a StoreError with .status, .retryable and .sent (False if the request was never sent)."""
     status = status_of(error)
     shown = _SECRET.sub("", str(error).strip() or type(error).__name__)
     code = _answer(error).get("Error", {}).get("Code")
     code = None if code is None or str(code) == str(status) else str(code)
-    if code is not None and code not in shown:  # s3fs keeps the message only
+    if code is not None and code not in shown:  # s3fs keeps only the message
         shown = f"{code}: {shown}"
     if isinstance(error, FileNotFoundError | IsADirectoryError):
         return NotFound(f"no such object ({doing})", url=url, status=status)
     if status == 412:
-        return ObjectChanged(f"the object is not the one that was asked for ({doing})", url=url, status=status)
+        return ObjectChanged(f"the object does not have the requested ETag ({doing})", url=url, status=status)
     if isinstance(error, NotImplementedError):
-        return StoreError(f"{doing}: this kind of store cannot do that ({shown})", url=url)
+        return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url)
     names = {kind.__name__ for kind in type(error).__mro__}
     sent = names.isdisjoint(_NOT_SENT)
     if status is not None:
@@ -47,7 +47,7 @@ def failure(error: BaseException, doing: str, url: str) -> StoreError:
 
 
 def may_have_happened(error: StoreError) -> bool:
-    """Whether a write that failed so may still have taken effect."""
+    """Return whether a failed write may still have taken effect."""
     status = error.facts.get("status")
     if status is not None:
         return status >= 500 and status not in _NOT_DONE
@@ -55,17 +55,17 @@ def may_have_happened(error: StoreError) -> bool:
 
 
 def exists_already(error: BaseException) -> bool:
-    """Whether a conditional write was refused because the key is taken."""
+    """Return whether a conditional write was refused because the key exists."""
     return isinstance(error, FileExistsError) or status_of(error) == 412
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether S3 refused because another conditional write of the key is under way."""
+    """Return whether S3 refused the write because another conditional write of the key is running."""
     return _answer(error).get("Error", {}).get("Code") == "ConditionalRequestConflict"
 
 
 def status_of(error: BaseException) -> int | None:
-    """HTTP status, where the error or its cause has one."""
+    """Return the HTTP status of the error or its cause, or None."""
     status = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
     return status if isinstance(status, int) else None
 

@@ -1,4 +1,7 @@
-"""The verbs of a store in the words of fsspec's file systems, and in S3's own by way of s3fs. Errors pass through."""
+"""A store's operations in terms of fsspec's file systems, and of S3 through s3fs.
+
+Errors of the file system pass through.
+"""
 
 from __future__ import annotations
 
@@ -33,41 +36,41 @@ _MARKS = (
     "generation",
     "blob_id",
 )
-# An ETag that promises nothing about bytes: a store may give the same one to two states of an object.
+# Prefix of a weak ETag, which a store may give to two states of an object with different bytes.
 _WEAK = "W/"
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 
 
 class Taken(Exception):
-    """The key is taken."""
+    """The key exists."""
 
 
 class Files(ABC):
-    """A folder of a file system. Keys as the store's; every method raises what the file system raises."""
+    """A folder of a file system, with the keys of the store. Every method raises the file system's own errors."""
 
     is_conditional = False
-    """Whether read() honours if_match by itself."""
+    """Whether read() itself checks if_match."""
 
     def __init__(self, fs: Any, root: str) -> None:
         self.fs, self.root = fs, root.rstrip("/")
 
     def path(self, key: str) -> str:
-        """The file system's name of a key."""
+        """Return the file system's path of a key."""
         return f"{self.root}/{key}" if self.root else key
 
     @abstractmethod
     def info(self, key: str) -> ObjectInfo:
-        """What an object is."""
+        """Return the description of an object."""
 
     @abstractmethod
     def read(
         self, key: str, start: int | None, end: int | None, if_match: str | None = None
     ) -> tuple[bytes, str | None]:
-        """Bytes of an object, perhaps fewer than asked for, and its ETag if the answer has one."""
+        """Return bytes of an object, perhaps fewer than requested, and its ETag if the answer has one."""
 
     @abstractmethod
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The end of an object."""
+        """Return the end of an object."""
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> ObjectInfo:
@@ -75,20 +78,20 @@ class Files(ABC):
 
     @abstractmethod
     def write_new(self, key: str, data: bytes) -> None:
-        """Write an object; FileExistsError (or S3's 412) where there is one."""
+        """Write an object. Raises FileExistsError (or S3's 412) if the key exists."""
 
     @abstractmethod
     def begin(self, key: str) -> Any:
-        """An upload: put(number, bytes), check(), complete(if_absent=), abort()."""
+        """Return a parts object for an upload: put(number, bytes), check(), complete(if_absent=), abort()."""
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects; missing ones do not matter."""
+        """Delete objects, ignoring missing ones."""
         for key in keys:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(self.path(key))
 
     def find(self, folder: str) -> list[ObjectInfo]:
-        """Objects below a folder of this one."""
+        """Return the objects below a subfolder."""
         top = self.path(folder) if folder else self.root
         self.fs.invalidate_cache()
         try:
@@ -108,18 +111,18 @@ class Files(ABC):
         self.fs.cp_file(self.path(src), self.path(dst))
 
     def close(self) -> None:  # noqa: B027 - most file systems have nothing to close
-        """Close connections."""
+        """Close the connections."""
 
 
 class PlainFiles(Files):
-    """Any file system. The lock makes write_new() of one process a test and a write that nobody comes between."""
+    """Any file system. The lock makes test and write of write_new() atomic within this process."""
 
     def __init__(self, fs: Any, root: str) -> None:
         super().__init__(fs, root)
         self._lock = Lock()
 
     def info(self, key: str) -> ObjectInfo:
-        """From the file system; a folder is no object."""
+        """Return what the file system reports about the object. A folder is not an object."""
         self.fs.invalidate_cache()
         about = self.fs.info(self.path(key))
         if about.get("type") == "directory":
@@ -129,14 +132,14 @@ class PlainFiles(Files):
     def read(
         self, key: str, start: int | None, end: int | None, if_match: str | None = None
     ) -> tuple[bytes, str | None]:
-        """By cat_file(); the caller compares ETags."""
+        """Read by cat_file(); the caller compares ETags."""
         del if_match
         if start is None:
-            self.info(key)  # some file systems give a folder as b""
+            self.info(key)  # some file systems read a folder as b""
         return bytes(self.fs.cat_file(self.path(key), start=start, end=end)), None
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """By info() and cat_file()."""
+        """Read by info() and cat_file()."""
         info = self.info(key)
         if not info.n_bytes:
             return b"", info
@@ -144,12 +147,12 @@ class PlainFiles(Files):
         return data, info
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
-        """By pipe_file()."""
+        """Write by pipe_file()."""
         self._with_folder(key, lambda: self.fs.pipe_file(self.path(key), data))
         return self.info(key)
 
     def write_new(self, key: str, data: bytes) -> None:
-        """By pipe_file(mode="create"), and a look before, for file systems that do not know the mode."""
+        """Write by pipe_file(mode="create"), after an existence check for file systems without that mode."""
         with self._lock:
             self._refuse_taken(key)
             self._with_folder(key, lambda: self.fs.pipe_file(self.path(key), data, mode="create"))
@@ -160,7 +163,7 @@ class PlainFiles(Files):
             raise FileExistsError(key)
 
     def send_file(self, source: Path, key: str, *, if_absent: bool) -> None:
-        """Copy a local file here."""
+        """Copy a local file to the key."""
         with self._lock:
             if if_absent:
                 self._refuse_taken(key)
@@ -174,7 +177,7 @@ class PlainFiles(Files):
             write()
 
     def begin(self, key: str) -> Any:
-        """Parts as local files."""
+        """Return an upload whose parts are local files."""
         return _SpooledParts(self, key)
 
 
@@ -211,33 +214,37 @@ class _SpooledParts:
 
 
 class S3Files(Files):
-    """S3 in its own words. run: waits for a coroutine function of s3fs's event loop. s3fs must not retry by itself."""
+    """S3 through s3fs's client calls. s3fs must not retry by itself.
+
+    Args:
+        run: Function that runs a coroutine function on s3fs's event loop and waits for it.
+    """
 
     is_conditional = True
 
     def __init__(self, fs: Any, root: str, run: Callable[..., Any]) -> None:
         super().__init__(fs, root)
         self._run = run
-        fs.retries = 1  # else s3fs repeats a conditional put whose answer was lost
+        fs.retries = 1  # otherwise s3fs retries a conditional put whose answer was lost
         self.bucket, _, self._prefix = self.root.partition("/")
 
     def place(self, key: str) -> dict[str, str]:
-        """Bucket and Key of a key."""
+        """Return Bucket and Key of a key."""
         return {"Bucket": self.bucket, "Key": f"{self._prefix}/{key}" if self._prefix else key}
 
     def call(self, method: str, **arguments: Any) -> Mapping[str, Any]:
-        """One request."""
+        """Send one request."""
         answer: Mapping[str, Any] = self.fs.call_s3(method, **arguments)
         return answer
 
     def info(self, key: str) -> ObjectInfo:
-        """One HEAD."""
+        """Send one HEAD."""
         said = self.call("head_object", **self.place(key))
         return _answered(key, said, said["ContentLength"])
 
     def _get(self, key: str, **arguments: str) -> tuple[bytes, Mapping[str, Any]]:
         async def whole() -> tuple[bytes, Mapping[str, Any]]:
-            # s3fs has no face for a GET that also tells the ETag.
+            # s3fs has no public method for a GET that also returns the ETag.
             said = await self.fs._call_s3("get_object", **self.place(key), **arguments)  # noqa: SLF001
             async with said["Body"] as body:
                 return await body.read(), said
@@ -248,7 +255,7 @@ class S3Files(Files):
     def read(
         self, key: str, start: int | None, end: int | None, if_match: str | None = None
     ) -> tuple[bytes, str | None]:
-        """One GET."""
+        """Send one GET."""
         arguments = {} if start is None or end is None else {"Range": f"bytes={start}-{end - 1}"}
         if if_match is not None:
             arguments["IfMatch"] = if_match
@@ -256,7 +263,7 @@ class S3Files(Files):
         return data, said.get("ETag")
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """One GET of a suffix range; a HEAD more for an empty object."""
+        """Send one GET with a suffix range, and a HEAD for an empty object."""
         try:
             data, said = self._get(key, Range=f"bytes=-{n_bytes}")
         except OSError as error:
@@ -267,32 +274,32 @@ class S3Files(Files):
         return data, _answered(key, said, int(size))
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
-        """One PUT."""
+        """Send one PUT."""
         return _answered(key, self.call("put_object", Body=data, **self.place(key)), len(data))
 
     def write_new(self, key: str, data: bytes) -> None:
-        """One PUT with If-None-Match."""
+        """Send one PUT with If-None-Match."""
         self.call("put_object", Body=data, IfNoneMatch="*", **self.place(key))
 
     def delete(self, keys: Sequence[str]) -> None:
-        """One DELETE each."""
+        """Send one DELETE per object."""
         for key in keys:
             self.call("delete_object", **self.place(key))
 
     def begin(self, key: str) -> Any:
-        """A multipart upload."""
+        """Return a multipart upload."""
         return _Multipart(self, key)
 
     def close(self) -> None:
         """Close the session of s3fs."""
-        client = self.fs._s3  # noqa: SLF001 - s3fs closes only when it is collected, too late for a clean exit
+        client = self.fs._s3  # noqa: SLF001 - s3fs closes only on garbage collection, too late for a clean exit
         if client is not None:
             self._run(client.__aexit__, None, None, None)
             self.fs._s3 = None  # noqa: SLF001
 
 
 class _Multipart:
-    """Parts go to S3 as they come; the lock guards the table and the id."""
+    """A multipart upload whose parts are sent as they come; the lock guards the table and the id."""
 
     def __init__(self, files: S3Files, key: str) -> None:
         self._files, self._key = files, key
@@ -345,10 +352,10 @@ def _answered(key: str, said: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
 
 
 def described(key: str, about: Mapping[str, Any]) -> ObjectInfo:
-    """An info() of fsspec in our words.
+    """Convert an info() of fsspec to an ObjectInfo.
 
-    The ETag is the file system's; where it gives none, or a weak one, it is made of all that changes with a file. None:
-    nothing does, or only a weak ETag.
+    The ETag is the file system's. If that is missing or weak, the ETag is built from all fields that change with a
+    file, and is None if there are none.
     """
     marks = [about[name] for name in _MARKS if about.get(name) is not None]
     given = next((about[name] for name in ("ETag", "etag") if isinstance(about.get(name), str)), None)
@@ -362,7 +369,7 @@ def described(key: str, about: Mapping[str, Any]) -> ObjectInfo:
 def _size(about: Mapping[str, Any]) -> int:
     size = about["size"]
     if size is None:
-        raise OSError("the file system does not say how large it is")
+        raise OSError("the file system does not report the size of the object")
     return int(size)
 
 

@@ -1,4 +1,4 @@
-"""Reading many requests at once into a caller's buffers, which nobody touches once the call has returned."""
+"""Parallel range requests into a caller's buffers, which no thread touches after the call has returned."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from tiercache.store.spans import Request
 
 T = TypeVar("T")
 
-# numpy drops the GIL while it copies; below this the hand-over costs more than the copy.
+# numpy releases the GIL while it copies; below this size, releasing it costs more than the copy.
 _GIL_DROP_BYTES = 32 << 10
-# How late a cancelled call may notice: Events cannot be waited for together with futures.
+# Maximum delay of a cancellation: a thread cannot wait for an Event and for futures at the same time.
 _CANCEL_POLL_S = 0.05
 
 
 class Landing:
-    """The door to the caller's buffers: open while its call runs. closed: set when it is over, so that workers stop.
+    """Guard of the caller's buffers: copies succeed only while the call runs.
 
-    stop: set then too, and before that where nothing is to be tried again because the store is being closed. The lock
-    guards the door and the count of copies under way; bytes are copied outside it.
+    The lock guards the closed state and the number of running copies; bytes are copied outside the lock.
+
+    Attributes:
+        closed: Event that is set when the call is over, so that worker threads stop.
+        stop: Event that is set together with closed, and earlier if the store is closed and retries must end.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,7 @@ class Landing:
         self._n_copies = 0
 
     def copy(self, target: memoryview, data: Buffer) -> bool:
-        """Copy data (of the same length) into target; False, and nothing is written, when the call is over."""
+        """Copy data (of the same length) into target. Returns False, and writes nothing, when the call is over."""
         with self._changed:
             if self.closed.is_set():
                 return False
@@ -54,7 +57,7 @@ class Landing:
         return True
 
     def close(self) -> None:
-        """Shut the door and wait for copies under way."""
+        """Refuse further copies and wait for running copies."""
         with self._changed:
             self.closed.set()
             self.stop.set()
@@ -62,10 +65,10 @@ class Landing:
 
 
 class PerProcess(Generic[T]):
-    """A value that every process makes for itself when it needs it. Without a lock, which a fork could leave held.
+    """A value that each process creates at first use. It has no lock, because a fork could leave a lock held.
 
-    What a parent made is kept in the child but never used or dropped: dropping clients of a runtime whose threads are
-    gone may hang.
+    A child keeps a value of its parent but never uses or disposes of it: disposing of clients whose runtime threads do
+    not exist any more may hang.
     """
 
     def __init__(self, make: Callable[[], T], dispose: Callable[[T], object]) -> None:
@@ -73,29 +76,29 @@ class PerProcess(Generic[T]):
         self._values: dict[int, T] = {}
 
     def get(self) -> T:
-        """This process's value."""
+        """Return this process's value."""
         pid = os.getpid()
         value = self._values.get(pid)
         if value is None:
             made = self._make()
-            value = self._values.setdefault(pid, made)  # atomic: of two threads that made one, the first wins
+            value = self._values.setdefault(pid, made)  # atomic: if two threads create a value, the first one is kept
             if value is not made:
                 self._dispose(made)
         return value
 
     def is_current(self, value: T) -> bool:
-        """Whether it is this process's value still: nobody has dropped it."""
+        """Return whether value is still this process's value, that is, no thread has dropped it."""
         return self._values.get(os.getpid()) is value
 
     def drop(self) -> None:
-        """Dispose of this process's value; the next get() makes another."""
+        """Dispose of this process's value; the next get() creates a new one."""
         value = self._values.pop(os.getpid(), None)
         if value is not None:
             self._dispose(value)
 
 
 def worker_pool(n_threads: int) -> PerProcess[ThreadPoolExecutor]:
-    """Threads for requests, made when first used; close with drop()."""
+    """Return the threads for requests, created at first use. The owner closes them with drop()."""
     return PerProcess(
         lambda: ThreadPoolExecutor(n_threads, thread_name_prefix="tiercache-store"),
         lambda pool: pool.shutdown(wait=False, cancel_futures=True),
@@ -109,12 +112,19 @@ def read_requests(
     limit: CallLimit,
     landing: Landing | None = None,
 ) -> None:
-    """Carry out all requests, many at a time; after it has returned or raised, no buffer is written.
+    """Execute all requests in parallel. After the call has returned or raised, no buffer is written.
 
-    A single request of a call that the caller cannot end runs in the calling thread. landing: a new one, of this call.
+    If the caller cannot end the call, a single request runs in the calling thread.
+
+    Args:
+        requests: Requests of one call.
+        read_one: Function that sends one request and copies its bytes through the Landing.
+        pool: Threads of the store.
+        limit: Time limits of the call.
+        landing: Guard of this call's buffers; None: a new one.
 
     Raises:
-        StoreError: the first that a request raised, or the one that the limit gives.
+        StoreError: The first error of a request, or the error of the limit.
     """
     limit.check()
     landing = landing or Landing()
@@ -123,11 +133,10 @@ def read_requests(
             for request in requests:
                 read_one(request, landing)
         finally:
-            landing.close()  # an attempt that was given up may still run
+            landing.close()  # an abandoned attempt may still run
         return
-    threads = (
-        pool.get()
-    )  # once: of a store that is closed between two requests it would be another pool, left to nobody
+    # Get the pool once: if the store is closed between two requests, another get() would create a pool without owner.
+    threads = pool.get()
 
     def read_bounded(request: Request) -> None:
         with bounded(limit), limit.running():
@@ -140,7 +149,7 @@ def read_requests(
             try:
                 futures.append(threads.submit(read_bounded, request))
             except RuntimeError as error:
-                if pool.is_current(threads):  # no thread can be started
+                if pool.is_current(threads):  # the system cannot start a thread
                     raise
                 raise _closed(limit) from error
         _wait_all(futures, limit)
@@ -151,7 +160,7 @@ def read_requests(
 
 
 def _wait_all(futures: Sequence[Future[None]], limit: CallLimit) -> None:
-    # Not concurrent.futures.wait: a request that close() cancels before a thread took it never ends for that.
+    # Not concurrent.futures.wait(): it never sees the end of a request that close() cancels before a thread starts it.
     ended: SimpleQueue[Future[None]] = SimpleQueue()
     for future in futures:
         future.add_done_callback(ended.put)
@@ -172,4 +181,4 @@ def _wait_all(futures: Sequence[Future[None]], limit: CallLimit) -> None:
 
 
 def _closed(limit: CallLimit) -> StoreError:
-    return StoreError(f"{limit.doing}: the store was closed meanwhile", url=limit.url, retryable=True)
+    return StoreError(f"{limit.doing}: the store was closed during the call", url=limit.url, retryable=True)

@@ -20,7 +20,7 @@ from tiercache.store.posix import TEMP_PREFIX, NewFile, copy_bytes, file_info, o
 from tiercache.store.spans import Request, RequestSizes, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
-# One preadv takes at most IOV_MAX (1024) buffers; 32 MiB a call keeps deadlines and cancelling prompt on a slow disk.
+# preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep deadlines and cancellation prompt on a slow disk.
 _MAX_PIECES = 1024
 _SIZES = RequestSizes(gap_bytes=0, part_bytes=32 << 20)
 
@@ -29,10 +29,10 @@ _Scan: TypeAlias = tuple[list[ObjectInfo], list[str]]
 
 
 class LocalFolder(Store):
-    """The files below a folder. No state but the root: safe from any thread, after fork and through pickle.
+    """The files below a folder. It has no state except the root: safe for threads, fork-safe and picklable.
 
-    Files appear whole and durable (file and folder are synced). Links below the root are never followed. Folders are
-    made as keys need them; a root that does not exist is an empty store.
+    A file appears complete and durable: the writer syncs the file and its folder. Symbolic links below the root are
+    never followed. Folders are created as keys need them; a root that does not exist is an empty store.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -47,17 +47,17 @@ class LocalFolder(Store):
         return LocalFolder, (self.url,)
 
     def head(self, key: str) -> ObjectInfo:
-        """Size, date and an ETag made of inode number, mtime, size and ctime."""
+        """Return the size, the date and an ETag made of inode number, mtime, size and ctime."""
         with self._opened(key, "head") as fd:
             return file_info(key, os.fstat(fd))
 
     def get(self, key: str) -> bytes:
-        """A whole small file."""
+        """Return a whole small file."""
         with self._opened(key, "get") as fd:
             return self._read(key, fd, 0, os.fstat(fd).st_size)
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """The last n_bytes, and what the file is."""
+        """Return the last n_bytes and the description of the file."""
         with self._opened(key, "read_tail") as fd:
             info = file_info(key, os.fstat(fd))
             n_read = min(n_bytes, info.n_bytes)
@@ -77,7 +77,7 @@ class LocalFolder(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Read 32 MiB a call, straight into the buffers, without the GIL; deadline and cancel hold between."""
+        """Read up to 32 MiB per call into the buffers, without the GIL. Checks deadline and cancel between calls."""
         check_spans(spans)
         end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
@@ -86,7 +86,7 @@ class LocalFolder(Store):
                 raise ObjectChanged(url=self._at(key), expected=if_match, found=info.etag)
             last = max((span.end for span, _ in spans), default=0)
             if last > info.n_bytes:
-                raise StoreError(f"a range ends at {last}, the object at {info.n_bytes}", url=self._at(key))
+                raise StoreError(f"a range ends at byte {last}, the object at byte {info.n_bytes}", url=self._at(key))
             for request in plan_requests(spans, _SIZES):
                 if cancel is not None and cancel.is_set():
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
@@ -100,7 +100,7 @@ class LocalFolder(Store):
         while buffers:
             n_read = os.preadv(fd, buffers[:_MAX_PIECES], offset)
             if n_read == 0:
-                raise ObjectChanged("the file was cut short while it was being read", url=self._at(key), found=offset)
+                raise ObjectChanged("the file was truncated during the read", url=self._at(key), found=offset)
             self.counters.add("bytes_read", n_read)
             offset += n_read
             while buffers and n_read >= buffers[0].nbytes:
@@ -109,14 +109,14 @@ class LocalFolder(Store):
                 buffers[0] = buffers[0][n_read:]
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Write beside, sync, rename."""
+        """Write a temporary file, sync it, and rename it."""
         with self._new_file(key, "put") as (file, name):
             self._write(file.fd, data)
             file.publish(name)
             return file_info(key, os.fstat(file.fd))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Write beside, sync, link: link(2) has exactly one winner."""
+        """Write a temporary file, sync it, and link it: exactly one concurrent link(2) succeeds."""
         with self._new_file(key, "put_if_absent") as (file, name):
             self._write(file.fd, data)
             return file.publish_absent(name)
@@ -127,13 +127,13 @@ class LocalFolder(Store):
         self.counters.add("bytes_written", flat.nbytes)
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
-        """An upload whose parts go to the disk as they come."""
+        """Start an upload that writes its parts to the disk as they come."""
         folders, name = _split(key)
         with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:
             return FileUpload(NewFile(folder_fd), name, key, self._at(key), self.counters)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Unlink each; the folders stay."""
+        """Unlink each file. The folders stay."""
         for key in keys:
             folders, name = _split(key)
             try:
@@ -143,7 +143,11 @@ class LocalFolder(Store):
                 continue
 
     def delete_unchanged(self, key: str, etag: str) -> bool:
-        """Unlink a file that still has this ETag, or is gone already; False: it has another one, and stays."""
+        """Unlink a file if it still has this ETag.
+
+        Returns:
+            True if the file is gone, also if it was gone before. False if it has another ETag; then it stays.
+        """
         folders, name = _split(key)
         try:
             with self._errors(key, "delete"), open_folder(self.root, folders) as folder_fd:
@@ -156,7 +160,10 @@ class LocalFolder(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Regular files below the folder; each folder is read whole: no descriptor stays open between two objects."""
+        """List the regular files below a folder.
+
+        Each folder is read at once, so no descriptor stays open between two objects.
+        """
         pending = [check_key(prefix.removesuffix("/"))] if prefix else [""]
         while pending:
             folder = pending.pop()
@@ -182,13 +189,13 @@ class LocalFolder(Store):
                     try:
                         files.append(file_info(key, entry.stat(follow_symlinks=False)))
                     except FileNotFoundError:
-                        continue  # deleted since the folder was read
+                        continue  # deleted after the folder was read
         return files, folders
 
     def links(self) -> Iterator[tuple[str, str]]:
-        """(its path below the root, key that it leads to) of each symbolic link to something below the root.
+        """List the symbolic links to something below the root, as (path of the link below the root, target key).
 
-        Links are no objects, and are not followed: but what they lead to is missed by their users when it goes.
+        Links are not objects and are not followed. A user of a link still loses the target if it is deleted.
         """
         root, pending = os.path.realpath(self.root), [""]
         while pending:
@@ -209,9 +216,9 @@ class LocalFolder(Store):
                     yield key, target[len(root.rstrip("/")) + 1 :]
 
     def remove_empty(self, folder: str) -> None:
-        """Remove a folder and those in it, as far as there is nothing else in them; what is not there is no error.
+        """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.
 
-        Folders are no objects here, but other programs list them. A folder that somebody is writing into stays.
+        Folders are not objects here, but other programs list them. A folder into which another process writes stays.
         """
         *above, name = check_key(folder).split("/")
         gone = suppress(FileNotFoundError, NotADirectoryError)
@@ -219,7 +226,7 @@ class LocalFolder(Store):
             _remove_empty(name, folder_fd)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Copy inside the kernel; shares blocks where the file system can."""
+        """Copy inside the kernel, and share blocks if the file system supports it."""
         with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
             n_bytes = os.fstat(src_fd).st_size
             copy_bytes(src_fd, file.fd, n_bytes, 0, 0)
@@ -228,7 +235,7 @@ class LocalFolder(Store):
             return file_info(dst, os.fstat(file.fd))
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> FileLease | None:
-        """A lease that is a descriptor of the file; None where its size is not the identity's."""
+        """Return a lease that holds a descriptor of the file, or None if its size differs from the identity's."""
         with self._opened(key, "open_local") as fd:
             n_bytes = os.fstat(fd).st_size
             if identity is not None and identity.n_bytes != n_bytes:
@@ -236,12 +243,15 @@ class LocalFolder(Store):
             return FileLease(os.dup(fd), n_bytes)
 
     def forget_cached(self, key: str) -> None:
-        """Have what is read next come from the disk: the system drops its pages of a synced file when asked to."""
+        """Drop the file's pages from the page cache, so that the next read comes from the disk.
+
+        Works for a synced file.
+        """
         with self._opened(key, "forget_cached") as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
-        """False: the file is the object itself, there is nothing to fetch it from."""
+        """Return False: the file is the object itself, and there is no other source to fetch it from."""
         return False
 
     def _at(self, key: str) -> str:
@@ -257,7 +267,7 @@ class LocalFolder(Store):
     def _opened(self, key: str, doing: str) -> Iterator[int]:
         folders, name = _split(key)
         with self._errors(key, doing), open_folder(self.root, folders) as folder_fd:
-            # O_NONBLOCK: opening a pipe that somebody put here must not hang.
+            # O_NONBLOCK: open() must not hang on a named pipe in this folder.
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -278,7 +288,10 @@ class LocalFolder(Store):
 
 
 def _remove_empty(name: str, above_fd: int) -> None:
-    """As LocalFolder.remove_empty(), of a folder in one that is open. Raises FileNotFoundError: it is not there."""
+    """Remove an empty folder below an open one: see LocalFolder.remove_empty().
+
+    Raises FileNotFoundError if it is missing.
+    """
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above_fd)
     try:
         with os.scandir(fd) as entries:
@@ -296,12 +309,14 @@ def _remove_empty(name: str, above_fd: int) -> None:
 
 
 def _unlink_file(name: str, folder_fd: int) -> None:
-    with suppress(IsADirectoryError):  # a folder is no object
+    with suppress(IsADirectoryError):  # a folder is not an object
         os.unlink(name, dir_fd=folder_fd)
 
 
 def _split(key: str) -> tuple[list[str], str]:
     *folders, name = check_key(key).split("/")
     if name.startswith(TEMP_PREFIX):
-        raise ValueError(f"not a valid key: {key!r}; names that start with {TEMP_PREFIX!r} are of unfinished writes")
+        raise ValueError(
+            f"not a valid key: {key!r}; names that start with {TEMP_PREFIX!r} are reserved for unfinished writes"
+        )
     return folders, name

@@ -1,4 +1,4 @@
-"""What a local folder gives out: a lease on a file, and a file written in parts."""
+"""The lease on a local file, and the upload that writes a local file in parts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tiercache.store.posix import NewFile, copy_bytes, file_info, os_errors, wri
 
 
 class FileLease:
-    """A descriptor of a whole local file. All its bytes are here."""
+    """A lease on a whole local file: an open descriptor. All bytes are local."""
 
     def __init__(self, fd: int, n_bytes: int) -> None:
         self._fd, self._n_bytes = fd, n_bytes
 
     @property
     def fd(self) -> int:
-        """The descriptor, -1 after close()."""
+        """Descriptor of the file, -1 after close()."""
         return self._fd
 
     @property
@@ -32,21 +32,21 @@ class FileLease:
 
     @property
     def n_descriptors(self) -> int:
-        """One."""
+        """Number of descriptors: 1."""
         return 1
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether they lie inside the file."""
+        """Return whether the ranges lie inside the file."""
         return all(wanted.end <= self._n_bytes for wanted in ranges)
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Ask the kernel to read ahead."""
+        """Ask the kernel to read the ranges ahead."""
         for wanted in ranges:
             if wanted.n_bytes:
                 os.posix_fadvise(self._fd, wanted.start, wanted.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:  # noqa: ARG002 - the contract
-        """As present(): there is nothing to wait for."""
+        """Return present(): there is nothing to wait for."""
         return self.present(ranges)
 
     def close(self) -> None:
@@ -63,10 +63,10 @@ class FileLease:
 
 
 class FileUpload(Upload):
-    """Parts are appended to a file in the making as they come; complete() puts them in order if they came otherwise.
+    """An upload that appends parts to an unpublished file as they come. complete() reorders them if necessary.
 
-    The lock guards the table of parts and the count of writers; bytes are written outside it. The file is closed only
-    when no writer is left: a descriptor closed under a writer could meanwhile be somebody else's file.
+    The lock guards the table of parts and the number of writers; bytes are written outside the lock. The file is closed
+    only when no writer is left, because a descriptor closed during a write could by then refer to another file.
     """
 
     def __init__(self, file: NewFile, name: str, key: str, url: str, counters: Counters) -> None:
@@ -75,7 +75,7 @@ class FileUpload(Upload):
         self._end = 0
         self._n_writers = 0
         self._parts: dict[int, ByteRange] = {}
-        self._direct: DirectWriter | None = None  # made for the first part that may go past the page cache
+        self._direct: DirectWriter | None = None  # created for the first part that may bypass the page cache
         self._open = True
 
     def put_part(self, number: int, data: Buffer) -> None:
@@ -84,7 +84,7 @@ class FileUpload(Upload):
         with self._changed:
             if number < 0 or not self._open:
                 raise ValueError(
-                    f"{self._key}: part {number}: parts count from 0 and come before complete() or abort()"
+                    f"{self._key}: part {number}: numbers start at 0, and parts must come before complete() or abort()"
                 )
             if self._direct is None and flat.nbytes >= MIN_BYTES and self._counters["bytes_written"] >= CACHED_BYTES:
                 self._direct = DirectWriter(self._file.fd)
@@ -106,9 +106,9 @@ class FileUpload(Upload):
         self._counters.add("bytes_written", flat.nbytes)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish the file, put in order first where needed."""
+        """Publish the file, after reordering the parts if necessary."""
         if not self._stop_writing():
-            raise ValueError(f"{self._key}: the upload was completed or aborted before")
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
         try:
             with os_errors("complete", self._url):
                 places = in_order(self._parts, self._key)
@@ -137,7 +137,7 @@ class FileUpload(Upload):
             end += place.n_bytes
 
     def abort(self) -> None:
-        """Drop the file."""
+        """Discard the file."""
         if self._stop_writing():
             self._close()
 
@@ -147,7 +147,7 @@ class FileUpload(Upload):
         self._file.close()
 
     def _stop_writing(self) -> bool:
-        """Refuse further parts and wait for those under way; False if it was done before."""
+        """Refuse further parts and wait for writers. Return False if the upload was stopped before."""
         with self._changed:
             was_open, self._open = self._open, False
             self._changed.wait_for(lambda: not self._n_writers)

@@ -1,4 +1,4 @@
-"""Objects in the memory of this process, shared by name: for tests, examples and what need not outlive the process."""
+"""Objects in the memory of this process, shared by name: for tests, examples and temporary data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _buckets_lock = Lock()
 
 
 def _renew_locks() -> None:
-    # A thread of the parent may have held one at the fork; each dict operation is atomic, so the objects are whole.
+    # A thread of the parent may have held a lock at the fork. Each dict operation is atomic, so the objects are whole.
     global _buckets_lock
     _buckets_lock = Lock()
     for bucket in _buckets.values():
@@ -41,9 +41,11 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 
 class MemoryStore(Store):
-    """`memory://NAME/FOLDER`: all stores of one name in a process see the same objects; a forked child gets a copy.
+    """`memory://NAME/FOLDER`: all stores of one name in a process share their objects.
 
-    A pickled store is a store of the same name where it is unpickled, with the objects of that process.
+    A forked child has a copy of them.
+
+    A pickled store becomes a store of the same name in the process that unpickles it, with the objects of that process.
     """
 
     def __init__(self, name: str = "", prefix: str = "") -> None:
@@ -77,17 +79,17 @@ class MemoryStore(Store):
         return found[0], _renamed(found[1], key)
 
     def head(self, key: str) -> ObjectInfo:
-        """What was stored."""
+        """Return the description of the stored object."""
         return self._object(key)[1]
 
     def get(self, key: str) -> bytes:
-        """The stored bytes themselves."""
+        """Return the stored bytes without a copy."""
         data = self._object(key)[0]
         self.counters.add("bytes_read", len(data))
         return data
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """A slice of the stored bytes."""
+        """Return a slice of the stored bytes."""
         data, info = self._object(key)
         tail = data[max(len(data) - n_bytes, 0) :]
         self.counters.add("bytes_read", len(tail))
@@ -99,7 +101,7 @@ class MemoryStore(Store):
         spans: Sequence[Span],
         *,
         if_match: str | None = None,
-        deadline_s: float | None = None,  # noqa: ARG002 - never that long
+        deadline_s: float | None = None,  # noqa: ARG002 - the call never waits
         cancel: Event | None = None,
     ) -> None:
         """Copy slices of the stored bytes."""
@@ -111,18 +113,18 @@ class MemoryStore(Store):
             raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
         last = max((span.end for span, _ in spans), default=0)
         if last > len(data):
-            raise StoreError(f"a range ends at {last}, the object at {len(data)}", url=self._at(key))
+            raise StoreError(f"a range ends at byte {last}, the object at byte {len(data)}", url=self._at(key))
         view = memoryview(data)
         for span, buffer in spans:
             buffer[:] = view[span.start : span.end]
             self.counters.add("bytes_read", span.n_bytes)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Keep a copy of data."""
+        """Store a copy of data."""
         return self._store(key, bytes(data))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Keep a copy of data if the key is free."""
+        """Store a copy of data if the key is free."""
         return self._store_absent(key, bytes(data)) is not None
 
     def _store(self, key: str, data: bytes) -> ObjectInfo:
@@ -144,11 +146,11 @@ class MemoryStore(Store):
         return info
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:  # noqa: ARG002 - complete() decides
-        """An upload that holds its parts in memory."""
+        """Start an upload that holds its parts in memory."""
         return _MemoryUpload(self, check_key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget them."""
+        """Remove the objects."""
         bucket = self._bucket
         for key in keys:
             self.counters.add("requests")
@@ -156,7 +158,7 @@ class MemoryStore(Store):
                 bucket.objects.pop(self.prefix + check_key(key), None)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """A snapshot, sorted by key."""
+        """List a snapshot, sorted by key."""
         if prefix:
             check_key(prefix.removesuffix("/"))
         start = self.prefix + (prefix.removesuffix("/") + "/" if prefix else "")
@@ -168,7 +170,7 @@ class MemoryStore(Store):
             yield _renamed(info, name[len(self.prefix) :])
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Two keys for the same bytes."""
+        """Store the same bytes under a second key."""
         return self._store(dst, self._object(src)[0])
 
 
@@ -177,7 +179,7 @@ def _renamed(info: ObjectInfo, key: str) -> ObjectInfo:
 
 
 class _MemoryUpload(Upload):
-    """Parts as bytes; the lock guards the table."""
+    """Parts in memory; the lock guards the table."""
 
     def __init__(self, store: MemoryStore, key: str) -> None:
         self._store, self._key = store, key
@@ -189,22 +191,22 @@ class _MemoryUpload(Upload):
         with self._lock:
             if number < 0 or self._parts is None:
                 raise ValueError(
-                    f"{self._key}: part {number}: parts count from 0 and come before complete() or abort()"
+                    f"{self._key}: part {number}: numbers start at 0, and parts must come before complete() or abort()"
                 )
             self._parts[number] = bytes(data)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join and publish."""
+        """Join the parts and publish the object."""
         with self._lock:
             parts, self._parts = self._parts, None
         if parts is None:
-            raise ValueError(f"{self._key}: the upload was completed or aborted before")
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
         data = b"".join(in_order(parts, self._key))
         if if_absent:
             return self._store._store_absent(self._key, data)  # noqa: SLF001 - of one file
         return self._store._store(self._key, data)  # noqa: SLF001
 
     def abort(self) -> None:
-        """Drop the parts."""
+        """Discard the parts."""
         with self._lock:
             self._parts = None

@@ -1,4 +1,7 @@
-"""obstore, call by call: the one file that knows it. A call is one request, without the GIL, and not repeated."""
+"""The obstore client, and the only module that imports obstore.
+
+A call is one request, without the GIL and not retried.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tiercache.store.obstore_errors import exists_already, failure, may_have_hap
 from tiercache.store.options import CloudOptions
 from tiercache.store.urls import endpoint_of
 
-# Parts of an upload are many requests inside obstore, which therefore repeats them itself.
+# obstore sends the parts of an upload as many requests, which it therefore retries itself.
 _INNER_RETRIES = 8
 _NO_RETRIES = {"max_retries": 0}
 _PAGE_KEYS = 1000
@@ -34,19 +37,23 @@ _first_user_pid: int | None = None
 
 
 def is_usable_here() -> bool:
-    """Whether obstore can be used in this process: not in a forked child of one that has used it, where it hangs."""
+    """Return whether obstore works in this process: it hangs in a forked child of a process that has used it."""
     return _first_user_pid in (None, os.getpid())
 
 
 class Taken(Exception):
-    """The key is taken."""
+    """The key exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a store's objects are. cloud: "s3", "gs", "az" or "http"; bucket: or container, or for http the whole URL.
+    """Bucket and folder of a store.
 
-    prefix: folder in the bucket, without slashes at its ends; url: without secrets.
+    Attributes:
+        cloud: "s3", "gs", "az" or "http".
+        bucket: Bucket or container; for "http" the whole URL.
+        prefix: Folder in the bucket, without slashes at its ends.
+        url: URL without secrets.
     """
 
     cloud: str
@@ -60,7 +67,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Access:
-    """How the store is reached by this process: options without keys, the source of the keys, the server."""
+    """How this process reaches the store: options without keys, the source of the keys, and the server."""
 
     config: Mapping[str, Any]
     credentials: Credentials | None
@@ -68,9 +75,9 @@ class _Access:
 
 
 class Client:
-    """obstore's functions with our errors. Any thread; clients are made by each process when it first needs them.
+    """obstore's functions with tiercache's errors. Safe for threads; each process creates its clients at first use.
 
-    counters: gets "requests" here, bytes where they are used.
+    The client counts "requests"; its callers count bytes.
     """
 
     def __init__(self, place: Place, options: CloudOptions, counters: Counters) -> None:
@@ -87,7 +94,7 @@ class Client:
         return _Access(config, credentials, endpoint_of(self.place.cloud, self.place.bucket, config))
 
     def awaited(self) -> str:
-        """Whom a request waits for now, for messages."""
+        """Return the name of what a request waits for now, for messages."""
         access = self._access.get()
         return awaited(access.endpoint, access.credentials)
 
@@ -95,56 +102,56 @@ class Client:
         return _open(self.place, self._access.get(), options, retries)
 
     def close(self) -> None:
-        """Drop this process's connections."""
+        """Close this process's connections."""
         self._once.drop()
         self._repeating.drop()
         self._access.drop()
 
     def at(self, key: str) -> str:
-        """The URL of a key, for people."""
+        """Return the URL of a key, for messages."""
         return f"{self.place.url}/{key}" if key else self.place.url
 
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
-        """Count a request; turn obstore's errors into ours, or into Taken."""
+        """Count a request, and convert obstore's errors to StoreError or Taken."""
         access, number = self._access.get(), 0
         credentials = access.credentials
         if credentials is not None:
-            credentials.get()  # here, for an error of theirs would lose its kind inside obstore
+            credentials.get()  # read here, because obstore would hide the type of their error
             number = credentials.number
         self.counters.add("requests")
         try:
             yield
         except StoreError:
-            raise  # NotFound is an OSError too
+            raise  # NotFound is also an OSError
         except _ERRORS as error:
             if exists_already(error):
                 raise Taken from None
-            # From None: obstore's own text may hold a signature of the URL.
+            # From None: obstore's own text may contain a signed URL.
             raise self._refused(failure(error, doing, self.at(key), access.endpoint), credentials, number) from None
 
     def _refused(self, error: StoreError, credentials: Credentials | None, number: int) -> StoreError:
-        """The error, or one that is worth another attempt because there are other credentials now."""
+        """Return the error, or an error worth another attempt if new credentials are available."""
         found = refusal(error, credentials, number)
-        if found.facts.get("renewed"):  # obstore keeps the old ones until they expire
+        if found.facts.get("renewed"):  # obstore keeps the old keys until they expire
             self._once.drop()
             self._repeating.drop()
         return found
 
     @contextmanager
     def conditional(self, key: str, doing: str) -> Iterator[None]:
-        """As errors(), for a write that must not be repeated blindly: .maybe_done where the answer was lost."""
+        """As errors(), for a write that must not be repeated blindly: .maybe_done is set if the answer was lost."""
         try:
             with self.errors(key, doing):
                 yield
         except StoreError as error:
             if not may_have_happened(error):
                 raise
-            message = f"{doing}: no answer that says whether it was written ({error.message})"
+            message = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
             raise StoreError(message, url=self.at(key), retryable=True, maybe_done=True) from None
 
     def head(self, key: str, doing: str = "head") -> ObjectInfo:
-        """HEAD."""
+        """Send HEAD."""
         try:
             with self.errors(key, doing):
                 return described(key, obstore.head(self._once.get(), key))
@@ -152,7 +159,7 @@ class Client:
             if self.place.cloud != "s3" or error.status not in (400, 401, 403) or error.facts.get("renewed"):
                 raise
             refused = error
-        # The answer to a HEAD has no body that says why: a GET of a byte is refused for the same reason.
+        # The answer to a HEAD has no body with a reason; a GET of one byte is refused for the same reason.
         try:
             with self.errors(key, doing):
                 obstore.get(self._once.get(), key, options={"range": (0, 1)})
@@ -162,7 +169,13 @@ class Client:
         raise refused
 
     def get(self, key: str, piece_bytes: int, on_piece: Callable[[], None]) -> bytes:
-        """GET of a whole object. on_piece: called for each piece of about piece_bytes that has come."""
+        """Send GET for a whole object.
+
+        Args:
+            key: Key of the object.
+            piece_bytes: Approximate size of the pieces in which a longer body is read.
+            on_piece: Function called for each piece that has arrived.
+        """
         with self.errors(key, "get"):
             result = obstore.get(self._once.get(), key)
             if result.meta["size"] <= piece_bytes:
@@ -174,7 +187,7 @@ class Client:
             return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """GET of a suffix range."""
+        """Send GET with a suffix range."""
         with self.errors(key, "read_tail"):
             result = obstore.get(self._once.get(), key, options={"range": {"suffix": n_bytes}})
             return bytes(result.bytes()), described(key, result.meta)
@@ -182,7 +195,7 @@ class Client:
     def range(
         self, key: str, wanted: ByteRange, if_match: str | None, piece_bytes: int
     ) -> tuple[ObjectInfo, Iterable[memoryview]]:
-        """GET of a range: what the object is, and the body in pieces of about piece_bytes.
+        """Send GET for a range. Return the description of the object, and the body in pieces of about piece_bytes.
 
         For use inside errors(): the call and the pieces raise obstore's own errors.
         """
@@ -195,38 +208,38 @@ class Client:
         return described(key, result.meta), map(memoryview, result.stream(min_chunk_size=piece_bytes))
 
     def put(self, key: str, body: bytes) -> ObjectInfo:
-        """PUT."""
+        """Send PUT."""
         with self.errors(key, "put"):
             said = obstore.put(self._once.get(), key, body, use_multipart=False)
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo:
-        """PUT with If-None-Match. Raises Taken."""
+        """Send PUT with If-None-Match. Raises Taken."""
         with self.conditional(key, "put_if_absent"):
             said = obstore.put(self._once.get(), key, body, mode="create")
         return ObjectInfo(key, len(body), etag=said["e_tag"], version=said["version"])
 
     def delete(self, keys: Sequence[str]) -> None:
-        """DELETE, of up to a thousand at once where the store can."""
+        """Send DELETE, for up to 1,000 objects at once if the store supports it."""
         with self.errors(keys[0], "delete"):
             obstore.delete(self._once.get(), keys[0] if len(keys) == 1 else keys)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """Pages of a listing, of what comes after a key; for use inside errors(): they raise obstore's own errors."""
+        """Return the pages of a listing after a key. For use inside errors(): the pages raise obstore's own errors."""
         return iter(obstore.list(self._once.get(), folder or None, offset=after, chunk_size=_PAGE_KEYS))
 
     def copy(self, src: str, dst: str) -> None:
-        """Copy by the server, replacing."""
+        """Copy on the server, replacing an existing object."""
         with self.errors(src, f"copy to {dst}"):
             obstore.copy(self._once.get(), src, dst)
 
     def copy_new(self, src: str, dst: str) -> None:
-        """Copy by the server to a free key. Raises Taken."""
+        """Copy on the server to a free key. Raises Taken."""
         with self.conditional(dst, "complete"):
             obstore.copy(self._once.get(), src, dst, overwrite=False)
 
     def open_writer(self, key: str) -> Any:
-        """A writer of a multipart upload: write(), close(), or __exit__ with an error to abort."""
+        """Return the writer of a multipart upload: write(), close(), or __exit__ with an error to abort."""
         with self.errors(key, "create"):
             return obstore.open_writer(
                 self._repeating.get(), key, buffer_size=WRITER_PART_BYTES, max_concurrency=_WRITER_PARTS_AT_ONCE
@@ -242,7 +255,7 @@ def _open(
     global _first_user_pid
     if _first_user_pid is None:
         _first_user_pid = os.getpid()
-    stores: Any = obstore.store  # the types of its options cannot be had at run time
+    stores: Any = obstore.store  # the types of its options do not exist at run time
     common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": dict(retries)}
     if place.cloud == "http":
         return stores.HTTPStore(place.bucket, **common)
@@ -261,7 +274,7 @@ def _open(
 
 
 def described(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
-    """Obstore's description in our words."""
+    """Convert obstore's metadata to an ObjectInfo."""
     when = meta["last_modified"]
     return ObjectInfo(
         key,

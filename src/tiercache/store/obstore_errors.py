@@ -1,4 +1,4 @@
-"""What obstore's exceptions mean, read from their text: the status and the kind of failure stand nowhere else. Pure."""
+"""Meaning of obstore's exceptions, parsed from their text: obstore exposes status and kind nowhere else. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CAUSES = re.compile(r'(?:message|error): "?([^"\n]+?)"?,?\n')
-# Where clients look for credentials when nobody gave any.
+# Metadata services, which clients ask for credentials if the options contain none.
 _METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/metadata/identity/")
 _XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
 _SERVER = re.compile(r"performing \w+ (https?://[^/\s]+)")
@@ -19,7 +19,8 @@ _SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
-# Statuses that say that the request was not carried out; after any other failure of a write one cannot know.
+# Statuses with which the server says that it did not execute the request; after other errors of a write this is
+# unknown.
 _NOT_DONE = (429, 503)
 _TOO_FAR = 416
 _CHANGED = 412
@@ -27,9 +28,13 @@ CONFLICT = 409
 
 
 def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
-    """Our error for one of obstore's, with .status, .code and .retryable, and .sent False where the request never left.
+    """Convert an error of obstore to a StoreError with .status, .code, .retryable and .sent (whether it was sent).
 
-    endpoint: the server that was asked, for messages.
+    Args:
+        error: Error of obstore.
+        doing: Operation, for messages.
+        url: URL of the object, for messages.
+        endpoint: Server of the request, for messages.
     """
     text = str(error)
     status, said = _status(text), _said(text)
@@ -40,22 +45,22 @@ def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> S
         what = "bucket" if "NoSuchBucket" in text else "object"
         return NotFound(f"no such {what} ({doing})", url=url, status=status)
     if name in ("PreconditionError", "NotModifiedError") or status == _CHANGED:
-        return ObjectChanged(f"the object is not the one that was asked for ({doing})", url=url, status=status)
+        return ObjectChanged(f"the object does not have the requested ETag ({doing})", url=url, status=status)
     if "RangeNotSupported" in text or "non-partial" in text:
-        message = f"{doing}: the server answered a range with the whole object; does it serve ranges?"
+        message = f"{doing}: the server sent the whole object instead of a range; it may not support range requests"
         return StoreError(message, url=url, retryable=True, no_range=True)
     if name in ("NotSupportedError", "NotImplementedError"):
-        return StoreError(f"{doing}: this kind of store cannot do that ({shown})", url=url, no_range=True)
+        return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url, no_range=True)
     if _METADATA.search(text) and status not in _TRY_AGAIN:
         message = (
             f"{doing}: no credentials: none in storage_options, the environment or a profile, and the metadata service "
-            f"of a cloud machine gave none ({shown}); for a public bucket say anon=True or skip_signature=True"
+            f"of a cloud machine gave none ({shown}); for a public bucket set anon=True or skip_signature=True"
         )
         return StoreError(message, url=url)
     if certificate := _CERTIFICATE.search(text):
         message = (
             f"{doing}: the certificate of {endpoint or 'the server'} is not trusted ({certificate[1]}); "
-            "root_certificate= or AWS_CA_BUNDLE names a file of certificates to trust"
+            "set root_certificate= or AWS_CA_BUNDLE to a file of trusted certificates"
         )
         return StoreError(message, url=url, sent=False)
     kind = _KIND.search(text)
@@ -67,17 +72,17 @@ def failure(error: BaseException, doing: str, url: str, endpoint: str = "") -> S
 
 
 def knows_no_range(error: StoreError) -> bool:
-    """Whether a ranged request failed because the store does not know that kind of range."""
+    """Return whether a range request failed because the store does not support that kind of range."""
     return bool(error.facts.get("no_range", False))
 
 
 def exists_already(error: BaseException) -> bool:
-    """Whether a conditional put was refused because the key is taken (and not because another one is under way)."""
+    """Return whether a conditional put failed because the key exists, not because of a concurrent write."""
     return type(error).__name__ == "AlreadyExistsError" and "ConditionalRequestConflict" not in str(error)
 
 
 def may_have_happened(error: StoreError) -> bool:
-    """Whether a write that failed so may still have taken effect: it left, and no answer says that it was refused."""
+    """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
     status = error.facts.get("status")
     if error.facts.get("before_request"):
         return False
@@ -87,7 +92,7 @@ def may_have_happened(error: StoreError) -> bool:
 
 
 def is_beyond_end(error: StoreError) -> bool:
-    """Whether the store said that the range starts behind the object's end."""
+    """Return whether the store answered that the range starts beyond the end of the object."""
     return error.facts.get("status") == _TOO_FAR
 
 
@@ -97,7 +102,7 @@ def _status(text: str) -> int | None:
 
 
 def _said(text: str) -> dict[str, str]:
-    """Code and Message of the answer's body, XML (S3, STS, Azure) or JSON (Google); {} without."""
+    """Return Code and Message of the answer's body, from XML (S3, STS, Azure) or JSON (Google); {} without a body."""
     match = _STATUS.search(text.partition(_DEBUG)[0])
     if match is None:
         return {}
@@ -117,13 +122,13 @@ def _said(text: str) -> dict[str, str]:
 
 
 def _shown(text: str, status: int | None, said: dict[str, str], endpoint: str) -> str:
-    """What people need of the text: the status with the code and message of the body, or the cause; no secrets."""
+    """Return the part of the text for the user: status, code and message of the body, or the cause. Without secrets."""
     first, _, debug = text.partition(_DEBUG)
     match = _STATUS.search(first)
     if match:
         body = ": ".join(said[name] for name in ("Code", "Message") if name in said) or match[3].strip()
         if body.startswith("<"):
-            body = ""  # a page for browsers
+            body = ""  # an HTML page
         return _hide(f"HTTP {status} {match[2].strip()}{': ' if body else ''}{body[:_BODY_CHARS]}")
     kind, causes = _KIND.search(debug), _CAUSES.findall(debug)
     if kind:

@@ -1,4 +1,4 @@
-"""An upload in numbered parts over a client that only takes bytes in their order."""
+"""An upload in numbered parts through a client that accepts bytes only in order."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ from tiercache.model import ObjectInfo
 from tiercache.store.contract import Buffer, Upload
 from tiercache.store.sums import PartsEtag, is_md5_of
 
-# What fits here is written by one request, if_absent too.
+# An object of at most this size is written by one request, also with if_absent.
 _HOLD_BYTES = 16 << 20
-# Parts that came before their predecessors, at most; then put_part waits.
+# Maximum size of early parts, whose predecessors have not come yet; then put_part() waits.
 _AHEAD_BYTES = 64 << 20
 _AHEAD_WAIT_S = 300.0
 
 
 class Target(Protocol):
-    """Where the bytes go. part_bytes: what a writer makes parts of."""
+    """Destination of an upload.
+
+    Attributes:
+        key: Key of the object.
+        exclusive: Whether a large object may be published with if_absent.
+        part_bytes: Size of the parts that a writer sends.
+    """
 
     key: str
     exclusive: bool
     part_bytes: int
 
     def put(self, data: bytes, *, if_absent: bool) -> ObjectInfo | None:
-        """Write a small object in one request; None if if_absent and the key is taken."""
+        """Write a small object in one request. Return None if if_absent is true and the key exists."""
 
     def begin(self) -> Any:
-        """Start a large object: a writer."""
+        """Return the writer of a new large object."""
 
     def write(self, writer: Any, data: bytes) -> None:
-        """Append to it."""
+        """Append data to the writer."""
 
     def close(self, writer: Any, n_bytes: int, *, if_absent: bool) -> ObjectInfo | None:
-        """Publish it."""
+        """Publish the object."""
 
     def abort(self, writer: Any) -> None:
-        """Drop it."""
+        """Discard the object."""
 
 
 class StreamedUpload(Upload):
-    """Holds the first 16 MiB, then streams; parts that come too early wait in memory, at most 64 MiB of them.
+    """An upload that holds the first 16 MiB and then streams. Early parts wait in memory, up to 64 MiB of them.
 
-    The lock guards the table and says who sends; bytes are sent outside it, by one thread at a time. After complete(),
-    `is_confirmed` says whether the store has named an MD5 of what it got that is ours, where confirm() asked for that.
+    The lock guards the table of parts and the sending flag; one thread at a time sends bytes, outside the lock. After
+    complete(), `is_confirmed` says whether the store returned the MD5 of exactly the bytes sent, if confirm() was
+    called.
     """
 
     def __init__(self, target: Target) -> None:
@@ -63,7 +70,7 @@ class StreamedUpload(Upload):
         self._writer: Any = None
 
     def confirm(self) -> None:
-        """Sum what is sent, from its first byte on: 1.5 s of processor time for a GB, which not everybody needs."""
+        """Hash the bytes from the first one on, for is_confirmed. Costs 1.5 s of processor time per GB."""
         self._etag = PartsEtag(self._target.part_bytes)
 
     def put_part(self, number: int, data: Buffer) -> None:
@@ -93,18 +100,19 @@ class StreamedUpload(Upload):
 
         key = self._target.key
         if not self._changed.wait_for(has_room, _AHEAD_WAIT_S):
-            message = f"put_part {number}: part {self._next} did not come within {_AHEAD_WAIT_S:g} s"
+            message = f"put_part {number}: part {self._next} is still missing after {_AHEAD_WAIT_S:g} s"
             raise StoreError(message, url=key, retryable=False)
         if self._error is not None:
             raise self._error
         if not self._is_open or number < self._next or number in self._early:
-            raise ValueError(f"{key}: part {number}: each part comes once, before complete() or abort()")
+            raise ValueError(f"{key}: part {number}: each part must come once, before complete() or abort()")
 
     def _take_due(self) -> bytes | None:
         with self._changed:
             part = self._early.pop(self._next, None)
             if part is None:
-                # Said under the lock: a part that comes from here on finds nobody sending, and sends itself.
+                # Cleared under the lock: the thread of a later part sees that no thread sends, and sends the part
+                # itself.
                 self._is_sending = False
                 self._changed.notify_all()
                 return None
@@ -126,16 +134,16 @@ class StreamedUpload(Upload):
 
     def _write(self, part: bytes) -> None:
         self._target.write(self._writer, part)
-        if self._etag is not None:  # after it was handed over: it is on its way meanwhile
+        if self._etag is not None:  # hashed after the hand-over, while the writer sends the part
             self._etag.add(part)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish: by one request if it is small."""
+        """Publish the object. A small object takes one request."""
         key = self._target.key
         if if_absent and self._writer is not None and not self._target.exclusive:
             raise ValueError(f"{key}: complete(if_absent=True) of a large object needs create(key, if_absent=True)")
         if not self._stop():
-            raise ValueError(f"{key}: the upload was completed or aborted before")
+            raise ValueError(f"{key}: the upload is already completed or aborted")
         if self._error is not None:
             self._drop()
             raise self._error
@@ -156,7 +164,7 @@ class StreamedUpload(Upload):
         return info
 
     def abort(self) -> None:
-        """Drop what was sent."""
+        """Discard the bytes sent."""
         if self._stop():
             self._drop()
 
@@ -171,5 +179,5 @@ class StreamedUpload(Upload):
         self._held.clear()
         self._early.clear()
         if self._writer is not None:
-            with suppress(StoreError):  # the parts then stay until the bucket's own rule removes them
+            with suppress(StoreError):  # the parts then stay until a lifecycle rule of the bucket removes them
                 self._target.abort(self._writer)

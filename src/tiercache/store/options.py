@@ -1,4 +1,7 @@
-"""Storage options: the names that users may give, and what each back end calls them. Pure; values are never shown."""
+"""Storage options: the names that users may give, and their translation for each client library.
+
+Pure; never shows values.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ _DURATIONS = frozenset(
         "timeout",
     ]
 )
-# Of clients and clouds: a bool, or a text that says one.
+# Options of clients and clouds that are a bool, or text that parse_bool() accepts.
 _BOOLS = frozenset(
     [
         "allow_http",
@@ -145,7 +148,7 @@ _CONFIG = {
     ),
     "http": frozenset[str](),
 }
-# The environment's names without case: aws_region is region.
+# Prefixes of environment names, which are accepted as well: aws_region means region.
 _PREFIX = {"s3": "aws_", "gs": "google_", "az": "azure_", "http": "http_"}
 _S3FS = {
     "key": "access_key_id",
@@ -162,7 +165,7 @@ _CLIENT_KWARGS = {
     "aws_secret_access_key": "secret_access_key",
     "aws_session_token": "session_token",
 }
-# What s3fs has no name for and what changes whether, where or how objects are read: it must not be dropped in silence.
+# Options that s3fs does not support but that change whether, where or how objects are read: never dropped silently.
 _S3FS_LACKS = frozenset(
     [
         "aws_endpoint_url_s3",
@@ -180,24 +183,28 @@ _S3FS_LACKS = frozenset(
         "proxy_excludes",
     ]
 )
-# A stalled connection must not hang a job: after 20 s without a byte a request is made again, on another connection.
-# `timeout` is not the HTTP client's: it limits a whole call, see CallLimit.
+# A stalled connection must not hang a job: after 20 s without a byte, the request is sent again on another connection.
+# `timeout` is not passed to the HTTP client: it limits a whole call, see CallLimit.
 _CLIENT_DEFAULTS = {
     "timeout": timedelta(seconds=TIMEOUT_S),
     "read_timeout": timedelta(seconds=20),
     "connect_timeout": timedelta(seconds=5),
 }
-# A request is at most 8 MiB (or one small object): a server that takes longer sends less than 28 KiB/s.
+# A request is at most 8 MiB (or one small object): a request that takes longer gets less than 28 KiB/s.
 _LONGEST_REQUEST = timedelta(minutes=5)
 _PEM = "-----BEGIN"
 
 
 @dataclass(frozen=True, slots=True)
 class CloudOptions:
-    """Options in obstore's names. config: the store's; client: its HTTP client's; profile: in the user's AWS files.
+    """Storage options with obstore's names.
 
-    client["timeout"]: limit of a whole call without progress, not of one request; client["root_certificate"]: a path,
-    or PEM text. credentials: a function of the user's that returns keys.
+    Attributes:
+        config: Options of the store.
+        client: Options of its HTTP client. "timeout" limits a whole call without progress, not one request;
+            "root_certificate" is a path or PEM text.
+        profile: Profile in the user's AWS files.
+        credentials: Function of the user that returns the keys.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -207,10 +214,14 @@ class CloudOptions:
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
-        """Check and translate what the user gave. cloud: "s3", "gs", "az" or "http".
+        """Validate and translate the options of the user.
+
+        Args:
+            cloud: "s3", "gs", "az" or "http".
+            given: Options by name.
 
         Raises:
-            ValueError: an option that is not known, with those that are meant perhaps; or one given by two names.
+            ValueError: An option is unknown (the message suggests similar names), or has two different values.
         """
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
@@ -221,16 +232,16 @@ class CloudOptions:
             elif name == "credentials":
                 if not callable(value):
                     raise ValueError(
-                        f"storage option 'credentials' is a function that returns the keys, got {type(value).__name__}"
+                        f"storage option 'credentials' must be a function that returns keys, got {type(value).__name__}"
                     )
                 credentials = value
             else:
                 chosen, parsed = client if name in _CLIENT else config, _parsed(name, value)
                 if chosen.setdefault(name, parsed) != parsed:
-                    raise ValueError(f"storage option {name!r} is given twice, by two names and with two values")
+                    raise ValueError(f"storage option {name!r} is given twice, with different values")
         endpoint = str(config.get("endpoint", config.get("base_url", "")))
         if "allow_http" not in client:
-            # The endpoint may also come from the environment, so only an https one given here forbids plain http.
+            # The endpoint may also come from the environment, so only an https endpoint given here forbids plain http.
             client["allow_http"] = not endpoint.startswith("https:")
         return cls(config, {**_CLIENT_DEFAULTS, **client}, profile, credentials)
 
@@ -240,12 +251,12 @@ class CloudOptions:
         return float(self._limit("timeout").total_seconds())
 
     def _limit(self, name: str) -> timedelta:
-        """A timeout of the HTTP client, no longer than the call's."""
+        """Return a timeout of the HTTP client, at most the timeout of the call."""
         limits: Mapping[str, timedelta] = {**_CLIENT_DEFAULTS, **self.client}
         return min(limits[name], limits["timeout"])
 
     def for_obstore(self) -> dict[str, Any]:
-        """Options of obstore's HTTP client. Raises ValueError: the file of certificates cannot be read."""
+        """Return the options of obstore's HTTP client. Raises ValueError if the certificate file cannot be read."""
         client = {
             **self.client,
             "timeout": max(_LONGEST_REQUEST, self._limit("timeout")),
@@ -258,18 +269,18 @@ class CloudOptions:
 
     @property
     def ca_file(self) -> str | None:
-        """Path of the file of certificates, None where none is given, or its text instead of a path."""
+        """Path of the certificate file; None if there is none, or if the option holds PEM text."""
         given = self.client.get("root_certificate")
         return None if given is None or _PEM in given else str(given)
 
     @property
     def unknown_to_s3fs(self) -> list[str]:
-        """Names of given options that for_s3fs() would have to drop, and that matter."""
+        """Names of the given options that matter and that for_s3fs() cannot pass on."""
         lacks = _S3FS_LACKS | (frozenset() if self.ca_file else {"root_certificate"})
         return sorted(lacks & {*self.config, *self.client})
 
     def for_s3fs(self) -> dict[str, Any]:
-        """The same for s3fs, as far as it knows them: credentials, endpoint, region, timeouts, addressing style."""
+        """Return the options that s3fs supports: credentials, endpoint, region, timeouts and addressing style."""
         named = {theirs: self.config[ours] for theirs, ours in _S3FS.items() if ours in self.config}
         client_kwargs = {}
         region = self.config.get("region", self.config.get("default_region"))
@@ -282,7 +293,8 @@ class CloudOptions:
         s3 = {}
         if "virtual_hosted_style_request" in self.config:
             s3["addressing_style"] = "virtual" if self.config["virtual_hosted_style_request"] else "path"
-        # Repeating is retry.py's business; a conditional put repeated by botocore would take itself for a rival.
+        # Only retry.py retries: a conditional put that botocore retried would find its own object and report a
+        # conflict.
         config_kwargs: dict[str, Any] = {"retries": {"total_max_attempts": 1}} | ({"s3": s3} if s3 else {})
         for name in ("read_timeout", "connect_timeout"):
             config_kwargs[name] = self._limit(name).total_seconds()
@@ -290,7 +302,7 @@ class CloudOptions:
         return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
 
     def for_fsspec_http(self) -> dict[str, Any]:
-        """The same for fsspec's HTTP file system: the headers, which may hold what lets one in."""
+        """Return the options of fsspec's HTTP file system: the headers, which may contain credentials."""
         headers = dict(self.client.get("default_headers") or {})
         if "user_agent" in self.client:
             headers["User-Agent"] = self.client["user_agent"]
@@ -322,7 +334,7 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
     if not isinstance(given, Mapping):
-        raise ValueError(f"client_kwargs is a dict, got {type(given).__name__}")
+        raise ValueError(f"client_kwargs must be a dict, got {type(given).__name__}")
     for name, value in given.items():
         if name in _CLIENT_KWARGS:
             yield _CLIENT_KWARGS[name], value
@@ -333,40 +345,40 @@ def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
 
 
 def _verify(value: object) -> tuple[str, Any]:
-    """Boto3's word for both: whether certificates are checked, and a file of certificates to trust."""
+    """Translate boto3's `verify`: a bool that enables certificate checks, or a file of trusted certificates."""
     if isinstance(value, bool) or str(value).lower() in ("true", "false"):
         return "allow_invalid_certificates", not parse_bool(value)
     return "root_certificate", _certificate("verify", value)
 
 
 def _certificate(option: str, value: object) -> str:
-    """The absolute path of a file of certificates, or their text. Raises ValueError if it holds none."""
+    """Return the absolute path of a certificate file, or PEM text. Raises ValueError if it contains no certificate."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str) and _PEM in value:
         return value
     if not isinstance(value, str | Path):
-        raise ValueError(f"{option} is the path of a file of certificates (PEM), got {type(value).__name__}")
+        raise ValueError(f"{option} must be the path of a certificate file (PEM), got {type(value).__name__}")
     path = Path(value).expanduser().absolute()
     _pem(option, str(path))
     return str(path)
 
 
 def _pem(option: str, given: str) -> str:
-    """The text of certificates, read if it is a path."""
+    """Return the PEM text, read from the file if a path is given."""
     if _PEM in given:
         return given
     try:
         text = Path(given).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"{option}: the file of certificates {given} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{option}: the certificate file {given} cannot be read: {error.strerror}") from error
     if _PEM not in text:
-        raise ValueError(f"{option}: {given} holds no certificate in PEM form")
+        raise ValueError(f"{option}: {given} contains no certificate in PEM format")
     return text
 
 
 def with_ca_bundle(options: CloudOptions, path: str | None) -> CloudOptions:
-    """The options with the certificates of AWS_CA_BUNDLE's file, unless they have some of their own."""
+    """Return the options with the certificates of AWS_CA_BUNDLE's file, unless the options set their own."""
     if path is None or {"root_certificate", "allow_invalid_certificates"} & options.client.keys():
         return options
     return replace(options, client={**options.client, "root_certificate": _certificate("AWS_CA_BUNDLE", path)})
@@ -378,13 +390,13 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """What obstore takes: durations, bools, paths of certificates, and all else as text where it is a number."""
+    """Convert a value to what obstore accepts: durations, bools, certificate paths; other numbers become text."""
     if name == "root_certificate":
         return _certificate("storage option 'root_certificate'", value)
     if name in _DURATIONS:
         return parse_limit(name, value)
     if name in _BOOLS:
-        if name == "request_payer" and str(value).lower() == "requester":  # as HTTP says it
+        if name == "request_payer" and str(value).lower() == "requester":  # the value of the HTTP header
             return True
         try:
             return parse_bool(value)
@@ -394,7 +406,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def parse_limit(name: str, value: Any) -> timedelta:
-    """Seconds as a number, also one written as text (as the command line gives it), or "30s", "5m"."""
+    """Parse a duration: seconds as a number or as text (from the command line), or text such as "30s" or "5m"."""
     if isinstance(value, timedelta):
         return value
     try:
@@ -405,5 +417,5 @@ def parse_limit(name: str, value: Any) -> timedelta:
         except ValueError:
             seconds = math.nan
     if isinstance(value, bool) or not 0 < seconds < math.inf:
-        raise ValueError(f"storage option {name!r} is a number of seconds or a text such as '30s' or '5m'")
+        raise ValueError(f"storage option {name!r} must be a positive number of seconds or text such as '30s' or '5m'")
     return timedelta(seconds=seconds)

@@ -1,4 +1,4 @@
-"""The one rule of numbered parts."""
+"""Ordering of numbered parts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def in_order(parts: Mapping[int, T], key: str) -> list[T]:
-    """The parts in the order of their numbers.
+    """Return the parts in the order of their numbers.
 
     Raises:
-        ValueError: a number is missing.
+        ValueError: A number is missing.
     """
     missing = [number for number in range(len(parts)) if number not in parts]
     if missing:

@@ -1,8 +1,7 @@
-"""What a local folder needs of the system: descriptors that stay inside a root, files that appear whole, our errors.
+"""System calls for local folders: descriptors confined to a root, atomic publishing of new files, error mapping.
 
-A file in the making has no name at all where the file system can do that (O_TMPFILE): a killed writer leaves nothing to
-sweep. Elsewhere it has a name that starts with TEMP_PREFIX, in the folder where it will appear; such names are never
-listed.
+An unpublished file has no name where the file system supports O_TMPFILE, so a killed writer leaves nothing behind.
+Elsewhere its name starts with TEMP_PREFIX, in the destination folder; such names are never listed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from tiercache.model import ObjectInfo
 
 TEMP_PREFIX = ".tiercache-tmp-"
 _COPY_BYTES = 64 << 20
-# No upload of a shard takes as long; the clocks of machines that share a folder differ by less.
+# Longer than any upload of a shard, and than the clock difference of machines that share a folder.
 _LEFT_S = 24 * 3600.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _WRITING = ("put", "put_if_absent", "create", "complete")
-# A full disk or a refused permission stays so; these may pass by themselves (network file systems give the last three).
+# Errors that may pass without action, unlike a full disk or a refused permission. Network file systems return some.
 _RETRYABLE = (
     errno.EAGAIN,
     errno.EINTR,
@@ -33,18 +32,20 @@ _RETRYABLE = (
     errno.ETIMEDOUT,
     errno.ESTALE,
     errno.EBUSY,
-    errno.ENFILE,  # the whole machine's limit: other processes close files too. EMFILE, this process's own, stays
+    errno.ENFILE,  # limit of the machine: other processes may close files. EMFILE, the process's own limit, persists
 )
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 _NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
 
 
 def store_error(error: OSError, doing: str, url: str) -> StoreError:
-    """Our error for an error of the system."""
+    """Return the StoreError for an error of the system."""
     if error.errno in _ABSENT and doing not in _WRITING:
         return NotFound(f"no such object ({doing})", url=url)
     if error.errno == errno.ELOOP:
-        return StoreError(f"{doing}: a symbolic link is in the way; keys are never followed through links", url=url)
+        return StoreError(
+            f"{doing}: the path contains a symbolic link; a store does not follow links below its root", url=url
+        )
     if limit := too_many_open(error):
         return StoreError(f"{doing}: {limit}", url=url, too_many_open=True)
     return StoreError(f"{doing}: {os.strerror(error.errno or 0)}", url=url, retryable=error.errno in _RETRYABLE)
@@ -52,21 +53,26 @@ def store_error(error: OSError, doing: str, url: str) -> StoreError:
 
 @contextmanager
 def os_errors(doing: str, url: str) -> Iterator[None]:
-    """Turn errors of the system into ours; url: redacted."""
+    """Convert errors of the system to StoreError.
+
+    Args:
+        doing: Operation, for messages.
+        url: Redacted URL of the object.
+    """
     try:
         yield
     except StoreError:
-        raise  # NotFound is an OSError too
+        raise  # NotFound is also an OSError
     except OSError as error:
         raise store_error(error, doing, url) from error
 
 
 def file_info(key: str, status: os.stat_result) -> ObjectInfo:
-    """What a file is. The ETag holds the inode number, mtime, size and ctime.
+    """Return the description of a file. The ETag holds the inode number, mtime, size and ctime.
 
-    Any program may restore a file's mtime (rsync -t, cp -p, utime); only the kernel sets its ctime, so that a file with
-    other bytes has another ETag. The inode's generation is left out: reading it takes an open file (FS_IOC_GETVERSION),
-    and a listing opens none; a reused inode number has another ctime already.
+    Any program may restore a file's mtime (rsync -t, cp -p, utime); only the kernel sets its ctime, so a file with
+    other bytes has another ETag. The ETag omits the inode's generation, because reading it needs an open file
+    (FS_IOC_GETVERSION) and a listing opens none; a reused inode number has a new ctime anyway.
     """
     etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ctime_ns:x}"'
     return ObjectInfo(key, status.st_size, etag=etag, modified_s=status.st_mtime)
@@ -74,9 +80,12 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
 
 @contextmanager
 def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int]:
-    """A descriptor of a folder below root, reached step by step without following links below root.
+    """Yield a descriptor of a folder below root, opened step by step without following links below root.
 
-    make: make what is missing, root too, and sync the entry of each folder made.
+    Args:
+        root: Root folder.
+        folders: Names of the nested folders.
+        make: Whether to create missing folders, root included, and sync the entry of each.
     """
     if make:
         _make_root(root)
@@ -88,8 +97,8 @@ def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterat
                     os.mkdir(name, dir_fd=fd)
                     sync_folder(fd)
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            # Closed when nobody knows it any more: Ctrl-C strikes as close() returns, and a second one would be of
-            # whatever has the number by then.
+            # Forget the descriptor before closing it: if Ctrl-C interrupts close(), a second close() could hit
+            # another file that has received the same number.
             outer, fd = fd, inner
             os.close(outer)
         yield fd
@@ -109,7 +118,7 @@ def _make_root(root: Path) -> None:
 
 
 def sync_folder(folder_fd: int) -> None:
-    """Make the entries of a folder durable, where the file system knows how."""
+    """Make the entries of a folder durable, where the file system supports it."""
     try:
         os.fsync(folder_fd)
     except OSError as error:
@@ -121,7 +130,7 @@ _swept: set[tuple[int, int]] = set()
 
 
 def _sweep(folder_fd: int) -> None:
-    """Once a process and folder, remove what writers left that were killed more than a day ago."""
+    """Remove temporary files older than a day, left by killed writers. Runs once per process and folder."""
     status = os.fstat(folder_fd)
     if (status.st_dev, status.st_ino) in _swept:
         return
@@ -129,15 +138,16 @@ def _sweep(folder_fd: int) -> None:
     with os.scandir(folder_fd) as entries:
         left = [entry.name for entry in entries if entry.name.startswith(TEMP_PREFIX)]
     for name in left:
-        with suppress(FileNotFoundError):  # another process sweeps too
+        with suppress(FileNotFoundError):  # another process may sweep at the same time
             if time.time() - os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mtime > _LEFT_S:
                 os.unlink(name, dir_fd=folder_fd)
 
 
 class NewFile:
-    """A file in the making, in a folder. One owner; close() drops what was not published.
+    """An unpublished file in a folder. It has one owner; close() discards a file that was not published.
 
-    folder_fd: not kept, duplicated; fd: for writing and reading at any offset, from any thread.
+    Attributes:
+        fd: Descriptor for reads and writes at any offset, from any thread.
     """
 
     def __init__(self, folder_fd: int) -> None:
@@ -152,7 +162,7 @@ class NewFile:
         self._open_fds.append(self.fd)
 
     def sibling(self) -> NewFile:
-        """Another file in the making, in the same folder."""
+        """Return another unpublished file in the same folder."""
         return NewFile(self._folder_fd)
 
     def _open(self) -> int:
@@ -169,22 +179,22 @@ class NewFile:
         return fd
 
     def publish_absent(self, name: str) -> bool:
-        """Give the file its name, atomically, unless that name is taken: then False. Durable when it returns."""
+        """Give the file its name atomically if the name is free. Return whether it was; the file is then durable."""
         os.fsync(self.fd)
         try:
             self._link(name)
         except FileExistsError:
             return False
-        self._unlink_temp()  # now, and not by close(): it changes the ctime, which is part of the file's ETag
+        self._unlink_temp()  # before the caller takes the ETag: unlinking changes the ctime, which is part of it
         sync_folder(self._folder_fd)
         return True
 
     def publish(self, name: str) -> None:
-        """Give the file its name, atomically replacing what has it. Durable when it returns."""
+        """Give the file its name atomically, replacing an existing file. The file is durable when the call returns."""
         os.fsync(self.fd)
         if self._temp_name is None:
             try:
-                # The usual case, a new name, never shows a temporary one.
+                # For a free name, no temporary name ever appears.
                 self._link(name)
             except FileExistsError:
                 temp = TEMP_PREFIX + secrets.token_hex(8)
@@ -197,7 +207,7 @@ class NewFile:
 
     def _link(self, name: str) -> None:
         if self._temp_name is None:
-            # Given a folder descriptor, Python passes AT_SYMLINK_FOLLOW: what linking a nameless file needs.
+            # With a folder descriptor, Python passes AT_SYMLINK_FOLLOW, which linking a nameless file needs.
             os.link(f"/proc/self/fd/{self.fd}", name, dst_dir_fd=self._folder_fd, follow_symlinks=True)
             return
         try:
@@ -208,8 +218,8 @@ class NewFile:
             self._copy_exclusively(name)
 
     def _copy_exclusively(self, name: str) -> None:
-        # File systems without hard links (FAT, some FUSE): O_EXCL still has one winner, but a reader may see the file
-        # grow, and so may whoever follows a crash; small files (versions) are written by one call.
+        # File systems without hard links (FAT, some FUSE): O_EXCL still lets one writer win, but a reader, or a process
+        # after a crash, may see a partial file. Small files (versions) are written by one call.
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._folder_fd)
         try:
             copy_bytes(self.fd, fd, os.fstat(self.fd).st_size, 0, 0)
@@ -218,13 +228,13 @@ class NewFile:
             os.close(fd)
 
     def close(self) -> None:
-        """Drop the descriptors, and the file if it was not published. Harmless when repeated."""
+        """Close the descriptors and discard the file if it was not published. Repeated calls have no effect."""
         self._unlink_temp()
         if self._open_fds:
             try:
                 os.close(self._open_fds.pop())
             finally:
-                self.close()  # the other one, where Ctrl-C strikes here too
+                self.close()  # closes the other descriptor, even if Ctrl-C interrupts this one
 
     def _unlink_temp(self) -> None:
         if self._temp_name is not None:
@@ -234,17 +244,17 @@ class NewFile:
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of data (flat bytes) at offset; the GIL is dropped meanwhile."""
+    """Write all of data (flat bytes) at offset, without the GIL."""
     while data.nbytes:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
 
 
 def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int, src_offset: int, dst_offset: int) -> None:
-    """Copy bytes between files inside the kernel where it can (sharing blocks on file systems that do).
+    """Copy bytes between files inside the kernel where possible, which shares blocks on file systems that support it.
 
     Raises:
-        OSError: EIO where src ends too early, or what the system says.
+        OSError: EIO if src ends too early, or the error of the system.
     """
     done = 0
     while done < n_bytes:
@@ -258,5 +268,5 @@ def copy_bytes(src_fd: int, dst_fd: int, n_bytes: int, src_offset: int, dst_offs
             write_all(dst_fd, memoryview(data), dst_offset + done)
             n_copied = len(data)
         if not n_copied:
-            raise OSError(errno.EIO, "the source ended early")
+            raise OSError(errno.EIO, "the source file is shorter than expected")
         done += n_copied

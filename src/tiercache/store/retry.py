@@ -1,4 +1,4 @@
-"""Trying again, in one place: back ends say in `.retryable` whether it can help; this file decides how often."""
+"""Retries: a back end sets `.retryable` on an error, and this module decides how often and how long to retry."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ Abandons: TypeAlias = Literal["none", "retries", "all"]
 
 logger = logging.getLogger("tiercache")
 
-# The default `timeout`: longer than a store's restart (10 s or so), shorter than most people wait.
+# Default of the storage option `timeout`: longer than the restart of a store (about 10 s).
 TIMEOUT_S = 60.0
-# A wait longer than this is reported.
+# A longer wait is reported by a warning.
 REPORT_AFTER_S = 2.0
 _LOOK_EVERY_S = 0.5
 _IDLE_S = 1.0
 
-_jitter = random.SystemRandom()  # not the seeded generator: many ranks must not come back in step
+_jitter = random.SystemRandom()  # not the seeded generator: ranks must not retry in step
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """n_attempts in all; pauses are drawn evenly below first_s, 2 first_s, 4 first_s, ... longest_s.
+    """Number of attempts, and the pauses between them: exponential backoff with full jitter.
 
-    The defaults wait some 26 s in all: a store that restarts, in 10 s or so, must not end a training. The call's
-    CallLimit ends retrying earlier.
+    A pause is drawn uniformly between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s. The defaults pause
+    for about 26 s in total, so that the restart of a store (about 10 s) does not end a training run. A call's CallLimit
+    may end its retries earlier.
+
+    Attributes:
+        n_attempts: Number of attempts in total.
+        first_s: Upper bound of the first pause, in seconds.
+        longest_s: Upper bound of all pauses, in seconds.
     """
 
     n_attempts: int = 12
@@ -49,14 +55,16 @@ class RetryPolicy:
             raise ValueError(f"n_attempts must be at least 1 and 0 <= first_s <= longest_s, got {self}")
 
     def pause_s(self, n_failed: int) -> float:
-        """Seconds to wait after the n_failed-th failure, counted from 1."""
+        """Return the seconds to wait after the n_failed-th failure, counted from 1."""
         return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
 
 
 class _Here(threading.local):
-    """State of one thread. unwanted: is set when nobody wants the thread's answers any more.
+    """State of one thread.
 
-    is_bounded: another thread waits for this one, and ends the wait when the call's time is over.
+    Attributes:
+        unwanted: Event that is set once nobody needs the answers of the thread any more.
+        is_bounded: Whether another thread waits for this one, and stops waiting when the call's time is over.
     """
 
     unwanted: Event | None = None
@@ -64,15 +72,15 @@ class _Here(threading.local):
 
 
 _here = _Here()
-# Endpoints that have answered this process, kept while unreachable_fails_at_once() is in force; None: it is not.
+# Endpoints that have answered this process while unreachable_fails_at_once() is active; None if it is not active.
 _answered: set[str] | None = None
 
 
 @contextmanager
 def trying_until(unwanted: Event | None) -> Iterator[None]:
-    """Make calls of this thread stop retrying once `unwanted` is set; a first attempt is still made.
+    """Stop retries of this thread's calls once `unwanted` is set. A first attempt is still made.
 
-    Used by read-ahead: a data set may be closed while a thread is about to ask a server that is gone.
+    Prefetch threads use it: a data set may be closed while a thread is about to call a server that does not answer.
     """
     before, _here.unwanted = _here.unwanted, unwanted
     try:
@@ -83,10 +91,10 @@ def trying_until(unwanted: Event | None) -> Iterator[None]:
 
 @contextmanager
 def unreachable_fails_at_once() -> Iterator[None]:
-    """Have a call fail at its first attempt if it cannot connect to an endpoint that has not answered this process yet.
+    """Make a call fail at its first attempt if it cannot connect to an endpoint that has never answered this process.
 
-    For commands: a person has probably mistyped the endpoint. An endpoint that has answered before is retried, so that
-    a long command survives a restart of its store. Applies to all threads.
+    The command line uses it, because the user has probably mistyped the endpoint. A call to an endpoint that has
+    answered before is retried, so a long command survives a restart of its store. Applies to all threads.
     """
     global _answered
     before, _answered = _answered, set()
@@ -98,7 +106,7 @@ def unreachable_fails_at_once() -> Iterator[None]:
 
 @contextmanager
 def bounded(limit: CallLimit) -> Iterator[None]:
-    """Carry out a part of a call in this thread for another one, which waits no longer than the limit allows."""
+    """Execute part of a call in this thread for another thread, which waits only as long as the limit allows."""
     before, _here.is_bounded = _here.is_bounded, True
     try:
         with trying_until(limit.unwanted):
@@ -108,11 +116,20 @@ def bounded(limit: CallLimit) -> Iterator[None]:
 
 
 class CallLimit:
-    """How long one call may go on: until its deadline, until it is cancelled, or timeout_s after its last progress.
+    """The time limits of one call: its deadline, its cancellation, and timeout_s since its last progress.
 
-    Progress is the call's start, and then each progressed(): a byte that had not arrived before. Failed attempts and
-    pauses between them are no progress; time in which all parts of the call wait for a thread does not count. Safe from
-    any thread. endpoint: says whom the call waits for now, for messages: the server, or the source of its keys.
+    The call makes progress when it starts and at each progressed(), that is when new bytes arrive. Failed attempts and
+    pauses are not progress. Time in which all parts of the call wait for a thread of the pool does not count. Safe for
+    threads.
+
+    Args:
+        url: URL of the object, for messages.
+        doing: Operation, for messages.
+        deadline_s: Seconds from now within which the whole call must end.
+        cancel: Event that ends the call.
+        clock: Clock of all limits.
+        timeout_s: Seconds without progress after which the call fails.
+        endpoint: Function that returns the name of what the call waits for now (the server, or the source of its keys).
     """
 
     def __init__(
@@ -132,24 +149,24 @@ class CallLimit:
         self.start_s = self._progress_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else self.start_s + deadline_s
         self._end_s = self._deadline_end_s if timeout_s is None else min(self._deadline_end_s, self.start_s + timeout_s)
-        self.error: StoreError | None = None  # of the last attempt that failed, since the last progress
+        self.error: StoreError | None = None  # of the last failed attempt since the last progress
         self.is_reported = False
-        # Threads that carry out a part of the call now; None: the caller's thread does all of it.
+        # Threads that execute a part of the call now; None if the caller's thread executes the whole call.
         self._running: set[int] | None = None
 
     @property
     def endpoint(self) -> str:
-        """Whom the call waits for now."""
+        """Name of the server, or of the source of credentials, for which the call waits now."""
         return self.url if self._endpoint is None else self._endpoint()
 
     @property
     def is_endless(self) -> bool:
-        """Whether the caller has set neither a deadline nor a way to cancel."""
+        """Whether the caller has set neither a deadline nor a cancel event."""
         return self.deadline_s is None and self.cancel is None
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody wants the answer still, as far as the thread that asks was told: see trying_until()."""
+        """Whether the answer is still needed, as far as the calling thread knows: see trying_until()."""
         return self.unwanted is None or not self.unwanted.is_set()
 
     @property
@@ -162,12 +179,12 @@ class CallLimit:
         return self._running is not None and not self._running
 
     def queue(self) -> None:
-        """Have threads of a pool carry the call out: its time runs while one is in running()."""
+        """Declare that threads of a pool execute the call: its time runs only while a thread is in running()."""
         self._running = set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Carry out a part of the call in this thread."""
+        """Execute a part of the call in this thread."""
         running, thread = self._running, threading.get_ident()
         if running is None:
             yield
@@ -182,23 +199,23 @@ class CallLimit:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the call is over unless it makes progress, negative after that; None without any limit."""
-        if self._is_queued and self.timeout_s is not None:  # which begins when a thread does
+        """Seconds until the call times out without progress, negative afterwards; None without a limit."""
+        if self._is_queued and self.timeout_s is not None:  # the timeout starts when a thread starts
             return min(self._deadline_end_s - self.clock.monotonic(), self.timeout_s)
         return None if self._end_s == math.inf else self._end_s - self.clock.monotonic()
 
     def progressed(self) -> None:
-        """Note that bytes have arrived that had not arrived before."""
+        """Record that new bytes have arrived."""
         self._progress_s = now_s = self.clock.monotonic()
         if self.timeout_s is not None:
             self._end_s = min(self._deadline_end_s, now_s + self.timeout_s)
         self.error, self.is_reported = None, False
 
     def check(self) -> None:
-        """Return if the call may go on.
+        """Return if the call may continue.
 
         Raises:
-            StoreError: retryable; the call was cancelled, or its deadline or timeout has passed.
+            StoreError: The call was cancelled, or its deadline or timeout has passed. Retryable.
         """
         if self.cancel is not None and self.cancel.is_set():
             raise StoreError(f"{self.doing}: cancelled", url=self.url, retryable=True)
@@ -207,7 +224,7 @@ class CallLimit:
             raise self.too_late()
 
     def too_late(self) -> StoreError:
-        """The error of a call whose deadline or timeout has passed."""
+        """Return the error of a call whose deadline or timeout has passed."""
         if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         else:
@@ -217,7 +234,7 @@ class CallLimit:
         return StoreError(text, url=self.url, retryable=True)
 
     def report(self) -> None:
-        """Warn that the call waits."""
+        """Log a warning that the call is waiting."""
         ending = (
             "" if self.timeout_s is None else f"; the call fails after {self.timeout_s:g} s without a byte (timeout)"
         )
@@ -228,29 +245,37 @@ class CallLimit:
 
 
 class CallWatch:
-    """Calls of one store that are under way: close() ends their retries, and a long wait is reported while it lasts.
+    """The running calls of one store. close() ends their retries, and a long wait is reported while it lasts.
 
-    Each process has a thread that looks at them twice a second; it ends at close(), or soon after the last call. Of
-    calls that wait at the same time one is reported: they mostly wait for the same reason. Safe from any thread.
+    Each process has one watcher thread that checks the calls twice a second and ends at close(), or soon after the last
+    call. Only one of several waiting calls is reported, because they mostly wait for the same reason. Safe for threads.
     """
 
     def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
-        """Begin anew, in a forked process too: calls and thread are the parent's, and its lock may be held for ever."""
+        """Reset the state.
+
+        A forked child does this too: calls and thread belong to the parent, whose lock may stay held.
+        """
         self._pid = os.getpid()
         self._starting = threading.Lock()
         self._stop = Event()
         self._under_way: dict[CallLimit, Event] = {}
-        self._watcher: tuple[threading.Thread, Event, Event] | None = None  # it, what wakes it and what ends it
+        self._watcher: tuple[threading.Thread, Event, Event] | None = None  # thread, wake event, end event
 
     def __reduce__(self) -> tuple[type[CallWatch], tuple[()]]:
         return CallWatch, ()
 
     @contextmanager
     def track(self, limit: CallLimit, stop: Event | None = None) -> Iterator[Event]:
-        """Watch a call while the block runs. stop: set by close() to end its retries; None: one that calls share."""
+        """Watch a call while the block runs.
+
+        Args:
+            limit: Limits of the call.
+            stop: Event that close() sets to end the call's retries. None: an event that the calls share.
+        """
         if self._pid != os.getpid():
             self._forget()
         stop = stop or self._stop
@@ -268,7 +293,7 @@ class CallWatch:
     def retrying(
         self, attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit, *, abandons: Abandons = "none"
     ) -> T:
-        """What attempt gives: with_retries(), watched."""
+        """Return the result of with_retries() on a watched call."""
         with self.track(limit) as stop:
             return with_retries(attempt, policy, limit, stop=stop, abandons=abandons)
 
@@ -292,10 +317,10 @@ class CallWatch:
                 return
 
     def _has_ended(self, wake: Event) -> bool:
-        """Give the watcher's place up, unless a call has begun: one that begins from now on finds it free."""
+        """Resign as the watcher unless a call has begun. A call that begins later starts a new watcher."""
         with self._starting:
             watcher = self._watcher
-            if watcher is None or watcher[1] is not wake:  # close() was quicker
+            if watcher is None or watcher[1] is not wake:  # close() came first
                 return True
             self._watcher = None
             if self._under_way:
@@ -303,7 +328,7 @@ class CallWatch:
             return self._watcher is None
 
     def look(self) -> None:
-        """Report a wait that is longer than 2 s, unless another one is reported already."""
+        """Report a wait of more than 2 s, unless another wait has been reported."""
         late = [p for p in list(self._under_way) if p.waited_s >= REPORT_AFTER_S]
         if late and not any(p.is_reported for p in late):
             late[0].report()
@@ -311,7 +336,7 @@ class CallWatch:
             limit.is_reported = True
 
     def close(self) -> None:
-        """End the retries of calls under way, and this process's thread. Calls may be made again after it."""
+        """End the retries of running calls and this process's watcher thread. New calls may be made afterwards."""
         ended, self._stop = self._stop, Event()
         for stop in (ended, *list(self._under_way.values())):
             stop.set()
@@ -329,15 +354,20 @@ def with_retries(
     stop: Event | None = None,
     abandons: Abandons = "none",
 ) -> T:
-    """What attempt gives, trying again while its StoreError is retryable and policy and limit allow.
+    """Return the result of attempt, retrying while its StoreError is retryable and policy and limit allow it.
 
-    stop: ends a pause, and trying again, when nobody waits for the answer any more.
-
-    abandons: attempts that are left to a thread of their own when the time is over: "none", for a write may still take
-    effect; "retries", where the client's own limits are no longer than the call's, but a retry begins late; or "all".
+    Args:
+        attempt: Function that sends one request.
+        policy: Number of attempts and pauses.
+        limit: Time limits of the call.
+        stop: Event that ends pauses and retries, because nobody needs the answer any more.
+        abandons: Attempts that run in a thread of their own, which is abandoned when the time is over. "none": a write
+            may still take effect. "retries": the client's own limits are no longer than the call's, but a retry begins
+            late. "all": the client has no such limits.
 
     Raises:
-        StoreError: the last one; with .maybe_done set, at once, because the attempt may have taken effect.
+        StoreError: The last error. An error with .maybe_done is raised at once, because the attempt may have taken
+            effect.
     """
     n_failed, has_renewed = 0, False
     while True:
@@ -347,8 +377,8 @@ def with_retries(
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
             n_failed += 1
-            if error.facts.get("renewed"):  # there are other credentials now
-                if has_renewed:  # and they were refused too
+            if error.facts.get("renewed"):  # new credentials are available
+                if has_renewed:  # the new credentials were refused too
                     raise
                 has_renewed = True
                 continue
@@ -365,7 +395,10 @@ def with_retries(
 
 
 def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
-    """What attempt gives in a thread of its own. Raises StoreError when the time is over, and leaves the thread."""
+    """Return the result of attempt in a thread of its own.
+
+    Raises StoreError when the time is over, and abandons the thread.
+    """
 
     def run() -> T:
         with bounded(limit):
@@ -373,14 +406,14 @@ def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
     future = threads.submit(run)
-    threads.shutdown(wait=False)  # it ends with the attempt
+    threads.shutdown(wait=False)  # the thread ends with the attempt
     while not wait((future,), timeout=limit.left_s).done:
-        limit.check()  # the attempt may have made progress meanwhile
+        limit.check()  # returns if the attempt has made progress
     return future.result()
 
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
-    """Whether another attempt after pause_s may succeed, and has the time to."""
+    """Return whether another attempt after pause_s may succeed and has time to."""
     if not error.retryable or error.facts.get("maybe_done") or not limit.is_wanted:
         return False
     if _answered is not None:

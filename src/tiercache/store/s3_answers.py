@@ -1,4 +1,4 @@
-"""S3's answers about objects, as boto3 gives them, in our words."""
+"""Conversion of S3's answers about objects, as boto3 returns them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from tiercache.store.sums import sum_value, whole_sums
 
 
 def bare(etag: str | None) -> str:
-    """Without quotes, which some servers leave out of some answers."""
+    """Return an ETag without quotes, which some servers omit in some answers."""
     return (etag or "").strip('"')
 
 
 def is_object(key: str) -> bool:
-    """Whether it is a key: not a folder's marker of some browser, and not of an unfinished write."""
+    """Return whether the key names an object, not a folder marker of a browser and not an unfinished write."""
     segments = key.split("/")
     return all(segments) and not any(segment.startswith(TEMP_PREFIX) for segment in segments)
 
 
 def encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """How a copy is encrypted: as the options say, or else with the key of the object's own."""
+    """Return the encryption arguments of a copy: those of the options, or else the key of the source object."""
     if given or not str(head.get("ServerSideEncryption", "")).startswith("aws:kms"):
         return given
     return {"ServerSideEncryption": head["ServerSideEncryption"], "SSEKMSKeyId": head.get("SSEKMSKeyId")}
 
 
 def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
-    """A HEAD in our words."""
+    """Convert the answer to a HEAD to an ObjectInfo."""
     when = head.get("LastModified")
     restore = head.get("Restore")
     if restore is None and head.get("ArchiveStatus") is not None:
-        restore = f'archive-status="{head["ArchiveStatus"]}"'  # of INTELLIGENT_TIERING
+        restore = f'archive-status="{head["ArchiveStatus"]}"'  # class INTELLIGENT_TIERING
     return ObjectInfo(
         key,
         int(head["ContentLength"]),
@@ -47,7 +47,7 @@ def described(key: str, head: Mapping[str, Any]) -> ObjectInfo:
 
 
 def listed(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
-    """A line of a listing in our words; its restore state as x-amz-restore says it."""
+    """Convert an entry of a listing to an ObjectInfo, with the restore state in the form of x-amz-restore."""
     status = entry.get("RestoreStatus")
     restore = None
     if status is not None and status.get("IsRestoreInProgress"):

@@ -1,4 +1,4 @@
-"""An S3 upload in parts from any thread, each with its CRC-32C, which the server holds against what it gets."""
+"""An S3 upload in parts from any thread, each with a CRC-32C that the server verifies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tiercache.store.sums import sum_text, sum_value
 
 
 class Target(Protocol):
-    """The requests that an upload makes: S3's, with our errors, repeated where that helps."""
+    """S3 requests of an upload, retried and with tiercache's errors."""
 
     def call(self, operation: str, key: str, **request: Any) -> Any:
-        """One request about an object."""
+        """Send one request about an object."""
 
     def at(self, key: str) -> str:
-        """The object's URL, for people."""
+        """Return the URL of the object, for messages."""
 
     def head(self, key: str) -> ObjectInfo:
-        """What it is."""
+        """Return the description of the object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,21 @@ class _Part:
 
 
 class S3Upload(Upload):
-    """The first part is kept until a second one comes: an object of one part is one request.
+    """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
-    The lock guards the table, and who begins; parts are sent outside it. After complete(), `crc32c` is the sum of the
-    whole, and `is_confirmed` says whether the server has named a sum of each part that is ours: then it has what it was
-    given, which need not be read back.
+    The lock guards the table of parts and the start of the multipart upload; parts are sent outside it. After
+    complete(), `crc32c` is the checksum of the whole object, and `is_confirmed` says whether the server returned a
+    matching checksum of each part. If it did, the object need not be read back.
     """
 
     def __init__(self, target: Target, key: str, writing: dict[str, Any], *, if_match: str | None = None) -> None:
-        """writing: arguments of the request that makes the object: class, encryption.
+        """Send nothing yet.
 
-        if_match: the ETag of what it takes the place of; None: of anything.
+        Args:
+            target: Bucket folder to which the object is written.
+            key: Key of the object.
+            writing: Arguments of the request that creates the object: storage class, encryption.
+            if_match: ETag of the object that the upload replaces; None for any object, or none.
         """
         self._target, self._key, self._writing, self._if_match = target, key, writing, if_match
         self._changed = Condition()
@@ -63,11 +67,11 @@ class S3Upload(Upload):
         self.is_confirmed = False
 
     def put_part(self, number: int, data: Buffer) -> None:
-        """Send the part, or keep a copy of the only one."""
+        """Send the part, or hold a copy of the first one."""
         with self._changed:
             if number < 0 or not self._is_open:
                 raise ValueError(
-                    f"{self._key}: part {number}: parts count from 0 and come before complete() or abort()"
+                    f"{self._key}: part {number}: numbers start at 0, and parts must come before complete() or abort()"
                 )
             if self._held is None and self._upload_id is None and not self._is_beginning:
                 self._held = number, bytes(data)
@@ -82,7 +86,10 @@ class S3Upload(Upload):
                 self._changed.notify_all()
 
     def _begun(self) -> str:
-        """The upload's id; the first who asks begins it and sends the part that was held, others wait for the id."""
+        """Return the id of the multipart upload.
+
+        The first caller starts it and sends the held part; others wait for the id.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._is_beginning)
             if self._upload_id is not None:
@@ -112,9 +119,9 @@ class S3Upload(Upload):
             self._parts[number] = _Part(str(said["ETag"]), crc, len(body), is_confirmed)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish: by one request if there is one part."""
+        """Publish the object. One part takes one request."""
         if not self._stop():
-            raise ValueError(f"{self._key}: the upload was completed or aborted before")
+            raise ValueError(f"{self._key}: the upload is already completed or aborted")
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": self._if_match} if self._if_match else {}
         try:
             return self._published(condition)
@@ -127,7 +134,7 @@ class S3Upload(Upload):
             if "IfMatch" not in condition:
                 raise
             self._drop()
-            message = "what it was to replace is gone"
+            message = "the object to be replaced does not exist any more"
             raise ObjectChanged(message, url=self._target.at(self._key), expected=self._if_match) from error
 
     def _published(self, condition: dict[str, str]) -> ObjectInfo:
@@ -168,7 +175,7 @@ class S3Upload(Upload):
                 **condition,
             )
         except NotFound:
-            # Asked again because the answer was lost, S3 knows the upload no more: the object is there, or it is not.
+            # A retry after a lost answer: S3 does not know the upload any more, and the object may exist.
             info = self._target.head(self._key)
             if "IfNoneMatch" in condition or info.n_bytes != total or info.crc32c != self.crc32c:
                 raise
@@ -176,7 +183,7 @@ class S3Upload(Upload):
         return ObjectInfo(self._key, total, etag=said.get("ETag"), version=said.get("VersionId"))
 
     def abort(self) -> None:
-        """Drop what was sent."""
+        """Discard the parts sent."""
         if self._stop():
             self._drop()
 
@@ -189,12 +196,12 @@ class S3Upload(Upload):
     def _drop(self) -> None:
         self._held = None
         if self._upload_id is not None:
-            with suppress(StoreError):  # the parts then stay until the bucket's own rule removes them
+            with suppress(StoreError):  # the parts then stay until a lifecycle rule of the bucket removes them
                 self._target.call("abort_multipart_upload", self._key, UploadId=self._upload_id)
 
 
 def _confirms(said: Mapping[str, Any], crc: int, data: bytes | bytearray) -> bool:
-    """Whether the server's answer names a sum of the bytes, and it is theirs: CRC-32C, or MD5 as an ETag."""
+    """Return whether the server's answer contains a matching checksum of the bytes: CRC-32C, or MD5 as an ETag."""
     if (named := said.get("ChecksumCRC32C")) is not None:
         return sum_value(str(named)) == crc
     return str(said.get("ETag", "")).strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()

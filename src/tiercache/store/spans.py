@@ -1,4 +1,4 @@
-"""Pure planning of ranged reads: checks what the caller gave, joins spans into requests; back ends carry them out."""
+"""Planning of range requests: validates the caller's spans and coalesces them into requests. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from tiercache.store.contract import Span
 
 
 def check_spans(spans: Sequence[Span]) -> None:
-    """Refuse buffers that a range cannot be read into.
+    """Check that each range can be read into its buffer.
 
     Raises:
-        ValueError: a buffer of another length than its range, read-only, or not contiguous bytes.
+        ValueError: A buffer is read-only, is not contiguous bytes, or differs in length from its range.
     """
     for span, buffer in spans:
         if buffer.nbytes != span.n_bytes:
-            raise ValueError(f"the buffer of [{span.start}, {span.end}) has {buffer.nbytes} bytes, not {span.n_bytes}")
+            raise ValueError(
+                f"the buffer of [{span.start}, {span.end}) has {buffer.nbytes} bytes, expected {span.n_bytes}"
+            )
         if buffer.readonly or not buffer.c_contiguous or buffer.itemsize != 1 or buffer.ndim != 1:
             raise ValueError(f"the buffer of [{span.start}, {span.end}) must be writable, contiguous, flat bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: range, and the pieces of it that go to buffers, as (offset in the answer, buffer)."""
+    """One range request.
+
+    Attributes:
+        range: Byte range of the object.
+        pieces: Destinations of the answer, as (offset in the answer, buffer).
+    """
 
     range: ByteRange
     pieces: tuple[tuple[int, memoryview], ...]
@@ -32,7 +39,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestSizes:
-    """gap_bytes: bytes worth reading for nothing to save a request; part_bytes: the largest request."""
+    """Limits of request planning.
+
+    Attributes:
+        gap_bytes: Largest gap between two spans that is read and discarded in order to save a request.
+        part_bytes: Maximum size of a request.
+    """
 
     gap_bytes: int = 64 << 10
     part_bytes: int = 8 << 20
@@ -43,9 +55,9 @@ class RequestSizes:
 
 
 def plan_requests(spans: Sequence[Span], sizes: RequestSizes) -> tuple[Request, ...]:
-    """Join neighbouring spans and cut long ones: every byte of every span is in exactly one piece of one request.
+    """Coalesce neighbouring spans and split long ones. Each byte of each span is in exactly one piece of one request.
 
-    Spans may overlap and come in any order; overlapping ones are read more than once. Empty spans need no request.
+    Spans may overlap and come in any order; the overlap is read more than once. An empty span needs no request.
     """
     requests: list[Request] = []
     start = end = 0
@@ -64,7 +76,7 @@ def plan_requests(spans: Sequence[Span], sizes: RequestSizes) -> tuple[Request, 
 
 
 def _cut(spans: Sequence[Span], part_bytes: int) -> list[Span]:
-    """Spans of at most part_bytes each, of near equal length, without the empty ones."""
+    """Return the non-empty spans, split into spans of nearly equal length of at most part_bytes."""
     parts: list[Span] = []
     for span, buffer in spans:
         n_parts = -(-span.n_bytes // part_bytes)

@@ -1,4 +1,4 @@
-"""S3's texts of sums: a CRC-32C is base64 of its four bytes, an ETag is made of MD5s. Pure."""
+"""S3's text forms of checksums: a CRC-32C is base64 of its four bytes, an ETag is made of MD5 digests. Pure."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from tiercache.store.contract import Buffer
 
-# Of parts, not of the object's bytes: useless for comparing copies that were cut otherwise.
+# Type of a checksum over part checksums. It cannot compare copies that have other part sizes.
 _OF_PARTS = "COMPOSITE"
 _NAME = "Checksum"
 
 
 def sum_text(crc: int) -> str:
-    """As S3 wants it."""
+    """Return the CRC-32C in S3's text form."""
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
 def sum_value(text: str | None) -> int | None:
-    """The number of S3's text; None where it is none."""
+    """Return the CRC-32C of S3's text form, or None if the text is invalid."""
     try:
         data = base64.b64decode(text or "", validate=True)
     except binascii.Error:
@@ -30,7 +30,7 @@ def sum_value(text: str | None) -> int | None:
 
 
 def whole_sums(answer: Mapping[str, Any]) -> dict[str, str]:
-    """The sums over all of an object that a HEAD names, by S3's names of them: "ChecksumCRC64NVME" and others."""
+    """Return the checksums over the whole object in a HEAD's answer, by S3's names such as "ChecksumCRC64NVME"."""
     if answer.get("ChecksumType") == _OF_PARTS:
         return {}
     return {
@@ -41,12 +41,12 @@ def whole_sums(answer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_md5_of(etag: str | None, data: Buffer) -> bool:
-    """Whether an ETag is the MD5 of data: S3's of an object that came by one request and is not encrypted by a key."""
+    """Return whether an ETag is the MD5 of data: S3's ETag of an object written by one request without KMS keys."""
     return (etag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 class PartsEtag:
-    """The ETag that S3 gives to bytes which come in parts of one length, the last of them shorter. For one thread."""
+    """The ETag that S3 computes for an upload in parts of one length, the last part being shorter. Not thread-safe."""
 
     def __init__(self, part_bytes: int) -> None:
         self._part_bytes = part_bytes
@@ -55,7 +55,7 @@ class PartsEtag:
         self._n_bytes = 0
 
     def add(self, data: Buffer) -> None:
-        """Append bytes; the GIL is dropped meanwhile."""
+        """Append bytes, without the GIL."""
         flat = memoryview(data).cast("B")
         while flat.nbytes:
             some = flat[: self._part_bytes - self._n_bytes]
@@ -70,7 +70,7 @@ class PartsEtag:
         self._part, self._n_bytes = hashlib.md5(usedforsecurity=False), 0
 
     def matches(self, etag: str | None) -> bool:
-        """Whether an ETag is that of all that was added. Nothing may be added afterwards."""
+        """Return whether an ETag matches all bytes added. Nothing may be added afterwards."""
         if self._n_bytes:
             self._end_part()
         whole = hashlib.md5(b"".join(self._digests), usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""URLs: what may be shown of them, and how they fall into a root and a key."""
+"""URLs: parsing, redaction for messages, and the split into a root and a key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from tiercache.config import aws_reach
 from tiercache.store.contract import check_key
 
-# In abfss://container@account/... the "@" belongs to the name of the place.
+# In abfss://container@account/... the "@" separates container and account, not credentials.
 _AT_IS_A_PLACE = ("abfs", "abfss", "wasb", "wasbs")
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+")
 _CHAIN = "::"
@@ -21,10 +21,13 @@ _CHAIN = "::"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Location:
-    """A URL in parts.
+    """A parsed URL or local path.
 
-    scheme: lower case, "" for a local path; host: with userinfo and port; path: of a URL without its leading "/".
-    chain: what follows the first "::" of one of fsspec's chained URLs, such as "simplecache::s3://bucket/folder".
+    Attributes:
+        scheme: Scheme in lower case; "" for a local path.
+        host: Host with userinfo and port.
+        path: Path; the path of a URL has no leading "/".
+        chain: Rest after the first "::" of a chained fsspec URL, such as "simplecache::s3://bucket/folder".
     """
 
     scheme: str
@@ -34,10 +37,10 @@ class Location:
 
     @classmethod
     def parse(cls, url: str | os.PathLike[str]) -> Location:
-        """Parts of a URL or local path; `file://` becomes a local path, and "~/" the user's home.
+        """Parse a URL or local path. `file://` becomes a local path, and "~/" the user's home.
 
         Raises:
-            ValueError: empty, or a file URL of another machine.
+            ValueError: The text is empty, or a file URL of another machine.
         """
         text = os.fspath(url)
         if not text:
@@ -54,7 +57,9 @@ class Location:
         if scheme.lower() != "file":
             return cls(scheme.lower(), host, path)
         if host not in ("", "localhost"):
-            raise ValueError(f"{redact(text)}: a file URL has three slashes (file:///folder), or names this machine")
+            raise ValueError(
+                f"{redact(text)}: a file URL must have three slashes (file:///folder), or name this machine"
+            )
         return cls("", "", unquote("/" + path))
 
     def __repr__(self) -> str:
@@ -62,12 +67,12 @@ class Location:
 
     @property
     def shown(self) -> str:
-        """The URL without userinfo, query and fragment, of each link of a chain."""
+        """URL without userinfo, query and fragment, in every link of a chain."""
         if not self.scheme:
             return self.path
         host, path = self.host, self.path
         if ":" in host and not host.rpartition(":")[2].rstrip("]").isdigit() and "@" in path:
-            host, _, path = path.rpartition("@")[2].partition("/")  # a password with a "/" in it
+            host, _, path = path.rpartition("@")[2].partition("/")  # a password that contains "/"
         host = re.split(r"[?#]", host, maxsplit=1)[0] if not self.chain else host
         if self.scheme not in _AT_IS_A_PLACE or ":" in host.rpartition("@")[0]:
             host = host.rpartition("@")[2]
@@ -76,17 +81,17 @@ class Location:
 
     @property
     def has_userinfo(self) -> bool:
-        """Whether something stands before an "@" that is not the name of a place."""
+        """Whether the host contains credentials: text before an "@" that is not a container name."""
         return "@" in self.host and self.scheme not in _AT_IS_A_PLACE
 
     @property
     def has_query(self) -> bool:
-        """Whether it has a query or fragment."""
+        """Whether the URL has a query or fragment."""
         return bool(self.scheme) and any(mark in part for mark in "?#" for part in (self.host, self.path))
 
     @property
     def full(self) -> str:
-        """The URL as given, secrets included: never shown."""
+        """URL as given, including secrets; never shown."""
         return self._joined(self.host, self.path, self.chain) if self.scheme else self.path
 
     def _joined(self, host: str, path: str, chain: str) -> str:
@@ -97,13 +102,13 @@ class Location:
 
 
 def _is_chain(first: str, rest: str) -> bool:
-    """Whether both sides of a "::" are links of a chained URL: a scheme or a URL, and the last one a URL."""
+    """Return whether both sides of a "::" form a chained URL: links are schemes or URLs, and the last link is a URL."""
     links = [first, *rest.split(_CHAIN)]
     return "://" in links[-1] and all(_SCHEME.fullmatch(link.partition("://")[0]) for link in links)
 
 
 def redact(url: str | os.PathLike[str]) -> str:
-    """The URL without userinfo, query and fragment: what may stand in messages, logs, file names and catalogs."""
+    """Return the URL without userinfo, query and fragment, safe for messages, logs, file names and catalogs."""
     text = os.fspath(url)
     if text.lower().startswith("file://"):
         return text
@@ -111,13 +116,13 @@ def redact(url: str | os.PathLike[str]) -> str:
 
 
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
-    """Root URL of the folder that an object lies in, and the object's key there: ("s3://bucket/folder", "object").
+    """Split the URL of an object into the root URL of its folder and its key: ("s3://bucket/folder", "object").
 
     Raises:
-        ValueError: the URL names no object, or has a query.
+        ValueError: The URL names no object, or has a query.
     """
     place = Location.parse(url)
-    if place.chain and not place.host and not place.path:  # the object is named by what is wrapped
+    if place.chain and not place.host and not place.path:  # the rest of the chain names the object
         root, key = split_url(place.chain)
         return f"{place.scheme}{_CHAIN}{root}", key
     if place.has_query and not place.chain:
@@ -127,16 +132,19 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str]:
         path = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
     folder, _, name = path.rpartition("/")
     if not name:
-        raise ValueError(f"{place.shown}: names a folder, not an object")
+        raise ValueError(f"{place.shown}: the URL names a folder; the URL of an object is expected")
     if not place.scheme:
         return folder or "/", check_key(name)
     return Location(place.scheme, place.host, folder, place.chain).full, check_key(name)
 
 
 def endpoint_of(cloud: str, place: str, config: Mapping[str, Any]) -> str:
-    """The server that answers, as far as it is known before it is asked; for messages.
+    """Return the server of a store, as far as it is known before the first request; for messages.
 
-    cloud: "s3", "gs", "az" or "http"; place: the bucket or container, of HTTP the URL; config: the store's options.
+    Args:
+        cloud: "s3", "gs", "az" or "http".
+        place: Bucket or container; for "http" the URL.
+        config: Options of the store.
     """
     said = {**aws_reach(), **config} if cloud == "s3" else config
     given = {
