@@ -57,7 +57,8 @@ class CachedStore(Store):
     def _note_use(self, key: str) -> None:
         """Count a read of an object that no manifest describes.
 
-        A `Dataset` counts the reads of its shards itself. Reads of versions, segments and placements are not counted as uses of data.
+        A `Dataset` counts the reads of its shards itself. Reads of versions, segments and
+        placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
             read_log.note(f"{self._source}/{key}")
