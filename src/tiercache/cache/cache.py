@@ -192,7 +192,7 @@ class Cache:
             opened = self._open()
         except (OSError, ValueError) as error:
             self._reopening.trip()
-            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); reading past it")
+            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
             return None
         if not opened.waits_for_room:
             self._reopening.mend()
@@ -428,7 +428,7 @@ class Cache:
             ValueError: jobs is less than 1, or store is given without repair=True.
         """
         if store is not None and not repair:
-            raise ValueError("verify(store=...) fetches wrong copies again: it needs repair=True")
+            raise ValueError("verify(store=...) fetches corrupt copies again, which requires repair=True")
         cached = None if store is None else self._cached(store)
         chosen = None if names is None else frozenset(names)
         return check.check(self._open(), check.CheckOptions(jobs, repair, cached, chosen, on_progress))

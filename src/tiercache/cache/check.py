@@ -39,7 +39,7 @@ class State(StrEnum):
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"
     UNKNOWN = "unknown"
-    """Nothing beside the copy says what it should be; it is checked when it is next used."""
+    """No record says what the copy should be; it is verified when it is next used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +158,13 @@ def _check_copy(fd: int, name: str, record: Record | None) -> tuple[Checked, int
         return Checked(name, "" if record is None else record.source, 0, State.UNKNOWN), None
     right = Checked(name, record.source, n_bytes, State.OK)
     if n_bytes != record.n_bytes:
-        said = f"it has {n_bytes:,} bytes, {record.n_bytes:,} are right"
+        said = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
         return replace(right, state=State.DAMAGED, where=(said,)), None
     whole, offset, _ = sum_of(fd, n_bytes)
     if offset < n_bytes:
-        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at {offset}",)), None
+        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at offset {offset}",)), None
     if whole != record.crc32c:
-        said = f"its CRC-32C is {whole:08x}, {record.crc32c:08x} is right"
+        said = f"its CRC-32C is {whole:08x}, expected {record.crc32c:08x}"
         return replace(right, state=State.DAMAGED, where=(said,)), whole
     return right, whole
 
@@ -195,7 +195,7 @@ def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | 
         held.close()
     if not wrong:
         return replace(unknown, n_bytes=n_read, state=State.OK)
-    said = f"{len(wrong)} units are damaged, the first at {wrong[0]}"
+    said = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
     checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=(said,))
     return checked if mender is None else mender.drop_part(checked)
 
@@ -236,13 +236,13 @@ class _Mender:
             return f"it came from another store than {store.url}"
         wanted = wanted_of(store, record.source.removeprefix(prefix), record)
         if wanted is None or wanted.name != name:
-            return "its source has changed since: nobody will ask for this copy"
+            return "the object has changed at its source since"
         lease = self._opened.open(wanted, store.inner)
         if lease is None:
-            return "the cache has no room for it"
+            return "the cache has no space for it"
         with lease:
             if not lease.wait([ByteRange(0, wanted.n_bytes)]):
-                return "it is bad at its source too, or the cache has no room for it"
+                return "it is corrupt at its source too, or the cache has no space for it"
         writing = self._opened.writing
         if writing is not None:
             writing.quarantine.compare(name)
@@ -310,7 +310,7 @@ def _distrust(opened: Opened, wanted: Wanted) -> bool:
         is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
         if is_whole and found == expected:
             return False
-        reason = f"a reader found it wrong; its CRC-32C is {found:08x}" if is_whole else f"it can be read to {offset}"
+        reason = f"a reader found it corrupt, CRC-32C {found:08x}" if is_whole else f"readable up to offset {offset}"
         put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
     finally:
         os.close(fd)

@@ -46,12 +46,12 @@ class Difference:
     def __str__(self) -> str:
         said = []
         if self.n_bad_bytes != self.n_good_bytes:
-            said.append(f"it had {self.n_bad_bytes:,} bytes, {self.n_good_bytes:,} are right")
+            said.append(f"it had {self.n_bad_bytes:,} bytes instead of {self.n_good_bytes:,}")
         if self.n_differ:
-            said.append(f"{self.n_differ:,} bytes differed, from {self.first} to {self.last}")
+            said.append(f"{self.n_differ:,} bytes differed, from offset {self.first} to {self.last}")
         if self.unreadable is not None:
-            said.append(f"it could not be read at {self.unreadable}")
-        return "; ".join(said) or "it is equal to what was fetched again: read wrongly, or wrong at its source"
+            said.append(f"it could not be read at offset {self.unreadable}")
+        return "; ".join(said) or "it equals what was fetched again: a read failed, or the object itself is corrupt"
 
 
 def difference_of(bad_fd: int, good_fd: int) -> Difference:

@@ -306,7 +306,7 @@ class Evictor:
         if self._policy is not lru and (moves or held):
             self._accounts.requeue([*moves, *held])
         if self._pins is not None:
-            # A new set: another thread may be going through the old one.
+            # A new set: another thread may be iterating over the old one.
             self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
         self._book_out(gone, evicted=True)
         return stayed

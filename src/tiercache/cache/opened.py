@@ -109,18 +109,18 @@ class Opened:
         if self.folder.network:
             notices.warn(
                 "network",
-                f"cache {options.path}: lies on {self.folder.network}, which other machines share; using the folder "
-                f"{self.folder.root.name} of this machine alone. A local disk is faster",
+                f"cache {options.path}: is on {self.folder.network}, which other machines share; this machine uses "
+                f"only the subfolder {self.folder.root.name}; a local disk is faster",
             )
         if self.folder.owner is not None:
-            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; serving what it holds")
+            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; no copies are added")
             return
         try:
             self.writing = self._open_to_write()
         except OSError as error:
             if not (self.folder.copies).is_dir():
                 raise
-            notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); serving what it holds")
+            notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); no copies are added")
             self.waits_for_room = is_disk_full(error)
 
     def _open_trace(self, path: Path | None) -> Tracer | None:
@@ -346,9 +346,9 @@ class Opened:
         if charge_bytes(need_bytes) > limit_bytes:
             self.notices.warn(
                 "too-large",
-                f"cache {self.folder.root}: {wanted.source} has {format_bytes(need_bytes)}, more than all of the cache "
-                f"({format_bytes(limit_bytes)}): it is read past the cache and fetched each time, as is all that is "
-                "larger; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
+                f"cache {self.folder.root}: {wanted.source} ({format_bytes(need_bytes)}) is larger than the whole "
+                f"cache ({format_bytes(limit_bytes)}): it is not cached and is fetched on every read, like all larger "
+                "objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
             )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following | None:
@@ -371,7 +371,7 @@ class Opened:
                 self.writing.publisher.remove(name)
                 return
         except OSError as error:
-            self.notices.warn("discard", f"cache {self.folder.root}: a damaged copy cannot be removed: {error}")
+            self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
         self._distrusted.add(name)
 
     def distrust_part(self, wanted: Wanted) -> bool:
@@ -412,8 +412,8 @@ class Opened:
     def _report_part(self, wanted: Wanted, wrong: list[int]) -> None:
         """Report the corrupt units. The partial copy is not kept: the unit map already says which units differ."""
         if self.writing is not None:
-            verdict = f"{len(wrong):,} units of 4 KiB are not what was fetched, the first at {wrong[0]}"
-            reason = "a reader found it wrong; a copy in part"
+            verdict = f"{len(wrong):,} units of 4 KiB differ from what was fetched, the first at offset {wrong[0]}"
+            reason = "a reader found this partial copy corrupt"
             self.writing.quarantine.tell(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
 
     def close(self) -> None:

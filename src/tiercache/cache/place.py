@@ -66,8 +66,8 @@ def _default_cache() -> Cache | None:
         return Cache.default()
     except OSError as error:
         warnings.warn(
-            f"no cache, so that every epoch is fetched again: {error}; name a folder that can be written by "
-            "TIERCACHE_CACHE_DIR, or say cache=False",
+            f"the cache cannot be used, so every epoch is fetched again: {error}; set TIERCACHE_CACHE_DIR to a "
+            "writable folder, or pass cache=False",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -99,7 +99,7 @@ def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: C
     _warned.add(reason)
     fits = shard_bytes <= limit_bytes
     more_bytes = n_bytes - min(limit_bytes, int(shard_bytes[fits].sum()))
-    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each is larger than all of it"
+    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each exceeds the whole cache"
     warnings.warn(
         f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
         f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch{larger}; "

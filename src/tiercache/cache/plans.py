@@ -185,7 +185,7 @@ class Plans:
         """
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"a plan needs shards, names, first, last and then of one length, got {lengths}")
+            raise ValueError(f"shards, names, first, last and then of a plan must have the same length, got {lengths}")
         published = Published(self._folder, str(self._owners.me), Table.of(names, plan))
         with self._lock:
             is_late = self._is_closed

@@ -99,14 +99,14 @@ class Publisher:
             return
         self.breaker.trip()
         what = too_many_open(error) or error
-        self.notices.warn("disk", f"cache {self.folder.root}: {what}; reading past it until the disk works again")
+        self.notices.warn("disk", f"cache {self.folder.root}: {what}; bypassing the cache until the disk works again")
 
     def disk_is_full(self) -> None:
         """Warn once that the disk is full."""
         self.notices.warn(
             "full",
-            f"cache {self.folder.root}: the disk is full; reading past the cache, so that what it does not hold is "
-            "fetched again in every epoch; free some of the disk, or put the cache on another (TIERCACHE_CACHE_DIR)",
+            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
+            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
         )
 
     def tell_of_no_room(self, wanted: Wanted, need_bytes: int) -> None:
@@ -118,18 +118,18 @@ class Publisher:
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
             why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's free_floor"
-            do = "free some of the disk, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            do = "free disk space, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
             taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
-            why = f"{taken} are taken by copies that are pinned, in use or needed sooner"
+            why = f"{taken} are used by copies that are pinned, in use or needed sooner"
             do = (
                 "unpin or evict some of them (tiercache status lists them), or make the cache larger "
                 "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
             )
         self.notices.warn_expected(
             dataset_id,
-            f"cache {self.folder.root} has no room: its next object needs {format_bytes(need_bytes)}, but {why}. What "
-            f"does not fit is read past the cache, and fetched again in every epoch; {do}",
+            f"cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but {why}. Data "
+            f"that does not fit is not cached and is fetched again in every epoch; {do}",
         )
 
     def _run_locked(self, fetch: Fetch) -> None:
@@ -221,8 +221,8 @@ class Publisher:
         """Remove a copy of the wrong size: a power failure or a person truncated it."""
         size = self.folder.size_of(wanted.name)
         if size not in (None, wanted.n_bytes):
-            said = f"it had {size:,} bytes, {wanted.n_bytes:,} are right"
-            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was cut off", verdict=said)
+            said = f"it had {size:,} bytes instead of {wanted.n_bytes:,}"
+            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
             self.remove(wanted.name)
 
     def remove(self, name: str) -> None:
@@ -393,5 +393,6 @@ def _offer(fetch: Fetch, held: Held) -> Mask:
 def _wrong_sum(wanted: Wanted, found: int) -> CorruptShard:
     expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
     return CorruptShard(
-        f"bad at its source: fetched bytes have CRC-32C {found:08x}, twice, expected {expected}", url=wanted.source
+        f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected {expected})",
+        url=wanted.source,
     )

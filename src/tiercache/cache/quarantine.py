@@ -150,7 +150,7 @@ class Quarantine:
     def _make_room(self) -> None:
         copies = self._stems(".bad")
         for stem in copies[: max(len(copies) - MOST_COPIES + 1, 0)]:
-            self._end(stem, "not compared: too many wrong copies waited")
+            self._end(stem, "not compared: too many corrupt copies")
 
     # -- comparing and deleting ----------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Quarantine:
         with self._lock:
             waiting = sorted(self._waiting)
         for stem in waiting:
-            self._end(stem, "not compared: the cache was closed before it was fetched again")
+            self._end(stem, "not compared: the cache was closed before the object was fetched again")
 
     # -- reports, and the sweep of other processes' files --------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class Quarantine:
                 if facts.get("compared"):
                     self._end(stem, "")
                 elif not self.compare(stem[:40]) and not self._is_awaited(stem, facts):
-                    self._end(stem, "not compared: it was not fetched again in time")
+                    self._end(stem, "not compared: the object was not fetched again in time")
         copies, notes = set(self._stems(".bad")), self._stems(".json")
         for i, stem in enumerate(notes):
             with suppress(FileNotFoundError):

@@ -44,7 +44,7 @@ class Trace:
     def __post_init__(self) -> None:
         lengths = [len(column) for column in (self.names, self.n_bytes, self.job, self.clock)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"names, n_bytes, job and clock of a trace are of one length, got {lengths}")
+            raise ValueError(f"names, n_bytes, job and clock of a trace must have the same length, got {lengths}")
 
     @classmethod
     def of(

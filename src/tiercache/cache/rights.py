@@ -101,7 +101,7 @@ def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
         mode, group = stat.S_IMODE(status.st_mode), group_name(status.st_gid)
         fix = (
             f"its mode is {mode:04o} and its group {group}: {owner} has to open it with shared='group' first, and {me} "
-            f"has to be in that group (else {owner} gives it to another: chgrp -R)"
+            f"has to be in that group (or {owner} changes the group with chgrp -R)"
         )
     else:
         # A mount point of root that everyone may write to has space for one; nothing can be created inside another

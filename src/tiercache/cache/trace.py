@@ -64,7 +64,7 @@ def read_trace(path: Path) -> Trace:
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {n}: {error}; a line of a trace is 'seconds process name bytes hit', as "
-                f"TIERCACHE_CACHE_TRACE has them written, got {line[:80]!r}"
+                f"TIERCACHE_CACHE_TRACE writes it, got {line[:80]!r}"
             ) from None
     _, numbers = np.unique(np.array(names, dtype=str), return_inverse=True)
     order = np.argsort(np.array(times), kind="stable")

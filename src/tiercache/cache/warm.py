@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
-"""By key: what of an object is enough. Those without an entry are wanted whole."""
+"""Byte ranges that suffice, by key. An object without an entry is wanted whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def warm(
     lost = [goal.wanted.source for goal in plan.goals if not _is_here(opened, goal)]
     if lost:
         raise StoreError(
-            f"{len(lost)} of {len(plan.goals)} copies are gone again after warming", url=lost[0], retryable=True
+            f"{len(lost)} of {len(plan.goals)} copies are missing again after warming", url=lost[0], retryable=True
         )
     return WarmReport(len(plan.goals), round_.n_fetched, round_.bytes_fetched)
 
@@ -284,10 +284,10 @@ def _is_here(opened: Opened, goal: Goal) -> bool:
 def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
     used, reserved, limit = writing.accounts.sums()
     return CacheFull(
-        f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are asked for, but of {format_bytes(limit)} "
-        f"{format_bytes(used + reserved)} are taken, {format_bytes(freeable_bytes)} of them can go, and the disk has "
-        f"{format_bytes(max(writing.evictor.spare_bytes(), 0))} above its floor: evict some, enlarge the cache, or ask "
-        "for less",
+        f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
+        f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
+        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above free_floor; evict or unpin copies, "
+        "enlarge the cache, or request less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,
         limit_bytes=limit,

@@ -96,8 +96,8 @@ class Writing:
         if smallest < self.limit_bytes:
             self.notices.warn(
                 "limit",
-                f"cache {self.folder.root}: opened with {format_bytes(self.limit_bytes)}, but another process keeps it "
-                f"to {format_bytes(smallest)}; the smaller limit holds",
+                f"cache {self.folder.root}: opened with size {format_bytes(self.limit_bytes)}, but another process has "
+                f"it open with {format_bytes(smallest)}; the smaller limit applies",
             )
         self.evictor.shrink()
 
