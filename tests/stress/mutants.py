@@ -270,7 +270,7 @@ CASES = {
     for case in (
         Case(flags_before_data, lambda root: struck(root, "fetch_in_part", "mutant.flagged"), "is said to be here"),
         Case(name_before_record, lambda root: struck(root, "fetch", "mutant.named"), "has no record"),
-        Case(whole_sum_not_checked, lambda root: struck(root, "poison", ""), "corrupt at its source"),
+        Case(whole_sum_not_checked, lambda root: struck(root, "poison", ""), "bad at its source"),
         Case(no_reservation, lambda root: struck(root, "press_lru", "", ("press_lru",) * 2), "more than the limit"),
         Case(readers_not_asked, lambda root: stepped(root, evict_what_is_leased), "is being read"),
         Case(map_left, lambda root: struck(root, "fetch", ""), ".map lies beside"),
