@@ -78,7 +78,7 @@ class Download:
                 self._start(min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES)), helpers)
                 self._work(ranges)
             finally:
-                # even after an error: the helpers write to the partial copy, which is closed afterwards
+                # Even after an error: the helpers write to the partial copy, which is closed afterwards.
                 for helper in helpers:
                     helper.join()
             if self._error is not None:

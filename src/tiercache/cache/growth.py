@@ -54,7 +54,7 @@ class Growth:
             self._make_known(part)
         except BaseException as error:
             with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
-                # another process deletes these files, and drop() would not know this one
+                # Another process deletes these files, and drop() would not know this one.
                 if isinstance(error, FileNotFoundError):
                     part.forget_name(keep_map=False)
             raise

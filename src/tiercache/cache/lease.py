@@ -76,7 +76,7 @@ class CopyLease:
         self._has_place = False
         self._lock = Lock()
         self._pid = os.getpid()
-        # last: from here on close() works
+        # Last: from here on close() works.
         self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)
         _leases.add(self)
 

@@ -54,7 +54,7 @@ class Owners:
 
     def ensure(self) -> None:
         """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
-        # two fetches may find it deleted: the second would close the file that the first has just locked
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
         with self._lock:
             if self.is_closed:  # called during a close: another file may have this descriptor number now
                 raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
@@ -133,7 +133,7 @@ class Owners:
         found: list[tuple[str, str, int]] = []
         with suppress(OSError):
             for file in self._folder.locks.iterdir():
-                # not the lock of a fetch, or released meanwhile
+                # Not the lock of a fetch, or released meanwhile.
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     note = json.loads(read_text(file))
                     coming = str(note["owner"]), file.name, int(note["reserved_bytes"])

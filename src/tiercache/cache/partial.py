@@ -303,7 +303,7 @@ class Part:
         waits SETTLE_S. If there is no partial copy, none is removed: another process may create it after this check,
         and would then fill a file without a name.
         """
-        # checked first, because the creator writes the map after the partial copy
+        # Checked first, because the creator writes the map after the partial copy.
         has_map = folder.has_file(f"{name}.map")
         found = wait_for(lambda: _open_pair(folder, name, n_bytes) or not folder.has_file(f"{name}.part"), SETTLE_S)
         if found is True:

@@ -89,7 +89,7 @@ class Quarantine:
         """
         lock = NameLock(self._folder.locks / name)
         try:
-            # without the lock the result is the same, except for a second download
+            # Without the lock the result is the same, except for a second download.
             wait_for(lock.try_take, LOCK_WAIT_S)
             status = os.fstat(fd)
             if not self._is(name, status):
