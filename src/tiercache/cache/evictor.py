@@ -356,7 +356,7 @@ def _wanted_soon(books: Books, next_use: NDArray[np.int64]) -> NDArray[np.bool_]
 
     Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A
     loader prefetches, and its copies have no reader yet: of two concurrent jobs, each evicted what the other had
-    prefetched, and both fetched it twice (docs/design/2026-11-25-cache-policy.md).
+    prefetched, and both fetched it twice (docs/design/eviction.md).
     """
     is_fresh = books.last_use == books.turn  # not used and not requeued since it came
     wanted: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= books.limit_bytes * SOON_SHARE))
