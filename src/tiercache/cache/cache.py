@@ -241,9 +241,13 @@ class Cache:
             opened.fetch_ahead(wanted, store, ranges)
 
     def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these ranges of a copy are cached now; None stands for the whole copy.
+        """Return whether these ranges of a copy are cached now.
 
         A later open may still find that the copy was evicted, or that it is corrupt.
+
+        Args:
+            wanted: Copy to look for.
+            ranges: Byte ranges of the object; None stands for the whole object.
         """
         opened = self._while_reading()
         return opened is not None and opened.is_here(wanted, ranges)
@@ -269,17 +273,33 @@ class Cache:
         return _Unheard()
 
     def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
-        """Fill spans from a cached copy; return False if the copy is missing or corrupt."""
+        """Fill spans from a cached copy; return False if the copy is missing or corrupt.
+
+        Args:
+            wanted: Copy to read.
+            spans: Byte ranges and their buffers. The buffers are undefined if the result is False.
+        """
         opened = self._while_reading()
         return opened is not None and opened.read(wanted, spans)
 
     def distrust(self, wanted: Wanted) -> bool:
-        """Verify a copy against its checksum; return True if it is missing, or was corrupt and is now quarantined."""
+        """Verify a copy against its checksum after a reader found it corrupt.
+
+        Args:
+            wanted: Copy to verify.
+
+        Returns:
+            True: The copy is missing, or was corrupt and is now quarantined. False: It is what the source sent.
+        """
         opened = self._while_reading()
         return opened is None or check.distrust(opened, wanted)
 
     def drop_objects(self, sources: Sequence[str]) -> None:
-        """Evict the copies of objects without identity at these URLs (without credentials) and below them."""
+        """Evict the copies of objects without identity at some URLs and below them.
+
+        Args:
+            sources: URLs without credentials.
+        """
         opened = self._while_reading()
         if opened is not None:
             admin.drop_objects(opened, sources)

@@ -28,6 +28,10 @@ class CachedStore(Store):
 
     `counters` are those of the inner store; cache_hits and cache_misses of this store are added to them. All methods
     may be called from any thread; the lock guards the table of opened keys.
+
+    Args:
+        cache: Cache through which objects are read.
+        inner: Store that holds the objects. close() closes it.
     """
 
     def __init__(self, cache: Cache, inner: Store) -> None:
@@ -46,7 +50,13 @@ class CachedStore(Store):
     # -- a LocalStore -----------------------------------------------------------------------------------------------
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges."""
+        """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; None for another object, whose attributes are then requested from
+                the inner store.
+        """
         if identity is None:
             self._note_use(key)
         wanted = self.wanted(key, identity)
@@ -79,7 +89,13 @@ class CachedStore(Store):
             self.cache.fetch_ahead(wanted, self.inner, ranges)
 
     def is_here(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these byte ranges of the object are cached now; None stands for the whole object."""
+        """Return whether these byte ranges of the object are cached now.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of the object.
+            ranges: Byte ranges of the object; None stands for the whole object.
+        """
         wanted = self.wanted(key, identity)
         return wanted is not None and self.cache.is_here(wanted, ranges)
 
@@ -95,7 +111,12 @@ class CachedStore(Store):
     def wanted(self, key: str, identity: ShardIdentity | None = None) -> Wanted | None:
         """Return the specification of the copy of an object; None: nothing identifies the version of the object.
 
-        Without an identity, the inner store is asked for the object's attributes. Raises NotFound.
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; without it, the inner store is asked for the object's attributes.
+
+        Raises:
+            NotFound: The inner store has no such object.
         """
         if identity is not None:
             known = self._known.get(key)  # without computing the name, a hit takes a third less time
@@ -120,6 +141,10 @@ class CachedStore(Store):
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Verify the cached copy after a reader found it corrupt.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; None for another object.
 
         Returns:
             True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
