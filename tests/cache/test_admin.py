@@ -84,7 +84,7 @@ def test_warming_ends_with_a_look_at_every_copy(world):
         if progress.n_done == 5:
             world.copies()[0].unlink()
 
-    with pytest.raises(StoreError, match="1 of 5 copies are gone again"):
+    with pytest.raises(StoreError, match="1 of 5 copies are missing"):
         world.cache().warm(world.inner, pairs, on_progress=delete_one)
 
 
@@ -92,7 +92,7 @@ def test_a_full_resident_cache_cannot_be_warmed_further(world):
     pairs = pairs_of(world, 4, 100_000)
     cache = world.cache("250KB", policy="resident")
     cache.warm(world.inner, pairs[:2])
-    with pytest.raises(CacheFull, match="evict some, enlarge"):
+    with pytest.raises(CacheFull, match="enlarge the cache"):
         cache.warm(world.inner, pairs[2:3])
 
 

@@ -44,8 +44,8 @@ def test_what_is_wrong_is_named_and_left_where_it_is(world, store):
     assert states(report) == {"a": State.OK, "b": State.DAMAGED, "c": State.DAMAGED}
     assert not report.is_right
     said = {one.source[-1]: one.where[0] for one in report.wrong}
-    assert f"{world.identity('b').crc32c:08x} is right" in said["b"]
-    assert said["c"] == "it has 5,000 bytes, 10,000 are right"
+    assert f"expected {world.identity('b').crc32c:08x}" in said["b"]
+    assert said["c"] == "it has 5,000 bytes instead of 10,000"
     assert len(world.copies()) == 3
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(world, store, monk
 
     monkeypatch.setattr(os, "preadv", read)
     (one,) = store.cache.verify().wrong
-    assert (one.state, one.where) == (State.UNREADABLE, ("it cannot be read at 0",))
+    assert (one.state, one.where) == (State.UNREADABLE, ("it cannot be read at offset 0",))
 
 
 def test_a_copy_without_a_record_is_neither_right_nor_wrong(world, store):
@@ -105,7 +105,7 @@ def test_what_is_bad_at_its_source_is_said(world, store):
     bad = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)])
     (one,) = store.cache.verify(repair=True, store=bad).wrong
     assert (one.removed, one.repaired) == (True, False)
-    assert "bad at its source" in one.where[-1]
+    assert "at its source" in one.where[-1]
 
 
 def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
@@ -121,7 +121,7 @@ def test_objects_without_identity_are_repaired_unless_they_have_changed(world):
     found = {one.source[-1]: one for one in store.cache.verify(repair=True, store=world.inner).wrong}
     assert found["a"].repaired
     assert not found["b"].repaired
-    assert "changed since" in found["b"].where[-1]
+    assert "changed at its source" in found["b"].where[-1]
 
 
 def test_copies_in_part_are_checked_unit_by_unit(world):
@@ -136,7 +136,7 @@ def test_copies_in_part_are_checked_unit_by_unit(world):
     (part,) = (p for p in world.parts() if p.suffix == ".part")
     turn(part, (1 << 20) + 3)
     (one,) = store.cache.verify().wrong
-    assert one.where == (f"1 units are damaged, the first at {1 << 20}",)
+    assert one.where == (f"1 units are damaged, the first at offset {1 << 20}",)
     (one,) = store.cache.verify(repair=True).wrong
     assert (one.removed, world.parts()) == (True, [])
     assert store.cache.stats()["bytes_used"] == 0

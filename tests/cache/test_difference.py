@@ -42,8 +42,8 @@ def test_what_differs_is_counted_and_found(tmp_path_factory, bad, good):
 
 def test_it_is_said_in_words(tmp_path):
     assert "equal" in str(compared(tmp_path, b"abc", b"abc"))
-    assert str(compared(tmp_path, b"abX", b"abc")) == "1 bytes differed, from 2 to 2"
-    assert "2 bytes, 3 are right" in str(compared(tmp_path, b"ab", b"abc"))
+    assert str(compared(tmp_path, b"abX", b"abc")) == "1 bytes differed, from offset 2 to 2"
+    assert "2 bytes instead of 3" in str(compared(tmp_path, b"ab", b"abc"))
 
 
 def test_a_file_that_cannot_be_read_on_is_compared_up_to_there(tmp_path, monkeypatch):
@@ -59,4 +59,4 @@ def test_a_file_that_cannot_be_read_on_is_compared_up_to_there(tmp_path, monkeyp
     monkeypatch.setattr(os, "preadv", read)
     found = compared(tmp_path, b"aXcdefgh", b"abcdefgh")
     assert found == Difference(8, 8, 1, 1, 1, unreadable=4)
-    assert "could not be read at 4" in str(found)
+    assert "could not be read at offset 4" in str(found)

@@ -168,7 +168,7 @@ def test_a_failing_disk_is_bypassed_probed_and_used_again(world, monkeypatch):
     writing.breaker = writing.publisher.breaker = Breaker(clock)
     world.fetch(store, "a")
     fail_writes(monkeypatch, errno.EIO, 2)
-    with pytest.warns(RuntimeWarning, match="reading past it"):
+    with pytest.warns(RuntimeWarning, match="bypassing the cache"):
         assert world.read(store, "b") is None
     assert cache.status()["bypassed"]
     assert world.read(store, "a") is None
@@ -371,7 +371,7 @@ def test_a_network_file_system_gets_a_folder_a_host_no_wal_and_a_warning(world, 
     monkeypatch.setattr(folder_module, "network_file_system", lambda path: "NFS")
     monkeypatch.setattr(folder_module, "host_name", lambda: "node7")
     world.put("a")
-    with pytest.warns(RuntimeWarning, match="lies on NFS"):
+    with pytest.warns(RuntimeWarning, match="is on NFS"):
         cache = world.cache()
     world.fetch(world.store(cache), "a")
     world.fetch(world.store(cache), "a")

@@ -155,7 +155,7 @@ def test_a_part_that_rots_is_reported_and_one_that_is_bad_at_its_source_is_known
         file.write(b"rot")
     assert store.distrust("a", identity) is True
     (report,) = other.status()["reports"]
-    assert f"1 units of 4 KiB are not what was fetched, the first at {UNIT}" in report["verdict"]
+    assert f"1 units of 4 KiB differ from what was fetched, the first at offset {UNIT}" in report["verdict"]
     assert report["source"].endswith("/a")
     for _ in range(2):
         read()

@@ -45,7 +45,7 @@ def test_a_wrong_copy_is_never_served_again_and_the_report_says_where_it_differe
     assert report["source"].endswith("/a")
     assert (report["first_offset"], report["last_offset"], report["n_bytes_differ"]) == (5000, 5000, 1)
     assert report["expected_crc32c"] == world.identity("a").crc32c != report["found_crc32c"]
-    assert "1 bytes differed, from 5000 to 5000" in report["verdict"]
+    assert "1 bytes differed, from offset 5000" in report["verdict"]
     status = store.cache.status()
     assert (status["quarantined"], status["figures"]["quarantined"], status["reports"]) == (1, 1, [report])
     assert world.n_reads() == 2
@@ -63,7 +63,7 @@ def test_a_copy_that_was_cut_is_compared_too(world, store, n_bytes):
     os.truncate(path, n_bytes)
     assert store.distrust("a", world.identity("a")) is True
     world.fetch(store, "a")
-    assert f"it had {n_bytes:,} bytes, 10,000 are right" in reports(world)[0]["verdict"]
+    assert f"{n_bytes:,} bytes instead of 10,000" in reports(world)[0]["verdict"]
 
 
 def test_a_copy_that_cannot_be_read_is_put_aside_as_well(world, store, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_copy_that_cannot_be_read_is_put_aside_as_well(world, store, monkeypat
     assert store.distrust("a", world.identity("a")) is True
     world.fetch(store, "a")
     (report,) = reports(world)
-    assert "it can be read to 0" in report["reason"]
+    assert "up to offset 0" in report["reason"]
     assert report["unreadable_at"] == 0
 
 

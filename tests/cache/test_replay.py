@@ -290,7 +290,7 @@ def test_an_empty_trace_has_an_empty_report(tmp_path):
 def test_unknown_policies_and_columns_of_different_length_are_errors():
     with pytest.raises(ValueError, match=r"no policy is called 'best'; there are belady, lru"):
         replay(Trace.of(np.arange(3)), "best", 1)
-    with pytest.raises(ValueError, match="of one length"):
+    with pytest.raises(ValueError, match="same length"):
         Trace(*(np.arange(n) for n in (3, 3, 3, 2)))
 
 

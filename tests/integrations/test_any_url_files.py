@@ -181,7 +181,7 @@ def test_another_process_reads_what_the_first_has_fetched(make, cache, tmp_path)
 def test_what_is_larger_than_the_cache_is_read_past_it_in_few_requests(make, source, path, tmp_path):
     with tc.Cache(tmp_path / "small", size="64KiB", free_floor="0") as small:
         fs = make(cache=small)
-        with pytest.warns(RuntimeWarning, match="more than all of the cache"), fs.open(path) as file:
+        with pytest.warns(RuntimeWarning, match="larger than the whole cache"), fs.open(path) as file:
             pieces = [file.read(1000) for _ in range(1000)]
         assert b"".join(pieces) == DATA
         assert len(source.reads) < 20

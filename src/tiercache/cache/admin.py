@@ -1,4 +1,4 @@
-"""What people ask of a cache: what is here, hold it, let it go, delete it."""
+"""The administrative operations of a cache: list copies, pin, unpin, evict, and report the status."""
 
 from __future__ import annotations
 
@@ -28,10 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached copy, or one in part. name: its own, a hash; source: URL without credentials, "" where unknown.
+    """A cached copy, whole or partial.
 
-    n_bytes: what it takes of the budget; last_use: a count, not a time; dataset_id: None for objects of no data set;
-    used_s: see Folder.touched_s; in_part: not all of it is here.
+    Attributes:
+        name: Name of the copy, a hash.
+        source: URL without credentials, "" if unknown.
+        n_bytes: Bytes that the copy takes of the size limit.
+        pinned: Whether the copy is pinned.
+        uses: Number of recorded uses.
+        last_use: Sequence number of the last use, not a time.
+        dataset_id: Identifier of the data set; None for an object of no data set.
+        shard_id: Identifier of the shard; None for an object of no data set.
+        used_s: Time of the last read or write in seconds since 1970, as the file system records it (see
+            Folder.touched_s).
+        in_part: Whether the copy is partial.
     """
 
     name: str
@@ -50,7 +60,7 @@ Selection: TypeAlias = Iterable[str] | Callable[[Entry], bool] | None
 
 
 def entries(opened: Opened) -> list[Entry]:
-    """All copies, those in part too, least recently used first."""
+    """Return all copies, whole and partial, least recently used first."""
     if opened.writing is None:
         rows = [
             CopyRow(name, charge, _record(opened, name), 0, 0) for name, charge in sorted(opened.folder.sizes().items())
@@ -78,7 +88,7 @@ def _entry(opened: Opened, row: CopyRow, *, in_part: bool) -> Entry:
 
 
 def selected(opened: Opened, selection: Selection) -> list[Entry]:
-    """The entries that a selection names."""
+    """Return the entries that a selection names."""
     everything = entries(opened)
     if selection is None:
         return everything
@@ -89,10 +99,10 @@ def selected(opened: Opened, selection: Selection) -> list[Entry]:
 
 
 def writable(opened: Opened) -> Writing:
-    """The parts that change the cache.
+    """Return the parts that change the cache.
 
     Raises:
-        TierCacheError: it can only be read.
+        TierCacheError: The cache is read-only.
     """
     if opened.writing is None:
         raise TierCacheError(f"cache {opened.folder.root}: cannot be written", path=str(opened.folder.root))
@@ -100,7 +110,7 @@ def writable(opened: Opened) -> Writing:
 
 
 def evict(opened: Opened, selection: Selection, target_bytes: int | None = None) -> int:
-    """Delete copies, least recently used first, until no more than target_bytes are used; returns bytes freed."""
+    """Delete copies, least recently used first, until the cache uses at most target_bytes; return the bytes freed."""
     chosen = selected(opened, selection)
     freed_bytes = _evict_without_books(opened, chosen, target_bytes or 0)
     if opened.waits_for_room:
@@ -112,7 +122,7 @@ def evict(opened: Opened, selection: Selection, target_bytes: int | None = None)
 
 
 def _evict_without_books(opened: Opened, chosen: Sequence[Entry], target_bytes: int) -> int:
-    """Where the disk is too full for the books: delete the first of chosen until it is not; returns bytes freed."""
+    """Delete copies while the disk is too full to open the accounts; return the bytes freed."""
     used_bytes, freed_bytes = sum(opened.folder.sizes().values()) if opened.waits_for_room else 0, 0
     for entry in chosen:
         if not opened.waits_for_room or used_bytes - freed_bytes <= target_bytes:
@@ -124,11 +134,14 @@ def _evict_without_books(opened: Opened, chosen: Sequence[Entry], target_bytes: 
 
 
 def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
-    """Delete copies of objects without identity at these URLs and below; one that is being read stays for now."""
+    """Delete the copies of objects without identity at these URLs and below.
+
+    A copy that is being read stays for now.
+    """
     if opened.writing is None or not sources:
         return
-    # One look at the books for all: what their URLs have in common, as JSON has it.
-    common = json.dumps(os.path.commonprefix(list(sources)))[1:-1]  # noqa: RUF071 - of texts, not of paths
+    # One query for all URLs: the accounts are searched for their common prefix, as JSON encodes it.
+    common = json.dumps(os.path.commonprefix(list(sources)))[1:-1]  # noqa: RUF071 - of strings, not of paths
     rows = [(row, Record.from_json(row.record)) for row in opened.writing.accounts.rows_with(common)]
     exact, below = set(sources), tuple(f"{source}/" for source in sources)
 
@@ -141,11 +154,12 @@ def drop_objects(opened: Opened, sources: Sequence[str]) -> None:
 
 
 def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]]) -> None:
-    """Hold copies that were just warmed."""
+    """Pin copies that were just fetched."""
     writable(opened)
     for key, identity in pairs:
         wanted = store.wanted(key, identity)
-        # Under a reader's lock: an evictor either sees the pin, or has taken the copy before we had it.
+        # The reader's lock settles the race with an evictor: the evictor sees the pin, or it took the copy before this
+        # lock.
         lease = None if wanted is None else opened.hit(wanted.name, wanted.n_bytes)
         if wanted is None or lease is None:
             raise StoreError("evicted before it could be pinned", url=f"{store.url}/{key}", retryable=True)
@@ -154,19 +168,19 @@ def pin(opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIden
 
 
 def unpin(opened: Opened, selection: Selection) -> int:
-    """Let copies go; returns how many were pinned."""
+    """Unpin copies and return how many were pinned."""
     writable(opened)
     n_unpinned = sum(opened.folder.unpin(entry.name) for entry in selected(opened, selection) if entry.pinned)
     if selection is None:
-        for name in opened.folder.names(".pin"):  # of copies that were found wrong, and are not here again yet
+        for name in opened.folder.names(".pin"):  # of copies that are quarantined and not fetched again yet
             opened.folder.unpin(name)
     return n_unpinned
 
 
 def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
-    """The figures of interface.md."""
+    """Return the values of Cache.stats."""
     if opened.writing is not None:
-        with suppress(OSError):  # somebody deleted the folder: what cannot be made again holds nothing
+        with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
             opened.writing.owners.ensure()
             opened.writing.quarantine.settle()
     used, _, limit = (0, 0, limit_bytes) if opened.writing is None else opened.writing.accounts.sums()
@@ -179,8 +193,8 @@ def stats(opened: Opened, limit_bytes: int) -> dict[str, int]:
 
 
 def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
-    """stats() and the state of folder and disk."""
-    figures = stats(opened, limit_bytes)  # first: it makes a deleted folder again
+    """Return stats() and the state of the folder and the disk. See Cache.status."""
+    figures = stats(opened, limit_bytes)  # first, because it recreates a deleted folder
     disk = room(opened.folder.root)
     writing, folder = opened.writing, opened.folder
     n_copies = len(folder.names(""))
@@ -205,7 +219,7 @@ def status(opened: Opened, limit_bytes: int) -> dict[str, Any]:
 
 
 def _of_all(opened: Opened) -> dict[str, Any]:
-    """What all processes together counted since the catalog was made."""
+    """Return the counters of all processes since the catalog was created."""
     if opened.writing is not None:
         opened.writing.evictor.flush_uses()
     figures = {} if opened.writing is None else opened.writing.accounts.figures()
@@ -214,9 +228,10 @@ def _of_all(opened: Opened) -> dict[str, Any]:
 
 
 def holders(opened: Opened) -> list[Holder]:
-    """The processes that have the cache open or read copies, by number.
+    """Return the processes that have the cache open or read copies, by process number.
 
-    Which copies each holds is known where the system lists locks, and where the process that took one still runs.
+    The copies that each process holds are known only if the system lists locks and the process that locked a copy still
+    runs.
     """
     folder = opened.folder
     inodes = {}

@@ -1,4 +1,4 @@
-"""The circuit breaker of a failing disk: bypass it, ask again later, come back."""
+"""`Breaker`: a circuit breaker that bypasses a failing disk and tries it again later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROBE_AFTER_S = 30.0
 
 
 class Breaker:
-    """Says whether the cache's disk may be used. All methods are quick and safe from any thread."""
+    """Decides whether the cache's disk may be used. All methods are quick and safe from any thread."""
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK, probe_after_s: float = PROBE_AFTER_S) -> None:
         self._clock, self._probe_after_s = clock, probe_after_s
@@ -19,28 +19,28 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the disk is being bypassed."""
+        """Whether the disk is bypassed."""
         return self._probe_at_s is not None
 
     def allows(self) -> bool:
-        """Whether to use the disk now. While it is bypassed one caller is let through every probe_after_s seconds."""
+        """Return whether to use the disk now. While it is bypassed, one caller per probe_after_s seconds may try it."""
         if not self.is_open:
             return True
         with self._lock:
             now_s = self._clock.monotonic()
             probe_at_s = self._probe_at_s
-            if probe_at_s is None:  # mended between the two looks
+            if probe_at_s is None:  # mend() ran between the two checks
                 return True
             if now_s >= probe_at_s:
                 self._probe_at_s = now_s + self._probe_after_s
             return now_s >= probe_at_s
 
     def trip(self) -> None:
-        """The disk failed."""
+        """Bypass the disk, after it failed."""
         with self._lock:
             self._probe_at_s = self._clock.monotonic() + self._probe_after_s
 
     def mend(self) -> None:
-        """The disk worked."""
+        """Use the disk again, after it worked."""
         with self._lock:
             self._probe_at_s = None

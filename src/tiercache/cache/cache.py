@@ -1,4 +1,4 @@
-"""The cache: one folder, one budget, any number of processes."""
+"""`Cache`, the public class of the local cache: one folder, one size limit, any number of processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from tiercache.model import ByteRange, Following, ReadingPlan
     from tiercache.store import Span, Store
 
-# Nothing is wanted in part.
 _WHOLE: Ranges = MappingProxyType({})
 _COUNTERS = (
     "hits",
@@ -51,20 +50,20 @@ _COUNTERS = (
 
 
 class _Unheard:
-    """A plan that could not be published: the job reads on, and the cache decides without it."""
+    """A reading plan that could not be published. The job continues, and the cache evicts without the plan."""
 
     def advance(self, clock: int) -> None:
-        """Nobody hears it."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to withdraw."""
+        """Do nothing."""
 
 
 class Cache:
-    """A folder of cached copies under one budget, shared by all processes that open it.
+    """A folder of cached copies with a size limit, shared by all processes that open it.
 
-    It is opened at once, and again when it is used in another process or after close(). That gives everything back, and
-    so does the end of the object. All methods may be called from any thread. The lock guards the opening only.
+    The constructor opens the cache. A forked child process, or a use after close(), opens it again. close() and the end
+    of the object release all files. All methods may be called from any thread; the lock guards only the opening.
     """
 
     def __init__(
@@ -76,20 +75,21 @@ class Cache:
         free_floor: str = "5%",
         shared: Literal["group"] | None = None,
     ) -> None:
-        """Open or make the cache in a folder of its own.
+        """Open the cache in a folder of its own; create it if it does not exist.
 
         Args:
-            path: the folder; it must be empty, new, or a cache already.
-            size: budget in bytes, "200GB", or "80%" of the disk.
-            policy: "plan", "resident", "s3fifo" or "lru".
-            free_floor: what always stays free of the disk: "5%", "10GB".
-            shared: "group": others of the folder's group may read what is here, and a folder that another user shares
-                is read, and trusted. None: private, or as the folder's mode says (docs/guide/cache.md).
+            path: Folder of the cache. It must be new, empty, or already a cache.
+            size: Size limit: a number of bytes, a text such as "200GB", or a share of the disk such as "80%".
+            policy: Eviction policy: "plan", "resident", "s3fifo" or "lru".
+            free_floor: Disk space that the cache always leaves free, such as "5%" or "10GB".
+            shared: "group" lets the members of the folder's group read the copies, and reads a folder that another user
+                shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
+                says (docs/guide/cache.md).
 
         Raises:
-            ValueError: something else lies in the folder, or an argument that cannot be.
-            PermissionError: the folder is another user's; the message says whose, and what to do.
-            OSError: the folder cannot be made.
+            ValueError: The folder contains other files, or an argument is invalid.
+            PermissionError: The folder belongs to another user; the message names the user and says what to do.
+            OSError: The folder cannot be created.
         """
         self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, free_floor, shared)
         self.counters = Counters(*_COUNTERS)
@@ -103,9 +103,14 @@ class Cache:
 
     @classmethod
     def default(cls, *, path: str | os.PathLike[str] | None = None, size: str | None = None) -> Cache:
-        """The cache that the configuration names, or path and size where given; one object while anybody has it.
+        """Return the cache that the configuration names; the same object for as long as anyone refers to it.
 
-        Without a configured size it keeps to the one it was last opened with, at first half of what the disk has free.
+        If no size is configured, the cache keeps the size with which it was last opened. The first time, that is half
+        of the free space of the disk.
+
+        Args:
+            path: Folder that replaces the configured one; None uses the configured folder.
+            size: Size limit that replaces the configured one, as for the class; None uses the configured limit.
         """
         settings = config.load(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
@@ -130,15 +135,22 @@ class Cache:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Folder of the cache, as an absolute path."""
         return self._options.path
 
     def store(self, inner: Store) -> CachedStore:
-        """inner, read through this cache."""
+        """Return a store that reads `inner` through this cache.
+
+        Args:
+            inner: Store that holds the data. Closing the returned store closes it.
+        """
         return CachedStore(self, inner)
 
     def close(self) -> None:
-        """Stop fetches and give files back. Leases stay valid. The cache may be used again: it opens itself."""
+        """Stop all fetches and close all files.
+
+        Existing leases stay valid; a later call of any method opens the cache again.
+        """
         with self._lock:
             if self._finalizer is not None:
                 self._finalizer()
@@ -157,7 +169,7 @@ class Cache:
         with self._lock:
             if self._opened is None or self._opened.pid != os.getpid():
                 if self._finalizer is not None:
-                    self._finalizer.detach()  # the parent's
+                    self._finalizer.detach()  # belongs to the parent process
                 self._opened = Opened(self._options, self.counters, self._notices, keep=weakref.ref(self))
                 self._finalizer = weakref.finalize(self, self._opened.close)
                 if self._opened.waits_for_room:
@@ -165,9 +177,9 @@ class Cache:
             return self._opened
 
     def _while_reading(self) -> Opened | None:
-        """As _open(), for the steps of a training, which no cache may end: None where it cannot be opened (again).
+        """Return the open cache, or None if it cannot be opened now: a cache must never stop a training.
 
-        That is a process that was forked, or a cache that was closed, while its disk fails or its folder is taken away.
+        Opening fails in a forked process, or after close(), while the disk fails or the folder is missing.
         """
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
@@ -180,25 +192,36 @@ class Cache:
             opened = self._open()
         except (OSError, ValueError) as error:
             self._reopening.trip()
-            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); reading past it")
+            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
             return None
         if not opened.waits_for_room:
             self._reopening.mend()
         return opened
 
     def _renew_locks(self) -> None:
-        """In a forked child, where a thread of the parent may have held them."""
+        """Replace the locks in a forked child: a thread of the parent may have held them during the fork."""
         self._lock, self._notices, self.counters = RLock(), self._notices.copied(), Counters(*_COUNTERS)
         self._reopening = Breaker()
 
     def expect(self, dataset_id: str, url: str) -> None:
-        """Warn, once, when something of this data set has no room, though the cache could hold all of it."""
+        """Let the cache warn once if it has no space for an object of this data set, which would fit as a whole.
+
+        Args:
+            dataset_id: Identifier of the data set.
+            url: Description of the data set for the warning.
+        """
         self._notices.expect(dataset_id, url)
 
     # -- for CachedStore --------------------------------------------------------------------------------------------
 
     def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
-        """A lease on a copy, there or to come; None: read past the cache. tell: told once whether it is a hit."""
+        """Return a lease on a copy, which is cached or will be fetched; None: read the object from the store.
+
+        Args:
+            wanted: Copy to open.
+            store: Store from which a missing copy is fetched.
+            tell: Callback that is called once, with True for a cache hit.
+        """
         opened = self._while_reading()
         if opened is None:
             tell(False)
@@ -206,18 +229,39 @@ class Cache:
         return opened.open(wanted, store, tell)
 
     def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start fetching what will be wanted of a copy; None: all of it."""
+        """Start to prefetch a copy and return at once.
+
+        Args:
+            wanted: Copy to fetch.
+            store: Store from which the copy is fetched.
+            ranges: Byte ranges of the object to fetch; None fetches the whole object.
+        """
         opened = self._while_reading()
         if opened is not None:
             opened.fetch_ahead(wanted, store, ranges)
 
     def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Whether these ranges of a copy (None: all) are there; it may be gone, or found wrong, when it is opened."""
+        """Return whether these ranges of a copy are cached now.
+
+        A later open may still find that the copy was evicted, or that it is corrupt.
+
+        Args:
+            wanted: Copy to look for.
+            ranges: Byte ranges of the object; None stands for the whole object.
+        """
         opened = self._while_reading()
         return opened is not None and opened.is_here(wanted, ranges)
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
-        """Let all who use the folder know when this job reads which copies; names: uint8[m, 20]. See cache/plans.py."""
+        """Publish the reading plan of this job to all processes that use the folder.
+
+        Args:
+            names: Names of the copies of plan.shards, uint8[m, 20]. See cache/plans.py.
+            plan: When the job reads each shard.
+
+        Returns:
+            The published plan, which the job advances and closes.
+        """
         opened = self._while_reading()
         if opened is not None:
             try:
@@ -229,47 +273,68 @@ class Cache:
         return _Unheard()
 
     def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
-        """Fill spans from what is there of a copy; False: it is not there, or is wrong."""
+        """Fill spans from a cached copy; return False if the copy is missing or corrupt.
+
+        Args:
+            wanted: Copy to read.
+            spans: Byte ranges and their buffers. The buffers are undefined if the result is False.
+        """
         opened = self._while_reading()
         return opened is not None and opened.read(wanted, spans)
 
     def distrust(self, wanted: Wanted) -> bool:
-        """Check a copy against its checksum; a wrong one is put into quarantine. True: it was wrong, or is gone."""
+        """Verify a copy against its checksum after a reader found it corrupt.
+
+        Args:
+            wanted: Copy to verify.
+
+        Returns:
+            True: The copy is missing, or was corrupt and is now quarantined. False: It is what the source sent.
+        """
         opened = self._while_reading()
         return opened is None or check.distrust(opened, wanted)
 
     def drop_objects(self, sources: Sequence[str]) -> None:
-        """Evict copies of objects without identity at these URLs (redacted) and below."""
+        """Evict the copies of objects without identity at some URLs and below them.
+
+        Args:
+            sources: URLs without credentials.
+        """
         opened = self._while_reading()
         if opened is not None:
             admin.drop_objects(opened, sources)
 
-    # -- for people -------------------------------------------------------------------------------------------------
+    # -- for users and the command line --------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """bytes_used, limit_bytes, pinned_bytes, and what this process counted.
+        """Return the space that is used and the counters of this process.
 
-        That is hits (what was here before this process asked for it), misses, prefetched (those misses that its own
-        fetch_ahead() had brought by then), bytes_hit, bytes_fetched, evicted, evicted_early (fetched again soon after),
-        quarantined (found to be wrong) and poisoned (wrong at their source).
+        The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
+        process asked for it), misses, prefetched (misses for which this process had already fetched the data with
+        fetch_ahead()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
+        quarantined (corrupt copies) and poisoned (objects that are corrupt at their source).
         """
         return admin.stats(self._open(), self.limit_bytes)
 
     @property
     def limit_bytes(self) -> int:
-        """Most bytes that it may hold, as it was opened; stats() has what holds beside other processes."""
+        """Size limit in bytes with which this object was opened.
+
+        stats() returns the limit that holds for all processes.
+        """
         opened = self._open()
         if opened.writing is not None:
             return opened.writing.limit_bytes
         return parse_bytes(self._options.size, whole_bytes=room(opened.folder.root).total_bytes)
 
     def status(self) -> dict[str, Any]:
-        """stats() and what else a person may ask.
+        """Return stats() and further details for the command line and for monitoring.
 
-        path, policy, free_floor, shared; n_copies, n_parts, reserved_bytes, disk_free_bytes, disk_total_bytes,
-        network_file_system, writable, bypassed; figures and hit_ratio of all processes since the catalog was made;
-        holders (see Holder); plans: who reads, by each plan that lives; poisoned_now and reports: what is known to be
-        bad at its source, and what was found to be wrong here.
+        The further keys are path, policy, free_floor, shared; n_copies, n_parts (partial copies), reserved_bytes,
+        disk_free_bytes, disk_total_bytes, network_file_system, writable, bypassed (the disk fails, and reads bypass the
+        cache); figures and hit_ratio (of all processes since the catalog was created); holders (see Holder); plans
+        (label of each live reading plan); poisoned_now (objects known to be corrupt at their source) and reports
+        (copies that were found to be corrupt here).
         """
         return admin.status(self._open(), self.limit_bytes) | {
             "path": str(self._options.path),
@@ -279,7 +344,7 @@ class Cache:
         }
 
     def entries(self) -> list[Entry]:
-        """All copies, least recently used first."""
+        """Return all copies, least recently used first."""
         return admin.entries(self._open())
 
     def warm(
@@ -291,15 +356,25 @@ class Cache:
         ranges: Ranges = _WHOLE,
         on_progress: Callable[[WarmProgress], None] | None = None,
     ) -> WarmReport:
-        """Fetch copies of the wanted objects of store (a cached one or its inner) that are not here, jobs at a time.
+        """Fetch the copies of the given objects that are not cached yet.
 
-        Interrupted, it goes on where it stopped. It ends with a look at every copy. Of objects that ranges names, by
-        key, only these are fetched.
+        A call that was interrupted can be repeated and continues. At the end, the call checks that every copy is still
+        there.
+
+        Args:
+            store: Store of the objects: a cached store, or the store inside it.
+            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
+            jobs: Number of fetches that run at the same time.
+            ranges: Byte ranges that suffice, by key. An object without an entry is fetched whole.
+            on_progress: Callback that the calling thread calls at the start and after each copy.
+
+        Returns:
+            The numbers of copies and bytes that were fetched.
 
         Raises:
-            CacheFull: they do not fit beside what is pinned, leased, or kept by the policy. Where that is certain from
-                the start nothing was fetched.
-            StoreError, CorruptShard: of the source.
+            CacheFull: The copies do not fit beside those that are pinned, leased or kept by the policy. If that is
+                certain at the start, nothing is fetched.
+            StoreError, CorruptShard: The store failed, or an object is corrupt at its source.
         """
         options = WarmOptions(jobs, on_progress, ranges)
         return warm(self._open(), self._cached(store), list(wanted), options=options)
@@ -307,26 +382,46 @@ class Cache:
     def plan_warm(
         self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
     ) -> WarmPlan:
-        """What warm() would fetch, in its order, and whether there is room for it. Raises StoreError of the source."""
+        """Return what warm() would fetch, in that order, and whether the space suffices.
+
+        The arguments are those of warm().
+
+        Raises:
+            StoreError: The store failed.
+        """
         return plan_warm(self._open(), self._cached(store), list(wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
-        """Warm and hold: pinned copies are never evicted. Raises as warm()."""
+        """Fetch copies as warm() does, and pin them: a pinned copy is never evicted.
+
+        Args:
+            store: Store of the objects: a cached store, or the store inside it.
+            wanted: Pairs of key and identity, as for warm().
+            jobs: Number of fetches that run at the same time.
+
+        Raises:
+            CacheFull, StoreError, CorruptShard: See Cache.warm.
+        """
         pairs = list(wanted)
         report = self.warm(store, pairs, jobs=jobs)
         admin.pin(self._open(), self._cached(store), pairs)
         return report
 
     def unpin(self, selection: admin.Selection = None) -> int:
-        """Let copies go; returns how many were pinned. selection: names, a predicate on Entry, or None for all."""
+        """Unpin copies and return how many were pinned.
+
+        Args:
+            selection: Names of copies, a predicate on Entry, or None for all copies.
+        """
         return admin.unpin(self._open(), selection)
 
     def evict(self, selection: admin.Selection = None, *, target_bytes: int | None = None) -> int:
-        """Delete copies but those that are pinned, leased, or of unknown source; returns bytes freed.
+        """Delete copies, except those that are pinned, leased or of unknown source; return the number of bytes freed.
 
         Args:
-            selection: names, a predicate on Entry, or None for all.
-            target_bytes: go on only until the cache holds no more than this, least recently used first; None: all go.
+            selection: Names of copies, a predicate on Entry, or None for all copies.
+            target_bytes: Size in bytes of the whole cache at which eviction stops, least recently used copies first;
+                None deletes all selected copies.
         """
         return admin.evict(self._open(), selection, target_bytes)
 
@@ -339,20 +434,21 @@ class Cache:
         jobs: int = 4,
         on_progress: Callable[[CheckProgress], None] | None = None,
     ) -> Report:
-        """Read every copy, and every copy in part, and compare it with what is on record of it, jobs at a time.
+        """Read every copy, whole or partial, and compare it with its recorded checksums.
 
         Args:
-            names: of the copies that are meant (see entries()); None: all.
-            repair: put what is wrong into quarantine: it is fetched again when it is next used.
-            store: fetch what came from this store (a cached one or its inner) again at once.
-            jobs: how many copies are read at a time.
-            on_progress: called in the calling thread after each copy.
+            names: Names of the copies to verify (see entries()); None verifies all copies.
+            repair: Whether to quarantine corrupt copies. They are fetched again when they are next used.
+            store: Store from which the quarantined copies are fetched again at once (a cached store, or the store
+                inside it). It requires repair=True.
+            jobs: Number of copies that are read at the same time.
+            on_progress: Callback that the calling thread calls after each copy.
 
         Raises:
-            ValueError: a number of jobs that cannot be, or a store without repair.
+            ValueError: jobs is less than 1, or store is given without repair=True.
         """
         if store is not None and not repair:
-            raise ValueError("verify(store=...) fetches wrong copies again: it needs repair=True")
+            raise ValueError("verify(store=...) fetches corrupt copies again, which requires repair=True")
         cached = None if store is None else self._cached(store)
         chosen = None if names is None else frozenset(names)
         return check.check(self._open(), check.CheckOptions(jobs, repair, cached, chosen, on_progress))

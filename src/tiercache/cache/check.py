@@ -1,4 +1,4 @@
-"""Are the copies what they should be? Reads them all against their records, and puts right what is not."""
+"""Verification: reads copies, compares them with their records, and repairs corrupt ones."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ if TYPE_CHECKING:
     from tiercache.cache.store import CachedStore
 
 _MOST_FINDINGS = 4
-_SHARD = ".tcs"  # a segment of a manifest has an identity too, and no blocks
+_SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks
 
 
 class State(StrEnum):
-    """What a check says of a copy."""
+    """The result of verifying a copy."""
 
     OK = "ok"
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"
     UNKNOWN = "unknown"
-    """Nothing beside the copy says what it should be; it is checked when it is next used."""
+    """No record says what the copy should be; it is verified when it is next used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found of one copy.
+    """The result for one copy.
 
     Attributes:
-        name: its own, a hash.
-        source: URL without credentials, "" where unknown.
-        n_bytes: bytes that were read; of a copy in part those that are there.
-        state: see State.
-        in_part: whether it is a copy in part.
-        where: what is wrong, for people; empty where nothing is.
-        removed: whether it was taken away; repaired: whether it was fetched again too, and is right now.
+        name: Name of the copy, a hash.
+        source: URL without credentials, "" if unknown.
+        n_bytes: Number of bytes that were read; for a partial copy, those of its units.
+        state: Result; see State.
+        in_part: Whether the copy is partial.
+        where: What is wrong, as texts for the user; empty if the copy is right.
+        removed: Whether the copy was quarantined or deleted.
+        repaired: Whether the copy was also fetched again, and is right now.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class CheckProgress:
-    """How far a check is. last: what was found of the copy that was just read."""
+    """The progress of a verification: copies that were read, copies in total, and the result for the last copy."""
 
     n_done: int
     n_all: int
@@ -77,29 +78,29 @@ class CheckProgress:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found of all copies, by name."""
+    """The results for all copies, by name."""
 
     checked: tuple[Checked, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that were read."""
+        """Number of bytes that were read."""
         return sum(one.n_bytes for one in self.checked)
 
     @property
     def wrong(self) -> tuple[Checked, ...]:
-        """The copies that are damaged or cannot be read, repaired since or not."""
+        """The copies that are damaged or unreadable, including repaired ones."""
         return tuple(one for one in self.checked if one.state in (State.DAMAGED, State.UNREADABLE))
 
     @property
     def is_right(self) -> bool:
-        """Whether no wrong copy is left."""
+        """Whether no corrupt copy is left in the cache."""
         return all(one.removed for one in self.wrong)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """How to check; see Cache.verify."""
+    """The arguments of Cache.verify."""
 
     jobs: int = 4
     repair: bool = False
@@ -113,7 +114,7 @@ class CheckOptions:
 
 
 def check(opened: Opened, options: CheckOptions) -> Report:
-    """Read every copy that is here. See Cache.verify."""
+    """Verify the copies. See Cache.verify."""
     here = opened.folder.sizes().keys()
     names = sorted(here if options.names is None else here & options.names)
     found: list[Checked] = []
@@ -131,14 +132,14 @@ def check(opened: Opened, options: CheckOptions) -> Report:
 
 
 def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | None:
-    """What there is to say of a copy; None: it is gone."""
+    """Return the result for a copy, repaired if a mender is given; None: the copy is gone."""
     fd = opened.folder.open_copy(name)
     if fd is None:
         return _check_part(opened, name, mender)
     try:
-        try_shared(fd)  # so that it is not evicted meanwhile
+        try_shared(fd)  # prevents eviction during the check
         with suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is no use: what nobody reads should look its age
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
         record = opened.folder.read_record(name)
         checked, found = _check_copy(fd, name, record)
         if checked.state is State.DAMAGED and checked.source.endswith(_SHARD):
@@ -151,25 +152,25 @@ def _check_one(opened: Opened, name: str, mender: _Mender | None) -> Checked | N
 
 
 def _check_copy(fd: int, name: str, record: Record | None) -> tuple[Checked, int | None]:
-    """What is found of a whole copy, and its CRC-32C if that was computed."""
+    """Return the result for a whole copy, and its CRC-32C if that was computed."""
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
         return Checked(name, "" if record is None else record.source, 0, State.UNKNOWN), None
     right = Checked(name, record.source, n_bytes, State.OK)
     if n_bytes != record.n_bytes:
-        said = f"it has {n_bytes:,} bytes, {record.n_bytes:,} are right"
+        said = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
         return replace(right, state=State.DAMAGED, where=(said,)), None
     whole, offset, _ = sum_of(fd, n_bytes)
     if offset < n_bytes:
-        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at {offset}",)), None
+        return replace(right, state=State.UNREADABLE, where=(f"it cannot be read at offset {offset}",)), None
     if whole != record.crc32c:
-        said = f"its CRC-32C is {whole:08x}, {record.crc32c:08x} is right"
+        said = f"its CRC-32C is {whole:08x}, expected {record.crc32c:08x}"
         return replace(right, state=State.DAMAGED, where=(said,)), whole
     return right, whole
 
 
 def _findings(opened: Opened, name: str) -> list[str]:
-    """Which blocks of a cached shard are damaged, by its own checksums."""
+    """Return which blocks of a cached shard are damaged, by the shard's own checksums."""
     found: list[str] = []
     with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
         for one in islice(verify_shard(folder, name), _MOST_FINDINGS):
@@ -186,7 +187,7 @@ def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | 
     record = opened.folder.read_record(name)
     unknown = Checked(name, "" if record is None else record.source, 0, State.UNKNOWN, in_part=True)
     held = hold_part(opened.folder, name, n_bytes)
-    if held is None:  # of an earlier boot, or in the making: who goes on with it checks it first
+    if held is None:  # of an earlier boot, or being created: the next fetch verifies it first
         return unknown
     try:
         wrong, n_read = _wrong_units(held)
@@ -194,13 +195,13 @@ def _check_part(opened: Opened, name: str, mender: _Mender | None) -> Checked | 
         held.close()
     if not wrong:
         return replace(unknown, n_bytes=n_read, state=State.OK)
-    said = f"{len(wrong)} units are damaged, the first at {wrong[0]}"
+    said = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
     checked = replace(unknown, n_bytes=n_read, state=State.DAMAGED, where=(said,))
     return checked if mender is None else mender.drop_part(checked)
 
 
 def _wrong_units(held: Held) -> tuple[list[int], int]:
-    """Offsets of the wrong units of a part, and how many bytes of it are there."""
+    """Return the offsets of the corrupt units of a partial copy, and the number of bytes that are present."""
     presence = held.presence
     if presence is None:
         return [], 0
@@ -208,13 +209,13 @@ def _wrong_units(held: Held) -> tuple[list[int], int]:
 
 
 class _Mender:
-    """Takes wrong copies away and fetches them again, where it has a store that they came from."""
+    """Quarantines corrupt copies, and fetches them again if it has the store that they came from."""
 
     def __init__(self, opened: Opened, store: CachedStore | None) -> None:
         self._opened, self._store = opened, store
 
     def mend(self, checked: Checked, fd: int, record: Record | None, found: int | None) -> Checked:
-        """Put a wrong copy into quarantine and fetch it again; what could not be done is said in where."""
+        """Quarantine a corrupt copy and fetch it again; a step that failed is described in `where`."""
         try:
             removed = put_aside(self._opened, checked.name, fd, "; ".join(checked.where), found)
         except OSError as error:
@@ -229,26 +230,26 @@ class _Mender:
         return replace(checked, removed=True, repaired=done, where=(*checked.where, *([] if done else [str(verdict)])))
 
     def _fetch(self, store: CachedStore, name: str, record: Record) -> str | None:
-        """Fetch a copy again; None: it is here and right, else why not."""
+        """Fetch a copy again; return None if it is right now, else the reason."""
         prefix = f"{redact(store.url)}/"
         if not record.source.startswith(prefix):
             return f"it came from another store than {store.url}"
         wanted = wanted_of(store, record.source.removeprefix(prefix), record)
         if wanted is None or wanted.name != name:
-            return "its source has changed since: nobody will ask for this copy"
+            return "the object has changed at its source since"
         lease = self._opened.open(wanted, store.inner)
         if lease is None:
-            return "the cache has no room for it"
+            return "the cache has no space for it"
         with lease:
             if not lease.wait([ByteRange(0, wanted.n_bytes)]):
-                return "it is bad at its source too, or the cache has no room for it"
+                return "it is corrupt at its source too, or the cache has no space for it"
         writing = self._opened.writing
         if writing is not None:
             writing.quarantine.compare(name)
         return None
 
     def drop_part(self, checked: Checked) -> Checked:
-        """Delete a part that is wrong: it starts again when it is next wanted."""
+        """Delete a corrupt partial copy. The next fetch starts it again."""
         writing = self._opened.writing
         lock = NameLock(self._opened.folder.locks / checked.name)
         try:
@@ -264,17 +265,19 @@ class _Mender:
 
 
 def wanted_of(store: CachedStore, key: str, record: Record) -> Wanted | None:
-    """What has to be asked for to get the copy of a record again."""
+    """Return the specification with which the copy of a record can be fetched again."""
     if record.dataset_id is None or record.shard_id is None or record.crc32c is None:
         return store.wanted(key)
     return store.wanted(key, ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c))
 
 
 def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int | None) -> bool:
-    """Put a wrong copy into quarantine; False: it is gone, or this folder is only read, where it is served no more.
+    """Quarantine a corrupt copy.
+
+    Return False if it is gone, or the folder is read-only, where it is not served any more.
 
     Raises:
-        OSError: the disk or the catalog fails.
+        OSError: The disk or the catalog failed.
     """
     if opened.writing is None:
         opened.discard(name)
@@ -283,9 +286,11 @@ def put_aside(opened: Opened, name: str, fd: int, reason: str, found_crc32c: int
 
 
 def distrust(opened: Opened, wanted: Wanted) -> bool:
-    """Check a copy that a reader found wrong, and put it aside if it is. True: it is not here (any more).
+    """Verify a copy that a reader found corrupt, and quarantine it if it is.
 
-    Where the disk does not let us look, or put it aside, it is removed, or at least not served by this process again.
+    Return True if the copy is missing or removed.
+
+    If the disk does not allow the check or the move, the copy is removed, or at least not served by this process again.
     """
     try:
         return _distrust(opened, wanted)
@@ -305,7 +310,7 @@ def _distrust(opened: Opened, wanted: Wanted) -> bool:
         is_whole = offset == wanted.n_bytes == os.fstat(fd).st_size
         if is_whole and found == expected:
             return False
-        reason = f"a reader found it wrong; its CRC-32C is {found:08x}" if is_whole else f"it can be read to {offset}"
+        reason = f"a reader found it corrupt, CRC-32C {found:08x}" if is_whole else f"readable up to offset {offset}"
         put_aside(opened, wanted.name, fd, reason, found if is_whole else None)
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""Where two files differ, told without holding more than two pieces of them."""
+"""The comparison of a corrupt file with the correct one, in pieces."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How a wrong file differs from the right one.
+    """How a corrupt file differs from the correct one.
 
     Attributes:
-        n_bad_bytes: size of the wrong file.
-        n_good_bytes: size of the right one.
-        n_differ: bytes that differ where both have some.
-        first: offset of the first of them, or where the shorter file ends; None: they are equal.
-        last: offset of the last of them; None where none differs.
-        unreadable: where the wrong file could not be read; what lies behind was not compared. None: all was read.
+        n_bad_bytes: Size of the corrupt file.
+        n_good_bytes: Size of the correct file.
+        n_differ: Number of differing bytes within the shorter length.
+        first: Offset of the first differing byte, or the end of the shorter file; None: the files are equal.
+        last: Offset of the last differing byte; None if no byte differs.
+        unreadable: Offset at which the corrupt file could not be read; the rest was not compared. None: all was read.
     """
 
     n_bad_bytes: int
@@ -33,7 +33,7 @@ class Difference:
     unreadable: int | None = None
 
     def facts(self) -> dict[str, Any]:
-        """For a report."""
+        """Return the facts for a report."""
         return {
             "n_bytes_differ": self.n_differ,
             "first_offset": self.first,
@@ -46,16 +46,16 @@ class Difference:
     def __str__(self) -> str:
         said = []
         if self.n_bad_bytes != self.n_good_bytes:
-            said.append(f"it had {self.n_bad_bytes:,} bytes, {self.n_good_bytes:,} are right")
+            said.append(f"it had {self.n_bad_bytes:,} bytes instead of {self.n_good_bytes:,}")
         if self.n_differ:
-            said.append(f"{self.n_differ:,} bytes differed, from {self.first} to {self.last}")
+            said.append(f"{self.n_differ:,} bytes differed, from offset {self.first} to {self.last}")
         if self.unreadable is not None:
-            said.append(f"it could not be read at {self.unreadable}")
-        return "; ".join(said) or "it is equal to what was fetched again: read wrongly, or wrong at its source"
+            said.append(f"it could not be read at offset {self.unreadable}")
+        return "; ".join(said) or "it equals what was fetched again: a read failed, or the object itself is corrupt"
 
 
 def difference_of(bad_fd: int, good_fd: int) -> Difference:
-    """How the file bad_fd differs from good_fd. Raises OSError: the right one cannot be read."""
+    """Return how the file bad_fd differs from good_fd. Raises OSError: the correct file cannot be read."""
     n_bad_bytes, n_good_bytes = os.fstat(bad_fd).st_size, os.fstat(good_fd).st_size
     both = min(n_bad_bytes, n_good_bytes)
     n_differ, first, last, unreadable = 0, None, None, None
@@ -78,7 +78,7 @@ def difference_of(bad_fd: int, good_fd: int) -> Difference:
 
 
 def _piece(fd: int, start: int, n_bytes: int) -> NDArray[np.uint8]:
-    """n_bytes at start; zeros where the file was cut meanwhile."""
+    """Return n_bytes at start; zeros beyond the end of a truncated file."""
     piece = np.zeros(n_bytes, np.uint8)
     done = 0
     while done < n_bytes:

@@ -1,4 +1,4 @@
-"""The bytes of one fetch into one part: piece by piece, what somebody waits for first."""
+"""`Download`: the transfer of one fetch from the store into a partial copy, piece by piece, urgent units first."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ N_PIECES_IN_FLIGHT = 4
 
 
 class Download:
-    """What one fetch brings into one part, as long as units are asked for.
+    """The transfer of one fetch into one partial copy, for as long as units are requested.
 
-    Threads share the masks under the lock; each holds a buffer of at most PIECE_BYTES. What is asked for meanwhile is
-    admitted by whichever thread takes the next piece, with the lock held: the others are busy with theirs.
+    Threads share the unit masks under the lock; each thread has a buffer of at most PIECE_BYTES. New requests are
+    admitted, under the lock, by the thread that takes the next piece.
     """
 
     def __init__(
         self, fetch: Fetch, part: Callable[[], Part], admit: Callable[[Mask], bool], counters: Counters, present: Mask
     ) -> None:
-        """Nothing is fetched yet.
+        """Create a transfer that has not started.
 
         Args:
-            fetch: asked by units, and told what has come.
-            part: gives the part to write to, made at the first call, which is under the lock.
-            admit: reserves room for a mask of units, together with all that was admitted before; False: no room.
-            counters: bytes_fetched is added to.
-            present: units that are there from the start.
+            fetch: Fetch that says which units are requested, and is told which have come.
+            part: Function that returns the partial copy to write to. The first call creates it, under the lock.
+            admit: Function that reserves space for a mask of all units admitted so far; it returns False if there is no
+                space.
+            counters: Counters whose bytes_fetched is increased.
+            present: Units that are present at the start.
         """
         self._fetch, self._part, self._admit, self._counters = fetch, part, admit, counters
         self._wanted = fetch.wanted
@@ -59,16 +60,17 @@ class Download:
         self._taken = present.copy()
         self._lock = Lock()
         self._error: BaseException | None = None
-        self._sums: dict[int, tuple[int, int]] = {}  # CRC-32C and length of what came in one piece, by where it begins
+        # CRC-32C and length of each piece that was written as a whole, by offset
+        self._sums: dict[int, tuple[int, int]] = {}
 
     def run(self) -> None:
-        """Bring what is asked for until nothing is left, or room for it is refused.
+        """Fetch the requested units until none is left, or until space for them is refused.
 
         Raises:
-            StoreError: the source failed.
-            OSError: the disk did.
+            StoreError: The source failed.
+            OSError: The disk failed.
         """
-        self._error, self._taken = None, self._present.copy()  # what an earlier run took and lost is taken again
+        self._error, self._taken = None, self._present.copy()  # units that an earlier run took but lost are taken again
         while (ranges := self._take()) is not None:
             left_bytes = UNIT_BYTES * int((self._admitted & ~self._taken).sum())
             helpers: list[Thread] = []
@@ -76,23 +78,27 @@ class Download:
                 self._start(min(N_PIECES_IN_FLIGHT - 1, -(-left_bytes // PIECE_BYTES)), helpers)
                 self._work(ranges)
             finally:
-                for helper in helpers:  # whatever was raised: they write to the part, which is closed after this
+                # Even after an error: the helpers write to the partial copy, which is closed afterwards.
+                for helper in helpers:
                     helper.join()
             if self._error is not None:
                 raise self._error
 
     def _start(self, n_helpers: int, helpers: list[Thread]) -> None:
-        """Start threads that help, and add them to helpers."""
+        """Start helper threads and append them to helpers."""
         for _ in range(n_helpers):
             helper = Thread(target=self._work, name="tiercache-part", daemon=True)
             try:
                 helper.start()
-            except RuntimeError:  # the system gives no more threads: those that there are do it all
+            except RuntimeError:  # the system allows no more threads; the existing ones do all the work
                 return
             helpers.append(helper)
 
     def whole_sum(self) -> int | None:
-        """CRC-32C of the whole file as the source sent it, where all of it came by this; None: read it back."""
+        """Return the CRC-32C of the whole file from its pieces.
+
+        None if other processes wrote some of it: it must be read back.
+        """
         whole = offset = 0
         while offset in self._sums and (offset < self._wanted.n_bytes or not offset):
             piece_sum, n_bytes = self._sums[offset]
@@ -109,12 +115,12 @@ class Download:
             while ranges is not None:
                 self._bring(ranges, buffer)
                 ranges = self._take()
-        except BaseException as error:  # noqa: BLE001 - thread top: run() raises the first
+        except BaseException as error:  # noqa: BLE001 - top of a thread: run() raises the first error
             with self._lock:
                 self._error = self._error or error
 
     def _take(self) -> list[ByteRange] | None:
-        """The next ranges to fetch in one request, urgent ones first; None: nothing is left, or a thread failed."""
+        """Return the ranges of the next request, urgent units first; None: nothing is left, or a thread failed."""
         n_bytes = self._wanted.n_bytes
         with self._lock:
             if self._error is not None:
@@ -122,16 +128,16 @@ class Download:
             units, urgent = self._fetch.open_units()
             self._grow(units & ~self._admitted)
             todo = self._admitted & ~self._taken
-            # Little is fetched in one request, whoever waits for what of it: a second would take longer than the bytes.
+            # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
             first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
             ranges = first_piece(first, n_bytes) or first_piece(todo, n_bytes)
             self._taken |= mask_of(ranges, n_bytes)
             if ranges:
-                self._part()  # made here, under the lock: two would not be the same
+                self._part()  # created here, under the lock, so that there is only one
             return ranges or None
 
     def _grow(self, units: Mask) -> None:
-        """Admit units that were asked for, and the rest of the file along with them where that is little."""
+        """Admit requested units, and with them the rest of the file if it is small."""
         if not units.any():
             return
         for more in (to_fetch(self._admitted, units, self._wanted.n_bytes), units):
@@ -141,14 +147,14 @@ class Download:
         self._fetch.refuse(units)
 
     def _bring(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
-        """Fetch ranges into the buffer, one after another, and write them."""
-        part = self._part()  # _take() has made it
+        """Fetch ranges into the buffer, one after another, and write them to the partial copy."""
+        part = self._part()  # _take() has created it
         position = 0
         spans = []
         for wanted in ranges:
             spans.append((wanted, buffer[position : position + wanted.n_bytes]))
             position += wanted.n_bytes
-        if position:  # of an empty object there is nothing to read
+        if position:  # an empty object has nothing to read
             self._read([(wanted, data.data) for wanted, data in spans])
         for wanted, data in spans:
             piece_sum = part.write(wanted.start, data)
@@ -160,7 +166,7 @@ class Download:
         self._fetch.see(part.present)
 
     def _read(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
-        """Read from the source, as the object was when it was named; once more where that may help."""
+        """Read from the source, in the version that was named; retry once if that may help."""
         wanted, store = self._wanted, self._fetch.store
         try:
             self._ask(spans)
@@ -168,10 +174,10 @@ class Download:
             raise
         except StoreError as error:
             if error.retryable or self._fetch.cancel.is_set():
-                raise  # the back end has tried again already
+                raise  # the store has already retried
             self._ask(spans)
         if wanted.identity is None and wanted.if_match is None:
-            # Where no strong ETag could guard the reading, the object must look the same after it.
+            # Without a strong ETag as a guard, the object must have the same attributes after the read.
             info = store.head(wanted.key)
             if name_of_object(wanted.source, info) != wanted.name:
                 raise ObjectChanged(url=wanted.source, expected=wanted.etag, found=info.etag)
@@ -180,7 +186,7 @@ class Download:
         wanted = self._wanted
         try:
             self._fetch.store.read_into(wanted.key, spans, if_match=wanted.if_match, cancel=self._fetch.cancel)
-        except OSError as error:  # of the network, by a back end that lets it through: no fault of the cache's disk
+        except OSError as error:  # a network error that the store did not convert; not an error of the cache's disk
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"reading failed: {error}", url=wanted.source, retryable=True) from error

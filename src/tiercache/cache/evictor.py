@@ -1,4 +1,4 @@
-"""Room: reserved before a byte is fetched, made by evicting what the policy gives up."""
+"""`Evictor`: reserves space before a byte is fetched, and evicts the copies that the policy chooses."""
 
 from __future__ import annotations
 
@@ -31,43 +31,51 @@ if TYPE_CHECKING:
     from tiercache.cache.plans import Plans, Uses
     from tiercache.stats import Counters
 
-# The record beside a copy, a pin, a lock file, SQLite's journal: files that the accounts do not count.
+# Number of files that one more copy may need beside it (record, pin, lock file, SQLite's journal); the accounts do not
+# count files.
 SPARE_FILES = 8
-# What is leased cannot go, and the policy does not know. No copy is asked twice (20 us each), but a round is a look at
-# the books and at the plans (1 to 3 ms), so each goes 16 times further down the list: to all of a hundred leased copies
-# in three, of 65,536 in five. Not to all at once: with one copy leased at the head of 25,000, the next 16 are enough.
+# A leased copy cannot be evicted, and the policy does not know about leases. No copy is tried twice (20 us each), but a
+# round reads the accounts and the plans (1 to 3 ms), so each round goes WIDER times further down the list: three rounds
+# try a hundred leased copies, five try 65,536. The first round does not try all copies: if only one of 25,000 is
+# leased, the next 16 are enough.
 MAX_ROUNDS = 7
 WIDER = 16
-# lru and s3fifo make room for a while at once; plan gives up exactly what is needed: all it holds will be needed.
+# lru and s3fifo free some space in advance; plan frees exactly what is needed, because all its copies will be needed.
 WATERMARK_SHARE = 0.01
-# Of the limit: what was fetched for a use that comes within so many bytes of a job's reading. Loaders fetch four shards
-# ahead of the groups that they read; all of a cache must not be held for them.
+# A copy that was fetched for a use within this share of the limit (in bytes of the job's reading) is not evicted.
+# Loaders prefetch four shards; the whole cache must not be kept for them.
 SOON_SHARE = 0.25
-# Of the limit: what is spared at most. A cache of which all is wanted soon, by many jobs or by some that stand still,
-# would let nobody else in, and not keep to a limit that has become smaller.
+# At most this share of the limit is kept for uses that come soon. Otherwise, many jobs, or stalled ones, could keep the
+# whole cache: no new copy would fit, and a smaller limit could not be enforced.
 SPARED_SHARE = 0.5
-# Copies deleted by hand, or by a process that died before it booked them out, leave the books too high. Before room is
-# refused the folder is looked at again, but a full cache refuses often, and a look takes milliseconds.
+# Copies that were deleted by hand, or by a process that died before it updated the accounts, leave the accounts too
+# high. The folder is scanned again before space is refused, but at most this often: a full cache refuses often, and a
+# scan takes milliseconds.
 LOOK_AGAIN_S = 60.0
-# Making room takes milliseconds; who cannot have the lock by then goes on without.
+# Freeing space takes milliseconds; a process that cannot get the lock in this time continues without it.
 ROOM_WAIT_S = 10.0
-# Who has it that long was stopped (SIGSTOP, a paused container): for a while nobody waits for him again.
+# A process that holds the lock for longer was stopped (SIGSTOP, a paused container): for this time nobody waits for it.
 STOPPED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How room is made. policy: a name of POLICIES; free_floor: what stays free of the disk, in bytes or "5%"."""
+    """The settings of an evictor.
+
+    Attributes:
+        policy: Name of the policy, a key of POLICIES.
+        free_floor: Disk space that stays free, in bytes or as a share such as "5%".
+    """
 
     policy: str
     free_floor: int | str
 
 
 class Evictor:
-    """Reserves room and deletes copies. Safe from any thread.
+    """Reserves space and deletes copies. Safe from any thread.
 
-    One lock guards the uses that are not booked yet, one the books in memory; the third is held while reserve() makes
-    room, files deleted.
+    One lock guards the uses that are not written to the accounts yet, one the accounts in memory; the third is held
+    while reserve() frees space, including while files are deleted.
     """
 
     def __init__(self, folder: Folder, accounts: Accounts, counters: Counters, plans: Plans, rules: Rules) -> None:
@@ -83,17 +91,22 @@ class Evictor:
     # -- uses -------------------------------------------------------------------------------------------------------
 
     def note_use(self, name: str, n: int = 1) -> int:
-        """Remember a use, in order; returns how many copies have uses that are not booked yet.
+        """Record a use, in order; return the number of copies whose uses are not written to the accounts yet.
 
-        n: 0 where the copy was fetched for this very use, which is what the simulator and S3-FIFO's authors call a
-        miss: it is used now, but not again.
+        Args:
+            name: Name of the copy.
+            n: Number of uses; 0 if the copy was fetched for this very use. The simulator and the authors of S3-FIFO
+                count such a use as a miss: it updates the time of use, but not the frequency.
         """
         with self._uses_lock:
             self._uses[name] = self._uses.pop(name, 0) + n
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Book the uses, and what the counters have counted. On a full disk they are lost: what makes room goes on."""
+        """Write the recorded uses and counters to the accounts.
+
+        On a full disk they are lost, so that eviction can continue.
+        """
         with self._uses_lock:
             uses, self._uses = self._uses, {}
             counts, before = self._counters.snapshot(), self._booked
@@ -108,10 +121,13 @@ class Evictor:
             if not is_disk_full(error):
                 raise
 
-    # -- room -------------------------------------------------------------------------------------------------------
+    # -- space ---------------------------------------------------------------------------------------------------------
 
     def spare_bytes(self) -> int:
-        """What the disk has free above the floor; nothing where it can take no more files: evicting frees some."""
+        """Return the free disk space above the reserve; at most 0 if the disk can take no more files.
+
+        Eviction frees files too.
+        """
         disk = room(self._folder.root)
         spare_bytes = disk.free_bytes - parse_bytes(self._rules.free_floor, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < SPARE_FILES:
@@ -119,11 +135,11 @@ class Evictor:
         return spare_bytes
 
     def lack_bytes(self, charge_bytes: int) -> int:
-        """How many bytes must go before charge_bytes can be reserved; 0 or less: none."""
+        """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
         return self._accounts.lack_bytes(charge_bytes, spare_bytes=self.spare_bytes)
 
     def freeable_bytes(self, wanted: Set[str]) -> int:
-        """What the policy could give up at most for copies of these names, and none of them."""
+        """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
         if not replaces(self._rules.policy):
             return 0
         with self._look_lock:
@@ -135,7 +151,10 @@ class Evictor:
         return sum(n for n, use in zip(n_bytes, next_use, strict=True) if use > 0 and gives_way(use, then))
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
-        """Whether there is certainly no room: the policy gives up too little, and nobody is fetching that very copy."""
+        """Return whether a reservation would certainly fail.
+
+        That is the case if the policy frees too little, and no process is fetching this copy.
+        """
         if self._has_room(charge_bytes) or self._accounts.is_reserved(name):
             return False
         if not replaces(self._rules.policy):
@@ -148,7 +167,7 @@ class Evictor:
         return self._look_again() and self.lack_bytes(charge_bytes) <= 0
 
     def _look_again(self) -> bool:
-        """Make the books agree with the files, if that was not done lately."""
+        """Make the accounts agree with the files, unless that was done recently."""
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s - self._looked_s < LOOK_AGAIN_S:
             return False
@@ -157,11 +176,14 @@ class Evictor:
         return True
 
     def reserve(self, name: str, charge_bytes: int, *, spare: Set[str] = frozenset()) -> bool:
-        """Reserve room for bytes of a copy, evicting what the policy gives up but none of spare; False: no room."""
+        """Reserve space for a copy; evict what the policy chooses, except the names in spare.
+
+        Return False if there is no space.
+        """
         return self._reserve_here(name, charge_bytes) or self._reserve_by_force(name, charge_bytes, spare)
 
     def note_fetch(self, name: str) -> None:
-        """Count a fetch of what was evicted lately."""
+        """Count a fetch of a copy that was evicted recently."""
         if self._accounts.is_ghost(name):
             self._counters.add("evicted_early")
 
@@ -175,7 +197,7 @@ class Evictor:
             for _ in range(MAX_ROUNDS):
                 if self._reserve_here(name, charge_bytes):
                     return True
-                lack_bytes = self.lack_bytes(charge_bytes)  # none, where somebody has just given room back
+                lack_bytes = self.lack_bytes(charge_bytes)  # none, if another process has just freed space
                 if lack_bytes > 0 and not self._free(name, lack_bytes, kept, wider):
                     return False
                 wider *= WIDER
@@ -183,9 +205,10 @@ class Evictor:
 
     @contextmanager
     def _making_room(self) -> Iterator[bool]:
-        """One at a time, here and in other processes: two would pick the same victims, and one would find none left.
+        """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
 
-        Gives whether that holds: who has waited for long goes on beside the other.
+        Two callers would choose the same victims, and one would find none left. After a long wait, a caller continues
+        without the lock.
         """
         lock = NameLock(self._folder.locks / "room")
         with self._room_lock:
@@ -199,13 +222,13 @@ class Evictor:
                 lock.give_back()
 
     def free_disk(self, charge_bytes: int, *, spare: Set[str] = frozenset()) -> None:
-        """Evict for charge_bytes what no plan names, whatever the books say: the disk itself is full."""
+        """Evict charge_bytes of copies that no plan names, whatever the accounts say: the disk itself is full."""
         if replaces(self._rules.policy):
             with self._making_room():
                 self._free("", charge_bytes, set(spare), 1)
 
     def shrink(self) -> None:
-        """Evict for a limit that has become smaller, whatever the policy: as much as can go."""
+        """Evict until the cache fits a smaller limit, with any policy, as far as copies can be evicted."""
         if self._over_bytes() <= 0:
             return
         policy, wider = self._policy if replaces(self._rules.policy) else lru, 1
@@ -214,8 +237,8 @@ class Evictor:
             while (need_bytes := self._over_bytes()) > 0:
                 books, decision = self._decide("", Ask(0, need_bytes * wider, then=-1), kept, policy)
                 stayed = self._carry_out(books, decision, need_bytes)
-                # Nothing stayed: all that was named is gone, and that is enough, or all there is. And what another one
-                # is deleting looks as if it were read, and is on the books until he is done.
+                # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
+                # process is deleting looks like one in use, and stays in the accounts until that process is done.
                 if not stayed or not is_alone:
                     return
                 kept |= stayed
@@ -228,9 +251,11 @@ class Evictor:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def _free(self, name: str, need_bytes: int, kept: set[str], wider: int) -> bool:
-        """Evict for need_bytes of name; what turns out to be in use is added to kept. False: there is nothing to try.
+        """Evict need_bytes for a copy; add copies that turn out to be in use to kept.
 
-        Nothing is touched where need_bytes cannot be reached.
+        Return False if there is nothing to try.
+
+        Nothing is deleted if need_bytes cannot be reached.
         """
         until = need_bytes
         if self._rules.policy != "plan":
@@ -241,7 +266,7 @@ class Evictor:
         return bool(decision.victims)
 
     def _decide(self, name: str, ask: Ask, kept: Set[str], policy: Policy | None = None) -> tuple[Books, Decision]:
-        """What the policy says to room for name: "" for nobody in particular."""
+        """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
         with self._look_lock:
             books, copies, (coming, after) = self._look(kept, [name] if name else [])
             if name:
@@ -249,7 +274,7 @@ class Evictor:
             return books, (policy or self._policy)(copies, ask)
 
     def _look(self, kept: Iterable[str], wanted: Iterable[str]) -> tuple[Books, Snapshot, Uses]:
-        """The books, the snapshot for the policy, and when wanted are needed."""
+        """Return the accounts, the snapshot for the policy, and the next uses of the names in wanted."""
         self.flush_uses()
         books = self._shelf.look()
         keep = books.among([*kept, *self._pinned()]) | ~books.recorded
@@ -260,28 +285,28 @@ class Evictor:
         return books, Snapshot(*columns, keep, next_use, books.limit_bytes, books.has_evicted), uses
 
     def _pinned(self) -> set[str]:
-        """Names that a person holds. Pins made elsewhere meanwhile are seen when their copy would be deleted."""
+        """Return the names of pinned copies. A new pin of another process is noticed when its copy would be deleted."""
         if self._pins is None:
             self._pins = set(self._folder.names(".pin"))
         self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
         return self._pins
 
     def _carry_out(self, books: Books, decision: Decision, until_bytes: int) -> set[str]:
-        """Evict the decided victims until enough is free; returns those that could not go."""
+        """Evict the chosen victims until enough space is free; return those that could not be deleted."""
         rows = list(decision.victims)
         names, sizes = [books.names.text(row) for row in rows], books.charge_bytes[rows].tolist()
         tried: list[str] = []
         gone = self._delete_until(zip(names, sizes, strict=True), until_bytes, tried)
         stayed = set(tried) - set(gone)
         moves = [(books.names.text(m.row), m.main, m.freq) for m in decision.moves if m.n_before < len(tried)]
-        # Who is being read begins anew in its queue: at the head it would be asked again every time.
+        # A copy in use goes to the end of its queue: at the head, it would be tried again every time.
         queues = zip(names, books.main[rows].tolist(), books.freq[rows].tolist(), strict=True)
         place = {name: (main, freq) for name, main, freq in [*queues, *moves] if name in stayed}
         held = [(name, *at) for name, at in place.items() if not self._folder.is_pinned(name)]
         if self._policy is not lru and (moves or held):
             self._accounts.requeue([*moves, *held])
         if self._pins is not None:
-            # A new set: another thread may be going through the old one.
+            # A new set: another thread may be iterating over the old one.
             self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
         self._book_out(gone, evicted=True)
         return stayed
@@ -289,9 +314,9 @@ class Evictor:
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def evict(self, rows: Iterable[CopyRow], *, need_bytes: float = math.inf) -> int:
-        """Delete these copies, in order, until need_bytes are free; returns bytes freed.
+        """Delete these copies, in order, until need_bytes are free; return the bytes freed.
 
-        None that is pinned, leased, being fetched, or whose source is not on record.
+        A copy is skipped if it is pinned, leased, being fetched, or has no recorded source.
         """
         charges = {row.name: row.charge_bytes for row in rows if row.record}
         gone = self._delete_until(charges.items(), need_bytes, [])
@@ -299,7 +324,10 @@ class Evictor:
         return sum(charges[name] for name in gone)
 
     def _delete_until(self, charges: Iterable[tuple[str, int]], need_bytes: float, tried: list[str]) -> list[str]:
-        """Delete copies, in order, until need_bytes are free; those that are gone. tried: gets all that were asked."""
+        """Delete copies, in order, until need_bytes are free; return those that were deleted.
+
+        All that were tried go to tried.
+        """
         gone, freed_bytes = [], 0
         for name, charge_bytes in charges:
             if freed_bytes >= need_bytes:
@@ -318,18 +346,19 @@ class Evictor:
             except OSError as error:
                 if not is_disk_full(error):
                     raise
-                self._looked_s = -math.inf  # the books are too high until they can be written: then look again
+                self._looked_s = -math.inf  # the accounts stay too high until they can be written: then reconcile them
             self._counters.add("evicted", len(gone))
             reach("evict.booked")
 
 
 def _wanted_soon(books: Books, next_use: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool[n]: what a live plan reads now, and what was fetched for a use that is about to come; the soonest of them.
+    """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
 
-    For policies that know no plans. A loader fetches ahead, and its copies have no reader yet: of two jobs side by side
-    each evicted what the other had fetched ahead, and both fetched it twice (docs/design/2026-11-25-cache-policy.md).
+    Copies with the nearest uses are preferred, up to SPARED_SHARE. The mask is for policies that do not use plans. A
+    loader prefetches, and its copies have no reader yet: of two concurrent jobs, each evicted what the other had
+    prefetched, and both fetched it twice (docs/design/eviction.md).
     """
-    is_fresh = books.last_use == books.turn  # neither was it used since it came, nor moved
+    is_fresh = books.last_use == books.turn  # not used and not requeued since it came
     wanted: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= books.limit_bytes * SOON_SHARE))
     rows = np.flatnonzero(wanted)
     rows = rows[np.argsort(next_use[rows], kind="stable")]
@@ -338,9 +367,9 @@ def _wanted_soon(books: Books, next_use: NDArray[np.int64]) -> NDArray[np.bool_]
 
 
 def delete_copy(folder: Folder, name: str) -> bool:
-    """Delete one copy, whole or in part, if nobody holds it; the books are the caller's.
+    """Delete a copy, whole or partial, unless it is in use; the caller updates the accounts.
 
-    Under its name's lock, so that no fetcher publishes between our looking and our deleting.
+    The lock of the name is held, so that no fetch publishes the copy between the check and the deletion.
     """
     lock = NameLock(folder.locks / name)
     if _is_read(folder, name) or not lock.try_take():
@@ -351,9 +380,9 @@ def delete_copy(folder: Folder, name: str) -> bool:
         if fd is None:
             fd = folder.open_to_write(f"{name}.part")
         if fd is None:
-            return folder.charge_of(name) is None  # deleted by hand: it only has to be booked out
+            return folder.charge_of(name) is None  # deleted by hand: only the accounts must be updated
         try:
-            # A pin is written under a reader's lock: after our lock it is there to be seen, or comes too late.
+            # A pin is written under a reader's lock: after this lock, it is either visible or too late.
             if not try_exclusive(fd) or folder.is_pinned(name):
                 return False
             folder.remove_copy(name)
@@ -366,7 +395,10 @@ def delete_copy(folder: Folder, name: str) -> bool:
 
 
 def _is_read(folder: Folder, name: str) -> bool:
-    """Whether somebody reads a copy. 20 us, where making its lock file takes 1 ms: thousands may be read at once."""
+    """Return whether a copy is in use.
+
+    It takes 20 us; creating a lock file takes 1 ms, and thousands of copies may be in use.
+    """
     for file in (name, f"{name}.part"):
         with suppress(OSError):
             fd = open_file(folder.copy_path(file), os.O_RDONLY)

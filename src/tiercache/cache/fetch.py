@@ -1,4 +1,4 @@
-"""One fetch of one copy: what any number of leases ask of it, and what has come; and the threads that fetch."""
+"""`Fetch`, the download of one copy that any number of leases share, and `Fetcher`, the threads that run fetches."""
 
 from __future__ import annotations
 
@@ -21,26 +21,37 @@ if TYPE_CHECKING:
     from tiercache.store import Store
 
 N_FETCHES = 4
-# Threads beside these for what somebody waits for: four fetches ahead of whole shards, or four that watch another
-# process fetch, would hold it up for as long as they take.
+# Extra threads for fetches that a reader waits for. Without them, four prefetches of whole shards, or four fetches that
+# wait for another process, would delay such a fetch for as long as they take.
 N_MORE_AWAITED = 4
-DEADLINE_S = 3600.0  # of a wait that names none: nothing waits for ever
+DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless
 JOIN_S = 30.0
 
 
 class Fetch:
-    """A copy on its way. The condition guards everything; no I/O happens under it.
+    """The download of one copy. The condition guards all state; no I/O happens while it is held.
 
-    Units are asked for while it runs, and whoever waits is woken as soon as his own are there. It ends when nothing is
-    left that was asked for; then a new one has to be made.
+    Leases request units while the fetch runs, and each waiting lease wakes as soon as its own units are present. The
+    fetch ends when no requested unit is missing; a later request needs a new fetch.
 
-    places: leases that will take a descriptor of their own, or leave. The fetch keeps one, under a reader's lock, until
-    the last of them did: nobody can evict in between. step: what it does, for people. spare: names that must not be
-    evicted for it.
+    A lease that joins holds a place until it has a descriptor of its own, or leaves. Until the last place is given up,
+    the fetch keeps a descriptor under a reader's lock, so that no evictor can remove the copy in between.
+
+    Attributes:
+        cancel: Event that stops the download.
+        step: What the fetch does at the moment, for error messages.
+        spare: Names of copies that must not be evicted for this fetch.
     """
 
     def __init__(self, wanted: Wanted, store: Store, queue: Fetcher, keep: Callable[[], object]) -> None:
-        """queue: what runs it; keep: gives what must live as long as it runs."""
+        """Create a fetch that is not queued yet.
+
+        Args:
+            wanted: Copy to fetch.
+            store: Store that holds the object.
+            queue: Fetcher that runs this fetch.
+            keep: Function that returns the object that must stay alive while the fetch runs.
+        """
         self.wanted, self.store = wanted, store
         self.cancel = Event()
         self.step = "waiting for a free thread"
@@ -59,14 +70,17 @@ class Fetch:
     # -- for leases -------------------------------------------------------------------------------------------------
 
     def join(self) -> bool:
-        """Take a place; False: it has ended."""
+        """Take a place in this fetch; return False if the fetch has ended."""
         with self._changed:
             if not self._closed:
                 self._places += 1
             return not self._closed
 
     def ask(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> bool:
-        """See to it that ranges come, before others if that is urgent; False: it has ended, ask another one."""
+        """Request ranges, with priority if urgent.
+
+        Return False if the fetch has ended and the caller needs another one.
+        """
         mask = mask_of(ranges, self.wanted.n_bytes)
         with self._changed:
             if self._closed:
@@ -84,17 +98,23 @@ class Fetch:
         return True
 
     def take_up(self) -> bool:
-        """Whether the caller is the one to run it."""
+        """Return whether the caller must run this fetch, because nobody has started it."""
         with self._changed:
             started, self._started = self._started, True
             return not started
 
     def wait(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> None:
-        """Wait until ranges are there or will not come; of a copy that is whole with them, until it has its name.
+        """Wait until the ranges are present or cannot come.
+
+        If they complete the copy, wait until it has its final name.
+
+        Args:
+            ranges: Byte ranges of the object.
+            deadline_s: Longest wait in seconds; None: DEADLINE_S.
 
         Raises:
-            StoreError: deadline_s passed.
-            TierCacheError: what the fetch ended with, unless ranges came before.
+            StoreError: The deadline passed.
+            TierCacheError: The error with which the fetch ended, unless the ranges came before.
         """
         mask = mask_of(ranges, self.wanted.n_bytes)
 
@@ -111,7 +131,7 @@ class Fetch:
                 )
             error = None if self._covers(ranges) and self._held is not None else self._error
         if isinstance(error, TierCacheError):
-            raise copy.copy(error) from error  # a copy for each that waits: a traceback belongs to one thread
+            raise copy.copy(error) from error  # a copy for each waiting thread: a traceback belongs to one thread
         if error is not None:
             raise StoreError(f"caching it failed: {error!r}", url=self.wanted.source) from error
 
@@ -119,9 +139,10 @@ class Fetch:
         return covers(self._present, ranges, self.wanted.n_bytes)
 
     def claim(self) -> tuple[Held | None, bool]:
-        """(a hold of one's own, whether the place was given up for it); None: nothing has come, or nothing will.
+        """Return (a handle on the file, whether the caller's place is given up).
 
-        All these holds share one lock, which lasts until the last of them is closed.
+        The handle is None as long as nothing has come, and if nothing will come. All handles that a fetch returns share
+        one lock, which lasts until the last of them is closed.
         """
         with self._changed:
             held = None if self._held is None else self._held.dup()
@@ -139,13 +160,13 @@ class Fetch:
 
     @property
     def is_unused(self) -> bool:
-        """Whether it was never started and nobody waits for it."""
+        """Whether the fetch was never started and no lease has a place in it."""
         return not self._started and not self._places
 
-    # -- for whoever runs it ----------------------------------------------------------------------------------------
+    # -- for the thread that runs it -----------------------------------------------------------------------------------
 
     def offer(self, held: Held, present: Mask) -> None:
-        """Let the leases have this file, taken over, and know what is there of it, from now on."""
+        """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
         held.keep_private()
         with self._changed:
             before, self._held = self._held, held
@@ -155,13 +176,13 @@ class Fetch:
             before.close()
 
     def see(self, present: Mask) -> None:
-        """Say which units are there by now."""
+        """Add units that are present by now, and wake the leases that wait for them."""
         with self._changed:
             self._present |= present
             self._changed.notify_all()
 
     def forget(self) -> None:
-        """What was there is not any more: it has to come again. Leases that have it may keep it."""
+        """Mark all units as missing, so that they are fetched again. Leases keep the handles that they have."""
         with self._changed:
             held, self._held = self._held, None
             self._present[:] = False
@@ -169,38 +190,38 @@ class Fetch:
             held.close()
 
     def open_units(self) -> tuple[Mask, Mask]:
-        """What is asked for, not refused, and not there; and what of it is urgent."""
+        """Return the requested units that are neither present nor refused, and the urgent ones among them."""
         with self._changed:
             units = self._asked & ~self._present & ~self._refused
             return units, units & self._urgent
 
     def refuse(self, units: Mask) -> None:
-        """These units will not come: there is no room for them."""
+        """Mark units that will not come because there is no space for them, and wake the leases that wait for them."""
         with self._changed:
             self._refused |= units
             self._changed.notify_all()
 
     def close_if_done(self) -> bool:
-        """End it, if nothing is left that was asked for; nobody can ask for more after that."""
+        """Close the fetch if no requested unit is missing; after that, no lease can request more."""
         with self._changed:
             is_done = not (self._asked & ~self._present & ~self._refused).any()
             self._closed = self._closed or is_done
             return is_done
 
     def abandon(self) -> None:
-        """Let nobody ask for more; who waits is served to the end."""
+        """Close the fetch for new requests. The requests so far are still served."""
         with self._changed:
             self._closed = True
 
     def end(self, error: BaseException | None = None) -> None:
-        """Wake all; nothing more will come."""
+        """End the fetch, with an error if it failed, and wake all waiting leases."""
         with self._changed:
             self._done = self._closed = True
             self._error = error
             kept, self._kept = self._kept, None
             self._drop_unused()
             self._changed.notify_all()
-        del kept  # perhaps the last hold on the cache, which then closes itself: not under the lock
+        del kept  # possibly the last reference to the cache, whose finalizer must not run under the lock
 
     def _drop_unused(self) -> None:
         if self._done and not self._places and self._held is not None:
@@ -209,25 +230,26 @@ class Fetch:
 
 
 class Fetcher:
-    """At most one fetch of a name at a time in this process, on a few threads that live while it has work.
+    """Runs at most one fetch per name at a time in this process, on a few threads that exist while there is work.
 
-    Those are N_FETCHES at most, and N_MORE_AWAITED beside them for what somebody waits for.
+    There are at most N_FETCHES threads, and N_MORE_AWAITED extra ones for fetches that a lease waits for. The lock
+    guards the table and the queues.
 
-    The lock guards table and queue. run(fetch) does the work, or raises. keep() gives the cache, which must not be
-    closed by the garbage collector, in one of these threads, while they are at work.
+    The argument run carries out one fetch, or raises. The argument keep returns the cache: a running fetch keeps this
+    reference, so that the garbage collector cannot close the cache in one of the fetch threads.
     """
 
     def __init__(self, run: Callable[[Fetch], None], keep: Callable[[], object]) -> None:
         self._run, self._keep = run, keep
         self._lock = Lock()
         self._table: dict[str, Fetch] = {}
-        self._awaited: deque[Fetch] = deque()  # somebody waits for these; for those ahead nobody does yet
+        self._awaited: deque[Fetch] = deque()  # fetches that a lease waits for; the fetches in _ahead are prefetches
         self._ahead: deque[Fetch] = deque()
         self._threads: set[Thread] = set()
         self._closed = False
 
     def join(self, wanted: Wanted, store: Store) -> Fetch:
-        """The fetch of wanted that is under way or new, with a place in it taken."""
+        """Return the running fetch of a copy, or a new one, with a place in it taken."""
         with self._lock:
             fetch = self._table.get(wanted.name)
             if fetch is not None and fetch.join():
@@ -239,12 +261,12 @@ class Fetcher:
             return fetch
 
     def is_coming(self, name: str) -> bool:
-        """Whether name is being fetched here."""
+        """Return whether this process fetches the copy now."""
         with self._lock:
             return name in self._table
 
     def abandon(self, name: str) -> None:
-        """Let whoever wants name from now on have another fetch: what this one has was found to be wrong."""
+        """Let later requests for a name start a new fetch: the data of the current one is corrupt."""
         with self._lock:
             fetch = self._table.pop(name, None)
         if fetch is not None:
@@ -262,9 +284,11 @@ class Fetcher:
         fetch.end()
 
     def _have_thread(self) -> bool:
-        """Start a thread for what is queued, if another may be; False: there is none, and the system gives none.
+        """Start a thread for queued work if the limits allow it.
 
-        The lock is held.
+        Return False if no thread exists and none can be started.
+
+        The caller holds the lock.
         """
         if len(self._threads) < N_FETCHES + (N_MORE_AWAITED if self._awaited else 0):
             thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
@@ -276,7 +300,7 @@ class Fetcher:
         return bool(self._threads)
 
     def hurry(self, fetch: Fetch) -> None:
-        """Run a fetch before those that nobody waits for yet."""
+        """Move a queued prefetch to the fetches that a lease waits for."""
         with self._lock:
             if fetch in self._ahead:
                 self._ahead.remove(fetch)
@@ -286,7 +310,7 @@ class Fetcher:
     def _work(self) -> None:
         while True:
             with self._lock:
-                # Who is there for what is awaited leaves what is not to the others.
+                # The extra threads take only fetches that a lease waits for.
                 queue = self._awaited or (self._ahead if len(self._threads) <= N_FETCHES else None)
                 if not queue:
                     self._threads.discard(current_thread())
@@ -295,22 +319,23 @@ class Fetcher:
             self.run(fetch)
 
     def run(self, fetch: Fetch) -> None:
-        """Run a fetch that the caller has taken up, in the caller's thread; its end is told to all who wait."""
+        """Run a fetch in the calling thread, and pass its result to all waiting leases."""
         error: BaseException | None = None
         try:
             self._run(fetch)
-        except BaseException as raised:  # noqa: BLE001 - thread top: told to all who wait
-            # Closed under who waits: he reads past the cache, as those do whose fetch had no thread yet.
+        except BaseException as raised:  # noqa: BLE001 - top of a thread: passed to all waiting leases
+            # The cache was closed during the wait: the lease bypasses the cache, as it does if its fetch had no thread
+            # yet.
             error = None if self._closed and fetch.cancel.is_set() and isinstance(raised, StoreError) else raised
         try:
-            fetch.end(error)  # first: who finds nothing in the table may count on it that nothing is held any more
+            fetch.end(error)  # first: a caller that finds no fetch in the table may rely on all its files being closed
         finally:
             with self._lock:
                 if self._table.get(fetch.wanted.name) is fetch:
                     del self._table[fetch.wanted.name]
 
     def close(self) -> None:
-        """Cancel everything and wait until the threads have ended."""
+        """Cancel all fetches and wait until the threads have ended."""
         with self._lock:
             self._closed = True
             queued, running = [*self._awaited, *self._ahead], list(self._table.values())

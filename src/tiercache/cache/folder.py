@@ -1,24 +1,24 @@
-"""The cache's folder: what lies where, and the only code that deletes anything in it.
+"""`Folder`: the files of a cache on disk. Only this module deletes files of the cache.
 
 ::
 
     tiercache-cache.json         the marker: without it nothing here is touched
-    default-size.json            the size it was last opened with
-    catalog.sqlite               accounts; may vanish
-    copies/NAME                  a copy, read-only; its presence is the truth
+    default-size.json            the size with which the cache was last opened
+    catalog.sqlite               the accounts; rebuilt from the files if it is lost
+    copies/NAME                  a copy, read-only; the existence of this file decides whether the object is cached
     copies/NAME.json             its record: source, size, checksum
-    copies/NAME.pin              a person's hold
-    copies/NAME.part             a copy in part, as long as the whole; partial.py
-    copies/NAME.map              which units of it are there; it stays beside the copy of an object without identity
-    locks/NAME                   held while NAME is fetched or evicted
+    copies/NAME.pin              the mark of a pinned copy
+    copies/NAME.part             a partial copy, as long as the whole; see partial.py
+    copies/NAME.map              its unit map; kept beside the complete copy of an object without identity
+    locks/NAME                   locked while NAME is fetched or evicted
     owners/OWNER                 locked while its process has the cache open
-    plans/                       what the jobs of this machine will read next
-    poison/NAME.json             an object that is bad at its source; void after some minutes
-    quarantine/                  copies that were found to be wrong, and what was wrong with them
+    plans/                       the reading plans of the jobs of this machine
+    poison/NAME.json             an object that is corrupt at its source; valid for some minutes
+    quarantine/                  corrupt copies, and reports on them
 
-Folders are 0700, files 0600, copies 0400, whatever the umask; rights.py says who else may read. No file is opened, and
-no folder entered, through a link below the folder itself. Who could put one there is the user himself, so reading a
-copy looks at its own name only; every opening and every fetch looks at the folders too.
+Folders have mode 0700, files 0600 and copies 0400, whatever the umask; rights.py says who else may read. No file is
+opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
+reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
 """
 
 from __future__ import annotations
@@ -54,26 +54,36 @@ if TYPE_CHECKING:
 
 MARKER = "tiercache-cache.json"
 _DEFAULT_SIZE = "default-size.json"
-_DISK_UNIT_BYTES = 512  # of st_blocks, whatever the file system's block
+_DISK_UNIT_BYTES = 512  # unit of st_blocks, independent of the file system's block size
 
 
 class Folder:
-    """Paths and file operations of one cache folder. No state but the paths: safe from any thread and process.
+    """Paths and file operations of one cache folder.
 
-    network: name of the network file system it lies on, None on a local disk. There every machine has its own folder.
-    owner: whose it is where it is somebody else's, who shares it; it is then only read. rights: of what is made here.
-    BELOW: its folders.
+    It has no state except the paths; safe from any thread and process.
+
+    Attributes:
+        network: Name of the network file system of the folder; None on a local disk. On a network file system, every
+            machine has a folder of its own.
+        owner: Name of the other user who owns and shares the folder; None if it is this user's. A folder of another
+            user is only read.
+        rights: Permissions of new files.
+        BELOW: Names of the subfolders.
     """
 
     BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison", "quarantine")
 
     def __init__(self, path: Path, *, shared: str | None = None) -> None:
-        """Make the folder, or recognise it. shared: "group" for one that the group may read; see rights.py.
+        """Create the folder, or recognise an existing one.
+
+        Args:
+            path: The folder.
+            shared: "group" for a folder that its group may read; see rights.py.
 
         Raises:
-            ValueError: something else lies there.
-            PermissionError: it is somebody else's.
-            OSError: it cannot be made.
+            ValueError: The folder contains other files.
+            PermissionError: The folder belongs to another user.
+            OSError: The folder cannot be created.
         """
         stand = _claim(path, shared)
         self.owner, self.rights = stand.owner, stand.rights
@@ -95,14 +105,14 @@ class Folder:
         except NotADirectoryError as error:
             raise ValueError(f"{error.filename}: {error.strerror}") from error
         except OSError:
-            pass  # a folder that can only be read is still good for its copies
+            pass  # a read-only folder can still serve its copies
 
     def ensure(self) -> None:
-        """Make what is missing, as after somebody deleted the folder under us.
+        """Create what is missing, for example after the folder was deleted while the cache was open.
 
         Raises:
-            NotADirectoryError: a link, or a file, stands where a folder of the cache should.
-            OSError: it cannot be made.
+            NotADirectoryError: A link or a file has the name of a folder of the cache.
+            OSError: A folder cannot be created.
         """
         if self._is_whole():
             return
@@ -111,14 +121,17 @@ class Folder:
         put_right(self.root, self.BELOW, self.rights)
 
     def remember_size(self, size_bytes: int) -> None:
-        """Note the size for who opens the folder and names none: a look with another would give copies up."""
+        """Record the size for callers that open the folder without one. With another size, they would evict copies."""
         text = json.dumps({"size_bytes": size_bytes}) + "\n"
         with suppress(OSError):
             if not self._default_size.exists() or read_text(self._default_size) != text:
                 replace_whole(self._default_size, text, self.rights.file)
 
     def _is_whole(self) -> bool:
-        """Whether marker and folders are there with their rights. 13 us: it is asked before every fetch."""
+        """Return whether the marker and the folders exist with their permissions.
+
+        It runs before every fetch and takes 13 us.
+        """
         whole = stat.S_IFDIR | self.rights.folder
         try:
             return _has_marker(self.root) and all(os.lstat(path).st_mode == whole for path in self._below)
@@ -128,17 +141,18 @@ class Folder:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def copy_path(self, name: str) -> str:
-        """Where the copy lies."""
+        """Return the path of the copy."""
         return f"{self._copies}/{name}"
 
     def open_copy(self, name: str) -> int | None:
-        """A descriptor for reading; None: not there (or a link, which is never followed)."""
+        """Open a copy for reading; None: it does not exist, or is a link, which is never followed."""
         try:
             return open_file(f"{self._copies}/{name}", os.O_RDONLY)
         except PermissionError:
             if self.owner is not None or os.lstat(self.copy_path(name)).st_uid == os.geteuid():
                 raise
-            # Left in our folder by another user, root perhaps: nobody can use it, and it would stand here for ever.
+            # Another user, perhaps root, left the file in this user's folder: nobody can use it, and nothing else would
+            # remove it.
             self._remove(name)
             return None
         except OSError as error:
@@ -147,11 +161,14 @@ class Folder:
             raise
 
     def has_copy(self, name: str) -> bool:
-        """Whether something of that name is there."""
+        """Return whether a file of that name exists."""
         return self.size_of(name) is not None
 
     def size_of(self, name: str) -> int | None:
-        """Size in bytes of what has that name; None: nothing has; -1: no file has, and nobody will read it."""
+        """Return the size of the copy in bytes.
+
+        None: it does not exist; -1: it is not a regular file and is never read.
+        """
         try:
             status = os.lstat(self.copy_path(name))
         except OSError:
@@ -159,7 +176,7 @@ class Folder:
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
     def charge_of(self, name: str) -> int | None:
-        """What a copy, or a copy in part, takes of the budget in bytes; None: it is not there."""
+        """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
         path, taken = self.copy_path(name), {}
         for kind in ("", ".part", ".map"):
             with suppress(OSError):
@@ -169,9 +186,10 @@ class Folder:
         return _charge(taken)
 
     def touched_s(self, name: str) -> float:
-        """When the copy was last written or read, as its file system says, in seconds since 1970; 0: it is not there.
+        """Return the time of the last write or read in seconds since 1970; 0: the copy does not exist.
 
-        Linux notes a reading once a day by default (relatime), and not at all where it is mounted with noatime.
+        The file system records this time. By default, Linux records reads once a day (relatime), and never on a file
+        system that is mounted with noatime.
         """
         for path in (self.copy_path(name), self.copy_path(f"{name}.part")):
             with suppress(OSError):
@@ -180,70 +198,70 @@ class Folder:
         return 0.0
 
     def sizes(self) -> dict[str, int]:
-        """What every copy, and every copy in part, takes of the budget in bytes, by name."""
+        """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
         taken: dict[str, dict[str, int]] = {}
-        # The folder too may be gone: somebody deleted it.
+        # The folder itself may have been deleted.
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             for entry in entries:
                 name, _, kind = entry.name.partition(".")
                 if kind in ("", "part", "map") and NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
-                    with suppress(FileNotFoundError):  # evicted meanwhile
+                    with suppress(FileNotFoundError):  # evicted during the scan
                         status = entry.stat(follow_symlinks=False)
                         taken.setdefault(name, {})[f".{kind}" if kind else ""] = _taken_by(status, kind)
         charges = {name: _charge(parts) for name, parts in taken.items()}
         return {name: charge for name, charge in charges.items() if charge is not None}
 
     def has_file(self, file: str) -> bool:
-        """Whether there is a file of that name among the copies."""
+        """Return whether a file of that name exists among the copies."""
         return os.path.lexists(self.copy_path(file))
 
     def has_part(self, name: str) -> bool:
-        """Whether a part of that name is there, with its map."""
+        """Return whether a partial copy of that name exists, with its map."""
         return self.has_file(f"{name}.part") and self.has_file(f"{name}.map")
 
     def names(self, suffix: str) -> list[str]:
-        """Names that have a file with that suffix (".json", ".pin") here."""
+        """Return the names of copies that have a file with this suffix, such as ".json" or ".pin"."""
         files: list[str] = []
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             files += [e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)]
         return [name for name in files if NAME.fullmatch(name)]
 
     def read_record(self, name: str) -> Record | None:
-        """The record beside a copy."""
+        """Return the record of a copy; None: it cannot be read."""
         try:
             return Record.from_json(read_text(f"{self._copies}/{name}.json"))
         except OSError:
             return None
 
     def write_record(self, name: str, record: Record) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record atomically."""
         replace_whole(self.copies / f"{name}.json", record.to_json() + "\n", self.rights.file)
 
     def pin(self, name: str) -> None:
-        """Hold the copy."""
+        """Pin the copy."""
         os.close(open_file(f"{self._copies}/{name}.pin", os.O_WRONLY | os.O_CREAT, self.rights.file))
 
     def unpin(self, name: str) -> bool:
-        """Let the copy go; False: it was not pinned."""
+        """Unpin the copy; return False if it was not pinned."""
         return self._remove(f"{name}.pin")
 
     def is_pinned(self, name: str) -> bool:
-        """Whether a person holds it."""
+        """Return whether the copy is pinned."""
         return os.path.lexists(f"{self._copies}/{name}.pin")
 
-    # -- files in the making ----------------------------------------------------------------------------------------
+    # -- partial copies ------------------------------------------------------------------------------------------------
 
     def new_file(self, file: str) -> int:
-        """A new, empty file among the copies, open for reading and writing. Raises FileExistsError."""
+        """Create an empty file among the copies, open for reading and writing. Raises FileExistsError."""
         return open_file(f"{self._copies}/{file}", os.O_RDWR | os.O_CREAT | os.O_EXCL, self.rights.file)
 
     def open_to_write(self, file: str) -> int | None:
-        """A part or a map, open for reading and writing; None: it is not there (or a link, which is never followed)."""
+        """Open a partial copy or a map for reading and writing; None: it does not exist, or is a link."""
         path = f"{self._copies}/{file}"
         try:
             try:
                 return open_file(path, os.O_RDWR)
-            except PermissionError:  # whoever sealed it died before it had its name
+            except PermissionError:  # the process that made it read-only died before it published the copy
                 fd = open_file(path, os.O_RDONLY)
                 try:
                     set_mode(fd, self.rights.file)
@@ -256,12 +274,13 @@ class Folder:
             raise
 
     def give_name(self, fd: int, name: str) -> bool:
-        """Give the finished part that fd is open on the copy's name; False: a copy of that name was there first.
+        """Give the complete partial copy that fd is open on its final name; return False if the name exists already.
 
-        It is found by its descriptor: where locks lie, another part may have its path by now.
+        The file is found by its descriptor: on a file system where flock is not enforced, another file may have its
+        path by now.
 
         Raises:
-            FileNotFoundError: somebody has unlinked the part.
+            FileNotFoundError: The partial copy was unlinked.
         """
         with self._marked("copies") as folder_fd:
             source = f"/proc/self/fd/{fd}"
@@ -274,28 +293,31 @@ class Folder:
             except OSError as error:
                 if error.errno not in NO_LINK:
                     raise
-                # No hard links here. Replacing is right too: another copy of this name has the same bytes, and its
-                # readers keep their file.
+                # This file system has no hard links. Replacing is also correct: another copy of this name has the same
+                # bytes, and its readers keep their file.
                 os.rename(f"{name}.part", name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         return True
 
     def remove_part(self, name: str, *, keep_map: bool = False) -> None:
-        """Delete a part and its map; who reads it keeps it."""
+        """Delete a partial copy and its map. Readers keep the files that they have open."""
         self._remove(f"{name}.part")
-        if not keep_map:  # the map last: alone it says nothing
+        if not keep_map:  # the map last, because a map alone is harmless
             self._remove(f"{name}.map")
 
     # -- deleting ---------------------------------------------------------------------------------------------------
 
     def remove_copy(self, name: str) -> None:
-        """Delete a copy, whole or in part, and its record. The caller knows it can be fetched again, or is wrong."""
-        # The copy first: a record alone is swept, a copy alone could not be evicted.
+        """Delete a copy, whole or partial, and its record.
+
+        The caller knows that the object can be fetched again, or that the copy is corrupt.
+        """
+        # The copy first: a sweep removes a record without a copy, but a copy without a record could not be evicted.
         self._remove(name)
         self.remove_part(name)
         self._remove(f"{name}.json")
 
     def remove_record(self, name: str) -> None:
-        """Delete a record that has lost its copy."""
+        """Delete the record of a missing copy."""
         self._remove(f"{name}.json")
 
     def _remove(self, file: str) -> bool:
@@ -304,7 +326,10 @@ class Folder:
         return self.remove_file("copies", file)
 
     def remove_file(self, below: str, file: str) -> bool:
-        """Delete a file of a folder in BELOW ("": of the root); False: it was not there. Of a link the link goes."""
+        """Delete a file of a subfolder in BELOW ("" for the root); return False if it did not exist.
+
+        Of a link, the link itself is deleted.
+        """
         if below not in ("", *self.BELOW) or "/" in file:
             raise ValueError(f"not a file of the cache: {below}/{file}")
         try:
@@ -315,7 +340,7 @@ class Folder:
         return True
 
     def set_aside(self, name: str, to: str) -> bool:
-        """Move a copy to quarantine/to; its readers keep it, nobody opens it any more. False: it was not there."""
+        """Move a copy to quarantine/to; return False if it did not exist. Readers keep it; nobody opens it any more."""
         if not NAME.fullmatch(name) or "/" in to:
             raise ValueError(f"not a copy of the cache: {name!r} to {to!r}")
         try:
@@ -327,7 +352,7 @@ class Folder:
 
     @contextmanager
     def _marked(self, below: str) -> Iterator[int]:
-        """A folder of the cache, certainly the one inside the marked root."""
+        """Open a subfolder; it is certain to be inside a root folder that has the marker."""
         root_fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.stat(MARKER, dir_fd=root_fd, follow_symlinks=False).st_mode):
@@ -342,25 +367,27 @@ class Folder:
 
 
 def _taken_by(status: os.stat_result, kind: str) -> int:
-    """What a copy (kind ""), a part or a map takes; a copy no less than its size, whatever is on disk by now.
+    """Return the disk space of a copy (kind ""), a partial copy or a map; for a copy, at least its size.
 
-    It may be a block more: ext4 keeps the extents of what came in pieces there, and leaves them there.
+    It can exceed the size by a block: ext4 keeps the extents of a file that was written in pieces in an extra block,
+    and does not free that block.
     """
     n_bytes = status.st_blocks * _DISK_UNIT_BYTES
     return n_bytes if kind else max(n_bytes, -(-status.st_size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
 def _charge(taken: dict[str, int]) -> int | None:
-    """What files of one name take, with the block of the record; None: a map alone is nothing.
+    """Return the disk space of the files of one name, with the block of the record; None for a map alone.
 
-    taken: bytes by "" (the copy), ".part" (just named: the copy itself), ".map".
+    Args:
+        taken: Bytes by kind: "" (the copy), ".part" (a file just published: the copy itself), ".map".
     """
     data = taken.get("", taken.get(".part"))
     return None if data is None else charge_bytes(data + taken.get(".map", 0))
 
 
 def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> int:
-    """The size that the cache in path was last opened with; if it is made now: first, remembered from now on."""
+    """Return the size with which the cache in path was last opened; for a new cache, record and return `first`."""
     file = path / _DEFAULT_SIZE
     stand = _claim(path, shared)
     with suppress(OSError):
@@ -372,7 +399,7 @@ def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> 
 
 
 def _claim(path: Path, shared: str | None) -> Standing:
-    """Make the folder and its marker, or find the marker; nothing is changed in a folder that is no cache."""
+    """Create the folder and its marker, or find the marker. A folder that is no cache is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -382,12 +409,12 @@ def _claim(path: Path, shared: str | None) -> Standing:
         return stand
     if stand.owner is not None:
         raise ValueError(f"{path}: {stand.owner} has no cache there (no {MARKER})")
-    # Two processes may make it at once: each sees at most the other's marker in the making.
+    # Two processes may create the cache at the same time: each sees at most the unfinished marker of the other.
     names = [entry.name for entry in path.iterdir()]
     if not _has_marker(path) and not all(name.startswith((f".{MARKER}.", ".probe.")) for name in names):
         raise ValueError(f"{path}: not a cache (no {MARKER}) and not empty; a cache needs a folder of its own")
     _write_marker(path, stand.rights.file)
-    # An empty folder that was there has any rights; they say nothing about sharing.
+    # The mode of an existing empty folder says nothing about sharing.
     rights = GROUP if shared == "group" else PRIVATE
     put_right(path, (), rights)
     return Standing(rights)

@@ -1,4 +1,4 @@
-"""The room and the part of one fetch: reserved before bytes, made when the first are admitted, booked at the end."""
+"""`Growth`: the reserved space and the partial copy of one running fetch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ if TYPE_CHECKING:
 
 
 class Growth:
-    """A part while one fetch lets it grow. admit() and part() are called with the download's lock held, or before it.
+    """The reserved space and the partial copy of one fetch.
 
-    The reservation covers what the part will take beyond what the books say of it, and is replaced as that becomes
-    more.
+    Space is reserved before the first byte, and the accounts are settled at the end. admit() and part() are called with
+    the lock of the download held, or before the download starts. The reservation covers the space beyond what the
+    accounts already charge for the partial copy; a larger reservation replaces a smaller one.
     """
 
     def __init__(self, publisher: Publisher, fetch: Fetch, lock: NameLock) -> None:
-        """Find the part that is there, and offer it to whoever waits. lock: of its name. Raises OSError."""
+        """Open the existing partial copy, if there is one, and offer it to the waiting leases. Raises OSError.
+
+        Args:
+            publisher: Publisher that runs the fetch.
+            fetch: The fetch.
+            lock: Lock of the name; on file systems where flock is not enforced, another process may hold it too.
+        """
         self._publisher, self.fetch, self._lock = publisher, fetch, lock
         self._wanted = fetch.wanted
         self.reserved_bytes = 0
@@ -42,12 +49,13 @@ class Growth:
             self._begin(self._part)
 
     def _begin(self, part: Part) -> None:
-        """Have the books know a part that is there, and its readers too; where that fails it is closed."""
+        """Enter an existing partial copy in the accounts and offer it to readers; on an error it is closed."""
         try:
             self._make_known(part)
         except BaseException as error:
-            with closing(part):  # a disk that is full for the record, say: it is begun again when there is room
-                if isinstance(error, FileNotFoundError):  # somebody deletes what we make: drop() would not know of it
+            with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
+                # Another process deletes these files, and drop() would not know this one.
+                if isinstance(error, FileNotFoundError):
                     part.forget_name(keep_map=False)
             raise
 
@@ -56,7 +64,8 @@ class Growth:
         if folder.read_record(name) is None:
             folder.write_record(name, self._wanted.record(self._wanted.crc32c))
             reach("fetch.recorded")
-        # Booking ends a reservation: where locks lie and the part of another was found, he books what is there.
+        # Committing releases the reservation. A partial copy that another process created is charged at its current
+        # size; this happens on file systems where flock is not enforced.
         if part.present.any() and not self.reserved_bytes:
             self._booked_bytes = charge_of(part.present, part.n_bytes)
             self._publisher.book(self._wanted, self._record(), self._booked_bytes)
@@ -66,13 +75,13 @@ class Growth:
         return self._wanted.record(self._wanted.crc32c).to_json()
 
     def is_whole(self) -> bool:
-        """Whether all units are there by now."""
+        """Return whether all units are present by now."""
         if self._part is not None:
             self._part.look_again()
         return self._part is not None and bool(self.present.all())
 
     def admit(self, units: Mask) -> bool:
-        """Reserve room for a part of these units; False: there is none."""
+        """Reserve space for a partial copy of these units; return False if there is no space."""
         need_bytes = max(charge_of(units, self._wanted.n_bytes) - self._booked_bytes, 0)
         evictor, name = self._publisher.evictor, self._wanted.name
         self.note(need_bytes)
@@ -87,11 +96,11 @@ class Growth:
         return True
 
     def note(self, n_bytes: int) -> None:
-        """Let whoever has to make new books know what may still come of this part."""
+        """Note in the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
         self._lock.note({"owner": str(self._publisher.owners.me), "reserved_bytes": n_bytes})
 
     def part(self) -> Part:
-        """The part to write to, made at the first call. Raises OSError."""
+        """Return the partial copy to write to; the first call creates it. Raises OSError."""
         part = self._part
         if part is None:
             part = self._made()
@@ -100,7 +109,11 @@ class Growth:
         return part
 
     def _made(self) -> Part:
-        """A new part; where locks lie somebody else may have begun one since we looked, or be done with it."""
+        """Create a partial copy.
+
+        On file systems where flock is not enforced, another process may have created one since the last check, or may
+        have completed the copy.
+        """
         folder, name, n_bytes = self._publisher.folder, self._wanted.name, self._wanted.n_bytes
         try:
             part = Part.create(folder, name, n_bytes)
@@ -122,9 +135,9 @@ class Growth:
         raise FileNotFoundError(errno.ENOENT, "it is a copy already", name)
 
     def book(self) -> None:
-        """Set the part's row on the books to what it is by now; one without a unit goes."""
-        self.note(0)  # first: noted after it, it would stand in new books for ever
-        if self._part is None or not self._part.has_name:  # somebody found it wrong, and removed it
+        """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
+        self.note(0)  # first: after the commit, the note would be counted whenever the accounts are rebuilt
+        if self._part is None or not self._part.has_name:  # another process found it corrupt and removed it
             self._publisher.accounts.release(self._wanted.name)
         elif self.present.any():
             self._publisher.book(self._wanted, self._record(), charge_of(self.present, self._wanted.n_bytes))
@@ -133,22 +146,25 @@ class Growth:
             self.drop()
 
     def drop(self) -> None:
-        """Remove the part, and what the books know of it; where it lost its name, that is another's by now."""
+        """Remove the partial copy and its charge.
+
+        If it has lost its name, the name belongs to another file and is left alone.
+        """
         self.note(0)
-        self.fetch.forget()  # a hold of our own would make it count as deleted but still being read
+        self.fetch.forget()  # with our own handle open, the file would count as deleted but still in use
         if self._part is not None and self._part.has_name:
             self._publisher.remove(self._wanted.name)
         self._publisher.accounts.release(self._wanted.name)
 
     def end(self, error: BaseException) -> None:
-        """After an error: what has come stays, for whoever goes on with it, unless the object is another one by now."""
-        with suppress(OSError):  # what failed first is what is told
+        """After an error, keep what has come for a later fetch, unless the object has changed at its source."""
+        with suppress(OSError):  # the first error is the one to report
             if isinstance(error, ObjectChanged):
                 self.drop()
             else:
                 self.book()
 
     def close(self) -> None:
-        """Close the part."""
+        """Close the partial copy."""
         if self._part is not None:
             self._part.close()

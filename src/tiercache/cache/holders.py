@@ -1,4 +1,4 @@
-"""Which processes hold files: on Linux the kernel lists flock(2) locks by inode; elsewhere nothing is known."""
+"""Which processes have files locked. On Linux, the kernel lists flock(2) locks by inode; elsewhere nothing is known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _LONGEST_COMMAND = 200
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that has the cache open, or reads copies. names: of the copies that it holds, as far as can be seen."""
+    """A process that has the cache open or reads copies.
+
+    Attributes:
+        pid: Process number.
+        command: Command line of the process, "" if unknown.
+        names: Names of the copies that the process holds, as far as they can be determined.
+    """
 
     pid: int
     command: str
@@ -26,10 +32,10 @@ class Holder:
 
 
 def locked_inodes() -> dict[int, set[int]] | None:
-    """Processes by the inode they have locked with flock, of all file systems; None: the system does not say.
+    """Return the processes that hold a flock, by inode, for all file systems; None: the system does not list locks.
 
-    A lock lasts until the last descriptor and the last mapping of its file are gone, in whichever process; the process
-    named is the one that took it. Those of other containers are not seen.
+    A lock lasts until the last descriptor and the last mapping of its file are closed, in any process; the listed
+    process is the one that took the lock. Locks of other containers are not listed.
     """
     try:
         text = _LOCKS.read_text(encoding="ascii", errors="replace")
@@ -37,7 +43,8 @@ def locked_inodes() -> dict[int, set[int]] | None:
         return None
     holders: dict[int, set[int]] = defaultdict(set)
     for line in text.splitlines():
-        # "1: FLOCK  ADVISORY  READ 9846 fe:00:11280417 0 EOF"; who waits for a lock has "->" before the kind.
+        # "1: FLOCK  ADVISORY  READ 9846 fe:00:11280417 0 EOF"; a process that waits for a lock has "->" before the
+        # kind.
         fields = line.split()
         if len(fields) >= 6 and fields[1] == "FLOCK":
             inode = fields[5].rpartition(":")[2]
@@ -47,19 +54,19 @@ def locked_inodes() -> dict[int, set[int]] | None:
 
 
 def is_locked(inode: int) -> bool:
-    """Whether anybody holds that file; False where the system does not say."""
+    """Return whether any process has a lock on the file; False if the system does not list locks."""
     return inode in (locked_inodes() or {})
 
 
 def holders_of(folder: Path, inodes: Mapping[str, int]) -> list[Holder]:
-    """Who holds which files of a folder, by process number.
+    """Return the processes that hold files of a folder, by process number.
 
-    An inode number may occur on another disk too, and what /proc/locks calls a disk is not what stat() calls it on
-    every file system; so the processes are asked which files they have open.
+    An inode number may also occur on another disk, and on some file systems /proc/locks and stat() number the disks
+    differently; so the open files of each process are checked.
 
     Args:
-        folder: where the files lie.
-        inodes: of each file, by name.
+        folder: Folder of the files.
+        inodes: Inode of each file, by name.
     """
     locks = locked_inodes() or {}
     held: dict[int, list[str]] = defaultdict(list)
@@ -71,20 +78,20 @@ def holders_of(folder: Path, inodes: Mapping[str, int]) -> list[Holder]:
 
 
 def _opens(pid: int, prefix: str) -> bool:
-    """Whether a process has a file under prefix open or mapped; True where it may not be asked."""
+    """Return whether a process has a file under prefix open or mapped; True if that cannot be determined."""
     process = Path(f"/proc/{pid}")
     try:
         for link in (process / "fd").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
+            with suppress(FileNotFoundError):  # closed during the scan
                 if str(link.readlink()).startswith(prefix):
                     return True
         return prefix in (process / "maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another user's; or it has ended, and a child holds what it has locked
+    except OSError:  # another user's process; or it ended, and a child holds the lock that it took
         return True
 
 
 def command_of(pid: int) -> str:
-    """How a process was started, "" where that cannot be seen."""
+    """Return the command line of a process, "" if it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Descriptors that a forked child must not keep: it closes them, and never unlocks what its parent has locked.
+"""Descriptors that a forked child closes, without releasing the locks of its parent.
 
-A descriptor inherited through fork shares its lock with the parent's: closing it leaves the parent's hold, LOCK_UN
-would end it.
+A descriptor that is inherited through fork shares its lock with the parent: close() keeps the parent's lock, LOCK_UN
+would release it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ _private: set[int] = set()
 
 
 def keep_private(fd: int) -> int:
-    """Note that fd is this process's own; returns it."""
+    """Register fd as private to this process, and return it."""
     _private.add(fd)
     return fd
 
 
 def close_private(fd: int) -> None:
-    """Close a descriptor that keep_private() has noted."""
-    # Off the list first: a fork between the two leaves the child one descriptor too many, not another file's closed.
+    """Close a descriptor that keep_private() has registered."""
+    # Deregistered first: a fork in between leaves the child one descriptor too many; in the other order, the child
+    # could close another file.
     _private.discard(fd)
     os.close(fd)
 

@@ -1,4 +1,4 @@
-"""A reader's hold on a cached copy: whole, in part, or still to come."""
+"""`CopyLease`: a reader's lease on a copy that is whole, partial, or still to be fetched."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 def open_leased(folder: Folder, name: str, n_bytes: int) -> int | None:
-    """A descriptor of the copy under a reader's lock; None: not there, being evicted, or not of that size.
+    """Open a copy under a reader's lock; None: it is missing, being evicted, or has another size.
 
-    The race with eviction: (1) we open the file, (2) the evictor locks and unlinks it, (3) we get the lock on a file
-    without a name. It would still be right, but nobody counts its bytes any more; so a file without a name is a miss.
+    The race with eviction: (1) the reader opens the file, (2) the evictor locks and unlinks it, (3) the reader locks a
+    file without a name. Its data is still valid, but no process accounts for its bytes; so a file without a name is a
+    miss.
     """
     fd = folder.open_copy(name)
     if fd is None:
@@ -46,11 +47,11 @@ def open_leased(folder: Folder, name: str, n_bytes: int) -> int | None:
 
 
 class CopyLease:
-    """A Lease on a copy, which is here, here in part, or comes with a fetch.
+    """A lease on a copy, which is whole, partial, or comes with a fetch. See Lease.
 
-    The file behind it never becomes another one: where a part is given up, what is missing of it does not come by this
-    lease. Any thread may use it. After a fork the child's lease has a lock of its own under the same descriptor; it
-    asks for nothing more there: what is not here is not to be had by it.
+    The lease never changes to another file: if a partial copy is given up, this lease does not get the missing units.
+    Any thread may use the lease. After a fork, the child's lease has its own lock on the same descriptor number, and it
+    fetches nothing: missing data is not available to it.
     """
 
     def __init__(
@@ -61,44 +62,46 @@ class CopyLease:
         join: Callable[[], Fetch] | None = None,
         tell: Callable[[bool], object] | None = None,
     ) -> None:
-        """Take over held.
+        """Create a lease, which then owns held.
 
         Args:
-            n_bytes: of the whole object.
-            held: None: nothing of it is here.
-            join: gives the fetch that brings what is missing, with a place in it taken; None: nothing is missing.
-            tell: told once, True where the first ranges asked for are here already.
+            n_bytes: Size of the whole object.
+            held: Open copy; None: nothing is cached yet.
+            join: Function that returns the fetch of the missing data, with a place in it taken; None: nothing is
+                missing.
+            tell: Callback that is called once, with whether the first requested ranges were already cached.
         """
         self._n_bytes, self._join, self._tell = n_bytes, join, tell
         self._fetch: Fetch | None = None
         self._has_place = False
         self._lock = Lock()
         self._pid = os.getpid()
-        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)  # last: then it can close
+        # Last: from here on close() works.
+        self._fd, self._presence = (-1, None) if held is None else (held.fd, held.presence)
         _leases.add(self)
 
     @property
     def fd(self) -> int:
-        """The descriptor; -1 before anything is here and after close()."""
+        """Descriptor of the copy; -1 before any data is cached, and after close()."""
         return self._fd
 
     @property
     def n_bytes(self) -> int:
-        """Size of the whole object."""
+        """Size of the whole object in bytes."""
         return self._n_bytes
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it was here when the lease was made."""
+        """Whether the whole object was cached when the lease was created."""
         return self._fd >= 0 and self._presence is None
 
     @property
     def n_descriptors(self) -> int:
-        """One; two, with the map of the units that are here, of what was not whole when the lease was made."""
+        """Number of descriptors: 1 for a copy that was whole when the lease was created, else 2, with the unit map."""
         return 1 if self.is_whole else 2
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether these bytes are here."""
+        """Return whether these bytes are cached."""
         fetch = self._fetch
         if self._fd < 0 and fetch is not None:
             self._settle(fetch)
@@ -110,10 +113,10 @@ class CopyLease:
         return presence.covers(ranges)
 
     def read(self, spans: Sequence[Span]) -> bool:
-        """Fill spans from what was a part when the lease was taken, each unit held against its map.
+        """Fill spans from a copy that was partial when the lease was created, each unit verified against the unit map.
 
-        False: it was whole, or these bytes are not here, or wrong; then spans are undefined. It needs no name, so that
-        what is here can be read after the copy was removed.
+        The result is False if the copy was whole, or the bytes are missing or corrupt; the contents of spans are then
+        undefined. The file needs no name, so cached data can be read even after the copy was removed.
         """
         fd, presence = self._fd, self._presence
         if fd < 0 or presence is None or not presence.covers([wanted for wanted, _ in spans]):
@@ -121,17 +124,22 @@ class CopyLease:
         return read_held(fd, presence, spans)
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching what is missing, or join who is."""
+        """Start to fetch missing ranges, or join the fetch that brings them."""
         if ranges and not self._is_settled(ranges):
             self._ask(ranges, urgent=False)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until these bytes are here; False: they will not be.
+        """Wait until these bytes are cached; return False if they will not come.
 
-        No room, a disk fault, a source that is bad, or the fetch was a forked parent's.
+        That happens if there is no space, the disk failed, the object is corrupt at its source, or the fetch belonged
+        to the parent of a fork.
+
+        Args:
+            ranges: Byte ranges of the object.
+            deadline_s: Longest wait in seconds; None: one hour.
 
         Raises:
-            StoreError: the source failed, or deadline_s passed.
+            StoreError: The source failed, or the deadline passed.
         """
         is_here = self._is_settled(ranges)
         fetch = self._ending() if is_here else self._ask(ranges, urgent=True)
@@ -141,15 +149,15 @@ class CopyLease:
             fetch.wait(ranges, deadline_s)
             self._settle(fetch)
         except CorruptShard:
-            is_here = False  # bad at its source: whoever reads it by ranges hears which block
+            is_here = False  # corrupt at its source: a reader that reads by ranges learns which block
         else:
             is_here = self.present(ranges)
         if not is_here and (any(wanted.n_bytes for wanted in ranges) or not self._n_bytes):
-            self._join = None  # refused: asking again, block by block, would cost each of them milliseconds
+            self._join = None  # refused: asking again for each block would cost milliseconds each
         return is_here
 
     def _is_settled(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether these bytes are here; the first answer is told."""
+        """Return whether these bytes are cached, and report the first answer to the callback."""
         is_here = self.present(ranges)
         tell, self._tell = self._tell, None
         if tell is not None:
@@ -157,13 +165,13 @@ class CopyLease:
         return is_here
 
     def _ending(self) -> Fetch | None:
-        """The fetch that is about to give a part its name: all bytes are here, and are being checked as a whole."""
+        """Return the fetch that is about to publish the copy, whose units are all present; None: there is none."""
         presence, fetch = self._presence, self._fetch
         is_all_here = presence is not None and presence.covers([ByteRange(0, self._n_bytes)])
         return fetch if is_all_here and self._pid == os.getpid() else None
 
     def _ask(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
-        """Ask the fetch of this copy, or the next one; None: nobody brings these."""
+        """Request ranges from the fetch of this copy, or from a new one; None: no fetch can bring them."""
         join = self._join
         if join is None or self._pid != os.getpid() or any(wanted.end > self._n_bytes for wanted in ranges):
             return None
@@ -178,7 +186,7 @@ class CopyLease:
                 return fetch
 
     def _take(self, fetch: Fetch) -> None:
-        """Make this the fetch that is asked from now on; the place in it is kept while we have no hold on the file."""
+        """Set the fetch to ask from now on. The place in it is kept until this lease has a descriptor of its own."""
         with self._lock:
             before, had_place = self._fetch, self._has_place
             self._fetch, self._has_place = fetch, self._fd < 0
@@ -188,7 +196,7 @@ class CopyLease:
             fetch.leave()
 
     def _settle(self, fetch: Fetch) -> None:
-        """Take our own hold on the file from a fetch, if we have none and it has one by now."""
+        """Take a handle on the file from a fetch, if this lease has none and the fetch has one by now."""
         with self._lock:
             if self._fd >= 0 or self._fetch is not fetch or not self._has_place or self._pid != os.getpid():
                 return
@@ -198,13 +206,13 @@ class CopyLease:
             self._has_place = not is_over
 
     def close(self) -> None:
-        """Give the copy back."""
+        """Close the descriptors and leave the fetch."""
         with self._lock:
             fd, presence, fetch, had_place = self._fd, self._presence, self._fetch, self._has_place
             self._fd, self._presence, self._fetch, self._has_place = -1, None, None, False
             self._join = None
         if fd >= 0:
-            os.close(fd)  # never LOCK_UN: closing ends this hold and no other
+            os.close(fd)  # never LOCK_UN, which would end the lock of all duplicates
         if presence is not None:
             presence.close()
         if fetch is not None and had_place and self._pid == os.getpid():
@@ -217,7 +225,7 @@ class CopyLease:
         self.close()
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Without _fd Ctrl-C struck while it was made; a closed one is left alone, since Python drops a Ctrl-C in here.
+        # No _fd: Ctrl-C came during construction. A closed lease is skipped, because Python discards a Ctrl-C in here.
         if (
             not is_exiting()
             and hasattr(self, "_fd")
@@ -226,13 +234,12 @@ class CopyLease:
             self.close()
 
     def _renew(self) -> None:
-        """In a forked child: open the same file anew, under the same number, so that the lock is the child's own."""
+        """In a forked child, open the same file again under the same number, so that the child has its own lock."""
         self._lock = Lock()
         if self._fd < 0:
             return
-        with contextlib.suppress(
-            OSError
-        ):  # without /proc: the inherited hold is kept, and lasts as long as either process
+        # Without /proc the inherited descriptor is kept: its lock lasts as long as either process has it open.
+        with contextlib.suppress(OSError):
             own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
             try_shared(own)
             os.dup2(own, self._fd, inheritable=False)

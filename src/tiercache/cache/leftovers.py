@@ -1,4 +1,4 @@
-"""Files that somebody was writing when he died: they never got their names, and nobody looks at them again."""
+"""The sweep of temporary files whose writers died before they renamed them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from tiercache.catalog.files import maker_of, pid_namespace, start_time
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
 
-# A small file is written in microseconds. What is older has lost its writer, even if his number runs again.
+# A small file is written in microseconds. An older temporary file has lost its writer, even if a process with that
+# number runs again.
 OLD_S = 600.0
 
 
 def sweep(folder: Folder) -> None:
-    """Remove files in the making whose writers do not run any more, or have been at it for OLD_S. Raises OSError."""
+    """Remove temporary files whose writers no longer run, or that are older than OLD_S. Raises OSError."""
     for below in ("", *folder.BELOW):
         with suppress(FileNotFoundError):
             for file in os.listdir(folder.root / below):  # noqa: PTH208 - names, thousands of them

@@ -1,4 +1,7 @@
-"""flock(2), without waiting. Locks save bandwidth; nothing is wrong where a file system only pretends to lock."""
+"""Non-blocking flock(2).
+
+Locks only save bandwidth: all results are correct on file systems where flock is not enforced.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.E
 
 
 def try_shared(fd: int) -> bool:
-    """Take a reader's lock; False: somebody has it exclusively."""
+    """Take a reader's lock; return False if another descriptor has the exclusive lock."""
     return _try(fd, fcntl.LOCK_SH)
 
 
 def try_exclusive(fd: int) -> bool:
-    """Take the exclusive lock; False: somebody reads or has it."""
+    """Take the exclusive lock; return False if another descriptor has a lock."""
     return _try(fd, fcntl.LOCK_EX)
 
 
@@ -43,19 +46,20 @@ def _try(fd: int, kind: int) -> bool:
 
 
 class NameLock:
-    """The right to fetch or evict one copy: a lock file beside the copies, gone again when it is given back."""
+    """The lock to fetch or evict one copy: a lock file, which is removed when the lock is released."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd: int | None = None
 
     def try_take(self) -> bool:
-        """Take it if nobody has it."""
+        """Take the lock if it is free."""
         while True:
             fd = open_file(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 taken = try_exclusive(fd)
-                # Its last holder may have removed the file between open() and flock(): then this is a lock on nothing.
+                # The last holder may have removed the file between open() and flock(): then the lock is on a file
+                # without a name.
                 current = os.fstat(fd).st_nlink > 0
             except BaseException:
                 os.close(fd)
@@ -71,20 +75,21 @@ class NameLock:
                 return False
 
     def note(self, facts: Mapping[str, object]) -> None:
-        """Let whoever reads the file know more of its holder. Nothing where it is not held."""
+        """Write facts about the holder into the lock file. Does nothing while the lock is not held."""
         if self._fd is not None:
             text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **facts})
-            with contextlib.suppress(OSError):  # a full disk: what is noted is for messages, and for lost books
-                # In one write, over all of the note before, so that nobody reads half of each.
+            # a full disk: the note only serves messages and the rebuilding of lost accounts
+            with contextlib.suppress(OSError):
+                # One write over the whole former note, so that no reader sees a mixture of two notes.
                 os.pwrite(self._fd, text.ljust(_NOTE_BYTES).encode(), 0)
 
     @property
     def is_held(self) -> bool:
-        """Whether we have it."""
+        """Whether this object holds the lock."""
         return self._fd is not None
 
     def holder(self) -> str:
-        """Who has it, for people."""
+        """Return a description of the process that holds the lock, for messages."""
         try:
             note = json.loads(read_text(self.path))
             return f"process {note['pid']} on {note['host']} (lock {self.path})"
@@ -92,7 +97,7 @@ class NameLock:
             return f"another process (lock {self.path})"
 
     def give_back(self) -> None:
-        """Remove the file and the lock. Harmless when it is not held."""
+        """Release the lock and remove its file. Harmless if the lock is not held."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with contextlib.suppress(OSError):

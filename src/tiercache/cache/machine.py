@@ -1,4 +1,4 @@
-"""What the cache asks of the machine: who is alive, what file system a folder lies on, how much room it has."""
+"""Facts about the machine: running processes, the file system of a folder, and free disk space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tiercache.catalog.files import pid_namespace, start_time
 
-# statfs(2): file systems whose locks, links or mappings other machines share. FUSE is often one of them and never says.
+# statfs(2) types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be
+# told apart.
 _NETWORK = {
     0x6969: "NFS",
     0x517B: "SMB",
@@ -30,12 +31,18 @@ _NETWORK = {
     0x01161970: "GFS2",
     0x7461636F: "OCFS2",
 }
-_STATFS_BYTES = 512  # more than struct statfs has anywhere
+_STATFS_BYTES = 512  # larger than struct statfs on any platform
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Room on a disk. n_free_files: None where the file system has no fixed number of inodes."""
+    """The space on a disk.
+
+    Attributes:
+        free_bytes: Free space for this user.
+        total_bytes: Size of the file system.
+        n_free_files: Number of free inodes; None if the file system has no fixed number.
+    """
 
     free_bytes: int
     total_bytes: int
@@ -43,35 +50,35 @@ class Room:
 
 
 def room(path: Path) -> Room:
-    """Room for files of this user on the disk that path lies on."""
+    """Return the space for files of this user on the disk of path."""
     status = os.statvfs(path)
     n_free_files = status.f_favail if status.f_files else None
     return Room(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or this user's share of it, has no room left."""
+    """Return whether an error says that the disk, or this user's quota, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def network_file_system(path: Path) -> str | None:
-    """Name of the network file system that path lies on; None: a local one."""
+    """Return the name of the network file system of path; None: a local file system."""
     library = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)
     if not hasattr(library, "statfs") or library.statfs(os.fsencode(path), buffer) != 0:
         return None
-    # f_type is the first member, a long, on Linux; elsewhere the numbers below do not occur there.
+    # On Linux, f_type is the first member, a long; on other systems the numbers in the table do not occur there.
     return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)
 
 
 def host_name() -> str:
-    """This machine's name, fit for a file name."""
+    """Return the name of this machine, with only characters that are safe in a file name."""
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:100] or "host"
 
 
 @cache
 def boot_id() -> str:
-    """What tells this boot of this machine from every other; "0" where the system does not say."""
+    """Return an identifier of the current boot of this machine; "0" if the system provides none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
     except OSError:
@@ -80,7 +87,7 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who a temporary file or a reservation belongs to: one open cache in one process, never named twice."""
+    """The owner of a temporary file or a reservation: one open cache in one process. Never reused."""
 
     boot: str
     namespace: int
@@ -90,13 +97,13 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """A new one."""
+        """Return a new owner."""
         pid = os.getpid()
         return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
 
     @classmethod
     def parse(cls, text: str) -> Owner | None:
-        """The owner that str() wrote; None: it is none."""
+        """Return the owner that str() wrote; None: the text is not an owner."""
         match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
         return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
 
@@ -104,7 +111,7 @@ class Owner:
         return f"{self.boot}-{self.namespace}-{self.pid}-{self.started}-{self.nonce}"
 
     def runs(self) -> bool | None:
-        """Whether its process runs; None: it cannot be seen from here (another container)."""
+        """Return whether the owner's process runs; None: it cannot be determined from here (another container)."""
         if self.boot != boot_id():
             return False
         if self.namespace != pid_namespace():

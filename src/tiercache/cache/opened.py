@@ -1,4 +1,4 @@
-"""What one process has of an open cache: owner file, accounts, fetch threads. A forked child makes its own."""
+"""`Opened`: the cache as one process has it open. Hits need only the folder; fetches need the parts in `writing.py`."""
 
 from __future__ import annotations
 
@@ -38,15 +38,21 @@ if TYPE_CHECKING:
     from tiercache.store import Span, Store
 
 USES_PER_FLUSH = 1024
-# Copies that were fetched ahead and are not opened yet: a prefetch runs some hundred shards ahead at most.
+# Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
 MOST_AHEAD = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """How a cache was asked for. size: bytes, "200GB" or "80%" of the disk; free_floor: what stays free of the disk.
+    """The arguments of Cache.
 
-    shared: "group": the folder's group may read it, and somebody else's folder is trusted; None: as the folder is.
+    Attributes:
+        path: Folder of the cache.
+        size: Size limit: a number of bytes, "200GB", or "80%" of the disk.
+        policy: Name of the eviction policy.
+        free_floor: Disk space that stays free.
+        shared: "group": The folder's group may read the copies, and a folder of another user is trusted. None: The mode
+            of the folder decides.
     """
 
     path: Path
@@ -56,7 +62,7 @@ class CacheOptions:
     shared: Literal["group"] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError for what cannot be."""
+        """Check the values. Raises ValueError or TypeError."""
         parse_bytes(self.size, whole_bytes=1)
         parse_bytes(self.free_floor, whole_bytes=1)
         if self.policy not in POLICIES:
@@ -66,22 +72,34 @@ class CacheOptions:
 
 
 class Opened:
-    """An open cache in one process. writing: None where the folder can only be read: then only hits are served."""
+    """An open cache in one process. A forked child opens its own.
+
+    Attributes:
+        writing: The parts that change the cache; None if the folder can only be read. Then only hits are served.
+        waits_for_room: Whether the folder could not be opened for writing because the disk was full.
+    """
 
     def __init__(
         self, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
     ) -> None:
-        """Open the folder, sweep it, and register. keep: see Fetcher.
+        """Open the folder, sweep it, and register this process.
+
+        Args:
+            options: Arguments of the cache.
+            counters: Counters of this process.
+            notices: Warnings that are given once.
+            keep: See Fetcher.
 
         Raises:
-            ValueError, OSError: it cannot be a cache's folder.
+            ValueError, OSError: The folder cannot be used as a cache.
         """
         self.pid = os.getpid()
         self._distrusted: set[str] = set()
-        # Parts that were found wrong though the disk holds what was sent; those of which a second one was, and when.
+        # Partial copies that a reader found corrupt although the disk holds what the source sent; and those for which
+        # that happened twice, with the time.
         self._suspected: set[str] = set()
         self._given_up: dict[str, float] = {}
-        self._ahead: dict[str, bool] = {}  # asked for by fetch_ahead(), and not opened since
+        self._ahead: dict[str, bool] = {}  # requested by fetch_ahead() and not opened since
         self.folder = Folder(options.path, shared=options.shared)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
@@ -91,18 +109,18 @@ class Opened:
         if self.folder.network:
             notices.warn(
                 "network",
-                f"cache {options.path}: lies on {self.folder.network}, which other machines share; using the folder "
-                f"{self.folder.root.name} of this machine alone. A local disk is faster",
+                f"cache {options.path}: is on {self.folder.network}, which other machines share; this machine uses "
+                f"only the subfolder {self.folder.root.name}; a local disk is faster",
             )
         if self.folder.owner is not None:
-            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; serving what it holds")
+            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; no copies are added")
             return
         try:
             self.writing = self._open_to_write()
         except OSError as error:
             if not (self.folder.copies).is_dir():
                 raise
-            notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); serving what it holds")
+            notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); no copies are added")
             self.waits_for_room = is_disk_full(error)
 
     def _open_trace(self, path: Path | None) -> Tracer | None:
@@ -113,7 +131,7 @@ class Opened:
             return None
 
     def write_after_all(self) -> None:
-        """Try again to open what needs a folder that can be written: the disk was full when the cache was opened."""
+        """Try again to open the cache for writing, after the disk was full when it was opened first."""
         with suppress(OSError):
             self.writing = self._open_to_write()
             self.waits_for_room = False
@@ -128,10 +146,13 @@ class Opened:
             raise
         return writing
 
-    # -- what is here -----------------------------------------------------------------------------------------------
+    # -- cached copies -------------------------------------------------------------------------------------------------
 
     def hit(self, name: str, n_bytes: int) -> CopyLease | None:
-        """A lease on a whole copy that is there; None: a miss. No SQLite but a flush after USES_PER_FLUSH copies."""
+        """Return a lease on a whole copy; None: a miss.
+
+        SQLite is used only to flush the recorded uses after USES_PER_FLUSH copies.
+        """
         lease = self.look(name, n_bytes)
         if lease is not None:
             self._note_use(name)
@@ -142,14 +163,15 @@ class Opened:
         if writing is None:
             return
         try:
-            # What was fetched ahead for this opening is used by it for the first time, as what is fetched by it is.
+            # A prefetched copy is used for the first time by this opening, like a copy that is fetched during an
+            # opening.
             if writing.evictor.note_use(name, 0 if name in self._ahead else 1) >= USES_PER_FLUSH:
                 writing.evictor.flush_uses()
         except OSError as error:
             writing.publisher.disk_failed(error)
 
     def look(self, name: str, n_bytes: int) -> CopyLease | None:
-        """As hit(), but no use of the copy."""
+        """Return a lease like hit(), without recording a use of the copy."""
         writing = self.writing
         if name in self._distrusted or (writing is not None and name in writing.publisher.unrecorded):
             return None
@@ -165,7 +187,7 @@ class Opened:
         return CopyLease(n_bytes, Held(fd))
 
     def _look_at_part(self, wanted: Wanted) -> Held | None:
-        """A hold on the part of a copy that is there."""
+        """Return an open partial copy; None: there is none."""
         if wanted.name in self._distrusted:
             return None
         try:
@@ -179,7 +201,10 @@ class Opened:
             self.writing.publisher.disk_failed(error)
 
     def is_here(self, wanted: Wanted, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Whether these ranges of a copy are there; None: all of it. It counts as no use."""
+        """Return whether these ranges of a copy are cached; None stands for the whole copy.
+
+        It is not recorded as a use.
+        """
         if self.folder.size_of(wanted.name) == wanted.n_bytes:
             return True
         held = None if ranges is None else self._look_at_part(wanted)
@@ -191,7 +216,7 @@ class Opened:
             held.close()
 
     def peek(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> CopyLease | None:
-        """A lease on what is there, if that is all of ranges."""
+        """Return a lease on a whole or partial copy that has all of the ranges; None: there is none."""
         lease = self.hit(wanted.name, wanted.n_bytes)
         if lease is None:
             held = self._look_at_part(wanted)
@@ -202,9 +227,9 @@ class Opened:
         return None
 
     def read(self, wanted: Wanted, spans: Sequence[Span]) -> bool:
-        """Fill spans from what is there; False: it is not, or is wrong, and then gone.
+        """Fill spans from the cached copy; return False if it is missing, or if it is corrupt (it is then removed).
 
-        What has no identity has no checksums inside either: each unit is held against the map.
+        The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
         """
         lease = self.peek(wanted, [span for span, _ in spans])
         if lease is None:
@@ -221,10 +246,10 @@ class Opened:
             self.distrust_part(wanted)
         return False
 
-    # -- what is to come --------------------------------------------------------------------------------------------
+    # -- fetches -------------------------------------------------------------------------------------------------------
 
     def open(self, wanted: Wanted, store: Store, tell: Callable[[bool], object] = bool) -> CopyLease | None:
-        """A lease on a copy, there or to come; None: read past the cache. tell: told whether it is a hit, once."""
+        """Return a lease on a copy that is cached or will be fetched; None: bypass the cache. See Cache.open."""
         writing = self.writing
         if writing is None or writing.breaker.allows():
             lease = self.hit(wanted.name, wanted.n_bytes)
@@ -239,9 +264,9 @@ class Opened:
         return None
 
     def _open_part(self, wanted: Wanted, store: Store, tell: Callable[[bool], object]) -> CopyLease | None:
-        """A lease on a part, or on nothing yet; None: there is neither that nor room for it.
+        """Return a lease on a partial copy or on a future one; None: there is no partial copy and no space for one.
 
-        Whether a part is a hit shows when its reader asks for the first ranges.
+        A partial copy counts as a hit or a miss when its reader asks for the first ranges.
         """
         held, writing = self._look_at_part(wanted), self.writing
         if held is None and (writing is None or not self._admits(writing, wanted)):
@@ -260,9 +285,9 @@ class Opened:
         return CopyLease(wanted.n_bytes, held, join=join, tell=tell_when_asked)
 
     def _count(self, wanted: Wanted, tell: Callable[[bool], object], hit_bytes: int) -> None:
-        """Count a hit of so many bytes, or a miss; of an empty copy it is a hit if its file is there.
+        """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
 
-        What this process has fetched ahead for this very opening came from the store: it is a miss, that cost no time.
+        A copy that this process prefetched for this opening came from the store: it counts as a miss that took no time.
         """
         is_here, is_ours = hit_bytes > 0 or wanted.n_bytes == 0, self._ahead.pop(wanted.name, False)
         is_hit = is_here and not is_ours
@@ -287,7 +312,7 @@ class Opened:
             self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
 
     def fetch_ahead(self, wanted: Wanted, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start fetching what is not here of ranges (None: all). Nobody waits for it, and it counts as no use."""
+        """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
         writing = self.writing
         if writing is None or not writing.breaker.allows() or self.is_here(wanted, ranges) or self._is_bad(wanted.name):
             return
@@ -303,7 +328,7 @@ class Opened:
     def _admits(self, writing: Writing, wanted: Wanted, need_bytes: int | None = None) -> bool:
         need_bytes = wanted.n_bytes if need_bytes is None else need_bytes
         try:
-            writing.owners.ensure()  # of a deleted folder one cannot ask how much room it has
+            writing.owners.ensure()  # a deleted folder cannot be asked for its free space
             writing.quarantine.settle()
             coming = writing.fetcher.is_coming(wanted.name) or wanted.name in writing.publisher.unrecorded
             if coming or not writing.evictor.would_refuse(wanted.name, charge_bytes(need_bytes)):
@@ -317,43 +342,44 @@ class Opened:
         return False
 
     def _tell_if_too_large(self, wanted: Wanted, need_bytes: int, limit_bytes: int) -> None:
-        """Warn once of an object that no eviction makes room for."""
+        """Warn once about an object for which no eviction can make space."""
         if charge_bytes(need_bytes) > limit_bytes:
             self.notices.warn(
                 "too-large",
-                f"cache {self.folder.root}: {wanted.source} has {format_bytes(need_bytes)}, more than all of the cache "
-                f"({format_bytes(limit_bytes)}): it is read past the cache and fetched each time, as is all that is "
-                "larger; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
+                f"cache {self.folder.root}: {wanted.source} ({format_bytes(need_bytes)}) is larger than the whole "
+                f"cache ({format_bytes(limit_bytes)}): it is not cached and is fetched on every read, like all larger "
+                "objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
             )
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following | None:
-        """Let all who use the folder know when this job reads which copies; None: it is only read. Raises OSError."""
+        """Publish a reading plan to all users of the folder; return None if the folder is read-only. Raises OSError."""
         return None if self.writing is None else self.writing.plans.publish(names, plan)
 
-    # -- what is wrong ----------------------------------------------------------------------------------------------
+    # -- corrupt copies ------------------------------------------------------------------------------------------------
 
     def _is_bad(self, name: str) -> bool:
-        """Whether the object is known to be bad at its source."""
+        """Return whether the object is known to be corrupt at its source."""
         given_up_s = self._given_up.get(name)
         if given_up_s is not None and SYSTEM_CLOCK.monotonic() - given_up_s < poison.POISON_S:
             return True
         return poison.poison_of(self.folder, name) is not None
 
     def discard(self, name: str) -> None:
-        """Remove a copy that is wrong; where it cannot be removed it is never served by this process again."""
+        """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
         try:
             if self.writing is not None:
                 self.writing.publisher.remove(name)
                 return
         except OSError as error:
-            self.notices.warn("discard", f"cache {self.folder.root}: a damaged copy cannot be removed: {error}")
+            self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
         self._distrusted.add(name)
 
     def distrust_part(self, wanted: Wanted) -> bool:
-        """Hear that a reader found a part of a copy wrong. True: it is gone, open it again.
+        """Handle a partial copy that a reader found corrupt; return True if it was removed and can be opened again.
 
-        A part has no checksum of the whole. Where the disk holds what was sent, sending may have gone wrong, so it is
-        fetched once more; found wrong again (False) it is bad at its source, and read past the cache for a while.
+        A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
+        failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
+        source: the result is False, and the object is read from the store for some time.
         """
         held = self._look_at_part(wanted)
         if held is None:
@@ -364,7 +390,7 @@ class Opened:
             held.close()
         is_bad_there = not wrong and wanted.name in self._suspected
         self._suspected.discard(wanted.name)
-        with suppress(OSError):  # a full disk: nobody else hears of it
+        with suppress(OSError):  # a full disk: no other process is informed
             if is_bad_there:
                 self._given_up[wanted.name] = SYSTEM_CLOCK.monotonic()
                 self.counters.add("poisoned")
@@ -384,14 +410,17 @@ class Opened:
             poison.remember(self.folder, wanted.name, poison.Poison(wanted.source, wanted.crc32c, None))
 
     def _report_part(self, wanted: Wanted, wrong: list[int]) -> None:
-        """Say which units rotted. The part is not kept: unit by unit its map has said already what differs."""
+        """Report the corrupt units. The partial copy is not kept: the unit map already says which units differ."""
         if self.writing is not None:
-            verdict = f"{len(wrong):,} units of 4 KiB are not what was fetched, the first at {wrong[0]}"
-            reason = "a reader found it wrong; a copy in part"
+            verdict = f"{len(wrong):,} units of 4 KiB differ from what was fetched, the first at offset {wrong[0]}"
+            reason = "a reader found this partial copy corrupt"
             self.writing.quarantine.tell(wanted.name, wanted.n_bytes, reason=reason, verdict=verdict)
 
     def close(self) -> None:
-        """Give everything back. In a forked child: nothing, it is the parent's."""
+        """Close the traces and the parts that write.
+
+        In a forked child, only the trace: the rest belongs to the parent.
+        """
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.close()

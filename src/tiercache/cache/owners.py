@@ -1,4 +1,7 @@
-"""The processes that have a cache folder open: each holds a locked file, so that the others know whether it lives."""
+"""`Owners`: the processes that have a cache folder open.
+
+Each holds a locked file, so that others know whether it runs.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ _open_here: set[str] = set()
 
 
 class Owners:
-    """This process as an owner, and what can be said of the others. Safe from any thread."""
+    """This process as an owner, and the state of the other owners. Safe from any thread."""
 
     def __init__(self, folder: Folder, limit_bytes: int) -> None:
-        """Make the owner file. Raises OSError where the folder cannot be written."""
+        """Create the owner file. Raises OSError if the folder is not writable."""
         self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
         self.me = Owner.of_this_process()
         self.is_closed = False
@@ -50,9 +53,10 @@ class Owners:
         return keep_private(fd)
 
     def ensure(self) -> None:
-        """Make the folder and the owner file in it, where somebody has deleted them. Raises OSError after close()."""
-        with self._lock:  # two fetches may find it gone at once: the second would close what the first has just locked
-            if self.is_closed:  # whoever was at work while the cache was closed: another file may have the number now
+        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
+        with self._lock:
+            if self.is_closed:  # called during a close: another file may have this descriptor number now
                 raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
             self._folder.ensure()
             if not os.fstat(self._fd).st_nlink:
@@ -60,10 +64,10 @@ class Owners:
                 close_private(fd)
 
     def alive(self, text: str) -> bool:
-        """Whether the process of an owner still has the cache open.
+        """Return whether the process of an owner still has the cache open.
 
-        Process number, start time and boot decide where they can be compared; where they cannot (another container),
-        its lock does.
+        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
+        of the owner file decides.
         """
         owner = Owner.parse(text)
         if owner is None:
@@ -84,20 +88,20 @@ class Owners:
             os.close(fd)
 
     def bury(self, text: str) -> None:
-        """Remove the file of a dead owner. What it was fetching stays, in part: whoever wants it next goes on there."""
+        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
         with suppress(FileNotFoundError):
             reach("owner.buried")
             if Owner.parse(text) is not None:
                 self._folder.remove_file("owners", text)
 
     def bury_all(self) -> None:
-        """Remove what all dead owners have left."""
+        """Remove the files of all dead owners."""
         for text in [file.name for file in self._folder.owners.iterdir()]:
             if not self.alive(text):
                 self.bury(text)
 
     def limits(self) -> dict[str, int]:
-        """The limit in bytes of every owner that lives."""
+        """Return the size limit in bytes of every live owner."""
         limits = {str(self.me): self._limit_bytes}
         with suppress(FileNotFoundError):
             for file in self._folder.owners.iterdir():
@@ -107,13 +111,13 @@ class Owners:
                         limits[file.name] = int(note["limit_bytes"])
         return limits
 
-    # -- what else the accounts ask ---------------------------------------------------------------------------------
+    # -- queries of the accounts ---------------------------------------------------------------------------------------
 
     def is_over(self, owner: str, name: str) -> bool:
-        """Whether a reservation is for a wrong copy that is deleted, and that no reader holds any more.
+        """Return whether a reservation belongs to a corrupt copy that is deleted and that no reader has open any more.
 
-        The process that deleted it gives it back when it next uses the cache, which may be tomorrow. What a container
-        holds is not seen from another one.
+        The process that deleted the copy releases the reservation when it next uses the cache, which may be much later.
+        Locks of another container are not visible here.
         """
         inode = name.partition("-")[2].partition("-")[0]
         who = Owner.parse(owner)
@@ -122,15 +126,15 @@ class Owners:
         return not os.path.lexists(self._folder.quarantine / f"{name}.bad") and not is_locked(int(inode, 16))
 
     def coming(self) -> list[tuple[str, str, int]]:
-        """(owner, name, charge in bytes) of what each fetch may still bring, as the file of its lock says.
+        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
 
-        A fetch notes that before it reserves, and takes it back before it books. What a dead owner has noted is in
-        here too.
+        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
         """
         found: list[tuple[str, str, int]] = []
         with suppress(OSError):
             for file in self._folder.locks.iterdir():
-                with suppress(OSError, ValueError, KeyError, TypeError):  # no fetch's, or given back meanwhile
+                # Not the lock of a fetch, or released meanwhile.
+                with suppress(OSError, ValueError, KeyError, TypeError):
                     note = json.loads(read_text(file))
                     coming = str(note["owner"]), file.name, int(note["reserved_bytes"])
                     if coming[2] > 0 and NAME.fullmatch(file.name):
@@ -138,20 +142,20 @@ class Owners:
         return found
 
     def charge_of(self, name: str) -> int | None:
-        """What a copy, or a copy in part, takes of the budget in bytes; None: it is not there."""
+        """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
         return self._folder.charge_of(name)
 
     def charges(self) -> dict[str, int]:
-        """What every copy, and every copy in part, takes of the budget in bytes, by name."""
+        """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
         return self._folder.sizes()
 
     def record(self, name: str) -> str:
-        """The record beside a copy, "" where there is none."""
+        """Return the record of a copy, "" if there is none."""
         record = self._folder.read_record(name)
         return "" if record is None else record.to_json()
 
     def close(self) -> None:
-        """Give the owner file up. Once only."""
+        """Remove the owner file. Must be called only once."""
         with self._lock:
             self.is_closed = True
         _open_here.discard(str(self.me))

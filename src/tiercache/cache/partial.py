@@ -1,16 +1,17 @@
-"""A copy in part: a sparse file that grows unit by unit, and beside it the map that says which units are there.
+"""Partial copies: a sparse file that grows in units of 4 KiB, and a unit map that says which units are present.
 
 ::
 
     copies/NAME.part    n_bytes long from the start; a unit's bytes are written before the map says so
-    copies/NAME.map     head (64 bytes), uint8 flag[n_units] (1: there), 8-byte aligned uint32 crc32c[n_units]
+    copies/NAME.map     head (64 bytes), uint8 flag[n_units] (1: present), 8-byte aligned uint32 crc32c[n_units]
 
-The map's head names the part's inode, so that a map never speaks for another part of that name (where locks lie, two
-may make one at the same time), and the boot: after a power failure the disk may have kept the map and lost the data, so
-a part of an earlier boot is read back against its checksums before anybody is served from it.
+The head of the map contains the inode of the partial copy, so that a map never describes another file of that name (on
+file systems where flock is not enforced, two processes may create one at the same time). The head also contains the
+boot: after a power failure the disk may have kept the map and lost the data, so a partial copy of an earlier boot is
+verified against its checksums before it is served.
 
-Flags only ever go from 0 to 1. Readers read them with pread(2), and only as long as the answer is "not yet": a mapping
-would kill the process, by SIGBUS, where somebody cuts the map short.
+A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
+would kill the process if another process truncated the map.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ MAGIC = b"\x89TCMAP\r\n"
 HEAD_BYTES = 64
 _HEAD = struct.Struct("<8sIIQQ16s12xI")
 _VERSION = 1
-# ext4 keeps four extents in the inode, and some 340 in each block beyond: charged as if half of each were in use.
+# ext4 keeps four extents in the inode and about 340 in each further block; the charge assumes half-full blocks.
 _EXTENTS_IN_INODE = 4
 _EXTENTS_PER_BLOCK = 170
-# Between a part and its map lie some system calls of its maker.
+# Upper bound of the time between the creation of a partial copy and of its map, which are a few system calls apart.
 SETTLE_S = 0.5
 
 
 def map_bytes(n_bytes: int) -> int:
-    """Size of the map of a file of n_bytes."""
+    """Return the size of the unit map of a file of n_bytes."""
     return _crc_offset(n_bytes) + 4 * n_units(n_bytes)
 
 
@@ -64,7 +65,7 @@ def _crc_offset(n_bytes: int) -> int:
 
 
 def charge_of(present: Mask, n_bytes: int) -> int:
-    """What a part with these units, its map and its record take on disk; 0 with none."""
+    """Return the disk space in bytes of a partial copy with these units, its map and its record; 0 without units."""
     if not present.any():
         return 0
     n_extents = len(runs_of(present))
@@ -75,20 +76,26 @@ def charge_of(present: Mask, n_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of a map. inode: of the part it speaks for; boot: in which the part was written."""
+    """The head of a unit map.
+
+    Attributes:
+        n_bytes: Size of the whole object.
+        inode: Inode of the partial copy that the map describes.
+        boot: Boot in which the partial copy was written.
+    """
 
     n_bytes: int
     inode: int
     boot: str
 
     def pack(self) -> bytes:
-        """Its 64 bytes."""
+        """Return the head as 64 bytes."""
         body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, self.n_bytes, self.inode, self.boot.encode(), 0)[:-4]
         return body + struct.pack("<I", crc32c(body))
 
     @classmethod
     def parse(cls, data: bytes) -> Head | None:
-        """The head, None if it is none: torn by a power failure, or of another release."""
+        """Return the head; None if the data is torn by a power failure, or belongs to another release."""
         if len(data) != HEAD_BYTES:
             return None
         magic, version, unit_bytes, n_bytes, inode, boot, crc = _HEAD.unpack(data)
@@ -98,9 +105,10 @@ class Head:
 
 
 class Presence:
-    """Which units of a file are there, as its map says. Owns a descriptor of the map. Safe from any thread.
+    """The units of a file that are present, as its map says. Owns a descriptor of the map. Safe from any thread.
 
-    What was seen to be there is not asked for again; two threads may both ask, which does no harm.
+    A unit that was seen to be present is not read from the map again. Two threads may read the same flags, which is
+    harmless.
     """
 
     def __init__(self, fd: int, n_bytes: int) -> None:
@@ -109,7 +117,7 @@ class Presence:
         self._seen = np.zeros(n_units(n_bytes), bool)
 
     def covers(self, ranges: Sequence[ByteRange]) -> bool:
-        """Whether all these bytes are there by now."""
+        """Return whether all these bytes are present by now."""
         if covers(self._seen, ranges, self.n_bytes):
             return True
         for wanted in ranges:
@@ -123,30 +131,33 @@ class Presence:
         return bool(self._seen[first:last].all())
 
     def mask(self) -> Mask:
-        """All units that are there by now; a copy."""
+        """Return the units that are present by now, as a new array."""
         self._look(0, len(self._seen))
         return self._seen.copy()
 
     def dup(self) -> Presence:
-        """Another one with a descriptor of its own."""
+        """Return the same map with a descriptor of its own."""
         return Presence(os.dup(self._fd), self.n_bytes)
 
     def sums(self, first: int, last: int) -> np.ndarray:
-        """CRC-32C of the units [first, last), uint32; shorter where the map is. Valid of those that are there."""
+        """Return the CRC-32C of the units [first, last), uint32; fewer if the map is shorter.
+
+        Only those of present units are valid.
+        """
         data = os.pread(self._fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
         return np.frombuffer(data[: len(data) // 4 * 4], "<u4")
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Return the descriptor."""
         return self._fd
 
     def close(self) -> None:
-        """Close the map. Once only."""
+        """Close the map. Must be called only once."""
         close_private(self._fd)
 
 
 def read_flags(map_fd: int, first: int, last: int) -> Mask:
-    """The flags of units [first, last); what cannot be read is not there."""
+    """Return the flags of the units [first, last). A flag that cannot be read counts as 0."""
     try:
         data = os.pread(map_fd, last - first, HEAD_BYTES + first)
     except OSError:
@@ -158,16 +169,18 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
 
 @dataclass(slots=True)
 class Held:
-    """A reader's hold on a copy: a descriptor under a reader's lock, and the map where it is (or was) a part.
+    """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial.
 
-    presence: None: all of it is there.
+    Attributes:
+        fd: Descriptor of the file.
+        presence: Unit map; None if the whole copy is present.
     """
 
     fd: int
     presence: Presence | None = None
 
     def dup(self) -> Held:
-        """The same hold once more: they share one lock, which lasts until the last of them is closed."""
+        """Return a second handle. Both share one lock, which lasts until the last of them is closed."""
         fd = os.dup(self.fd)
         try:
             return Held(fd, None if self.presence is None else self.presence.dup())
@@ -176,22 +189,22 @@ class Held:
             raise
 
     def keep_private(self) -> None:
-        """Let a forked child close it."""
+        """Let a forked child close the descriptors."""
         keep_private(self.fd)
         if self.presence is not None:
             keep_private(self.presence.fileno())
 
     def close(self) -> None:
-        """End the hold. Once only."""
+        """Close the descriptors. Must be called only once."""
         try:
-            close_private(self.fd)  # never LOCK_UN: closing ends this hold and no other
+            close_private(self.fd)  # never LOCK_UN, which would end the lock of all duplicates
         finally:
             if self.presence is not None:
                 self.presence.close()
 
 
 def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
-    """A reader's hold on the part of a copy; None: none is there, or it is being evicted, or not vouched for.
+    """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
 
     The races with eviction and with an earlier boot are those of open_leased() and Part.open().
     """
@@ -212,14 +225,14 @@ def hold_part(folder: Folder, name: str, n_bytes: int) -> Held | None:
 
 
 def _close_all(*fds: int | None) -> None:
-    with ExitStack() as closing:  # where closing one fails (a network file system writes then), the others are closed
+    with ExitStack() as closing:  # if one close() fails (a network file system writes then), the others still run
         for fd in fds:
             if fd is not None:
                 closing.callback(os.close, fd)
 
 
 def _open_pair(folder: Folder, name: str, n_bytes: int) -> tuple[tuple[int, int], str] | None:
-    """Descriptors of a part and its map, for writing, and the boot they are of; None: there is no such pair."""
+    """Open a partial copy and its map for writing and return them with their boot; None: there is no such pair."""
     fd, map_fd = folder.open_to_write(f"{name}.part"), None
     try:
         map_fd = folder.open_to_write(f"{name}.map")
@@ -234,9 +247,9 @@ def _open_pair(folder: Folder, name: str, n_bytes: int) -> tuple[tuple[int, int]
 
 
 def _head_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
-    """The boot in which a part was written; None: these two are no part of n_bytes and its map."""
+    """Return the boot in which a partial copy was written; None: the files do not belong together."""
     status = os.fstat(part_fd)
-    if status.st_nlink != 1:  # unlinked meanwhile; or a copy already, whose map is about to go
+    if status.st_nlink != 1:  # it was unlinked; or it is a complete copy already, whose map is about to be deleted
         return None
     head = Head.parse(os.pread(map_fd, HEAD_BYTES, 0))
     fits = head is not None and (head.n_bytes, head.inode, status.st_size) == (n_bytes, status.st_ino, n_bytes)
@@ -244,22 +257,24 @@ def _head_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
 
 
 class Part:
-    """The writing end of a part. Its threads write different units; whoever opens it holds the name's lock.
+    """A partial copy that is open for writing. Threads write different units; the opener holds the lock of the name.
 
-    present: bool[n_units], what is there; held, and changed by write().
+    Attributes:
+        present: Units that are present, bool[n_units]; write() changes it.
     """
 
     def __init__(self, folder: Folder, name: str, n_bytes: int, fds: tuple[int, int]) -> None:
-        """fds: of part and map, open for writing, taken over."""
+        """Take ownership of fds, the descriptors of the partial copy and of its map, both open for writing."""
         self.folder, self.name, self.n_bytes = folder, name, n_bytes
         self.fd, self._map_fd = keep_private(fds[0]), keep_private(fds[1])
         self.present: Mask = read_flags(self._map_fd, 0, n_units(n_bytes))
 
     @classmethod
     def create(cls, folder: Folder, name: str, n_bytes: int) -> Part:
-        """A new part without a unit. Raises OSError, FileExistsError where somebody else has just made one.
+        """Create a partial copy without units. Raises OSError; FileExistsError if another process has just created one.
 
-        Whoever makes the part may make its map: one that lies there already is of a part that is gone.
+        The process that creates the partial copy may also create the map: an existing map belongs to a file that is
+        gone.
         """
         fd = folder.new_file(f"{name}.part")
         map_fd = None
@@ -270,7 +285,7 @@ class Part:
             map_fd = folder.new_file(f"{name}.map")
             reach("fetch.map")
             os.ftruncate(map_fd, map_bytes(n_bytes))
-            # The head last: a map without one is none.
+            # The head is written last: a map without a head is ignored.
             os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
             reach("fetch.mapped")
         except BaseException:
@@ -281,13 +296,15 @@ class Part:
 
     @classmethod
     def open(cls, folder: Folder, name: str, n_bytes: int) -> Part | None:
-        """The part that is there; None: there is none. What cannot be gone on with is removed.
+        """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
 
-        One of an earlier boot is read back: each unit must be what its checksum says. One without a map has lost its
-        maker; but where locks lie he may be about to make the map, so he gets a moment. And where no part is, none is
-        removed: there he may have made it since we looked, and would fill, for himself, a file without a name.
+        The units of an earlier boot are verified against their checksums. A partial copy without a map has lost its
+        creator; but on file systems where flock is not enforced, the creator may be about to create the map, so open()
+        waits SETTLE_S. If there is no partial copy, none is removed: another process may create it after this check,
+        and would then fill a file without a name.
         """
-        has_map = folder.has_file(f"{name}.map")  # asked first: whoever makes a part makes its map after it
+        # Checked first, because the creator writes the map after the partial copy.
+        has_map = folder.has_file(f"{name}.map")
         found = wait_for(lambda: _open_pair(folder, name, n_bytes) or not folder.has_file(f"{name}.part"), SETTLE_S)
         if found is True:
             if has_map and not folder.has_copy(name):
@@ -309,7 +326,7 @@ class Part:
         return None
 
     def _vouch(self) -> bool:
-        """Whether each unit that is there has its checksum; if so the part is of this boot from now on."""
+        """Verify the present units; if all are right, mark the partial copy as one of this boot and return True."""
         if wrong_units(self.fd, Presence(self._map_fd, self.n_bytes)):
             return False
         reach("fetch.vouched")
@@ -317,17 +334,21 @@ class Part:
         return True
 
     def write(self, start: int, data: np.ndarray) -> int | None:
-        """Write whole units (the file's last may be short) from start on; the CRC-32C of data if all of it was written.
+        """Write whole units from start on (the last unit of the file may be short).
 
-        Where locks lie another process may have written some of them meanwhile: those stay as they are, for somebody
-        may be reading them. Data, then checksums, then flags: whoever dies in between has written nothing.
+        On file systems where flock is not enforced, another process may have written some of the units: those are left
+        unchanged, because a reader may be using them. The data is written first, then the checksums, then the flags, so
+        that a crash in between leaves no invalid unit.
 
         Args:
-            start: a multiple of UNIT_BYTES.
-            data: uint8[n], not kept.
+            start: Offset in the file, a multiple of UNIT_BYTES.
+            data: Bytes to write, uint8[n]; not kept.
+
+        Returns:
+            CRC-32C of data; None if another process had written a part of it.
 
         Raises:
-            OSError: the disk.
+            OSError: The disk failed.
         """
         sums, whole = sums_of(data)
         first, n = start // UNIT_BYTES, max(len(sums), 1)
@@ -345,11 +366,14 @@ class Part:
         return whole if missing.all() else None
 
     def look_again(self) -> None:
-        """See what another has written too, where locks lie. Of two that do so after their last write one sees all."""
+        """Add units that another process has written.
+
+        Of two writers that call this after their last write, one sees all units.
+        """
         self.present |= read_flags(self._map_fd, 0, len(self.present))
 
     def hold(self) -> Held:
-        """A reader's hold on this very file, whatever has its name by now."""
+        """Return a reader's handle on this file, even if another file has its name by now."""
         fd, map_fd = _reopen(self.fd, self.folder.copy_path(f"{self.name}.part")), None
         try:
             try_shared(fd)
@@ -361,25 +385,25 @@ class Part:
 
     @property
     def has_name(self) -> bool:
-        """Whether the file has any name still."""
+        """Whether the file still has a name."""
         return os.fstat(self.fd).st_nlink > 0
 
     def seal(self, mode: int) -> None:
-        """Let nobody open it for writing any more."""
+        """Set the final mode, so that nobody can open the file for writing."""
         set_mode(self.fd, mode)
 
     def forget_name(self, *, keep_map: bool) -> None:
-        """Drop the names that a part has, if they are still this one's: it is a copy now."""
+        """Remove the names of the partial copy, which is complete now, if they still belong to this file."""
         path = self.folder.copy_path(f"{self.name}.part")
         with suppress(FileNotFoundError):
             if os.lstat(path).st_ino != os.fstat(self.fd).st_ino:
                 return
-        if not keep_map:  # first: a part beside its copy is swept, a map alone beside it would stay
+        if not keep_map:  # first: a sweep removes a partial copy beside its complete copy, but not a map alone
             self.folder.remove_file("copies", f"{self.name}.map")
         self.folder.remove_part(self.name, keep_map=True)
 
     def close(self) -> None:
-        """Close the files. Once only."""
+        """Close the files. Must be called only once."""
         try:
             close_private(self.fd)
         finally:
@@ -387,7 +411,7 @@ class Part:
 
 
 def _reopen(fd: int, path: str) -> int:
-    """Another open file of what fd is of. Raises FileNotFoundError: it has lost its name, and there is no /proc."""
+    """Open the file of fd again. Raises FileNotFoundError: the file has lost its name, and there is no /proc."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     with suppress(FileNotFoundError, PermissionError):
         return os.open(f"/proc/self/fd/{fd}", flags)
@@ -403,7 +427,7 @@ def _reopen(fd: int, path: str) -> int:
 
 
 def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> Presence | None:
-    """The map of the copy or part that fd is open on; None: there is none that speaks for it."""
+    """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file."""
     map_fd = folder.open_copy(f"{name}.map")
     if map_fd is None:
         return None
@@ -418,7 +442,7 @@ def open_map(folder: Folder, name: str, fd: int, n_bytes: int) -> Presence | Non
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
-    """Fill buffer from a file; False: it ends before, or cannot be read."""
+    """Fill the buffer from the file at offset; return False if the file ends early or cannot be read."""
     done = 0
     while done < len(buffer):
         try:
@@ -432,9 +456,13 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
 
 
 def wrong_units(fd: int, presence: Presence) -> list[int]:
-    """Offsets of the units of a part that are not what came from its source; of what cannot be read, the first.
+    """Return the offsets of units that differ from what the source sent.
 
-    fd: of the part.
+    For a piece that cannot be read, only its first offset is in the list.
+
+    Args:
+        fd: Descriptor of the partial copy.
+        presence: Its unit map.
     """
     wrong: list[int] = []
     for span in ranges_of(presence.mask(), presence.n_bytes):
@@ -445,7 +473,8 @@ def wrong_units(fd: int, presence: Presence) -> list[int]:
                 continue
             sums, first = sums_of(data)[0], start // UNIT_BYTES
             expected = presence.sums(first, first + len(sums))
-            is_wrong = np.ones(len(sums), bool)  # what a map that was cut short says nothing of is wrong too
+            # a unit without a checksum, because the map was truncated, is wrong too
+            is_wrong = np.ones(len(sums), bool)
             is_wrong[: len(expected)] = expected != sums[: len(expected)]
             wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
     return wrong

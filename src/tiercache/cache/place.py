@@ -1,4 +1,4 @@
-"""Where a data set is read from, and through which cache."""
+"""`Place`: the URL of a data set, and the cache through which it is read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ Verify = Literal["first", "always", "never"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a data set is read from and how: everything but which version and columns. Picklable.
+    """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
 
-    cache: None: Cache.default() for what is not local; False: none; a Cache: always that one; casts: of columns.
+    Attributes:
+        url: URL of the data set.
+        cache: A Cache; None uses Cache.default() for a data set that is not local; False uses no cache.
+        verify: When pages are checked against their checksums.
+        storage_options: Options of the store.
+        casts: Casts of columns.
     """
 
     url: str
@@ -35,11 +40,11 @@ class Place:
     casts: Casts = field(default_factory=dict)
 
     def open(self) -> Store:
-        """The data set's own store."""
+        """Open the store of the data set, without a cache."""
         return open_store(self.url, **self.storage_options)
 
     def cache_of(self, store: Store) -> Cache | None:
-        """The cache that a store is read through here; None: it is read itself."""
+        """Return the cache through which a store is read; None: the store is read directly."""
         if isinstance(self.cache, Cache):
             return self.cache
         if self.cache is False or isinstance(store, LocalStore | MemoryStore):
@@ -47,35 +52,43 @@ class Place:
         return _default_cache()
 
     def cached(self, store: Store) -> Store:
-        """A store as it is read here: itself, or the cache round it."""
+        """Return the store with the cache around it, or the store itself if no cache applies."""
         cache = self.cache_of(store)
         return store if cache is None else cache.store(store)
 
 
 def _default_cache() -> Cache | None:
-    """The configured cache; None, with a warning, where its folder cannot be had: nobody has asked for it by name."""
+    """Return the configured cache; None, with a warning, if its folder cannot be used.
+
+    The user did not ask for this cache by name, so the failure is not an error.
+    """
     try:
         return Cache.default()
     except OSError as error:
         warnings.warn(
-            f"no cache, so that every epoch is fetched again: {error}; name a folder that can be written by "
-            "TIERCACHE_CACHE_DIR, or say cache=False",
+            f"the cache cannot be used, so every epoch is fetched again: {error}; set TIERCACHE_CACHE_DIR to a "
+            "writable folder, or pass cache=False",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
 
 
-# (data set, its bytes, cache) that were warned of: once is enough, however often it is opened.
+# The combinations of data set, size and cache that were warned about: once per process is enough.
 _warned: set[tuple[str, int, str]] = set()
 
 
 def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
-    """Warn, once in a process, of a data set that the cache cannot hold whole, with the arithmetic.
+    """Warn once per process about a data set that the cache cannot hold as a whole.
 
-    If the data set fits, the cache warns later, when it has no room.
+    If the data set fits, the cache itself warns later, when it has no space.
 
-    shard_bytes: int64[n], of each shard. One that is larger than the cache is never cached: it is read by ranges.
+    Args:
+        url: URL of the data set.
+        dataset_id: Identifier of the data set.
+        shard_bytes: Size of each shard in bytes, int64[n]. A shard larger than the cache is never cached; it is read by
+            ranges.
+        cache: Cache through which the data set is read.
     """
     limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
     reason = (url, n_bytes, str(cache.path))
@@ -86,7 +99,7 @@ def announce(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: C
     _warned.add(reason)
     fits = shard_bytes <= limit_bytes
     more_bytes = n_bytes - min(limit_bytes, int(shard_bytes[fits].sum()))
-    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each is larger than all of it"
+    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each exceeds the whole cache"
     warnings.warn(
         f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
         f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch{larger}; "

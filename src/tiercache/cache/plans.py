@@ -1,22 +1,22 @@
-"""Plan files: what every job of this machine will read next, so that the cache keeps what is needed soonest.
+"""Plan files: what each job of this machine will read next, so that the cache keeps the copies that are needed soonest.
 
 A file `plans/OWNER.RANDOM.plan` holds one ReadingPlan as a table sorted by the names of copies::
 
     0   8  magic
     8   8  m, rows of the table
-    16  8  the job's clock: stored bytes of shards read since its epoch began; the owner writes it as it goes on
-    24  8  bytes of the label behind the table
+    16  8  clock of the job: stored bytes of shards read since its epoch began; the owner updates it
+    24  8  length in bytes of the label after the table
     32 16  hash of the reader, see model.ReadingPlan; 0: none
     48 16  0
     64  44 m  name (20 bytes), first, last, then (int64 each, see model.ReadingPlan)
-        .. label: who reads, for people
+        .. label: description of the job, for messages
 
-Its owner keeps it locked. It is void, and swept by whoever meets it, when lock and owner are gone.
+The owner keeps the file locked. When the lock and the owner are gone, the plan is void, and any process may sweep it.
 
-A plan of a reader that was read through, or not begun (of the epoch to come), becomes OWNER.RANDOM.left when it is
-withdrawn: what its reader needs next is known until that reader has another plan, for LEFT_S at most. Of two ranks one
-ends its epoch first, and what it had kept would be evicted for the other: with a cache for a quarter of their data set
-both fetched 0.78 of it an epoch, instead of 0.75; one after the other, with half of it in the cache, 0.98 instead of
+A withdrawn plan that was read to its end, or not begun (that of the next epoch), becomes OWNER.RANDOM.left: its
+reader's next reads are known until that reader publishes another plan, for at most LEFT_S. Of two ranks, one ends its
+epoch first, and its copies would be evicted for the other. Measured: with a cache of a quarter of their data set, both
+fetched 0.78 of it per epoch instead of 0.75; two jobs one after the other, with a cache of half of it, 0.98 instead of
 0.5.
 """
 
@@ -60,17 +60,17 @@ _CLOCK = struct.Struct("<Q")
 _ROW = np.dtype([("name", np.uint8, NAME_BYTES), ("first", "<i8"), ("last", "<i8"), ("then", "<i8")])
 _SUFFIX, _TEMP_SUFFIX, _LEFT_SUFFIX = ".plan", ".new", ".left"
 _NOBODY = bytes(16)
-# Ranks end an epoch within seconds of each other, and begin the next one, in new processes, within seconds.
+# Ranks end an epoch, and start the next one in new processes, within seconds of each other.
 LEFT_S = 60.0
 
 
-# The next use of some copies and the one after it, int64[n] each: see Table.uses().
+# The next use of each copy and the second next one, int64[n] each: see Table.uses().
 Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """A plan by names, sorted; first, last, then: int64[m] as in a ReadingPlan."""
+    """A plan by names of copies, sorted; first, last and then are int64[m] as in a ReadingPlan."""
 
     names: Names
     first: NDArray[np.int64]
@@ -81,7 +81,12 @@ class Table:
 
     @classmethod
     def of(cls, names: NDArray[np.uint8], plan: ReadingPlan) -> Table:
-        """The table of a plan. names: uint8[m, 20], of its shards. Shards that are one copy become one row."""
+        """Return the table of a plan. Shards with the same copy become one row.
+
+        Args:
+            names: Names of the copies of plan.shards, uint8[m, 20].
+            plan: When the job reads each shard.
+        """
         found = Names.of(names)
         order = found.order()
         found = found.take(order)
@@ -90,7 +95,8 @@ class Table:
         if len(starts) < len(found):
             found = found.take(starts)
             first, then = np.minimum.reduceat(first, starts), np.minimum.reduceat(then, starts)
-            # In use until the last of them has been read; NEVER belongs to those that are not read in this epoch.
+            # The copy is in use until the last of its shards was read; NEVER stands for shards that this epoch does not
+            # read.
             last = np.maximum.reduceat(np.where(last == NEVER, -1, last), starts)
             last = np.where(first == NEVER, NEVER, last)
         reader = blake2b(plan.reader.encode(), digest_size=len(_NOBODY)).digest() if plan.reader else _NOBODY
@@ -98,13 +104,16 @@ class Table:
 
     @property
     def end(self) -> int:
-        """The clock when all of it was read; what is in use as long as the plan is (NEVER - 1) does not count."""
+        """Clock at which the whole plan was read.
+
+        Copies that are in use as long as the plan lives (NEVER - 1) do not count.
+        """
         return int(np.where(self.last >= NEVER - 1, 0, self.last).max(initial=0))
 
     def uses(self, rows: NDArray[np.int64], clock: int) -> Uses:
-        """The next use of each row and the one after it, in bytes still to read: int64[n] each.
+        """Return the next use of each row and the second next one, in bytes that the job still reads: int64[n] each.
 
-        0: it is in use; NEVER: not seen by the plan; UNPLANNED: for rows of -1.
+        0: the copy is in use; NEVER: the plan contains no such use; UNPLANNED: for rows of -1.
         """
         unplanned = rows < 0
         if unplanned.all():
@@ -120,7 +129,7 @@ class Table:
 
 
 def encode(table: Table) -> bytes:
-    """The bytes of a plan file, at clock 0."""
+    """Return the bytes of a plan file, at clock 0."""
     rows = np.empty(len(table.names), _ROW)
     rows["name"] = table.names.raw
     rows["first"], rows["last"], rows["then"] = table.first, table.last, table.then
@@ -129,7 +138,7 @@ def encode(table: Table) -> bytes:
 
 
 def decode(data: bytes) -> Table | None:
-    """The table of a plan file; None: it is not one."""
+    """Return the table of a plan file; None: the data is no plan."""
     if len(data) < _HEADER.size:
         return None
     magic, m, _, n_label, reader = _HEADER.unpack_from(data)
@@ -137,7 +146,7 @@ def decode(data: bytes) -> Table | None:
     if magic != _MAGIC or len(data) != end + n_label:
         return None
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
-    # Whoever may write here may write nonsense: it must not overflow what is computed from it.
+    # A user with write permission may write invalid values: they must not overflow later computations.
     first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
     return Table(Names.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
 
@@ -147,14 +156,14 @@ _NOTHING = Table(Names.of(np.empty((0, NAME_BYTES), np.uint8)), _NO_USES, _NO_US
 
 
 class Plans:
-    """The live plans of a folder. Safe from any thread; the lock guards the plans that are known here.
+    """The live plans of a folder. Safe from any thread; the lock guards the known plans.
 
-    A thread may still be at work when the cache is closed: a loader waits 5 ms for the planner that makes the next
-    epoch ready. It is answered as before, but nothing stays open, or published, of what it does after that.
+    A thread may still be active when the cache is closed: a loader waits only 5 ms for the planner that prepares the
+    next epoch. Such a thread still gets results, but nothing that it does then stays open or published.
     """
 
     def __init__(self, folder: Folder, owners: Owners) -> None:
-        """Sweep what dead jobs have left."""
+        """Sweep the plans of dead jobs."""
         self._folder, self._owners = folder, owners
         self._lock = Lock()
         self._read: dict[str, _Read] = {}
@@ -164,19 +173,19 @@ class Plans:
             self._refresh()
 
     def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> Following:
-        """Let all who use the folder know when this job reads which copies.
+        """Publish the reading plan of this job to all users of the folder.
 
         Args:
-            names: uint8[m, 20], names of the copies of plan.shards.
-            plan: when each is read.
+            names: Names of the copies of plan.shards, uint8[m, 20].
+            plan: When the job reads each shard.
 
         Raises:
-            OSError: it cannot be written.
-            ValueError: names and plan are not of one length.
+            OSError: The file cannot be written.
+            ValueError: The columns of names and plan differ in length.
         """
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"a plan needs shards, names, first, last and then of one length, got {lengths}")
+            raise ValueError(f"shards, names, first, last and then of a plan must have the same length, got {lengths}")
         published = Published(self._folder, str(self._owners.me), Table.of(names, plan))
         with self._lock:
             is_late = self._is_closed
@@ -187,32 +196,32 @@ class Plans:
         return published
 
     def uses(self, *asked: Names) -> list[Uses]:
-        """The next use of each copy and the one after it, over all live plans, for each table of names.
+        """Return the next use of each copy and the second next one, over all live plans, for each table of names.
 
-        See Table.uses(). The first table may be asked about again and again: where its names stand is remembered.
+        See Table.uses(). The rows of the first table of names are remembered for repeated calls with the same object.
         """
         with self._live() as plans:
             return [_merged([plan.uses(names, keep=names is asked[0]) for plan in plans], names) for names in asked]
 
     def labels(self) -> list[str]:
-        """Who reads, for people: of each live plan."""
+        """Return the labels of the live plans, sorted."""
         with self._live():
             return sorted(plan.table.label for file, plan in self._read.items() if file.endswith(_SUFFIX))
 
     def close(self) -> None:
-        """Withdraw what was published here, and close what was read. Repeatable."""
+        """Withdraw the plans that this process published, and close the others. Repeatable."""
         with self._lock:
-            self._is_closed = True  # first: what is published from now on is on nobody's list
+            self._is_closed = True  # first: a plan published from now on is in no list
             published = list(self._published)
             self._close_read()
         for one in published:
             one.close()
 
-    # -- who lives --------------------------------------------------------------------------------------------------
+    # -- live plans ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _live(self) -> Iterator[list[_Read]]:
-        """The live plans, under the lock."""
+        """Yield the live plans, with the lock held."""
         with self._lock:
             try:
                 yield self._refresh()
@@ -225,12 +234,12 @@ class Plans:
             close_private(self._read.popitem()[1].fd)
 
     def _refresh(self) -> list[_Read]:
-        """The live plans. Dead ones are swept: they would keep copies for nobody."""
+        """Return the live plans, and sweep dead ones, which would keep copies for no job."""
         try:
             with os.scandir(self._folder.plans) as entries:
                 files = {entry.name for entry in entries}
         except (FileNotFoundError, NotADirectoryError):
-            files = set()  # somebody deleted the folder
+            files = set()  # the folder was deleted
         for file in self._read.keys() - files:
             close_private(self._read.pop(file).fd)
         for file in files:
@@ -248,15 +257,15 @@ class Plans:
     def _look(self, file: str) -> None:
         read = self._read.get(file)
         if read is None:
-            with suppress(OSError):  # withdrawn meanwhile, or nothing that can be read: it is no plan
+            with suppress(OSError):  # withdrawn meanwhile, or unreadable: not a plan
                 read = self._read[file] = _Read.open(self._folder, file)
-        # Where locks lie it always seems free: then the owner decides.
+        # Where flock is not enforced, the file always seems unlocked: then the owner decides.
         if read is not None and not self._is_locked(file) and not self._owners.alive(file.split(".")[0]):
             close_private(self._read.pop(file).fd)
             self._sweep(file)
 
     def _look_back(self, file: str, readers: set[bytes]) -> None:
-        """As _look, at what a reader left behind; readers: of the live plans."""
+        """Keep or sweep the plan that a reader left behind. readers: Readers of the live plans."""
         read = self._read.get(file)
         with suppress(OSError):
             read = self._read[file] = read or _Read.open(self._folder, file)
@@ -278,26 +287,26 @@ class Plans:
             os.close(fd)
 
     def _sweep(self, file: str) -> None:
-        with suppress(OSError):  # somebody else's folder, or a disk that fails: it is void all the same
+        with suppress(OSError):  # another user's folder, or a failing disk: the plan is void all the same
             self._folder.remove_file("plans", file)
         reach("plan.swept")
 
 
 def _merged(plans: list[Uses], names: Names) -> Uses:
-    """The two nearest of all plans' uses."""
+    """Return the two nearest uses over all plans."""
     if not plans:
         nobody = np.full(len(names), UNPLANNED, np.int64)
         return nobody, nobody
     coming, after = plans[0]
     for its, its_after in plans[1:]:
-        # The second smallest of four: whose use comes later is the one after the other's, or an own second one is.
+        # The second smallest of four uses: either the later one of the two next uses, or a second next one.
         after = np.minimum(np.minimum(after, its_after), np.maximum(coming, its))
         coming = np.minimum(coming, its)
     return coming, after
 
 
 class _Read:
-    """A plan file that somebody published, open for reading. The clock is read, not mapped: nothing here can SIGBUS."""
+    """An open plan file of any process. The clock is read, not mapped, so that a truncated file cannot raise SIGBUS."""
 
     def __init__(self, fd: int, table: Table) -> None:
         self.fd, self.table = fd, table
@@ -306,7 +315,10 @@ class _Read:
 
     @classmethod
     def open(cls, folder: Folder, file: str) -> _Read:
-        """Raises OSError. A file that is not a plan gives an empty table: it is swept when its owner is gone."""
+        """Open a plan file.
+
+        Raises OSError. An invalid file gives an empty table, and is swept when its owner is gone.
+        """
         fd = open_file(folder.plans / file, os.O_RDONLY)
         try:
             table = decode(os.pread(fd, os.fstat(fd).st_size, 0)) or _NOTHING
@@ -316,7 +328,7 @@ class _Read:
         return cls(keep_private(fd), table)
 
     def uses(self, names: Names, *, keep: bool) -> Uses:
-        """See Table.uses(), at the owner's clock now. keep: remember where the names stand."""
+        """Return Table.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:
             self._names, self._rows = names, rows
@@ -330,15 +342,15 @@ def _clock_of(fd: int) -> int:
 
 
 class Published:
-    """A plan of this process in the folder. Safe from any thread.
+    """A plan file of this process. Safe from any thread.
 
-    The lock is held while the clock is written and while the plan is withdrawn. The collector may close the plan in a
-    thread that is just writing its clock: then it is withdrawn when that is written, for by then another file may have
-    the number of its descriptor.
+    The lock is held while the clock is written and while the plan is withdrawn. The garbage collector may close the
+    plan in a thread that is writing its clock: then the plan is withdrawn after the write, because otherwise another
+    file could get the descriptor's number before the write.
     """
 
     def __init__(self, folder: Folder, owner: str, table: Table) -> None:
-        """Write it, locked before it has its name. Raises OSError."""
+        """Write the file, and lock it before it gets its name. Raises OSError."""
         stem = f"{owner}.{secrets.token_hex(4)}"
         temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
         fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder.rights.file))
@@ -350,7 +362,7 @@ class Published:
             reach("plan.named")
         except BaseException:
             close_private(fd)
-            for path in (temp, folder.plans / file):  # by either name it would live as long as this process
+            for path in (temp, folder.plans / file):  # under either name, it would live as long as this process
                 with suppress(OSError):
                     path.unlink()
             raise
@@ -361,15 +373,15 @@ class Published:
         self._finalizer = weakref.finalize(self, _withdraw, folder, file, fd, self._pid, left_at)
 
     def advance(self, clock: int) -> None:
-        """Say how far the job is: eight bytes into the page cache."""
+        """Write the clock of the job: eight bytes into the page cache."""
         if os.getpid() != self._pid:
-            return  # a fork's: the lock may be held for ever by a thread that did not come along
+            return  # a forked child: a thread of the parent may hold the lock for ever
         with self._lock:
             if self._is_writing or not self._finalizer.alive:
                 return
             try:
                 self._is_writing = True
-                with suppress(OSError):  # a plan that lags is only a worse plan
+                with suppress(OSError):  # an outdated clock only makes the plan less precise
                     os.pwrite(self._fd, _CLOCK.pack(clock), _CLOCK_AT)
             finally:
                 self._is_writing = False
@@ -377,7 +389,7 @@ class Published:
                     self._finalizer()
 
     def close(self) -> None:
-        """Withdraw it. Repeatable."""
+        """Withdraw the plan. Repeatable."""
         if os.getpid() == self._pid:
             with self._lock:
                 self._is_over = True
@@ -386,9 +398,18 @@ class Published:
 
 
 def _withdraw(folder: Folder, file: str, fd: int, pid: int, left_at: int | None) -> None:
-    """left_at: the clock from which on it is left behind, as it is at 0; None: never."""
+    """Delete the plan file, or leave it behind under another suffix, and close it.
+
+    Args:
+        folder: Folder of the cache.
+        file: Name of the plan file.
+        fd: Its descriptor.
+        pid: Process that published it.
+        left_at: Clock at which the plan was read to its end. The plan is left behind at this clock or later, and at
+            clock 0; None: never.
+    """
     if os.getpid() != pid:
-        return  # a fork's: the file is the parent's, and the descriptor is closed already
+        return  # a forked child: the file belongs to the parent, and the descriptor is closed already
     try:
         with suppress(OSError):
             if left_at is not None and not 0 < _clock_of(fd) < left_at:

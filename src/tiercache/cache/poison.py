@@ -1,4 +1,4 @@
-"""Objects that are bad at their source: remembered for some minutes, so that nobody fetches them again and again."""
+"""Records of objects that are corrupt at their source, kept for some minutes to prevent repeated fetches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiercache.points import reach
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder
 
-# Long enough that an epoch does not fetch a bad shard for each of its blocks, short enough that a repaired one is soon
-# cached again.
+# Long enough that an epoch does not fetch a corrupt shard for each of its blocks; short enough that a repaired shard is
+# soon cached again.
 POISON_S = 600.0
 
 
@@ -25,7 +25,10 @@ POISON_S = 600.0
 class Poison:
     """An object whose bytes were wrong twice.
 
-    url: without credentials; expected, found: CRC-32C of the whole, None where nobody knows it, or only a part came.
+    Attributes:
+        url: URL without credentials.
+        expected: Expected CRC-32C of the whole object; None if unknown.
+        found: CRC-32C that was found; None if only a part was fetched.
     """
 
     url: str
@@ -34,7 +37,7 @@ class Poison:
 
 
 def remember(folder: Folder, name: str, poison: Poison) -> None:
-    """Note that an object is bad at its source; old notes go. Raises OSError."""
+    """Record that an object is corrupt at its source, and delete old records. Raises OSError."""
     reach("poison.found")
     replace_whole(folder.poison / f"{name}.json", json.dumps({"format": 0} | asdict(poison)) + "\n", folder.rights.file)
     reach("poison.noted")
@@ -42,7 +45,7 @@ def remember(folder: Folder, name: str, poison: Poison) -> None:
 
 
 def poison_of(folder: Folder, name: str) -> Poison | None:
-    """What is known to be wrong with the source of a copy; None: nothing, or it was long ago."""
+    """Return what is known about a corrupt source of a copy; None: nothing, or the record is too old."""
     path = f"{folder.poison}/{name}.json"
     try:
         if not _is_young(os.lstat(path)):
@@ -58,20 +61,20 @@ def _sum_or_none(value: object) -> int | None:
 
 
 def poisons(folder: Folder) -> dict[str, Poison]:
-    """All objects that are known to be bad now, by the names of their copies; not those that came right since."""
+    """Return all objects that are known to be corrupt now, by the names of their copies, except those cached since."""
     found = {name: poison_of(folder, name) for name in _names(folder) if not folder.has_copy(name)}
     return {name: poison for name, poison in found.items() if poison is not None}
 
 
 def forget(folder: Folder, name: str) -> bool:
-    """Let an object be fetched again; False: it was not known to be bad."""
+    """Allow an object to be fetched again; return False if it was not known to be corrupt."""
     return folder.remove_file("poison", f"{name}.json")
 
 
 def sweep(folder: Folder) -> None:
-    """Remove notes that hold no more."""
+    """Remove records that are too old."""
     for name in _names(folder):
-        with suppress(FileNotFoundError):  # another process swept it
+        with suppress(FileNotFoundError):
             if not _is_young((folder.poison / f"{name}.json").lstat()):
                 forget(folder, name)
 
@@ -84,5 +87,5 @@ def _names(folder: Folder) -> list[str]:
 
 
 def _is_young(status: os.stat_result) -> bool:
-    # Both ways: a clock that was set back must not make a note hold for a year.
+    # The absolute value: after the clock was set back, a record must not stay valid for a year.
     return abs(time.time() - status.st_mtime) < POISON_S

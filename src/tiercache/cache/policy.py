@@ -1,9 +1,9 @@
-"""Policies: a snapshot and a question in, a frozen decision out. Pure functions; deleting is not theirs.
+"""Eviction policies: pure functions from a snapshot and a request to a frozen decision. They delete nothing.
 
-`plan` gives up what is needed furthest from now (L. A. Belady, "A study of replacement algorithms for a virtual-storage
-computer", IBM Systems Journal 5(2), 1966) and passes by what is needed later still. `s3fifo` is Yang et al., "FIFO
-queues are all you need for cache eviction", SOSP 2023. The simulator (replay.py) runs on the same three pieces:
-push_out(), Queues, and the functions of POLICIES.
+`plan` evicts the copy with the furthest next use (L. A. Belady, "A study of replacement algorithms for a
+virtual-storage computer", IBM Systems Journal 5(2), 1966), and does not admit a copy that is needed later still.
+`s3fifo` is Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The simulator (replay.py) uses
+the same three parts: push_out(), Queues, and the functions in POLICIES.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from numpy.typing import NDArray
 
 from tiercache.model import NEVER
 
-# The next use of a copy that no plan names: later than what a plan does not see (NEVER).
+# Next use of a copy that no plan names: later than a use that lies beyond the end of a plan (NEVER).
 UNPLANNED = NEVER + 1
-# Yang et al., section 4.1: a tenth for what is new; two uses there earn a place in the main queue.
+# Yang et al., section 4.1: the small queue for new entries is a tenth; two uses there move an entry to the main queue.
 SMALL_SHARE = 0.1
 USES_TO_STAY = 2
 MOST_FREQ = 3
-# Rows that are turned from arrays into Python at a time: most decisions need one victim.
+# Number of rows converted from arrays to Python objects at a time: most decisions need one victim.
 _ROWS_AT_A_TIME = 64
 _FEW_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """The copies as a policy sees them: row i of every array is one copy. Nothing in it is changed.
+    """The copies as a policy sees them: row i of every array is one copy. Immutable.
 
     Attributes:
-        charge_bytes: int64[n], what it takes.
-        last_use: int64[n], a count that grows with every use, no two alike.
-        main: bool[n], it stands in s3fifo's main queue, else in the small one.
-        freq: int64[n], its uses since it came there.
-        turn: int64[n], its place in the queue: the smallest is the head, no two alike.
-        keep: bool[n], it may not be a victim: held by a person, of unknown source, or wanted by who asks.
-        next_use: int64[n], bytes that a job still reads before it; 0: in use; UNPLANNED: no plan names it.
-        limit_bytes: of the cache.
-        has_evicted: whether it ever gave anything up.
+        charge_bytes: Space that the copy takes, int64[n].
+        last_use: Sequence number of the last use, int64[n]; it grows with every use, and no two are equal.
+        main: Whether the copy is in s3fifo's main queue, else in the small one, bool[n].
+        freq: Number of uses since the copy entered its queue, int64[n].
+        turn: Position in the queue, int64[n]; the smallest is the head, and no two are equal.
+        keep: Whether the copy must not be evicted, bool[n]: it is pinned, of unknown source, or wanted by the
+            requester.
+        next_use: Bytes that a job reads before the next use, int64[n]; 0: in use; UNPLANNED: no plan names the copy.
+        limit_bytes: Size limit of the cache.
+        has_evicted: Whether the cache has ever evicted a copy.
     """
 
     charge_bytes: NDArray[np.int64]
@@ -59,11 +60,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What room is wanted for.
+    """A request for space.
 
-    need_bytes: must go before it fits; want_bytes: victims are named as far as this, where that is more; then: bytes
-    that a job still reads before the use after the coming one; NEVER: no plan sees that use; UNPLANNED: no plan names
-    what is to come at all.
+    Attributes:
+        need_bytes: Bytes that must be freed before the new copy fits.
+        want_bytes: Bytes up to which victims are chosen, if more than need_bytes.
+        then: Bytes that a job reads before the second next use of the new copy; NEVER: no plan contains that use;
+            UNPLANNED: no plan names the new copy.
     """
 
     need_bytes: int
@@ -73,7 +76,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A copy goes to the end of a queue, after the first n_before victims of the decision and before the next."""
+    """A copy moves to the end of a queue, after the first n_before victims of the decision and before the next."""
 
     row: int
     main: bool
@@ -83,7 +86,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether room may be made, and how: rows of the snapshot in the order in which they go."""
+    """Whether the new copy is admitted, and the victims: rows of the snapshot in the order of eviction."""
 
     admit: bool
     victims: tuple[int, ...] = ()
@@ -94,17 +97,20 @@ REFUSED = Decision(admit=False)
 Policy: TypeAlias = Callable[[Snapshot, Ask], Decision]
 # (row or key, bytes, next use)
 Candidate: TypeAlias = tuple[int, int, int]
-# [row or key, bytes, freq]: lists, because their freq counts up while they stand in a queue.
+# [row or key, bytes, freq]: lists, because freq grows while the entry is in a queue.
 Entry: TypeAlias = list[int]
 
 
 def gives_way(next_use: int, then: int) -> bool:
-    """Whether a copy may go for one whose use after the coming one is `then` away: it is needed later, or by nobody."""
+    """Return whether a copy may be evicted for a new one.
+
+    Its next use must come after the second next use of the new copy (`then`), or no plan names it.
+    """
     return next_use > then or next_use == UNPLANNED
 
 
 def push_out(candidates: Iterable[Candidate], ask: Ask) -> tuple[int, ...] | None:
-    """Who of the candidates, in their order, go for what is asked; None: not enough of them give way."""
+    """Return the candidates to evict for a request, in their order; None: too few of them may be evicted."""
     victims, freed_bytes, want_bytes = [], 0, max(ask.need_bytes, ask.want_bytes)
     for row, n_bytes, next_use in candidates:
         if freed_bytes >= want_bytes or not gives_way(next_use, ask.then):
@@ -115,21 +121,21 @@ def push_out(candidates: Iterable[Candidate], ask: Ask) -> tuple[int, ...] | Non
 
 
 class Fifo:
-    """A queue of entries: those of head, which is read as far as is needed, then those that were put in."""
+    """A queue of entries: first those of head, which is read lazily, then those that were put in."""
 
     __slots__ = ("_head", "_tail", "n_bytes")
 
     def __init__(self, head: Iterable[Entry] = (), n_bytes: int = 0) -> None:
-        """n_bytes: of all in the queue, and of those in it that head leaves out because they are kept."""
+        """Create a queue. n_bytes is the size of all its entries, including kept ones that head leaves out."""
         self._head, self._tail, self.n_bytes = iter(head), deque[Entry](), n_bytes
 
     def put(self, entry: Entry) -> None:
-        """Put an entry at the end."""
+        """Append an entry."""
         self._tail.append(entry)
         self.n_bytes += entry[1]
 
     def take(self) -> Entry | None:
-        """Take the entry at the head; None: there is none."""
+        """Remove and return the first entry; None: the queue is empty."""
         entry = next(self._head, None)
         if entry is None:
             if not self._tail:
@@ -140,7 +146,7 @@ class Fifo:
 
 
 class Out(NamedTuple):
-    """Who goes, and whether from the small queue: only then it becomes a ghost."""
+    """An evicted entry, and whether it came from the small queue: only then it becomes a ghost."""
 
     entry: Entry
     was_small: bool
@@ -148,9 +154,13 @@ class Out(NamedTuple):
 
 @dataclass(slots=True)
 class Queues:
-    """The two queues of S3-FIFO. Who is used gets a higher freq in its entry; nothing moves until something must go.
+    """The two queues of S3-FIFO. A use increases the freq of its entry; entries move only when one must be evicted.
 
-    moved: what to tell of every entry that goes to the end of the main queue.
+    Attributes:
+        limit_bytes: Size limit of the cache.
+        small: Queue of new entries.
+        main: Queue of entries that were used again.
+        moved: Callback for every entry that goes to the end of the main queue.
     """
 
     limit_bytes: int
@@ -159,7 +169,7 @@ class Queues:
     moved: Callable[[Entry], object] | None = None
 
     def evict(self) -> Out | None:
-        """Take out who goes next; None: nobody can."""
+        """Remove and return the next victim; None: no entry can be evicted."""
         if self.main.n_bytes <= self.limit_bytes - small_limit_bytes(self.limit_bytes):
             while entry := self.small.take():
                 if entry[2] < USES_TO_STAY:
@@ -171,7 +181,7 @@ class Queues:
                 return Out(entry, False)
             entry[2] = min(entry[2], MOST_FREQ) - 1
             self._stay(entry)
-        # Only where the main queue holds more than its share that is kept.
+        # Reached only if kept copies fill more than the main queue's share.
         entry = self.small.take()
         return None if entry is None else Out(entry, True)
 
@@ -182,15 +192,21 @@ class Queues:
 
 
 def small_limit_bytes(limit_bytes: int) -> int:
-    """The small queue's share of a cache of limit_bytes."""
+    """Return the size of the small queue in a cache of limit_bytes."""
     return int(limit_bytes * SMALL_SHARE)
 
 
 def n_first_small(n_bytes: NDArray[np.int64], small_bytes: int) -> int:
-    """How many of the first entries stay in the small queue at the first eviction; the others go to the main queue.
+    """Return how many of the first entries are in the small queue at the first eviction.
 
-    Until then both fill up without a difference: who comes while the small queue has room stands there.
-    n_bytes: int64[n], in the order in which they came.
+    The others go to the main queue.
+
+    Until the first eviction, the queues make no difference: an entry that comes while the small queue has space is in
+    it.
+
+    Args:
+        n_bytes: Sizes in the order of arrival, int64[n].
+        small_bytes: Size limit of the small queue.
     """
     before = np.cumsum(n_bytes) - n_bytes
     return int(np.searchsorted(before, small_bytes, side="left"))
@@ -200,13 +216,13 @@ def n_first_small(n_bytes: NDArray[np.int64], small_bytes: int) -> int:
 
 
 def resident(copies: Snapshot, ask: Ask) -> Decision:
-    """Admit until full, then never replace: the best that can be done for one scan an epoch in an unknown order."""
+    """Admit until the cache is full, then never evict: the best policy for one scan per epoch in an unknown order."""
     del copies
     return Decision(admit=ask.need_bytes <= 0)
 
 
 def lru(copies: Snapshot, ask: Ask) -> Decision:
-    """Least recently used first."""
+    """Evict the least recently used copy first."""
 
     def order(rows: NDArray[np.int64]) -> Iterator[Candidate]:
         oldest_first = rows[np.argsort(copies.last_use[rows])]
@@ -216,17 +232,18 @@ def lru(copies: Snapshot, ask: Ask) -> Decision:
 
 
 def s3fifo(copies: Snapshot, ask: Ask) -> Decision:
-    """A small queue for what is new, a main one for what is used again, ghosts of what went too early."""
+    """Evict by S3-FIFO: a small queue for new copies, a main queue for reused ones, ghosts of evicted new ones."""
     moves = _Moves()
     everything = np.ones(len(copies.keep), np.bool_)
     return _decide(copies, ask, ~copies.keep, lambda _: _queued(copies, everything, copies.limit_bytes, moves), moves)
 
 
 def plan(copies: Snapshot, ask: Ask) -> Decision:
-    """What no plan names goes first, as s3fifo says; then what is needed furthest from now; what is in use never.
+    """Evict copies that no plan names, by s3fifo; then the copy with the furthest next use; never one in use.
 
-    What is to come gets no room (it is read past the cache) where a copy would have to go that is needed before it is
-    needed again itself: MIN with bypass. What no plan names takes no room from what one names.
+    The new copy is not admitted (and its reader bypasses the cache) if a copy would be evicted whose next use comes
+    before the second use of the new one: Belady's MIN with bypass. A copy that no plan names never displaces one that a
+    plan names.
     """
     named = copies.next_use != UNPLANNED
     may_go = ~copies.keep & (~named | ((copies.next_use > ask.then) & (copies.next_use > 0)))
@@ -243,7 +260,7 @@ POLICIES: dict[str, Policy] = {"plan": plan, "resident": resident, "s3fifo": s3f
 
 
 def replaces(policy: str) -> bool:
-    """Whether the policy ever makes room: if not, a full cache can say so without being asked for victims."""
+    """Return whether the policy ever evicts: if not, a full cache can refuse without asking for victims."""
     return POLICIES[policy] is not resident
 
 
@@ -251,7 +268,7 @@ def replaces(policy: str) -> bool:
 
 
 class _Moves:
-    """Collects the moves that a queue makes, each with the number of candidates that it gave before."""
+    """Collects the moves that a queue makes, each with the number of candidates that came before it."""
 
     def __init__(self) -> None:
         self.made: list[Move] = []
@@ -261,7 +278,7 @@ class _Moves:
         self.made.append(Move(entry[0], True, entry[2], self.n_given))
 
     def before(self, n_victims: int) -> tuple[Move, ...]:
-        """Those that were made before the last of n_victims went."""
+        """Return the moves that were made before the last of n_victims was evicted."""
         return tuple(move for move in self.made if move.n_before < n_victims)
 
 
@@ -275,7 +292,7 @@ def _decide(
     if ask.need_bytes <= 0 and ask.want_bytes <= 0:
         return Decision(admit=True)
     rows = np.flatnonzero(may_go)
-    # Before the order is made: most refusals are seen here, in one sum.
+    # Checked before the order is computed: this sum decides most refusals.
     if int(copies.charge_bytes[rows].sum()) < ask.need_bytes:
         return REFUSED
     victims = push_out(order(rows), ask)
@@ -291,7 +308,10 @@ def _candidates(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate
 
 
 def _furthest(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Candidate]:
-    """The copies of rows, furthest next use first. Sorting 25,000 takes 3 ms, finding the first of them 0.4."""
+    """Yield the copies of rows, furthest next use first.
+
+    For 25,000 rows, sorting takes 3 ms, finding the first 0.4 ms.
+    """
     use = copies.next_use[rows]
     if len(rows) > _FEW_ROWS:
         nth = len(rows) - _ROWS_AT_A_TIME
@@ -311,7 +331,7 @@ def _entries(copies: Snapshot, rows: NDArray[np.int64]) -> Iterator[Entry]:
 
 
 def _queued(copies: Snapshot, among: NDArray[np.bool_], limit_bytes: int, moves: _Moves) -> Iterator[Candidate]:
-    """Who of the copies `among` goes next in a cache of limit_bytes by S3-FIFO, as long as anybody can."""
+    """Yield the victims that S3-FIFO chooses among some copies, in a cache of limit_bytes, while there are any."""
     rows = np.flatnonzero(among)
     rows = rows[np.argsort(copies.turn[rows])]
     small, main = rows[~copies.main[rows]], rows[copies.main[rows]]

@@ -1,4 +1,4 @@
-"""From "wanted" to "there": the steps of one fetch, in one process, beside all others."""
+"""`Publisher`: carries out one fetch, from the request to the published copy, beside all other processes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,21 @@ if TYPE_CHECKING:
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
 
-# Waiting for another process's fetch: a minute, and the time its bytes take at a slow 2 MB/s. Then we fetch too.
+# Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process fetches
+# too.
 LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
-# A part that loses its name while it grows (where locks lie, or by somebody's hand) is begun again this often.
+# How often a partial copy is started again after its name was removed while it grew: by another process on a file
+# system where flock is not enforced, or by hand.
 MAX_BEGINNINGS = 3
 
 
 @dataclass(slots=True)
 class Publisher:
-    """Fetches copies and publishes them. run() is called by one thread a fetch, many at once.
+    """Fetches copies and publishes them. run() is called by one thread per fetch, and by many threads at once.
 
-    unrecorded: copies found without a record; they are checked before they are trusted, and get one.
+    Attributes:
+        unrecorded: Names of copies without a record. Each is verified before it is used, and then gets a record.
     """
 
     folder: Folder
@@ -62,10 +65,10 @@ class Publisher:
     unrecorded: set[str] = field(default_factory=set)
 
     def run(self, fetch: Fetch) -> None:
-        """Bring what is asked of a fetch; what there is no room for, or the disk fails for, is refused.
+        """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
 
         Raises:
-            StoreError, CorruptShard: of the source.
+            StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
         """
         try:
             try:
@@ -73,37 +76,41 @@ class Publisher:
             except OSError as error:
                 if isinstance(error, StoreError) or not is_disk_full(error):
                     raise
-                # A record, a name, the books: all that the downloads are not told of. What is there by now stays.
+                # The disk was full for a record, a name or the accounts, which downloads do not handle. What was
+                # fetched stays.
                 self.evictor.free_disk(charge_bytes(fetch.wanted.n_bytes), spare=fetch.spare)
                 self._run_locked(fetch)
         except StoreError:
-            raise  # NotFound is an OSError too
+            raise  # NotFound is also an OSError
         except OSError as error:
             self.disk_failed(error)
         else:
             self.breaker.mend()
 
     def disk_failed(self, error: Exception) -> None:
-        """Bypass the cache for a while, and say so once; what a disk that is merely full holds can still be read."""
+        """Bypass the cache for some time and warn once.
+
+        If the disk is merely full, the cached copies can still be read.
+        """
         if self.owners.is_closed:
-            return  # closed under who was at work: nothing is wrong with the disk
+            return  # the cache was closed during the fetch: the disk is all right
         if is_disk_full(error):
             self.disk_is_full()
             return
         self.breaker.trip()
         what = too_many_open(error) or error
-        self.notices.warn("disk", f"cache {self.folder.root}: {what}; reading past it until the disk works again")
+        self.notices.warn("disk", f"cache {self.folder.root}: {what}; bypassing the cache until the disk works again")
 
     def disk_is_full(self) -> None:
-        """Say so once."""
+        """Warn once that the disk is full."""
         self.notices.warn(
             "full",
-            f"cache {self.folder.root}: the disk is full; reading past the cache, so that what it does not hold is "
-            "fetched again in every epoch; free some of the disk, or put the cache on another (TIERCACHE_CACHE_DIR)",
+            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
+            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
         )
 
     def tell_of_no_room(self, wanted: Wanted, need_bytes: int) -> None:
-        """Warn once of an opened data set that could be cached as a whole, but of which something has no room."""
+        """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
         dataset_id = "" if wanted.identity is None else wanted.identity.dataset_id
         if not self.notices.is_expected(dataset_id):
             return
@@ -111,24 +118,25 @@ class Publisher:
         spare_bytes = max(self.evictor.spare_bytes(), 0)
         if spare_bytes < need_bytes:
             why = f"the disk has only {format_bytes(spare_bytes)} left above the cache's free_floor"
-            do = "free some of the disk, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+            do = "free disk space, lower free_floor=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
         else:
             taken = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
-            why = f"{taken} are taken by copies that are pinned, in use or needed sooner"
+            why = f"{taken} are used by copies that are pinned, in use or needed sooner"
             do = (
                 "unpin or evict some of them (tiercache status lists them), or make the cache larger "
                 "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
             )
         self.notices.warn_expected(
             dataset_id,
-            f"cache {self.folder.root} has no room: its next object needs {format_bytes(need_bytes)}, but {why}. What "
-            f"does not fit is read past the cache, and fetched again in every epoch; {do}",
+            f"cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but {why}. Data "
+            f"that does not fit is not cached and is fetched again in every epoch; {do}",
         )
 
     def _run_locked(self, fetch: Fetch) -> None:
-        """One process fetches a name; the others watch its map, and take over when it is gone.
+        """Fetch under the lock of the name. Other processes watch the unit map, and take over if this process ends.
 
-        Without the lock, after a long wait or where locks lie, some bytes are fetched twice and nothing else happens.
+        Without the lock (after a long wait, or on a file system where flock is not enforced), some bytes are fetched
+        twice, and nothing else happens.
         """
         wanted = fetch.wanted
         self.owners.ensure()
@@ -146,7 +154,10 @@ class Publisher:
             lock.give_back()
 
     def _watch(self, fetch: Fetch, lock: NameLock) -> bool:
-        """Whether we may fetch, or all that is asked for is there by somebody else's work; tell who waits."""
+        """Return whether this process may fetch, or another one has fetched all requested units.
+
+        Waiting leases learn which units the other process has fetched.
+        """
         if lock.try_take():
             return True
         fetch.step = f"waiting for {lock.holder()}"
@@ -159,13 +170,16 @@ class Publisher:
         if held is None:
             return False
         present = _offer(fetch, held)
-        # What is all there will have its name in a moment.
+        # A partial copy with all units gets its final name in a moment.
         return not present.all() and not fetch.open_units()[0].any()
 
-    # -- what is there already --------------------------------------------------------------------------------------
+    # -- existing copies -----------------------------------------------------------------------------------------------
 
     def _bring(self, fetch: Fetch, lock: NameLock) -> None:
-        """Serve from the copy that is there, or let its part grow; once more where the bytes were wrong."""
+        """Serve the request from an existing copy, or fetch what is missing.
+
+        Fetch once more if the bytes were corrupt.
+        """
         if self._offer_copy(fetch):
             return
         found = 0
@@ -184,7 +198,7 @@ class Publisher:
         return fd is not None and fetch.close_if_done()
 
     def _existing(self, wanted: Wanted) -> int | None:
-        """The copy that is there, if it is right; a wrong one is removed."""
+        """Return a descriptor of the existing copy if it is valid; remove a corrupt one."""
         fd = open_leased(self.folder, wanted.name, wanted.n_bytes)
         if fd is None:
             self._remove_damaged(wanted)
@@ -204,27 +218,27 @@ class Publisher:
         return None
 
     def _remove_damaged(self, wanted: Wanted) -> None:
-        """Remove a copy of another size than its name says: cut off by a power failure, or by somebody's hand."""
+        """Remove a copy of the wrong size: a power failure or a person truncated it."""
         size = self.folder.size_of(wanted.name)
         if size not in (None, wanted.n_bytes):
-            said = f"it had {size:,} bytes, {wanted.n_bytes:,} are right"
-            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was cut off", verdict=said)
+            said = f"it had {size:,} bytes instead of {wanted.n_bytes:,}"
+            self.quarantine.tell(wanted.name, wanted.n_bytes, reason="it was truncated", verdict=said)
             self.remove(wanted.name)
 
     def remove(self, name: str) -> None:
-        """Remove a copy, or a part, that is not what its name says. Readers keep what they have open."""
+        """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
         with self.quarantine.unlinking(name):
             self.folder.remove_copy(name)
             self.accounts.remove([name])
         self.unrecorded.discard(name)
 
-    # -- what has to come -------------------------------------------------------------------------------------------
+    # -- download ------------------------------------------------------------------------------------------------------
 
     def _grow(self, fetch: Fetch, lock: NameLock) -> int | None:
-        """Let the part grow as long as something is asked for, and publish it when it is whole.
+        """Extend the partial copy while units are requested, and publish it when it is complete.
 
         Returns:
-            None: the fetch is closed. Else the CRC-32C of a whole that is wrong, and gone.
+            None: The fetch is closed. Otherwise the CRC-32C of a complete file that was corrupt and is removed.
         """
         for _ in range(MAX_BEGINNINGS):
             growth = Growth(self, fetch, lock)
@@ -242,13 +256,13 @@ class Publisher:
                 raise
             finally:
                 growth.close()
-            if self._offer_copy(fetch):  # where locks lie: by whoever took the part's name
+            if self._offer_copy(fetch):  # without enforced flock: a copy of the process that took the name
                 return None
-        fetch.refuse(fetch.open_units()[0])  # somebody deletes parts as fast as we make them
+        fetch.refuse(fetch.open_units()[0])  # another process deletes partial copies as fast as they are created
         return None
 
     def _let_grow(self, fetch: Fetch, growth: Growth) -> int | None:
-        """As _grow(), of one part."""
+        """Extend one partial copy; see _grow()."""
         download = Download(fetch, growth.part, growth.admit, self.counters, growth.present)
         while True:
             while fetch.open_units()[0].any():
@@ -266,7 +280,7 @@ class Publisher:
                 return None
 
     def _run_download(self, growth: Growth, download: Download) -> None:
-        """Download; where the disk was full after all make room and try once more, then refuse what is missing."""
+        """Run the download. If the disk is full, evict and retry once; then refuse the missing units."""
         fetch = growth.fetch
         for is_last in (False, True):
             try:
@@ -282,10 +296,14 @@ class Publisher:
             else:
                 return
 
-    # -- from part to copy ------------------------------------------------------------------------------------------
+    # -- publishing ----------------------------------------------------------------------------------------------------
 
     def _publish(self, fetch: Fetch, part: Part, whole: int | None) -> int | None:
-        """Check a part that is whole, give it its name, and book it; its CRC-32C, and it is gone, if it is wrong."""
+        """Verify a complete partial copy, give it its final name, and enter it in the accounts.
+
+        Returns:
+            None: The copy is published. Otherwise the CRC-32C of the file, which was corrupt and is removed.
+        """
         wanted = fetch.wanted
         if whole is None:
             whole = checksum_of(part.fd, wanted.n_bytes)
@@ -297,16 +315,17 @@ class Publisher:
         part.seal(self.folder.rights.copy)
         reach("publish.sealed")
         was_first = self._enter(wanted, whole, part)
-        if not was_first:  # where locks lie: then that copy is the one that is counted
+        if not was_first:  # without enforced flock: the copy that has the name is the one that counts
             self._offer_copy(fetch)
         if self.quarantine.awaits(wanted.name):
             self.quarantine.compare(wanted.name)
         return None
 
     def _enter(self, wanted: Wanted, whole: int, part: Part | None = None) -> bool:
-        """Write the record, then the name, then the books: after a crash in between whoever comes next puts it right.
+        """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
 
-        False: another copy had the name already.
+        Returns:
+            False: Another copy had the name already.
         """
         record = wanted.record(whole)
         if part is None or self.folder.read_record(wanted.name) != record:
@@ -315,7 +334,7 @@ class Publisher:
         was_first = part is None or self.folder.give_name(part.fd, wanted.name)
         if part is not None:
             reach("publish.named")
-            keep_map = wanted.identity is None  # no footer of its own says what its units should be
+            keep_map = wanted.identity is None  # no footer inside contains the checksums of its units
             part.forget_name(keep_map=keep_map)
             reach("publish.unparted")
         self.book(wanted, record.to_json(), self.charge_of_copy(wanted))
@@ -324,10 +343,11 @@ class Publisher:
         return was_first
 
     def book(self, wanted: Wanted, record: str, charge: int) -> None:
-        """Set a copy's row on the books.
+        """Set the charge of a copy in the accounts.
 
-        Where locks lie two processes may have let one part grow, and each reserved half of it: then all of it is
-        reserved once more, and where there is no room for that it goes.
+        On a file system where flock is not enforced, two processes may have extended one partial copy, and each may
+        have reserved half of it. Then the whole charge is reserved once more; if there is no space, the copy is
+        removed.
         """
         try:
             self.accounts.book(wanted.name, record, charge)
@@ -339,10 +359,10 @@ class Publisher:
                 self.accounts.release(wanted.name)
 
     def charge_of_copy(self, wanted: Wanted) -> int:
-        """What the whole copy takes, with its record, and its map where that is kept.
+        """Return the disk space in bytes of a whole copy with its record, and with its map if that is kept.
 
-        What came in pieces may take some blocks beyond its size (folder.py). They are charged as far as there is
-        certainly room for them: what was reserved for the map, where that goes.
+        A file that was written in pieces may take some blocks beyond its size (folder.py). They are charged only up to
+        the space that was reserved for the map, if the map is not kept.
         """
         least = charge_bytes(wanted.n_bytes)
         most = least + charge_bytes(map_bytes(wanted.n_bytes)) - BLOCK_BYTES
@@ -357,7 +377,10 @@ class Publisher:
 
 
 def _offer(fetch: Fetch, held: Held) -> Mask:
-    """Let a fetch have a hold, taken over; what is there by it. A hold that nobody has would end with the process."""
+    """Give a handle to a fetch, which then owns it, and return the units that are present.
+
+    An error closes the handle.
+    """
     try:
         present = np.ones(n_units(fetch.wanted.n_bytes), bool) if held.presence is None else held.presence.mask()
     except BaseException:
@@ -370,5 +393,6 @@ def _offer(fetch: Fetch, held: Held) -> Mask:
 def _wrong_sum(wanted: Wanted, found: int) -> CorruptShard:
     expected = "?" if wanted.crc32c is None else f"{wanted.crc32c:08x}"
     return CorruptShard(
-        f"bad at its source: fetched bytes have CRC-32C {found:08x}, twice, expected {expected}", url=wanted.source
+        f"corrupt at its source: two fetches did not match the checksum (CRC-32C {found:08x}, expected {expected})",
+        url=wanted.source,
     )

@@ -1,13 +1,15 @@
-"""Copies that were found to be wrong: never served again, compared with what is fetched in their place, then deleted.
+"""The quarantine of corrupt copies.
+
+A corrupt copy is never served again. It is compared with the copy that is fetched in its place, and then deleted.
 
 ::
 
-    quarantine/NAME-INODE-RANDOM.json  what is known; written before the copy is moved, and again when it was compared
-    quarantine/NAME-INODE-RANDOM.bad   the wrong copy, until then
+    quarantine/NAME-INODE-RANDOM.json  the report; written before the copy is moved, and again after the comparison
+    quarantine/NAME-INODE-RANDOM.bad   the corrupt copy, until then
 
-A crash leaves one of three things, and the next sweep ends each: a note without a copy (it was not moved yet), a copy
-with a note that waits (it is compared with the one that is there by now, or deleted), a copy whose note is finished (it
-is deleted).
+A crash leaves one of three states, and the next sweep ends each of them: a report without a copy (the copy was not
+moved yet), a copy with an unfinished report (it is compared with the present copy, or deleted), or a copy with a
+finished report (it is deleted).
 """
 
 from __future__ import annotations
@@ -37,27 +39,28 @@ if TYPE_CHECKING:
     from tiercache.catalog import Accounts
     from tiercache.stats import Counters
 
-# A wrong copy waits so long for a right one to be compared with; a report is kept for people to find it on Monday.
+# How long a corrupt copy waits for a correct one to compare with, and how long a report is kept for users.
 WAIT_S = 3600.0
 KEEP_S = 30 * 86400.0
-# Bad memory makes many wrong copies: their bytes are room that good ones lack, and 64 reports tell the story.
+# Bad memory causes many corrupt copies: their space is better used by correct ones, and 64 reports are enough for a
+# diagnosis.
 MOST_COPIES = 8
 MOST_REPORTS = 64
 LOCK_WAIT_S = 10.0
 
 
 def stem_of(name: str, inode: int) -> str:
-    """What a wrong copy's files here, and the reservation for what it takes of the disk, are called."""
+    """Return the common name of a corrupt copy's files in the quarantine, and of the reservation for its disk space."""
     return f"{name}-{inode:x}-{secrets.token_hex(4)}"
 
 
 class Quarantine:
     """The quarantine of one folder, as one process sees it. Safe from any thread; the lock guards the two tables.
 
-    The budget: what lies here, or was deleted because it was wrong and is still held by a reader, stays reserved by
-    this process until nobody holds it any more; then it is given back by this process or by who lacks the room
-    (Owners.is_over). The free floor needs no such count: statvfs(2) sees those blocks as taken. Nor does eviction: it
-    deletes nothing that anybody holds.
+    A quarantined copy, and a corrupt copy that was deleted while a reader had it open, stay reserved in the size limit
+    by this process until nobody has the file open. Then this process, or one that needs the space (Owners.is_over),
+    releases the reservation. The disk reserve needs no such count, because statvfs(2) counts those blocks as used; nor
+    does eviction, which deletes no copy in use.
     """
 
     def __init__(self, folder: Folder, owners: Owners, accounts: Accounts, counters: Counters) -> None:
@@ -66,26 +69,28 @@ class Quarantine:
         self._waiting: set[str] = set()
         self._unlinked: dict[str, int] = {}
 
-    # -- in ---------------------------------------------------------------------------------------------------------
+    # -- adding copies -------------------------------------------------------------------------------------------------
 
     def take(self, name: str, fd: int, *, reason: str, found_crc32c: int | None = None) -> bool:
-        """Move a copy here that was found to be wrong; False: another process has done it, or it is gone.
+        """Move a corrupt copy into the quarantine; return False if another process has done so, or the copy is gone.
 
-        The race with another reader who found the same: (1) both check the file, (2) the other moves it and a right
-        copy takes its place, (3) we move that. So it is moved only while it is the file that was checked.
+        The race with another reader of the same copy: (1) both verify the file, (2) the other one moves it and a
+        correct copy takes its place, (3) this one moves the correct copy. Therefore the copy is moved only while it is
+        the file that was verified.
 
         Args:
-            name: of the copy.
-            fd: the file that was checked, open; not kept.
-            reason: what was wrong, for people.
-            found_crc32c: of the whole file, None where it could not be read.
+            name: Name of the copy.
+            fd: Descriptor of the file that was verified; the caller keeps it.
+            reason: What was wrong, for the report.
+            found_crc32c: CRC-32C of the whole file; None if it could not be read.
 
         Raises:
-            OSError: the disk or the catalog fails; the copy may still be there.
+            OSError: The disk or the catalog failed; the copy may still be in place.
         """
         lock = NameLock(self._folder.locks / name)
         try:
-            wait_for(lock.try_take, LOCK_WAIT_S)  # without it all is right too, but for a second download
+            # Without the lock the result is the same, except for a second download.
+            wait_for(lock.try_take, LOCK_WAIT_S)
             status = os.fstat(fd)
             if not self._is(name, status):
                 return False
@@ -96,7 +101,7 @@ class Quarantine:
             if not self._folder.set_aside(name, f"{stem}.bad"):
                 return False
             reach("quarantine.moved")
-            # Its record, its map, its books: of the name, which a right copy will take.
+            # The record, the map and the charge belong to the name, which a correct copy will take.
             self._folder.remove_copy(name)
             reach("quarantine.unrecorded")
             self._accounts.remove([name])
@@ -107,12 +112,12 @@ class Quarantine:
         return True
 
     def tell(self, name: str, n_bytes: int, *, reason: str, verdict: str) -> None:
-        """Report what was wrong with a copy that needs no comparing; it is deleted by the caller. Raises OSError."""
+        """Report a corrupt copy that needs no comparison and that the caller deletes. Raises OSError."""
         facts = self._facts(name, n_bytes, reason, None) | {"compared": True, "verdict": verdict}
         self._write(f"{name}-{secrets.token_hex(4)}", facts)
 
     def knows(self, name: str) -> bool:
-        """Whether there is a report on copies of that name."""
+        """Return whether there is a report on copies of that name."""
         return any(stem.startswith(f"{name}-") for stem in self._stems(".json"))
 
     def _facts(self, name: str, n_bytes: int, reason: str, found_crc32c: int | None) -> dict[str, Any]:
@@ -137,7 +142,7 @@ class Quarantine:
         return (there.st_dev, there.st_ino) == (status.st_dev, status.st_ino)
 
     def _hold(self, stem: str, n_bytes: int) -> None:
-        """Reserve what the wrong copy still takes of the disk; where there is no room for it, it is not counted."""
+        """Reserve the disk space that the corrupt copy still takes; if there is no space, it is not counted."""
         with self._lock:
             self._waiting.add(stem)
         self._accounts.reserve(stem, charge_bytes(n_bytes), spare_bytes=lambda: 1 << 62)
@@ -145,20 +150,20 @@ class Quarantine:
     def _make_room(self) -> None:
         copies = self._stems(".bad")
         for stem in copies[: max(len(copies) - MOST_COPIES + 1, 0)]:
-            self._end(stem, "not compared: too many wrong copies waited")
+            self._end(stem, "not compared: too many corrupt copies")
 
-    # -- out --------------------------------------------------------------------------------------------------------
+    # -- comparing and deleting ----------------------------------------------------------------------------------------
 
     def awaits(self, name: str) -> bool:
-        """Whether this process has put a copy of that name here, which waits for a right one. No I/O."""
+        """Return whether this process has quarantined a copy of that name that waits for a correct one. Does no I/O."""
         with self._lock:
             return any(stem.startswith(name) for stem in self._waiting)
 
     def compare(self, name: str) -> list[Difference]:
-        """Compare the wrong copies of that name with the one that is there now, report, and delete them.
+        """Compare the corrupt copies of a name with the present copy, write the reports, and delete them.
 
         Raises:
-            OSError: the disk or the catalog fails; a sweep will go on.
+            OSError: The disk or the catalog failed; a sweep will continue.
         """
         found: list[Difference] = []
         good = self._folder.open_copy(name)
@@ -167,7 +172,7 @@ class Quarantine:
         try:
             for stem in self._stems(".bad"):
                 if stem.startswith(f"{name}-"):
-                    with suppress(FileNotFoundError):  # another process was faster
+                    with suppress(FileNotFoundError):  # another process has done it
                         found.append(self._compare_one(stem, good))
         finally:
             os.close(good)
@@ -184,7 +189,7 @@ class Quarantine:
         return difference
 
     def _end(self, stem: str, verdict: str, difference: Difference | None = None) -> None:
-        """Write the last word on a wrong copy and delete it."""
+        """Write the final report on a corrupt copy and delete the copy."""
         facts = self._read(stem) or {"name": stem[:40]}
         if not facts.get("compared"):
             facts |= {"compared": True, "verdict": verdict} | ({} if difference is None else difference.facts())
@@ -201,7 +206,7 @@ class Quarantine:
 
     @contextmanager
     def unlinking(self, name: str) -> Iterator[None]:
-        """Delete a copy, whole or in part, inside this: what its readers keep of the disk goes on counting."""
+        """Delete a copy inside this context: the disk space of a copy that its readers have open stays reserved."""
         inode, charge = 0, self._folder.charge_of(name) or 0
         for kind in ("", ".part"):
             with suppress(OSError):
@@ -214,7 +219,7 @@ class Quarantine:
                 self._unlinked[stem] = inode
 
     def settle(self) -> None:
-        """Give back what was reserved for deleted copies that nobody holds any more. Cheap where there are none."""
+        """Release the reservations for deleted copies that nobody has open any more. Cheap if there are none."""
         with self._lock:
             unlinked = dict(self._unlinked)
             for stem in [s for s in self._waiting if not os.path.lexists(self._folder.quarantine / f"{s}.bad")]:
@@ -227,28 +232,28 @@ class Quarantine:
                     self._unlinked.pop(stem, None)
 
     def close(self) -> None:
-        """End what waits for a copy that this process will not fetch any more. Raises as compare()."""
+        """End the wait of copies that this process will not fetch any more. Raises as compare()."""
         with self._lock:
             waiting = sorted(self._waiting)
         for stem in waiting:
-            self._end(stem, "not compared: the cache was closed before it was fetched again")
+            self._end(stem, "not compared: the cache was closed before the object was fetched again")
 
-    # -- looking, and what others left ------------------------------------------------------------------------------
+    # -- reports, and the sweep of other processes' files --------------------------------------------------------------
 
     def reports(self) -> list[dict[str, Any]]:
-        """What is known of all wrong copies, oldest first."""
+        """Return the reports on all corrupt copies, oldest first."""
         found = [self._read(stem) for stem in self._stems(".json")]
         return [facts for facts in found if facts is not None]
 
     def sweep(self) -> None:
-        """End what a crash left half done; forget what is old, or more than MOST_REPORTS."""
+        """End what a crash left unfinished; delete old reports, and those beyond MOST_REPORTS."""
         for stem in self._stems(".bad"):
             with suppress(FileNotFoundError):
                 facts = self._read(stem) or {}
                 if facts.get("compared"):
                     self._end(stem, "")
                 elif not self.compare(stem[:40]) and not self._is_awaited(stem, facts):
-                    self._end(stem, "not compared: it was not fetched again in time")
+                    self._end(stem, "not compared: the object was not fetched again in time")
         copies, notes = set(self._stems(".bad")), self._stems(".json")
         for i, stem in enumerate(notes):
             with suppress(FileNotFoundError):
@@ -261,16 +266,16 @@ class Quarantine:
         return self._is_alive(facts) and self._age_s(f"{stem}.json") < WAIT_S
 
     def _is_alive(self, facts: dict[str, Any]) -> bool:
-        """Whether the process that found a wrong copy still has the cache open."""
+        """Return whether the process that found a corrupt copy still has the cache open."""
         owner = str(facts.get("owner"))
         return owner == str(self._owners.me) or self._owners.alive(owner)
 
     def _age_s(self, file: str) -> float:
-        # Both ways: what a clock that was set back makes too young is as old as it is far ahead.
+        # The absolute value: a report from the future, after the clock was set back, also counts as old.
         return abs(time.time() - (self._folder.quarantine / file).lstat().st_mtime)
 
     def _stems(self, suffix: str) -> list[str]:
-        """What lies here with that suffix, oldest first."""
+        """Return the stems of the files with that suffix, oldest first."""
         found: list[tuple[float, str]] = []
         with suppress(OSError), os.scandir(self._folder.quarantine) as entries:
             for entry in entries:

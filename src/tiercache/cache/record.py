@@ -1,4 +1,4 @@
-"""What a copy is and where it came from: its name, and the small file beside it."""
+"""The identity of a copy: its name, its specification, and the record file beside it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ NAME = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a copy came from and how it is checked.
+    """The source of a copy and how it is verified.
 
-    source: without credentials; crc32c: of the whole file, None while there is only a part of what nobody knows the sum
-    of; dataset_id, shard_id: of what has an identity; etag: of what
-    has none.
+    Attributes:
+        source: URL without credentials.
+        n_bytes: Size of the object.
+        crc32c: CRC-32C of the whole object; None for a partial copy of an object with unknown checksum.
+        dataset_id: Identifier of the data set; None for an object without identity.
+        shard_id: Identifier of the shard; None for an object without identity.
+        etag: ETag of an object without identity.
     """
 
     source: str
@@ -31,12 +35,12 @@ class Record:
     etag: str | None = None
 
     def to_json(self) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         return json.dumps({"format": 0} | {k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
     def from_json(cls, text: str) -> Record | None:
-        """The record, None if text is not one (torn by a power failure, or of another release)."""
+        """Return the record; None if the text is torn by a power failure, or belongs to another release."""
         try:
             fields = json.loads(text)
             if fields.pop("format") != 0:
@@ -50,9 +54,16 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A copy that is asked for: its name and all that is needed to fetch and check it.
+    """The specification of a copy: its name and all that is needed to fetch and verify it.
 
-    crc32c: None where nobody knows it; if_match: a strong ETag, for objects without identity.
+    Attributes:
+        name: Name of the copy, 40 hexadecimal digits.
+        key: Key of the object in its store.
+        source: URL of the object without credentials.
+        n_bytes: Size of the object.
+        crc32c: CRC-32C of the whole object; None if unknown.
+        identity: Identity of a shard or segment; None for an object of no data set.
+        etag: ETag of an object without identity.
     """
 
     name: str
@@ -65,26 +76,30 @@ class Wanted:
 
     @property
     def if_match(self) -> str | None:
-        """The ETag to read under; a weak one promises nothing about bytes and is never sent."""
+        """ETag that guards reads; None for a weak ETag, which promises nothing about the bytes."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
     def record(self, crc32c: int | None) -> Record:
-        """What is to be written beside the copy."""
+        """Return the record to write beside the copy."""
         identity = self.identity
         dataset_id, shard_id = (None, None) if identity is None else (identity.dataset_id, identity.shard_id)
         return Record(self.source, self.n_bytes, crc32c, dataset_id, shard_id, self.etag)
 
 
 def name_of_identity(identity: ShardIdentity) -> str:
-    """Name of a copy with an identity: the same for every mirror."""
+    """Return the name of a copy with an identity, which is the same for all mirrors."""
     parts = ("identity", identity.dataset_id, identity.shard_id, str(identity.n_bytes), str(identity.crc32c))
     return _hash(parts)
 
 
 def name_of_object(url: str, info: ObjectInfo) -> str | None:
-    """Name of a copy of an object without identity; None: nothing tells this object from a later one under its name.
+    """Return the name of a copy of an object without identity; None: nothing identifies its version.
 
-    url: redacted. A weak ETag may be the same for two states of an object: it counts only beside a date.
+    A weak ETag may be the same for two versions of an object, so it counts only together with a date.
+
+    Args:
+        url: URL without credentials.
+        info: Attributes of the object.
     """
     dated = None if info.modified_s is None else f"{info.etag or ''} {info.modified_s}"
     state = info.version or (dated if (info.etag or "W/").startswith("W/") else info.etag)
@@ -92,5 +107,5 @@ def name_of_object(url: str, info: ObjectInfo) -> str | None:
 
 
 def _hash(parts: tuple[str, ...]) -> str:
-    # JSON, so that no part can be written in a way that makes it pass for two.
+    # JSON keeps the parts apart: no part can contain text that reads as two parts.
     return blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()

@@ -1,7 +1,9 @@
-"""What a cache of some size and policy would do with a trace: pure, and fast enough for a million accesses.
+"""The simulator: what a cache of a given size and policy would do with a trace.
 
-The decisions are made by policy.py, as in the cache itself; here they only get their candidates from structures that
-follow the trace (a queue, a heap) instead of from arrays of everything that is cached.
+Pure, and fast enough for a million accesses.
+
+policy.py makes the decisions, as in the cache itself; here, the candidates come from structures that follow the trace
+(a queue, a heap) instead of arrays of all cached copies.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Accesses in order. All columns int64[k].
+    """Accesses in order. All columns are int64[k].
 
     Attributes:
-        names: a number for each object.
-        n_bytes: of the object.
-        job: a number for who reads it.
-        clock: bytes that the job had read before, rising within a job.
+        names: Number of each object.
+        n_bytes: Size of the object.
+        job: Number of the job that reads the object.
+        clock: Bytes that the job had read before, ascending within a job.
     """
 
     names: NDArray[np.int64]
@@ -42,13 +44,13 @@ class Trace:
     def __post_init__(self) -> None:
         lengths = [len(column) for column in (self.names, self.n_bytes, self.job, self.clock)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"names, n_bytes, job and clock of a trace are of one length, got {lengths}")
+            raise ValueError(f"names, n_bytes, job and clock of a trace must have the same length, got {lengths}")
 
     @classmethod
     def of(
         cls, names: NDArray[np.int64], n_bytes: NDArray[np.int64] | int = 1, job: NDArray[np.int64] | int = 0
     ) -> Trace:
-        """A trace without clocks: each job's goes on by what it reads."""
+        """Return a trace without clocks: the clock of each job advances by the bytes that it reads."""
         names = np.asarray(names, np.int64)
         n_bytes = np.broadcast_to(np.asarray(n_bytes, np.int64), names.shape)
         job = np.broadcast_to(np.asarray(job, np.int64), names.shape)
@@ -64,7 +66,18 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """What came of a trace. served: bytes of each access that came from the cache, int64[k]; evicted: copies."""
+    """The result of a simulation.
+
+    Attributes:
+        policy: Name of the policy.
+        size_bytes: Size of the cache.
+        hits: Number of accesses served by the cache.
+        misses: Number of other accesses.
+        bytes_hit: Bytes served by the cache.
+        bytes_fetched: Bytes fetched from the store.
+        evicted: Number of evicted copies.
+        served: Bytes of each access that the cache served, int64[k].
+    """
 
     policy: str
     size_bytes: int
@@ -77,28 +90,29 @@ class Report:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of the accesses; 0.0 for none."""
+        """Share of the accesses that hit; 0.0 without accesses."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
     def byte_hit_ratio(self) -> float:
-        """Share of the bytes; 0.0 for none."""
+        """Share of the bytes that hit; 0.0 without accesses."""
         return self.bytes_hit / max(self.bytes_hit + self.bytes_fetched, 1)
 
 
 def replay(trace: Trace, policy: str, size_bytes: int) -> Report:
-    """Replay a trace.
+    """Simulate a cache on a trace.
 
-    A million accesses take 1 to 4 s here; `plan` of several jobs 0.1 to 1 ms a miss.
+    A million accesses take 1 to 4 s; `plan` with several jobs takes 0.1 to 1 ms per miss.
 
     Args:
-        trace: see there.
-        policy: a name of POLICIES, or "belady": plan that admits everything. Both know the whole trace: one job by the
-            order of accesses, several each by its own clock, as plan files tell it.
-        size_bytes: of the cache, in the trace's unit.
+        trace: Accesses in order.
+        policy: A name in POLICIES, or "belady" (plan without bypass). Both know the whole trace. "plan" goes by the
+            order of the accesses for a single job, and by the clock of each job, as plan files tell it, for several
+            jobs; "belady" always goes by the order of the accesses.
+        size_bytes: Size of the cache, in the unit of the trace.
 
     Raises:
-        ValueError: there is no such policy.
+        ValueError: There is no such policy.
     """
     if policy not in RUNS:
         raise ValueError(f"no policy is called {policy!r}; there are {', '.join(sorted(RUNS))}")
@@ -115,10 +129,11 @@ def _report(policy: str, size_bytes: int, trace: Trace, served: NDArray[np.int64
 
 
 def bound(trace: Trace, size_bytes: int) -> Report:
-    """The fewest bytes that any cache of the size must fetch for the trace, whatever it knows and does.
+    """Return the fewest bytes that any cache of this size must fetch for the trace, whatever it knows and does.
 
-    Belady's MIN with bypass on objects that may be cut anywhere: exact for objects of equal size of which a whole
-    number fits, and below what can be reached for all others. hits counts the accesses that were served whole.
+    Belady's MIN with bypass, on objects that may be cut anywhere: exact for objects of equal size of which a whole
+    number fits, and a lower bound that cannot be reached for all others. The result's hits counts the accesses that
+    were served whole.
     """
     next_at = next_positions(trace.names).tolist()
     served = np.zeros(len(trace), np.int64)
@@ -143,13 +158,13 @@ def bound(trace: Trace, size_bytes: int) -> Report:
 
 
 def _cut(held: dict[int, list[int]], heap: list[tuple[int, int]], free: int, new: tuple[int, int]) -> int:
-    """Cut what is needed later than new (bytes, next position) until it has room; returns what is free then."""
+    """Shrink objects that are needed later than new (bytes, next position) until it fits; return the free bytes."""
     n_bytes, at = new
     while free < n_bytes and heap:
         late, name = heap[0]
         its = held.get(name)
         if its is None or its[1] != -late:
-            heapq.heappop(heap)  # it was used since
+            heapq.heappop(heap)  # an outdated entry: the object was used since
         elif not -late > at:
             break
         else:
@@ -163,9 +178,11 @@ def _cut(held: dict[int, list[int]], heap: list[tuple[int, int]], free: int, new
 
 
 def trace_of_plans(jobs: Sequence[Sequence[ReadingPlan]], n_bytes: NDArray[np.int64]) -> Trace:
-    """The trace of jobs that go on side by side at one speed, each through its epochs' plans in turn.
+    """Return the trace of jobs that run concurrently at one speed, each through the plans of its epochs.
 
-    n_bytes: int64[n_shards], of each shard.
+    Args:
+        jobs: Reading plans of each job, one per epoch.
+        n_bytes: Size of each shard, int64[n_shards].
     """
     rows = []
     for job, epochs in enumerate(jobs):

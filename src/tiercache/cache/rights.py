@@ -1,7 +1,7 @@
-"""Who may use a cache's folder, and with which rights its files are made.
+"""Who may use the folder of a cache, and the permissions of its files.
 
-The folder's own mode is the one truth about sharing: ?750 is shared with its group, all else is private. So one chmod
-of the folder takes the sharing back, at once and for everybody.
+The mode of the folder itself decides about sharing: ?750 is shared with its group, every other mode is private. One
+chmod of the folder therefore ends the sharing at once, for everybody.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHARED_MODE = 0o750
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """Modes of folders, of files that change, and of finished copies."""
+    """Modes of folders, of files that change, and of complete copies."""
 
     folder: int
     file: int
@@ -40,21 +40,29 @@ GROUP = Rights(0o2750, 0o640, 0o440)
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How this user stands to a cache's folder. owner: name of somebody else, who shares it; None: it is his own."""
+    """How this user may use the folder of a cache.
+
+    Attributes:
+        rights: Permissions of new files.
+        owner: Name of the other user who owns and shares the folder; None if it is this user's.
+    """
 
     rights: Rights
     owner: str | None = None
 
 
 def standing(root: Path, *, shared: str | None) -> Standing:
-    """How this user stands to a folder that exists. Nothing is changed.
+    """Return how this user may use an existing folder. Nothing is changed.
 
-    root may be reached through a link, which is the caller's own word; no link below it is ever followed. shared:
-    "group" lets the folder's group read it; of somebody else's folder it says that its contents are trusted.
+    Args:
+        root: The folder. It may be a symbolic link, because the caller named it; no link below it is ever followed.
+        shared: "group" lets the folder's group read it; for a folder of another user, it says that the contents are
+            trusted.
 
     Raises:
-        PermissionError: it is somebody else's, and not shared, or the caller does not say that it may be.
-        OSError: it cannot be looked at.
+        PermissionError: The folder belongs to another user and is not shared, or the caller did not allow a shared
+            folder.
+        OSError: The folder cannot be examined.
     """
     status = root.stat()
     if _is_ours(root, status):
@@ -70,9 +78,9 @@ def _is_ours(root: Path, status: os.stat_result) -> bool:
 
 
 def _squashes(root: Path, status: os.stat_result) -> bool:
-    """Whether the file system gives what this user makes to the folder's owner: then he is that owner, as it sees it.
+    """Return whether the file system assigns this user's files to the owner of the folder: then both are one user.
 
-    NFS with all_squash, CIFS and 9p mounts do so; comparing numbers alone would refuse a folder that we have made.
+    NFS with all_squash, CIFS and 9p do so; a comparison of user ids alone would refuse a folder that this user created.
     """
     probe = root / f".probe.0-{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -93,10 +101,11 @@ def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
         mode, group = stat.S_IMODE(status.st_mode), group_name(status.st_gid)
         fix = (
             f"its mode is {mode:04o} and its group {group}: {owner} has to open it with shared='group' first, and {me} "
-            f"has to be in that group (else {owner} gives it to another: chgrp -R)"
+            f"has to be in that group (or {owner} changes the group with chgrp -R)"
         )
     else:
-        # A mount point of root's that is open to all has room for one; inside somebody's cache nothing can be made.
+        # A mount point of root that everyone may write to has space for one; nothing can be created inside another
+        # user's cache.
         own = root / me if status.st_mode & stat.S_IWOTH else f"{root}-{me}"
         fix = (
             f"choose a folder of your own, such as {own}; or, where {owner} shares it with your group on purpose "
@@ -106,7 +115,7 @@ def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
 
 
 def user_name(uid: int) -> str:
-    """A user's name, his number where he has none."""
+    """Return the name of a user, or the number of a user without a name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -114,7 +123,7 @@ def user_name(uid: int) -> str:
 
 
 def group_name(gid: int) -> str:
-    """A group's name, its number where it has none."""
+    """Return the name of a group, or the number of a group without a name."""
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:
@@ -122,13 +131,18 @@ def group_name(gid: int) -> str:
 
 
 def put_right(root: Path, names: Iterable[str], rights: Rights) -> None:
-    """Make folders of these names in root where they are missing, and give root and all of them their rights.
+    """Create missing subfolders, and set the permissions of root and of all subfolders.
 
-    What is in a folder whose rights were others gets its own too: so a cache becomes shared that was not.
+    If the permissions of a folder change, those of its files change too: a private cache becomes a shared one.
+
+    Args:
+        root: Folder of the cache.
+        names: Names of the subfolders.
+        rights: Permissions to set.
 
     Raises:
-        NotADirectoryError: a link, or a file, stands where a folder should.
-        OSError: they cannot be made.
+        NotADirectoryError: A link or a file has the name of a folder.
+        OSError: A folder cannot be created.
     """
     is_changed = _set_folder(root.resolve(), rights)
     for name in names:
@@ -138,7 +152,7 @@ def put_right(root: Path, names: Iterable[str], rights: Rights) -> None:
 
 
 def _set_folder(folder: Path, rights: Rights) -> bool:
-    """Give a folder its rights; whether it had others."""
+    """Set the mode of a folder; return whether it was different."""
     mode = os.lstat(folder).st_mode
     if stat.S_IMODE(mode) == rights.folder or not is_folder(folder):
         return False
@@ -154,7 +168,7 @@ def _share_files(folder: Path, rights: Rights, gid: int) -> None:
     with os.scandir(folder) as entries:
         files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     for name in files:
-        with suppress(OSError):  # gone meanwhile, or left by another user: it is then not to be read
+        with suppress(OSError):  # deleted meanwhile, or a file of another user, which then stays unreadable
             fd = open_file(folder / name, os.O_RDONLY)
             try:
                 if rights == GROUP:

@@ -1,4 +1,7 @@
-"""Each policy on a trace, access by access: what replay.py runs. The decisions are policy.py's."""
+"""The simulation of each policy on a trace, access by access, for replay.py.
+
+The functions of policy.py make the decisions.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,12 @@ if TYPE_CHECKING:
 
     from tiercache.cache.replay import Trace
 
-# Marks the accesses that hit (a byte each); returns how many copies were evicted.
+# A function that sets hit[i] = 1 for each access that hits, and returns the number of evicted copies.
 Run: TypeAlias = "Callable[[Trace, int, bytearray], int]"
 
 
 def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each access's object is accessed next: int64[k], NEVER: not again."""
+    """Return the position of the next access to each access's object, int64[k]; NEVER: there is none."""
     order = np.argsort(names, kind="stable")
     after = np.full(len(names), NEVER, np.int64)
     same = names[order[1:]] == names[order[:-1]]
@@ -110,7 +113,7 @@ def _after_first_fill(entries: list[Entry], size_bytes: int) -> Queues:
 
 
 class _Ghosts:
-    """What was evicted from the small queue lately, bounded by its bytes."""
+    """The names of entries that were recently evicted from the small queue, bounded by their bytes."""
 
     def __init__(self, most_bytes: int) -> None:
         self._bytes: dict[int, int] = {}
@@ -160,7 +163,7 @@ def _plan_of_one(trace: Trace, size_bytes: int, hit: bytearray, *, bypass: bool)
 
 
 class _Furthest:
-    """Copies by their next use, the furthest first."""
+    """Copies ordered by their next use, the furthest first."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[int, int]] = {}  # name: (next use, bytes)
@@ -172,14 +175,14 @@ class _Furthest:
         heapq.heappush(self._heap, (-at, name))
 
     def use(self, name: int, at: int) -> bool:
-        """Note a use and when the next one is; False: it is not here."""
+        """Record a use and the time of the next one; return False if the copy is not cached."""
         its = self._held.get(name)
         if its is not None:
             self.add(name, its[1], at)
         return its is not None
 
     def candidates(self) -> Iterator[Candidate]:
-        """All, the furthest first. Followed by end()."""
+        """Yield all copies, the furthest next use first. The caller must call end() afterwards."""
         while self._heap:
             pair = heapq.heappop(self._heap)
             late, name = pair
@@ -189,7 +192,7 @@ class _Furthest:
                 yield name, its[1], its[0]
 
     def end(self, victims: tuple[int, ...] | None) -> int:
-        """Let the victims go; returns their bytes."""
+        """Remove the victims and return their bytes; the other copies that candidates() yielded stay."""
         freed_bytes = sum(self._held.pop(name)[1] for name in victims or ())
         for pair in self._shown[len(victims or ()) :]:
             heapq.heappush(self._heap, pair)
@@ -231,25 +234,25 @@ def _snapshot(n_bytes: NDArray[np.int64], next_use: NDArray[np.int64], size_byte
 
 
 class _Uses:
-    """When each of several jobs needs each object next, by its own clock."""
+    """The next use of each object by each of several jobs, measured by the clock of the job."""
 
     def __init__(self, trace: Trace, row_of: NDArray[np.int64], job_of: NDArray[np.int64]) -> None:
         n_rows, n_jobs = int(row_of.max(initial=-1)) + 1, int(job_of.max(initial=-1)) + 1
         self._job, self._row, self._clock = job_of, row_of, trace.clock
         self._next_at = next_positions(job_of * n_rows + row_of)
         self._next = np.full((n_jobs, n_rows), NEVER, np.int64)
-        # Backwards, so that the first use of each is the one that stays.
+        # In reverse order, so that the first use of each object is the one that remains.
         self._next[job_of[::-1], row_of[::-1]] = trace.clock[::-1]
         self._now = np.zeros(n_jobs, np.int64)
 
     def read(self, i: int) -> None:
-        """Access i happens."""
+        """Advance the clock of the job of access i."""
         job, at = self._job[i], self._next_at[i]
         self._now[job] = self._clock[i]
         self._next[job, self._row[i]] = NEVER if at == NEVER else self._clock[at]
 
     def next_use(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes that a job still reads before it needs each: int64[len(rows)]."""
+        """Return the bytes that a job reads before it needs each object, the nearest job counting: int64[len(rows)]."""
         later = self._next[:, rows]
         left = np.where(later == NEVER, NEVER, np.maximum(later - self._now[:, None], 1))
         nearest: NDArray[np.int64] = left.min(axis=0)

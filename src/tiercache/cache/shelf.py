@@ -1,4 +1,4 @@
-"""The books in memory, as arrays: each look fetches only what changed since the one before."""
+"""The accounts in memory, as arrays: each update fetches only what has changed since the one before."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ _ROW = np.dtype(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Books:
-    """All copies at one moment, sorted by name; nothing in it changes any more.
+    """All copies at one moment, sorted by name. Immutable.
 
-    names: the same object as long as no copy came or went. recorded: bool[n], its source is known. The other columns
-    are those of policy.Snapshot.
+    Attributes:
+        names: Names of the copies; the same object as before if no copy came or went.
+        recorded: Whether the source of the copy is known, bool[n]. The other columns are those of policy.Snapshot.
     """
 
     names: Names
@@ -47,7 +48,7 @@ class Books:
     limit_bytes: int
 
     def among(self, texts: Iterable[str]) -> NDArray[np.bool_]:
-        """bool[n]: the copies with one of these names, given as 40 hexadecimal digits."""
+        """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
         mask = np.zeros(len(self.names), np.bool_)
         rows = self.names.rows_of(Names.of_texts(texts))
         mask[rows[rows >= 0]] = True
@@ -55,7 +56,7 @@ class Books:
 
 
 class Shelf:
-    """What is on the books, kept up to date by what changed. One caller at a time; the evictor's lock sees to it."""
+    """The accounts in memory, updated by changes. Only one caller at a time; the lock of the evictor ensures that."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -63,7 +64,7 @@ class Shelf:
         self._names, self._rows = Names.of_texts(()), np.empty(0, _ROW)
 
     def look(self) -> Books:
-        """The books now: one short transaction, and a millisecond here where one of 25,000 copies changed."""
+        """Return the accounts now: one short transaction, and a millisecond if one of 25,000 copies changed."""
         changes = self._accounts.changes(self._since)
         if changes.whole:
             self._names, self._rows = Names.of_texts(()), np.empty(0, _ROW)

@@ -1,4 +1,4 @@
-"""The cache's face: a store round a store. Whoever reads through it cannot tell, except by the time it takes."""
+"""`CachedStore`: a store that reads another store through the cache."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ N_KNOWN = 4096
 
 
 class CachedStore(Store):
-    """A Store and a LocalStore round a Store. Every verb but reading passes through.
+    """A Store and a LocalStore around another Store. Reads use the cache; all other methods call the inner store.
 
-    counters are the inner store's: what was asked of it, and cache_hits and cache_misses of this store beside that. All
-    methods may be called from any thread; the lock guards the table of keys that were opened.
+    `counters` are those of the inner store; cache_hits and cache_misses of this store are added to them. All methods
+    may be called from any thread; the lock guards the table of opened keys.
+
+    Args:
+        cache: Cache through which objects are read.
+        inner: Store that holds the objects. close() closes it.
     """
 
     def __init__(self, cache: Cache, inner: Store) -> None:
@@ -46,7 +50,13 @@ class CachedStore(Store):
     # -- a LocalStore -----------------------------------------------------------------------------------------------
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """A lease on the cached copy, which may still have to be fetched; None: it is not admitted, read by ranges."""
+        """Return a lease on a copy, cached or still to be fetched; None: not admitted, read the object by ranges.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; None for another object, whose attributes are then requested from
+                the inner store.
+        """
         if identity is None:
             self._note_use(key)
         wanted = self.wanted(key, identity)
@@ -55,9 +65,10 @@ class CachedStore(Store):
         return self.cache.open(wanted, self.inner, self._tell)
 
     def _note_use(self, key: str) -> None:
-        """Count a read of an object that no manifest describes; a `Dataset` counts the shards that it reads.
+        """Count a read of an object that no manifest describes.
 
-        Reads of versions, segments and placements are not uses of data.
+        A `Dataset` counts the reads of its shards itself. Reads of versions, segments and
+        placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
             read_log.note(f"{self._source}/{key}")
@@ -66,32 +77,49 @@ class CachedStore(Store):
         self.counters.add("cache_hits" if is_hit else "cache_misses")
 
     def fetch_ahead(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start fetching what a reader will open soon; returns at once. ranges: of the object; None: all of it."""
+        """Start to prefetch an object that a reader will open soon, and return at once.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of the object.
+            ranges: Byte ranges of the object to fetch; None fetches the whole object.
+        """
         wanted = self.wanted(key, identity)
         if wanted is not None:
             self.cache.fetch_ahead(wanted, self.inner, ranges)
 
     def is_here(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Whether these ranges of the object are here now; None: all of it."""
+        """Return whether these byte ranges of the object are cached now.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of the object.
+            ranges: Byte ranges of the object; None stands for the whole object.
+        """
         wanted = self.wanted(key, identity)
         return wanted is not None and self.cache.is_here(wanted, ranges)
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> Following:
-        """Let all who use the cache's folder know when this job reads which copies.
+        """Publish the reading plan of this job to all processes that use the cache's folder.
 
         Args:
-            names: uint8[m, 20], names of copies (record.name_of_identity, as bytes) in the order of plan.shards.
-            plan: when each is read.
+            names: Names of the copies (record.name_of_identity, as bytes), uint8[m, 20], in the order of plan.shards.
+            plan: When the job reads each shard.
         """
         return self.cache.publish(names, plan)
 
     def wanted(self, key: str, identity: ShardIdentity | None = None) -> Wanted | None:
-        """What is to be cached under key; None: nothing tells this object from the next one of that name.
+        """Return the specification of the copy of an object; None: nothing identifies the version of the object.
 
-        Without identity the store is asked. Raises NotFound.
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; without it, the inner store is asked for the object's attributes.
+
+        Raises:
+            NotFound: The inner store has no such object.
         """
         if identity is not None:
-            known = self._known.get(key)  # a hit takes a third less without a name to be computed
+            known = self._known.get(key)  # without computing the name, a hit takes a third less time
             if known is not None and known.identity == identity:
                 return known
         check_key(key)
@@ -112,9 +140,15 @@ class CachedStore(Store):
         return wanted
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Check the cached copy after a reader found it wrong.
+        """Verify the cached copy after a reader found it corrupt.
 
-        True: it was wrong, and is gone: open it again. False: it is what the source sent.
+        Args:
+            key: Key of the object.
+            identity: Identity of a shard or segment; None for another object.
+
+        Returns:
+            True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is what the
+                source sent.
         """
         wanted = self.wanted(key, identity)
         return wanted is not None and self.cache.distrust(wanted)
@@ -130,7 +164,10 @@ class CachedStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """From the copy of what was opened under key, if it is here and has the ETag asked for; else passed on."""
+        """See Store.read_into. The spans come from the cached copy of an object that was opened under key, if possible.
+
+        The copy is used only if it has the ETag in if_match, or if the object has an identity and if_match is None.
+        """
         with self._lock:
             wanted = self._known.get(key)
         guarded = wanted is not None and (if_match is not None and wanted.etag == if_match)
@@ -142,42 +179,45 @@ class CachedStore(Store):
         self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
 
     def head(self, key: str) -> ObjectInfo:
-        """Passed on."""
+        """See Store.head. The inner store answers."""
         return self.inner.head(key)
 
     def get(self, key: str) -> bytes:
-        """Passed on."""
+        """See Store.get. The inner store answers."""
         self._note_use(key)
         return self.inner.get(key)
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Passed on."""
+        """See Store.read_tail. The inner store answers."""
         self._note_use(key)
         return self.inner.read_tail(key, n_bytes)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Passed on; the copy of what was there is dropped."""
+        """See Store.put. The copy of the former object is evicted."""
         try:
             return self.inner.put(key, data)
         finally:
             self._drop([key])
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """Passed on; the copy of what was there is dropped."""
+        """See Store.put_if_absent. The copy of the former object is evicted."""
         try:
             return self.inner.put_if_absent(key, data)
         finally:
             self._drop([key])
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """Passed on; the copy of what is there now is dropped. What the upload publishes has another ETag and name."""
+        """See Store.create.
+
+        The copy of the former object is evicted at once; the new object has another ETag and name.
+        """
         self._drop([key])
         return self.inner.create(key, if_absent=if_absent)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Passed on; the copies are dropped."""
+        """See Store.delete. The copies are evicted."""
         gone = list(keys)
         try:
             self.inner.delete(gone)
@@ -185,23 +225,24 @@ class CachedStore(Store):
             self._drop(gone)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Passed on; the copy of what was at dst is dropped."""
+        """See Store.copy. The copy of the former object at dst is evicted."""
         try:
             return self.inner.copy(src, dst)
         finally:
             self._drop([dst])
 
     def _drop(self, keys: list[str]) -> None:
-        # Copies with an identity stay: they are what their manifest says, whatever happens to the object.
+        # A copy with an identity stays: its manifest defines its contents, whatever happens to the object under this
+        # key.
         with self._lock:
             for key in keys:
                 self._known.pop(key, None)
         self.cache.drop_objects([f"{redact(self.url)}/{key}" for key in keys])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Passed on."""
+        """See Store.list. The inner store answers."""
         return self.inner.list(prefix)
 
     def close(self) -> None:
-        """Close the inner store. The cache stays open: other stores may use it."""
+        """Close the inner store. The cache stays open, because other stores may use it."""
         self.inner.close()

@@ -13,14 +13,20 @@ from tiercache.cache.units import PIECE_BYTES, UNIT_BYTES
 
 
 def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
-    """CRC-32C of each unit of data, "<u4"[n], and of all of it."""
+    """Return the CRC-32C of each unit of data, "<u4"[n], and of all data."""
     sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
     whole = crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
     return sums.astype("<u4"), whole
 
 
 class Summed(NamedTuple):
-    """What was read of a file. n_bytes: how far that went; error: what ended it before, None at the file's end."""
+    """The checksum of the readable part of a file.
+
+    Attributes:
+        crc32c: CRC-32C of the bytes that were read.
+        n_bytes: Number of bytes that were read.
+        error: Error that ended the read early; None if the file was read to its end.
+    """
 
     crc32c: int
     n_bytes: int
@@ -28,7 +34,7 @@ class Summed(NamedTuple):
 
 
 def sum_of(fd: int, n_bytes: int) -> Summed:
-    """CRC-32C of the first n_bytes of a file, as far as it can be read."""
+    """Return the CRC-32C of the first n_bytes of a file, as far as it can be read."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(n_bytes, 1))))
     whole, offset = 0, 0
     while offset < n_bytes:
@@ -44,7 +50,10 @@ def sum_of(fd: int, n_bytes: int) -> Summed:
 
 
 def checksum_of(fd: int, n_bytes: int) -> int:
-    """CRC-32C of the first n_bytes of a file; a shorter one gives another sum. Raises OSError: it cannot be read."""
+    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter file.
+
+    Raises OSError if the read fails.
+    """
     summed = sum_of(fd, n_bytes)
     if summed.error is not None:
         raise summed.error

@@ -1,7 +1,7 @@
-"""Units: the 4 KiB blocks of a file that a copy in part is made of. Pure: masks and ranges in, masks and ranges out.
+"""Units: the 4 KiB blocks of a file in which a partial copy grows. All functions are pure.
 
-A mask is bool[n_units], True for the units that are meant. Of an empty file there is one unit, of no bytes: so it too
-has to be fetched once before it is there.
+A mask is bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be fetched
+once before it counts as present.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tiercache.model import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# The disk's block: a smaller unit would take as much room, a larger one would have a projection fetch more that nobody
-# reads, up to two units a chunk.
+# The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
+# reader needs when columns are selected, up to two units per chunk.
 UNIT_BYTES = 4096
-# One request: long enough for a store's full speed, and what a worker holds in memory.
+# The size of one request: long enough for the full speed of a store. It is also the buffer size of a worker.
 PIECE_BYTES = 8 << 20
-# Where less than this is left of a file it is fetched along: a whole copy needs no map, and is checked as a whole.
+# If less than this is missing of a file, it is fetched too: a whole copy needs no map and is verified as a whole.
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
 
@@ -29,12 +29,12 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 def n_units(n_bytes: int) -> int:
-    """Units of a file of n_bytes."""
+    """Return the number of units of a file of n_bytes."""
     return max(-(-n_bytes // UNIT_BYTES), 1)
 
 
 def bounds(wanted: ByteRange, n_bytes: int) -> tuple[int, int]:
-    """The units [first, last) that a range touches; what of it lies beyond the file touches none."""
+    """Return the units [first, last) that a range touches, within the file."""
     start, end = min(wanted.start, n_bytes), min(wanted.end, n_bytes)
     if not n_bytes:
         return 0, 1
@@ -42,7 +42,7 @@ def bounds(wanted: ByteRange, n_bytes: int) -> tuple[int, int]:
 
 
 def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
-    """The units that ranges touch."""
+    """Return the units that the ranges touch."""
     mask = np.zeros(n_units(n_bytes), bool)
     for wanted in ranges:
         first, last = bounds(wanted, n_bytes)
@@ -51,7 +51,7 @@ def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
 
 
 def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
-    """Whether all units that ranges touch are in present, and no range ends beyond the file."""
+    """Return whether present contains all units that the ranges touch, and no range ends beyond the file."""
     for wanted in ranges:
         if wanted.end > n_bytes:
             return False
@@ -62,20 +62,23 @@ def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
 
 
 def runs_of(mask: Mask) -> list[tuple[int, int]]:
-    """Units that follow one another, as [first, last)."""
+    """Return the runs of consecutive units, each as [first, last)."""
     edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=np.int8(0), append=np.int8(0)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
-    """The bytes of a mask's units, neighbours as one range."""
+    """Return the byte ranges of the units of a mask; adjacent units form one range."""
     return [ByteRange(first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)) for first, last in runs_of(mask)]
 
 
 def first_piece(mask: Mask, n_bytes: int, piece_bytes: int = PIECE_BYTES) -> list[ByteRange]:
-    """The first units of a mask that are together at most piece_bytes: ranges for one request; [] of an empty mask.
+    """Return the ranges of the first units of a mask, at most piece_bytes in total, for one request.
 
-    piece_bytes: a multiple of UNIT_BYTES.
+    Args:
+        mask: Units to fetch.
+        n_bytes: Size of the file.
+        piece_bytes: Most bytes of the request, a multiple of UNIT_BYTES.
     """
     taken = np.zeros_like(mask)
     taken[np.flatnonzero(mask)[: piece_bytes // UNIT_BYTES]] = True
@@ -83,13 +86,13 @@ def first_piece(mask: Mask, n_bytes: int, piece_bytes: int = PIECE_BYTES) -> lis
 
 
 def bytes_of(mask: Mask, n_bytes: int) -> int:
-    """Bytes of a mask's units; the last of the file may be short."""
+    """Return the number of bytes in the units of a mask; the last unit of the file may be short."""
     whole = int(mask.sum()) * UNIT_BYTES
     return whole - (len(mask) * UNIT_BYTES - n_bytes if mask[-1] else 0)
 
 
 def to_fetch(present: Mask, wanted: Mask, n_bytes: int) -> Mask:
-    """What to fetch so that wanted is there: what is missing of it, and the rest of the file where that is little."""
+    """Return the units to fetch for wanted: the missing ones, and the rest of the file if it is small."""
     missing = wanted & ~present
     if not missing.any():
         return missing

@@ -1,4 +1,4 @@
-"""Reading a copy that has no checksums inside: each 4 KiB unit that is read is held against the map beside the copy."""
+"""Verified reads of copies without checksums inside: each 4 KiB unit is compared with the unit map beside the copy."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 
 
 def read_plain(fd: int, spans: Sequence[Span]) -> bool:
-    """Fill every span from a file; False: it could not be."""
+    """Fill every span from a file, without verification; return False if a read failed."""
     return all(read_all(fd, buffer, wanted.start) for wanted, buffer in spans)
 
 
 def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Sequence[Span]) -> bool:
-    """Fill every span from a copy, whole or in part; False: it could not be read, or is not what was fetched.
+    """Fill every span from a copy, whole or partial; return False if a read failed, or the data is corrupt.
 
     Args:
-        folder, name: where its map lies.
-        fd: of the copy, held for the call.
-        n_bytes: of the copy.
-        spans: inside it; undefined where the answer is False.
+        folder: Folder of the cache.
+        name: Name of the copy, whose unit map is used.
+        fd: Descriptor of the copy, open for the duration of the call.
+        n_bytes: Size of the copy.
+        spans: Ranges inside the copy and their buffers. The buffers are undefined if the result is False.
     """
     presence = open_map(folder, name, fd, n_bytes)
     if presence is None:
@@ -43,7 +44,7 @@ def read_verified(folder: Folder, name: str, fd: int, n_bytes: int, spans: Seque
 
 
 def read_held(fd: int, presence: Presence, spans: Sequence[Span]) -> bool:
-    """As read_verified(), by a map that is open."""
+    """See read_verified(); the map is already open."""
     return all(_read_span(fd, presence, wanted, buffer) for wanted, buffer in spans)
 
 

@@ -1,4 +1,4 @@
-"""Warming: fetch what was asked for, a few at a time, and make sure that it is there."""
+"""Warming: fetches copies in advance, several at a time, and checks that they are present."""
 
 from __future__ import annotations
 
@@ -30,12 +30,20 @@ if TYPE_CHECKING:
 
 
 Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
-"""By key: what of an object is enough. Those without an entry are wanted whole."""
+"""Byte ranges that suffice, by key. An object without an entry is wanted whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmProgress:
-    """How far warming is: copies and bytes that are here, of those asked for. last: key of the copy that just came."""
+    """The progress of warming.
+
+    Attributes:
+        n_done: Number of requested copies that are present.
+        n_wanted: Number of requested copies.
+        bytes_done: Bytes of the requested copies that are present.
+        bytes_wanted: Bytes of the requested copies.
+        last: Key of the copy that was just fetched; "" at the start.
+    """
 
     n_done: int
     n_wanted: int
@@ -46,7 +54,13 @@ class WarmProgress:
 
 @dataclass(frozen=True, slots=True)
 class WarmOptions:
-    """How warming goes on. jobs: fetches at a time; ranges: see Ranges; on_progress: called with every copy."""
+    """The options of warming.
+
+    Attributes:
+        jobs: Number of fetches that run at the same time.
+        on_progress: Callback after every copy.
+        ranges: See Ranges.
+    """
 
     jobs: int = 4
     on_progress: Callable[[WarmProgress], None] | None = None
@@ -55,7 +69,13 @@ class WarmOptions:
 
 @dataclass(frozen=True, slots=True)
 class WarmReport:
-    """What warming did: copies asked for, how many of them were fetched now, and their bytes."""
+    """The result of warming.
+
+    Attributes:
+        n_wanted: Number of requested copies.
+        n_fetched: Number of copies that were fetched by this call.
+        bytes_fetched: Bytes of those copies.
+    """
 
     n_wanted: int
     n_fetched: int
@@ -64,25 +84,36 @@ class WarmReport:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A copy that is to be here. ranges: what of it is enough, rising; None: all."""
+    """A copy that must be present after warming.
+
+    Attributes:
+        wanted: Specification of the copy.
+        ranges: Byte ranges that suffice, ascending; None: the whole object.
+    """
 
     wanted: Wanted
     ranges: tuple[ByteRange, ...] | None = None
 
     @property
     def n_bytes(self) -> int:
-        """What of the object is asked for."""
+        """Number of requested bytes."""
         return sum(wanted.n_bytes for wanted in self.whole_or_ranges)
 
     @property
     def whole_or_ranges(self) -> tuple[ByteRange, ...]:
-        """What of the object is asked for."""
+        """The requested byte ranges."""
         return (ByteRange(0, self.wanted.n_bytes),) if self.ranges is None else self.ranges
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A goal that is not here. n_bytes: to be fetched for it; charge_bytes: of the budget."""
+    """A goal that is not present.
+
+    Attributes:
+        goal: The goal.
+        n_bytes: Bytes to fetch.
+        charge_bytes: Bytes that the fetch adds to the used space.
+    """
 
     goal: Goal
     n_bytes: int
@@ -91,11 +122,13 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class WarmPlan:
-    """What is asked for, each copy once, and what of it is missing, in the order of fetching.
+    """The requested copies, each once, and what is missing of them, in the order of the fetches.
 
     Attributes:
-        freeable_bytes: what the policy could give up for it, but none of what is asked for; 0 where there is room.
-        fits: whether there is room, or can be made.
+        goals: The requested copies.
+        missing: The goals that are not present.
+        freeable_bytes: Bytes that the policy could evict, other than requested copies; 0 if the free space suffices.
+        fits: Whether there is enough space, or eviction can free enough.
     """
 
     goals: tuple[Goal, ...]
@@ -105,27 +138,29 @@ class WarmPlan:
 
     @property
     def wanted_bytes(self) -> int:
-        """Of everything that is asked for."""
+        """Total bytes of the requested copies."""
         return sum(goal.n_bytes for goal in self.goals)
 
     @property
     def missing_bytes(self) -> int:
-        """To be fetched."""
+        """Bytes to fetch."""
         return sum(missing.n_bytes for missing in self.missing)
 
     @property
     def need_bytes(self) -> int:
-        """Of the budget, for what is missing."""
+        """Bytes that the fetches add to the used space."""
         return sum(missing.charge_bytes for missing in self.missing)
 
 
 def plan_warm(
     opened: Opened, store: CachedStore, pairs: Sequence[tuple[str, ShardIdentity | None]], ranges: Ranges
 ) -> WarmPlan:
-    """See what is missing of pairs, by one look at the folder and one at the books, however many there are.
+    """Return what is missing of the requested objects.
+
+    It scans the folder and the accounts once, however many there are.
 
     Raises:
-        StoreError: of an object that cannot be cached, or of the store where it must be asked for an identity.
+        StoreError: An object cannot be cached, or the store failed when it was asked for the attributes of an object.
     """
     goals: dict[str, Goal] = {}
     for key, identity in pairs:
@@ -145,17 +180,17 @@ def plan_warm(
 
 
 class _Here:
-    """One look at what is in the folder: a listing, and not a question for each copy."""
+    """A listing of the folder, used instead of one system call per copy."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._names = frozenset(opened.folder.names(""))
         self._parts = frozenset(opened.folder.names(".part"))
-        # Copies that something must be found out about before they are served.
+        # Copies that must be verified before they are served.
         self._doubted = frozenset() if opened.writing is None else frozenset(opened.writing.publisher.unrecorded)
 
     def lack(self, goal: Goal) -> Missing | None:
-        """What is missing of what is asked for; None: nothing."""
+        """Return what is missing of a goal; None: nothing."""
         name, n_bytes = goal.wanted.name, goal.wanted.n_bytes
         if name in self._names and (name not in self._doubted or _is_here(self._opened, goal)):
             return None
@@ -165,11 +200,11 @@ class _Here:
         missing = mask_of(goal.whole_or_ranges, n_bytes) & ~present
         if goal.ranges is not None and not missing.any():
             return None
-        # A part that has everything but its name is missing all the same.
+        # A partial copy that has all units but no final name still counts as missing.
         return Missing(goal, min(int(missing.sum()) * UNIT_BYTES, n_bytes), _charge(goal, present))
 
     def _present(self, name: str, n_bytes: int) -> Mask:
-        """The units that are here in part."""
+        """Return the units of a partial copy that are present."""
         held = hold_part(self._opened.folder, name, n_bytes) if name in self._parts else None
         present = np.zeros(n_units(n_bytes), bool) if held is None or held.presence is None else held.presence.mask()
         if held is not None:
@@ -178,7 +213,7 @@ class _Here:
 
 
 def _charge(goal: Goal, present: Mask) -> int:
-    """What a goal adds to the budget, where these units of it are here."""
+    """Return the bytes that a goal adds to the used space when the units in `present` are cached."""
     n_bytes, before = goal.wanted.n_bytes, charge_of(present, goal.wanted.n_bytes)
     if goal.ranges is None:
         return max(charge_bytes(n_bytes) - before, 0)
@@ -192,7 +227,7 @@ def warm(
     *,
     options: WarmOptions,
 ) -> WarmReport:
-    """Fetch what is missing of pairs. See Cache.warm."""
+    """Fetch what is missing of the requested objects. See Cache.warm."""
     if options.jobs < 1:
         raise ValueError(f"jobs must be 1 or more, got {options.jobs}")
     writing = writable(opened)
@@ -207,15 +242,15 @@ def warm(
     lost = [goal.wanted.source for goal in plan.goals if not _is_here(opened, goal)]
     if lost:
         raise StoreError(
-            f"{len(lost)} of {len(plan.goals)} copies are gone again after warming", url=lost[0], retryable=True
+            f"{len(lost)} of {len(plan.goals)} copies are missing again after warming", url=lost[0], retryable=True
         )
     return WarmReport(len(plan.goals), round_.n_fetched, round_.bytes_fetched)
 
 
 def _without_cut_copies(opened: Opened, plan: WarmPlan) -> WarmPlan:
-    """The plan, in which copies of another size are missing too: a power failure cut them off, or they are no files.
+    """Return the plan with truncated copies, and files that are not regular, added to the missing ones.
 
-    Asking for each size takes 2 us a copy: not for a plan that a person only looks at.
+    Checking the size takes 2 us per copy, so a plan that is only displayed skips it.
     """
     missing = {one.goal.wanted.name for one in plan.missing}
     found = list(plan.missing)
@@ -249,10 +284,10 @@ def _is_here(opened: Opened, goal: Goal) -> bool:
 def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
     used, reserved, limit = writing.accounts.sums()
     return CacheFull(
-        f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are asked for, but of {format_bytes(limit)} "
-        f"{format_bytes(used + reserved)} are taken, {format_bytes(freeable_bytes)} of them can go, and the disk has "
-        f"{format_bytes(max(writing.evictor.spare_bytes(), 0))} above its floor: evict some, enlarge the cache, or ask "
-        "for less",
+        f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
+        f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
+        f"disk has {format_bytes(max(writing.evictor.spare_bytes(), 0))} above free_floor; evict or unpin copies, "
+        "enlarge the cache, or request less",
         need_bytes=need_bytes,
         freeable_bytes=freeable_bytes,
         limit_bytes=limit,
@@ -260,7 +295,7 @@ def _full(writing: Writing, need_bytes: int, freeable_bytes: int) -> CacheFull:
 
 
 class _Round:
-    """The fetches of one call. Threads take copies from a queue and put what became of them into another."""
+    """The fetches of one call. Threads take copies from one queue and put the results into another."""
 
     def __init__(self, writing: Writing, store: CachedStore, plan: WarmPlan) -> None:
         self._writing, self._store = writing, store
@@ -276,7 +311,10 @@ class _Round:
         self.bytes_fetched = 0
 
     def run(self, jobs: int) -> Iterator[Missing]:
-        """Give each of the missing once it is here. On the first error, or when the caller stops, all are cancelled."""
+        """Yield each missing copy once it is present.
+
+        On the first error, or when the caller stops, all fetches are cancelled.
+        """
         threads = [
             Thread(target=self._work, name="tiercache-warm", daemon=True) for _ in range(min(jobs, self._n_missing))
         ]
@@ -306,12 +344,12 @@ class _Round:
                 return
             try:
                 self._done.put((missing, self._fetch(missing.goal), None))
-            except BaseException as error:  # noqa: BLE001 - thread top: run() raises it
+            except BaseException as error:  # noqa: BLE001 - top of a thread: run() raises it
                 self._stop.set()
                 self._done.put((missing, False, error))
 
     def _fetch(self, goal: Goal) -> bool:
-        """Bring what is asked for of one copy here; False: somebody else did."""
+        """Fetch the requested part of one copy; return False if another thread or process fetched it."""
         wanted, ranges = goal.wanted, goal.whole_or_ranges
         fetch, mine = self._join(wanted, ranges)
         try:
@@ -335,13 +373,13 @@ class _Round:
         return mine
 
     def _join(self, wanted: Wanted, ranges: Sequence[ByteRange]) -> tuple[Fetch, bool]:
-        """A fetch that was asked for ranges, with a place in it taken; and whether it is ours to run."""
+        """Return a fetch that includes the ranges, with a place in it taken, and whether the caller must run it."""
         while True:
             fetch = self._writing.fetcher.join(wanted, self._store.inner)
             mine = fetch.take_up()
             if fetch.ask(ranges, urgent=True):
                 return fetch, mine
-            fetch.leave()  # it has ended since we joined it
+            fetch.leave()  # it ended after join()
 
     def _run(self, fetch: Fetch) -> None:
         fetch.spare = self._names

@@ -1,4 +1,4 @@
-"""What one process has of a cache that it may write: owner file, accounts, evictor, fetch threads."""
+"""`Writing`: the parts of an open cache that change its folder: owner file, accounts, evictor and fetch threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Writing:
-    """The parts of an open cache that need a folder that can be written."""
+    """The parts of an open cache that require a writable folder."""
 
     def __init__(
         self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
@@ -49,7 +49,7 @@ class Writing:
         self.fetcher = Fetcher(self.publisher.run, keep)
 
     def sweep(self) -> None:
-        """Put right what others left: files of the dead, records without copies, books that disagree with the files."""
+        """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
         self.owners.bury_all()
         leftovers.sweep(self.folder)
         self.accounts.reconcile()
@@ -69,10 +69,10 @@ class Writing:
         poison.sweep(self.folder)
 
     def _sweep_beside(self, name: str) -> None:
-        """Remove what is no use beside a copy, or without one, unless it is just being published.
+        """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
 
-        A part that has become a copy, its map where that was not to stay, a part or a map alone, record and pin of
-        nothing.
+        These are a partial copy whose copy is complete, its unit map if that is not kept, a partial copy or a unit map
+        alone, and the record and the pin of a missing copy.
         """
         lock = NameLock(self.folder.locks / name)
         if lock.try_take():
@@ -83,26 +83,26 @@ class Writing:
                     self.folder.remove_part(name, keep_map=is_whole and record is not None and record.shard_id is None)
                 if self.folder.charge_of(name) is None and not self.accounts.is_reserved(name):
                     self.folder.remove_record(name)
-                    if not self.quarantine.knows(name):  # what was found wrong is pinned again when it is fetched again
+                    if not self.quarantine.knows(name):  # a corrupt copy stays pinned when it is fetched again
                         self.folder.unpin(name)
-                    self.accounts.remove([name])  # a part alone was on the books while it lay here
+                    self.accounts.remove([name])  # a partial copy without a map was in the accounts
             finally:
                 lock.give_back()
 
     def keep_to_limit(self) -> None:
-        """Register the limit; give up what a smaller one than before has no room for."""
+        """Register the size limit, and evict copies if the limit is smaller than before."""
         smallest = self.accounts.register(self.limit_bytes)
         self.folder.remember_size(self.limit_bytes)
         if smallest < self.limit_bytes:
             self.notices.warn(
                 "limit",
-                f"cache {self.folder.root}: opened with {format_bytes(self.limit_bytes)}, but another process keeps it "
-                f"to {format_bytes(smallest)}; the smaller limit holds",
+                f"cache {self.folder.root}: opened with size {format_bytes(self.limit_bytes)}, but another process has "
+                f"it open with {format_bytes(smallest)}; the smaller limit applies",
             )
         self.evictor.shrink()
 
     def close(self) -> None:
-        """Stop the fetches, withdraw the plans, book the uses, give the owner file up."""
+        """Stop the fetches, withdraw the plans, write the recorded uses, and remove the owner file."""
         self.fetcher.close()
         self.plans.close()
         for last in (self.quarantine.close, self.evictor.flush_uses, self.accounts.unregister):
