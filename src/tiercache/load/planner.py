@@ -126,7 +126,7 @@ class _Planner:
         self._ring = ring
         self._shared = shared
         self._threads = threads
-        self._pushed_rows = self._last_rows = 0  # rows of the last push
+        self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
         self._held: dict[int, Loaded] = {}  # by the window's id; each holds its window
         self._loading: dict[int, Loading] = {}  # started by the epoch before
         self._joined: Joined | None = None
