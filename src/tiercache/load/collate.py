@@ -18,8 +18,7 @@ from tiercache.shard.values import ColumnValues
 
 
 def collate(records: Sequence[Any]) -> Any:
-    """Return a batch of records, a dict of tensors [n, ...] and lists; for torch's DataLoader over a
-    `tiercache.Dataset`.
+    """Return a batch of records, for torch's DataLoader over a `tiercache.Dataset`.
 
     Records that were read together (`Dataset.__getitems__`) and not accessed since become a batch without a copy per
     record, in the layouts of the data set. Other records are stacked, because they may have been changed.
@@ -28,8 +27,8 @@ def collate(records: Sequence[Any]) -> Any:
         records: Dicts with the same keys, of NumPy arrays and scalars, bytes, str or other objects; or tuples.
 
     Returns:
-        Dict by column: a tensor of the column's dtype if the shapes agree, else a list. For tuples a list of such
-        values.
+        Dict by column: a tensor [n, ...] of the column's dtype if the shapes agree, else a list. For tuples a list of
+        such values.
 
     Raises:
         ValueError: There are no records.

@@ -116,8 +116,7 @@ class DecodedPipeline:
         """None: decoded batches are returned by take() only. See Pipeline.take_ready."""
 
     def close(self) -> None:
-        """End all threads; batches that were taken stay valid. May be called repeatedly; no effect in a forked child.
-        """
+        """End all threads; batches that were taken stay valid. See Pipeline.close."""
         if self.inherited:
             return
         self._line.close()
@@ -182,7 +181,9 @@ class _Pictures:
 
 @dataclass(slots=True)
 class _Job:
-    """A batch in the decoding stage. batch: None at the end of the epoch or with an error. The queue's lock guards it.
+    """A batch in the decoding stage.
+
+    batch: None at the end of the epoch or with an error. The queue's lock guards all fields.
     """
 
     batch: Batch | None

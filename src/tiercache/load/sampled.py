@@ -141,7 +141,7 @@ class SampledRun:
         return self._asked, self._next if self._epoch is None else self._epoch.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
+        """Resume from a saved state.
 
         Raises:
             ValueError: The state is not one of a loader with a sampler.
@@ -158,7 +158,7 @@ class SampledRun:
                 self._epoch, self._is_fresh = self._make(), True
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the samplers that have set_epoch()."""
+        """Set the epoch of the samplers that take one."""
         self._number = operator.index(epoch)
         tell_epoch(self._index_sampler, self._number)
 
