@@ -29,5 +29,5 @@ def broken_picture(source: Source, column: str, record: int, said: str) -> Corru
         url = source.load(shard, [block]).url
     except TierCacheError:  # The shard can no longer be read; the image's error is the one to report.
         url = source.url
-    message = f"record {record}: the picture cannot be decoded: {said}"
+    message = f"record {record}: the image cannot be decoded: {said}"
     return CorruptShard(message, url=url, block=block, column=column, record=record)

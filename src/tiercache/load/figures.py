@@ -66,11 +66,11 @@ def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, fl
         return f"consumer ({waited} for data)"
     busiest = max(stages, key=lambda name: stages[name] / (threads if name in ("gather_s", "decode_s") else 1))
     if busiest == "decode_s":
-        return f"decode ({waited}; {threads} threads decode pictures; store them smaller, or give more threads)"
+        return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
     if busiest == "gather_s":
         return f"gather ({waited}; {threads} threads copy and check; serve fewer columns or give more threads)"
     if busiest == "plan_s":
-        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is served sooner)"
+        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
     if fetched.get("bytes_fetched", 0):
         rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
         return f"fetch ({waited}; {rate}/s from the store; warm the cache first)"

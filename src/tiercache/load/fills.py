@@ -30,7 +30,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
         SchemaError: The column is not nullable, or cannot hold the value.
     """
     if not column.nullable:
-        message = "nulls: a fill value is for nullable columns, and this one has no nulls"
+        message = "nulls: only a nullable column takes a fill value, and this column is not nullable"
         raise SchemaError(message, column=column.name, expected="'mask'", got=repr(fill))
     plain = dataclasses.replace(column, nullable=False)
     if column.kind is Kind.TENSOR and _is_single(fill):
@@ -38,7 +38,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
     try:
         value = converter(plain)(fill)
     except MisfitError as error:
-        message = f"nulls: a fill value must be one that the column can hold: {error}"
+        message = f"nulls: the column cannot hold this fill value: {error}"
         raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
     if column.kind is Kind.TENSOR:
         return np.broadcast_to(np.asarray(value, column.stored), tuple(d or 0 for d in column.shape))

@@ -68,11 +68,11 @@ class Position:
             return self.next_state()
         if not self._is_counted:
             raise RuntimeError(
-                f"how much of epoch {self._begun.epoch} was served is not known: this loader's sampler or "
-                "batch_sampler was iterated, usually by another loader that was made of it (as by Accelerate's "
-                "skip_first_batches). Call state_dict() before that loader begins or after it ends; if it has worker "
-                f"processes, call set_epoch({self._begun.epoch + 1}) of this loader first. Otherwise resume "
-                "with load_state_dict()"
+                f"the position in epoch {self._begun.epoch} is unknown: this loader's sampler or batch_sampler was "
+                "iterated, usually by another loader that was made from it (as by Accelerate's skip_first_batches). "
+                "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
+                f"set_epoch({self._begun.epoch + 1}) of this loader first. To resume within an epoch, use "
+                "load_state_dict() instead"
             )
         return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
 

@@ -257,7 +257,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             ObjectChanged: The data set differs from the one that the state was saved on.
         """
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"load_state_dict() takes what state_dict() gave, a dict, got {state_dict!r}")
+            raise TypeError(f"load_state_dict() takes the dict that state_dict() returned, got {state_dict!r}")
         state_dict = self._for_own_workers(state_dict)
         if SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
             tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
@@ -451,7 +451,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if self._serves_rest:
             warnings.warn(
-                f"the state was saved when every rank was served all records: {rank} is, too, until this epoch ends",
+                f"the state was saved by a loader that served all records to every rank: until this epoch ends, {rank} "
+                "is served all records too",
                 RuntimeWarning,
                 stacklevel=3,  # the caller of iter(loader)
             )
@@ -488,8 +489,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         found = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
         if self._native is not None and STEPS_SINCE in found:
             raise ValueError(
-                f"the state names a batch {found[STEPS_SINCE]} before the one to go on with, as snapshot_every_n_steps "
-                "was above 1 when it was saved: only a loader on torch's path (with a collate_fn=) can go on from there"
+                f"the state's snapshot is {found[STEPS_SINCE]} batches older than the position to resume, because "
+                "snapshot_every_n_steps was above 1 when it was saved: only a loader on torch's path (with a "
+                "collate_fn=) can resume from it"
             )
         return found
 
@@ -523,7 +525,7 @@ def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
     if not dataset.is_plain:
-        return "the data set has a transform, or is of a subclass that says what a record is"
+        return "the data set has a transform, or its class overrides how records are read"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
 
 

@@ -100,10 +100,10 @@ class Pressure:
     def explain(self, url: str) -> str:
         """Return the text of the warning, with its numbers."""
         return (
-            f"{url}: the windows that are served at a time take {format_bytes(self._need_bytes)} decoded, and two of "
-            f"each do not fit the {format_bytes(2 * self._room_bytes)} that are for them (half of the memory limit): "
-            "blocks are read and decoded again and again, which is slow. More processes or more memory avoid it, or a "
-            "run with a smaller shuffle_window_bytes or fewer streams"
+            f"{url}: the windows that are served together take {format_bytes(self._need_bytes)} when decoded, and two "
+            f"such sets do not fit the {format_bytes(2 * self._room_bytes)} for windows (half of the memory limit), so "
+            "blocks are read and decoded again and again, which is slow. Use more processes or more memory, or start "
+            "a run with a smaller shuffle_window_bytes or fewer streams"
         )
 
     @property

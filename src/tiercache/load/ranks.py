@@ -80,7 +80,7 @@ def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, 
             if value != first[name]:
                 raise ValueError(
                     f"{name}={value!r} on rank {other} differs from rank 0's {first[name]!r}: all ranks that share an "
-                    "epoch need the same"
+                    "epoch must have the same value"
                 )
     return agreed
 

@@ -89,10 +89,10 @@ class ReplayState:
             return
         raise ValueError(
             f"the sampler, a {type(sampler).__name__}, has no state. Asked again for the records that were served "
-            "before the loader's state was saved, it gives others: a run that goes on would serve records twice, and "
-            "others not at all. Give the sampler state_dict() and load_state_dict(), or let its order follow from a "
-            "seed and an epoch that the resumed run gives it again, or use shuffle=True, whose order the loader's "
-            "state names"
+            "before the loader's state was saved, it returns other records: the resumed run would serve some records "
+            "twice, and others not at all. Give the sampler state_dict() and load_state_dict(), or derive its order "
+            "from a seed and an epoch that the resumed run sets again, or use shuffle=True, whose order is part of the "
+            "loader's state"
         )
 
 
@@ -166,9 +166,9 @@ class Replay:
             raise ValueError(
                 f"the sampler, a {type(self._sampler).__name__}, has no state and draws from {drawn[0]}'s shared "
                 "random numbers while it is read. When the loader's state was saved, the sampler had been asked ahead "
-                "(as num_workers= asks it), and what it drew then cannot be drawn again: the rest of the epoch would "
-                "be another. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator "
-                "that is an attribute of it, or draw all its indices when it begins. States of an epoch's end load"
+                "(because of num_workers=), and those numbers cannot be drawn again: the rest of the epoch would "
+                "differ. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator that is "
+                "an attribute of it, or draw all its indices when it begins. A state saved at an epoch's end loads"
             )
 
     def _count(self, n: int) -> None:

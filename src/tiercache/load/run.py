@@ -144,7 +144,8 @@ class NativeRun:
         for name, mine, theirs, explicit in checks:
             if explicit and mine != theirs:
                 raise ValueError(
-                    f"{name}={mine!r} differs from the state's {theirs!r}: the order would not be the one to resume"
+                    f"{name}={mine!r} differs from the state's {theirs!r}, so the order would change: make the loader "
+                    "with the state's value"
                 )
 
     def set_epoch(self, epoch: int) -> None:
@@ -254,24 +255,25 @@ class NativeRun:
         if state is None:
             if self._position is None and self._state is not None and self._state.offset > 0:
                 raise RuntimeError(
-                    f"the loader continues within epoch {self._state.epoch} by the state that it loaded, and its "
-                    "sampler was asked for an epoch from its start, as Accelerate's skip_first_batches and prepare do: "
-                    "iterate the loader itself, which skips what was served, or load no state"
+                    f"the loaded state stands within epoch {self._state.epoch}, but the loader's sampler was iterated, "
+                    "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
+                    "iterate the loader itself, which skips the records that were served, or load no state"
                 )
             state = self._begin(drawn=True) if self._position is None else self._position.next_state()
             if self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state)):
                 state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
         if self._asked.shuffle and self._source.mixture is not None:
             raise RuntimeError(
-                "records of a shuffled mixture have no numbers by which a sampler could name them, as Accelerate's "
-                "skip_first_batches and prepare need them: iterate the loader itself, after load_state_dict() to skip"
+                "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
+                "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
+                "load_state_dict()"
             )
         if self._source is not self._dataset:
             versions = ", ".join(str(part.version) for part in self._source.parts)
             raise RuntimeError(
-                f"the loader reads version {versions} of {self._source.url}, because a state or another rank names it, "
-                "and its data set, whose records a sampler numbers, was opened at another one: open the data set with "
-                f"version={versions}"
+                f"the sampler was iterated, but its record numbers are those of the data set's version, and the loader "
+                f"reads version {versions} of {self._source.url}, which a state or another rank names: open the data "
+                f"set with version={versions}"
             )
         make_ready(self._source)
         rank = self.rank()

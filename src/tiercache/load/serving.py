@@ -135,11 +135,11 @@ def is_stack_of_rows(column: Column) -> bool:
 def _check_form(column: Column, form: object) -> None:
     allowed = _FORMS_OF.get(column.kind, ())
     if form not in FORMS:
-        _refuse(column, "no such form", ", ".join(map(repr, allowed or FORMS)), form)
+        _refuse(column, "unknown form", ", ".join(map(repr, allowed or FORMS)), form)
     if not allowed:
-        _refuse(column, f"forms are for columns whose records differ in length, and this is {column}", "none", form)
+        _refuse(column, f"forms= applies to columns whose records differ in length, and this is {column}", "none", form)
     if form not in allowed:
-        _refuse(column, f"{column} has no such form", ", ".join(map(repr, allowed)), form)
+        _refuse(column, f"this form is not available for {column}", ", ".join(map(repr, allowed)), form)
     if form == "nested" and not is_stack_of_rows(column):
         why = "a jagged nested tensor can vary in one dimension only, the first after the batch's"
         _refuse(column, f"{column}: {why}", "'list', 'padded', 'buffer'", form)
@@ -148,10 +148,13 @@ def _check_form(column: Column, form: object) -> None:
 def _check_decode(column: Column, form: object) -> None:
     if column.kind not in (Kind.IMAGE, Kind.BYTES):
         expected = "a column of tiercache.Image or of bytes"
-        _refuse(column, f"only pictures are decoded, and this is {column}", expected, str(column))
+        _refuse(column, f"only images are decoded, and this is {column}", expected, str(column))
     if form != "list":
         _refuse(
-            column, "decoded pictures have the form that DecodeImage says; leave out one of the two", "'list'", form
+            column,
+            "DecodeImage sets the form of decoded images: remove forms= or decode= for this column",
+            "'list'",
+            form,
         )
 
 
