@@ -418,7 +418,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if self.num_workers == 0 and STEPS_SINCE in state:
             for _ in range(state[STEPS_SINCE]):
                 next(iterator)
-            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- as its load_state_dict sets it
+            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- torchdata does the same
         return iterator
 
     def _restore_random_numbers(self, random_state: torch.Tensor) -> None:
