@@ -48,8 +48,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     new. A `tiercache.Dataset` without a transform and without a user's collate function takes the native path: threads
     gather batches without Python, and `num_workers` starts no process. A sampler or a batch sampler only selects the
     records. The loader asks it as far ahead as torch would; it asks the samplers of torch and torchdata further ahead.
-    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order, a `tiercache.Dataset` with
-    the order, the ranks and the state of the native path.
+    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order; a `tiercache.Dataset` with
+    the order, the ranks and the state of the native path; a user's own sampler with `num_workers=0`; and a sampler over
+    a mixture.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The

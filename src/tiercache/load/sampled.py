@@ -1,8 +1,9 @@
 """The engine of a loader with a user's sampler or batch sampler, which selects the records, on the native path.
 
-A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it: not at all
-with `num_workers=0`, `prefetch_factor * num_workers` batches with workers (which are not started). Only samplers that
-are known to draw from no shared state meanwhile are asked further ahead (`sampling.runs_ahead`).
+A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it:
+`prefetch_factor * num_workers` batches (the workers are not started). With `num_workers=0` torch's path serves such a
+sampler. Only samplers that draw all their random numbers when they begin are asked further ahead
+(`sampling.runs_ahead`), with any `num_workers`.
 """
 
 from __future__ import annotations
