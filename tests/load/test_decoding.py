@@ -409,7 +409,7 @@ def test_a_rotten_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        ({"id": RANDOM}, "only pictures are decoded.*tiercache.Image or of bytes"),
+        ({"id": RANDOM}, "only images are decoded.*tiercache.Image or of bytes"),
         ({"picture": RANDOM}, "no such column"),
     ],
 )

@@ -324,8 +324,8 @@ def test_a_fill_is_every_records_own(packed):
         ({"forms": {"box": "nested"}}, "box.*one dimension only.*'padded', 'buffer'"),
         ({"forms": {"last": "nested"}}, "last.*the first"),
         ({"nulls": {"nothing": 0}}, "nothing.*no such column"),
-        ({"nulls": {"id": 0}}, "id.*no nulls"),
-        ({"nulls": {"count": 1.5}}, "count.*can hold.*int32"),
+        ({"nulls": {"id": 0}}, "id.*not nullable"),
+        ({"nulls": {"count": 1.5}}, "count.*cannot hold.*int32"),
         ({"nulls": {"count": 2**31}}, "count.*int32.*2147483648"),
         ({"nulls": {"count": None}}, "count.*None"),
         ({"nulls": {"flag": 1}}, "flag.*bool"),
@@ -333,8 +333,8 @@ def test_a_fill_is_every_records_own(packed):
         ({"nulls": {"rows": np.zeros((2, 3))}}, r"rows.*float32\[\*, 2, 2\].*\(2, 3\)"),
         ({"nulls": {"point": [1.0, 2.0, 3.0]}}, r"point.*bfloat16\[2\]"),
         ({"nulls": {"when": "x"}}, "when"),
-        ({"decode": {"text": object()}}, "text.*only pictures"),
-        ({"decode": {"picture": object()}, "forms": {"picture": "buffer"}}, "picture.*leave out one"),
+        ({"decode": {"text": object()}}, "text.*only images"),
+        ({"decode": {"picture": object()}, "forms": {"picture": "buffer"}}, "picture.*remove forms= or decode="),
     ],
 )
 def test_what_a_column_cannot_be_is_refused_when_the_data_set_is_made(packed, asked, told):

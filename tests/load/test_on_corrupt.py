@@ -237,7 +237,7 @@ def test_a_rank_of_which_no_record_can_be_read_is_told_so(make_dataset):
     loader = tc.DataLoader(tc.Dataset(path), 8, shuffle=True, options=options())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(tc.CorruptShard, match="none of the records"):
+        with pytest.raises(tc.CorruptShard, match="no record of this rank"):
             list(loader)
 
 

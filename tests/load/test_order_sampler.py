@@ -155,7 +155,7 @@ def test_an_epoch_that_another_loader_serves_has_no_state_until_it_ended(dataset
     loader = make(dataset)
     batches = iter(rebuilt(loader))
     next(batches)
-    with pytest.raises(RuntimeError, match="how much of epoch 0 was served is not known"):
+    with pytest.raises(RuntimeError, match="position in epoch 0 is unknown"):
         loader.state_dict()
     list(batches)
     assert (loader.state_dict()["epoch"], loader.state_dict()["offset"]) == (1, 0)

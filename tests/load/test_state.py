@@ -78,7 +78,7 @@ def test_a_state_of_our_order_is_refused_by_a_loader_of_another_way(make_dataset
         loader = tc.DataLoader(dataset, batch_size=4, **other)
         with pytest.raises(ValueError, match="Load it into a loader without sampler= and batch_sampler="):
             loader.load_state_dict(state)
-    with pytest.raises(TypeError, match="takes what state_dict\\(\\) gave, a dict, got None"):
+    with pytest.raises(TypeError, match=r"takes the dict that state_dict\(\) returned, got None"):
         tc.DataLoader(dataset).load_state_dict(None)
 
 

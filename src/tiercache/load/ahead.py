@@ -1,13 +1,13 @@
-"""Mapped pages brought into memory before the gather asks for them, so that rows in any order cost no disk reads.
+"""Prefetch of mapped pages into the page cache before the gather touches them.
 
-A mapping costs nothing until it is touched, and then a disk read for each place that is touched first: rows in random
-order read a disk at its worst. The blocks of a window are known before its first row is served, so they are read whole,
-in the order of the file, by the threads that load windows, while the window before is served.
+A mapped page is read from the disk when it is first touched, and rows in random order are the slowest way to read a
+disk. The blocks of a window are known before its first row is served. So the threads that load windows read these
+blocks whole, in file order, while the window before is served.
 
-Rows at random places miss the processor's table of addresses with nearly every row, unless the file lies in memory, and
-is mapped, in pieces of 2 MiB. Linux does so on file systems with large folios (ext4 since 6.16) where a mapping is
-advised to before its first fault. Shuffled rows then come 1.0 to 1.07 times as fast, and reading 512 MiB
-takes 0.007 s of a processor instead of 0.18 for WILLNEED, which makes pages of 4 KiB.
+Rows at random places miss the TLB with nearly every row unless the file is cached and mapped in huge pages of 2 MiB.
+Linux does that on file systems with large folios (ext4 since 6.16) if the mapping is advised before its first fault.
+Shuffled rows then come 1.0 to 1.07 times as fast, and reading 512 MiB takes 0.007 s of a processor; with WILLNEED,
+which makes pages of 4 KiB, it takes 0.18 s.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ if TYPE_CHECKING:
     from tiercache.order import Window
     from tiercache.shard.blocks import Blocks
 
-# Of the memory that the process does not use itself, for the pages of one window of each stream: two are near at a
-# time, and pages beyond that would push out pages that are still to be served.
+# Share of the memory that the process does not use, for the pages of one window of each stream. Two windows are
+# prefetched at a time; more pages would evict pages that are still to be served.
 NEAR_SHARE = 3
-# Asked for at once: enough for any disk to be read at its full speed, and closing never waits for more.
+# Bytes per request: enough to read any disk at full speed, and close() never waits for more.
 STEP_BYTES = 4 << 20
 _HUGE_BYTES = 2 << 20
-# The kernel reads whole huge pages then, so that blocks that lie scattered bring near what lies beside them: up to so
-# many times what is wanted where all of the data set stays in memory anyway, and where it does not.
+# With huge pages the kernel reads the neighbours of scattered blocks as well. The limits are the bytes read over the
+# bytes wanted: if the whole data set stays in memory anyway, and if it does not.
 _MOST_BESIDE, _MOST_BESIDE_IF_LARGER = 4.0, 1.25
 _LINUX = sys.platform == "linux"
-# Of Linux: COLD since 5.4, POPULATE_READ since 5.14.
+# Linux's numbers; COLD since 5.4, POPULATE_READ since 5.14.
 _RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _NOHUGEPAGE, _COLD, _POPULATE_READ = 1, 3, 4, 14, 15, 20, 22
-# Before it, advice to read ext4 by huge pages would make larger reads of small pages, fewer at a time.
+# Before this version, advising huge pages on ext4 makes larger reads of small pages, fewer at a time.
 _HUGE_SINCE = (6, 16)
 
 
 class Ahead:
-    """Keeps the mapped pages of the windows of an epoch near while they are served. For the planner's thread.
+    """Keeps the mapped pages of an epoch's windows in the page cache while they are served. For the planner's thread.
 
-    stored_bytes: of the whole data set: if it fits memory, pages that were served stay for the next epoch.
+    stored_bytes: size of the whole data set: if it fits memory, served pages stay for the next epoch.
     """
 
     def __init__(self, threads: Threads, stored_bytes: int) -> None:
@@ -64,23 +64,23 @@ class Ahead:
     def bring_near(
         self, windows: Sequence[Loaded], serving: Sequence[Window], *, is_served: bool = False
     ) -> list[Future[int]]:
-        """Start reading what is mapped of windows into memory, as much as there is room for; returns at once.
+        """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
-        What there is no room for is read when its rows are gathered, and if they are shuffled then without their
-        neighbours. Of the windows brought before, pages of those that are not served any more are let go.
+        Pages without room are read when their rows are gathered; for shuffled rows the kernel then does not read their
+        neighbours. The pages of earlier windows that are no longer served may be evicted.
 
         Args:
-            windows: that were loaded.
-            serving: which windows are, or will be next, these among them.
-            is_served: whether rows of these windows are being gathered already. If they may be in any order,
-                nothing is read by huge pages: the first batch would wait for one for each of its rows.
+            windows: Windows that were loaded.
+            serving: Windows that are served now or next, including `windows`.
+            is_served: Whether rows of these windows are being gathered already. If those may be in any order, no huge
+                pages are read: the first batch would wait for one per row.
 
         Returns:
-            For each Blocks that is read a future of the bytes that are near. A range that cannot be read is no error
-            here: whoever needs it finds out, and says which it was.
+            A future of the number of bytes read for each Blocks. A range that cannot be read is not an error here: the
+            gather finds it and names it.
         """
         if not _LINUX or not windows:
-            return []  # what the numbers above mean elsewhere is not known
+            return []  # The advice numbers are Linux's.
         free_bytes = self._threads.limit_bytes - config.private_bytes()
         fits = self._stored_bytes <= free_bytes
         self._let_go(serving, larger=not fits)
@@ -93,7 +93,8 @@ class Ahead:
             if loaded.window.key is not None:
                 for blocks in loaded.held[n_near:]:
                     _expect_single_rows(blocks.pages)
-            # Kept until the window is served; decoded blocks are not, for theirs is memory that others need before.
+            # These mappings are kept until the window is served. Decoded blocks are not: others may need their memory
+            # before.
             self._near.append((loaded.window, [blocks for blocks in loaded.held if not blocks.private_bytes]))
             waits = is_served and not loaded.window.is_in_order
             most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
@@ -101,8 +102,8 @@ class Ahead:
         return reads
 
     def _start(self, blocks: Blocks, most: float) -> Future[int]:
-        # Asking takes 0.2 ms for 512 MiB that are mapped (in Python, step by step, it took 2.5 ms of an epoch of 21),
-        # populating them again 18 to 33 ms of a core, in each epoch.
+        # The query takes 0.2 ms for 512 MiB that are mapped; populating them again takes 18 to 33 ms of a core in each
+        # epoch.
         pages = blocks.pages
         if is_in_memory(blocks):
             near: Future[int] = Future()
@@ -112,7 +113,7 @@ class Ahead:
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
     def _let_go(self, serving: Sequence[Window], *, larger: bool) -> None:
-        """Forget windows that were served; if the data set is larger than memory, mark their pages as first to go."""
+        """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
         ids = set(map(id, serving))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
@@ -121,15 +122,18 @@ class Ahead:
 
 
 def is_in_memory(blocks: Blocks) -> bool:
-    """Whether all that is mapped of blocks is in memory, and whoever says so may be believed."""
+    """Whether all mapped pages of blocks are in memory, as far as the file system reports that reliably."""
     return _LINUX and blocks.tells_residence and are_resident(blocks.pages)
 
 
 def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Pages as steps of STEP_BYTES at most, in order, cut at multiples of it: (address, bytes) of each.
+    """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES.
 
     Args:
-        pages: uint64[n, 2], (address, bytes), rising.
+        pages: uint64[n, 2], (address, bytes) of each range, rising.
+
+    Returns:
+        (address, bytes) of each step.
     """
     return [
         (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
@@ -139,22 +143,25 @@ def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
-    """How many of the first parts fit room_bytes together."""
+    """Return how many of the first parts fit room_bytes together."""
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 
 def share_of_huge_pages(pages: NDArray[np.uint64]) -> float:
-    """Bytes of the huge pages that these pages, at least one, lie in, over their own. pages: as of plan_steps."""
+    """Return the bytes of the huge pages that contain these pages over the bytes of the pages.
+
+    pages: at least one, as in plan_steps.
+    """
     firsts, lasts = pages[:, 0] // _HUGE_BYTES, (pages.sum(axis=1) - 1) // _HUGE_BYTES
     n_pages = int((lasts - firsts + 1).sum()) - int((firsts[1:] == lasts[:-1]).sum())
     return n_pages * _HUGE_BYTES / int(pages[:, 1].sum())
 
 
 def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
-    """Let the kernel read the pages that are touched and no others from their first to their last.
+    """Advise the kernel to read only the touched pages from the first page to the last.
 
-    Else it reads what lies around, and throws out what it read before: 1 MiB for 256 rows so, and 336 MiB where huge
-    pages were expected before.
+    Otherwise the kernel reads the neighbours too, and evicts what it read before: 336 MiB instead of 1 MiB for 256
+    rows, if huge pages were advised before.
     """
     if len(pages):
         _expect(pages, _NOHUGEPAGE)
@@ -162,24 +169,24 @@ def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
 
 
 def _expect(pages: NDArray[np.uint64], advice: int) -> bool:
-    """Advise the kernel of all that lies from the first to the last page.
+    """Advise the kernel about the whole range from the first page to the last.
 
-    The range is not split by block: each piece with advice of its own counts against the process's mappings.
+    The range is not split by block: each part with other advice counts against the process's limit of mappings.
     """
     start, stop = int(pages[0, 0]), int(pages[-1].sum())
     return _advise(start, stop - start, advice)
 
 
 def _read(blocks: Blocks, stop: Future[None], huge: bool) -> int:
-    """Have the pages of blocks read and mapped, step by step; how many bytes are."""
+    """Read and map the pages of blocks step by step; return the number of bytes done."""
     steps = plan_steps(blocks.pages)
-    # The disk hears of all of it at once; the steps then wait for what is under way.
+    # The disk gets all requests at once; the steps then wait for them.
     for address, n_bytes in steps if not huge else ():
         _advise(address, n_bytes, _WILLNEED)
     near_bytes = 0
     for address, n_bytes in steps:
-        # A kernel before 5.14 refuses to populate: its reads are under way nevertheless, each page's first touch finds
-        # them. A file that was cut short is refused too (EFAULT), and is no signal here.
+        # A kernel before 5.14 refuses to populate, but its reads are under way and serve the first touches. For a
+        # truncated file the call fails (EFAULT) and raises no signal.
         if stop.done() or not _advise(address, n_bytes, _POPULATE_READ):
             break
         near_bytes += n_bytes
@@ -187,10 +194,10 @@ def _read(blocks: Blocks, stop: Future[None], huge: bool) -> int:
 
 
 def _cool(blocks: Blocks) -> None:
-    """Unmap pages that were served, which stay in the cache as those that are thrown out first.
+    """Unmap pages that were served, so that the page cache evicts them first.
 
-    Finding pages to throw out among mapped ones cost half of the disk's speed: 300 and 426 MB/s without this, 625 with
-    it, and 510 to 900 for reads that map nothing. DONTNEED alone makes it worse: it counts unmapped pages as used.
+    Looking for pages to evict among mapped ones cost half of the disk's speed: 300 and 426 MB/s without this call, 625
+    with it, and 510 to 900 for reads that map nothing. DONTNEED alone is worse: it counts unmapped pages as used.
     """
     steps = plan_steps(blocks.pages)
     for advice in (_COLD, _DONTNEED):
@@ -199,13 +206,13 @@ def _cool(blocks: Blocks) -> None:
 
 
 def _advise(address: int, n_bytes: int, advice: int) -> bool:
-    """Whether the kernel did so. ctypes and not mmap.madvise, which holds the GIL while the disk is read."""
+    """Call madvise and return whether it succeeded. ctypes is used because mmap.madvise holds the GIL."""
     return _libc_madvise()(address, n_bytes, advice) == 0
 
 
 @cache
 def _kernel() -> tuple[int, int]:
-    """The kernel's version; (0, 0): it says none."""
+    """Return the kernel's version; (0, 0) if it cannot be parsed."""
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 

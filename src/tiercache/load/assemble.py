@@ -1,4 +1,4 @@
-"""A slot's memory as a batch: tensors over it without a copy, lists where records differ."""
+"""Batches over a slot's memory: tensors without a copy, and lists for values of varying length."""
 
 from __future__ import annotations
 
@@ -40,17 +40,22 @@ _LIST_KINDS = (Kind.BYTES, Kind.STR, Kind.JSON, Kind.IMAGE)
 
 
 class BadValueError(ValueError):
-    """Stored values that are not what their column holds, though their checksums are right."""
+    """A stored value is invalid for its column although its checksum is right."""
 
 
 class Assembler:
-    """Makes batches of slots. It holds nothing of a slot or an epoch: pipelines share one, in whatever threads.
+    """Builds batches from slots. It holds nothing of a slot or an epoch, so pipelines in any threads share one.
 
-    Tensors over a slot and buffers are made by one native call, 0.35 us a tensor here; the rest by a call for each.
+    One native call builds all tensors over the slot and all buffers, 0.35 us per tensor here; each other value takes a
+    call.
 
-    streams: as the ring takes them; bytes_streams: numbers of those that are served as lists of bytes; object_columns:
-    (name, number) of ARROW columns; entries: what slots hold; is_native: whether they are all that batches hold, and
-    all tensors and buffers; order: of a batch's entries.
+    Attributes:
+        streams: Kinds and widths of the streams, as the ring takes them.
+        bytes_streams: Numbers of the streams that are served as lists of bytes.
+        object_columns: (name, number) of the ARROW columns.
+        entries: The entries that are built from a slot.
+        is_native: Whether a batch consists only of such tensors and buffers.
+        order: Names of a batch's entries, in order.
     """
 
     def __init__(self, schema: Schema, serving: Serving | None = None) -> None:
@@ -81,11 +86,11 @@ class Assembler:
         self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
-        """The batch in a slot, without ARROW columns. Its tensors own the slot together.
+        """Return the batch in a slot, without ARROW columns. Its tensors share the ownership of the slot.
 
         Raises:
-            OSError: EIO, a mapped source could not be read.
-            BadValueError: text that is not UTF-8, JSON that is none.
+            OSError: A mapped source could not be read (EIO).
+            BadValueError: Text is not UTF-8, or a JSON value cannot be parsed.
         """
         try:
             return self.entries.batch(slot)
@@ -93,18 +98,18 @@ class Assembler:
             raise BadValueError(f"a value cannot be read: {error}") from error
 
     def filled(self, name: str, values: list[Any]) -> list[Any]:
-        """An ARROW column's objects, with its fill, if it has one, in the places of nulls."""
+        """Return an ARROW column's objects with nulls replaced by its fill value, if it has one."""
         make = self._object_fills.get(name)
         return values if make is None else [make() if value is None else value for value in values]
 
 
 def valid_mask(values: Sequence[Any]) -> torch.Tensor:
-    """bool[n]: which values are not None."""
+    """Return bool[n]: which values are not None."""
     return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
 
 
 def _entries(column: Column, serving: Serving, first: int) -> list[tuple[str, Entry]]:
-    """A column's entries in a batch; its streams begin with number `first`. ARROW: none."""
+    """Return a column's entries in a batch; its streams begin with number `first`. ARROW columns have none."""
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if serving.has_mask(column) else None
@@ -140,32 +145,33 @@ def _tensor_entry(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Ma
 
 
 def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
-    """What makes a tensor [n, *shape] over a slot's memory, given the slot, an offset in bytes and n.
+    """Return a function that makes a tensor [n, *shape] over a slot, from the slot, an offset in bytes and n.
 
-    By DLPack 0.35 us here; an array over the slot and a tensor over the array take 0.55, torch.frombuffer and view 1.1.
+    Through DLPack it takes 0.35 us here; a NumPy array plus a tensor takes 0.55, torch.frombuffer plus view 1.1.
     """
-    if 0 in shape:  # it would begin where the next stream does, and torch.save refuses two dtypes at one address
+    # An empty tensor would have the address of the next stream, and torch.save refuses two dtypes at one address.
+    if 0 in shape:
         return lambda _slot, _offset, n: torch.empty((n, *shape), dtype=dtype, device="cpu")
     if (layout := _layout(dtype, shape)) is None:
         stored = np.dtype(str(dtype).removeprefix("torch."))
-        array: Callable[..., Any] = np.ndarray  # its stubs know no buffers but the built-in ones
+        array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
         return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
     return lambda slot, offset, n: _from_dlpack(slot.tensor(layout, offset, n))
 
 
 def _layout(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Layout | None:
-    """How rows of that dtype and shape lie; None: they have no elements, or this torch takes none such by DLPack."""
+    """Return the memory layout of rows; None if they have no elements or this torch cannot import them by DLPack."""
     code = None if 0 in shape else _dlpack_code(dtype)
     return None if code is None else Layout(code, 8 * dtype.itemsize, shape)
 
 
-# torch.from_dlpack looks at its argument for 0.1 us, and then calls this.
+# torch.from_dlpack examines its argument for 0.1 us, and then calls this.
 _from_dlpack: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", dlpack.from_dlpack)  # noqa: SLF001
 
 
 @cache
 def _dlpack_code(dtype: torch.dtype) -> int | None:
-    """DLPack's number for a kind of dtype; None: this torch does not take it so."""
+    """Return DLPack's number of a kind of dtype; None if this torch does not import it."""
     if dtype is torch.bfloat16:
         return 4
     array = np.zeros(1, str(dtype).removeprefix("torch."))
@@ -206,7 +212,7 @@ def _ragged_maker(column: Column, stream: int) -> Make:
         if n_elements == 0:
             return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes.tolist()]
         values = torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
-        if rows:  # split where they lie: a view of each record would cost as much again
+        if rows:  # torch.split on the rows: a view per record would cost as much again
             return list(torch.split(values.view(-1, *inner) if inner else values, shapes[:, 0].tolist()))
         sizes = np.diff(np.frombuffer(memory, np.int64, n + 1, offsets_at))
         parts = torch.split(values, sizes.tolist())

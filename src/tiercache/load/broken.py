@@ -1,4 +1,4 @@
-"""Where a picture lies that cannot be decoded, as an error that names it."""
+"""The error of an image that cannot be decoded, with the location of its record."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def record_number(source: Source, shard: int, block: int, row: int) -> int:
-    """The number, in stored order, of the record that lies in a row of a block of a shard. May read a footer."""
+    """Return the number, in stored order, of the record in a row of a block of a shard. May read a footer."""
     before = source.block_tables([shard])[0].records[:block].sum() + source.shard_records[:shard].sum()
     return int(before) + row
 
 
 def broken_picture(source: Source, column: str, record: int, said: str) -> CorruptShard:
-    """The error of a picture that cannot be decoded: url, block, column, record, and what the decoder said."""
+    """Return the error of an image that cannot be decoded: url, block, column, record and the decoder's message."""
     ends = np.cumsum(source.shard_records)
     shard = int(np.searchsorted(ends, record, side="right"))
     within = record - int(ends[shard] - source.shard_records[shard])
@@ -27,7 +27,7 @@ def broken_picture(source: Source, column: str, record: int, said: str) -> Corru
     block = int(np.searchsorted(block_ends, within, side="right"))
     try:
         url = source.load(shard, [block]).url
-    except TierCacheError:  # the shard can no longer be read; the picture's error is the one to tell
+    except TierCacheError:  # The shard can no longer be read; the image's error is the one to report.
         url = source.url
-    message = f"record {record}: the picture cannot be decoded: {said}"
+    message = f"record {record}: the image cannot be decoded: {said}"
     return CorruptShard(message, url=url, block=block, column=column, record=record)

@@ -1,4 +1,4 @@
-"""Buffer: values of different lengths laid end to end, and where each begins."""
+"""Buffer: values of different lengths stored end to end, with the offset of each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 class Buffer:
     """n values of different lengths, end to end: value i is `values[offsets[i]:offsets[i + 1]]`.
 
-    `buffer[i]` is that value, without a copy; a negative i counts from the end. Members are torch tensors (of loaders
-    and `tiercache.collate`) or numpy arrays (of `dataset[[...]]`). Moves and pins as a tensor does, so that torch's
-    `pin_memory` takes it in a batch. The memory is the caller's own.
+    `buffer[i]` returns that value without a copy; a negative i counts from the end. The members are torch tensors (from
+    loaders and `tiercache.collate`) or NumPy arrays (from `dataset[[...]]`). A buffer moves between devices and pins as
+    a tensor does, so torch's `pin_memory` accepts it in a batch. The caller owns the memory.
 
-    values: uint8[n_bytes] of bytes, text (UTF-8) and images; of a ragged column its elements, [n_rows, ...] where only
-        the first dimension varies, else flat.
-    offsets: int64[n + 1], rising from 0, in rows of `values`.
-    shapes: None, or int32[n, n_dims], the shape of each value, where another dimension than the first varies.
+    Attributes:
+        values: uint8[n_bytes] for bytes, text (UTF-8) and images. For a ragged column its elements: [n_rows, ...] if
+            only the first dimension varies, else flat.
+        offsets: int64[n + 1], rising from 0, counted in rows of `values`.
+        shapes: int32[n, n_dims], the shape of each value, if a dimension other than the first varies; else None.
     """
 
     values: Any
@@ -40,10 +41,14 @@ class Buffer:
         return (self[index] for index in range(len(self)))
 
     def to(self, *args: Any, **kwargs: Any) -> Buffer:
-        """The buffer with its tensors on another device, as `torch.Tensor.to`; a dtype is that of `values` alone.
+        """Return the buffer with its tensors on another device. See `torch.Tensor.to`.
+
+        Args:
+            args: Arguments of `torch.Tensor.to`. A dtype applies to `values` only.
+            kwargs: Keyword arguments of `torch.Tensor.to`.
 
         Raises:
-            AttributeError: it is of numpy arrays.
+            AttributeError: The members are NumPy arrays.
         """
         values = self.values.to(*args, **kwargs)
         place = {"device": values.device, "non_blocking": bool(kwargs.get("non_blocking", False))}
@@ -51,7 +56,14 @@ class Buffer:
         return Buffer(values, self.offsets.to(**place), shapes)
 
     def pin_memory(self, device: Any = None) -> Buffer:
-        """The buffer in pinned memory, as `torch.Tensor.pin_memory`. Raises AttributeError for numpy arrays."""
+        """Return the buffer in pinned memory. See `torch.Tensor.pin_memory`.
+
+        Args:
+            device: Device of the pinned memory. None: the current accelerator.
+
+        Raises:
+            AttributeError: The members are NumPy arrays.
+        """
         args = () if device is None else (device,)
         shapes = None if self.shapes is None else self.shapes.pin_memory(*args)
         return Buffer(self.values.pin_memory(*args), self.offsets.pin_memory(*args), shapes)

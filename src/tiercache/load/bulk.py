@@ -1,8 +1,8 @@
-"""Samplers whose indices can be had all at once, as an array: no Python for each index.
+"""Samplers whose indices are available all at once as an array, without Python code per index.
 
-Asking torch's RandomSampler index by index, in lists that become arrays, takes 0.2 us an index: as much as torch's
-whole loader takes to serve one by `Dataset.__getitems__`. Only exact types are taken, and what they draw is drawn as
-they do; tests compare each with torch's loader.
+Asking torch's RandomSampler index by index takes 0.2 us per index: as long as torch's whole loader takes to serve one
+record by `Dataset.__getitems__`. Only exact types are accepted, and the draws equal theirs; tests compare each type
+with torch's loader.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tiercache.load.replay import REPLAY, YIELDED, Randomness, Replay, ReplayedS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# More indices than this are asked for one by one: as an array they would take 512 MiB and more.
+# Larger samplers are asked index by index: an array of their indices would take 512 MiB and more.
 MAX_INDICES = 1 << 26
 
 SAMPLES_YIELDED = "samples_yielded"  # torchdata's key in the state of its BatchSampler's iterator
 
 
-_CHUNK = 1 << 12  # indices that are asked for at a time where they are skipped
+_CHUNK = 1 << 12  # indices per call while skipping
 
 
 class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
-    """torchdata's, whose state it has, with the loop over a batch's indices in C: 15 us a batch of 256 less.
+    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256.
 
     Attributes:
-        replay: the pass over a sampler that has no state; None: it has one.
+        replay: Pass over a sampler without a state; None: the sampler has a state.
     """
 
     def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
@@ -59,12 +59,12 @@ class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """torchdata's, and what a sampler without a state is asked again by."""
+        """Return torchdata's state, and the replay state of a sampler without a state."""
         state: dict[str, Any] = super().state_dict()
         return state if self.replay is None else {**state, REPLAY: self.replay.state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a state was taken. Raises ValueError as Replay.resume."""
+        """Continue from a state. Raises ValueError as Replay.resume."""
         if self.replay is None:
             super().load_state_dict(state_dict)
             return
@@ -84,7 +84,7 @@ class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
     """The batch sampler of a loader that was given none."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler, if it wants to know: Hugging Face's Trainer tells a loader that skips only so."""
+        """Set the epoch of the sampler, if it takes one. Hugging Face's Trainer calls this to skip batches."""
         set_epoch = getattr(self.sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
@@ -94,8 +94,8 @@ class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
 
 
 def with_state(index_sampler: Any) -> Any:
-    """A sampler or batch sampler whose iterators, or which itself, have a state; the one given if they do."""
-    if type(index_sampler) is torchdata_samplers.BatchSampler:  # its iterators have none of a sampler that has none
+    """Return a sampler or batch sampler that, itself or by its iterators, has a state; the given one if it does."""
+    if type(index_sampler) is torchdata_samplers.BatchSampler:  # its iterators have no state for a sampler without one
         return BatchSampler(index_sampler.sampler, index_sampler.batch_size, index_sampler.drop_last)
     if isinstance(index_sampler, (BatchSampler, Stateful, _InfiniteConstantSampler)):
         return index_sampler
@@ -107,9 +107,9 @@ BATCH_ITERATORS = (_BatchIterator, torchdata_samplers._BatchSamplerIterator)  # 
 
 
 class Bulk(Iterator[Any]):
-    """A way through a batch sampler over a sampler of known indices; in the place of the batch sampler's iterator.
+    """The iterator of a batch sampler over a sampler whose indices are known.
 
-    replay: what the generators were before the sampler drew; counts the indices that are given, from `start` on.
+    replay: The generators' states before the sampler drew; it counts the indices that are returned, from `start` on.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Bulk(Iterator[Any]):
         replay.add(numbers[:start])
 
     def __next__(self) -> NDArray[np.int64]:
-        """The next batch's indices, a view."""
+        """Return the next batch's indices, a view."""
         batch = self._numbers[self._at : self._at + self._size]
         if len(batch) < (self._size if self._drop_last else 1):
             self._at_end()
@@ -139,7 +139,7 @@ class Bulk(Iterator[Any]):
         return batch
 
     def look(self) -> tuple[None, dict[str, Any]]:
-        """The states of batch sampler and iterator after the batches given."""
+        """Return the states of batch sampler and iterator after the batches returned so far."""
         replay = self._replay.to_dict()
         if self._has_state:
             return None, {SAMPLES_YIELDED: self._at, REPLAY: replay}
@@ -147,18 +147,18 @@ class Bulk(Iterator[Any]):
 
 
 def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
-    """A fresh way through a batch sampler, or on from where its iterator had a state; draws what it draws.
+    """Return an iterator over all indices of a batch sampler, new or continued; draws what the sampler draws.
 
     Args:
-        batch_sampler: torch's or torchdata's, else None is given.
-        n_before: batches that were served.
-        state: of its iterator, else None.
+        batch_sampler: Batch sampler of torch or torchdata; for other types the result is None.
+        n_before: Number of batches that were served before.
+        state: State of its iterator, or None.
 
     Returns:
-        None: the sampler is to be asked itself. Nothing was drawn.
+        The iterator. None: the sampler itself must be asked; nothing was drawn.
 
     Raises:
-        ValueError: the sampler gives other indices than before the state was taken.
+        ValueError: The sampler returns other indices than before the state was taken.
     """
     if type(batch_sampler) in OF_TORCHDATA:
         start = 0 if state is None else state[SAMPLES_YIELDED]
@@ -189,7 +189,7 @@ def bulk_of(batch_sampler: Any, n_before: int, state: Any) -> Bulk | None:
 
 
 def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
-    """A sampler's indices, int64[n], and what it does at its end; None: it must be asked. It is not empty."""
+    """Return a non-empty sampler's indices, int64[n], and its action at the end; None if it must be asked itself."""
     n = _length(sampler)
     if not 0 < n <= MAX_INDICES:
         return None
@@ -205,14 +205,14 @@ def _indices(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | N
         return None
     try:
         numbers = np.array(sampler.numpy(force=True) if isinstance(sampler, torch.Tensor) else sampler)
-    except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, a type that NumPy does not know
+    except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths, or a type that NumPy does not know
         return None
     is_plain = numbers.ndim == 1 and numbers.dtype.kind in "iu"
     return (np.ascontiguousarray(numbers, np.int64), _nothing) if is_plain else None
 
 
 def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | None:
-    """As torch: a seed from torch's numbers where it has no generator; one more permutation at its end, if it has."""
+    """Draw as torch's sampler: a seed if it has no generator; else with it, and one more permutation at the end."""
     n = len(sampler.data_source)
     if sampler.replacement or sampler.num_samples != n:
         return None
@@ -222,12 +222,12 @@ def _random(sampler: Any) -> tuple[NDArray[np.int64], Callable[[], object]] | No
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     else:
-        at_end = partial(torch.randperm, n, generator=generator)  # its numbers are passed, not served
+        at_end = partial(torch.randperm, n, generator=generator)  # these numbers are drawn, but not used
     return torch.randperm(n, generator=generator).numpy(), at_end
 
 
 def _distributed(sampler: Any) -> NDArray[np.int64]:
-    """As torch: the permutation of its seed and epoch, repeated from its start or cut to what ranks share evenly."""
+    """Return the indices of torch's sampler: the permutation of its seed and epoch, repeated or cut to equal shares."""
     n = len(sampler.dataset)
     if sampler.shuffle:
         generator = torch.Generator()
@@ -239,7 +239,7 @@ def _distributed(sampler: Any) -> NDArray[np.int64]:
 
 
 def _nothing() -> None:
-    """At the end of what draws nothing."""
+    """Do nothing at the end of a sampler that draws nothing then."""
 
 
 def _length(sampler: Any) -> int:

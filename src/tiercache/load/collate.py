@@ -1,4 +1,4 @@
-"""`tiercache.collate`: records of our data set to one batch, as the native path would give it."""
+"""`tiercache.collate`: a batch from records of a tiercache data set, equal to the native path's batch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from tiercache.shard.values import ColumnValues
 
 
 def collate(records: Sequence[Any]) -> Any:
-    """A batch of records: a dict of tensors [n, ...] and lists; for torch's own DataLoader over a `tiercache.Dataset`.
+    """Return a batch of records, for torch's DataLoader over a `tiercache.Dataset`.
 
-    Records that were gathered together (`Dataset.__getitems__`) are handed on as gathered, in the forms that the data
-    set was made with; others are stacked, and so are those that somebody has looked at, for they may have been changed.
+    Records that were read together (`Dataset.__getitems__`) and not accessed since become a batch without a copy per
+    record, in the layouts of the data set. Other records are stacked, because they may have been changed.
 
     Args:
-        records: dicts with the same keys, of numpy arrays and scalars, bytes, str or other objects; or tuples.
+        records: Dicts with the same keys, of NumPy arrays and scalars, bytes, str or other objects; or tuples.
 
     Returns:
-        By column: a tensor of the column's dtype where shapes agree, else a list; a list of these for tuples.
+        Dict by column: a tensor [n, ...] of the column's dtype if the shapes agree, else a list. For tuples a list of
+        such values.
 
     Raises:
-        ValueError: no records.
+        ValueError: There are no records.
     """
     if isinstance(records, Records) and records.as_gathered:
         batch = {name: _tensor(values) for name, values in in_forms(records.columns, records.serving).items()}
@@ -54,12 +55,12 @@ def _tensor(values: Any) -> Any:
 
 
 def _pictures(values: ColumnValues) -> list[Any]:
-    """A list of tensors of whole pictures, None for a null."""
+    """Return a list of tensors of whole images; None for a null."""
     return [_tensor(picture) for picture in values.values]
 
 
 def _ragged(values: ColumnValues) -> list[torch.Tensor]:
-    """A list of tensors; a null is an empty one, as the native path gives it."""
+    """Return a list of tensors; a null is an empty tensor, as on the native path."""
     empty = torch.empty([d or 0 for d in values.column.shape], dtype=TORCH_DTYPES[values.column.dtype or ""])
     return [empty.clone() if v is None else torch.as_tensor(v) for v in values.values]
 

@@ -1,4 +1,4 @@
-"""How the next epoch begins, made ready while this one ends, so that little is left to do between two epochs."""
+"""The start of the next epoch, prepared while this epoch ends, so that little is left to do between the two."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     PlanEpoch: TypeAlias = Callable[[RunState], OrderShare]
 
 
-# Asked for at a time: some ms where each is looked up in a cache, which is what forget() waits for at most.
+# Shards per call of prefetch(): some ms if each is looked up in a cache. forget() waits for one such call at most.
 _SHARDS_A_STEP = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
-    """The beginning of an epoch, good for one pipeline.
+    """The prepared start of an epoch, for one pipeline.
 
-    pieces: all of them; loading: windows of the first, on their way or there.
+    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
     """
 
     pieces: Iterator[Piece]
@@ -45,7 +45,7 @@ class Begun:
 
 
 def drop(ready: Future[Begun | None]) -> None:
-    """Let what is not loaded of a beginning not be loaded: now, or once it is made ready. Repeatable."""
+    """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
     ready.add_done_callback(_cancel)
 
 
@@ -57,7 +57,7 @@ def _cancel(ready: Future[Begun | None]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taken:
-    """An epoch that came as expected: what is served of it, its beginning if that is being prepared, and its plan."""
+    """An epoch that began as predicted: its share, its prepared start if there is one, and its read plan."""
 
     share: OrderShare
     begun: Future[Begun | None] | None
@@ -65,15 +65,17 @@ class Taken:
 
 
 class Coming:
-    """The epoch after the one that is served, if it comes as expected. Its planner prepares, its loader takes.
+    """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
 
     Args:
-        source: that both epochs read.
-        state: where the coming epoch would begin.
-        plan_epoch: a rank's share of an epoch; holds no loader, which would keep it alive.
-        is_expected: whether this run has gone from one epoch to the next before: only then a store is read for it.
-        is_foreseen: whether the state's seed is likely the one that the next iter() will draw. Where it is not, only
-            the plan is published: the cache learns which shards the epoch reads, and nothing is loaded for it.
+        source: Source that both epochs read.
+        state: State at the predicted start of the next epoch.
+        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
+            live too long.
+        is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
+            epoch.
+        is_foreseen: Whether the next iter() will probably draw the state's seed. If not, only the read plan is
+            published: the cache learns which shards the epoch reads, and nothing is loaded.
     """
 
     def __init__(
@@ -86,34 +88,37 @@ class Coming:
         self._is_foreseen = is_foreseen
         self.publishing = Publishing(source, state, plan_epoch)
         self._lock = threading.Lock()
-        self._ready: Future[Begun | None] | None = None  # None: nobody has begun it
+        self._ready: Future[Begun | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
-        self._unwanted = threading.Event()  # of what is loaded of it: whoever closes the data set does not wait for it
-        # Held for each step of making ready: forget() waits for the one that is under way, so that nothing begins anew
-        # at a cache or a store that is closed after it. The collector may forget in a thread in the midst of a step.
+        # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
+        self._unwanted = threading.Event()
+        # Held during each step of the preparation. forget() waits for the current step, so that no step begins after
+        # the caller closes the cache or the store. Re-entrant, because the garbage collector may call forget() in a
+        # thread that is within a step.
         self._step = threading.RLock()
-        self._is_over = False  # taken or forgotten: nothing is to be made ready any more
+        self._is_over = False  # taken or forgotten: nothing more is prepared
         self._pid = os.getpid()
 
     @property
     def share(self) -> OrderShare:
-        """What the rank is served of it. Planned when first asked for; two threads would plan the same."""
-        # Not a cached_property: until Python 3.12 all instances share its lock, which a forked child may inherit held.
+        """The rank's share of the next epoch, planned at the first access; two threads would plan the same share."""
+        # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
+        # it locked.
         if self._share is None:
             self._share = self._plan_epoch(self._state)
         return self._share
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Shards that it begins with, about n_bytes (stored) of them; none where its seed is not foreseen."""
+        """Return the first shards of the epoch, about n_bytes (stored) of them; none if its seed is not predicted."""
         return self.share.shards_ahead(0, 0, n_bytes) if self._is_foreseen else []
 
     def prepare(self, threads: Threads, pressure: Pressure, ahead_bytes: int) -> None:
-        """Make the beginning ready: plan it, have its shards brought near, and begin to load its first windows.
+        """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
 
-        Shards are brought near as far as ahead_bytes.
+        The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
+        known to follow one another: a run of a single epoch would fetch it for nothing.
 
-        Windows take memory as any that come next would. Data that is not on this machine is loaded only where epochs
-        are known to follow one another, else a run of one epoch would fetch it for nothing.
+        ahead_bytes: stored bytes of shards to prefetch.
         """
         with self._lock:
             if self._is_over:
@@ -122,32 +127,35 @@ class Coming:
             publishing = self.publishing
         begun = None
         try:
-            with contextlib.suppress(TierCacheError, CancelledError):  # who asks for the epoch hears of it
+            # The error is raised when the epoch itself is read.
+            with contextlib.suppress(TierCacheError, CancelledError):
                 begun = self._begin(threads, pressure, ahead_bytes, publishing)
         finally:
             ready.set_result(begun)
 
     def take(self, source: Source, state: RunState) -> Taken | None:
-        """The epoch, once, if that is where the loader goes on.
+        """Return the epoch, once, if the loader continues there.
 
-        None: the loader goes on elsewhere, or in a forked child. Its publishing must then succeed this one's.
+        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then succeed this
+        one's.
         """
-        if self._pid != os.getpid():  # the lock may be held for ever
+        if self._pid != os.getpid():  # another thread may have held the lock at the fork
             return None
         ready = self._end()
         if source is not self._source or state != self._state:
             self._drop(ready)
             return None
         taken = Taken(self.share, ready, self.publishing)
-        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the other one is the loader's now
+        # the taken publisher belongs to the engine now
+        self.publishing = Publishing(self._source, self._state, self._plan_epoch)
         return taken
 
     def forget(self) -> None:
-        """Drop what was made ready: a copy that it may read from is gone, or nobody wants it."""
+        """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publishing
-        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may come all the same
+        self.publishing = Publishing(self._source, self._state, self._plan_epoch)  # the epoch may still begin
         self._let_go(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -159,8 +167,8 @@ class Coming:
         plan.close()
 
     def _drop(self, ready: Future[Begun | None] | None) -> None:
-        if ready is not None:  # else nobody has begun it, or it is taken
-            self._unwanted.set()  # also where its loading is just being begun, and nobody has it to cancel yet
+        if ready is not None:  # None: no planner has begun it, or it is taken
+            self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
             with self._step:
                 drop(ready)
 
@@ -178,7 +186,7 @@ class Coming:
         if not self._is_foreseen:
             return None
         rest = self.share.pieces(0)
-        first = next(rest, None)  # reads footers, for which forget() does not wait: a store may take its time
+        first = next(rest, None)  # Reads footers. forget() does not wait for that, because a store may be slow.
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
@@ -193,7 +201,8 @@ class Coming:
         with self._a_step():
             if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_near, shards))):
                 return Begun(pieces, ())
-            executor = loading_pool(threads.n_threads)  # its own: the epoch that ends takes its threads with it
+            # An executor of its own, because the current epoch shuts its executor down at its end.
+            executor = loading_pool(threads.n_threads)
             loading = [
                 Loading(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
             ]
@@ -210,7 +219,7 @@ class Coming:
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:
-        """A step of making ready, for which forget() waits. Raises CancelledError where nobody wants it any more."""
+        """Context of one step of the preparation; forget() waits for it. Raises CancelledError after forget()."""
         with self._step:
             if self._unwanted.is_set():
                 raise CancelledError

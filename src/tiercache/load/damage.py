@@ -1,7 +1,7 @@
-"""What of a source cannot be read, as far as a run has found out: records, blocks, shards that are to be passed by.
+"""The corrupt parts of a source that a run has found: records, blocks and shards that are replaced.
 
-Only of runs that go on past damage (`LoaderOptions(on_corrupt="previous")`). Nothing is looked for: damage is what
-loading, gathering and decoding stumbled over, and what else is wrong in the same shard.
+It is used only with `LoaderOptions(on_corrupt="previous")`. There is no search for corruption in advance: loading,
+gathering and decoding find it, and then the rest of the same shard is checked.
 """
 
 from __future__ import annotations
@@ -27,64 +27,67 @@ if TYPE_CHECKING:
     from tiercache.load.source import Source
     from tiercache.shard.blocks import Blocks
 
-    Rows: TypeAlias = NDArray[np.int64] | None  # of a block, rising; None: all of them
+    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
-# Where a record lies: shard, block in it, row in that. As a place of damage: None for what is damaged as a whole.
+# Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
+# block.
 Place: TypeAlias = tuple[int, int, int]
 Damaged: TypeAlias = tuple[int, int | None, int | None]
 
-_ROWS_AT_A_TIME = 1024  # to be looked at for the next bad one: 1 ms in a block without any, little in a bad page
+# rows per search for the next corrupt one: 1 ms in a block without any, little in a corrupt page
+_ROWS_AT_A_TIME = 1024
 _NO_ROWS = np.empty(0, np.int64)
 
 
 class Damage:
-    """Records that cannot be read, by shard, block and row as they are stored. It only grows.
+    """The corrupt records of a source by shard, block and row, as they are stored. Entries are only added.
 
-    Safe from any thread: what is asked for is replaced under the lock, and never changed.
+    Thread-safe: writers replace the values under the lock and never change them in place.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._blocks: dict[tuple[int, int], Rows] = {}
-        self._shards: frozenset[int] = frozenset()  # wholly damaged, their blocks counted as they are or stood in for
+        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in table
+        self._shards: frozenset[int] = frozenset()
         self._stand_ins: dict[int, BlockTable] = {}
         self._surveyed: set[int] = set()
         self._warned: set[int] = set()
-        self.shards = np.empty(0, np.int64)  # in which something is damaged
+        self.shards = np.empty(0, np.int64)  # shards with any corruption
 
     def __bool__(self) -> bool:
         return len(self.shards) > 0
 
     def rows(self, shard: int, block: int) -> Rows:
-        """Which rows of a block cannot be read; None: none can."""
+        """Return the rows of a block that cannot be read; None: all of them."""
         return None if shard in self._shards else self._blocks.get((shard, block), _NO_ROWS)
 
     def is_bad(self, place: Place) -> bool:
-        """Whether a record cannot be read. place: as the order counts rows, of a view its own."""
+        """Whether a record cannot be read. place: location in the order's row numbers, in a view its own ones."""
         shard, block, row = self.stored(place)
         rows = self.rows(shard, block)
         return rows is None or row in rows
 
     def stored(self, place: Place) -> Place:
-        """A place of the order as it is stored: rows of a view count all of their block's."""
+        """Convert a location of the order to stored row numbers: in a view, rows count all rows of their block."""
         shard, block, row = place
-        if shard in self._shards:  # what a view chooses of it cannot be found any more, nor does it matter
+        if shard in self._shards:  # A view's choice of its rows is unknown now, and does not matter.
             return place
         where = np.array([shard], np.int32), np.array([block], np.int32)
         found = self.source.stored_rows(*where, np.zeros(1, np.uint32), np.array([row], np.uint32))
         return shard, block, int(found[0])
 
     def add(self, place: Damaged) -> None:
-        """Let a record, a block (no row) or a shard (no block) be damaged. place: as it is stored."""
+        """Add a corrupt record, block (no row) or shard (no block). place: in stored row numbers."""
         shard, block, row = place
         self._add(shard, block, None if row is None else np.array([row], np.int64))
 
     def learn(self, place: Damaged, error: CorruptShard) -> None:
-        """Hear what somebody stumbled over: look through its shard, once, and warn of it, once.
+        """Note corruption that a reader found; check the whole shard once, and warn about it once.
 
         Raises:
-            StoreError: the shard cannot be looked through.
+            StoreError: The shard cannot be checked.
         """
         shard = place[0]
         if shard not in self._surveyed:
@@ -96,7 +99,7 @@ class Damage:
         self._warn(shard, error)
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """As Source.block_tables. Of a shard whose footer cannot be read one block of all its records, all damaged."""
+        """See Source.block_tables. A shard with an unreadable footer has one block, which is corrupt."""
         found = dict(self._stand_ins)
         left = [shard for shard in dict.fromkeys(shards) if shard not in found]
         try:
@@ -106,7 +109,7 @@ class Damage:
         return [found[shard] for shard in shards]
 
     def _add(self, shard: int, block: int | None, rows: Rows) -> None:
-        if self._pid != os.getpid():  # a forked child may have got the lock held
+        if self._pid != os.getpid():  # a forked child may have inherited the lock locked
             self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
             if block is None:
@@ -128,7 +131,7 @@ class Damage:
             return table
 
     def _survey(self, shard: int) -> dict[int, Rows]:
-        """What of a shard cannot be read. Costs reading and checking it once, block by block."""
+        """Return the corrupt rows of a shard, by block. Reads and checks the whole shard once, block by block."""
         found: dict[int, Rows] = {}
         for block in range(len(self.block_tables([shard])[0].records)):
             if shard in self._shards:
@@ -154,13 +157,13 @@ class Damage:
 
 
 def damage_of(source: Source, options: LoaderOptions) -> Damage | None:
-    """Where a run keeps what it passes by; None: damage is an error."""
+    """Return the record of corruption of a run; None if corrupt data is an error."""
     return Damage(source) if options.on_corrupt == "previous" else None
 
 
 def _bad_rows(blocks: Blocks, streams: NDArray[np.uint32]) -> Rows:
-    """Rows of the one block that was loaded which must not be served; None: it cannot be read at all."""
-    blocks.forget_checks()  # the file may have been damaged since
+    """Return the corrupt rows of the single loaded block; None if all of it is unreadable."""
+    blocks.forget_checks()  # the file may have been corrupted since
     checks, n_rows = blocks.checks, int(blocks.n_rows[0])
     found: set[int] = set()
     try:

@@ -1,8 +1,8 @@
-"""The stage between the ring and the consumer that decodes pictures: threads, some batches ahead, in order.
+"""The decoding stage between the gather ring and the consumer: threads decode images, some batches ahead, in order.
 
-The threads share a line of batches. One that finds no picture to decode takes the next batch from the pipeline that
-gathers, one at a time, so that no thread is there only to hand on. The encoded pictures lie in the batch's slot, copied
-there under the guard of the gather: windows and mappings may go while they are decoded.
+The threads share a queue of batches. A thread that finds no image to decode takes the next batch from the gather
+pipeline, one thread at a time, so that no thread only passes batches on. The gather copied the encoded images into the
+batch's slot under its SIGBUS guard, so windows and mappings may be dropped while the images are decoded.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ if TYPE_CHECKING:
     from tiercache.load.damage import Place
     from tiercache.load.serving import Form
 
-# Batches ahead: enough to hide a stall of the consumer, and for each thread some pictures of other batches than the
-# one that is nearly done. More would only be memory.
+# Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
+# batch is nearly done. More would only cost memory.
 BATCHES_AHEAD, MIN_AHEAD = 4, 2
 PICTURES_A_THREAD = 4
-# Beyond what is ahead: the batch at work in the consumer, and the one before it, which loops still name.
+# Beyond the batches ahead: the batch that the consumer processes, and the one before, to which loops still refer.
 HELD_BY_CONSUMER = 2
-# Gathering a picture of 53 KB takes 11 us, decoding it 800. Small pictures are both cheaper.
+# Decoding threads per gather thread: gathering an image of 53 KB takes 11 us, decoding it 800 us.
 DECODING_A_GATHERER = 16
-# Copying so much of a batch costs less than a hundredth of decoding the rest.
+# Copying this part (1/8) of a batch costs less than a hundredth of decoding the rest.
 SMALL_PART = 8
-# A thread in the middle of a picture ends after it, milliseconds later; nobody waits longer for one that does not.
+# A thread that decodes an image ends after it, milliseconds later. close() does not wait longer than this for a thread.
 THREAD_END_S = 1.0
 
 _live: weakref.WeakSet[DecodedPipeline] = weakref.WeakSet()
 
 
 def start_pipeline(work: Work, resources: Resources) -> Pipeline | DecodedPipeline:
-    """The pipeline that does the work: with decoding threads where columns are to be decoded."""
+    """Return the pipeline for these inputs, with decoding threads if columns are to be decoded."""
     return DecodedPipeline(work, resources) if work.serving.decode else Pipeline(work, resources)
 
 
 class DecodedPipeline:
-    """A `Pipeline` whose pictures are decoded; the same methods, with the same promises.
+    """A `Pipeline` whose images are decoded, with the same methods and guarantees.
 
     All methods may be called from any thread. The threads hold no reference to this object, so that dropping the last
-    one outside closes it.
+    outside reference closes it.
     """
 
     def __init__(self, work: Work, resources: Resources) -> None:
         for options in work.serving.decode.values():
-            load_libraries(options)  # a missing one is the caller's error, not a thread's
+            load_libraries(options)  # a missing library is an error of the caller, not of a thread
         self._waits = work.waits
         self._first_batch = work.first_batch
         self._pid = os.getpid()
@@ -88,14 +88,19 @@ class DecodedPipeline:
             thread.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """The next batch; None at the end of the epoch. Raises as `Pipeline.take`, CorruptShard for broken pictures."""
+        """Return the next batch; None at the end of the epoch.
+
+        Raises:
+            Exception: See Pipeline.take.
+            CorruptShard: An image cannot be decoded.
+        """
         if self.inherited:
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         start_s = time.perf_counter()
         job = self._line.next_done(None if timeout_s < 0 else timeout_s)
         self._waits.add(time.perf_counter() - start_s)
         if job.batch is None:
-            error, job.error = job.error, None  # kept, it would be a cycle by its traceback
+            error, job.error = job.error, None  # its traceback would form a reference cycle
             self.close()
             if error is not None:
                 raise error
@@ -108,15 +113,15 @@ class DecodedPipeline:
 
     @property
     def take_ready(self) -> None:
-        """As `Pipeline.take_ready`: decoded batches come by take() only."""
+        """None: decoded batches are returned by take() only. See Pipeline.take_ready."""
 
     def close(self) -> None:
-        """End all threads; batches that were taken stay good. Repeatable. Nothing is done in a forked child."""
+        """End all threads; batches that were taken stay valid. See Pipeline.close."""
         if self.inherited:
             return
         self._line.close()
         self._gathered.close()
-        threads, self._threads = self._threads, []  # waited for once, also where close() is called again
+        threads, self._threads = self._threads, []  # waited for once, even if close() is called again
         end_s = time.monotonic() + THREAD_END_S
         for thread in threads:
             if thread is not threading.current_thread() and thread.is_alive():
@@ -125,21 +130,21 @@ class DecodedPipeline:
 
     @property
     def n_taken(self) -> int:
-        """As `Pipeline.n_taken`."""
+        """See Pipeline.n_taken."""
         return self._first_batch + self._line.n_taken
 
     @property
     def inherited(self) -> bool:
-        """Whether this is a forked child's copy: without threads, good for nothing."""
+        """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
     @property
     def damaged_shard(self) -> int | None:
-        """Which shard was found damaged, as `Pipeline.damaged_shard`; a picture that cannot be decoded is not one."""
+        """The corrupt shard, see Pipeline.damaged_shard. An image that cannot be decoded does not set it."""
         return self._gathered.damaged_shard
 
     def figures(self) -> dict[str, float]:
-        """As `Pipeline.figures`, of batches handed out; decode_ns of all threads."""
+        """See Pipeline.figures, for the batches handed out; also decode_ns of all threads."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
         decoded = {"skipped": self._n_skipped, "decode_ns": self._line.decode_ns}
         return {**self._gathered.figures(), **handed_out, **decoded}
@@ -151,9 +156,9 @@ class DecodedPipeline:
 
 @dataclass(slots=True)
 class _Pictures:
-    """One column of one batch: encoded (None: a null, or decoded), numbers to crop by, and where each picture goes.
+    """One column of one batch: encoded images (None: null, or decoded), crop numbers and outputs.
 
-    out: array [n, ...], or a list that is filled where pictures differ in size.
+    out: array [n, ...], or a list if images differ in size.
     """
 
     name: str
@@ -163,20 +168,23 @@ class _Pictures:
     out: Any
 
     def decode(self, index: int, decoder: Decoder) -> None:
-        data, self.encoded[index] = self.encoded[index], None  # with the last one the slot is free for the next batch
+        data, self.encoded[index] = self.encoded[index], None  # after the last image the slot is free for another batch
         if self.options.size is None:
             self.out[index] = (
                 None if data is None else _tensor_of(decoder.decode(data, self.draws[index]), self.options)
             )
         elif data is None:
-            self.out[index] = 0  # the memory was used before
+            self.out[index] = 0  # the memory is reused
         else:
             decoder.decode_into(data, self.draws[index], self.out[index])
 
 
 @dataclass(slots=True)
 class _Job:
-    """A batch on its way. batch: None at the end of the epoch, or with an error; guarded by the line's lock."""
+    """A batch in the decoding stage.
+
+    batch: None at the end of the epoch or with an error. The queue's lock guards all fields.
+    """
 
     batch: Batch | None
     columns: Sequence[_Pictures] = ()
@@ -194,20 +202,20 @@ class _Job:
         return len(self.columns) * self.n_rows
 
     def fail(self, task: int, error: Exception) -> None:
-        """Keep the first picture's error: whatever the threads do, the same one is told."""
+        """Keep the error of the first image, so that the error does not depend on the threads' timing."""
         if self.error is None or task < self.failed_at:
             self.error, self.failed_at = error, task
 
 
 class _Line:
-    """Batches between being taken from the ring and being handed out, oldest first.
+    """The queue of batches between the ring and the consumer, oldest first.
 
-    One lock guards everything. It is re-entrant: the collector may drop a pipeline, and so close it, in a thread that
-    holds it.
+    One lock guards everything. It is re-entrant: the garbage collector may drop, and so close, a pipeline in a thread
+    that holds the lock.
 
     Args:
-        ahead: batches.
-        goes_on: whether pictures are decoded after one that cannot be, to find all such at once.
+        ahead: Maximum number of batches in the queue.
+        goes_on: Whether images are decoded after one that cannot be, so that all such images are found at once.
     """
 
     def __init__(self, ahead: int, *, goes_on: bool = False) -> None:
@@ -222,12 +230,12 @@ class _Line:
 
     @property
     def n_taken(self) -> int:
-        """Batches that were added and are here no more."""
+        """Number of batches that were added and are no longer in the queue."""
         with self._lock:
             return self._n_added - sum(job.batch is not None for job in self._jobs)
 
     def next_task(self) -> tuple[_Job, int] | None:
-        """A picture to decode: (its batch, its number there), number -1: open the next batch. None: the end."""
+        """Wait for an image to decode: (its batch, its index there); index -1: open the next batch. None: closed."""
         with self._lock:
             while not self._closed:
                 for job in self._jobs:
@@ -247,25 +255,25 @@ class _Line:
             self._ended = self._ended or job.batch is None
             if not self._closed:
                 self._jobs.append(job)
-                self._n_added += job.batch is not None  # else it says the end
+                self._n_added += job.batch is not None  # without a batch it marks the end
             self._room.notify_all()
             self._tell(job)
 
     def done(self, job: _Job, task: int, error: Exception | None, took_ns: int) -> None:
-        """Say that a picture is decoded, or why it cannot be."""
+        """Note that an image is decoded, or why it cannot be."""
         with self._lock:
             self.decode_ns += took_ns
             if error is not None:
                 job.fail(task, error)
             if error is not None and not self._goes_on:
-                job.n_done += job.n_tasks - job.n_begun  # nobody will see the rest
+                job.n_done += job.n_tasks - job.n_begun  # the rest of the batch is never handed out
                 job.n_begun = job.n_tasks
                 self._ended = True
             job.n_done += 1
             self._tell(job)
 
     def next_done(self, timeout_s: float | None) -> _Job:
-        """The oldest batch, once it is done. Raises TimeoutError, RuntimeError (closed)."""
+        """Wait for the oldest batch and return it. Raises TimeoutError, or RuntimeError if closed."""
         with self._lock:
             if not self._ready.wait_for(lambda: self._closed or self._first_is_done(), timeout_s):
                 raise TimeoutError(f"no batch within {timeout_s} s")
@@ -295,7 +303,7 @@ class _Line:
 
 @dataclass(slots=True)
 class _Opener:
-    """Makes batches that were gathered ready to be decoded. One thread at a time."""
+    """Prepares gathered batches for decoding. One thread at a time calls it."""
 
     work: Work
     gathered: Pipeline
@@ -307,7 +315,7 @@ class _Opener:
         self.number = self.work.first_batch
 
     def open(self) -> _Job:
-        """The next batch; whatever goes wrong is told in its place in the order."""
+        """Return the next batch, ready to decode."""
         before = self.gathered.figures()["bytes_served"]
         batch = self.gathered.take()
         if batch is None:
@@ -330,22 +338,22 @@ class _Opener:
         return job
 
     def error_of(self, job: _Job, task: int, said: DecodeError) -> Exception:
-        """What the consumer is told of a picture that cannot be decoded."""
+        """Return the consumer's error for an image that cannot be decoded."""
         column, index = divmod(task, job.n_rows)
         place = job.replaced.get(index)
         if place is None:
             place = self.work.share.place(int(self.work.share.positions(job.number)[index]))
         record = record_number(self.work.source, *place)
         error = broken_picture(self.work.source, job.columns[column].name, record, str(said))
-        error.__cause__ = said.with_traceback(None)  # whose frames would hold the batch's memory
+        error.__cause__ = said.with_traceback(None)  # the frames of the traceback would hold the batch's memory
         damage = self.work.damage
         if damage is not None:
             error.facts["place"] = stored = damage.stored(place)
-            damage.add(stored)  # for what goes on after it: no batch is begun anew for each
+            damage.add(stored)  # so that later images are replaced without starting a new pipeline for each
         return error
 
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
-        """(what the batch has, the same as something to write to)."""
+        """Return (the batch's value, a writable view of it)."""
         if options.size is None:
             pictures: list[Any] = [None] * n_rows
             return pictures, pictures
@@ -357,7 +365,7 @@ class _Opener:
 
 
 def _decode(line: _Line, opener: _Opener) -> None:
-    """A decoding thread."""
+    """Run a decoding thread."""
     decoders: dict[str, Decoder] = {}
     while (found := line.next_task()) is not None:
         job, task = found
@@ -372,44 +380,44 @@ def _decode(line: _Line, opener: _Opener) -> None:
             pictures.decode(index, decoder)
         except DecodeError as said:
             error = _explained(opener, job, task, said)
-        except Exception as raised:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place
+        except Exception as raised:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
             error = raised
         line.done(job, task, error, time.perf_counter_ns() - start_ns)
-        del job, found, pictures, error  # a thread that waits must not hold a batch
+        del job, found, pictures, error  # a waiting thread must not hold a batch
 
 
 def _opened(opener: _Opener) -> _Job:
     try:
         return opener.open()
-    except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place
+    except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
         return _Job(None, error=error)
 
 
 def _explained(opener: _Opener, job: _Job, task: int, said: DecodeError) -> Exception:
     try:
         return opener.error_of(job, task, said)
-    except Exception as error:  # noqa: BLE001 -- a thread's top: not even the place can be found
+    except Exception as error:  # noqa: BLE001 -- top of a thread: the location cannot be found either
         return error
 
 
 def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Positions, some after the other, as half-open runs."""
+    """Return consecutive positions as half-open ranges."""
     starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
     ends = np.concatenate([starts[1:], [len(positions)]])
     return list(zip(positions[starts].tolist(), (positions[ends - 1] + 1).tolist(), strict=True))
 
 
 def _encoded(gathered: Buffer, valid: torch.Tensor | None) -> list[Any]:
-    """Each picture's bytes, over the slot's memory; None for a null."""
+    """Return each image's bytes, over the slot's memory; None for a null."""
     values, bounds = gathered.values.numpy(), gathered.offsets.tolist()
     parts = [values[start:stop] for start, stop in itertools.pairwise(bounds)]
     return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
 
 
 def _let_go(batch: Batch, decoded: Set[str], slot_bytes: int) -> None:
-    """Copy the columns beside the pictures out of the slot, where they are its small part.
+    """Copy the other columns out of the slot, if they are a small part of it.
 
-    Else a label of 8 bytes would keep the encoded pictures of its batch for as long as the batch.
+    Otherwise a label of 8 bytes would keep the encoded images of its batch in memory.
     """
     beside = {name: value for name, value in batch.items() if name not in decoded}
     tensors = {name: value for name, value in beside.items() if isinstance(value, torch.Tensor)}
@@ -424,7 +432,10 @@ def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
 
 
 def _as_buffers(work: Work) -> Work:
-    """The work of the pipeline below: encoded pictures end to end in the slot. Waits there are not the consumer's."""
+    """Return the inputs of the gather pipeline: encoded images end to end in the slot.
+
+    The gather pipeline has its own waiting times, which are not the consumer's.
+    """
     serving = work.serving
     encoded: Form = "buffer"
     forms = {**serving.forms, **dict.fromkeys(serving.decode, encoded)}
@@ -432,17 +443,17 @@ def _as_buffers(work: Work) -> Work:
 
 
 def _gathering(resources: Resources) -> Resources:
-    """What the pipeline below may use: little, as it is never what is waited for; the memory is for decoded batches."""
+    """Return the limits of the gather pipeline: small ones, because decoding is slower and needs the memory."""
     return replace(resources, n_threads=-(-resources.n_threads // DECODING_A_GATHERER), memory_bytes=0)
 
 
 def _longest(work: Work) -> int:
-    """Records of the longest batch."""
+    """Return the records of the longest batch."""
     return max(min(work.share.batch_size, work.share.n_records), 1)
 
 
 def _ahead(work: Work, resources: Resources) -> int:
-    """How many batches are decoded ahead of the consumer."""
+    """Return how many batches are decoded ahead of the consumer."""
     n_rows = _longest(work)
     sized = [options for options in work.serving.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
@@ -452,6 +463,6 @@ def _ahead(work: Work, resources: Resources) -> int:
 
 @atexit.register
 def _close_all() -> None:
-    # The threads are daemons: left running, they would wake in a half-dead interpreter.
+    # The threads are daemons: if they ran on, they would wake while the interpreter exits.
     for pipeline in list(_live):
         pipeline.close()

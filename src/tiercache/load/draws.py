@@ -1,10 +1,10 @@
-"""What an epoch's begin takes from torch's random numbers: as much as torch's own loader, at the same calls.
+"""The random numbers that an epoch draws from torch: as many as torch's own loader, at the same calls.
 
-A model that draws from the same generator (dropout, augmentation, another loader) then sees the numbers that it would
-see under torch: https://github.com/pytorch/pytorch `_BaseDataLoaderIter.__init__` draws a base seed at iter();
-`RandomSampler.__iter__`, whose first index is asked for at the first next() (at iter() where there are workers, which
-are sent indices ahead), draws a seed, or permutes with the generator that the loader was given; that permutes once more
-when it is exhausted. Our order needs none of this but one seed an epoch, which is the sampler's first draw.
+A model that draws from the same generator (dropout, augmentation, another loader) then sees the same numbers as under
+torch. torch draws as follows (https://github.com/pytorch/pytorch): `_BaseDataLoaderIter.__init__` draws a base seed at
+iter(). `RandomSampler.__iter__` draws at its first index, i.e. at the first next(), or at iter() if there are workers,
+which are sent indices ahead. It draws a seed, or permutes with the generator that the loader was given; it permutes
+once more when it is exhausted. tiercache's order needs one seed per epoch, which is the sampler's first draw.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Passing the numbers of a permutation takes 2.7 ns a record here (permuting 27). For an epoch of more records than this
-# a generator that the loader was given moves by one number: nobody shares one with a loader of torch's for so many.
+# Skipping the numbers of a permutation takes 2.7 ns per record here (permuting 27). For larger epochs a given generator
+# advances by one number only: no user shares a generator with torch's loader over so many records.
 MAX_PASSED = 1 << 28
-# Foreseeing the next epoch's seed passes two permutations of a given generator's copy: 0.4 ms of iter() for so many.
+# Predicting the next epoch's seed skips two permutations in a copy of a given generator: 0.4 ms of iter() for this many
+# records.
 MAX_FORESEEN = 1 << 16
 _CHUNK = 1 << 16
 
 
 @dataclass(slots=True)
 class Draws:
-    """What one epoch draws; each of the three calls draws at most once.
+    """The draws of one epoch. Each of its methods draws at most once.
 
     Attributes:
-        generator: the loader's; None: torch's own.
-        shuffle: whether there is a random sampler.
-        n_records: of the epoch.
-        ends_short: whether its last batch is a short one, for which the sampler is asked until it is exhausted.
-        is_sampled: whether the sampler was asked for its first index, by the run that goes on here too.
+        generator: The loader's generator; None: torch's own.
+        shuffle: Whether there is a random sampler.
+        n_records: Number of records of the epoch.
+        ends_short: Whether the last batch is short; torch then asks its sampler until it is exhausted.
+        is_sampled: Whether the sampler's first index was drawn, possibly before the run was resumed.
     """
 
     generator: torch.Generator | None
@@ -41,7 +42,7 @@ class Draws:
     _exhausted: bool = field(default=False, init=False)
 
     def begin(self) -> None:
-        """Draw what iter() draws: a base seed for workers, whether there are any or not."""
+        """Draw the base seed for workers, which iter() draws even if there are no workers."""
         _drawn(self.generator)
 
     def sample(self) -> None:
@@ -61,25 +62,27 @@ class Draws:
 
 
 def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
-    """The seed that a random sampler would draw next; nothing is drawn from the generator itself.
+    """Return the seed that a random sampler would draw next, without drawing from the generator.
 
     Args:
-        generator: the loader's; None: torch's own.
-        after_begin: whether Draws.begin() was called for the epoch; else what it draws comes before.
+        generator: The loader's generator; None: torch's own.
+        after_begin: Whether Draws.begin() was called for the epoch; if not, its draw is skipped first.
     """
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
 def foreseen_seeds(generator: torch.Generator | None, n_records: int, *, begins: bool) -> tuple[int, int | None]:
-    """The seed of an epoch after its Draws.begin(), and the seed of the epoch after it if nothing else draws.
+    """Return the seed of an epoch after its Draws.begin(), and the predicted seed of the next epoch.
+
+    The prediction holds if no other code draws until then.
 
     Args:
-        generator: as of next_seed().
-        n_records: of an epoch.
-        begins: whether the epoch after it calls Draws.begin().
+        generator: The loader's generator; None: torch's own.
+        n_records: Number of records of an epoch.
+        begins: Whether the next epoch calls Draws.begin().
 
     Returns:
-        None for the second where it would take long to find.
+        Both seeds; None for the second if the prediction would take long.
     """
     copy = _copy(generator)
     if generator is None:
@@ -87,7 +90,7 @@ def foreseen_seeds(generator: torch.Generator | None, n_records: int, *, begins:
     seed = next_seed(generator, after_begin=True)
     if n_records > MAX_FORESEEN:
         return seed, None
-    for _ in range(2):  # at the begin and at the end of the epoch
+    for _ in range(2):  # at the start and at the end of the epoch
         _permute(copy, n_records)
     return seed, _seed_of(copy, after_begin=not begins)
 
@@ -104,7 +107,7 @@ def _seed_of(copy: torch.Generator, *, after_begin: bool) -> int:
 
 
 def _permute(generator: torch.Generator | None, n_records: int) -> None:
-    """Draw what RandomSampler draws for one permutation."""
+    """Draw as many numbers as RandomSampler draws for one permutation."""
     if generator is None or n_records > MAX_PASSED:
         _drawn(generator)
     else:
@@ -112,12 +115,12 @@ def _permute(generator: torch.Generator | None, n_records: int) -> None:
 
 
 def _drawn(generator: torch.Generator | None) -> torch.Tensor:
-    """One number, drawn. Few ask what it is, which took 15 us of an epoch's begin."""
+    """Draw one number and return it as a tensor. Converting it to int took 15 us and is rarely needed."""
     return torch.empty((), dtype=torch.int64).random_(generator=generator)
 
 
 def _pass(generator: torch.Generator, n_left: int) -> None:
-    """Draw so many numbers of 32 bits, as torch.randperm of one record more does."""
+    """Draw n_left numbers of 32 bits, as torch.randperm of n_left + 1 records does."""
     numbers = torch.empty(_CHUNK, dtype=torch.int32)
     while n_left > 0:
         n = min(n_left, _CHUNK)

@@ -1,4 +1,4 @@
-"""What a state names: the order of its epoch, and a rank's share of it."""
+"""The order of a state's epoch, and a rank's share of it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
-    """The rank's share of the state's epoch. Costs O(shards), reads nothing.
+    """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
-    read: what is read, or what of it is passed by; fills_first: as `RankPlan`'s.
+    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`.
 
     Raises:
-        ValueError: the state's offset is outside the epoch, or it names an order that there is not.
+        ValueError: The state's offset is outside the epoch, or this release does not know its order.
     """
     order, damage = make_order(read, state), read if isinstance(read, Damage) else None
     source = read.source if isinstance(read, Damage) else read
-    sizes = RUNS if damage is None and source.is_whole else ARRAYS  # else somebody writes the rows down
+    sizes = RUNS if damage is None and source.is_whole else ARRAYS  # otherwise the rows are needed as arrays
     ranks = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
@@ -43,7 +43,7 @@ def plan_epoch(read: Source | Damage, rank: Rank, batch_size: int, fills_first: 
 
 
 def make_order(read: Source | Damage, state: RunState) -> Order:
-    """The order of the state's epoch."""
+    """Return the order of the state's epoch."""
     source = read.source if isinstance(read, Damage) else read
     layout = Layout(source.shard_records, source.shard_bytes, read.block_tables)
     options = order_options(state)
@@ -51,13 +51,13 @@ def make_order(read: Source | Damage, state: RunState) -> Order:
         return MixtureOrder(layout, source.mixture, options, state.key_epoch)
     listed = source.listed
     if listed is not None and not state.shuffle:
-        # Its windows are Windows in all but the class: they know their rows, and need no permutation to find them.
+        # Its windows have the interface of Window; they store their rows, so no permutation is computed.
         return cast("Order", ListedOrder(layout, listed, state.window_bytes))
     return EpochOrder(layout, options, state.key_epoch)
 
 
 def order_options(state: RunState) -> OrderOptions:
-    """What the state says of the order. Raises ValueError for what this release does not know."""
+    """Return the state's options of the order. Raises ValueError for values that this release does not know."""
     return OrderOptions(
         seed=state.seed,
         shuffle=state.shuffle,
@@ -69,7 +69,7 @@ def order_options(state: RunState) -> OrderOptions:
 
 
 def epoch_records(source: Source) -> int:
-    """Records of an epoch, all ranks together."""
+    """Return the number of records of an epoch, all ranks together."""
     mixture = source.mixture
     if mixture is not None:
         return int(mixture.epoch_records(mixture.part_records(source.shard_records)))
@@ -77,9 +77,9 @@ def epoch_records(source: Source) -> int:
 
 
 def mixture_values(source: Source) -> dict[str, Any] | None:
-    """How the source's parts are mixed, as plain values for a state; None: they are not."""
+    """Return the source's mixture as plain values for a state; None if the parts are not mixed."""
     mixture = source.mixture
     if mixture is None:
         return None
-    # Which shards are whose follows from the parts, and changes with their versions.
+    # The state omits which shards belong to which part: that follows from the parts, and changes with their versions.
     return {"weights": list(mixture.weights), "stop": mixture.stop}

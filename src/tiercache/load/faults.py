@@ -1,4 +1,4 @@
-"""Which of a batch's values are not what their column holds, though their checksums are right."""
+"""Search for the value of a batch that is invalid although its checksum is right."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
     from tiercache.load.window import Loaded
 
-# Shapes have to fit, text has to be UTF-8 and JSON; any bytes are a number, a flag or bytes.
+# Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
 _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
 def bad_cast(schema: Schema, served: Mapping[str, Column], loaded: Loaded, block: int, row: int) -> SchemaError | None:
-    """Which column of one row of a window's block has a value that has no equal in its served dtype; None: none has.
+    """Return the error of a row's value that its served dtype cannot represent; None if there is none.
 
     Args:
-        schema: of the columns that are served, as stored.
-        served: those that are cast.
-        loaded: the window.
-        block: its number in the window.
-        row: its number in the block.
+        schema: Served columns, as stored.
+        served: Columns that are cast, by name.
+        loaded: Loaded window.
+        block: Number of the block in the window.
+        row: Number of the row in the block.
     """
     url = loaded.held[loaded.holder[block]].url
     for column, addresses in _columns(schema, loaded, block):
@@ -42,13 +42,13 @@ def bad_cast(schema: Schema, served: Mapping[str, Column], loaded: Loaded, block
 
 
 def bad_value(schema: Schema, loaded: Loaded, block: int, row: int) -> CorruptShard | None:
-    """What is wrong with one row of a window's block, which can be read; None if nothing is.
+    """Return the error of a row that can be read and has an invalid value; None if there is none.
 
     Args:
-        schema: of the columns that are served.
-        loaded: the window.
-        block: its number in the window.
-        row: its number in the block.
+        schema: Served columns.
+        loaded: Loaded window.
+        block: Number of the block in the window.
+        row: Number of the row in the block.
     """
     blocks = loaded.held[loaded.holder[block]]
     for column, addresses in _columns(schema, loaded, block):
@@ -62,7 +62,7 @@ def bad_value(schema: Schema, loaded: Loaded, block: int, row: int) -> CorruptSh
 
 
 def _columns(schema: Schema, loaded: Loaded, block: int) -> Iterator[tuple[Column, NDArray[np.uint64]]]:
-    """Each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
+    """Yield each column with the addresses of its streams in one block, uint64[n_streams, 1, 3]."""
     first = 0
     for column in schema.columns:
         stop = first + len(column.streams(0))
@@ -71,5 +71,5 @@ def _columns(schema: Schema, loaded: Loaded, block: int) -> Iterator[tuple[Colum
 
 
 def _only(row: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """(block, row) of one row, where there is one block."""
+    """Return (block, row) arrays for one row of a single block."""
     return np.zeros(1, np.uint32), np.array([row], np.uint32)

@@ -1,4 +1,4 @@
-"""What a sampler has said so far: drawn by the consumer's thread, planned by another, kept until it is handed out."""
+"""The queue of a sampler's batches: the consumer's thread adds them and the planner reads them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """A batch that a sampler has said.
+    """A batch of record numbers that a sampler returned.
 
     Attributes:
-        numbers: int64[n], n >= 1, of the records, in stored order's count.
-        first_row: records of the epoch before it.
-        snapshot: of the sampler after it; None: it has none.
+        numbers: int64[n], n >= 1, record numbers in stored order.
+        first_row: Number of the epoch's records before this batch.
+        snapshot: State of the sampler after this batch.
     """
 
     numbers: NDArray[np.int64]
@@ -43,10 +43,10 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ListedPiece:
-    """Rows of one window in served order; the attributes of a `Piece`.
+    """Rows of one window in served order, with the attributes of a `Piece`.
 
-    batch_rows: uint32[m], rows of the next m batches, which begin with this piece; the last ones may end in later ones.
-    block (into the window's), row: uint32[n].
+    batch_rows: uint32[m], rows of the next m batches, which begin with this piece and may end in later pieces; block
+    (number in the window), row: uint32[n].
     """
 
     window: ListedWindow
@@ -56,16 +56,16 @@ class ListedPiece:
 
     @property
     def windows(self) -> tuple[Window | ListedWindow, ...]:
-        """The one."""
+        """The one window."""
         return (self.window,)
 
     @property
     def run(self) -> None:
-        """Its rows are arrays."""
+        """None: the rows are arrays."""
 
     @property
     def n_rows(self) -> int:
-        """Of the piece."""
+        """Number of rows."""
         return len(self.row)
 
     @property
@@ -75,33 +75,32 @@ class ListedPiece:
 
     @property
     def touched(self) -> tuple[NDArray[np.bool_], ...]:
-        """As wanted."""
+        """See wanted."""
         return self.wanted
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """As Piece.rows."""
+        """See Piece.rows."""
         return self.block, self.row
 
 
 class Feed:
-    """A rank's share of an epoch (`load.share.Share`) that a sampler says batch by batch.
+    """A rank's share of an epoch (`load.share.Share`) whose batches a sampler supplies.
 
-    Batches are numbered from 0. `add`, `end` and `let_go` are the consumer's, everything else anyone's; each holds the
-    lock for a moment, and pieces() waits under it until there is more.
+    Batches are numbered from 0. The consumer's thread calls `add`, `end` and `let_go`; any thread may call the rest.
+    Every method holds the lock for a moment, and pieces() waits on its condition for more batches.
 
     Args:
-        source: that is read.
-        locator: finds its records.
-        window_bytes: raw bytes of blocks that are read at a time, those of shards that are at hand not counted; None:
-            no limit.
-        epoch: its number.
-        first_row: of the epoch, with which the first batch begins.
-        damage: what of the source is passed by; None: nothing is.
+        source: Source that is read.
+        locator: Locator of the source's records.
+        window_bytes: Raw bytes of the blocks that are read at a time, not counting mapped shards. None: no limit.
+        epoch: Number of the epoch.
+        first_row: Row of the epoch with which the first batch begins.
+        damage: Corrupt records that are replaced. None: corrupt data is an error.
 
     Attributes:
-        seed: for what is drawn at random for a record.
-        batch_size: records of the longest batch by now.
-        n_let_go, last: how many batches were let go, and the one that was let go last.
+        seed: Seed of the random values of a record.
+        batch_size: Records of the longest batch so far.
+        n_let_go, last: Number of batches that were handed out, and the last of them.
     """
 
     padded = 0
@@ -125,7 +124,7 @@ class Feed:
         self._damage = damage
         self._first_row = first_row
         self.last: Drawn | None = None
-        # Taken by itself: entering the condition is Python, where Ctrl-C after it was taken would leave it so.
+        # The lock is taken directly: entering the condition is Python code, in which Ctrl-C could leave the lock held.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._kept: deque[Drawn] = deque()
@@ -135,81 +134,81 @@ class Feed:
 
     @property
     def n_drawn(self) -> int:
-        """Batches that were added."""
+        """Number of batches that were added."""
         with self._lock:
             return self.n_let_go + len(self._kept)
 
     @property
     def n_records(self) -> int:
-        """Of the data set; or of the longest batch, which may repeat records."""
+        """Number of records of the data set, or of the longest batch, which may repeat records."""
         return max(self._locator.n_records, self.batch_size)
 
     @property
     def n_batches(self) -> int:
-        """By now."""
+        """Number of batches so far."""
         return self.n_drawn
 
     @property
     def n_told(self) -> int:
-        """Batches that may be planned."""
+        """Number of batches that may be planned."""
         with self._lock:
             return self._n_told
 
     def add(self, drawn: Drawn) -> None:
-        """Append a batch, which is not planned before tell() or end()."""
+        """Append a batch. It is planned only after tell() or end()."""
         with self._lock:
             self._kept.append(drawn)
             self.batch_size = max(self.batch_size, len(drawn.numbers))
 
     def tell(self) -> None:
-        """Let what was added be planned."""
+        """Let the planner read the batches that were added."""
         with self._lock:
             self._n_told = self.n_let_go + len(self._kept)
             self._changed.notify_all()
 
     def end(self, error: Exception | None) -> None:
-        """Say that no batch follows; error: why, raised by pieces() after all that were added."""
+        """Note that no batch follows. error: the sampler's error, which pieces() raises after all earlier batches."""
         with self._lock:
             self._ended, self._error = True, error
             self._n_told = self.n_let_go + len(self._kept)
             self._changed.notify_all()
 
     def let_go(self) -> None:
-        """Forget the oldest batch: it was handed out."""
+        """Drop the oldest batch, which was handed out."""
         with self._lock:
-            # Without a call between them, after which Ctrl-C would be heard.
+            # No call in between, because Ctrl-C is raised at calls.
             self.last = self._kept[0]
             del self._kept[0]
             self.n_let_go += 1
 
     def close(self) -> None:
-        """End whoever waits in pieces(), by CancelledError. Repeatable; pieces() may be called again."""
+        """Raise CancelledError in threads that wait in pieces(). Both methods may be called again."""
         with self._lock:
             self._n_closed += 1
             self._changed.notify_all()
 
     def pieces(self, n_batches: int) -> Iterator[Piece]:
-        """What is served after so many batches: all that was drawn, then what is drawn while it waits. Reads footers.
+        """Yield the pieces after n_batches: of all batches in the queue, then of those that are added. Reads footers.
 
         Raises:
-            CancelledError: closed.
-            Exception: what ended the sampler, once all that it said before was given.
+            CancelledError: close() was called.
+            Exception: The error that ended the sampler, after all batches before it.
         """
         with self._lock:
             n_closed = self._n_closed
-            # Whoever begins in the middle of an epoch has handed out all before.
+            # A pipeline that begins within the epoch begins after all batches that were handed out.
             first_row = self._first_row if self.last is None else self.last.first_row + len(self.last.numbers)
-        found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the same attributes
+        found = cast("Iterator[Piece]", self._pieces(n_batches, n_closed))  # they have the attributes of Piece
         return found if self._damage is None else mended(found, self._damage, _Walk(self, first_row))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
-        """Where in the epoch the records of a batch that was not let go lie, int64[n]."""
+        """Return the positions in the epoch of the records of a batch in the queue, int64[n]."""
         with self._lock:
             drawn = self._kept[batch - self.n_let_go]
         return drawn.first_row + np.arange(len(drawn.numbers), dtype=np.int64)
 
     def place(self, position: int) -> tuple[int, int, int]:
-        """(shard, block, row in the block) of a position in a batch that was not let go."""
+        """Return (shard, block, row in the block) of a position in a batch in the queue."""
         with self._lock:
             kept = list(self._kept)
         for drawn in kept:
@@ -218,13 +217,13 @@ class Feed:
         raise ValueError(f"position {position} was handed out, or was not drawn yet")
 
     def before(self, first_row: int) -> Iterator[Place]:
-        """Records before a row of the epoch, latest first, back to the batch that was handed out last."""
+        """Yield the records before a row of the epoch, latest first, back to the batch that was handed out last."""
         for drawn in reversed(self._drawn()):
             for number in drawn.numbers[: max(first_row - drawn.first_row, 0)][::-1]:
                 yield self._place_of(number)
 
     def after(self, first_row: int) -> Iterator[Place]:
-        """Records from a row of the epoch on, as far as they were drawn by now."""
+        """Yield the records from a row of the epoch on, as far as they are in the queue."""
         for drawn in self._drawn():
             for number in drawn.numbers[max(first_row - drawn.first_row, 0) :]:
                 yield self._place_of(number)
@@ -239,7 +238,7 @@ class Feed:
         return int(found.shards[at]), int(found.blocks[at]), int(found.row[0])
 
     def shards_ahead(self, _n_batches: int, _n_rows: int, n_bytes: int) -> list[int]:
-        """Shards of what was drawn and is not planned yet, in the order in which they are needed; n_bytes at most."""
+        """Return the shards of the batches that are not planned yet, in the order of need, at most n_bytes (stored)."""
         with self._lock:
             waiting = list(islice(self._kept, max(self._n_planned - self.n_let_go, 0), None))
         if not waiting:
@@ -257,8 +256,8 @@ class Feed:
             numbers = np.concatenate([drawn.numbers for drawn in batches])
             places = self._locator.find(numbers)
             if whole is None and at >= ask_at:
-                whole, ask_at = self._whole(places), 2 * at  # asking takes 0.3 ms a shard
-                places = self._locator.find(numbers)  # by now it may know more blocks, and number them otherwise
+                whole, ask_at = self._whole(places), 2 * at  # this check takes 0.3 ms per shard
+                places = self._locator.find(numbers)  # the locator may know more blocks now, and number them otherwise
             if whole is not None:
                 yield ListedPiece(whole, sizes, places.at.astype(np.uint32), places.row)
                 continue
@@ -272,11 +271,12 @@ class Feed:
                 start, sizes = stop, sizes[:0]
 
     def _whole(self, places: Places) -> ListedWindow | None:
-        """One window of all blocks, for these places and all that follow, if every shard is mapped as it is.
+        """Return one window of all blocks, for these and all later records, if every shard is mapped.
 
-        A window of what was listed costs 1.5 ms and more, for each batch where a sampler is asked batch by batch; in
-        one that is held to the epoch's end a record is found in 0.1 us. But what is held is not brought near piece by
-        piece: all of it must be in memory, or these places lie in most of the blocks, which are then read together.
+        A window of listed rows costs 1.5 ms and more, and that for each batch if a sampler is asked batch by batch. In
+        a window that is kept to the end of the epoch a record is found in 0.1 us. But its pages are not prefetched
+        piece by piece. So all of them must be in memory, or these rows must be in most of the blocks, which are then
+        read together.
         """
         source = self._source
         shards = np.flatnonzero(source.shard_records).tolist()
@@ -290,7 +290,7 @@ class Feed:
         return whole_window(every)
 
     def _wait(self, at: int, n_closed: int) -> list[Drawn] | None:
-        """Every batch from number `at` on, at least one; None at the end."""
+        """Return all batches from number `at` on, at least one; None at the end."""
         with self._lock:
             self._changed.wait_for(lambda: self._n_closed != n_closed or self._ended or at < self._n_told)
             if self._n_closed != n_closed:
@@ -306,15 +306,15 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """A mending.Walk through what a sampler said. first_row: of the epoch, with which pieces begin."""
+    """A mending.Walk through the batches of a sampler. first_row: row of the epoch with which the pieces begin."""
 
     feed: Feed
     first_row: int
 
     def before(self, n_rows: int) -> Iterator[Place]:
-        """As Feed.before."""
+        """See Feed.before."""
         return self.feed.before(self.first_row + n_rows)
 
     def after(self, n_rows: int) -> Iterator[Place]:
-        """As Feed.after."""
+        """See Feed.after."""
         return self.feed.after(self.first_row + n_rows)

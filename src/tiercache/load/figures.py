@@ -1,4 +1,4 @@
-"""What a loader has done and what bounds it: counters in, a dict and one verdict out."""
+"""The counters of a loader as a dict, with its bottleneck."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
     from tiercache.stats import Waits
 
-# Below this share of the wall time the consumer did not wait for us.
+# Below this share of the wall time, the loader does not make the consumer wait.
 WAITING_SHARE = 0.05
 
 
 def summarise(
     counters: Mapping[str, float], waits: Waits, fetched: Mapping[str, float], *, threads: int
 ) -> dict[str, Any]:
-    """The dict that `DataLoader.stats()` gives.
+    """Return the dict of `DataLoader.stats()`.
 
     Args:
-        counters: samples, batches, bytes_served, padded, skipped, wall_s, plan_s, load_s, gather_ns (of all
-            threads), decode_ns (of all threads, where pictures are decoded) of this loader.
-        waits: of the consumer.
-        fetched: requests, bytes_fetched, cache_hits, cache_misses of the data set in this process, since the loader
-            was made.
-        threads: that gather.
+        counters: samples, batches, bytes_served, padded, skipped, wall_s, plan_s, load_s, gather_ns (sum over all
+            threads) and, if images are decoded, decode_ns (sum over all threads) of this loader.
+        waits: Waiting times of the consumer.
+        fetched: requests, bytes_fetched, cache_hits, cache_misses of the data set in this process, since the loader was
+            made.
+        threads: Number of gather threads.
     """
     wall_s = counters.get("wall_s", 0.0)
     wait = waits.snapshot()
@@ -66,11 +66,11 @@ def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, fl
         return f"consumer ({waited} for data)"
     busiest = max(stages, key=lambda name: stages[name] / (threads if name in ("gather_s", "decode_s") else 1))
     if busiest == "decode_s":
-        return f"decode ({waited}; {threads} threads decode pictures; store them smaller, or give more threads)"
+        return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
     if busiest == "gather_s":
         return f"gather ({waited}; {threads} threads copy and check; serve fewer columns or give more threads)"
     if busiest == "plan_s":
-        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is served sooner)"
+        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
     if fetched.get("bytes_fetched", 0):
         rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
         return f"fetch ({waited}; {rate}/s from the store; warm the cache first)"

@@ -1,4 +1,4 @@
-"""Fill values: what is served instead of a null, checked, in stored form and as a user sees it."""
+"""Fill values: served in place of nulls; checked, in stored form and in the user's form."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
 def stored_fill(column: Column, fill: Any) -> Any:
-    """A fill value in stored form: bytes, an array of the record's shape, or an Arrow array of one.
+    """Return a fill value in stored form: bytes, an array of the record's shape, or an Arrow array of one value.
 
-    One number fills a whole tensor.
+    A single number fills a whole tensor.
 
     Raises:
-        SchemaError: the column is not nullable, or cannot hold the value.
+        SchemaError: The column is not nullable, or cannot hold the value.
     """
     if not column.nullable:
-        message = "nulls: a fill value is for nullable columns, and this one has no nulls"
+        message = "nulls: only a nullable column takes a fill value, and this column is not nullable"
         raise SchemaError(message, column=column.name, expected="'mask'", got=repr(fill))
     plain = dataclasses.replace(column, nullable=False)
     if column.kind is Kind.TENSOR and _is_single(fill):
@@ -38,7 +38,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
     try:
         value = converter(plain)(fill)
     except MisfitError as error:
-        message = f"nulls: a fill value must be one that the column can hold: {error}"
+        message = f"nulls: the column cannot hold this fill value: {error}"
         raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
     if column.kind is Kind.TENSOR:
         return np.broadcast_to(np.asarray(value, column.stored), tuple(d or 0 for d in column.shape))
@@ -46,12 +46,12 @@ def stored_fill(column: Column, fill: Any) -> Any:
 
 
 def _is_single(fill: Any) -> bool:
-    n_dimensions = getattr(fill, "ndim", None)  # arrays and tensors of none have a __len__ all the same
+    n_dimensions = getattr(fill, "ndim", None)  # arrays and tensors of no dimension have __len__ too
     return not hasattr(fill, "__len__") if n_dimensions is None else n_dimensions == 0
 
 
 def stream_fills(column: Column, fill: Any) -> tuple[bytes, ...]:
-    """What a null gets in each of the column's streams but the last, which says which are null: values, shape."""
+    """Return the bytes of a null in each stream of the column (values, shape) but the last, which is the mask."""
     stored = stored_fill(column, fill)
     if column.kind is Kind.RAGGED:
         return np.ascontiguousarray(stored).tobytes(), np.array(stored.shape, "<i4").tobytes()
@@ -59,14 +59,14 @@ def stream_fills(column: Column, fill: Any) -> tuple[bytes, ...]:
 
 
 def filled(found: ColumnValues, fill: Any) -> ColumnValues:
-    """The values with nulls replaced, in place, each by a value of its own; without a mask."""
+    """Replace the nulls in place, each by a value of its own; return the values without a mask."""
     column, values = found.column, found.values
     if found.valid is None or found.valid.all():
         return ColumnValues(column, values)
     stored = stored_fill(column, fill)
     where = np.flatnonzero(~found.valid).tolist()
     if isinstance(values, np.ndarray):
-        values[where] = stored  # stored bool is 0 and 1
+        values[where] = stored  # stored bools are 0 and 1
     elif isinstance(values, list):
         for index in where:
             values[index] = value_of(column, stored)
@@ -76,7 +76,7 @@ def filled(found: ColumnValues, fill: Any) -> ColumnValues:
 
 
 def value_of(column: Column, stored: Any) -> Any:
-    """A stored fill of a column of any kind that is served as a list, as a value in memory of its own."""
+    """Return a stored fill value as the value of a column that is served as a list, in memory of its own."""
     if column.kind is Kind.RAGGED:
         if column.dtype == "bfloat16":
             return _bfloat16(stored)
@@ -89,6 +89,6 @@ def value_of(column: Column, stored: Any) -> Any:
 
 
 def _bfloat16(bits: Array) -> Any:
-    """Bits as a torch tensor of their own; torch is there, as the column's values are tensors too."""
+    """Convert bits to a torch tensor. torch is imported, because the column's values are tensors too."""
     torch = sys.modules["torch"]
     return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the pipelines of a run have in common, as it follows from the columns and how they are served alone."""
+"""Cache of what the pipelines of a run have in common: values that follow from the columns and how they are served."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a batch: rows; memory that a slot is made with; about what the records take as stored.
+    """Sizes of a batch.
 
-    The last is the measure for columns whose records differ in length.
+    rows: Number of rows; expected_bytes: memory of a new slot; about_bytes: estimate from the stored size of the
+    records, for columns of varying length.
     """
 
     rows: int
@@ -27,9 +28,9 @@ class Sizes:
 
 
 class Fitted:
-    """What the pipelines of a source and a serving have in common. Any thread: two would make the same.
+    """Values that the pipelines of one source and serving share. Thread-safe: two threads compute equal values.
 
-    stored_bytes, largest_bytes: of all shards and of the largest; forms: as `form_table`.
+    stored_bytes, largest_bytes: size of all shards and of the largest; forms: see `form_table`.
     """
 
     def __init__(self, source: Source, serving: Serving) -> None:
@@ -42,7 +43,7 @@ class Fitted:
         self._sizes: dict[tuple[int, int], Sizes] = {}
 
     def sizes(self, batch_size: int, n_records: int) -> Sizes:
-        """Of the batches of an epoch of so many records."""
+        """Return the sizes of the batches of an epoch with n_records."""
         found = self._sizes.get((batch_size, n_records))
         if found is None:
             rows = min(batch_size, max(n_records, 1))
@@ -55,17 +56,17 @@ class Fitted:
 
 
 class Fittings:
-    """What a pipeline leaves to the next one of its run, which mostly serves the same source in the same way.
+    """Keeps the shared values of a run's last pipeline for the next one, which usually serves the same source.
 
-    Made anew it took 0.3 ms of an epoch's begin, by when the batches have pushed all of it out of the processor's
-    caches (0.03 ms if they have not).
+    Computing them took 0.3 ms of an epoch's start, because the batches evict the code from the processor's caches (0.03
+    ms if they do not).
     """
 
     def __init__(self) -> None:
         self._last: Fitted | None = None
 
     def of(self, source: Source, serving: Serving) -> Fitted:
-        """What fits this source and serving."""
+        """Return the values for this source and serving."""
         last = self._last
         if last is None or last.source is not source or last.serving is not serving:
             last = self._last = Fitted(source, serving)

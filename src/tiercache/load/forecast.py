@@ -1,7 +1,8 @@
-"""When a rank reads each shard: this epoch from where it begins, and as many later ones as it takes. Pure.
+"""When a rank reads each shard, in this epoch and in later ones: pure functions.
 
-A job's clock is the stored bytes that it has read since its epoch began. Within a group it goes on as the group's
-records are served, so that it stands where a group is over when the last of them was.
+The clock of a read plan is the number of stored bytes that the job has read since the start of its epoch. Within a
+group of shards the clock advances as the group's records are served, and it reaches the end of the group with its last
+record.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ if TYPE_CHECKING:
     from tiercache.load.share import OrderShare
     from tiercache.order.groups import Groups
 
-# Epochs that are looked at beyond the one that is read. One tells all where a rank reads the same shards in each.
+# Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.
 MAX_EPOCHS_AHEAD = 64
-# Shards of all epochs that are looked at: 0.15 us a shard and 150 us a stream here, so 0.3 s for the most.
+# Maximum of shards examined over all epochs. A shard takes 0.15 us and a stream 150 us, so the maximum takes 0.3 s.
 MAX_SHARDS_AHEAD = 1 << 21
 _SHARDS_A_STREAM = 1024
-# A rank with shards of its own meets no others; one that is dealt others in each epoch may have met all but a few.
+# Epochs without a new shard after which the search ends. A rank with fixed shards reads no others; a rank that gets
+# other shards in each epoch has then probably met all but a few.
 EPOCHS_WITHOUT_NEWS = 3
 
 
 class Clock:
-    """The clock at each position of an epoch, from `start` on. Immutable.
+    """Maps positions of an epoch, from `start` on, to the clock. Immutable.
 
     Args:
-        start: position of the epoch at which it is 0.
+        start: Position of the epoch at which the clock is 0.
         begins, ends: int64[g], positions of the epoch between which each group is read.
-        n_bytes: int64[g], of each.
+        n_bytes: int64[g], stored bytes of each group.
     """
 
     def __init__(
@@ -47,24 +49,25 @@ class Clock:
         changes = np.bincount(where[1:], np.concatenate([rates, -rates]), len(bounds))
         read = np.cumsum(changes)[:-1] * np.diff(bounds)
         self._bounds = bounds
-        # Sums of rates that come and go are off by rounding, and a clock must not go back.
+        # Rounding errors of the summed rates could make the clock run backwards.
         self._bytes = np.maximum.accumulate(np.concatenate([[0.0], np.cumsum(read)]))
 
     @property
     def total(self) -> int:
-        """At the end of the epoch."""
+        """The clock at the end of the epoch."""
         return round(float(self._bytes[-1]))
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The clock when all that lies before each position was served: int64[n]."""
+        """Return the clock when all records before each position were served: int64[n]."""
         return np.round(np.interp(positions, self._bounds, self._bytes)).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Uses:
-    """What a rank reads of one epoch. Immutable.
+    """The shards that a rank reads in one epoch, and when. Immutable.
 
-    begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER, 0: not read.
+    begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER and 0 if it is not
+    read.
     """
 
     begins: NDArray[np.int64]
@@ -73,14 +76,14 @@ class Uses:
 
     @property
     def shards(self) -> NDArray[np.int64]:
-        """Those that are read, rising."""
+        """The shards that are read, rising."""
         return np.flatnonzero(self.ends)
 
 
 def uses_of(share: OrderShare, start: int, n_shards: int) -> Uses:
-    """What the rank of a share reads from a position of its epoch to the end. Reads no footers.
+    """Return what the rank reads from a position of its epoch to the end. Reads no footers.
 
-    Padding, and records of a last batch that come from another rank's stream, do not count.
+    Padding, and records of a last batch that come from another rank's stream, are not counted.
     """
     order, ranks = share.order, share.ranks
     begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
@@ -95,7 +98,7 @@ def uses_of(share: OrderShare, start: int, n_shards: int) -> Uses:
 
 
 def _from(groups: Groups, stream: int, n_streams: int, start: int) -> Groups:
-    """Groups of a stream over positions of the epoch, what lies before `start` cut off."""
+    """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
     # Position p of the stream is position p * n_streams + stream of the epoch.
     begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
     return replace(groups, starts=begins, stops=ends).where(np.maximum(begins, start), ends)
@@ -104,15 +107,15 @@ def _from(groups: Groups, stream: int, n_streams: int, start: int) -> Groups:
 def forecast(
     owner: str, uses: Uses, later: Iterable[OrderShare], n_filled: int, max_shards: int = MAX_SHARDS_AHEAD
 ) -> ReadingPlan:
-    """The plan of a rank.
+    """Return the read plan of a rank.
 
     Args:
-        owner: for people.
-        uses: of the epoch that is read.
-        later: the rank's shares of the epochs after it; looked at until all shards of this epoch are found again and no
-            others turn up in EPOCHS_WITHOUT_NEWS more, MAX_EPOCHS_AHEAD at most.
-        n_filled: how many shards have records.
-        max_shards: that are looked at, of all later epochs together; one epoch is in any case.
+        owner: Description of the job for people.
+        uses: What the rank reads in the current epoch.
+        later: The rank's shares of the later epochs. They are examined until all shards of this epoch are found again
+            and EPOCHS_WITHOUT_NEWS further epochs show no new shard, at most MAX_EPOCHS_AHEAD.
+        n_filled: Number of shards that have records.
+        max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
     """
     n_shards = len(uses.ends)
     then = np.full(n_shards, NEVER)
@@ -138,5 +141,5 @@ def forecast(
 
 
 def cost_of(share: OrderShare, n_shards: int) -> int:
-    """What looking at one epoch costs, in shards."""
+    """Return the cost of examining one epoch, in shards."""
     return n_shards + _SHARDS_A_STREAM * len(share.ranks.streams)

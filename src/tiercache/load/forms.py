@@ -1,6 +1,6 @@
-"""Batches of values that were read record by record, in the forms asked for: what `dataset[[...]]` gives.
+"""The layouts of columns for records that were read one by one: what `dataset[[...]]` returns.
 
-The plain counterpart of what the native path does in a slot's memory (csrc/forms.h), with no code in common.
+It is the plain counterpart of what the native path does in a slot's memory (csrc/forms.h), without common code.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 def in_forms(columns: Sequence[ColumnValues], serving: Serving) -> dict[str, Any]:
-    """Column -> array, list, Buffer or nested tensor, with the lengths of padded and the masks of nullable columns.
+    """Return the batch by column: array, list, Buffer or nested tensor.
+
+    It also has the lengths of padded columns and the masks of nullable ones.
 
     Raises:
-        SchemaError: a nested tensor without torch.
+        SchemaError: A nested tensor is requested, and torch is not installed.
     """
     if not serving.forms:
         return as_batch(columns)
@@ -48,7 +50,7 @@ def in_forms(columns: Sequence[ColumnValues], serving: Serving) -> dict[str, Any
 
 
 def _runs(found: ColumnValues) -> list[Array]:
-    """Each record's elements as an array of the stored dtype; a null has none."""
+    """Return each record's elements as an array of the stored dtype; a null has no elements."""
     column = found.column
     if column.kind is Kind.RAGGED:
         none = np.zeros([d or 0 for d in column.shape], column.stored)
@@ -68,7 +70,7 @@ def _typed(column: Column, stored: Array) -> Any:
         return stored.view(np.bool_)
     if column.dtype != "bfloat16":
         return stored
-    torch = sys.modules["torch"]  # the values came as its tensors
+    torch = sys.modules["torch"]  # torch is imported, because the values are its tensors
     return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
 
 
@@ -78,7 +80,7 @@ def _shapes(column: Column, runs: Sequence[Array]) -> npt.NDArray[np.int64]:
 
 
 def _padded(column: Column, runs: Sequence[Array]) -> tuple[Any, npt.NDArray[np.int64]]:
-    """(array [n, longest, ...] with zeros behind each record, lengths int64[n] or int64[n, n_varying])."""
+    """Return (array [n, longest, ...], zero-padded; lengths, int64[n] or int64[n, n_varying])."""
     shapes, vary = _shapes(column, runs), list(varying(column))
     dims = [d or 0 for d in column.shape] or [0]
     for dimension in vary:

@@ -1,7 +1,7 @@
-"""torch's path over a tiercache data set: the native order of a rank, as indices that torch's fetchers ask for.
+"""The engine of torch's path over a tiercache data set: torch's fetchers get the indices of the native order.
 
-A transform, a collate function, single records and subclasses are served by torch's own iterators. The order, the
-ranks' shares and the state are those of the native path, so that a state of either path serves the other.
+torch's own iterators serve a transform, a collate function, single records and subclasses. The order, the ranks' shares
+and the state are those of the native path, so either path can load the other's state.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from tiercache.load.source import Source
     from tiercache.load.state import RunState
 
-# Positions of an unshuffled epoch that are turned into lists of indices at a time.
+# Positions of an unshuffled epoch that are converted to lists of indices at a time.
 _CHUNK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbered:
-    """Records of a data set whose class says itself how many there are, as one block: what an order needs of a source.
+    """The records of a data set whose class defines its own length, as one block.
 
-    Its record numbers are no places in shards, so nothing is known of what lies near what.
+    It has the part of Source that an order needs. Its record numbers are not places in shards, so nothing is known
+    about which records are adjacent.
     """
 
     n_records: int
@@ -56,10 +57,10 @@ class _Numbered:
 
 
 class IndexSampler:
-    """What torch's iterators ask for indices: those of one epoch after the other. It refers to no loader.
+    """The sampler of torch's iterators: it returns the indices of the current epoch. It does not refer to a loader.
 
-    torch asks for its iterator more than once while it makes its own: each gives the indices of the epoch that was
-    begun last.
+    torch makes more than one iterator of a sampler per epoch. Each returns the indices of the epoch that begin() set
+    last.
     """
 
     def __init__(self, *, is_batched: bool) -> None:
@@ -67,11 +68,11 @@ class IndexSampler:
         self._epoch: Any = None  # (source, share, draws)
 
     def begin(self, read: Any, share: OrderShare, draws: Draws) -> None:
-        """Give the indices of another epoch from here on. read: what its order is made of."""
+        """Return the indices of another epoch from now on. read: source of its order."""
         self._epoch = read, share, draws
 
     def __iter__(self) -> Iterator[Any]:
-        """Lists of indices for batches, else indices one by one."""
+        """Yield lists of indices for batches, or single indices."""
         read, share, draws = self._epoch
         size = share.batch_size
         left = np.empty(0, np.int64)
@@ -82,28 +83,28 @@ class IndexSampler:
             whole = rows[:n_whole].tolist()
             yield from (whole[i : i + size] for i in range(0, n_whole, size)) if self._is_batched else whole
             left = rows[n_whole:]
-        draws.exhaust()  # torch's sampler is asked until it ends before a batch can be a short one
+        draws.exhaust()  # torch asks its sampler until it ends before it returns a short last batch
         if len(left):
             yield left.tolist()
 
 
 class IndexedRun(NativeRun):
-    """A loader's way through its epochs by torch's iterators: begin() before one is made, begun() after it.
+    """The engine of a loader on torch's path. Call begin() before torch's iterator is made, and begun() after it.
 
-    sampler: what they ask for indices.
+    sampler: The sampler that torch's iterators ask for indices.
     """
 
     def __init__(self, dataset: Any, asked: Asked, *, is_batched: bool) -> None:
         super().__init__(dataset.source, asked)
         self.sampler = IndexSampler(is_batched=is_batched)
         self._users = dataset
-        self._pending: Any = None  # the position of the epoch that begin() named
+        self._pending: Any = None  # the position of the epoch that begin() chose
         self._torch_iterator: Any = None  # of the newest epoch
-        self._over: tuple[Source, Any] | None = None  # the run's source, and the data set over it
+        self._over: tuple[Source, Any] | None = None  # the source, and the data set over it
 
     @property
     def fetched_dataset(self) -> Any:
-        """The data set that the indices count: the user's, or one like it over other versions or a mixture's parts."""
+        """The data set of the indices: the user's, or a copy over other versions or over a mixture's parts."""
         if self._over is None or self._over[0] is not self._source:
             source: Any = self._source
             found = self._users if source is self._users.source else self._users.over(source)
@@ -112,10 +113,10 @@ class IndexedRun(NativeRun):
         return self._over[1]
 
     def begin(self) -> bool:
-        """Name the epoch that comes. Draws nothing: torch's iterator draws what it draws.
+        """Choose the next epoch. Draws nothing: torch's iterator makes the draws.
 
         Returns:
-            Whether the run goes on within the epoch: what the iterator draws was drawn before the state was saved.
+            Whether the run resumes within the epoch: the iterator's draws were then made before the state was saved.
         """
         is_resumed = self._position is None and self._state is not None and self._state.offset > 0
         state = self._begin(drawn=False) if self._position is None else self._position.next_state()
@@ -125,7 +126,7 @@ class IndexedRun(NativeRun):
         if self._ready is not self._source:
             make_ready(self._source)
             self._ready = self._source
-        self._n_records = None  # a subclass may say another length by now
+        self._n_records = None  # a subclass may have another length now
         read = self._numbered()
         share = plan_epoch(read, self.rank(), self._asked.batch_size, self._asked.fills_first, state)
         if share.ranks.ignores_streams:
@@ -136,18 +137,18 @@ class IndexedRun(NativeRun):
         return is_resumed
 
     def begun(self, iterator: Any) -> None:
-        """Hear that torch's iterator of the epoch was made."""
+        """Note that torch's iterator of the epoch was made."""
         self._position, self._torch_iterator = self._pending, iterator
         self._n_epochs += 1
 
     def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
-        """As NativeRun.begin_elsewhere."""
+        """See NativeRun.begin_elsewhere."""
         self._n_records = None  # as in begin()
         self._torch_iterator = None
         return super().begin_elsewhere(state)
 
     def state(self) -> RunState:
-        """As NativeRun.state: after the batches that torch's iterator has handed out."""
+        """Return the state after the batches that torch's iterator has handed out. See NativeRun.state."""
         if self._position is not None and self._torch_iterator is not None:
             self._position.n_yielded = self._torch_iterator._num_yielded  # noqa: SLF001 -- torchdata's count
             self._position.finished = self._torch_iterator._finished  # noqa: SLF001
@@ -157,15 +158,15 @@ class IndexedRun(NativeRun):
         return len(self._users if source is self._users.source else self._users.over(source))
 
     def _numbered(self) -> Any:
-        """What the order is made of: the source, unless the data set's class counts its records itself."""
+        """Return the source of the order; a _Numbered if the data set's class defines its own length."""
         n_records = self._epoch_records()
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
 def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterator[NDArray[np.int64]]:
-    """Indices of a rank's records in served order, some at a time. Reads footers where the order is shuffled."""
+    """Yield the indices of a rank's records in served order, some at a time. Reads footers for a shuffled order."""
     ranks = share.ranks
-    if not is_shuffled:  # position p is record p, listed and mixed ones too
+    if not is_shuffled:  # position p is record p, also in listed and mixed sources
         for start in range(0, ranks.n_served, _CHUNK_ROWS):
             yield ranks.positions_between(start, min(start + _CHUNK_ROWS, ranks.n_served))
         return
@@ -184,7 +185,7 @@ def served_numbers(read: Any, share: OrderShare, *, is_shuffled: bool) -> Iterat
 
 
 def _record_numbers(piece: Piece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Numbers in stored order of a piece's rows. starts: by shard, the number of each block's first record."""
+    """Return the stored numbers of a piece's rows. starts: by shard, the number of each block's first record."""
     first = [
         starts[shard][block]
         for window in piece.windows

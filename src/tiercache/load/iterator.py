@@ -1,4 +1,4 @@
-"""One epoch of the native path as its consumer sees it: where it stands, batches, and going on past a rotten copy."""
+"""The iterator of one epoch on the native path, its position, and how it continues after a corrupt copy."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _profiler = torch.autograd.profiler
 
 
 class Progress(Protocol):
-    """How far an epoch is: moved by its iterator.
+    """How far an epoch is; its iterator updates it.
 
-    n_yielded: batches handed out since it began or was resumed; finished: whether its end was reached.
+    n_yielded: batches handed out since the epoch began or was resumed; finished: whether its end was reached.
     """
 
     n_yielded: int
@@ -40,9 +40,11 @@ class Progress(Protocol):
 
 
 class Position:
-    """Where an epoch stands: kept by the loader, moved by the epoch's iterator, which may be gone long before.
+    """The position in an epoch.
 
-    is_counted: whether the batches handed out are known; they are not where another loader hands them out.
+    The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
+
+    is_counted: whether the number of batches handed out is known; it is not if another loader hands them out.
     """
 
     def __init__(self, begun: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
@@ -50,15 +52,15 @@ class Position:
         self.ranks = ranks
         self._is_counted = is_counted
         self._redirected: RunState | None = None
-        self._next: RunState | None = None  # once it was asked for
+        self._next: RunState | None = None  # cached by next_state()
         self.n_yielded = 0
         self.finished = False
 
     def state(self) -> RunState:
-        """Where the run stands after the batches handed out; after the end, at the start of the next epoch.
+        """Return the state after the batches handed out; after the end, the state at the start of the next epoch.
 
         Raises:
-            RuntimeError: another loader hands them out.
+            RuntimeError: Another loader hands the batches out.
         """
         if self._redirected is not None:
             return self._redirected
@@ -66,22 +68,22 @@ class Position:
             return self.next_state()
         if not self._is_counted:
             raise RuntimeError(
-                f"how much of epoch {self._begun.epoch} was served is not known: this loader's sampler or "
-                "batch_sampler was iterated, usually by another loader that was made of it (as by Accelerate's "
-                "skip_first_batches). Call state_dict() before that loader begins or after it ends; if it has worker "
-                f"processes, call set_epoch({self._begun.epoch + 1}) of this loader first. Otherwise resume "
-                "with load_state_dict()"
+                f"the position in epoch {self._begun.epoch} is unknown: this loader's sampler or batch_sampler was "
+                "iterated, usually by another loader that was made from it (as by Accelerate's skip_first_batches). "
+                "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
+                f"set_epoch({self._begun.epoch + 1}) of this loader first. To resume within an epoch, use "
+                "load_state_dict() instead"
             )
         return replace(self._begun, offset=self.ranks.offset_after(self.n_yielded))
 
     def next_state(self) -> RunState:
-        """Where the loader's next iter() begins: the next epoch, however far this one got."""
+        """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
         if self._next is None:
             self._next = self._begun.following(self._begun.epoch + 1)
         return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
-        """Let the loader go on with another epoch."""
+        """Make another epoch the next one."""
         if self.next_state().epoch != epoch:
             self._redirected = self._begun.following(epoch)
 
@@ -93,9 +95,10 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the loader's own arguments say of handing batches over.
+    """The loader's arguments about handing out batches.
 
-    timeout_s: 0 for none; draws: what the epoch draws from torch's random numbers.
+    timeout_s: Seconds to wait for a batch, 0 for no limit; pin_memory: whether to pin batches; draws: The epoch's draws
+    from torch's random numbers.
     """
 
     timeout_s: float
@@ -104,7 +107,7 @@ class Delivery:
 
 
 class NativeIterator(ReadyIterator, Iterator[Batch]):
-    """Batches of one epoch from a state on. Independent of its loader's other iterators; closes itself when dropped."""
+    """Batches of one epoch from a state on. Independent of the loader's other iterators; closes itself when dropped."""
 
     def __init__(self, position: Progress, work: Work, resources: Resources, delivery: Delivery) -> None:
         self._position = position
@@ -112,13 +115,14 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         self._resources = resources
         self._timeout_s = delivery.timeout_s if delivery.timeout_s > 0 else -1.0
         self._pin = _pinning() if delivery.pin_memory else None
-        self._names = work.serving.names  # of a tuple's entries
+        self._names = work.serving.names  # names of the entries of a tuple; None: batches are dicts
         self._start_s = time.perf_counter()
         self._counted = False
-        self._read_again: set[int] = set()  # shards
+        self._read_again: set[int] = set()  # numbers of shards that were read a second time
         self._passed_by: set[Damaged] = set()
         self._draws = delivery.draws
-        # torch's sampler draws numbers before the first batch, and at the end before a short one, which comes last.
+        # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
+        # last batch.
         n_undrawn = work.share.n_batches - 1 if self._draws.ends_short else sys.maxsize
         super().__init__(position, _profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
         self._start(work)
@@ -127,30 +131,30 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         return self._work.share.n_batches
 
     def __getstate__(self) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # as torch's iterators say
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        self.__getstate__()  # which protocols 0 and 1 do not ask of a native base
+        self.__getstate__()  # Pickle protocols 0 and 1 do not call __getstate__ of a native base class.
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pipeline"):
             self.close()
 
     def figures(self) -> Mapping[str, float]:
-        """The pipeline's, and wall_s of this epoch; nothing once they are in the loader's counters."""
+        """Return the pipeline's counters and wall_s of this epoch; {} once they are added to the loader's counters."""
         if self._counted:
             return {}
         return {**self._pipeline.figures(), "wall_s": time.perf_counter() - self._start_s}
 
     def close(self) -> None:
-        """End this epoch, early or not, and add its figures to the loader's. Repeatable."""
+        """End this epoch, early or not, and add its counters to the loader's. May be called repeatedly."""
         self._pipeline.close()
         if self._counted:
             return
         publishing, coming = self._work.publishing, self._work.coming
         if publishing is not None and coming is not None and self._position.finished:
             publishing.finish()
-            coming.publishing.succeed(publishing)  # no moment without a plan, if an epoch follows
+            coming.publishing.succeed(publishing)  # If another epoch follows, the cache has a plan at every moment.
         elif publishing is not None:
             publishing.close()
         if not self._pipeline.inherited:
@@ -163,7 +167,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _next(self) -> Any:
         try:
-            # torch's hook costs more than our whole batch, so it is entered only while somebody looks.
+            # torch's hook costs more than a whole batch here, so it is entered only while a profiler runs.
             if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
                 with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
                     return self._take()
@@ -174,9 +178,10 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
 
     def _missed(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
-            # Between a batch and its count: that batch is lost, as with torch, but those after it keep their places.
+            # Ctrl-C struck after a batch was taken and before it was counted: that batch is lost, as with torch, but
+            # later batches keep their positions.
             self._position.n_yielded = max(self._position.n_yielded, self._pipeline.n_taken)
-        else:  # a batch found no memory: going on would serve the next one as if nothing had been
+        else:  # There was no memory for a batch. The next batch must not be served in its place.
             self._pipeline.close()
 
     def _count(self, figures: Mapping[str, float]) -> None:
@@ -192,7 +197,7 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         return batch if self._names is None else as_columns(batch, self._names)
 
     def _take_drawing(self) -> Batch:
-        """The next batch, and what the sampler of torch's loader would draw. Raises StopIteration."""
+        """Return the next batch, and draw the random numbers that torch's sampler draws here. Raises StopIteration."""
         if self._position.finished:
             raise StopIteration
         self._draws.sample()
@@ -214,12 +219,12 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         return batch
 
     def _take_past(self, error: CorruptShard) -> Batch | None:
-        """The batch that could not be made: read again where a local copy was to blame, else without what is damaged.
+        """Return the batch that failed: read again after a corrupt local copy, else without its corrupt records.
 
-        The order is a function of the position, so a second pipeline goes on where the first one failed.
+        The order is a function of the position, so a second pipeline can continue where the first one failed.
 
         Raises:
-            CorruptShard: the error, where what was read is what the source sent and damage is not passed by.
+            CorruptShard: The data is corrupt in the store, and corrupt records are not replaced.
         """
         damage = self._work.damage
         try:
@@ -235,16 +240,16 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
                 try:
                     return self._pipeline.take(self._timeout_s)
                 except CorruptShard as again:
-                    # Else the first says more: it names the block.
+                    # Else keep the first error: it names the block.
                     if healed or damage is not None or self._pipeline.damaged_shard is not None:
                         error = again
         finally:
-            del error  # kept, it would be a cycle by its traceback, which holds windows
+            del error  # The error's traceback would form a cycle that holds windows.
 
     def _may_read_again(self) -> bool | None:
-        """Whether a copy was replaced, so that what failed may be read now; None: it was read again before.
+        """Whether a local copy was replaced; None: the shard was read again before, so the data itself is corrupt.
 
-        Once it is in any case: what was read may be a copy that another loader or process has replaced since.
+        Every shard is read again once: another loader or process may have replaced the copy in the meantime.
         """
         shard = self._pipeline.damaged_shard
         healed = shard is not None and self._work.source.heal(shard)
@@ -254,21 +259,21 @@ class NativeIterator(ReadyIterator, Iterator[Batch]):
         return healed
 
     def _pass_by(self, error: CorruptShard) -> None:
-        """Let what is damaged be replaced from here on. Raises the error where it is not to be, or was before."""
+        """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         place: Damaged | None = error.facts.get("place")
         if self._work.damage is None or place is None or place in self._passed_by:
             try:
                 raise error
             finally:
-                del error  # as above
+                del error  # as in _take_past()
         self._passed_by.add(place)
         self._work.damage.learn(place, error)
 
 
 def _pinning() -> Any:
-    """What pins a batch; None, with torch's warning, where nothing can be pinned."""
+    """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
     accelerator = getattr(torch, "accelerator", None)
-    if accelerator is None:  # torch before 2.6 knows only cuda here, and says nothing
+    if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
         return torch.utils.data._utils.pin_memory.pin_memory if torch.cuda.is_available() else None  # noqa: SLF001
     if not accelerator.is_available():
         warnings.warn(

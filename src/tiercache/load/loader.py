@@ -1,4 +1,4 @@
-"""The drop-in DataLoader: torch's constructor and behaviour, the native path for our own data sets."""
+"""The drop-in DataLoader: torch's constructor and behaviour, and a native path for tiercache data sets."""
 
 from __future__ import annotations
 
@@ -32,38 +32,61 @@ from tiercache.load.torch_state import STEPS_SINCE, state_for_workers
 
 logger = logging.getLogger("tiercache")
 
-T_co = TypeVar("T_co", covariant=True)  # of a batch, as in torch: `DataLoader[Batch]` is a type
+T_co = TypeVar("T_co", covariant=True)  # The type of a batch, as in torch: `DataLoader[Batch]` is a type.
 
 _NOT_OURS = "the data set is a {0.__class__.__name__}, not a tiercache.Dataset"
 _OF_NATIVE_PATH = "applies only to a tiercache.Dataset served by the native path; here"
-_NO_PIN_DEVICE = (  # in torch's words
+_NO_PIN_DEVICE = (  # The wording is torch's.
     "pin_memory_device is deprecated, the current accelerator will be used as the device,ignore pin_memory_device='{}'."
 )
 
 
 class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata ships no types
-    """torch's DataLoader with a state, and with a native path for `tiercache.Dataset`.
+    """torch's DataLoader with a resumable state and a native path for `tiercache.Dataset`.
 
-    The arguments are torch's (and torchdata's `snapshot_every_n_steps`), honoured as torch does; `options` is ours. A
-    `tiercache.Dataset` without a transform or a collate function of the user's takes the native path: threads gather
-    batches without Python, and `num_workers` starts no process. A sampler or batch sampler only says which records; it
-    is asked as far ahead as torch would ask it, those of torch and torchdata further. Everything else is served by
-    torchdata's StatefulDataLoader: other data sets in torch's order, a `tiercache.Dataset` in the native path's, with
-    its ranks and its state.
+    The loader honours torch's arguments (and torchdata's `snapshot_every_n_steps`) as torch does; only `options` is
+    new. A `tiercache.Dataset` without a transform and without a user's collate function takes the native path: threads
+    gather batches without Python, and `num_workers` starts no process. A sampler or a batch sampler only selects the
+    records. The loader asks it as far ahead as torch would; it asks the samplers of torch and torchdata further ahead.
+    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order; a `tiercache.Dataset` with
+    the order, the ranks and the state of the native path; a user's own sampler with `num_workers=0`; and a sampler over
+    a mixture.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
-    data set may ask for more: `decode=` makes of images one tensor [n, 3, height, width], or as `DecodeImage` says,
-    `forms=` and `nulls=` say what columns of varied length and nulls are. The consumer owns a batch and may write to
-    it. Each iter() begins the next epoch; state_dict() covers the batches handed out, and resuming takes no replay.
+    arguments of the data set change this: `decode=` turns images into one tensor [n, 3, height, width], or what
+    `DecodeImage` requests; `forms=` and `nulls=` set the layout of columns of varying length and the values that
+    replace nulls. The consumer owns a batch and may write to it. Each iter() begins the next epoch. state_dict() covers
+    the batches that were handed out, and a resumed loader does not read them again.
 
     Args:
-        dataset: any torch data set, or a `tiercache.Dataset`.
-        options: seed, ranks and shuffle quality; resources of the native path.
+        dataset: Any torch data set, or a `tiercache.Dataset`.
+        batch_size: Number of records per batch. None: single records, which take torch's path.
+        shuffle: Whether to serve the records in a new random order in each epoch.
+        sampler: Iterable of record numbers, as in torch. It replaces `shuffle` and the split of records among ranks.
+        batch_sampler: Iterable of lists of record numbers, one list per batch, as in torch.
+        num_workers: Number of worker processes on torch's path. The native path starts none, but draws from torch's
+            random numbers and asks samplers ahead as if it did.
+        collate_fn: Function from a list of records to a batch. Any function but None and `tiercache.collate` takes
+            torch's path.
+        pin_memory: Whether to copy each batch into pinned memory of the accelerator.
+        drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
+        timeout: Seconds to wait for a batch before a RuntimeError; 0 waits without a limit.
+        worker_init_fn: Function that torch calls in each worker process; ignored on the native path.
+        multiprocessing_context: Start method of the worker processes; ignored on the native path.
+        generator: torch.Generator of the order's seed and of the random numbers that the loader draws. None: torch's
+            own.
+        prefetch_factor: Number of batches that each worker process loads ahead. On the native path, how far ahead a
+            user's sampler is asked, for each of `num_workers`.
+        persistent_workers: Whether the worker processes live from one epoch to the next.
+        pin_memory_device: Device of the pinned memory; deprecated by torch, which uses the current accelerator.
+        in_order: Whether worker processes must deliver batches in order. The native path always does.
+        snapshot_every_n_steps: Number of batches between two snapshots of the workers' states, as in torchdata.
+        options: Seed, ranks and shuffle quality, and the resources of the native path.
 
     Raises:
-        TypeError: options that are no LoaderOptions.
-        ValueError: arguments that torch refuses; options that the loader has no use for.
+        TypeError: `options` is not a LoaderOptions.
+        ValueError: An argument that torch refuses, or an option that has no effect on this loader.
     """
 
     def __init__(
@@ -96,11 +119,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._sampled = sampler is not None or batch_sampler is not None
         shuffled = bool(shuffle)
         is_ordered, has_state = ours and not self._sampled, isinstance(dataset, Stateful)
-        # A sampler of a mixture is asked on torch's path, which is decided below; other native loaders start no worker.
+        # torch's path serves a sampler over a mixture (_run() decides that); other native loaders start no worker.
         self._starts_workers = bool(why_not) or (self._sampled and dataset.source.mixture is not None)
         is_empty = shuffled and is_ordered and not len(dataset)
         if is_empty:
-            shuffle = None  # torch's RandomSampler refuses to choose among no records
+            shuffle = None  # torch's RandomSampler raises an error for an empty data set.
         if not self._sampled and not isinstance(dataset, IterableDataset):
             if shuffled and not is_empty:
                 kind = ShuffledOrder if is_ordered else RandomSampler
@@ -108,7 +131,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             elif is_ordered:
                 sampler = StoredOrder(dataset)
         with warnings.catch_warnings():
-            # torchdata calls a function that torch 2.13 deprecated; nothing that its user or ours could change.
+            # torchdata calls a function that torch 2.13 deprecated; neither its users nor this library can change that.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
             super().__init__(
                 dataset,
@@ -127,11 +150,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
                 pin_memory_device=pin_memory_device,
-                in_order=in_order or not self._starts_workers,  # else torchdata warns of what its workers would do
+                in_order=in_order or not self._starts_workers,  # torchdata warns about workers that do not exist here
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
-            self.batch_sampler.__class__ = BatchSampler  # torchdata makes it, and it may not be replaced after that
+            self.batch_sampler.__class__ = BatchSampler  # torchdata creates it, and torch forbids replacing it later
         self.in_order = in_order
         _check_options(options, why_not, is_ordered=is_ordered, has_state=has_state)
         self._is_split = False
@@ -152,12 +175,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
             if not why_not:
                 self._native = self._run(asked)
-            elif has_state:  # torchdata keeps it beside the samplers'
+            elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = asked.options.split_ranks
             else:
                 self._indexed = IndexedRun(dataset, asked, is_batched=batch_size is not None)
         self._bind_sampler()
-        # torchdata's state, as earlier releases saved it, of an epoch that is to be gone on with; that is gone on with.
+        # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
+        # the rest of that epoch.
         self._has_rest = self._serves_rest = False
         self._run_of = self.batch_sampler
         self._newest: Any = None
@@ -192,7 +216,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return self._native.iterate()
 
     def check_worker_number_rationality(self) -> None:
-        """Warn of more worker processes than cores as torch does, where there will be worker processes."""
+        """Warn as torch does if there are more worker processes than cores; the native path starts no workers."""
         if self._starts_workers:
             super().check_worker_number_rationality()
 
@@ -201,9 +225,10 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return super().__len__() if run is None else run.n_batches()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: plain values, for a checkpoint; over a tiercache data set equal on every rank.
+        """Return the loader's position as plain values for a checkpoint.
 
-        With a sampler it is torchdata's, and the rank's own.
+        Over a tiercache data set the state is equal on all ranks. With a sampler it has torchdata's form and belongs to
+        one rank.
         """
         run = self._ordered
         if run is not None:
@@ -221,18 +246,21 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a state was taken, on any number of ranks.
+        """Continue from a saved state, on any number of ranks.
+
+        Args:
+            state_dict: Value that state_dict() returned.
 
         Raises:
-            TypeError: not a dict.
-            ValueError: not a state of this kind of loader, options that differ from it, or a state of another number
-                of workers over a data set whose position each worker has for itself.
-            ObjectChanged: the data set is not the one that the state was taken on.
+            TypeError: `state_dict` is not a dict.
+            ValueError: The state is of another kind of loader; or this loader's options differ from it; or it was saved
+                with another number of workers over a data set in which each worker has its own position.
+            ObjectChanged: The data set differs from the one that the state was saved on.
         """
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"load_state_dict() takes what state_dict() gave, a dict, got {state_dict!r}")
+            raise TypeError(f"load_state_dict() takes the dict that state_dict() returned, got {state_dict!r}")
         state_dict = self._for_own_workers(state_dict)
-        if SAMPLER_EPOCH in state_dict:  # before the sampler is asked for its iterator
+        if SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
             tell_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
         is_ordered = {"parts", "offset"} <= state_dict.keys()
         if is_ordered and (self._sampled or (self._native is None and self._indexed is None)):
@@ -240,7 +268,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 "the state was saved by a loader over a tiercache.Dataset without a sampler, and this loader has a "
                 f"sampler or another data set: {self!r}. Load it into a loader without sampler= and batch_sampler="
             )
-        if state_dict == {} and (self._native or self._indexed) is not None:  # torchdata's, of a loader not begun
+        # torchdata's state of a loader that has not begun
+        if state_dict == {} and (self._native or self._indexed) is not None:
             return
         if self._indexed is not None and (is_ordered or _is_over(state_dict)):
             self._forget_torch_iterator()
@@ -258,7 +287,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._native.load(loadable(state_dict))
 
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` (0, 1, ...) the next one; a state that was loaded for that epoch keeps its place in it."""
+        """Make `epoch` the next epoch. A state that was loaded for that epoch keeps its position.
+
+        Args:
+            epoch: Number of the epoch, 0 or more.
+        """
         run = self._native or self._indexed
         if run is not None:
             run.set_epoch(epoch)
@@ -266,23 +299,23 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             tell_epoch(self._index_sampler, epoch)
 
     def stats(self) -> dict[str, Any]:
-        """What the native path has done so far, and what bounds it (docs/guide/loader.md). Empty on torch's path."""
+        """Return the counters of the native path and its bottleneck (docs/guide/loader.md); {} on torch's path."""
         return {} if self._native is None else self._native.stats()
 
     @property
     def _is_accelerate_prepared(self) -> bool:
-        """False. Accelerate's prepare() asks for it, and then splits the batch sampler among its processes itself."""
+        """False. Accelerate's prepare() reads it, and then splits the batch sampler among its processes itself."""
         if isinstance(self.sampler, OrderSampler):
             self.sampler.is_split_by_others = True
         return False
 
     @property
     def native_rank(self) -> Rank | None:
-        """Which share of each epoch the native path serves here, and who said so; None on torch's path."""
+        """Rank whose share of each epoch the native path serves, and the origin of that rank; None on torch's path."""
         return None if self._native is None else self._native.rank()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling: the copy goes on where this loader stands, with threads of its own."""
+        """Return the state for pickling: the copy continues at this loader's position, with its own threads."""
         runs = {name: getattr(self, name) for name in ("_native", "_indexed")}
         state = {**vars(self), **{name: None if run is None else run.recipe for name, run in runs.items()}}
         newest = self._newest_iterator
@@ -292,12 +325,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.sampler, OrderSampler):  # bound to one loader
+        if isinstance(self.sampler, OrderSampler):  # An OrderSampler is bound to one loader.
             sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
-            if self.batch_sampler is self._run_of and batch_sampler is not None:  # else another was put in later
+            if self.batch_sampler is self._run_of and batch_sampler is not None:  # else a user replaced it later
                 batch_sampler.sampler = sampler
                 self._run_of = batch_sampler
-            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids to set them
+            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
         if state["_native"] is not None:
             asked, begun = state["_native"]
             self._native = self._run(asked)
@@ -320,24 +353,24 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     @property
     def _index_sampler(self) -> Any:
-        """What torch's iterators ask for indices."""
+        """Sampler that torch's iterators ask for indices."""
         indexed = vars(self).get("_indexed")  # None while torchdata's constructor runs
         if indexed is None:
             return with_state(super()._index_sampler)
         if not self._serves_rest:
             return indexed.sampler
-        sampler = copy(self.sampler)  # bound to no loader: torch's
+        sampler = copy(self.sampler)  # A copy is bound to no loader, so it behaves as torch's sampler.
         return with_state(BatchSampler(sampler, self.batch_size, self.drop_last) if self._auto_collation else sampler)
 
     def _bind_sampler(self) -> None:
-        """Let the sampler give this loader's order."""
+        """Let the loader's own sampler return this loader's order."""
         run = self._native or self._indexed
         if isinstance(self.sampler, OrderSampler) and isinstance(run, NativeRun):
             self.sampler.run = run
 
     @property
     def _ordered(self) -> NativeRun | None:
-        """What says the order, if that is tiercache's own."""
+        """Engine of tiercache's own order, whose state is a RunState; None: a sampler or torchdata has the state."""
         if self._indexed is None:
             return self._native if isinstance(self._native, NativeRun) else None
         iterator: Any = self._newest_iterator
@@ -345,13 +378,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return None if self._serves_rest and not is_over else self._indexed
 
     def _iterate_indexed(self, run: IndexedRun) -> Any:
-        """Make torch's iterator over the next epoch of tiercache's order."""
+        """Return torch's iterator over the next epoch of tiercache's order."""
         is_resumed = run.begin()
         if self._serves_rest:
             self._forget_torch_iterator()
         random_state = torch.get_rng_state()
         own_state = None if self.generator is None else self.generator.get_state()
-        # The iterator takes the loader's data set, which torch forbids to set.
+        # The iterator takes the loader's data set, which torch forbids setting.
         dataset, self.__dict__["dataset"] = self.dataset, run.fetched_dataset
         try:
             with self._torchdata_iterator():
@@ -370,8 +403,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if state is None:
             return super()._get_iterator()
         if state.get("_iterator_finished") and not isinstance(self.dataset, (IterableDataset, Stateful)):
-            # torchdata makes another iterator for the next epoch: this one draws nothing that the next one's order
-            # follows from, which may have been reseeded since the state was loaded.
+            # torchdata makes another iterator for the next epoch. This one must not draw what decides the next epoch's
+            # order: the user may have reseeded after the state was loaded.
             with Randomness(self.sampler).replaying(with_own=NEXT_EPOCH in state):
                 iterator = super()._get_iterator()
         else:
@@ -379,30 +412,36 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             own_state = None if self.generator is None else self.generator.get_state()
             iterator = super()._get_iterator()
             self._restore_random_numbers(random_state)
-            if NEXT_EPOCH in state and self.generator is not None:  # load_state_dict() set it, or the user after that
+            # load_state_dict() set it, or the user did after that
+            if NEXT_EPOCH in state and self.generator is not None:
                 self.generator.set_state(own_state)
-        if self.num_workers == 0 and STEPS_SINCE in state:  # with workers torchdata's does so itself
+        # With workers, torchdata's iterator skips these batches itself.
+        if self.num_workers == 0 and STEPS_SINCE in state:
             for _ in range(state[STEPS_SINCE]):
                 next(iterator)
-            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- as its load_state_dict sets it
+            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- torchdata does the same
         return iterator
 
     def _restore_random_numbers(self, random_state: torch.Tensor) -> None:
-        """Let what follows draw what it drew after the state was saved; random_state: before the iterator was made."""
-        # A base seed was drawn, as the epoch did before its state was saved. A data set may have restored more.
+        """Undo the iterator's draw of a base seed, so that later draws equal those after the state was saved.
+
+        random_state: torch's random state before the iterator was made.
+        """
+        # The epoch drew a base seed before its state was saved. If more than that changed, the data set restored a
+        # state of its own, which stays.
         drawn = torch.Generator().set_state(random_state)
         torch.empty((), dtype=torch.int64).random_(generator=drawn)
         if torch.equal(torch.get_rng_state(), drawn.get_state()):
             torch.set_rng_state(random_state)
 
     def _forget_torch_iterator(self) -> None:
-        """Have the next iter() make a new iterator of torch's, of no state."""
+        """Drop torch's iterator and its state, so that the next iter() makes a new one."""
         self._iterator = self._newest = None
         self.next_iter_state: Any = None
         self._initial_iter_for_state_dict = self._has_rest = self._serves_rest = False
 
     def _check_unsplit(self) -> None:
-        """Warn, or raise ValueError, where ranks that share the epochs are all served everything by torchdata."""
+        """Warn, or raise ValueError, if torchdata serves all records to every rank although ranks share the epochs."""
         rank = find_rank(LoaderOptions())
         if rank.world_size == 1:
             return
@@ -413,7 +452,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             )
         if self._serves_rest:
             warnings.warn(
-                f"the state was saved when every rank was served all records: {rank} is, too, until this epoch ends",
+                f"the state was saved by a loader that served all records to every rank: until this epoch ends, {rank} "
+                "is served all records too",
                 RuntimeWarning,
                 stacklevel=3,  # the caller of iter(loader)
             )
@@ -424,15 +464,15 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     @property
     def _newest_iterator(self) -> Any:
-        """The iterator that iter() made last on torch's path; None: there is none."""
+        """Iterator that the last iter() made on torch's path; None: there is none."""
         return self._iterator if self._keeps_workers else self._newest
 
     @contextmanager
     def _torchdata_iterator(self) -> Iterator[None]:
-        """Let torchdata's methods have the newest iterator in `_iterator`, where they keep it for its state.
+        """Put the newest iterator into `_iterator`, where torchdata's methods keep it for the state.
 
-        Outside of them torch's rule holds: `_iterator` is None but for persistent workers. Frameworks end the workers
-        of what they find there.
+        Outside of this context torch's rule holds: `_iterator` is None unless workers persist. Frameworks end the
+        workers of an iterator that they find there.
         """
         if not self._keeps_workers:
             self._iterator = self._newest
@@ -443,23 +483,24 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 self._newest, self._iterator = self._iterator, None
 
     def _for_own_workers(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a loader with another number of workers, for this one. Raises ValueError where there is none."""
+        """Convert the state of a loader with another number of workers. Raises ValueError if that is impossible."""
         n_workers = 0 if self._native is not None else self.num_workers
         is_iterable = isinstance(self.dataset, IterableDataset)
         base_seed = next_seed(self.generator, after_begin=True)
         found = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
         if self._native is not None and STEPS_SINCE in found:
             raise ValueError(
-                f"the state names a batch {found[STEPS_SINCE]} before the one to go on with, as snapshot_every_n_steps "
-                "was above 1 when it was saved: only a loader on torch's path (with a collate_fn=) can go on from there"
+                f"the state's snapshot is {found[STEPS_SINCE]} batches older than the position to resume, because "
+                "snapshot_every_n_steps was above 1 when it was saved: only a loader on torch's path (with a "
+                "collate_fn=) can resume from it"
             )
         return found
 
     def _follow(self, batch_sampler: Any) -> None:
-        """Serve what a batch sampler says that was put in the place of the loader's own after it was made.
+        """Serve a batch sampler that replaced the loader's own after the loader was made.
 
-        torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader, in timm and elsewhere, puts
-        one there that never ends, so that worker processes stay from epoch to epoch.
+        torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader (timm and others) installs
+        one that never ends, so that worker processes live from epoch to epoch.
         """
         native, self._run_of = self._native, batch_sampler
         self._sampled, self._native, self._indexed = True, None, None
@@ -469,33 +510,33 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._starts_workers = self._native is None
 
     def _run(self, asked: Asked) -> NativeRun | SampledRun | None:
-        """The native path's way through the epochs; None: the sampler must be asked batch by batch, as torch does."""
+        """Return the engine of the native path; None: the sampler must be asked batch by batch, as torch does."""
         source = self.dataset.source
         if not self._sampled:
             return NativeRun(source, asked)
         _check_sampled(asked.options)
         index_sampler = super()._index_sampler
         lead = Lead.of(index_sampler, asked.num_workers, self.prefetch_factor)
-        # A mixture's records have no place of their own: which one is the next of a part depends on the epoch.
+        # A record of a mixture has no fixed number: which record of a part comes next depends on the epoch.
         return None if lead is None or source.mixture is not None else SampledRun(source, asked, index_sampler, lead)
 
 
 def _why_not_native(dataset: Any, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
-    """Why a loader of this data set of ours does not take the native path; "" if it does."""
+    """Return the reason why a loader over a tiercache data set does not take the native path; "" if it does."""
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
     if not dataset.is_plain:
-        return "the data set has a transform, or is of a subclass that says what a record is"
+        return "the data set has a transform, or its class overrides how records are read"
     return "" if collate_fn in (None, collate) else "collate_fn= was given"
 
 
 def _is_over(state: Mapping[str, Any]) -> bool:
-    """Whether a state of torchdata's is of an epoch that was served to its end."""
+    """Whether a torchdata state is of an epoch that was served to its end."""
     return bool(state.get("_iterator_finished"))
 
 
 def _log_ignored(num_workers: int, names: list[str]) -> None:
-    """Say which of torch's options for worker processes change nothing."""
+    """Log which of torch's options for worker processes have no effect."""
     ignored = f", so that {', '.join(names)} {'is' if len(names) == 1 else 'are'} ignored" if names else ""
     logger.info(
         "num_workers=%d starts no worker processes%s: this loader takes tiercache's native path, whose threads gather "
@@ -507,10 +548,10 @@ def _log_ignored(num_workers: int, names: list[str]) -> None:
 
 
 def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: bool) -> None:
-    """Raise TypeError, ValueError for options that are none, or that nothing here would heed.
+    """Raise TypeError or ValueError for `options` of a wrong type or without an effect.
 
-    is_ordered: whether the order is tiercache's own, also where the native path is not taken; has_state: whether the
-    data set has a state of its own.
+    is_ordered: whether the order is tiercache's own, also on torch's path; has_state: whether the data set has a state
+    of its own.
     """
     if options is None:
         return
@@ -529,7 +570,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
 
 
 def _check_sampled(options: LoaderOptions) -> None:
-    """Raise ValueError for options of an order that a sampler says."""
+    """Raise ValueError for options of the order, which a sampler decides."""
     defaults = LoaderOptions()
     for name in ("rank", "world_size", "streams", "placement", "shuffle_group_bytes"):
         value = getattr(options, name)

@@ -1,7 +1,7 @@
-"""Pieces in which every record that cannot be read is replaced by the one before it in the rank's sequence.
+"""Replacement of corrupt records: each is replaced by the record before it in the rank's sequence.
 
-Which record that is follows from the sequence and from what is damaged, so a resumed run serves the same. Where there
-is none before it, it is the next one.
+The replacement is a function of the sequence and of the corruption, so a resumed run serves the same records. If there
+is no record before it, the next one is used.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ _NOTHING = np.empty(0, np.uint32)
 
 
 class Walk(Protocol):
-    """A rank's records, one by one, counted in rows from where pieces begin. Places as the order counts rows."""
+    """A rank's records one by one, counted in rows from the start of its pieces.
+
+    Locations have the order's row numbers.
+    """
 
     def before(self, n_rows: int) -> Iterator[Place]:
-        """Records before the row that comes after so many, latest first; and before where pieces begin."""
+        """Yield the records before row n_rows, latest first, also those before the start of the pieces."""
 
     def after(self, n_rows: int) -> Iterator[Place]:
-        """The record at that row, and those after it."""
+        """Yield the record at row n_rows, and those after it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mended:
-    """A piece with other records in the places of some; the attributes of a `Piece`.
+    """A piece in which some records are replaced, with the attributes of a `Piece`.
 
-    replaced: int64[m], rising, which of its rows.
+    replaced: int64[m], rising, the replaced rows.
     """
 
     windows: tuple[Window, ...]
@@ -52,27 +55,27 @@ class Mended:
 
     @property
     def run(self) -> None:
-        """Its rows are arrays."""
+        """None: the rows are arrays."""
 
     @property
     def n_rows(self) -> int:
-        """Of the piece."""
+        """Number of rows."""
         return len(self.row)
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """As Piece.rows."""
+        """See Piece.rows."""
         return self.block, self.row
 
     def place(self, index: int) -> Place:
-        """Where the record of a row lies, as the order counts rows."""
+        """Return the location of a row's record, in the order's row numbers."""
         return _place(self.windows, int(self.block[index]), int(self.row[index]))
 
 
 def mended(pieces: Iterable[Piece], damage: Damage, walk: Walk) -> Iterator[Piece]:
-    """The pieces, mended where that is needed; the others as they are.
+    """Yield the pieces with corrupt records replaced; pieces without any are unchanged.
 
     Raises:
-        CorruptShard: no record of the rank can be read.
+        CorruptShard: No record of the rank can be read.
     """
     mender, n_rows = _Mender(damage, walk), 0
     for piece in pieces:
@@ -82,7 +85,7 @@ def mended(pieces: Iterable[Piece], damage: Damage, walk: Walk) -> Iterator[Piec
 
 @dataclass(slots=True)
 class _Without:
-    """A window without its blocks that cannot be read: made once, so that it is the same object in all its pieces."""
+    """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
 
     window: Window
     kept: NDArray[np.bool_]
@@ -91,9 +94,9 @@ class _Without:
 
 @dataclass(slots=True)
 class _Mender:
-    """What is kept from piece to piece.
+    """Replaces records piece by piece, and keeps state between the pieces.
 
-    last: the last good record up to the end of the last piece, if that had damage; None: ask `walk`.
+    last: the last good record up to the end of the last piece, if that piece had corruption; None: ask `walk`.
     """
 
     damage: Damage
@@ -103,12 +106,12 @@ class _Mender:
     _alone: tuple[Place, ListedWindow] | None = None
 
     def mend(self, piece: Piece, n_before: int) -> Piece:
-        """The piece that begins after n_before rows."""
+        """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])
         suspects = np.flatnonzero(np.isin(shards, self.damage.shards))
         if not len(suspects):
-            self.last, self._without = None, {}  # the record before the next piece is this one's last
+            self.last, self._without = None, {}  # the next piece then follows this piece's last record
             return piece
         bad = self._bad(piece, shards, blocks, suspects)
         good = np.flatnonzero(~bad)
@@ -134,7 +137,7 @@ class _Mender:
     def _bad(
         self, piece: Piece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
-        """Which rows of a piece cannot be read."""
+        """Return bool[n_rows]: the rows of a piece that cannot be read."""
         block, row = piece.rows()
         whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
         for number in suspects.tolist():
@@ -149,7 +152,7 @@ class _Mender:
             some = np.zeros(len(shards), np.bool_)
             some[wrong >> 32] = True
             at = np.flatnonzero(some[block])
-            chosen = np.flatnonzero(some)  # a view cannot say where its rows of a shard without a footer lie
+            chosen = np.flatnonzero(some)  # a view cannot convert rows of a shard whose footer is unreadable
             numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
             stored = self.damage.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
             bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
@@ -163,11 +166,11 @@ class _Mender:
     def _after(self, n_rows: int) -> Place:
         found = next((p for p in self.walk.after(n_rows) if not self.damage.is_bad(p)), None)
         if found is None:
-            raise CorruptShard("none of the records that this rank is served can be read", url=self.damage.source.url)
+            raise CorruptShard("no record of this rank's share can be read", url=self.damage.source.url)
         return found
 
     def _left(self, piece: Piece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
-        """The windows without blocks that cannot be read, what is wanted of them, and each block's number by then."""
+        """Return the windows without unreadable blocks, their wanted blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
         kept = np.concatenate([one.kept for one in going.values()])
@@ -190,7 +193,7 @@ class _Mender:
         return _Without(window, kept, cast("Window", left))
 
     def _window_of(self, place: Place) -> ListedWindow:
-        """A window of the one block that a record lies in; the last one is kept."""
+        """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = place
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.damage.block_tables([shard])[0].raw_bytes[block : block + 1]

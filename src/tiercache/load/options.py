@@ -1,4 +1,4 @@
-"""What can be set about loading beyond torch's own arguments."""
+"""The options of the loader beyond torch's own arguments."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderOptions:
-    """Options of `DataLoader(options=...)`. Every default needs no thought.
+    """Options of `DataLoader(options=...)`. The defaults suit most runs.
 
     Attributes:
-        seed: Seed of the order of all epochs, any integer. None: each iter() draws one from the loader's generator or
-            torch's, as torch's samplers do; ranks that share epochs take the one that rank 0 draws at the first.
-        rank, world_size: this process among those that share the epoch; None: torch.distributed, else its environment,
-            else one rank.
-        split_ranks: False: every rank is served everything.
-        streams: of the shuffled order, read side by side, each by a rank (or some neighbours) of its own; None: as many
-            as there are ranks when the run starts. Part of the state: a run goes on with those that it began with.
-        placement: "sticky": a stream, and so a rank, reads the same shards in all epochs of a run, and the ranks'
-            caches together hold the data set; "global": other shards in each epoch.
-        shuffle_group_bytes: stored bytes of the shards that are read at a time (int, "4GiB" or "all").
-        shuffle_window_bytes: raw bytes of the blocks that rows are mixed over (int, "256MiB" or "all"): what is in
-            memory at a time.
-        memory_bytes: of batches gathered ahead; None: a thirty-second of the memory limit, shared by the machine's
-            ranks, 256 MiB at most.
-        threads: that gather, the consumer's own among them while it waits; None: the machine's cores, shared by its
-            ranks.
-        on_corrupt: what becomes of a record that is damaged at its source, an image that cannot be decoded among them:
-            "raise" CorruptShard, or serve the "previous" record of this rank's sequence in its place.
+        seed: Seed of the order of all epochs, any integer. None: each iter() draws a seed from the loader's generator
+            or torch's, as torch's samplers do; ranks that share epochs use the seed that rank 0 draws at the first
+            iter().
+        rank: Number of this process among the ranks that share the epoch. None: torch.distributed's rank, else that of
+            the environment variables, else 0.
+        world_size: Number of ranks that share the epoch; given together with `rank`. None: from the same origin as
+            `rank`.
+        split_ranks: Whether ranks share the records of an epoch. False: every rank is served all records.
+        streams: Number of streams of the shuffled order. The streams are read side by side, each by one rank or by some
+            neighbouring ranks. None: the number of ranks at the start of the run. It is part of the state: a resumed
+            run keeps the number that it began with.
+        placement: "sticky": a stream, and so a rank, reads the same shards in all epochs of a run, so that the ranks'
+            caches together hold the data set. "global": a rank reads other shards in each epoch.
+        shuffle_group_bytes: Stored bytes of the shards that are read at a time (int, "4GiB" or "all").
+        shuffle_window_bytes: Raw bytes of the blocks over which rows are mixed (int, "256MiB" or "all"), i.e. how much
+            is in memory at a time.
+        memory_bytes: Memory of the batches that are gathered ahead (int or "256MiB"). None: 1/32 of the memory limit,
+            shared by the ranks of the machine, at most 256 MiB.
+        threads: Number of gather threads, including the consumer's own thread while it waits. None: the number of the
+            machine's cores, shared by its ranks.
+        on_corrupt: What to do with a record that is corrupt in the store, or an image that cannot be decoded: "raise"
+            CorruptShard, or serve the "previous" record of this rank's sequence instead.
     """
 
     seed: int | None = None
@@ -53,7 +57,8 @@ class LoaderOptions:
         """Check the values.
 
         Raises:
-            ValueError, TypeError: naming the option, what it takes and what was given.
+            ValueError: An option is out of range; the message names the option, what it takes and its value.
+            TypeError: An option that must be an integer is not.
         """
         for name in ("seed", "rank", "world_size", "streams", "threads"):
             self._as_int(name)
@@ -77,7 +82,7 @@ class LoaderOptions:
             raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")
 
     def _as_int(self, name: str) -> None:
-        """Take any kind of integer as int: the state is plain values."""
+        """Convert any kind of integer to int, because the state holds plain values."""
         value = getattr(self, name)
         if value is not None:
             try:
@@ -87,10 +92,10 @@ class LoaderOptions:
 
     @property
     def group_bytes(self) -> int | None:
-        """shuffle_group_bytes in bytes, None for all."""
+        """shuffle_group_bytes in bytes; None for "all"."""
         return None if self.shuffle_group_bytes == ALL else parse_bytes(self.shuffle_group_bytes)
 
     @property
     def window_bytes(self) -> int | None:
-        """shuffle_window_bytes in bytes, None for all."""
+        """shuffle_window_bytes in bytes; None for "all"."""
         return None if self.shuffle_window_bytes == ALL else parse_bytes(self.shuffle_window_bytes)

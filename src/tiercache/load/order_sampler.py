@@ -1,7 +1,7 @@
-"""The sampler of a loader without a user's: the loader's own order, for whoever makes another loader of this one.
+"""The sampler of a loader that was given none: it returns the loader's order to libraries that rebuild the loader.
 
-Frameworks rebuild a loader from its data set and its sampler or batch sampler (Accelerate's `skip_first_batches`, for
-example). torch's sampler would give them another order than that which the loader serves.
+Such libraries make a new loader from its data set and its sampler or batch sampler (for example Accelerate's
+`skip_first_batches`). torch's sampler would give the new loader another order than the original one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ _YIELDED, _ORDER = "yielded", "order"
 
 
 class OrderSampler(torch_data.Sampler[int]):
-    """Mixed into torch's class of the same kind of order: its iterators give the records of the loader's next epoch.
+    """Mixin for torch's samplers: its iterators return the record numbers of the loader's next epoch.
 
-    Such an iterator begins the epoch, as iter(loader) does. Where `run` is None, it is torch's sampler.
+    Such an iterator begins the epoch, as iter(loader) does. If `run` is None, the class behaves as torch's sampler.
 
     Attributes:
-        run: the loader's.
-        is_split_by_others: whether another library splits what the sampler gives among processes. Then it gives all
-            records, in torch's order: that library keeps the generators of torch's sampler alike on all processes.
+        run: The loader's engine.
+        is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
+            all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
+        told_epoch: The epoch that set_epoch() chose for the next iterator.
     """
 
     run: NativeRun | None = None
@@ -47,28 +48,31 @@ class OrderSampler(torch_data.Sampler[int]):
     def __len__(self) -> int:
         run = self.run
         if run is None or (self.is_split_by_others and run.rank().world_size > 1):
-            return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers have one
+            return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers define it
         return run.n_served()
 
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the one that the next iterator of this sampler begins; the loader's own iterators ignore it."""
+        """Choose the epoch of this sampler's next iterator. The loader's own iterators ignore it."""
         self.told_epoch = epoch
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is torch's sampler until it is bound to a loader: a run has threads."""
+        """Return the state of a copy, without the engine, which has threads.
+
+        The copy behaves as torch's sampler until it is bound to a loader.
+        """
         return {name: value for name, value in vars(self).items() if name != "run"}
 
 
 class ShuffledOrder(OrderSampler, RandomSampler):
-    """Of a shuffled loader."""
+    """The sampler of a shuffled loader."""
 
 
 class StoredOrder(OrderSampler, torch_data.SequentialSampler):
-    """Of a loader that does not shuffle."""
+    """The sampler of a loader that does not shuffle."""
 
 
 class OrderIterator(Iterator[int]):
-    """Record numbers of one epoch, of this rank. The epoch begins with the first number, as torch's samplers draw."""
+    """This rank's record numbers of one epoch, which begins with the first number: torch's samplers draw then."""
 
     def __init__(self, sampler: OrderSampler, run: NativeRun) -> None:
         self._sampler = sampler
@@ -84,12 +88,12 @@ class OrderIterator(Iterator[int]):
         return number
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the epoch's order, once it has begun, and how many numbers were given."""
+        """Return plain values: the epoch's order, once it has begun, and how many numbers were returned."""
         order = None if self._begun is None else self._begun.to_dict()
         return {_YIELDED: self._n_yielded, _ORDER: order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the epoch of a state."""
+        """Continue in the epoch of a state."""
         self._n_yielded = 0
         if state[_ORDER] is not None:
             numbers = self._begin(RunState.from_dict(state[_ORDER]))

@@ -1,7 +1,7 @@
-"""One epoch's way from windows to batches: a planner thread, threads that wait and decode, and the ring that gathers.
+"""The pipeline of one epoch, from windows to batches: a planner thread, load threads and the gather ring.
 
-The planner (Python) brings windows into memory and pushes their rows to the ring (C threads), which gathers batches
-ahead of the consumer. A window is dropped when its last batch was taken, and only then the next but one is loaded: two
+The planner (Python) loads windows and pushes their rows to the ring (C threads), which gathers batches ahead of the
+consumer. A window is dropped when its last batch was taken; only then the window after the next is loaded. So two
 windows of each stream are in memory at a time.
 """
 
@@ -50,15 +50,14 @@ if TYPE_CHECKING:
     from tiercache.load.window import Loaded
     from tiercache.stats import Counters, Waits
 
-# Batches ahead: more hide longer stalls of the consumer. But what is ahead should still be in the processor's last
-# cache (32 MiB here, which the records pass through as well) when it is read, with what the consumer has of it. As a
-# large batch is gathered by all threads together, two ahead keep them busy: batches of 5 MiB came at 1.05 times the
-# speed of three ahead, those of 3 MiB at the same, with less processor time; those of 128 KiB came at 1,600 thousand
-# samples/s with 4 ahead and 2,900 with 32.
+# Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
+# last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather
+# a large batch together, so two ahead keep them busy. Measured: batches of 5 MiB came 1.05 times as fast with two ahead
+# as with three; batches of 128 KiB came at 1,600 thousand samples/s with 4 ahead and at 2,900 with 32.
 MAX_DEPTH, MIN_DEPTH = 32, 2
 CACHE_BYTES = 8 << 20
-# A planner that reads footers when the pipeline is closed is not waited for any longer: it ends by itself. At the end
-# of an epoch it makes the next one ready, which the next one's planner waits for, and its consumer need not.
+# Closing waits this long for a planner that reads footers, which then ends by itself. At the end of an epoch the
+# planner prepares the next epoch: the next planner waits for that, but the consumer does not.
 PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
 
 _is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
@@ -67,7 +66,11 @@ _live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a pipeline may use: threads that gather, bytes of batches ahead, bytes of memory for the whole process."""
+    """Limits of a pipeline.
+
+    n_threads: Number of gather threads; memory_bytes: memory of batches gathered ahead; limit_bytes: memory limit of
+    the whole process.
+    """
 
     n_threads: int
     memory_bytes: int
@@ -76,12 +79,21 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a pipeline does: a rank's share of an epoch of a source, and how columns are served.
+    """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
-    first_batch: of the share, from which on it is served; memory: for decoded batches; fittings: for the next epoch's
-    pipeline; both kept from epoch to epoch by whoever begins the epochs; said: what the run has warned of; begun: how
-    this epoch begins, if the one before makes that ready; coming: the epoch that may follow; damage: what is passed by,
-    None: damage is an error; publishing: the epoch's plan, None: nobody knows what comes.
+    Attributes:
+        source: Source that is read.
+        share: The rank's share of the epoch.
+        counters, waits: Counters of the loader, and its consumer's waiting times.
+        first_batch: First batch of the share that is served.
+        serving: How the columns are served.
+        memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
+        fittings: Cache of what the pipelines of a run have in common; the engine keeps it from epoch to epoch.
+        said: Keys of the warnings that the run has given.
+        begun: The prepared start of this epoch, if the epoch before prepared one.
+        coming: The epoch that may follow.
+        damage: Corrupt records that are replaced. None: corrupt data is an error.
+        publishing: Publisher of the epoch's read plan. None: a sampler decides the order, so there is no plan.
     """
 
     source: Source
@@ -100,10 +112,10 @@ class Work:
 
 
 class Pipeline:
-    """Batches of one epoch, in order.
+    """The batches of one epoch, in order.
 
-    All methods may be called from any thread: `take` holds a lock, and `close` lets go of the windows under it. Closing
-    happens by itself at the end, at an error, when the last reference goes, and at interpreter exit.
+    All methods may be called from any thread. `take` holds a lock, and `close` drops the windows under it. The pipeline
+    closes itself at the end of the epoch, at an error, when its last reference is dropped, and at interpreter exit.
     """
 
     def __init__(self, work: Work, resources: Resources) -> None:
@@ -125,9 +137,11 @@ class Pipeline:
         threads = Threads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
-        self._waited: deque[Slot | int] = deque(maxlen=1)  # as well: there for a moment, longer where Ctrl-C struck
+        # also taken from the ring; empty again at once, unless Ctrl-C struck
+        self._waited: deque[Slot | int] = deque(maxlen=1)
         self._n_skipped = 0
-        self.replaced: dict[int, Place] = {}  # rows of the batch that take() gave last, and what stands there
+        # replaced rows of the batch that take() returned last, and the locations of their replacements
+        self.replaced: dict[int, Place] = {}
         self._pid = os.getpid()
         self._is_closed = False
         self._taking = threading.RLock()
@@ -135,8 +149,8 @@ class Pipeline:
         self._taker = Taker(
             self._ring, self._assembler.entries, self._shared.pieces, odd, self._taking, work.waits.bins
         )
-        self.damaged_shard: int | None = None  # which one take() found damaged, once it raised CorruptShard
-        # The thread holds no reference to this object, so that dropping the last one outside closes it.
+        self.damaged_shard: int | None = None  # the shard that take() found corrupt before it raised CorruptShard
+        # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
             target=plan, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
@@ -144,15 +158,16 @@ class Pipeline:
         self._planner.start()
 
     def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """The next batch; None at the end of the epoch.
+        """Return the next batch; None at the end of the epoch.
 
         Raises:
-            TierCacheError: a shard is corrupt, a store failed; each batch before it was served.
-            Exception: whatever else made the planner fail, as it was raised.
-            TimeoutError: timeout_s (negative: none) passed.
-            RuntimeError: closed, or called in a forked child.
+            TierCacheError: A shard is corrupt or a store failed; all batches before it were served.
+            Exception: Any other error of the planner, as it was raised.
+            TimeoutError: timeout_s passed; a negative value waits without a limit.
+            RuntimeError: The pipeline is closed, or a forked child called.
         """
-        if self.inherited:  # the lock may have been another thread's, which is not here to give it back
+        # Another thread of the parent may have held the lock, and that thread does not exist in the child.
+        if self.inherited:
             self._stop(CLOSED, timeout_s)
             return None
         with self._taking:
@@ -160,49 +175,52 @@ class Pipeline:
 
     @property
     def take_ready(self) -> Callable[[], Batch | None] | None:
-        """Gives the next batch if it is ready and there is nothing unusual about it; None: take() knows.
+        """Function that returns the next batch if it is ready and an ordinary one; None: call take().
 
-        What take() does for most batches, in one native call: that takes the consumer's thread 1 us less here, and 2
-        where reading the last batch has pushed interpreter and objects out of the processor's first cache. Where it
-        raises MemoryError, or RuntimeError, torch's, a batch is lost: close the pipeline.
+        It does the work of take() in one native call, which saves the consumer's thread 1 us here, and 2 us if the last
+        batch has evicted the interpreter from the processor's first-level cache. If it raises MemoryError or torch's
+        RuntimeError, a batch is lost: close the pipeline.
         """
         return self._taker.take_ready if self._assembler.is_native else None
 
     def close(self) -> None:
-        """End threads and give windows back; batches that were taken stay good. Repeatable.
+        """End the threads and drop the windows; batches that were taken stay valid. May be called repeatedly.
 
-        A read that is under way at a store ends by itself, later. Nothing is done in a forked child, where no thread
-        is left and any lock may be held for ever.
+        A read from a store that is under way ends by itself later. In a forked child close() does nothing: the child
+        has no such threads, and any lock may be held for ever.
         """
         if self._is_closed or self.inherited:
             return
-        with contextlib.suppress(InvalidStateError):  # done before
+        with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
-            self._work.share.close()  # once: when this is dropped, another pipeline may have gone on with the share
+            self._work.share.close()  # Only once: when this pipeline is dropped, another pipeline may use the share.
         self._ring.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
             self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
-        with self._taking:  # the lists of a batch are filled from the windows
+        with self._taking:  # take() fills a batch's lists from the windows under this lock.
             self._ahead.clear()
             self._waited.clear()
             self._ring.forget()
             self._shared.pieces.clear()
         _live.discard(self)
-        self._is_closed = not self._planner.is_alive()  # one that ends later may leave something to be dropped
+        self._is_closed = not self._planner.is_alive()  # A planner that ends later may leave something to drop.
 
     @property
     def n_taken(self) -> int:
-        """Batches of the share before the next one that take() gives: of one that Ctrl-C lost, only the ring knows."""
+        """Number of the next batch that take() returns, counted in the share.
+
+        The ring counts a batch that Ctrl-C lost; no other counter does.
+        """
         return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     @property
     def inherited(self) -> bool:
-        """Whether this is a forked child's copy: without threads, good for nothing."""
+        """Whether this is a forked child's copy, which has no threads and cannot be used."""
         return self._pid != os.getpid()
 
     def figures(self) -> dict[str, float]:
-        """samples, batches, bytes_served and skipped (records replaced) of take(); gather_ns of all threads."""
+        """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads."""
         ring = self._ring.figures()
         return {
             "samples": self._taker.samples,
@@ -213,7 +231,7 @@ class Pipeline:
         }
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        # While the interpreter exits, module globals may be None already; atexit has closed what is live.
+        # During interpreter exit, module globals may be None; atexit has closed all live pipelines before.
         if not is_exiting() and hasattr(self, "_planner"):
             self.close()
 
@@ -232,7 +250,7 @@ class Pipeline:
             batch = self._assembler.batch(slot)
         except (OSError, BadValueError) as error:
             raise self._failed(error) from error
-        except (MemoryError, RuntimeError):  # the second is torch's
+        except (MemoryError, RuntimeError):  # torch raises RuntimeError
             self._lose()
             raise
         if self._assembler.object_columns:
@@ -243,14 +261,14 @@ class Pipeline:
         return batch
 
     def _lose(self) -> None:
-        """End: a batch is lost, and going on would serve the next one as if nothing had been."""
+        """Close the pipeline after a batch was lost: the next batch must not be served in its place."""
         self.close()
 
     def _replaced(self, start: int, stop: int) -> dict[int, Place]:
-        """Which rows of the sequence were replaced, counted from the first of these, and by which record."""
+        """Return the replaced rows of [start, stop) of the sequence, counted from `start`, and their replacements."""
         found: dict[int, Place] = {}
         mended = self._shared.mended
-        for first, piece in list(mended):  # the planner appends at any time
+        for first, piece in list(mended):  # the planner may append at any time
             rows = piece.replaced[np.searchsorted(piece.replaced, start - first) :]
             rows = rows[: np.searchsorted(rows, stop - first)]
             found.update((first + row - start, piece.place(row)) for row in rows.tolist())
@@ -259,7 +277,7 @@ class Pipeline:
         return found
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
-        """The next slot of the ring, or a status."""
+        """Return the next slot of the ring, or a status."""
         if not self._waited:
             slot = self._ring.take(0.0)
             if not isinstance(slot, int):
@@ -267,14 +285,18 @@ class Pipeline:
                 return slot
             start_s = time.perf_counter()
             try:
-                # In C from the ring into the deque: Ctrl-C in the wait is heard after it, and loses no batch.
+                # C code moves the slot from the ring into the deque: Ctrl-C during the wait is raised after it and
+                # loses no batch.
                 self._waited.extend(map(self._ring.take, (timeout_s,)))
             finally:
                 self._work.waits.add(time.perf_counter() - start_s)
         return self._waited.popleft()
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
-        """As _next_slot. While the consumer reads this batch, threads fill the lists of the next one."""
+        """Return the next slot, or a status. See _next_slot.
+
+        While the consumer reads this slot's batch, threads fill the lists of the slot after it.
+        """
         found: Slot | int | Exception
         if self._ahead:
             self._work.waits.add_none()
@@ -285,16 +307,17 @@ class Pipeline:
             try:
                 raise found
             finally:
-                del found  # kept, it would be a cycle by its traceback
+                del found  # its traceback would form a reference cycle
         if not isinstance(found, int) and 2 * found.n_bytes <= self._memory_bytes:
             try:
-                # In C from the ring into the deque, and only then begun, or when its lists are asked for: Ctrl-C here
-                # loses the batch before this one, which was taken, and not this one too.
+                # C code moves the slot into the deque, and its lists are begun only then, or when they are asked for:
+                # Ctrl-C here loses only the batch before this one, which was taken.
                 self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
                 for coming in filter(_is_slot, tuple(self._ahead)):
                     self._started(coming)
             except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
-                # In its place in the order, for the slot if that came; its frames would hold this pipeline.
+                # It is raised at the slot's place in the order, if that slot arrived. Its frames would hold this
+                # pipeline.
                 self._ahead.append(error.with_traceback(None))
         return found
 
@@ -305,20 +328,21 @@ class Pipeline:
         return slot
 
     def _stop(self, status: int, timeout_s: float) -> None:
-        if status == END or (status == CLOSED and self._shared.ended):  # again, where Ctrl-C struck before it was heard
+        """Raise the error that a status stands for; return at the end of the epoch."""
+        if status == END or (status == CLOSED and self._shared.ended):  # again, if Ctrl-C came before
             self._shared.ended = True
             self.close()
             return
         if status == FAILED and self._shared.error is not None:
-            error, self._shared.error = self._shared.error, None  # kept, it would be a cycle by its traceback
+            error, self._shared.error = self._shared.error, None  # its traceback would form a reference cycle
             self.close()
             raise error
-        if status in (CLOSED, FAILED):  # FAILED without an error: the planner heard of close() before the ring did
+        if status in (CLOSED, FAILED):  # FAILED without an error: the planner saw close() before the ring did.
             raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
         raise TimeoutError(f"no batch within {timeout_s} s")
 
     def _with_objects(self, batch: Batch, slot: Slot) -> Batch:
-        """The batch with its ARROW columns, in the schema's order."""
+        """Return the batch with its ARROW columns, in the schema's order."""
         places = list(self._places(slot.first_row, slot.first_row + slot.n_rows))
         for name, index in self._assembler.object_columns:
             values = [_value(loaded, block, row, index) for loaded, block, row in places]
@@ -328,8 +352,8 @@ class Pipeline:
         return {name: batch[name] for name in self._assembler.order}
 
     def _places(self, start: int, stop: int) -> Any:
-        """(window, block in it, row in the block) of rows [start, stop) of the sequence."""
-        for end, pushed in list(self._shared.pieces):  # the planner appends at any time
+        """Yield (window, block in it, row in the block) of the rows [start, stop) of the sequence."""
+        for end, pushed in list(self._shared.pieces):  # the planner may append at any time
             first = end - pushed.n_rows
             lo, hi = max(start, first), min(stop, end)
             if lo < hi:
@@ -342,12 +366,12 @@ class Pipeline:
         return found
 
     def _explain(self, error: OSError | ValueError) -> TierCacheError:
-        """The block that could not be read, found by reading the batch's rows one by one."""
+        """Return the error of the first block that cannot be read, found by reading the batch's rows one by one."""
         text = str(error.strerror if isinstance(error, OSError) else error)
         source = self._work.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
-        # More than this one, where Ctrl-C lost some: they were taken, and never counted.
+        # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
         stop = self._taker.rows + (1 + n_uncounted) * self._work.share.batch_size
         served = served_columns(source.schema, self._work.serving.cast if isinstance(error, gather.CastError) else {})
@@ -355,7 +379,7 @@ class Pipeline:
             misfit = bad_cast(source.schema, served, loaded, block, row) if served else None
             if misfit is not None:
                 return misfit
-            loaded.held[loaded.holder[block]].forget_checks()  # the file may have been damaged since
+            loaded.held[loaded.holder[block]].forget_checks()  # the file may have been corrupted since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
                 check = None if checks is None else checks[number]
@@ -378,20 +402,21 @@ class Pipeline:
 
 
 def _value(loaded: Loaded, block: int, row: int, index: int) -> object:
-    """As Loaded.value."""
+    """See Loaded.value."""
     try:
         return loaded.value(block, row, index)
-    except CorruptShard as error:  # Arrow looks at a column of a block as a whole
+    except CorruptShard as error:  # Arrow checks a column of a block as a whole.
         error.facts["place"] = *_stored_place(loaded, block, row)[:2], None
         raise
 
 
 def _stored_place(loaded: Loaded, block: int, row: int) -> Place:
+    """Return the location of a row as it is stored."""
     return int(loaded.window.shards[block]), int(loaded.window.blocks[block]), row
 
 
 def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None], block: int, row: int) -> str | None:
-    """What is wrong with one row of a stream (kind, width, addresses, checks), None if it can be served."""
+    """Return the fault in one row of a stream (kind, width, addresses, checks); None if the row can be served."""
     kind, width, addresses, _ = stream
     place = (np.array([block], np.uint32), np.array([row], np.uint32))
     try:
@@ -408,12 +433,12 @@ def _fault(stream: tuple[int, int, NDArray[np.uint64], NDArray[np.uint64] | None
 
 
 def _depth(batch_bytes: int, memory_bytes: int) -> int:
-    """How many batches to gather ahead."""
+    """Return how many batches to gather ahead."""
     return max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, memory_bytes) // max(batch_bytes, 1)))
 
 
 @atexit.register
 def _close_all() -> None:
-    # Planner threads are daemons: left running, they would wake in a half-dead interpreter.
+    # Planner threads are daemons: if they ran on, they would wake while the interpreter exits.
     for pipeline in list(_live):
         pipeline.close()

@@ -1,4 +1,4 @@
-"""What a rank is served of each stretch of its streams: pure, from the order and the rank's share to pieces of rows."""
+"""The pieces that a rank is served: a pure function of the order and of the rank's share."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ if TYPE_CHECKING:
 
     from tiercache.order import Order, RankPlan, Stretch
 
-# Numbers that rise. A rank alone is served all positions: as arrays they took a third of the planner's time.
+# Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
+# planner's time.
 _Rising: TypeAlias = range | NDArray[np.int64]
 
-# A window is handed on in pieces, the first one small and each four times the one before: the rows of a window of 10^8
-# records take seconds to compute (80 ns each), the first batch must not; and a piece is computed in about the time in
-# which the fastest consumers are served the one before.
+# A window is served in pieces. The first piece is small, and each piece has four times the rows of the one before:
+# computing the rows of a window of 10^8 records takes seconds (80 ns each), and the first batch must not wait for that.
+# A piece is computed in about the time in which the fastest consumers take the piece before.
 FIRST_PIECE_ROWS = 1 << 15
 PIECE_ROWS = MOST_ROWS
-# Rows that are a run are not computed before they are gathered. But a piece is also what the planner has 0.4 ms of
-# Python for, while the consumer waits, and what the cache and the next epoch hear of how far this one is.
+# The rows of a run are not computed before they are gathered, so its pieces may be larger. But each piece takes 0.4 ms
+# of the planner's Python while the consumer waits, and the cache and the next epoch learn only per piece how far this
+# epoch is.
 RUN_ROWS = 4 * PIECE_ROWS
-# Asking a stretch for a run of rows takes 2.6 us, and a row 14 to 80 ns: runs that lie further apart than so many rows
-# are asked for one by one. Of 4 ranks on one stream a row costs 25 ns so (batches of 256), and 66 where all that lies
-# between is computed (batches of 8).
+# A call for a run of rows takes 2.6 us, and a row takes 14 to 80 ns. So runs that are further apart than this number of
+# rows are computed one by one. With 4 ranks on one stream a row then takes 25 ns (batches of 256), and 66 ns if all
+# rows between are computed as well (batches of 8).
 _CALL_ROWS = 128
-# A rank that takes fewer rows of a stretch than so many times its blocks leaves one block in seven (e^-2) untouched:
-# it is worth while to find out which. But not to look through more positions than this (10 ms).
+# A rank that takes fewer rows of a segment than this number times its blocks leaves one block in seven (e^-2)
+# untouched, so it pays to find the blocks that are needed. Looking through more positions than the second number would
+# take more than 10 ms.
 _SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lot:
-    """Rows of a piece that lie in one stretch: where they stand in the piece (None: they are all), where they lie.
+    """Rows of a piece that lie in one segment: their indices in the piece (None: all rows) and their positions.
 
-    at: positions in the stream, rising; first_blocks: the number in the piece of each window's first block.
+    at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
     """
 
     stretch: Stretch
@@ -51,18 +54,19 @@ class _Lot:
 
     @property
     def run(self) -> RowRun | None:
-        """All rows as a run of the piece's first window, if that is what they are."""
+        """The rows as a run of the piece's first window; None if they are not one."""
         if self.places is not None or not isinstance(self.at, range) or not isinstance(self.stretch, Window):
             return None
         first = self.at.start - self.stretch.start
         return self.stretch.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
 
     def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Where the rows lie: block, counted as in the piece, and row. There are some."""
+        """Return block (numbered as in the piece) and row of each row. There must be at least one row."""
         block, row = _rows_at(self.stretch, self.at)
         counts = [len(window.blocks) for window in self.stretch.windows]
         first = self.first_blocks[0]
-        if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):  # as in the stretch, but for a number
+        # numbered as in the segment, plus a constant
+        if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):
             if first:
                 np.add(block, np.uint32(first), out=block)
             return block, row
@@ -72,14 +76,14 @@ class _Lot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows in served order, over which the windows of the rank's streams do not change. Immutable.
+    """Rows in served order during which the windows of the rank's streams do not change. Immutable.
 
     Attributes:
-        windows: of one or several streams, each once (streams of a mixture share those of a small part). Those that
-            later pieces go on with stand here too, so that a window is in all pieces from its first row's to its last
-            row's, as the same object.
-        n_rows: of the piece.
-        wanted: bool[n_blocks] for each window: the blocks that the pieces of the window need, this one or later ones.
+        windows: Windows of one or several streams, each once (streams of a mixture share the windows of a small part).
+            A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
+            no row of it.
+        n_rows: Number of rows.
+        wanted: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
     windows: tuple[Window, ...]
@@ -90,20 +94,20 @@ class Piece:
 
     @property
     def batch_rows(self) -> NDArray[np.uint32] | None:
-        """None: all batches have the loader's size. Those of a sampler (load/feed.py) say how many rows each has."""
+        """None: all batches have the loader's size. The pieces of a sampler (load/feed.py) state each batch's rows."""
         return None
 
     @property
     def run(self) -> RowRun | None:
-        """The rows as a run of the first window, if they are one, which costs nothing however many they are."""
+        """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
         return self._lots[0].run if len(self._lots) == 1 else None
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Where the rows lie; computed when asked for the first time, and kept. Not to be written to.
+        """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
 
         Returns:
-            block: uint32[n_rows], counted through the blocks of the windows one after the other; row: uint32[n_rows],
-            the row inside its block.
+            block: uint32[n_rows], numbered through the blocks of all windows; row: uint32[n_rows], the row inside its
+            block.
         """
         if not self._found:
             self._found.append(self._find())
@@ -128,7 +132,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PieceRows:
-    """How many rows pieces have at most: the first one, later ones, and those of them whose rows are a run."""
+    """Maximum rows of the first piece, of later pieces, and of later pieces whose rows are a run."""
 
     first: int = FIRST_PIECE_ROWS
     most: int = PIECE_ROWS
@@ -139,11 +143,11 @@ ARRAYS, RUNS = PieceRows(), PieceRows(run=RUN_ROWS)
 
 
 def pieces(order: Order, ranks: RankPlan, sizes: PieceRows = ARRAYS) -> Iterator[Piece]:
-    """What the rank is served from its offset to the end of the epoch, in order, padding last.
+    """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
-    A piece ends where a window of one of its streams ends, or at its size, whatever the batches: each is up to four
-    times as large as the one before. Pieces need footers when they are made (`Order.stretch_at`), and what that raises
-    passes through.
+    A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
+    maximum is four times as large for each next piece. Making a piece may read footers (`Order.stretch_at`); their
+    errors pass through.
     """
     cutter = _Cutter(order, ranks)
     full_stop = ranks.n_full * ranks.batch_size
@@ -154,14 +158,15 @@ def pieces(order: Order, ranks: RankPlan, sizes: PieceRows = ARRAYS) -> Iterator
         if n_rows > sizes.most and not cutter.is_run(ranks.run_between(row, stop)):
             stop = min(row + sizes.most, limit)
         if row == full_stop and ranks.padded:
-            cutter = _Cutter(order, ranks)  # the record lies behind: what is held does not count as needed from there
+            # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
+            cutter = _Cutter(order, ranks)
         yield from cutter.cut(ranks.rising_between(row, stop), is_last=stop == ranks.n_served)
         row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
 
 @dataclass(slots=True)
 class _Lane:
-    """What some rows take of one stream. places: of the rows, among all; at: positions in the stream; both rise."""
+    """The rows that a rank takes from one stream: indices among all rows, and positions in the stream; both rise."""
 
     stream: int
     places: _Rising
@@ -170,7 +175,7 @@ class _Lane:
 
 
 class _Cutter:
-    """Cuts runs of a rank's rows where stretches end. Keeps each stream's stretch as long as it is in use."""
+    """Cuts a rank's rows where segments end. It holds each stream's segment as long as it is in use."""
 
     def __init__(self, order: Order, ranks: RankPlan) -> None:
         self._order = order
@@ -178,21 +183,24 @@ class _Cutter:
         self._held: dict[int, tuple[Stretch, tuple[NDArray[np.bool_], ...]]] = {}
 
     def is_run(self, positions: range | None) -> bool:
-        """Whether rows are runs of windows. positions: if they follow one another in one stream; None: they do not."""
+        """Whether the rows are runs of windows. positions: consecutive positions of one stream; None: they are not."""
         if positions is None:
             return False
         (lane,) = _lanes(positions, self._order.n_streams)
         return isinstance(self._order.stretch_at(lane.stream, int(lane.at[0])), Window)
 
     def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
-        """positions: n of them, of rows one after the other; is_last: whether they are the last ones."""
+        """Yield the pieces of consecutive rows.
+
+        positions: Position of each row; is_last: whether no rows follow.
+        """
         lanes = _lanes(positions, self._order.n_streams)
         start, n = 0, len(positions)
         last_position = None if is_last else int(positions[-1])
         self._let_go(lanes, last_position)
         while start < n:
             stop = n
-            # By their next rows: then a stretch is not looked for before a row of it is in the piece.
+            # Sorted by their next row, so that a segment is not computed before a row of it is in the piece.
             going = [lane for lane in lanes if lane.n_cut < len(lane.at)]
             for lane in sorted(going, key=lambda lane: lane.places[lane.n_cut]):
                 if lane.places[lane.n_cut] < stop:
@@ -204,7 +212,7 @@ class _Cutter:
             self._let_go(lanes, last_position)
 
     def _hold(self, lane: _Lane, is_last: bool) -> int:
-        """Hold the stretch of the lane's next row; the number of the lane's first row that lies behind it."""
+        """Hold the segment of the stream's next row; return the index of the stream's first row behind the segment."""
         position = int(lane.at[lane.n_cut])
         held = self._held.get(lane.stream)
         stretch = held[0] if held else None
@@ -215,9 +223,9 @@ class _Cutter:
         return _n_before(lane.at, stretch.stop)
 
     def _piece(self, lanes: list[_Lane], start: int, stop: int) -> Piece:
-        """The piece of rows [start, stop), which are cut off their lanes."""
+        """Return the piece of the rows [start, stop) and advance the streams."""
         lots: list[_Lot] = []
-        wanted: dict[Window, NDArray[np.bool_]] = {}  # with equal blocks, where streams share a window
+        wanted: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
         first_blocks: dict[Window, int] = {}
         n_blocks = 0
         by_stream = {lane.stream: lane for lane in lanes}
@@ -239,7 +247,7 @@ class _Cutter:
         return Piece(tuple(wanted), stop - start, tuple(wanted.values()), tuple(lots))
 
     def _let_go(self, lanes: list[_Lane], last_position: int | None) -> None:
-        """Let go of stretches that are served. last_position: of all lanes, if other rows follow; None: they do not."""
+        """Drop segments that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
         by_stream = {lane.stream: lane for lane in lanes}
         for stream, (stretch, _) in list(self._held.items()):
             lane = by_stream.get(stream)
@@ -254,9 +262,9 @@ class _Cutter:
     def _wanted(
         self, stream: int, stretch: Stretch, position: int, rest: _Rising | None
     ) -> tuple[NDArray[np.bool_], ...]:
-        """The blocks of a stretch that the rank needs from a position on. rest: its rows there, if they are known."""
+        """Return the blocks of a segment that the rank needs from a position on. rest: its rows there, if known."""
         window = stretch.windows[0]
-        if window is not stretch:  # a mixture's: stretches that follow go on with its windows, and need other blocks
+        if window is not stretch:  # A mixture's later segments use the same windows and need other blocks of them.
             return tuple(np.ones(len(window.blocks), np.bool_) for window in stretch.windows)
         n_blocks, n_left, ranks = len(window.blocks), stretch.stop - position, self._ranks
         sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
@@ -267,7 +275,7 @@ class _Cutter:
                 rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
             found = np.zeros(n_blocks, np.bool_)
             found[_rows_at(stretch, rest)[0]] = True
-        elif window.key is None and isinstance(window, Window):  # what lies behind is not needed
+        elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
             found = window.first[1:] > position - window.start
         else:
             found = np.ones(n_blocks, np.bool_)
@@ -275,14 +283,14 @@ class _Cutter:
 
 
 def _n_before(rising: _Rising, value: int) -> int:
-    """How many numbers are smaller than value."""
+    """Return how many of the rising numbers are smaller than value."""
     if isinstance(rising, range):
         return min(max(value - rising.start, 0), len(rising))
     return int(np.searchsorted(rising, value))
 
 
 def _lanes(positions: _Rising, n_streams: int) -> list[_Lane]:
-    """Rows at these positions by stream."""
+    """Group rows at these positions by stream."""
     n = len(positions)
     if n_streams == 1:
         return [_Lane(0, range(n), positions)]
@@ -301,7 +309,7 @@ def _lanes(positions: _Rising, n_streams: int) -> list[_Lane]:
 
 
 def _rows_at(stretch: Stretch, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Places of positions of a stream that rise: those between them are skipped where they are many."""
+    """Return block and row of rising positions of a stream; skips large gaps between them."""
     first, n = int(at[0]) - stretch.start, len(at)
     n_spanned = int(at[-1] - at[0]) + 1
     if isinstance(at, range) or n_spanned == n:

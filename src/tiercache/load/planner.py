@@ -1,7 +1,7 @@
-"""The planner: brings windows into memory and pushes their rows to the ring, as long as an epoch has any.
+"""The planner thread: it loads windows and pushes their rows to the ring until the epoch ends.
 
-A thread of its own, which goes at most one piece ahead of the one that is served. What has to be read or decoded for a
-piece is begun before the piece's rows are computed, so that neither waits for the other.
+The planner is at most one piece ahead of the piece that is served. It starts reading and decoding a piece's windows
+before it computes the piece's rows, so that the two overlap.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
     from tiercache.load.window import Threads
     from tiercache.order import Window
 
-# Where rows lie: a run that is found as it is gathered, or block and row, uint32[n] each.
+# Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
 Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
-# What is brought near ahead of the windows, in shards of the largest size: fetches overlap with reading, the cache
-# stays free for the rest.
+# Bytes to prefetch ahead of the windows, in shards of the largest size: fetches overlap with reading, and the rest of
+# the cache stays free.
 SHARDS_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pushed:
-    """Rows that the ring has: a run of the first window, or block (through the windows' blocks) and row, uint32[n]."""
+    """Rows that the ring has: a run of the first window, or block (numbered through the windows) and row, uint32[n]."""
 
     rows: Rows
     joined: Joined
 
     @property
     def n_rows(self) -> int:
-        """Of them."""
+        """Number of rows."""
         return self.rows.n_rows if isinstance(self.rows, RowRun) else len(self.rows[1])
 
     def places(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Block and row of the rows [lo, hi)."""
+        """Return block and row of the rows [lo, hi)."""
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 
     def as_plan(self, forms: NDArray[np.uint64] | None) -> Plan:
-        """What the ring takes."""
+        """Return the rows in the form that the ring takes."""
         joined, checks = self.joined, self.joined.checks_for(self.n_rows)
         if isinstance(self.rows, RowRun):
             return Plan.of_run(joined.addresses, self.rows, joined, checks, forms)
@@ -71,12 +71,15 @@ class Pushed:
 
 @dataclass(slots=True)
 class Shared:
-    """What planner and consumer share.
+    """State shared by the planner and the consumer.
 
-    pieces: pushed, oldest first, with the sequence's row after their last; mended: pieces in which records were
-    replaced, with the sequence's row before their first; stop: done when the planner shall end, so
-    that it can be waited for beside a window; ended: the consumer has had the last batch; forms: what lists of bytes
-    may refer to, kept as long as they are filled.
+    Attributes:
+        pieces: Pushed rows, oldest first, with the row of the sequence after their last one.
+        mended: Pieces with replaced records, with the row of the sequence before their first one.
+        error: Error that stopped the planner.
+        stop: Future that is done when the planner must end, so that it can be waited for together with a window.
+        ended: Whether the consumer has taken the last batch.
+        forms: Table of column layouts, kept alive while the ring fills lists of bytes.
     """
 
     pieces: deque[tuple[int, Pushed]] = field(default_factory=deque)
@@ -88,7 +91,7 @@ class Shared:
 
 
 def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
-    """The planner thread: push each piece of the epoch, then make the next epoch's beginning ready."""
+    """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
         if work.publishing is not None and isinstance(work.share, OrderShare):
@@ -96,25 +99,26 @@ def plan(work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
         planner = _Planner(work, ring, shared, threads)
         planner.push_all()
         ring.finish()
-        is_planned = True  # what goes wrong from here on is of the next epoch, and is heard of when that comes
+        is_planned = True  # Later errors concern the next epoch, which raises them itself.
         if work.coming is not None and planner.has_room():
             planner.let_go()
             work.coming.prepare(threads, planner.pressure, planner.ahead_bytes)
-    except CancelledError:  # close() while a window was being loaded
+    except CancelledError:  # close() was called while a window was loaded.
         ring.finish(failed=True)
-    except Exception as error:  # noqa: BLE001 -- a thread's top: the consumer raises it in its place in the order
+    except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place in the order
         if not is_planned and not shared.stop.done():
             shared.error = error
         ring.finish(failed=True)
     finally:
-        if work.begun is not None:  # closed before it was needed, perhaps before it was there
+        # The pipeline was closed before it used the prepared start, which may not be ready yet.
+        if work.begun is not None:
             drop(work.begun)
 
 
 class _Planner:
-    """One epoch's planner: what it holds, and what it has pushed.
+    """The planner of one epoch: the windows that it holds, and the rows that it has pushed.
 
-    ahead_bytes: of shards to be brought near ahead of the windows.
+    ahead_bytes: stored bytes of shards to prefetch ahead of the windows.
     """
 
     def __init__(self, work: Work, ring: Ring, shared: Shared, threads: Threads) -> None:
@@ -122,11 +126,11 @@ class _Planner:
         self._ring = ring
         self._shared = shared
         self._threads = threads
-        self._pushed_rows = self._last_rows = 0  # pushed last
-        self._held: dict[int, Loaded] = {}  # by the window's id: each holds its window
-        self._loading: dict[int, Loading] = {}  # begun by the epoch before
+        self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
+        self._held: dict[int, Loaded] = {}  # by the window's id; each holds its window
+        self._loading: dict[int, Loading] = {}  # started by the epoch before
         self._joined: Joined | None = None
-        self._serving: tuple[Window, ...] = ()  # of what was pushed last
+        self._serving: tuple[Window, ...] = ()  # the windows of the last push
         fitted = work.fittings.of(work.source, work.serving)
         self.ahead_bytes = SHARDS_AHEAD * fitted.largest_bytes
         self._near = Ahead(threads, fitted.stored_bytes)
@@ -134,7 +138,7 @@ class _Planner:
         shared.forms = fitted.forms
 
     def push_all(self) -> None:
-        """Push every piece. Raises CancelledError where the ring is closed meanwhile."""
+        """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
         for piece in self._pieces():
             if piece.batch_rows is not None and not self._ring.push_sizes(piece.batch_rows):
                 raise CancelledError
@@ -150,13 +154,13 @@ class _Planner:
                     self._warn()
 
     def has_room(self) -> bool:
-        """Wait until all but what was pushed last is served. False: closed before the end of the epoch."""
+        """Wait until all rows but those of the last push are served. False: closed before the end of the epoch."""
         has_room = self._ring.wait_room(1)
         self._advance()
         return (has_room or self._shared.ended) and (self._shared.ended or not self._shared.stop.done())
 
     def let_go(self) -> None:
-        """Hold nothing any more: what is not served yet, the ring holds."""
+        """Drop all windows: the ring holds those whose rows are not served yet."""
         self._held.clear()
         self._joined = None
 
@@ -166,7 +170,8 @@ class _Planner:
         if begun is not None:
             self._loading = {id(loading.window): loading for loading in begun.loading}
         found = self._work.share.pieces(self._work.first_batch) if begun is None else begun.pieces
-        if self._shared.stop.done():  # a share that was closed before pieces() was called would wait for ever
+        # If the share was closed before pieces() was called, pieces() would wait for ever.
+        if self._shared.stop.done():
             raise CancelledError
         for piece in found:
             self._count("plan_s", start_s)
@@ -174,12 +179,12 @@ class _Planner:
             start_s = time.perf_counter()
 
     def _push(self, part: Piece | Slice) -> None:
-        """Load what a part needs and is not here, and push its rows."""
+        """Load the windows that a part needs and that are missing, and push its rows."""
         missing = self._let_go_of_others(part)
         rows = None
         if not self._is_work(missing):  # computed while the piece before is served; else while windows are decoded
             rows = self._rows(part)
-        if not self._ring.wait_room(1):  # within a window too: its rows in served order take 8 bytes each
+        if not self._ring.wait_room(1):  # Also within a window: its rows in served order take 8 bytes each.
             raise CancelledError
         self._advance()
         start_s = time.perf_counter()
@@ -190,7 +195,7 @@ class _Planner:
         start_s = time.perf_counter()
         new = self._finish(loading)
         joined = self._join(part)
-        # Near before a row of it is asked for, while the window before is served.
+        # Prefetch its pages before a row of it is requested, while the window before is served.
         is_first, serving = not self._pushed_rows, (*self._serving, *part.windows)
         for read in self._near.bring_near(new, serving) if not is_first else ():
             self._threads.result(read)
@@ -201,19 +206,19 @@ class _Planner:
         self._shared.pieces.append((self._pushed_rows, pushed))
         if not self._ring.push(pushed.as_plan(self._shared.forms)):
             raise CancelledError
-        if is_first:  # the first batch does not wait for its whole window
+        if is_first:  # The first batch does not wait for its whole window.
             self._near.bring_near(new, serving, is_served=True)
             if self._work.publishing is not None:
                 self._work.publishing.complete()
         self._serving = part.windows
 
     def _advance(self) -> None:
-        """All but what was pushed last is served: the cache may take back what was read for it."""
+        """Tell the cache that all rows but those of the last push are served, so that it may evict their shards."""
         if self._work.publishing is not None:
             self._work.publishing.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
     def _let_go_of_others(self, part: Piece | Slice) -> list[tuple[Window, NDArray[np.bool_]]]:
-        """Hold only what the part needs, before more is loaded: its memory may be needed. What is missing."""
+        """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
         kept: dict[int, Loaded] = {}
         missing = []
         for window, wanted in zip(part.windows, part.wanted, strict=True):
@@ -229,7 +234,8 @@ class _Planner:
 
     def _is_work(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> bool:
         is_at_hand = self._work.source.is_at_hand
-        missing = [pair for pair in missing if id(pair[0]) not in self._loading]  # what is work of those is under way
+        # their reading and decoding is under way
+        missing = [pair for pair in missing if id(pair[0]) not in self._loading]
         return any(not is_at_hand(shard) for window, wanted in missing for shard in set(window.shards[wanted].tolist()))
 
     def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[Loading]:
@@ -245,11 +251,11 @@ class _Planner:
         return Loading(self._work.source, window, wanted, self._threads.executor, self._threads.n_threads)
 
     def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
-        """Have shards brought near: those of the windows first, what comes after must not be fetched before them."""
+        """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
         work = self._work
         own = interleaved([list(dict.fromkeys(window.shards[wanted].tolist())) for window, wanted in missing])
         ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
-        # Towards the end of an epoch the next one's begin is what comes then.
+        # Near the end of an epoch the shards of the next epoch come next.
         if work.coming is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
             ahead += work.coming.shards_ahead(self.ahead_bytes)
         work.source.prefetch([*dict.fromkeys([*own, *ahead])])
@@ -274,7 +280,7 @@ class _Planner:
         return self._joined
 
     def _rows(self, part: Piece | Slice) -> Rows:
-        """The part's rows, as they are stored."""
+        """Return the part's rows as they are stored."""
         run = part.run if self._work.source.is_whole else None
         if run is not None:
             return run
@@ -292,6 +298,6 @@ class _Planner:
         self._work.counters.add(name, time.perf_counter() - start_s)
 
     def _warn(self) -> None:
-        """Say that blocks are read again and again."""
+        """Warn that blocks are read again and again."""
         self._work.said.add("pressure")
         warnings.warn(self.pressure.explain(self._work.source.url), RuntimeWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Windows that do not fit memory: pieces are then served slice by slice, whose blocks are read again and again."""
+"""Memory pressure: a piece whose windows do not fit memory is served in slices, whose blocks are read repeatedly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from tiercache.load.window import Loaded
     from tiercache.order import Window
 
-# Of the memory limit, for windows, two of which are in memory at a time: the rest is the model's and the batches'.
+# Share of the memory limit for windows, two of which are in memory at a time; the rest is for the model and the
+# batches.
 WINDOWS_SHARE = 2
-# Rows that are looked at for one slice: enough to fill any that does not hold its windows whole, quickly looked at.
+# Rows examined for one slice: enough to fill any slice that does not hold its windows whole, and quick to examine.
 LOOK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """Rows of a piece, one after the other, and the blocks that they need. The same attributes as a Piece."""
+    """Consecutive rows of a piece, and the blocks that they need. It has the attributes of a Piece."""
 
     windows: tuple[Window, ...]
     wanted: tuple[NDArray[np.bool_], ...]
@@ -35,27 +36,27 @@ class Slice:
 
     @property
     def run(self) -> None:
-        """Its rows are arrays."""
+        """None: the rows are arrays."""
 
     @property
     def n_rows(self) -> int:
-        """Of the slice."""
+        """Number of rows."""
         return len(self.row)
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """As Piece.rows."""
+        """See Piece.rows."""
         return self.block, self.row
 
 
 class Pressure:
-    """Whether windows fit memory twice: what is being served, and what comes after it. For the planner's thread.
+    """Decides whether windows fit memory twice: the one that is served and the next one. For the planner's thread.
 
-    What is mapped does not count. How much of a window is not mapped is learnt from those that were loaded; before the
-    first, all of it is taken to be decoded.
+    Mapped bytes do not count. The share of a window that is not mapped is learnt from the windows that were loaded;
+    before the first one, all of it counts.
 
     Args:
-        is_at_hand: whether a shard's blocks are mapped as they are.
-        limit_bytes: of memory, for all that the process does.
+        is_at_hand: Function that returns whether a shard's blocks are only mapped.
+        limit_bytes: Memory limit of the whole process.
     """
 
     def __init__(self, is_at_hand: Callable[[int], bool], limit_bytes: int) -> None:
@@ -66,17 +67,17 @@ class Pressure:
 
     @property
     def is_told(self) -> bool:
-        """Whether it is known how much of a window is not mapped."""
+        """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
 
     def learn(self, loaded: Loaded) -> None:
-        """Count what a window took."""
+        """Count the memory that a loaded window takes."""
         here = loaded.holder >= 0
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
         self._private_bytes += loaded.private_bytes
 
     def fits(self, piece: Piece) -> bool:
-        """Whether the piece's windows fit twice."""
+        """Whether the piece's windows fit memory twice."""
         need_bytes = sum(self._decoded_bytes(w, wanted) for w, wanted in zip(piece.windows, piece.wanted, strict=True))
         if need_bytes <= self._room_bytes:
             return True
@@ -84,9 +85,9 @@ class Pressure:
         return False
 
     def slices(self, piece: Piece) -> Iterator[Slice]:
-        """The piece's rows, cut so that the blocks of each slice fit twice, or one block does not.
+        """Yield the piece's rows in slices whose blocks fit memory twice.
 
-        A row is one slice at least: never refused.
+        A slice has at least one row, even if its block does not fit.
         """
         block, row = piece.rows()
         sizes = np.concatenate([window.block_bytes for window in piece.windows])
@@ -97,24 +98,24 @@ class Pressure:
             start = stop
 
     def explain(self, url: str) -> str:
-        """The warning, with its arithmetic."""
+        """Return the text of the warning, with its numbers."""
         return (
-            f"{url}: the windows that are served at a time take {format_bytes(self._need_bytes)} decoded, and two of "
-            f"each do not fit the {format_bytes(2 * self._room_bytes)} that are for them (half of the memory limit): "
-            "blocks are read and decoded again and again, which is slow. More processes or more memory avoid it, or a "
-            "run with a smaller shuffle_window_bytes or fewer streams"
+            f"{url}: the windows that are served together take {format_bytes(self._need_bytes)} when decoded, and two "
+            f"such sets do not fit the {format_bytes(2 * self._room_bytes)} for windows (half of the memory limit), so "
+            "blocks are read and decoded again and again, which is slow. Use more processes or more memory, or start "
+            "a run with a smaller shuffle_window_bytes or fewer streams"
         )
 
     @property
     def _share(self) -> float:
-        """Of a block's raw bytes, what takes memory of its own."""
+        """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
     def _decoded_bytes(self, window: Window, wanted: NDArray[np.bool_]) -> int:
         if not self._share:
             return 0
         whole = self._share * int(window.block_bytes[wanted].sum())
-        if whole <= self._room_bytes // 64:  # asking for each shard would cost more than it tells
+        if whole <= self._room_bytes // 64:  # asking for each shard would cost more than the answer is worth
             return int(whole)
         away = [shard for shard in set(window.shards[wanted].tolist()) if not self._is_at_hand(shard)]
         if not away:
@@ -122,7 +123,7 @@ class Pressure:
         return int(self._share * int(window.block_bytes[wanted & np.isin(window.shards, away)].sum()))
 
     def _fitting(self, block: NDArray[np.uint32], sizes: NDArray[np.int64]) -> int:
-        """How many of the first rows need blocks that fit together."""
+        """Return how many of the first rows need blocks that fit together."""
         blocks, first = np.unique(block, return_index=True)
         turn = np.argsort(first)
         needed = np.cumsum(sizes[blocks[turn]]) * self._share

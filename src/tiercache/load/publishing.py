@@ -1,4 +1,4 @@
-"""Tells the cache when an epoch's shards are read: publishes the plan, keeps its clock, withdraws it."""
+"""The publisher of a read plan: it tells the cache when an epoch's shards are read, and how far the epoch is."""
 
 from __future__ import annotations
 
@@ -25,32 +25,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tiercache")
 
-# A plan of so many shards is named in some 10 ms, before the first is opened, and later epochs are looked at for
-# as long. One of more is made by a thread of its own: of 1,000,000 shards it takes 3 s, in which windows must come.
+# A plan of this many shards is published in some 10 ms, before the first shard is opened, and later epochs are examined
+# in as much time. A thread of its own makes larger plans: 1,000,000 shards take 3 s, in which windows must be loaded.
 QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
 
 
 class Publishing:
-    """The plan of one rank's epoch. Its planner begins, completes and advances it; whoever has the epoch closes it.
+    """Publishes the read plan of one rank's epoch.
 
-    Nothing is computed for a source that no cache is round. A plan that cannot be written is no error: the cache then
-    knows less. Safe from any thread; in a forked child nothing is done.
+    The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
+    computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
+    the methods do nothing.
 
     Args:
-        source: that is read.
-        state: where the epoch begins, or was resumed.
-        plan_epoch: a rank's share of an epoch; holds no loader, which would keep it alive.
+        source: Source that is read.
+        state: State at the start of the epoch, or where it was resumed.
+        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
+            live too long.
     """
 
     def __init__(self, source: Source, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
-        self._lock = threading.RLock()  # closing may come by the collector, in a thread that holds it
+        self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
         self._uses: Uses | None = None
         self._following: Following | None = None
-        self._before: Publishing | None = None  # closed once this one is published
+        self._before: Publishing | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -58,7 +60,7 @@ class Publishing:
     def begin(self, share: OrderShare, n_batches: int = 0) -> None:
         """Publish what is known quickly, before a shard of the share is opened. Only the first call counts.
 
-        n_batches: of the share that are served by now.
+        n_batches: number of batches of the share that were served before.
         """
         if self._share is not None or self._is_closed or not self._source.is_cached:
             return
@@ -67,7 +69,7 @@ class Publishing:
             self._publish(QUICK_SHARDS_AHEAD)
 
     def complete(self) -> None:
-        """Publish all that can be known, once the first batch is on its way. Only the first call counts."""
+        """Publish all that can be known, after the first batch was pushed. Only the first call counts."""
         if self._share is None or self._is_complete or self._is_closed:
             return
         self._is_complete = True
@@ -77,7 +79,7 @@ class Publishing:
             threading.Thread(target=self._publish, args=(MAX_SHARDS_AHEAD,), name="tiercache-plan", daemon=True).start()
 
     def advance(self, n_batches: int, n_rows: int) -> None:
-        """Say that so many batches of the share and then so many rows were served."""
+        """Set the clock to n_batches of the share and then n_rows."""
         uses, share = self._uses, self._share
         if uses is not None and share is not None:
             n_done = min(n_batches + n_rows // share.batch_size, share.n_batches)
@@ -85,12 +87,12 @@ class Publishing:
             self._advance(int(uses.clock.at(position)[0]))
 
     def finish(self) -> None:
-        """Say that the epoch is over: no shard is in use any more, nor what a last batch was dropped of."""
-        if self._uses is not None and self._pid == os.getpid():  # a fork's lock may be held for ever
+        """Set the clock to the end of the epoch: no shard is in use, not even those of a dropped last batch."""
+        if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
     def succeed(self, before: Publishing) -> None:
-        """Close another one as soon as this one is published, or closed."""
+        """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
         with self._lock:
@@ -100,7 +102,7 @@ class Publishing:
         before.close()
 
     def close(self) -> None:
-        """Withdraw the plan. Repeatable."""
+        """Withdraw the plan. May be called repeatedly."""
         if self._pid != os.getpid():
             return
         with self._lock:
@@ -116,7 +118,7 @@ class Publishing:
             self.close()
 
     def _advance(self, clock: int) -> None:
-        with self._lock:  # the planner may still say where it was when the consumer has had the last batch
+        with self._lock:  # The planner may report an older position after the consumer took the last batch.
             if clock > self._clock:
                 self._clock = clock
                 if self._following is not None:
@@ -128,7 +130,8 @@ class Publishing:
             following = self._follow(max_shards)
         except (OSError, TierCacheError) as error:
             logger.debug("the reading plan cannot be published, so the cache does not know what comes: %s", error)
-            following = None  # and the one before goes all the same: it would say for ever what was to come next
+            # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
+            following = None
         with self._lock:
             old, self._following = self._following, following or self._following
             before, self._before = self._before, None
@@ -140,7 +143,7 @@ class Publishing:
             with self._lock:
                 if self._following is not None and self._clock:
                     self._following.advance(self._clock)
-        finally:  # nobody else knows of these any more
+        finally:  # No other object refers to these plans any more.
             for one in over:
                 one.close()
 
@@ -156,19 +159,24 @@ class Publishing:
         looked: list[int] = []
         plan = forecast(owner, self._uses, self._later(looked), n_filled, max_shards)
         self._is_complete = max_shards >= MAX_SHARDS_AHEAD or sum(looked) < max_shards
-        if self._is_closed:  # while this was computed; the cache may be closed too, and would be opened again for it
+        # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
+        if self._is_closed:
             return None
         return source.publish(replace(plan, reader=self._reader(share)))
 
     def _reader(self, share: OrderShare) -> str:
-        """See ReadingPlan: of two ranks one ends first, and the other would have what it kept evicted."""
+        """Return ReadingPlan.reader; "" for a single rank.
+
+        One of several ranks ends its epoch first. The cache remembers what that rank reads next, so that the other
+        ranks do not evict it.
+        """
         ranks, parts = share.ranks, [(part.dataset_id, part.selection) for part in self._source.parts]
         beside = ranks.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run
         return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
 
     def _later(self, looked: list[int]) -> Iterator[OrderShare]:
-        """The rank's shares of the epochs that follow; their costs are put into `looked` as they are asked for."""
+        """Yield the rank's shares of the following epochs; append the cost of each to `looked`."""
         for number in itertools.count(self._state.epoch + 1):
             share = self._plan_epoch(self._state.following(number))
             looked.append(cost_of(share, len(self._source.shard_records)))

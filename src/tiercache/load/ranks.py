@@ -1,4 +1,4 @@
-"""Which share of an epoch this process is served, and what all ranks must agree on."""
+"""The rank of this process, and the values on which all ranks must agree."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Rank:
     """One of world_size processes that share an epoch.
 
     Attributes:
-        origin: who said so.
-        local_ranks: how many share this machine.
+        rank: Number of this process, 0 to world_size - 1.
+        world_size: Number of ranks.
+        origin: Where the rank was read.
+        local_ranks: Number of ranks on this machine.
     """
 
     rank: int
@@ -37,9 +39,10 @@ class Rank:
 
 
 def find_rank(options: LoaderOptions) -> Rank:
-    """This process's rank.
+    """Return this process's rank.
 
-    As given, else torch.distributed's when it is initialised, else its environment's, else alone.
+    The options come first, then torch.distributed if it is initialised, then the environment variables of a launcher.
+    Else the process is the only rank.
     """
     environment = config.distributed_environment()
     local_ranks = environment[3] if environment else 1
@@ -55,19 +58,19 @@ def find_rank(options: LoaderOptions) -> Rank:
 
 
 def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's version of `mine` where torch.distributed joins the ranks, else mine; a collective call.
+    """Return rank 0's values on all ranks that torch.distributed joins, else `mine`; a collective call.
 
     Args:
-        rank: this process's.
-        mine: plain values, of which rank 0's hold for all.
-        alike: plain values that all ranks were given alike.
+        rank: This process's rank.
+        mine: Plain values; those of rank 0 hold for all ranks.
+        alike: Plain values that must be equal on all ranks.
 
     Raises:
-        ValueError: on every rank, where one of `alike` differs on one of them.
+        ValueError: One of `alike` differs on one of the ranks; raised on every rank.
     """
     if rank.origin != "torch.distributed" or rank.world_size == 1:
         return mine
-    # Gathered and not broadcast: every rank sees who differs, so that none goes on to wait for those that raised.
+    # Gathered, not broadcast: every rank sees the difference and raises, so no rank waits for one that raised.
     gathered: list[Any] = [None] * rank.world_size
     dist.all_gather_object(gathered, (mine, alike))
     agreed: dict[str, Any]
@@ -77,21 +80,22 @@ def agree(rank: Rank, mine: dict[str, Any], alike: dict[str, Any]) -> dict[str, 
             if value != first[name]:
                 raise ValueError(
                     f"{name}={value!r} on rank {other} differs from rank 0's {first[name]!r}: all ranks that share an "
-                    "epoch need the same"
+                    "epoch must have the same value"
                 )
     return agreed
 
 
 def must_not_draw(rank: Rank) -> bool:
-    """Whether the run must take seed 0, with a warning: ranks that cannot talk would each draw their own.
+    """Whether the run must use seed 0; warns if so.
 
-    They would serve records twice, and others not at all.
+    Ranks that cannot communicate would each draw their own seed. They would serve some records twice, and others not at
+    all.
     """
     if rank.world_size == 1 or rank.origin == "torch.distributed":
         return False
     warnings.warn(
         f"{rank} without torch.distributed and without a seed: the order is that of seed 0; "
-        "give LoaderOptions(seed=...) and Dataset(version=...) so that all ranks read the same",
+        "give LoaderOptions(seed=...) and Dataset(version=...) so that all ranks read the same version in one order",
         stacklevel=6,  # the caller of iter(loader) or loader.state_dict()
     )
     return True

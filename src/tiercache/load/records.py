@@ -1,4 +1,4 @@
-"""Records of a map-style data set that carry the batch they were gathered as."""
+"""Lists of records that keep the columns from which they are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 def served_records(columns: Sequence[ColumnValues], serving: Serving) -> list[Any]:
-    """Each record of some columns, as a data set gives it: a dict, or a tuple where that is asked for."""
+    """Return each record of some columns as the data set serves it: a dict, or a tuple if the settings have names."""
     records = as_records(columns)
     if serving.names is None:
         return records
@@ -24,13 +24,13 @@ def served_records(columns: Sequence[ColumnValues], serving: Serving) -> list[An
 
 
 class Records(list[Any]):
-    """A list of records that is made only when somebody looks; `columns` are the same rows, column by column.
+    """A list of records that is filled at the first access; `columns` holds the same rows by column.
 
-    serving: the forms that a batch of them has.
+    serving: How a batch of the records is served.
 
-    torch's fetcher gets one of these from `Dataset.__getitems__`. `tiercache.collate` hands the gathered batch on
-    untouched, so the records are never made; any other collate function sees an ordinary list, which it may sort, cut
-    and write to. Owned by one thread at a time, as lists are.
+    `Dataset.__getitems__` returns such a list to torch's fetcher. `tiercache.collate` uses `columns`, so the records
+    are never made. Any other collate function sees an ordinary list, which it may sort, slice and change. One thread at
+    a time owns the list.
     """
 
     def __init__(self, columns: Sequence[ColumnValues], n_records: int, serving: Serving | None = None) -> None:
@@ -46,7 +46,7 @@ class Records(list[Any]):
 
     @property
     def as_gathered(self) -> bool:
-        """Whether `columns` are the records still: nobody has looked at one, and so nobody can have changed one."""
+        """Whether `columns` still equal the records: no record was accessed, so none can have been changed."""
         return self._n_unmade is not None
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Records(list[Any]):
         return list, (list(iter(self)),)
 
 
-# Every other method of a list that sees or changes what is in it.
+# All other list methods that read or change the contents.
 _LOOK = (
     *("__iter__", "__reversed__", "__getitem__", "__contains__", "__repr__", "copy", "count", "index"),
     *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__mul__", "__rmul__"),

@@ -1,12 +1,12 @@
-"""Samplers without a state: how a resumed run finds the order again in which it was interrupted, or refuses to go on.
+"""Replay of samplers without a state: a resumed run asks the sampler again for the same order, or refuses to continue.
 
-Such a sampler is asked again from its start. That gives the same order only if the sampler draws the same random
-numbers. So the loader's state holds the state of those generators that the sampler used when it began, and a checksum
-of the indices that it gave. A resumed run restores the generators, asks again for as many indices, and compares.
+Such a sampler starts again from its beginning. It gives the same order only if it draws the same random numbers. So the
+loader's state holds the states of the generators that the sampler used when it began, and a checksum of the indices
+that it returned. A resumed run restores the generators, asks again for as many indices, and compares.
 
-Where a loader with workers had asked the sampler ahead, the state also counts what was asked ahead. The resumed run
-asks for that again too. If the sampler then draws from a generator that others draw from, it is refused: which numbers
-it drew ahead is not known any more.
+If a loader with workers had asked the sampler ahead, the state also counts the items that were asked ahead. The resumed
+run asks for these again too. If the sampler then draws from a generator that other code shares, loading the state
+fails: the numbers that it drew ahead are unknown.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from tiercache.load.options import LoaderOptions
 from tiercache.load.ranks import find_rank
 
 REPLAY = "_tiercache_replay"  # the key, beside torchdata's, in the state of a sampler's iterator
-YIELDED = "yielded"  # items of an index sampler that is no BatchSampler of torchdata's
-_GIVEN, _ASKED = "given", "asked"  # items: up to where the state was taken, and all, as a list of one number
-SHARED = ("torch", "numpy", "python")  # names of the generators that others draw from too
+YIELDED = "yielded"  # number of items of an index sampler that is not torchdata's BatchSampler
+_GIVEN, _ASKED = "given", "asked"  # numbers of items: up to the state, and in total (a list of one number)
+SHARED = ("torch", "numpy", "python")  # names of the generators that other code shares
 
 
 class ReplayState:
-    """What the loader's state says of a sampler without a state: the generators that it moved, and what it gave.
+    """The part of the loader's state about a sampler without a state.
 
     Attributes:
-        moved: by step ("iter": the call of iter(); "first": that for the first item), the states before the step of
-            the generators that the step moved, by the generator's name.
-        checksum: of the indices that were given; None: it is not to be compared.
-        rank: the one that the indices were given to.
+        moved: By step ("iter": the call of iter(); "first": the call for the first item) and generator name, the state
+            before the step of each generator that the step advanced.
+        checksum: Checksum of the indices that the sampler returned. None: it is not compared.
+        rank: Rank to which the indices were given.
     """
 
     def __init__(self, moved: dict[str, Any], checksum: int | None, rank: int) -> None:
@@ -52,16 +52,16 @@ class ReplayState:
 
     @classmethod
     def fresh(cls) -> ReplayState:
-        """The state of a pass that begins in this process."""
+        """Return the state of a pass that begins in this process."""
         return cls({}, 0, find_rank(LoaderOptions()).rank)
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> ReplayState:
-        """The state that to_dict() gave."""
+        """Return the state that to_dict() saved."""
         return cls(dict(state["random"]), state.get("checksum"), state["rank"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; shared between calls, not to be written to."""
+        """Return plain values; they are shared between calls, so the caller must not write to them."""
         return {"random": self.moved, "checksum": self.checksum, "rank": self.rank}
 
     def add(self, items: Any) -> None:
@@ -70,29 +70,29 @@ class ReplayState:
 
     @contextmanager
     def recording(self, randomness: Randomness, step: str) -> Iterator[None]:
-        """Note which generators a step of the sampler moves."""
+        """Record which generators a step of the sampler advances."""
         before = randomness.states()
         yield
         self.moved = {**self.moved, step: randomness.moved_since(before)}
 
     def restore(self, randomness: Randomness, step: str) -> None:
-        """Set the generators as they were before a step."""
+        """Set the generators to their states before a step."""
         randomness.restore(self.moved.get(step, {}))
 
     def check(self, sampler: Any, saved: ReplayState) -> None:
-        """Raise ValueError if a sampler gave other indices in this pass than before `saved` was taken.
+        """Raise ValueError if a sampler returned other indices in this pass than before `saved` was taken.
 
-        Ranks often load the state that one of them saved, and each rank's sampler gives a share of its own: only the
-        rank that saved it can compare.
+        Ranks often load the state that one of them saved, and each rank's sampler returns a share of its own. So only
+        the rank that saved the state compares.
         """
         if saved.checksum in (None, self.checksum) or saved.rank != self.rank:
             return
         raise ValueError(
             f"the sampler, a {type(sampler).__name__}, has no state. Asked again for the records that were served "
-            "before the loader's state was saved, it gives others: a run that goes on would serve records twice, and "
-            "others not at all. Give the sampler state_dict() and load_state_dict(), or let its order follow from a "
-            "seed and an epoch that the resumed run gives it again, or use shuffle=True, whose order the loader's "
-            "state names"
+            "before the loader's state was saved, it returns other records: the resumed run would serve some records "
+            "twice, and others not at all. Give the sampler state_dict() and load_state_dict(), or derive its order "
+            "from a seed and an epoch that the resumed run sets again, or use shuffle=True, whose order is part of the "
+            "loader's state"
         )
 
 
@@ -100,7 +100,7 @@ class Replay:
     """One pass over a sampler that has no state.
 
     Attributes:
-        iterator: the sampler's.
+        iterator: The sampler's iterator.
     """
 
     def __init__(self, sampler: Any) -> None:
@@ -109,37 +109,38 @@ class Replay:
         self._state = ReplayState.fresh()
         self._is_begun = False
         self._n_given = 0  # items
-        self._n_asked = [
-            0
-        ]  # the same, in all states that were taken: what it is when DataLoader.state_dict() copies it
+        self._n_asked = [0]  # a list that all saved states share: DataLoader.state_dict() copies the current number
         with self._state.recording(self._randomness, "iter"):
             self.iterator: Iterator[Any] = iter(sampler)
 
     def take(self, n: int) -> list[Any]:
-        """The next n items, indices; fewer at the end."""
+        """Return the next n items, which are indices; fewer at the end."""
         items: list[Any] = self._recorded(lambda: list(islice(self.iterator, n)))
         self._count(len(items))
         return items
 
     def take_one(self) -> Any:
-        """The next item, an index or a batch of indices. Raises StopIteration at the end."""
+        """Return the next item, an index or a batch of indices. Raises StopIteration at the end."""
         item = self._recorded(lambda: next(self.iterator))
         self._count(1)
         return item
 
     def state(self) -> dict[str, Any]:
-        """Plain values; shared between calls, not to be written to. Incomplete until settled() copied it."""
+        """Return plain values that are shared between calls, so the caller must not write to them.
+
+        The state is complete only after settled() copied it.
+        """
         return {**self._state.to_dict(), _GIVEN: self._n_given, _ASKED: self._n_asked}
 
     def resume(self, state: Mapping[str, Any] | None, skip: Callable[[], object]) -> None:
-        """Ask the sampler again for what it gave before a state was taken.
+        """Ask the sampler again for the items that it returned before a state was taken.
 
         Args:
-            state: what state() returned; None: it is not known (states of torchdata's loader).
-            skip: takes what was given before, by take() or take_one().
+            state: Value that state() returned. None: unknown (states of torchdata's loader).
+            skip: Function that takes the earlier items by take() or take_one().
 
         Raises:
-            ValueError: the sampler gives other indices now, or drew ahead what it cannot draw again.
+            ValueError: The sampler returns other indices now, or drew numbers ahead that it cannot draw again.
         """
         saved = None if state is None else ReplayState.from_dict(state)
         with self._randomness.replaying():
@@ -165,9 +166,9 @@ class Replay:
             raise ValueError(
                 f"the sampler, a {type(self._sampler).__name__}, has no state and draws from {drawn[0]}'s shared "
                 "random numbers while it is read. When the loader's state was saved, the sampler had been asked ahead "
-                "(as num_workers= asks it), and what it drew then cannot be drawn again: the rest of the epoch would "
-                "be another. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator "
-                "that is an attribute of it, or draw all its indices when it begins. States of an epoch's end load"
+                "(because of num_workers=), and those numbers cannot be drawn again: the rest of the epoch would "
+                "differ. Give the sampler state_dict() and load_state_dict(), or let it draw from a generator that is "
+                "an attribute of it, or draw all its indices when it begins. A state saved at an epoch's end loads"
             )
 
     def _count(self, n: int) -> None:
@@ -186,7 +187,7 @@ class Replay:
 
 
 class ReplayedSampler:
-    """An index sampler without a state, as torchdata's iterators take one whose iterators have a state."""
+    """Wraps an index sampler without a state, so that torchdata's iterators get iterators with a state."""
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
@@ -199,13 +200,13 @@ class ReplayedSampler:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_sampler":  # of a copy that is being made
+        if name.startswith("__") or name == "_sampler":  # a copy is being made
             raise AttributeError(name)
         return getattr(self._sampler, name)
 
 
 class ReplayedIterator(Iterator[Any]):
-    """Items of an index sampler, with a state that torchdata's iterators keep."""
+    """The items of an index sampler, with a state that torchdata's iterators save."""
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
@@ -217,11 +218,11 @@ class ReplayedIterator(Iterator[Any]):
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        """After the items given."""
+        """Return the state after the items returned so far."""
         return {YIELDED: self._n_yielded, REPLAY: self._replay.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the items that were given when the state was taken. Raises ValueError as Replay.resume."""
+        """Continue after the items before the state. Raises ValueError as Replay.resume."""
         self._n_yielded = 0
 
         def skip() -> None:
@@ -233,14 +234,14 @@ class ReplayedIterator(Iterator[Any]):
 
 
 def settled(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of the loader's that what is asked of the sampler from now on does not change."""
+    """Return a copy of a loader's state that later calls of the sampler do not change."""
     return _with_replay(state, lambda replay: {**replay, _ASKED: [*replay[_ASKED]]} if _ASKED in replay else replay)
 
 
 def _with_replay(state: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A state of the loader's with another ReplayState, if it has one."""
+    """Return a loader's state with its ReplayState changed, if it has one."""
     snapshot = state.get("_snapshot")
-    if snapshot is not None:  # of a loader with worker processes
+    if snapshot is not None:  # the loader has worker processes
         return {**state, "_snapshot": {**snapshot, "_main_snapshot": _with_replay(snapshot["_main_snapshot"], change)}}
     of_iterator = state.get("_sampler_iter_state")
     if not isinstance(of_iterator, Mapping) or REPLAY not in of_iterator:
@@ -249,15 +250,15 @@ def _with_replay(state: Mapping[str, Any], change: Callable[[dict[str, Any]], di
 
 
 def loadable(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of torchdata's loader or ours, as the iterators here load it.
+    """Convert a state of this loader or of torchdata's to the form that the iterators here load.
 
-    The number of items that an index sampler gave is added where no iterator had a state. After the end of an epoch no
-    checksum is compared: the next epoch begins, whatever its order is.
+    If no iterator had a state, the number of the index sampler's items is added. At the end of an epoch the checksum is
+    removed: the next epoch begins, whatever its order is.
     """
     if state.get("_iterator_finished"):
         state = _with_replay(state, lambda replay: {**replay, "checksum": None})
     snapshot = state.get("_snapshot")
-    if snapshot is not None:  # of a loader with worker processes
+    if snapshot is not None:  # the loader has worker processes
         return {**state, "_snapshot": {**snapshot, "_main_snapshot": _with_count(snapshot["_main_snapshot"])}}
     return _with_count(state) if "_sampler_iter_state" in state else dict(state)
 
@@ -271,49 +272,49 @@ def _with_count(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_checksum(checksum: int, items: Any) -> int:
-    """The checksum with an index or indices added: of the same indices the same, in whatever batches and types."""
+    """Add an index or indices to a checksum. Equal indices give equal checksums, whatever their batches and types."""
     if isinstance(items, np.ndarray) and items.ndim == 1 and items.dtype == np.int64:
         return zlib.crc32(np.ascontiguousarray(items).data, checksum)
     try:
         data: Any = array("q", items if hasattr(items, "__iter__") else (items,))
-    except (TypeError, ValueError, OverflowError):  # keys of a data set that is not asked by numbers
+    except (TypeError, ValueError, OverflowError):  # keys of a data set that is not indexed by integers
         try:
             data = marshal.dumps(items, 0)
-        except ValueError:  # of which nothing is known that another process could compare
+        except ValueError:  # an object that another process could not compare
             return checksum
     return zlib.crc32(data, checksum)
 
 
 class Randomness:
-    """The random numbers that a sampler may draw from: torch's, NumPy's and Python's own, and generators that it holds.
+    """The generators that a sampler may draw from: those of torch, NumPy and Python, and those that it holds.
 
-    States are plain values by the generator's name.
+    Their states are plain values by the generator's name.
     """
 
     def __init__(self, sampler: Any) -> None:
-        shared = (torch.default_generator, np.random.mtrand._rand, _PYTHON)  # noqa: SLF001 -- what numpy.random's functions draw from
+        shared = (torch.default_generator, np.random.mtrand._rand, _PYTHON)  # noqa: SLF001 -- the generator of numpy.random's functions
         self._generators: dict[str, Any] = dict(zip(SHARED, shared, strict=True))
         self._find("", sampler, set())
 
     def states(self) -> dict[str, Any]:
-        """Of all, as they are; to compare with."""
+        """Return the states of all generators, for comparison."""
         return {name: _get(generator) for name, generator in self._generators.items()}
 
     def moved_since(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the states `before` that are others now, as plain values."""
+        """Return, as plain values, the states in `before` that have changed."""
         return {name: _plain(before[name]) for name, now in self.states().items() if not _equal(before[name], now)}
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Set the generators that are here."""
+        """Set those of the generators that exist here."""
         for name, state in states.items():
             if name in self._generators:
                 _set(self._generators[name], state)
 
     @contextmanager
     def replaying(self, *, with_own: bool = False) -> Iterator[None]:
-        """Let a sampler draw again: the generators that others draw from are as before after it.
+        """Let a sampler draw again; afterwards the shared generators are as before.
 
-        with_own: whether those that the sampler holds are, too.
+        with_own: whether the generators that the sampler holds are restored too.
         """
         kept = {name: generator for name, generator in self._generators.items() if with_own or name in SHARED}
         before = {name: _plain(_get(generator)) for name, generator in kept.items()}
@@ -335,7 +336,7 @@ class Randomness:
 
 
 class _Python:
-    """Python's own generator, of which the module has only functions."""
+    """Python's own generator, for which the random module has only functions."""
 
     getstate = staticmethod(random.getstate)
     setstate = staticmethod(random.setstate)
@@ -361,7 +362,7 @@ def _listed(value: Any) -> Any:
 
 
 def _set(generator: Any, state: Any) -> None:
-    """state: as _plain() gives it, perhaps after a way through JSON."""
+    """Set a generator to a state that _plain() returned, perhaps after a conversion to JSON and back."""
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8))
     elif isinstance(generator, np.random.Generator):

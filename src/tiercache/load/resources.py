@@ -1,4 +1,4 @@
-"""What a loader may use of its machine: threads and memory."""
+"""The threads and the memory that a loader may use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from tiercache.load.options import LoaderOptions
     from tiercache.load.ranks import Rank
 
-# Of the memory limit, for batches ahead: enough for 32 batches of 8 MiB, little beside a model.
+# Share of the memory limit for batches gathered ahead: enough for 32 batches of 8 MiB, and little beside a model.
 _MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
 
 
 class Machine:
-    """The machine as a loader's options divide it."""
+    """The machine's cores and memory, divided among its ranks by the loader's options."""
 
     def __init__(self, options: LoaderOptions) -> None:
         self._options = options
 
     def resources(self, rank: Rank) -> Resources:
-        """What one of the machine's ranks may use."""
+        """Return the resources of one of the machine's ranks."""
         options = self._options
         n_cpus, limit_bytes = self._limits
         n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
@@ -34,5 +34,8 @@ class Machine:
 
     @cached_property
     def _limits(self) -> tuple[int, int]:
-        """Cores and bytes of memory, asked once: reading the cgroups takes 1.2 ms, which shows in short epochs."""
+        """Number of cores and bytes of memory.
+
+        Cached: reading the cgroups takes 1.2 ms, which shows in short epochs.
+        """
         return config.available_cpus(), config.memory_limit_bytes()

@@ -1,4 +1,4 @@
-"""The native path's way through the epochs: what names the order, where it stands, one iterator an epoch."""
+"""The engine of tiercache's own order: it names the order, keeps the position and makes one iterator per epoch."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ logger = logging.getLogger("tiercache")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the loader's own arguments say of the native path.
+    """The loader's own arguments, as far as the native path needs them.
 
-    num_workers, persistent_workers: start no process here; but torch's loader then draws its random numbers otherwise.
-    fills_first: as `RankPlan`'s; integrations ask for it.
+    num_workers, persistent_workers: They start no process here, but they change which random numbers torch's loader
+    draws. fills_first: See `RankPlan`; integrations set it.
     """
 
     batch_size: int
@@ -57,9 +57,9 @@ class Asked:
 
 
 class NativeRun:
-    """A loader's way through its epochs: what names the order, where it stands, and the figures.
+    """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
 
-    One consumer thread.
+    One consumer thread uses it.
     """
 
     def __init__(self, source: Source, asked: Asked) -> None:
@@ -67,11 +67,12 @@ class NativeRun:
         self._asked = asked
         self._options = asked.options
         self._source = source
-        self._state: RunState | None = None  # of the next iter(); None: the run has not begun
-        self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: it was not
-        self._foreseen: int | None = None  # the next epoch's seed, if nothing but this loader draws until then
-        self._epoch = 0  # asked for before the run began
-        self._position: Position | None = None  # of the newest iter(); None: there was none since the last load()
+        self._state: RunState | None = None  # position of the next iter(); None: the run has not begun
+        self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: no state was loaded
+        self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
+        self._epoch = 0  # set by set_epoch() before the run began
+        # position of the newest iter(); None: there was none since the last load()
+        self._position: Position | None = None
         self._iterator: weakref.ref[NativeIterator] | None = None
         self._coming: Coming | None = None
         self._rank: Rank | None = None
@@ -79,20 +80,20 @@ class NativeRun:
         self._waits = Waits()
         self._memory = BatchMemory()
         self._fittings = Fittings()
-        self._n_records: int | None = None  # of an epoch of the source, once it was asked for
+        self._n_records: int | None = None  # records per epoch of the source, computed on first use
         self._said: set[str] = set()
-        self._n_epochs = 0  # that iter() began
+        self._n_epochs = 0  # epochs that iter() began
         self._damage = damage_of(source, asked.options)
         self._machine = Machine(asked.options)
         self._figures_before = dict(source.figures())
-        self._ready: Source | None = None  # that was seen to be readable
+        self._ready: Source | None = None  # the source whose shards were found readable
 
     def rank(self) -> Rank:
-        """This process's rank; asked anew until the run has begun, as torch.distributed may be initialised late."""
+        """Return this process's rank, found anew until the run begins: torch.distributed may be initialised late."""
         return self._rank or find_rank(self._options)
 
     def state(self) -> RunState:
-        """Where the run stands; begins it (draws a seed) where it has not begun."""
+        """Return the position of the run; begins the run (draws a seed) if it has not begun."""
         state = self._begin(drawn=False) if self._position is None else self._position.state()
         is_begun = self._keeps_seed(state) if self._position is None else not self._position.is_between_epochs
         if is_begun or not self._draws_seeds(state):
@@ -101,13 +102,13 @@ class NativeRun:
 
     @property
     def recipe(self) -> tuple[Asked, RunState | None]:
-        """What makes a run like this one elsewhere: what was asked, and where it stands if it has begun."""
+        """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._state if self._position is None else self.state()
 
     def load(self, state: RunState) -> None:
-        """Go on from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
+        """Continue from a state. Raises ValueError or ObjectChanged as DataLoader.load_state_dict."""
         self._check(state)
-        order_options(state)  # refuses an order that this release does not know
+        order_options(state)  # raises ValueError for an order that this release does not know
         source = reopen(self._dataset, state)
         n_records = self._records_of(source)
         if state.offset > n_records:
@@ -118,7 +119,7 @@ class NativeRun:
         self._position = None
 
     def _check(self, state: RunState) -> None:
-        """Raise ValueError for what was asked for and differs from a state."""
+        """Raise ValueError for an explicit argument or option that differs from the state."""
         options, asked, defaults = self._options, self._asked, LoaderOptions()
         checks = [
             ("shuffle", asked.shuffle, state.shuffle, True),
@@ -143,11 +144,12 @@ class NativeRun:
         for name, mine, theirs, explicit in checks:
             if explicit and mine != theirs:
                 raise ValueError(
-                    f"{name}={mine!r} differs from the state's {theirs!r}: the order would not be the one to resume"
+                    f"{name}={mine!r} differs from the state's {theirs!r}, so the order would change: make the loader "
+                    "with the state's value"
                 )
 
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the next one."""
+        """Make `epoch` the next epoch."""
         epoch = operator.index(epoch)
         if epoch < 0:
             raise ValueError(f"an epoch is 0 or more, got {epoch}")
@@ -158,11 +160,11 @@ class NativeRun:
             self._state, self._loaded_under = self._state.following(epoch), None
 
     def n_batches(self) -> int:
-        """Batches of a whole epoch at this rank."""
+        """Return the number of batches of a whole epoch on this rank."""
         return self._whole_epoch(self._asked.drop_last).n_batches
 
     def n_served(self) -> int:
-        """Records of a whole epoch at this rank; a rank alone counts those of a last batch that is dropped too."""
+        """Return the records of a whole epoch on this rank; a single rank includes those of a dropped last batch."""
         return self._whole_epoch(self._asked.drop_last and self.rank().world_size > 1).n_served
 
     def _whole_epoch(self, drop_last: bool) -> RankPlan:
@@ -170,8 +172,8 @@ class NativeRun:
         return RankPlan(0, rank.world_size, rank.rank, self._asked.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
-        """The next epoch's batches."""
-        # A run that goes on within an epoch drew that epoch's numbers before its state was saved.
+        """Return the iterator of the next epoch."""
+        # A run that resumes within an epoch drew that epoch's numbers before its state was saved.
         is_resumed = self._position is None and self._state is not None and self._state.offset > 0
         draws = self._draw(is_resumed=is_resumed)
         state = self._begin(drawn=True) if self._position is None else self._position.next_state()
@@ -183,7 +185,8 @@ class NativeRun:
                 foreseen = None if is_resumed else foreseen
             else:
                 state = replace(state, seed=seed)
-            # One epoch whose seed came otherwise, and the next one is loaded ahead no more until one was foreseen.
+            # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
+            # again.
             is_foreseen = foreseen is not None and self._foreseen in (None, state.seed)
             self._foreseen = foreseen
         if self._ready is not self._source:
@@ -226,52 +229,56 @@ class NativeRun:
         delivery = Delivery(self._asked.timeout_s, self._asked.pin_memory, draws)
         iterator = NativeIterator(position, work, self._machine.resources(rank), delivery)
         if self._asked.num_workers:
-            draws.sample()  # workers are sent their first indices in iter()
-        self._position = position  # only now: an iterator that could not be made is no epoch
+            draws.sample()  # torch sends workers their first indices in iter()
+        self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._coming = coming
         self._source.when_closed(coming)
         self._n_epochs += 1
-        self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
+        # weak: if a loop is left early, its iterator must be dropped and end its threads
+        self._iterator = weakref.ref(iterator)
         return iterator
 
     def begin_elsewhere(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, Draws]:
-        """Begin the next epoch for a loader that another library made of this one's sampler.
+        """Begin the next epoch for a loader that another library made from this loader's sampler.
 
         Args:
-            state: of the epoch to be begun again; None: the epoch that iterate() would begin, and this rank's share.
+            state: State of an epoch to begin again. None: the epoch that iterate() would begin.
 
         Returns:
-            The epoch's state, what its order is made of, its share from its start on, and what torch's sampler draws.
+            The epoch's state, the source of its order, the rank's share from the start of the epoch, and the draws of
+            torch's sampler.
 
         Raises:
-            RuntimeError: the loader stands within an epoch, or its data set does not number the records of its order.
+            RuntimeError: The loader stands within an epoch, or its data set does not number the records of its order.
         """
         is_again = state is not None
         if state is None:
             if self._position is None and self._state is not None and self._state.offset > 0:
                 raise RuntimeError(
-                    f"the loader continues within epoch {self._state.epoch} by the state that it loaded, and its "
-                    "sampler was asked for an epoch from its start, as Accelerate's skip_first_batches and prepare do: "
-                    "iterate the loader itself, which skips what was served, or load no state"
+                    f"the loaded state stands within epoch {self._state.epoch}, but the loader's sampler was iterated, "
+                    "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
+                    "iterate the loader itself, which skips the records that were served, or load no state"
                 )
             state = self._begin(drawn=True) if self._position is None else self._position.next_state()
             if self._draws_seeds(state) and not (self._position is None and self._keeps_seed(state)):
                 state = replace(state, seed=next_seed(self._asked.generator, after_begin=True))
         if self._asked.shuffle and self._source.mixture is not None:
             raise RuntimeError(
-                "records of a shuffled mixture have no numbers by which a sampler could name them, as Accelerate's "
-                "skip_first_batches and prepare need them: iterate the loader itself, after load_state_dict() to skip"
+                "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
+                "but the records of a mixture have no numbers: iterate the loader itself; to skip batches, call "
+                "load_state_dict()"
             )
         if self._source is not self._dataset:
             versions = ", ".join(str(part.version) for part in self._source.parts)
             raise RuntimeError(
-                f"the loader reads version {versions} of {self._source.url}, because a state or another rank names it, "
-                "and its data set, whose records a sampler numbers, was opened at another one: open the data set with "
-                f"version={versions}"
+                f"the sampler was iterated, but its record numbers are those of the data set's version, and the loader "
+                f"reads version {versions} of {self._source.url}, which a state or another rank names: open the data "
+                f"set with version={versions}"
             )
         make_ready(self._source)
         rank = self.rank()
-        # A rank alone gives the records of a last batch that is dropped, as torch's sampler: a batch sampler drops it.
+        # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
+        # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
         read = self._numbered()
         share = plan_epoch(read, rank, self._asked.batch_size, self._asked.fills_first, planned)
@@ -286,20 +293,21 @@ class NativeRun:
         )
 
     def _numbered(self) -> Any:
-        """What the order of record numbers is made of."""
+        """Return the source whose record numbers the order counts."""
         return self._source
 
     def end_elsewhere(self, share: OrderShare) -> None:
-        """Hear that the last record of begin_elsewhere()'s share was asked for.
+        """Note that the last record of begin_elsewhere()'s share was requested.
 
-        Worker processes ask for records that their loader has yet to hand out, so the epoch may not have ended then.
+        With worker processes the epoch may not have ended then: workers request records that their loader has not
+        handed out yet.
         """
         position = self._position
         if position is not None and position.ranks is share.ranks and not self._asked.num_workers:
             position.finished = True
 
     def _draw(self, *, is_resumed: bool) -> Draws:
-        """Draw from torch's random numbers what torch's loader draws in iter(); nothing within an epoch."""
+        """Draw the random numbers that torch's loader draws in iter(); a resumed epoch draws nothing."""
         asked = self._asked
         n_records = self._epoch_records()
         ends_short = not asked.drop_last and n_records % asked.batch_size > 0
@@ -309,49 +317,50 @@ class NativeRun:
         return draws
 
     def _begins(self, n_more: int = 0) -> bool:
-        """Whether torch's loader draws a base seed for workers in the next iter(), or n_more after it."""
+        """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
         return not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs + n_more)
 
     def _draws_seeds(self, state: RunState) -> bool:
         """Whether each iter() draws its epoch's seed.
 
-        Ranks that share an epoch draw none after the run's first: they have no random numbers in common, and iter() is
-        no place to talk, for a prefetching thread may call it beside the training's own collectives.
+        Ranks that share an epoch draw a seed only at the start of the run: they have no common random numbers, and
+        iter() must not communicate, because a prefetching thread may call it beside the training's own collectives.
         """
         return state.is_seed_drawn and self._options.seed is None and self.rank().world_size == 1
 
     def _keeps_seed(self, state: RunState) -> bool:
-        """Whether the next iter() takes the seed of a loaded state.
+        """Whether the next iter() uses the seed of a loaded state.
 
-        A state from between two epochs holds the seed that was to be drawn next, which reseeding changes.
+        A state from between two epochs holds the seed that would be drawn next. Reseeding after load_state_dict()
+        overrides it.
         """
         return self._loaded_under is not None and (state.offset > 0 or self._loaded_under == self._initial_seed())
 
     def _initial_seed(self) -> int:
-        """What the random numbers that seeds are drawn from were last seeded with."""
+        """Return the initial seed of the generator from which the seeds are drawn."""
         generator = self._asked.generator
         return torch.initial_seed() if generator is None else generator.initial_seed()
 
     def _epoch_records(self) -> int:
-        """Records of an epoch: to sum them up was 70 us of each epoch's begin."""
+        """Return the records of an epoch. Cached, because the sum took 70 us of the start of each epoch."""
         if self._n_records is None:
             self._n_records = self._records_of(self._source)
         return self._n_records
 
     def _records_of(self, source: Source) -> int:
-        """Records of an epoch of a source, all ranks together."""
+        """Return the records of an epoch of a source, all ranks together."""
         return epoch_records(source)
 
     def _warn_of_streams(self, ranks: RankPlan) -> None:
-        """Say, once, that ranks read blocks of one another."""
+        """Warn once that several ranks read the same blocks."""
         if "streams" in self._said:
             return
         self._said.add("streams")
         warnings.warn(
             f"the order's {ranks.n_streams} streams do not divide a global batch of {ranks.global_batch} records "
-            f"({ranks.world_size} ranks of {ranks.batch_size}): each rank takes a run of it, whatever the streams, and "
-            "blocks are read by more than one of them; a batch_size that makes the global batch a multiple of "
-            f"{ranks.n_streams} avoids that",
+            f"({ranks.world_size} ranks of {ranks.batch_size}): each rank is served records of all streams, so several "
+            "ranks read the same blocks; choose a batch_size that makes the global batch a multiple of "
+            f"{ranks.n_streams} to avoid that",
             RuntimeWarning,
             stacklevel=4,  # the caller of iter(loader)
         )
@@ -366,11 +375,15 @@ class NativeRun:
         return summarise(counters, self._waits, self._fetched(), threads=self._machine.resources(self.rank()).n_threads)
 
     def _fetched(self) -> dict[str, float]:
+        """Return the source's counters since the loader was made."""
         now = self._source.figures()
         return {name: now[name] - self._figures_before.get(name, 0) for name in now}
 
     def _use(self, source: Source) -> None:
-        """Read another version from here on. Its store counts from 0: what was fetched by now stays counted."""
+        """Read another version from now on.
+
+        The counters of its store begin at 0, so earlier fetches are carried over.
+        """
         if source is not self._source:
             fetched, begins = self._fetched(), source.figures()
             self._source, self._n_records = source, None
@@ -378,7 +391,7 @@ class NativeRun:
             self._figures_before = {name: begins[name] - fetched[name] for name in begins}
 
     def _begin(self, *, drawn: bool) -> RunState:
-        """Where the run begins. drawn: whether this epoch's draws of iter() were made."""
+        """Return the start of the run. drawn: whether iter() has drawn this epoch's random numbers."""
         if self._rank is None:
             self._rank = find_rank(self._options)
         if self._state is None:
@@ -388,7 +401,7 @@ class NativeRun:
         return self._state
 
     def _first_state(self, rank: Rank, *, drawn: bool) -> RunState:
-        """Where the run begins; with torch.distributed rank 0 says it."""
+        """Return the first state of the run; with torch.distributed rank 0 decides it."""
         asked, options = self._asked, self._options
         seed = options.seed
         if seed is None:
@@ -408,7 +421,7 @@ class NativeRun:
         agreed = agree(rank, mine, {"batch_size": asked.batch_size, **order})
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
-        # A mixture's parts go on in the next epoch where they stopped, so its epochs share a seed.
+        # In the next epoch a mixture's parts continue where they stopped, so its epochs share a seed.
         is_seed_drawn = asked.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
         return RunState(
             parts=self._source.parts,

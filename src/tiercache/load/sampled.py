@@ -1,8 +1,9 @@
-"""The native path with a user's sampler or batch sampler: it says which records, the rest is as without one.
+"""The engine of a loader with a user's sampler or batch sampler, which selects the records, on the native path.
 
-A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it: not at all
-with `num_workers=0`, `prefetch_factor * num_workers` batches with workers (which are not started). Only samplers that
-are known to have no memory but their own are asked further ahead (`sampling.runs_ahead`).
+A sampler is asked in the consumer's thread, as torch does, and no further ahead than torch would ask it:
+`prefetch_factor * num_workers` batches (the workers are not started). With `num_workers=0` torch's path serves such a
+sampler. Only samplers that draw all their random numbers when they begin are asked further ahead
+(`sampling.runs_ahead`), with any `num_workers`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class SampledIterator(Iterator[Any]):
-    """Batches as a sampler says them. Independent of its loader's other iterators; closes itself when dropped."""
+    """The batches that a sampler selects. Independent of its loader's other iterators; closes itself when dropped."""
 
     def __init__(self, epoch: SampledEpoch, run: SampledRun, draws: Draws) -> None:
         self._epoch = epoch
@@ -43,7 +44,7 @@ class SampledIterator(Iterator[Any]):
         self._draws = draws
         epoch.draw(run.lead.at_begin)
         epoch.feed.tell()
-        # Begun now, where it can be, for torch's loader warns of what it cannot do (pinning) in iter().
+        # Begun now if possible: torch's loader gives its warnings (about pinning) in iter().
         self._native = run.begin(epoch, draws) if run.says_size else None
 
     def __next__(self) -> Any:
@@ -61,27 +62,27 @@ class SampledIterator(Iterator[Any]):
         return self._run.n_batches()
 
     def __getstate__(self) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # as torch's iterators say
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
 
     def figures(self) -> Mapping[str, float]:
-        """As NativeIterator.figures."""
+        """See NativeIterator.figures."""
         return {} if self._native is None else self._native.figures()
 
     def close(self) -> None:
-        """End this epoch, early or not. Repeatable."""
+        """End this epoch, early or not. May be called repeatedly."""
         self._epoch.feed.close()
         if self._native is not None:
             self._native.close()
 
     def _ask(self) -> None:
-        """Have the sampler asked as far ahead as it may be.
+        """Ask the sampler as far ahead as allowed.
 
-        Where that is far, by two batches for each that is taken, so that none waits for long. They are planned together
-        when half of what is ahead is not planned yet: for the first batch few, then more and more.
+        If that is far, each batch that is taken asks for two more, so that no call takes long. The planner gets the new
+        batches together when half of the queue is not planned yet: few for the first batch, then more and more.
         """
         feed, lead, n_yielded = self._epoch.feed, self._run.lead, self._epoch.n_yielded
         ahead = feed.n_drawn - n_yielded
-        if lead.n_batches == lead.at_begin:  # as torch: one more for each that is taken
+        if lead.n_batches == lead.at_begin:  # as torch: one more for each batch that is taken
             self._epoch.draw(lead.n_batches + 1 - ahead)
             feed.tell()
             return
@@ -91,9 +92,9 @@ class SampledIterator(Iterator[Any]):
 
 
 class SampledRun:
-    """A loader's way through its sampler's epochs: where it stands, one iterator an epoch, and the figures.
+    """The engine of a loader with a sampler: the position, one iterator per epoch, and the counters.
 
-    One consumer thread.
+    One consumer thread uses it.
     """
 
     def __init__(self, source: Source, asked: Asked, index_sampler: Any, lead: Lead) -> None:
@@ -111,40 +112,40 @@ class SampledRun:
         self._fittings = Fittings()
         self._said: set[str] = set()
         self._figures_before = dict(source.figures())
-        self._next: Mapping[str, Any] | None = None  # the state to go on from
+        self._next: Mapping[str, Any] | None = None  # the state to continue from
         self._epoch: SampledEpoch | None = None  # the newest
-        self._is_fresh = False  # made for its state alone, so that the next iter() takes it
-        self._number = 0  # of the next epoch
-        self._seed = asked.options.seed  # of what is drawn at random for a record
-        self._n_epochs = 0  # that were begun here
+        self._is_fresh = False  # made only to read its state, so that the next iter() uses it
+        self._number = 0  # number of the next epoch
+        self._seed = asked.options.seed  # seed of the random values of a record
+        self._n_epochs = 0  # epochs that began in this process
         self._iterator: weakref.ref[SampledIterator] | None = None
-        self._is_ready = False  # whether the source was seen to be readable
+        self._is_ready = False  # whether the source's shards were found readable
 
     @property
     def says_size(self) -> bool:
-        """Whether it is known before the first batch how long batches are: memory for them is made in advance."""
+        """Whether the length of the batches is known before the first one, so that their memory can be allocated."""
         return says_size(self._index_sampler)
 
     def rank(self) -> Rank:
-        """One that is served all: which share this process has, its sampler says."""
+        """Return a rank that is served all records: the sampler decides this process's share."""
         return Rank(0, 1, "sampler", find_rank(self._asked.options).local_ranks)
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands; asks the sampler for its iterator where it has not begun."""
+        """Return the position; makes the sampler's iterator if the epoch has not begun."""
         if self._epoch is None:
             self._epoch, self._is_fresh = self._make(), True
         return self._epoch.state()
 
     @property
     def recipe(self) -> tuple[Asked, Mapping[str, Any] | None]:
-        """What makes a run like this one elsewhere: what was asked, and where it stands if it has begun."""
+        """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
         return self._asked, self._next if self._epoch is None else self._epoch.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Resume from a saved state.
 
         Raises:
-            ValueError: not a state of a loader with a sampler.
+            ValueError: The state is not one of a loader with a sampler.
         """
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
@@ -153,21 +154,21 @@ class SampledRun:
                 f"it has the keys {sorted(state)}"
             )
         self._next, self._epoch, self._is_fresh = state, None, False
-        if state[FINISHED]:  # now, for what is reseeded between here and iter() says the next epoch's order
+        if state[FINISHED]:  # Made now: a reseed between here and iter() decides the next epoch's order.
             with Randomness(self._index_sampler).replaying():
                 self._epoch, self._is_fresh = self._make(), True
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the samplers that know of epochs."""
+        """Set the epoch of the samplers that take one."""
         self._number = operator.index(epoch)
         tell_epoch(self._index_sampler, self._number)
 
     def n_batches(self) -> int:
-        """Batches of an epoch. Raises TypeError where the sampler has no length, as torch's loader does."""
+        """Return the batches of an epoch. Raises TypeError if the sampler has no length, as torch's loader does."""
         return len(self._index_sampler)
 
     def iterate(self) -> SampledIterator:
-        """The next epoch's batches."""
+        """Return the iterator of the next epoch."""
         if not self._is_ready:
             make_ready(self._source)
             self._is_ready = True
@@ -177,11 +178,12 @@ class SampledRun:
             self._epoch = self._make()
         self._is_fresh = False
         iterator = SampledIterator(self._epoch, self, Draws(self._asked.generator, False, 0))
-        self._iterator = weakref.ref(iterator)  # a loop that was left must be able to end its threads
+        # weak: if a loop is left early, its iterator must be dropped and end its threads
+        self._iterator = weakref.ref(iterator)
         return iterator
 
     def begin(self, epoch: SampledEpoch, draws: Draws) -> NativeIterator:
-        """Start gathering what was drawn of an epoch."""
+        """Start to gather the drawn batches of an epoch."""
         work = Work(
             source=self._source,
             share=epoch.feed,
@@ -207,7 +209,7 @@ class SampledRun:
         return summarise(counters, self._waits, fetched, threads=self._machine.resources(self.rank()).n_threads)
 
     def _make(self) -> SampledEpoch:
-        """The next epoch, or the one that a state was taken in. Draws from torch's numbers what iter() draws there."""
+        """Return the next epoch, or that of the loaded state. Draws the random numbers that torch draws in iter()."""
         state, self._next = self._next, None
         ours = {} if state is None else state.get(OURS, {})
         number = ours.get("epoch", self._number)
@@ -216,7 +218,7 @@ class SampledRun:
         feed = Feed(self._source, self._locator, window_bytes, epoch=number, first_row=rows, damage=self._damage)
         feed.batch_size = batch_rows(self._index_sampler)
         epoch = SampledEpoch(self._index_sampler, feed, self._source)  # first: it may draw from the generator too
-        # An epoch that is gone on with drew it before its state was saved.
+        # A resumed epoch drew it before its state was saved.
         if state is None and not (self._asked.persistent_workers and self._asked.num_workers and self._n_epochs):
             Draws(self._asked.generator, False, 0).begin()
         if self._seed is None:

@@ -1,4 +1,4 @@
-"""What a user's sampler says: how far ahead it may be asked, and one way through it, as torch and torchdata go it."""
+"""One pass over a user's sampler as torch and torchdata make it, and how far ahead the sampler may be asked."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from tiercache.load.source import Source
 
-# Asked ahead of samplers that allow it: a window costs 1.5 ms and more, however few rows it has.
+# Rows asked ahead of samplers that allow it: a window costs 1.5 ms and more, however few rows it has.
 AHEAD_ROWS = 1 << 17
 MIN_AHEAD, MAX_AHEAD = 8, 1 << 10
 
-# torchdata's keys of a single-process iterator's state: a state of either kind of loader serves the other.
+# torchdata's keys of the state of a single-process iterator: a state of either kind of loader serves the other.
 _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
     "_index_sampler_state",
     "_sampler_iter_state",
@@ -39,9 +39,9 @@ _INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
     "_iterator_finished",
 )
 STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED)
-OURS = "_tiercache"  # beside them: what random crops are keyed by
-NEXT_EPOCH = "_tiercache_next_epoch"  # what the epoch after one that was served to its end begins with
-SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # and what a DistributedSampler was told, for it has no state
+OURS = "_tiercache"  # beside them: the key of random crops
+NEXT_EPOCH = "_tiercache_next_epoch"  # the start of the next epoch, in a state at the end of an epoch
+SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # the epoch that was set in a DistributedSampler, which has no state
 
 _PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
 _TORCH = (
@@ -54,13 +54,13 @@ _TORCH = (
 
 
 class RandomSampler(torch_data.RandomSampler):
-    """torch's RandomSampler: it draws what torch's draws, when torch's does. Its iterators have a state.
+    """torch's RandomSampler with a state in its iterators. It draws the same numbers at the same moments as torch's.
 
     It subclasses torch's RandomSampler because Lightning replaces exactly that class.
     """
 
-    _next_seed: int | None = None  # of the next epoch, from a state
-    _loaded_under: int | None = None  # torch's initial seed when it was loaded: reseeding after that says the order
+    _next_seed: int | None = None  # seed of the next epoch, from a loaded state
+    _loaded_under: int | None = None  # torch's initial seed at load time: a later reseed overrides the loaded seed
 
     def __iter__(self) -> Iterator[int]:
         return _RandomIterator(self)
@@ -70,7 +70,7 @@ class RandomSampler(torch_data.RandomSampler):
         self._loaded_under = torch.initial_seed()  # of this process
 
     def next_epoch(self, *, begins: bool) -> dict[str, Any]:
-        """What names the order of the next epoch, if nothing else draws until then.
+        """Return what names the next epoch's order, if no other code draws until then.
 
         begins: whether the loader draws a base seed before it asks for indices.
         """
@@ -80,19 +80,19 @@ class RandomSampler(torch_data.RandomSampler):
         return {_SEED: next_seed(None, after_begin=not begins) if seed is None else seed}
 
     def load_next_epoch(self, state: Mapping[str, Any]) -> None:
-        """Let the next epoch be the one that next_epoch() named."""
+        """Make the epoch that next_epoch() named the next one."""
         if self.generator is not None and _GENERATOR in state:
             self.generator.set_state(state[_GENERATOR])
         self._next_seed, self._loaded_under = state.get(_SEED), torch.initial_seed()
 
     def take_seed(self) -> int:
-        """The seed of an epoch that begins; draws as torch's sampler."""
+        """Return the seed of the epoch that begins; draws as torch's sampler does."""
         drawn = int(torch.empty((), dtype=torch.int64).random_().item())
         loaded, self._next_seed = self._loaded_seed(), None
         return drawn if loaded is None else loaded
 
     def look_at_seed(self) -> int:
-        """What take_seed() would give now."""
+        """Return the seed that take_seed() would return now."""
         seed = self._loaded_seed()
         return next_seed(None, after_begin=True) if seed is None else seed
 
@@ -100,19 +100,20 @@ class RandomSampler(torch_data.RandomSampler):
         return self._next_seed if self._loaded_under == torch.initial_seed() else None
 
 
-# Keys of an iterator's state. torchdata's sampler has the first two, and "generator" without a generator of the user's.
-# The last is there, and False, where the seed is still to be drawn, which then moves torch's random numbers on.
+# Keys of an iterator's state. The state of torchdata's sampler has the first two, and "generator" even if the user gave
+# none. The last key is False if the seed is still to be drawn, which then advances torch's random numbers; else it is
+# absent.
 _N_INDICES, _GENERATOR, _SEED, _IS_DRAWN = "yielded", "generator", "seed", "is_drawn"
 
 
 class _RandomIterator:
-    """One epoch of a RandomSampler: the indices are drawn with the first one, as torch's generator function does."""
+    """One epoch of a RandomSampler. All indices are drawn with the first one, as in torch's generator function."""
 
     def __init__(self, sampler: RandomSampler) -> None:
         self._sampler = sampler
         self._indices: Iterator[int] | None = None
         self._n = 0
-        self._begun: dict[str, Any] | None = None  # what the order follows from
+        self._begun: dict[str, Any] | None = None  # the seed or the generator state that determines the order
 
     def __iter__(self) -> _RandomIterator:
         return self
@@ -124,14 +125,14 @@ class _RandomIterator:
         return index
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, and the generator's state where the user gave one. Draws nothing."""
+        """Return plain values, and the generator's state if the user gave a generator. Draws nothing."""
         if self._begun is None and self._sampler.generator is None:
             self._begun = {_SEED: self._sampler.look_at_seed()}
         state = {_N_INDICES: self._n, **(self._begun or {_GENERATOR: self._sampler.generator.get_state()})}
         return {**state, _IS_DRAWN: False} if self._indices is None else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken; draws nothing from torch's own random numbers that was drawn before."""
+        """Continue from a state. Does not repeat draws from torch's own random numbers."""
         self._n = state[_N_INDICES]
         begun = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
         if _SEED in begun and not state.get(_IS_DRAWN, True):
@@ -141,10 +142,10 @@ class _RandomIterator:
             pass
 
     def _begin(self, begun: dict[str, Any] | None) -> Iterator[int]:
-        """Draw the order; begun: of a state."""
+        """Draw the order. begun: the seed or generator state of a loaded state; None: a new epoch."""
         sampler, generator = self._sampler, self._sampler.generator
         if generator is None:
-            if begun is None:  # a state that was asked for before the first index holds for it
+            if begun is None:  # a state that was taken before the first index stays valid
                 seed = sampler.take_seed()
                 begun = self._begun or {_SEED: seed}
             generator = torch.Generator()
@@ -157,7 +158,7 @@ class _RandomIterator:
         elif _GENERATOR in begun:
             generator.set_state(begun[_GENERATOR])
         self._begun = begun
-        asked = sampler._num_samples  # noqa: SLF001 -- None: as many as there are records
+        asked = sampler._num_samples  # noqa: SLF001 -- None: one per record
         self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, asked, generator))
         return self._indices
 
@@ -167,10 +168,10 @@ _BATCH = (torch_data.BatchSampler, *OF_TORCHDATA)
 
 
 def runs_ahead(sampler: Any) -> bool:
-    """Whether nothing can tell how far ahead a sampler was asked: it draws what is random when it begins.
+    """Whether the sampler may be asked ahead unnoticed: it draws all its random numbers when it begins.
 
-    Known are plain sequences, torch's own samplers and torchdata's, by their exact types; RandomSampler only where it
-    draws one permutation and no more.
+    That is known of plain sequences and of the samplers of torch and torchdata, by their exact types; of a
+    RandomSampler only if it draws a single permutation.
     """
     if type(sampler) in _BATCH:
         return runs_ahead(sampler.sampler)
@@ -180,7 +181,7 @@ def runs_ahead(sampler: Any) -> bool:
 
 
 def tell_epoch(index_sampler: Any, epoch: int) -> None:
-    """Tell a batch sampler, and the sampler below it, which epoch comes, where they want to know."""
+    """Call set_epoch() of a batch sampler and of its sampler, if they have it."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         set_epoch = getattr(sampler, "set_epoch", None)
         if set_epoch is not None:
@@ -188,7 +189,7 @@ def tell_epoch(index_sampler: Any, epoch: int) -> None:
 
 
 def told_epoch(index_sampler: Any) -> int | None:
-    """The epoch that a batch sampler, or the sampler below it, was told; None: they want to know of none."""
+    """Return the epoch that was set in a batch sampler or in its sampler; None: neither has set_epoch()."""
     for sampler in (index_sampler, getattr(index_sampler, "sampler", None)):
         epoch = getattr(sampler, "epoch", None)
         if isinstance(epoch, int) and hasattr(sampler, "set_epoch"):
@@ -198,14 +199,14 @@ def told_epoch(index_sampler: Any) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """How far ahead a sampler is asked, in batches. at_begin: by iter() already, as torch does to send to workers."""
+    """How far ahead a sampler is asked, in batches. at_begin: batches asked in iter(), which torch sends to workers."""
 
     n_batches: int
     at_begin: int
 
     @staticmethod
     def of(sampler: Any, n_workers: int, prefetch_factor: int | None) -> Lead | None:
-        """None: it must be asked for a batch when that batch is asked for, and not before."""
+        """Return how far ahead a sampler may be asked; None: each batch must be asked for when it is due."""
         at_begin = n_workers * max(prefetch_factor or 0, 1)
         if not runs_ahead(sampler):
             return Lead(at_begin, at_begin) if n_workers else None
@@ -213,26 +214,26 @@ class Lead:
 
 
 def batch_rows(index_sampler: Any) -> int:
-    """Rows of its batches, if it says so; else 1."""
+    """Return the rows of its batches if the sampler states them, else 1."""
     return int(index_sampler.batch_size) if says_size(index_sampler) else 1
 
 
 def says_size(index_sampler: Any) -> bool:
-    """Whether it says how many rows its batches have."""
+    """Whether the sampler states the number of rows of its batches."""
     size = getattr(index_sampler, "batch_size", None)
     return isinstance(size, int) and size > 0
 
 
 class SampledEpoch:
-    """One way through a sampler: what it has said, where that stands, what has been handed out. One consumer thread.
+    """One pass over a sampler: the batches that it returned, their states, and how many were handed out.
 
-    The sampler is asked for its iterator when the first batch is drawn, as torch's loader does: until then it may be
-    told its epoch. Lightning resumes so.
+    One consumer thread uses it. As in torch's loader, the sampler's iterator is made when the first batch is drawn:
+    until then set_epoch() may be called, as Lightning does to resume.
 
     Attributes:
-        feed: what was drawn, for the pipeline.
-        n_yielded: batches handed out since it began or was resumed.
-        finished: whether the end was reached.
+        feed: Queue of the batches, for the pipeline.
+        n_yielded: Batches handed out since the epoch began or was resumed.
+        finished: Whether the end was reached.
     """
 
     def __init__(self, index_sampler: Any, feed: Feed, source: Source) -> None:
@@ -260,21 +261,21 @@ class SampledEpoch:
 
     @property
     def is_bulk(self) -> bool:
-        """Whether the sampler gave all its indices at once, so that asking ahead costs next to nothing."""
+        """Whether the sampler returned all its indices at once, so that asking ahead costs next to nothing."""
         return isinstance(self._iterator, Bulk)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, as torchdata does: by the sampler's own state, else by asking it again."""
+        """Continue from a state as torchdata does: by the sampler's own state, else by asking the sampler again."""
         self._begun = state
         self._n_before = state[_YIELDED]
         self._n_rows = self._first_row = state.get(OURS, {}).get("rows", 0)
         self._snapshot = state[_INDEX_SAMPLER], state[_SAMPLER_ITER]
         self.finished = state[FINISHED]
-        if self.finished:  # it will not be drawn from, and the sampler's next epoch begins where this one ended
+        if self.finished:  # Nothing is drawn from it, and the sampler's next epoch begins where this one ended.
             self._begin()
 
     def draw(self, n_batches: int) -> None:
-        """Ask the sampler for so many batches more; what it raises, and its end, come in their places."""
+        """Ask the sampler for n_batches more. Its errors and its end are reported in their places in the order."""
         if n_batches > 0 and not self._ended:
             iterator = self._begin() if self._iterator is None else self._iterator
         for _ in range(0 if self._ended else n_batches):
@@ -283,14 +284,14 @@ class SampledEpoch:
                 snapshot = self._look()
             except StopIteration:
                 return self._end(None)
-            except Exception as error:  # noqa: BLE001 -- the user's code: raised when its batch is asked for
+            except Exception as error:  # noqa: BLE001 -- the user's code: raised when its batch is due
                 return self._end(error)
             self.feed.add(Drawn(numbers, self._n_rows, snapshot))
             self._n_rows += len(numbers)
         return None
 
     def state(self) -> dict[str, Any]:
-        """After the batches handed out, whatever was drawn since; torchdata's keys."""
+        """Return the state after the batches handed out, whatever was drawn since; with torchdata's keys."""
         if self._iterator is None and self._begun is None:
             self._begin()
         last = self.feed.last
@@ -311,7 +312,7 @@ class SampledEpoch:
         }
 
     def _begin(self) -> Iterator[Any]:
-        """Ask the sampler for its iterator, and have it stand where the epoch begins."""
+        """Make the sampler's iterator and advance it to the start of the epoch, or to the loaded state."""
         state = self._begun
         bulk = bulk_of(self._index_sampler, self._n_before, None if state is None else state[_SAMPLER_ITER])
         if bulk is not None:
@@ -334,31 +335,32 @@ class SampledEpoch:
         self.feed.end(error)
 
     def _numbers(self, indices: Any) -> NDArray[np.int64]:
-        """Record numbers of what a sampler gave for a batch.
+        """Return the record numbers of a batch's indices.
 
         Raises:
-            IndexError: there is no such record.
-            TypeError, ValueError: not integers, or none.
+            IndexError: A record does not exist.
+            TypeError: The indices are not integers.
+            ValueError: The batch is empty.
         """
         rows = np.asarray(indices)
         if rows.size == 0:
-            raise ValueError("the batch sampler gave a batch of no records")
+            raise ValueError("the batch sampler returned an empty batch: a batch needs one record or more")
         if rows.dtype.kind not in "iu":
-            raise TypeError(f"records are chosen by integers, the sampler gave {rows.dtype}")
+            raise TypeError(f"a sampler must return integer record numbers, it returned {rows.dtype}")
         numbers = wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), self._n_records)
         return numbers if self._listed is None else self._listed[numbers]
 
 
 def _nothing() -> tuple[Any, Any]:
-    """The states of what has none."""
+    """Return the states of a sampler and an iterator without a state."""
     return None, None
 
 
 def _snapshots(index_sampler: Any, iterator: Any) -> Callable[[], tuple[Any, Any]]:
-    """What gives the states of a sampler and its iterator, as torchdata's loader asks for them.
+    """Return a function that returns the states of a sampler and its iterator, as torchdata's loader saves them.
 
-    Asking whether an object is Stateful takes 5 us, and torchdata asks for each object and batch: 18 us a batch for its
-    BatchSampler, whose iterator's state is put together here in 1 us.
+    The check whether an object is Stateful takes 5 us, and torchdata makes it for each object and batch: 18 us per
+    batch for its BatchSampler. This function builds the state of that iterator in 1 us.
     """
     of_sampler, of_iterator = isinstance(index_sampler, Stateful), isinstance(iterator, Stateful)
     if not of_sampler and not of_iterator:

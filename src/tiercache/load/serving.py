@@ -1,4 +1,4 @@
-"""What a batch is made of beyond what is stored: forms of columns, fills of nulls, decoded pictures."""
+"""How columns are served: their layouts, fill values of nulls, decoded images and casts."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ _FORMS_OF: dict[Kind, tuple[Form, ...]] = {
     Kind.BYTES: FORMS,
     Kind.STR: FORMS,
     Kind.IMAGE: FORMS,
-    Kind.JSON: ("list",),  # its values are objects; the text that they are stored as is nobody's
+    Kind.JSON: ("list",),  # its values are objects; the stored text is not served
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Serving:
-    """How columns are served where it is not the usual way. Immutable; pickles to little more than what was given.
+    """The output settings of columns that are not served in the usual way. Immutable; pickles to little more than that.
 
-    Make it with `of`, which checks it.
+    Create it with `of`, which checks the settings.
 
-    forms: only columns that are not lists; nulls: column -> fill value, only columns without a mask; decode: column ->
-    how its pictures are decoded; cast: column -> dtype, only where another is stored; names: of a batch's entries,
-    where records and batches are tuples of them.
+    Attributes:
+        forms: Column -> layout, only for columns that are not lists.
+        nulls: Column -> fill value, only for columns without a mask.
+        decode: Column -> how its images are decoded.
+        cast: Column -> dtype, only for columns with another stored dtype.
+        names: Names of the entries of a tuple, if records and batches are tuples; else None.
     """
 
     forms: Mapping[str, Form] = field(default_factory=dict)
@@ -53,12 +56,12 @@ class Serving:
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
     ) -> Serving:
-        """What the user asks for, checked against the columns that are served, of which `schema` says what is stored.
+        """Return the user's settings, checked against `schema`, which has the served columns as they are stored.
 
         Raises:
-            SchemaError: no such column, or not for a column of that kind; names the column, what it takes and what was
-                given.
-            TypeError: not a mapping; a decoder that is no DecodeImage.
+            SchemaError: A column does not exist, or is of a kind that the setting does not apply to; names the column,
+                what it takes and what was given.
+            TypeError: An argument is not a mapping; a decoder is not a DecodeImage.
         """
         for argument, given in (("forms", forms), ("nulls", nulls), ("decode", decode)):
             if given is not None and not isinstance(given, Mapping):
@@ -83,7 +86,7 @@ class Serving:
         return Serving({name: form for name, form in forms.items() if form != "list"}, fills, decode, casts)
 
     def select(self, names: Sequence[str]) -> Serving:
-        """What of it is about these columns."""
+        """Return the settings of these columns."""
         return replace(
             self,
             forms=_only(names, self.forms),
@@ -94,19 +97,19 @@ class Serving:
         )
 
     def column(self, stored: Column) -> Column:
-        """A column as it is served: of another dtype where it is cast."""
+        """Return a column as it is served: with another dtype if it is cast."""
         return served_column(stored, self.cast)
 
     def schema(self, stored: Schema) -> Schema:
-        """The columns as they are served."""
+        """Return the columns as they are served."""
         return Schema([self.column(column) for column in stored.columns]) if self.cast else stored
 
     def form(self, column: Column) -> Form:
-        """The form of a column of any kind; "list" says nothing where records do not differ in length."""
+        """Return the layout of a column; "list" has no effect if its records do not differ in length."""
         return self.forms.get(column.name, "list")
 
     def has_mask(self, column: Column) -> bool:
-        """Whether a batch has a "<column>.valid"."""
+        """Whether a batch has the entry "<column>.valid"."""
         return column.nullable and column.name not in self.nulls
 
 
@@ -115,28 +118,28 @@ def _only(names: Sequence[str], asked: Mapping[str, T]) -> dict[str, T]:
 
 
 def is_mask(fill: object) -> bool:
-    """Whether nulls= asks for the usual mask, and not for a fill value."""
+    """Whether the value in nulls= requests the usual mask, not a fill value."""
     return isinstance(fill, str) and fill == MASK
 
 
 def varying(column: Column) -> tuple[int, ...]:
-    """Which dimensions of a record of a column of bytes or of a RAGGED one differ between records."""
+    """Return the dimensions in which records of a bytes-like or RAGGED column differ."""
     return tuple(i for i, d in enumerate(column.shape) if d is None) if column.kind is Kind.RAGGED else (0,)
 
 
 def is_stack_of_rows(column: Column) -> bool:
-    """Whether only the first dimension varies, so that records laid end to end are an array themselves."""
+    """Whether only the first dimension varies, so that records stored end to end form one array."""
     return varying(column) == (0,)
 
 
 def _check_form(column: Column, form: object) -> None:
     allowed = _FORMS_OF.get(column.kind, ())
     if form not in FORMS:
-        _refuse(column, "no such form", ", ".join(map(repr, allowed or FORMS)), form)
+        _refuse(column, "unknown form", ", ".join(map(repr, allowed or FORMS)), form)
     if not allowed:
-        _refuse(column, f"forms are for columns whose records differ in length, and this is {column}", "none", form)
+        _refuse(column, f"forms= applies to columns whose records differ in length, and this is {column}", "none", form)
     if form not in allowed:
-        _refuse(column, f"{column} has no such form", ", ".join(map(repr, allowed)), form)
+        _refuse(column, f"this form is not available for {column}", ", ".join(map(repr, allowed)), form)
     if form == "nested" and not is_stack_of_rows(column):
         why = "a jagged nested tensor can vary in one dimension only, the first after the batch's"
         _refuse(column, f"{column}: {why}", "'list', 'padded', 'buffer'", form)
@@ -145,10 +148,13 @@ def _check_form(column: Column, form: object) -> None:
 def _check_decode(column: Column, form: object) -> None:
     if column.kind not in (Kind.IMAGE, Kind.BYTES):
         expected = "a column of tiercache.Image or of bytes"
-        _refuse(column, f"only pictures are decoded, and this is {column}", expected, str(column))
+        _refuse(column, f"only images are decoded, and this is {column}", expected, str(column))
     if form != "list":
         _refuse(
-            column, "decoded pictures have the form that DecodeImage says; leave out one of the two", "'list'", form
+            column,
+            "DecodeImage sets the form of decoded images: remove forms= or decode= for this column",
+            "'list'",
+            form,
         )
 
 

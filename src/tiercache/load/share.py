@@ -1,4 +1,4 @@
-"""What a rank is served of one epoch, as the pipeline asks for it: pure, from an order or from a sampler."""
+"""A rank's share of one epoch, as the pipeline reads it."""
 
 from __future__ import annotations
 
@@ -21,54 +21,57 @@ if TYPE_CHECKING:
 
 
 class Share(Protocol):
-    """A rank's batches of one epoch, one after the other. Immutable; methods may be called from any thread."""
+    """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread."""
 
     @property
     def epoch(self) -> int:
-        """Its number."""
+        """Number of the epoch."""
 
     @property
     def seed(self) -> int:
-        """Of the run: what is drawn at random for a record follows from seed, epoch and position."""
+        """Seed of the run: random values of a record follow from the seed, the epoch and the record's position."""
 
     @property
     def n_records(self) -> int:
-        """Of the epoch, all ranks together."""
+        """Number of records of the epoch, all ranks together."""
 
     @property
     def batch_size(self) -> int:
-        """Records of a full batch."""
+        """Number of records of a full batch."""
 
     @property
     def n_batches(self) -> int:
-        """Of this rank, from where the epoch begins for it."""
+        """Number of batches of this rank, from where the epoch begins for it."""
 
     @property
     def padded(self) -> int:
-        """Records of the batches that are served so that all ranks have equally many batches."""
+        """Number of this rank's records that are repeated so that all ranks have equally many batches."""
 
     def pieces(self, n_batches: int) -> Iterator[Piece]:
-        """What is served after so many batches, in order, padding last. Reads footers."""
+        """Yield what is served after n_batches, in order, padding last. Reads footers."""
 
     def positions(self, batch: int) -> NDArray[np.int64]:
-        """Where in the epoch the records of a batch lie, int64[n], in served order."""
+        """Return the positions in the epoch of a batch's records, int64[n], in served order."""
 
     def place(self, position: int) -> tuple[int, int, int]:
-        """(shard, block, row in the block) of a position of the epoch. Reads footers."""
+        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """Shards that are read after so many batches and then so many rows, in reading order. Reads no footers.
+        """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
 
-        About n_bytes (stored) of them, fewer where the epoch ends before.
+        Their stored bytes are about n_bytes, or less near the end of the epoch.
         """
 
     def close(self) -> None:
-        """End whoever waits in pieces(), by CancelledError. Repeatable, from any thread."""
+        """Raise CancelledError in threads that wait in pieces(). May be called repeatedly, from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class OrderShare:
-    """A rank's share of an order. sizes: of its pieces; damage: what of the source is passed by; None: nothing is."""
+    """A rank's share of an order.
+
+    sizes: maximum rows of its pieces; damage: corrupt records that are replaced; None: corrupt data is an error.
+    """
 
     order: Order
     ranks: RankPlan
@@ -79,46 +82,47 @@ class OrderShare:
 
     @property
     def n_records(self) -> int:
-        """Of the epoch."""
+        """See Share.n_records."""
         return self.ranks.n_records
 
     @property
     def batch_size(self) -> int:
-        """Of this rank."""
+        """See Share.batch_size."""
         return self.ranks.batch_size
 
     @property
     def n_batches(self) -> int:
-        """From the offset on, the same for all ranks."""
+        """Number of batches from the offset on, the same for all ranks."""
         return self.ranks.n_batches
 
     @property
     def padded(self) -> int:
-        """Records of this rank that are no part of the global sequence."""
+        """Number of this rank's records that are not part of the global sequence."""
         return self.ranks.padded
 
     def pieces(self, n_batches: int) -> Iterator[Piece]:
-        """See Share."""
+        """See Share.pieces."""
         ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
         found = pieces(self.order, ranks, self.sizes)
         return found if self.damage is None else mended(found, self.damage, _Walk(self, ranks))
 
     def positions(self, batch: int) -> NDArray[np.int64]:
-        """See Share."""
+        """See Share.positions."""
         return self.ranks.positions(batch)
 
     def place(self, position: int) -> tuple[int, int, int]:
-        """See Share."""
+        """See Share.place."""
         stream, at = position % self.order.n_streams, position // self.order.n_streams
         stretch = self.order.stretch_at(stream, at)
         blocks, rows = stretch.rows(at - stretch.start, at - stretch.start + 1)
         ends = np.cumsum([len(window.blocks) for window in stretch.windows])
         number = int(np.searchsorted(ends, blocks[0], side="right"))
-        window, within = stretch.windows[number], int(blocks[0]) - int(ends[number])  # from the window's end
+        # negative: counted from the window's end
+        window, within = stretch.windows[number], int(blocks[0]) - int(ends[number])
         return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
-        """See Share."""
+        """See Share.shards_ahead."""
         n_done = min(n_batches + n_rows // self.batch_size, self.n_batches)
         offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
         share_bytes = max(n_bytes // len(streams), 1)
@@ -130,18 +134,18 @@ class OrderShare:
         return interleaved(runs)
 
     def close(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no thread waits in pieces()."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """A mending.Walk through a share whose pieces begin where `ranks` does."""
+    """A mending.Walk through a share whose pieces begin at `ranks`."""
 
     share: OrderShare
     ranks: RankPlan
 
     def before(self, n_rows: int) -> Iterator[Place]:
-        """Back to the begin of the epoch, also where a resumed run began later."""
+        """Yield the records back to the start of the epoch, even if a resumed run began later."""
         ranks, place = self.ranks, self.share.place
         for row in reversed(range(n_rows)):
             yield place(int(ranks.positions_between(row, row + 1)[0]))
@@ -150,12 +154,12 @@ class _Walk:
             yield from map(place, ranks.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[Place]:
-        """To the end of the epoch."""
+        """Yield the records to the end of the epoch."""
         for row in range(n_rows, self.ranks.n_served):
             yield self.share.place(int(self.ranks.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
-    """The first of each run, then the second of each, and so on; each number once."""
+    """Return the first of each run, then the second of each, and so on; each number once."""
     longest = max(map(len, runs), default=0)
     return list(dict.fromkeys(run[i] for i in range(longest) for run in runs if i < len(run)))

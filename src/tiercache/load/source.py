@@ -1,4 +1,4 @@
-"""What the loader needs of a data set: a small Protocol, so that load/ knows neither stores nor caches."""
+"""The loader's interface to a data set: a Protocol, so that load/ knows neither stores nor caches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["Keeper", "Part", "Source", "make_ready"]
 
 @runtime_checkable
 class Source(Protocol):
-    """Records as the native path reads them: one version of a data set, a view of it, or several joined.
+    """The records that the native path reads: one version of a data set, a view of it, or several data sets joined.
 
-    Shards of joined data sets are numbered one after the other; those of a view keep their numbers, and count only the
-    view's own records. Methods may be called from any thread.
+    The shards of joined data sets are numbered one data set after the other. The shards of a view keep their numbers
+    and count only the view's own records. All methods may be called from any thread.
     """
 
     @property
     def url(self) -> str:
-        """The data set's, without credentials; of several the first one's."""
+        """URL of the data set, without credentials; of several data sets that of the first."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What is read, by data set, in the order in which their shards are numbered."""
+        """The data sets that are read, in the order in which their shards are numbered."""
 
     @property
     def schema(self) -> Schema:
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     @property
     def shard_records(self) -> NDArray[np.int64]:
-        """Records of each shard, int64[n_shards]; of a view those that it selects."""
+        """Number of records of each shard, int64[n_shards]; in a view the records that it selects."""
 
     @property
     def shard_bytes(self) -> NDArray[np.int64]:
@@ -49,98 +49,103 @@ class Source(Protocol):
 
     @property
     def listed(self) -> NDArray[np.int64] | None:
-        """Where the records are not served in stored order, or more than once: which ones, in served order.
+        """Record numbers in served order, int64[n], if records are reordered or repeated.
 
-        int64[n], numbers of the records that shard_records and block_tables count, in stored order. None: each once, in
+        The numbers count the records of shard_records and block_tables in stored order. None: each record once, in
         stored order.
         """
 
     @property
     def mixture(self) -> Any:
-        """How parts are mixed (order.MixtureSpec); None: they follow one another."""
+        """The mixture of the parts (order.MixtureSpec); None: the parts follow one another."""
 
     @property
     def is_cached(self) -> bool:
-        """Whether any of it is read through a cache, which publish() tells what comes."""
+        """Whether a cache is in use for any part; publish() gives that cache the read plan."""
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """Let the cache know when shards are read, until what this gives is closed; None: there is no cache.
+        """Tell the cache when shards are read, until the returned object is closed; None: there is no cache.
 
         Raises:
-            OSError: the plan cannot be written.
+            OSError: The plan cannot be written.
         """
 
     def block_tables(self, shards: Sequence[int]) -> Sequence[BlockTable]:
-        """The blocks of each of these shards, from their footers, read side by side.
+        """Return the block table of each of these shards, from their footers, which are read concurrently.
 
         records: of a view those that it selects; raw_bytes: of the whole block.
         """
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is selected: stored_rows() gives every row back."""
+        """Whether all records are selected, so that stored_rows() returns each row unchanged."""
 
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """Where rows of a view lie in their stored blocks; a source that selects nothing gives `row` back.
+        """Return the stored row numbers of rows of a view; a source that selects all records returns `row`.
 
         Args:
-            shards, blocks: int32[k], of each of k blocks its shard, and its number there.
-            block: uint32[n], which of the k blocks each row is of.
-            row: uint32[n], its number among the rows of the block that the view selects.
+            shards, blocks: int32[k], the shard of each of k blocks, and the block's number in that shard.
+            block: uint32[n], for each row the index of its block among the k blocks.
+            row: uint32[n], number of each row among the rows of its block that the view selects.
 
         Returns:
-            uint32[n], its number among all rows of the stored block.
+            uint32[n], number of each row among all rows of the stored block.
         """
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Blocks of a shard in memory, the columns that are served. The source keeps the shard open for some time.
+        """Load the served columns of some blocks of a shard. The source keeps the shard open for some time.
 
-        `Blocks.columns` are the served columns in their order, by the numbers that they have in that shard's schema.
+        `Blocks.columns` lists the served columns, in order, by their numbers in that shard's schema.
         """
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """Hear that a run begins that reads these shards, int64[m], and see that it can.
+        """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
 
         Raises:
-            ArchivedShards: some must be restored first; names them all.
-            StoreError: where they lie cannot be found out.
+            ArchivedShards: Some shards must be restored first; the error names all of them.
+            StoreError: Their location cannot be determined.
         """
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Start bringing these shards near, in this order; returns at once."""
+        """Start to fetch these shards to this machine, in this order; returns at once."""
 
     @property
     def is_fetched(self) -> bool:
-        """Whether prefetch() may bring anything: else nobody need find out what to ask it for."""
+        """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
 
     def is_at_hand(self, shard: int) -> bool:
-        """Whether load() of any of its blocks neither reads, fetches nor decodes, as far as that is known by now."""
+        """Whether load() of any block of the shard only maps it: it neither reads, fetches nor decodes.
+
+        The answer is what the source knows now, without looking.
+        """
 
     def is_near(self, shard: int) -> bool:
-        """Whether load() of any of its blocks fetches nothing over a network: it lies on this machine, whole."""
+        """Whether the whole shard is on this machine, so that load() of any of its blocks needs no network."""
 
     def heal(self, shard: int) -> bool:
-        """Hear that what load() gave of a shard is damaged. True: a local copy was to blame and is gone: load again.
+        """Verify the local copy of a shard after load() returned corrupt data; load() reads anew afterwards.
 
-        False: by now there is none, or it is right. In any case load() reads anew what is there.
+        Returns:
+            True: a local copy was corrupt and was removed, so load the blocks again. False: there is no local copy, or
+            it is right.
         """
 
     def when_closed(self, keeper: Keeper) -> None:
-        """Call keeper.forget() when this is closed, unless the keeper has gone: it is referred to weakly."""
+        """Call keeper.forget() when this source is closed. The keeper is referenced weakly."""
 
     def at_versions(self, versions: Sequence[int]) -> Source:
-        """The same choice, selected and joined in the same way, of other versions: one for each of `parts`.
+        """Return the same source, selected and joined in the same way, at other versions: one per entry of `parts`.
 
         Raises:
-            NotFound: there is no such version.
+            NotFound: There is no such version.
         """
 
     def figures(self) -> Mapping[str, float]:
-        """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
+        """Return requests, bytes_fetched, cache_hits and cache_misses of this process so far."""
 
 
 def make_ready(source: Source) -> None:
-    """See that a run of a source can begin, whatever its order: all shards that have records. As Source.make_ready."""
+    """Check that a run can read all shards that have records. See Source.make_ready."""
     source.make_ready(np.flatnonzero(source.shard_records))

@@ -1,4 +1,4 @@
-"""How a window's blocks are split among the threads that load them: pure."""
+"""The parts in which threads load a window's blocks: a pure function."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
     from tiercache.order import Window
 
-# Parts for each thread: the last one to end keeps the others waiting for a part of its share only.
+# Parts per thread: at the end the other threads wait at most for one such part.
 PARTS_A_THREAD = 2
-# A part costs about 0.2 ms beside its bytes; one of 16 MiB is decoded in 20 ms, which is how long closing may wait.
+# A part costs about 0.2 ms beside its bytes. A part of 16 MiB is decoded in 20 ms, which is how long close() may wait.
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Parts of a window: places in its blocks, int64[.] for each, neighbours in one shard, in its order.
+    """Parts of a window, each an int64 array of indices of its blocks, adjacent in one shard and in its order.
 
-    at_hand: those that cost nothing to load but the call, whole shards; work: the others.
+    at_hand: whole shards that are only mapped; work: parts that are read, fetched or decoded.
     """
 
     at_hand: tuple[NDArray[np.int64], ...]
@@ -32,19 +32,19 @@ class Split:
 
 
 def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand: Callable[[int], bool]) -> Split:
-    """Cut the wanted blocks of a window into parts, those that are work into parts of about the same bytes.
+    """Cut the wanted blocks of a window into parts; those to read, fetch or decode have about the same bytes.
 
-    Threads that take the next part when they have done one are busy to the end, whatever the shards.
+    A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
 
     Args:
-        window: of the order.
-        wanted: bool[n_blocks].
-        n_threads: that load.
-        is_at_hand: whether a shard's blocks are no work to load.
+        window: Window of the order.
+        wanted: bool[n_blocks], the blocks to load.
+        n_threads: Number of threads that load.
+        is_at_hand: Function that returns whether a shard's blocks are only mapped.
 
     Returns:
-        Parts that are work have MAX_PART_BYTES at most unless one is a single block. Shards come in the order in which
-        the window names them.
+        The parts. A part to read, fetch or decode has MAX_PART_BYTES at most unless it is a single block. Shards are in
+        the order in which the window names them.
     """
     places = np.flatnonzero(wanted)
     if not len(places):
@@ -54,7 +54,7 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
     places, shards = places[order], shards[order]
     starts = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1])
     stops = [*starts[1:].tolist(), len(places)]
-    turns = np.argsort(np.minimum.reduceat(places, starts))  # by where the window names each shard first
+    turns = np.argsort(np.minimum.reduceat(places, starts))  # sorted by the first block of each shard in the window
     runs = [places[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_at_hand(int(window.shards[run[0]])) for run in runs]
     at_hand = [run for run, is_free in zip(runs, free, strict=True) if is_free]
@@ -64,12 +64,12 @@ def split(window: Window, wanted: NDArray[np.bool_], n_threads: int, is_at_hand:
 
 
 def part_bytes(n_bytes: int, n_threads: int) -> int:
-    """How large a part shall be of a window that has n_bytes to load."""
+    """Return the size of a part of a window that has n_bytes to load."""
     return min(max(n_bytes // (n_threads * PARTS_A_THREAD), MIN_PART_BYTES), MAX_PART_BYTES)
 
 
 def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArray[np.int64]]:
-    """A shard's blocks as parts of about the same size, limit_bytes at most where a block is not larger."""
+    """Cut a shard's blocks into parts of about the same size, at most limit_bytes unless a block is larger."""
     sums = np.cumsum(window.block_bytes[run])
     n_parts = -(-int(sums[-1]) // limit_bytes)
     share = -(-int(sums[-1]) // max(n_parts, 1))

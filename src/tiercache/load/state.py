@@ -1,4 +1,4 @@
-"""The state of a run: a few hundred bytes of JSON-able values, equal on every rank, from which the order follows."""
+"""The state of a run: a few hundred bytes of plain values, equal on all ranks, that determine the order."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ if TYPE_CHECKING:
 
     from tiercache.load.source import Source
 
-# 2: streams, several data sets, selections. The order of format 1 (one stream, keyed otherwise) is no longer known.
+# Format 2 has streams, several data sets and selections. This release does not read format 1 (one stream, other keys).
 STATE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Where a run stands.
+    """The position of a run.
 
     Attributes:
-        parts: what is read, by data set.
-        seed, is_seed_drawn: Seed of the order, and whether it was drawn for this epoch alone. False: all epochs of the
-            run share the seed, and the epoch's number enters the order's keys beside it.
-        epoch, offset: records of that epoch that all ranks together were served; the rest names the order.
-        group_bytes, window_bytes: None for "all".
-        mixture: how the parts are mixed, as plain values; None: they are not.
+        parts: The data sets that are read, with their versions and selections.
+        seed: Seed of the order.
+        is_seed_drawn: Whether the seed was drawn for this epoch alone. False: all epochs of the run share the seed, and
+            the epoch's number enters the order's keys beside it.
+        epoch: Number of the epoch.
+        offset: Records of that epoch that all ranks together were served.
+        shuffle, drop_last: The loader's arguments.
+        streams, placement: See `LoaderOptions`.
+        group_bytes, window_bytes: The shuffle sizes in bytes; None for "all".
+        mixture: The weights and the stop rule of a mixture as plain values; None: the parts are not mixed.
+        format: Version of this form of the state.
     """
 
     parts: tuple[Part, ...]
@@ -52,28 +57,29 @@ class RunState:
         return 0 if self.is_seed_drawn else self.epoch
 
     def following(self, epoch: int) -> RunState:
-        """State at the beginning of another epoch of the run.
+        """Return the state at the beginning of another epoch of the run.
 
-        Under a drawn seed it holds a substitute for the seed, which nobody knows before iter() draws it. A run that
-        does not draw again (several ranks have no common random numbers) uses the substitute.
+        Under a drawn seed it holds a substitute for the seed, because the seed is unknown until iter() draws it. A run
+        that does not draw again (several ranks have no common random numbers) uses the substitute.
         """
         seed = self.seed + epoch - self.epoch if self.is_seed_drawn else self.seed
         return replace(self, epoch=epoch, offset=0, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint: as they are after a way through JSON."""
+        """Return plain values for a checkpoint; JSON does not change them."""
         parts = [[part.dataset_id, part.version, part.fingerprint, part.selection] for part in self.parts]
-        # Field by field: dataclasses.asdict copies each value deeply, 60 us of a state that may be taken at every step.
+        # Field by field: dataclasses.asdict copies each value deeply, which takes 60 us, and a state may be saved at
+        # every step.
         values = {name: getattr(self, name) for name in _NAMES}
         return {**values, "parts": parts, "mixture": deepcopy(self.mixture)}
 
     @staticmethod
     def from_dict(state: Any) -> RunState:
-        """Read to_dict() back.
+        """Return the state that to_dict() saved.
 
         Raises:
-            ValueError: not a state of this loader, or a value that cannot be.
-            UnsupportedFormat: of another release.
+            ValueError: The value is not a state of this loader, or one of its values is invalid.
+            UnsupportedFormat: Another release saved the state.
         """
         if not isinstance(state, Mapping) or not _is_count(state.get("format")):
             found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
@@ -86,7 +92,7 @@ class RunState:
                 found=state["format"],
                 supported=STATE_FORMAT,
             )
-        state = {"is_seed_drawn": False, **state}  # states of earlier releases lack the key
+        state = {"is_seed_drawn": False, **state}  # States of earlier releases lack the key.
         if set(state) != set(_NAMES):
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
@@ -99,7 +105,7 @@ _NAMES = tuple(field.name for field in fields(RunState))
 
 
 def _check_values(state: Mapping[str, Any]) -> None:
-    """Raise ValueError, by its name, for a value of a state that cannot be."""
+    """Raise ValueError, with the name of the value, for an invalid value of a state."""
     for name in ("epoch", "offset"):
         _expect(name, state[name], "an integer of 0 or more", _is_count(state[name]))
     _expect(
@@ -141,10 +147,10 @@ def _is_part(value: object) -> bool:
 
 
 def reopen(source: Source, state: RunState) -> Source:
-    """What the state names: the same data sets and choice, of the state's versions.
+    """Return the source at the versions that the state names: the same data sets and the same selection.
 
     Raises:
-        ObjectChanged: other data sets, a version that is not the one that was read, or another selection of it.
+        ObjectChanged: The state is of other data sets, of another selection, or of a version whose contents differ.
     """
     if [part.dataset_id for part in state.parts] != [part.dataset_id for part in source.parts]:
         raise ObjectChanged(

@@ -1,4 +1,4 @@
-"""What the ring is told of a schema's columns: the kind of each stream, and how forms and fills change it."""
+"""The ring's description of a schema: the kind of each stream, and the table of column layouts and fill values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PADDED = 4  # csrc/forms.h
-# Of a stream's row in the table of forms (struct tc_form).
+# Words of a stream's row in the table of layouts (struct tc_form).
 _EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS, _N_WORDS = range(9)
 _NONE = 2**64 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
 
 
 def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np.uint32]:
-    """(kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them.
+    """Return (kind, width in bytes) of each stream of the columns, uint32[n_streams, 2], as the ring takes them.
 
-    schema: as stored; where a column is cast, the kind's higher bytes say how.
+    schema: as stored. The higher bytes of a kind state how its column is cast.
     """
     served = serving or Serving()
     streams: list[tuple[int, int]] = []
@@ -40,7 +40,7 @@ def gather_streams(schema: Schema, serving: Serving | None = None) -> NDArray[np
 
 
 def _values_kind(column: Column, serving: Serving) -> int | None:
-    """The kind of a stream of values where it is not the one that is stored."""
+    """Return the kind of a stream of values if it differs from the stored one."""
     form = serving.form(column)
     if form == "padded":
         return PADDED
@@ -48,7 +48,7 @@ def _values_kind(column: Column, serving: Serving) -> int | None:
 
 
 def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
-    """Memory of a batch's streams that is known beforehand (of those of varied length only the offsets)."""
+    """Return the bytes of a batch's streams that are known in advance (only the offsets for varying lengths)."""
     widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16}
     sizes = []
     for kind, width in streams.tolist():
@@ -59,11 +59,11 @@ def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
 
 
 def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
-    """What is made of each stream beyond its plain gather, as Plan takes it; None where nothing is.
+    """Return the table of column layouts and fill values, as Plan takes it; None if no stream needs it.
 
     Returns:
-        uint64[n]: a struct tc_form for each stream, and behind them what they point to, in the array's own memory. So
-        it is neither copied nor moved.
+        uint64[n]: a struct tc_form for each stream, followed by the data that they point to, in the same array. So the
+        array must not be copied or moved.
     """
     tail = bytearray()
     rows: list[list[int]] = []
@@ -81,8 +81,8 @@ def form_table(schema: Schema, serving: Serving) -> NDArray[np.uint64] | None:
 
 
 def _column_rows(column: Column, serving: Serving, first: int, tail: bytearray) -> list[list[int]]:
-    """Rows of the table for a column's streams, of which `first` is the first; places in the tail as offsets."""
-    column = serving.column(column)  # fills are of the served dtype; a cast column has the same streams
+    """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
+    column = serving.column(column)  # fill values have the served dtype; a cast column has the same streams
     streams, form = column.streams(0), serving.form(column)
     rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
     if not rows:
@@ -103,7 +103,7 @@ def _column_rows(column: Column, serving: Serving, first: int, tail: bytearray) 
 
 
 def _put(tail: bytearray, data: Any) -> int:
-    """Append to the tail; where it begins there. Everything begins at a multiple of 8."""
+    """Append data to the tail at a multiple of 8 bytes; return its offset."""
     start = len(tail)
     tail += data
     tail += bytes(-len(tail) % 8)

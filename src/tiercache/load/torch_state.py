@@ -1,8 +1,9 @@
-"""States of torchdata's loaders: one of a loader with worker processes for a loader with another number, or with none.
+"""Conversion of torchdata's states between loaders with different numbers of worker processes.
 
-torchdata writes two kinds of state. Without workers it is flat; with workers it holds a snapshot of the sampler, and
-one of the data set for each worker, taken some batches before. Over a map-style data set both name the same thing: the
-sampler, and how many of its batches were handed out. Over an iterable data set each worker has a position of its own.
+torchdata writes two kinds of state. Without workers it is flat. With workers it holds a snapshot of the sampler and a
+snapshot of the data set for each worker, taken some batches before. Over a map-style data set both name the same
+position: the sampler, and how many of its batches were handed out. Over an iterable data set each worker has its own
+position.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of torchdata's: of a state without workers, and of the snapshot's sampler.
+# torchdata's keys of a state without workers, and of the snapshot's sampler.
 _SHARED = (
     "_index_sampler_state",
     "_sampler_iter_state",
@@ -20,7 +21,7 @@ _SHARED = (
 )
 _N_YIELDED, _FETCHER, _DATASET = "_num_yielded", "fetcher_state", "dataset_state"
 _FLAT = (*_SHARED, _N_YIELDED, _FETCHER, _DATASET)
-# Of a state with workers.
+# torchdata's keys of a state with workers.
 _SNAPSHOT, STEPS_SINCE = "_snapshot", "_steps_since_snapshot"
 _STEP, _LAST_WORKER, _MAIN, _WORKERS = (
     "_snapshot_step",
@@ -33,20 +34,20 @@ _FINISHED = "_iterator_finished"
 
 
 def state_for_workers(state: Mapping[str, Any], n_workers: int, base_seed: int, *, is_iterable: bool) -> dict[str, Any]:
-    """Return the state in the form that a loader with n_workers loads; a state of neither form is returned as it is.
+    """Return the state in the form that a loader with n_workers loads; a state of neither form is returned unchanged.
 
     Args:
-        state: What a loader's state_dict() returned.
-        n_workers: Number of worker processes of the loader that is to load it.
-        base_seed: Seed for the workers' random numbers, where the state has none.
+        state: Value that a loader's state_dict() returned.
+        n_workers: Number of worker processes of the loader that loads it.
+        base_seed: Seed of the workers' random numbers, if the state has none.
         is_iterable: Whether the data set is an iterable one.
 
     Returns:
-        The state; {}, a loader that has not begun, for one that ended an epoch and holds nothing else. Without workers
-        it may have STEPS_SINCE: number of batches to skip after it is loaded.
+        The state. {}, i.e. a loader that has not begun, for a state at the end of an epoch that holds nothing else.
+        Without workers it may have STEPS_SINCE: number of batches to skip after it is loaded.
 
     Raises:
-        ValueError: The state holds something for each worker.
+        ValueError: The state holds a position for each worker.
     """
     has_workers = _SNAPSHOT in state
     if not has_workers and _N_YIELDED not in state:
@@ -61,7 +62,7 @@ def state_for_workers(state: Mapping[str, Any], n_workers: int, base_seed: int, 
         kind = "a data set with a state of its own" if has_data_set_state else "an iterable data set"
         otherwise = "" if has_data_set_state else ", or save the state at the end of an epoch"
         raise ValueError(
-            f"the state was saved with num_workers={n_saved} over {kind}, of which each worker has its own position: "
+            f"the state was saved with num_workers={n_saved} over {kind}, in which each worker has its own position: "
             f"it cannot be loaded with num_workers={n_workers}; make the loader with num_workers={n_saved}{otherwise}"
         )
     if has_workers:
@@ -78,7 +79,7 @@ def _has_data_set_state(state: Mapping[str, Any]) -> bool:
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state without workers. It has STEPS_SINCE if the snapshot was taken before the last batch handed out."""
+    """Return the state without workers. It has STEPS_SINCE if the snapshot precedes the last batch handed out."""
     snapshot = state[_SNAPSHOT]
     flat = {key: value for key, value in state.items() if key not in (_SNAPSHOT, STEPS_SINCE)}
     flat |= {key: snapshot[_MAIN][key] for key in _SHARED}

@@ -1,4 +1,4 @@
-"""Records as tuples and batches as lists of columns, for `for image, label in loader`."""
+"""Records as tuples, and batches as lists of columns, for `for image, label in loader`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ if TYPE_CHECKING:
     from tiercache.load.serving import Serving
     from tiercache.shard.types import Schema
 
-# Where a null is None in a batch too; elsewhere it is a zero or an empty array beside a mask.
+# Kinds whose nulls are None in a batch; other kinds have a zero or an empty array, and a mask.
 _SHOWS_NULLS = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON, Kind.ARROW)
 
 
 def tuple_columns(names: Sequence[str], schema: Schema, serving: Serving) -> tuple[str, ...]:
-    """The columns that a tuple of these names needs, in order.
+    """Return the columns that a tuple of these names needs, in order.
 
     Args:
-        names: of columns, "<column>.valid" for the mask of a nullable one, "<column>.lengths" of a padded one.
-        schema: the columns that are served.
-        serving: how they are served.
+        names: Names of columns; "<column>.valid" for the mask of a nullable column, "<column>.lengths" for the lengths
+            of a padded column.
+        schema: Served columns.
+        serving: How the columns are served.
 
     Raises:
-        SchemaError: no such column, mask or lengths; a nullable column whose nulls would not be seen.
-        TypeError, ValueError: no names, or what is none.
+        SchemaError: A column, mask or lengths entry does not exist; or the nulls of a nullable column would be
+            invisible.
+        TypeError: A name is not a str.
+        ValueError: There are no names.
     """
     if not names:
         raise ValueError("as_tuple() needs the name of one column or more")
@@ -52,12 +55,12 @@ def tuple_columns(names: Sequence[str], schema: Schema, serving: Serving) -> tup
 
 
 def as_columns(batch: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """A batch's entries by name: a list, as torch's default_collate makes of records that are tuples."""
+    """Return a batch's entries by name as a list, as torch's default_collate makes of records that are tuples."""
     return [batch[name] for name in names]
 
 
 def record_tuple(record: Mapping[str, Any], names: Sequence[str], schema: Schema) -> tuple[Any, ...]:
-    """A record's values by name; its masks are np.bool_, its lengths int64 or int64[n_varying]."""
+    """Return a record's values by name; masks are np.bool_, lengths int64 or int64[n_varying]."""
     return tuple([record[name] if name in record else _companion(record, name, schema) for name in names])
 
 

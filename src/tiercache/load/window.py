@@ -1,4 +1,4 @@
-"""Windows in memory: the blocks of a window, opened, checked, decoded, and where each lies; several as one."""
+"""Windows in memory: their blocks are opened, checked and decoded; several windows can be addressed as one."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A window's pages are checked again where that was done longer ago. Data in memory is checked in less than a hundredth
-# of this time (7 GB/s a core), and an epoch that takes longer is bound by the disk or the consumer.
+# Pages that were checked longer ago are checked again. Checking data in memory takes less than a hundredth of this time
+# (7 GB/s per core), and an epoch that takes longer is bound by the disk or the consumer.
 CHECKED_FOR_S = 600.0
-# Threads that wait for stores: their time is the network's, so they are more than the cores.
+# Minimum number of threads that wait for stores: they wait for the network, so there may be more of them than cores.
 MIN_LOAD_THREADS = 4
 
 
 def renew_checks(blocks: Blocks) -> None:
-    """Have blocks checked again that will be read from the disk again, or were checked long ago."""
+    """Mark blocks unchecked if they will be read from the disk again, or were checked long ago."""
     if not blocks.tells_residence or are_resident(blocks.pages):
         blocks.forget_old_checks(CHECKED_FOR_S)
     else:
@@ -42,17 +42,17 @@ def renew_checks(blocks: Blocks) -> None:
 
 
 def loading_pool(n_threads: int) -> ThreadPoolExecutor:
-    """Threads that load windows, beside n_threads that gather; they are started when there is work."""
+    """Return the threads that load windows, beside n_threads gather threads; they start with the first task."""
     return ThreadPoolExecutor(max(MIN_LOAD_THREADS, n_threads), "tiercache-load")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """Blocks of a window. It owns their memory: addresses are good while it lives.
+    """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
-    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not asked for; held: the parts
-    that were loaded side by side;
-    holder, position: int32[n_blocks], which of held has the block, and where.
+    addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; held: the parts that were
+    loaded concurrently; holder, position: int32[n_blocks], the index in `held` of the part that has the block (-1:
+    none), and the block's index there.
     """
 
     window: Window
@@ -63,7 +63,7 @@ class Loaded:
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """What is left to check of the blocks, uint64[n_streams, n_blocks, 4] as Blocks.checks; None: nothing."""
+        """Checks that the blocks still need, uint64[n_streams, n_blocks, 4] as Blocks.checks; None: none."""
         checks = None
         for number, blocks in enumerate(self.held):
             left = blocks.checks
@@ -77,23 +77,23 @@ class Loaded:
 
     @property
     def private_bytes(self) -> int:
-        """Memory that is neither mapped nor shared: what was read or decoded."""
+        """Bytes of memory that are neither mapped nor shared: data that was read or decoded."""
         return sum(blocks.private_bytes for blocks in self.held)
 
     def covers(self, wanted: NDArray[np.bool_]) -> bool:
-        """Whether all of these blocks are here, bool[n_blocks]."""
+        """Whether all of these blocks are loaded. wanted: bool[n_blocks]."""
         return bool((self.holder[wanted] >= 0).all())
 
     def value(self, block: int, row: int, column: int) -> object:
-        """A record's value of an ARROW column, as Python objects. column: its number among those that are served."""
+        """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
         blocks = self.held[self.holder[block]]
         return blocks.array(int(self.position[block]), blocks.columns[column])[int(row)].as_py()
 
 
 class Joined:
-    """Windows whose rows are served together: their blocks are numbered through, one window after the other.
+    """Windows whose rows are served together; their blocks are numbered through, one window after the other.
 
-    windows: in that order; addresses: uint64[n_streams, n_blocks, 3] of all of them, good while it lives.
+    windows: in that order; addresses: uint64[n_streams, n_blocks, 3] of all windows, valid while this object lives.
     """
 
     def __init__(self, windows: Sequence[Loaded]) -> None:
@@ -105,10 +105,10 @@ class Joined:
         self._n_asked = 0
 
     def checks_for(self, n_rows: int) -> NDArray[np.uint64] | None:
-        """As Loaded.checks, of all windows, for so many rows; some of what it names may have been checked since.
+        """Return the checks of all windows for n_rows; some of the named pages may have been checked since.
 
-        Looking what is left costs 0.2 us a chunk: for a few rows of many blocks more than to look each page up once
-        more. So it is looked up once in as many rows as there are chunks.
+        Computing the checks takes 0.2 us per chunk: for a few rows of many blocks that is more than checking each page
+        once more. So they are computed once per as many rows as there are chunks.
         """
         self._n_asked += n_rows
         if self._checks is None or self._n_asked >= self.addresses.shape[0] * self.addresses.shape[1]:
@@ -117,7 +117,7 @@ class Joined:
 
     @property
     def checks(self) -> NDArray[np.uint64] | None:
-        """As Loaded.checks, of all windows."""
+        """Checks that the blocks of all windows still need. See Loaded.checks."""
         parts = [loaded.checks for loaded in self.windows]
         if len(parts) == 1 or all(part is None for part in parts):
             return parts[0]
@@ -125,16 +125,16 @@ class Joined:
         return np.concatenate([n if part is None else part for part, n in zip(parts, nothing, strict=True)], axis=1)
 
     def find(self, block: int) -> tuple[Loaded, int]:
-        """The window of a block, and its number there."""
+        """Return the window of a block, and the block's number in that window."""
         number = int(np.searchsorted(self._ends, block, side="right"))
         return self.windows[number], block - (int(self._ends[number - 1]) if number else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """What loads windows: an executor whose n_threads wait for stores and decode, and a future that ends all waiting.
+    """Threads that load windows: an executor with n_threads that wait for stores and decode, and a stop signal.
 
-    limit_bytes: of memory, for all that the process does.
+    stop: Future that ends all waiting; limit_bytes: memory limit of the whole process.
     """
 
     executor: Executor
@@ -143,7 +143,7 @@ class Threads:
     limit_bytes: int
 
     def result(self, future: Future[T]) -> T:
-        """The future's result, or its error. Raises CancelledError when stop is done first."""
+        """Return the future's result, or raise its error. Raises CancelledError if stop is done first."""
         watched: tuple[Future[Any], ...] = (future, self.stop)
         wait(watched, return_when=FIRST_COMPLETED)
         if not future.done():
@@ -152,17 +152,17 @@ class Threads:
 
 
 class Loading:
-    """A window on its way into memory: what is work was begun, in parts, side by side; the rest is done by finish().
+    """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
 
-    Shards that are at hand take some 0.3 ms of Python each, for which threads would only wait for each other.
+    Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other.
 
     Args:
-        source: whose shards they are.
-        window: of the order.
-        wanted: bool[n_blocks].
-        executor: whose threads load; it may be shut down meanwhile.
-        n_threads: that load.
-        unwanted: once it is set, what no thread has begun to load is not loaded; None: cancel() alone says so.
+        source: Source of the shards.
+        window: Window of the order.
+        wanted: bool[n_blocks], the blocks to load.
+        executor: Executor that loads; it may be shut down meanwhile.
+        n_threads: Number of threads that load.
+        unwanted: Event that keeps threads from starting further parts once it is set. None: only cancel() does.
     """
 
     def __init__(
@@ -185,11 +185,11 @@ class Loading:
         self._work = [(places, executor.submit(self._load_wanted, places)) for places in parts.work]
 
     def finish(self, threads: Threads) -> Loaded:
-        """The window, once all of it is there. To be called once.
+        """Return the window when all of it is loaded. May be called once.
 
         Raises:
-            CorruptShard, StoreError: as `ShardReader.load`.
-            CancelledError: told to stop.
+            CorruptShard, StoreError: See `ShardReader.load`.
+            CancelledError: The pipeline stopped.
         """
         n_blocks = len(self.window.blocks)
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
@@ -198,8 +198,9 @@ class Loading:
             self.load_at_hand()
             loaded = [*self._loaded, *((places, threads.result(future)) for places, future in self._work)]
         finally:
-            self.cancel()  # after an error: what has not begun need not
-            self._loaded, self._work = [], []  # an epoch knows how it began to its end, and must not keep this memory
+            self.cancel()  # after an error the other parts need not start
+            # The epoch refers to this object to its end, and must not keep this memory.
+            self._loaded, self._work = [], []
         for number, (places, blocks) in enumerate(loaded):
             addresses[:, places] = blocks.addresses
             holder[places] = number
@@ -207,12 +208,12 @@ class Loading:
         return Loaded(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
 
     def load_at_hand(self) -> None:
-        """Do what is at hand, in this thread. Raises as finish()."""
+        """Map all mapped shards in this thread. Raises as finish()."""
         while self.load_next_at_hand():
             pass
 
     def load_next_at_hand(self) -> bool:
-        """Do the next part of what is at hand, in this thread; False: there is none. Raises as finish()."""
+        """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
         if not self._at_hand:
             return False
         places = self._at_hand.pop()
@@ -220,7 +221,7 @@ class Loading:
         return True
 
     def cancel(self) -> None:
-        """Let what has not begun not begin."""
+        """Cancel the parts that no thread has started."""
         for _, future in self._work:
             future.cancel()
 
@@ -234,10 +235,10 @@ class Loading:
         shard = int(self.window.shards[places[0]])
         try:
             blocks = self._source.load(shard, self.window.blocks[places].tolist())
-            # Of listed rows single pages of 4 KiB are read, where a check would have 64 KiB read for each of them.
+            # Single pages of 4 KiB are read for listed rows; checking would read 64 KiB for each of them.
             if isinstance(self.window, Window):
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
-            error.facts["place"] = shard, error.facts["block"], None  # for those who go on without it
+            error.facts["place"] = shard, error.facts["block"], None  # used if corrupt records are replaced
             raise
