@@ -158,7 +158,7 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
 def test_a_move_within_one_bucket_is_no_copy_and_no_drop(bucket):
     bucket.put("standard", "f")
     applied = bucket.apply(bucket.plan(bucket.move("f", "standard", "archive")))
-    assert "expected two places, found" in applied.stopped[0].reason
+    assert "expected two locations, found" in applied.stopped[0].reason
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ def run_once(
         StoreError: A tier cannot be listed, or the store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
+    if stores is None:
         with Stores(file) as opened:
             return run_once(file, dry_run=dry_run, on_progress=on_progress, stores=opened)
     places = {tier.name: tier.url for tier in file.tiers}
