@@ -233,8 +233,7 @@ class Copying:
                 return self._found(job, one, copy, is_new=same is None)
         if known is not None and known.made_from == job.row.src_place:
             is_size = known.n_bytes == info.n_bytes == one.n_bytes
-            if known.is_intended and is_size and is_cold:  # a readable object was compared above, and is somebody
-            else's
+            if known.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, one):
                     copy = KnownCopy(info.n_bytes, info.etag, None, job.row.src_place)
                     return self._found(job, one, copy, is_new=True)

@@ -251,7 +251,7 @@ class Sight:
         if not is_one:
             return ""
         urls = f"{source.url} and {self.stores.store(dst).url}"
-        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: dropping a copy would drop both"
+        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: one drop would delete both copies"
 
 
 def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
