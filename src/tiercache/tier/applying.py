@@ -75,8 +75,10 @@ class Application:
         return Applied(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
     def _missing_tiers(self) -> dict[str, str]:
-        """Return for each tier the reason why it may not be the tier used before, "" if it is. Tiers used first get a
-        marker."""
+        """Return for each tier the reason why it may not be the tier used before, "" if it is.
+
+        Tiers used first get a marker.
+        """
         gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
         return {tier.name: self._sight.missing(tier.name, gets=tier.name in gets) for tier in self._file.tiers}
 
@@ -160,8 +162,7 @@ class Application:
         reach("tier_move.ended")
 
     def _look(self, jobs: Sequence[Job]) -> None:
-        """Compare the objects in src with the plan. For a delete: compare all tiers, and put the findings into the
-        row."""
+        """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         wanted = [(tier, one.key) for job in jobs for tier in self._tiers_of(job) for one in job.row.objects]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
         for job in jobs:

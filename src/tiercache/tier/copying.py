@@ -80,8 +80,10 @@ class Copying:
         self._sight, self._on_bytes = sight, on_bytes
 
     def copy(self, jobs: Sequence[Job]) -> None:
-        """Make each job's group complete and verified in dst, and record it in the catalog. A failure stops its job
-        only."""
+        """Make each job's group complete and verified in dst, and record it in the catalog.
+
+        A failure stops its job only.
+        """
         self._intend(jobs)
         reach("tier_move.intended")
         self._all(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
@@ -159,12 +161,11 @@ class Copying:
         self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: Job) -> None:
-        """Record that the copy in dst is new, before it exists or is recorded as verified. Its grace period starts
-        again.
+        """Record that the copy in dst is new, before it exists or is recorded as verified.
 
-        Without the record: 1. A move waits, and its copy is lost. 2. The copy is made again and recorded. 3. The
-        process is killed. 4. The next run finds a verified copy, and a wait for the same deletion that began long
-        before that copy existed.
+        Its grace period starts again. Without the record: 1. A move waits, and its copy is lost. 2. The copy is made
+        again and recorded. 3. The process is killed. 4. The next run finds a verified copy, and a wait for the same
+        deletion that began long before that copy existed.
 
         This is one write per move, not one per batch: where ETags are derived from the bytes, the catalog knows the new
         copy as soon as it exists, because it still has the entry of the lost copy.
@@ -196,9 +197,7 @@ class Copying:
         raise spoilt
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
-        """Record a verified copy in the catalog, and also src if it was the source: both were read completely and
-        equal.
-
+        """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
         books = self._sight.catalog
@@ -217,8 +216,10 @@ class Copying:
             job.made.extend(pair)
 
     def _is_there(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
-        """Return whether dst has an equal copy. Stop the job if dst has a different object that must not be
-        overwritten."""
+        """Return whether dst has an equal copy.
+
+        Stop the job if dst has a different object that must not be overwritten.
+        """
         sight, dst = self._sight, job.row.dst
         known = sight.catalog.known(dst, [one.key]).get(one.key)
         expected = self._source_sum(job, one)

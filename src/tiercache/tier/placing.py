@@ -27,10 +27,10 @@ _VERSIONS = "_tiercache/versions/"
 
 
 class Placing:
-    """Updates the placements of one rule file's home tier. Each placement log is known by its data set's folder; "" is
-    home's.
+    """Updates the placements of one rule file's home tier.
 
-    Thread-safe. A placement that was read is cached until forget().
+    Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
+    until forget().
     """
 
     def __init__(self, sight: Sight) -> None:
@@ -146,8 +146,10 @@ class Placing:
         return None if found is None else found.find(key)
 
     def misleads(self, row: JournalRow, at_home: Infos) -> str:
-        """Return why readers would still look where a move deletes; "" if all are redirected. Raises as
-        placement.read()."""
+        """Return why readers would still look where a move deletes; "" if all are redirected.
+
+        Raises as placement.read().
+        """
         folder = self.folder(row)
         start = f"{folder}/" if folder else ""
         there = self.url(row.dst, folder)
@@ -239,8 +241,7 @@ def data_set_above(home: Store, folder: str) -> str | None:
 
 
 def ends_reading(sight: Sight, row: JournalRow) -> bool:
-    """Return whether a move gives objects, in place, a class from which they must be restored before they can be
-    read."""
+    """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
     return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
 
 
@@ -250,8 +251,7 @@ def same_url(first: str, second: str) -> bool:
 
 
 def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInfo | None]:
-    """Return the metadata of a move's objects in a tier, by key. Raises the StoreError that is recorded for an
-    object."""
+    """Return the metadata of a move's objects in a tier, by key. Raises the StoreError recorded for an object."""
     found: dict[str, ObjectInfo | None] = {}
     for one in row.objects:
         found[one.key] = found_in(heads, tier, one.key)

@@ -1,6 +1,4 @@
-"""One tier run for a scheduler: finish interrupted deletions, list and plan, make the plan's moves, settle due
-deletions.
-
+"""One tier run for a scheduler: finish interrupted deletions, plan, make the moves, settle the deletions that are due.
 No process stays resident: cron, Airflow or Kubernetes calls the run, for example once a day. Two runs at once do not
 conflict: the second one fails and names the process that holds the lock.
 """

@@ -38,8 +38,10 @@ _PROBE_FOLDER = "_tiercache/probe/"
 
 @dataclass(slots=True)
 class Sight:
-    """The stores, the catalog and the transfer that moves use, with their checks. Thread-safe. The caller owns the
-    pool."""
+    """The stores, the catalog and the transfer that moves use, with their checks. Thread-safe.
+
+    The caller owns the pool.
+    """
 
     file: TierFile
     stores: Stores
@@ -58,8 +60,10 @@ class Sight:
             return None
 
     def heads(self, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ObjectInfo | StoreError | None]:
-        """Return head() of many (tier, key) pairs, queried in parallel. A StoreError takes the place of a failed
-        answer."""
+        """Return head() of many (tier, key) pairs, queried in parallel.
+
+        A StoreError takes the place of a failed answer.
+        """
         return dict(zip(wanted, self.pool.map(self._asked, wanted), strict=True))
 
     def _asked(self, one: tuple[str, str]) -> ObjectInfo | StoreError | None:
@@ -166,8 +170,7 @@ class Sight:
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
-        """Return the CRC-32C of an object: from the catalog if the object is unchanged, else read; None: it is
-        archived."""
+        """Return an object's CRC-32C, from the catalog if it is unchanged, else by reading it; None if it is archived."""
         if known is not None and known.crc32c is not None and is_same(info, known):
             return known.crc32c
         if state_of(info) in (ARCHIVED, RESTORING):
@@ -251,7 +254,7 @@ class Sight:
         if not is_one:
             return ""
         urls = f"{source.url} and {self.stores.store(dst).url}"
-        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: one drop would delete both copies"
+        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both copies"
 
 
 def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
@@ -295,6 +298,8 @@ def as_planned(one: JournalObject) -> PlannedObject:
 
 
 def as_journaled(one: PlannedObject, where: str = "") -> JournalObject:
-    """Convert a planned object for the journal. where: Name of the tier, for moves that take objects from several
-    tiers."""
+    """Convert a planned object for the journal.
+
+    where: Name of the tier, for moves that take objects from several tiers.
+    """
     return JournalObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c, where)
