@@ -198,6 +198,7 @@ class Copying:
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
         """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
+
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
         books = self._sight.catalog

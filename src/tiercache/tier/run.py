@@ -1,4 +1,5 @@
 """One tier run for a scheduler: finish interrupted deletions, plan, make the moves, settle the deletions that are due.
+
 No process stays resident: cron, Airflow or Kubernetes calls the run, for example once a day. Two runs at once do not
 conflict: the second one fails and names the process that holds the lock.
 """

@@ -170,7 +170,7 @@ class Sight:
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
-        """Return an object's CRC-32C, from the catalog if it is unchanged, else by reading it; None if it is archived."""
+        """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
         if known is not None and known.crc32c is not None and is_same(info, known):
             return known.crc32c
         if state_of(info) in (ARCHIVED, RESTORING):
@@ -254,7 +254,7 @@ class Sight:
         if not is_one:
             return ""
         urls = f"{source.url} and {self.stores.store(dst).url}"
-        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both copies"
+        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
 
 
 def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
