@@ -404,7 +404,7 @@ class Settling:
         reach("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[Due]) -> None:
-        """Delete first the objects that make groups complete, so that no partial group looks complete; then the rest."""
+        """Delete first the objects that make groups complete, so that no partial group looks complete, then the rest."""
         # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
         # last.
         rows = [one.row for one in due if len(one.row.objects) > 1]
@@ -487,7 +487,7 @@ class Settling:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[Due]) -> None:
-        """Remove the empty folders of deleted checkpoints from local tiers, because frameworks resume from listed folders."""
+        """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
         for one in due:
             row = one.row
             if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
