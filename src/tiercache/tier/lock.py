@@ -265,8 +265,7 @@ class TierLock:
         return there is not None and there[1] is not None and there[1].owner == mine.owner
 
     def _newest(self) -> tuple[int, Record | None]:
-        """Return the newest number and its record. The number is 0 if there is none; the record is None if
-        unreadable."""
+        """Return the newest number, 0 if there is none, and its record, None if it cannot be read."""
         matches = (_NAME.fullmatch(info.key) for info in self._store.list(LOCK_FOLDER))
         number = max((int(match[1]) for match in matches if match), default=0)
         there = self._read(number) if number else None

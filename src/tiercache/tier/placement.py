@@ -254,8 +254,7 @@ def _decoded(store: Store, number: int, data: bytes) -> Placement:
 
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
-    """Return a placement file; None if missing. is_listed: Whether it was listed, so that "forbidden" is a real
-    error."""
+    """Return a placement file; None if missing. is_listed: A listing has it, so that "forbidden" is an error."""
     if number <= 0:
         return None
     try:
@@ -296,8 +295,7 @@ def _listed(store: Store) -> int | None:
 
 
 def adopt(store: Store) -> bool:
-    """Put the marker, so that machines report their use from now on. Return whether it was missing. Raises
-    StoreError."""
+    """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
     if is_adopted(store):
         return False
     # If a marker was there and is gone, existing placements may have been acted upon: they count as read back.
@@ -346,8 +344,7 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
 
 
 def _put(store: Store, proposed: Placement) -> bool:
-    """Return whether `proposed` was put and read back intact; False if the number is taken or gone, or it was
-    damaged."""
+    """Return whether `proposed` was put and read back intact; False if its number is taken or gone, or it is bad."""
     number, failure, data = proposed.number, None, encode(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(

@@ -282,8 +282,7 @@ class Places:
                 yield place
 
     def _earlier(self, key: str, row: Row | None) -> Iterator[Row]:
-        """Yield the locations of key in earlier placements, newest first. They are read once for each newest
-        placement."""
+        """Yield the locations of key in earlier placements, newest first. They are read once per newest placement."""
         known = self._here
         newest = known.placement
         if row is None or newest is None:
@@ -389,8 +388,8 @@ def _same_service(url: str, home: str) -> bool:
 
     For these clouds the options determine the server that is asked; for all others the URL does.
     """
+    scheme = scheme_of(url)
     if scheme != scheme_of(home) or "::" in url:  # a chained URL may lead to any service
-    if scheme != scheme_of(home) or "::" in url:  # a chain leads on, to whatever it names
         return False
     return scheme in _CLOUDS or url.split("/")[:3] == home.split("/")[:3]
 

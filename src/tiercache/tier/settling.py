@@ -404,7 +404,7 @@ class Settling:
         reach("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[Due]) -> None:
-        """Delete first the objects that make groups complete, so that no partial group looks complete, then the rest."""
+        """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
         # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
         # last.
         rows = [one.row for one in due if len(one.row.objects) > 1]
