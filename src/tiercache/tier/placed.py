@@ -176,8 +176,7 @@ class PlacedFolder(PlacedStore):
         return row is not None and is_far(row.url)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on the file, or on the cached copy of a remote object; None: read by ranges. Raises
-        NotFound."""
+        """Return a lease on the file, or on the cached copy of a remote object; None if it is read by ranges."""
 
         def open_at(found: Found) -> Lease | None:
             is_cached = found.row is not None and is_far(found.row.url)

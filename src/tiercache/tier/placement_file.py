@@ -234,8 +234,7 @@ def _field(data: bytes, table: int, number: int) -> int:
 
 
 def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str:
-    """Return why a file is not the placement of that number; "" if it is. stated: Number and CRC-32C in its
-    metadata."""
+    """Return why a file is not the placement of that number; "" if it is. stated: Number and checksum in the file."""
     try:
         table.validate(full=True)
     except pa.ArrowInvalid as error:

@@ -319,8 +319,7 @@ class Recorder:
         self._opened, self._held, self._since_s, self._reads_all = {}, set(), 0.0, False
 
     def close_at_exit(self) -> None:
-        """Close at process exit: as close(), but without a request to a store that was not asked before, or that
-        failed."""
+        """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
         if self._pid == os.getpid() and self._since_s and self._places.is_adopted and not self._has_failed:
             self.close()
 
