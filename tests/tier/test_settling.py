@@ -55,7 +55,7 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     [
         (Survey(), "no rule deletes it now"),
         (Survey(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
-        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine does"),
+        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
 def test_a_last_copy_that_is_wanted_by_now_stays(world, survey, why):

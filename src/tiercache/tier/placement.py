@@ -386,7 +386,7 @@ def _say_read_back(store: Store, number: int) -> None:
             return
         store.put(MARK_KEY, encode_mark(number, _since_s(mark)))
     raise StoreError(
-        f"expected the marker to say {number} after it was written, found another content {_TRIES} times",
+        f"expected the marker to say {number} after it was written, found other content {_TRIES} times",
         url=f"{store.url}/{MARK_KEY}",
         retryable=True,
     )

@@ -407,7 +407,7 @@ class Transfer:
     def must_prove(self, name: str) -> bool:
         """Return whether copies in a tier must pass prove() before their sources are deleted: files in a local folder.
 
-        Only reading a disk shows what it has, and a later read shows more: docs/design/2026-11-26-reading-back.md.
+        Only reading a disk shows what it has, and a later read shows more: docs/design/tiers.md.
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
