@@ -35,7 +35,7 @@ from tiercache.tier.transfer import Transfer
 if TYPE_CHECKING:
     from tiercache.tierfile import TierFile
 
-# Exit codes that a scheduler sees: docs/reference/cli.md.
+# Exit codes that a scheduler sees: docs/reference/tiers.md.
 DONE, PARTLY, PENDING = 0, 3, 5
 
 
