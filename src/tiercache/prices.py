@@ -1,7 +1,7 @@
-"""What storage costs: the dated table of prices.json, and tables that a rule file has of its own.
+"""Prices of storage: the dated table in prices.json, and the price tables of rule files.
 
-Dollars, months of 30 days, and GB of 2^30 bytes, as the providers bill them. The figures of prices.json are secondary
-and age; what they mean is in ``docs/reference/tiers.md``.
+Prices are in dollars, for months of 30 days and GB of 2^30 bytes, as the providers bill. The figures of prices.json
+come from secondary sources and age; ``docs/reference/tiers.md`` explains them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 GB = float(1 << 30)
-"""Bytes of a GB in every price."""
+"""Bytes of a GB, in every price."""
 SPEEDS = ("expedited", "standard", "bulk")
 _FREE_SCHEMES = ("file", "memory")
 
 
 @dataclass(frozen=True, slots=True)
 class RestorePrice:
-    """What it costs to have archived objects back at one speed.
+    """Price of restoring archived objects at one speed.
 
-    gb: dollars a GB; per_1000: dollars for 1,000 objects; hours: until the first byte can be read, at most.
+    Attributes:
+        gb: Dollars per GB.
+        per_1000: Dollars per 1000 objects.
+        hours: Maximum hours until the first byte can be read.
     """
 
     gb: float = 0.0
@@ -35,24 +38,25 @@ class RestorePrice:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a storage class costs.
+    """Prices of a storage class.
 
     Attributes:
-        name: in the price table; "free"; or whose own table it is.
-        store_gb_month: keeping 1 GB for a month.
-        put_1000, get_1000: 1,000 requests that write, that read.
-        transition_1000: 1,000 changes of class into this one.
-        retrieve_gb: reading 1 GB, beyond the requests.
-        egress_gb: 1 GB that leaves the provider's region.
-        min_days: days that are paid at least.
-        min_bytes: bytes that an object is billed as at least.
-        overhead_bytes: bytes that are billed beside each object, at the price of the class.
-        standard_overhead_bytes: bytes that are billed beside each object at the price of the standard class.
-        standard_gb_month: keeping 1 GB in the standard class, for these bytes and for the temporary copy of a restored
-            object; None: store_gb_month.
-        standard_put_1000: 1,000 requests that begin a multipart upload into this class, or write a part of one; None:
-            put_1000.
-        restore: by speed, of a class that must be restored before it can be read; else empty.
+        name: Name in the price table; "free"; or the tier that has its own table.
+        store_gb_month: Dollars for storing 1 GB for a month.
+        put_1000: Dollars per 1000 requests that write.
+        get_1000: Dollars per 1000 requests that read.
+        transition_1000: Dollars per 1000 changes into this class.
+        retrieve_gb: Dollars for reading 1 GB, in addition to the requests.
+        egress_gb: Dollars for 1 GB that leaves the provider's region.
+        min_days: Minimum days that are billed.
+        min_bytes: Minimum bytes for which an object is billed.
+        overhead_bytes: Bytes billed in addition to each object, at the price of this class.
+        standard_overhead_bytes: Bytes billed in addition to each object, at the price of the standard class.
+        standard_gb_month: Dollars for storing 1 GB for a month in the standard class; applies to
+            standard_overhead_bytes and to the temporary copy of a restored object. None: store_gb_month.
+        standard_put_1000: Dollars per 1000 requests that begin a multipart upload into this class, or write a part.
+            None: put_1000.
+        restore: Speed -> price, for a class that must be restored before a read; otherwise empty.
     """
 
     name: str
@@ -72,17 +76,17 @@ class Prices:
 
     @property
     def temporary_gb_month(self) -> float:
-        """Keeping 1 GB of what is billed at the standard class for a month."""
+        """Dollars for storing 1 GB for a month at the price of the standard class."""
         return self.store_gb_month if self.standard_gb_month is None else self.standard_gb_month
 
     @property
     def part_1000(self) -> float:
-        """1,000 parts of multipart uploads."""
+        """Dollars per 1000 parts of multipart uploads."""
         return self.put_1000 if self.standard_put_1000 is None else self.standard_put_1000
 
 
 FREE = Prices("free")
-"""What local paths cost."""
+"""Prices of local paths."""
 
 _DOLLARS = ("store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb", "min_days")
 _BYTES = ("min_bytes", "overhead_bytes", "standard_overhead_bytes")
@@ -90,33 +94,33 @@ _STANDARD = ("standard_gb_month", "standard_put_1000")
 _KEYS = (*_DOLLARS, *_BYTES, *_STANDARD, "restore")
 _RESTORE_KEYS = ("gb", "per_1000", "hours")
 _LIKE = "like"
-_MOST = 1e15  # dollars, days or bytes
+_MOST = 1e15  # largest value of a price key, in dollars, days or bytes
 
 
 class Priced(Protocol):
-    """What prices are asked for: a tier of a rule file."""
+    """Anything with a URL and prices, such as a tier of a rule file."""
 
     @property
     def name(self) -> str:
-        """Of the tier."""
+        """Name of the tier."""
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """URL of the tier."""
 
     @property
     def prices(self) -> str | dict[str, Any] | None:
-        """As the rule file has them."""
+        """Prices in the rule file: a name, a table, or None."""
 
 
 def price_table() -> tuple[str, Mapping[str, Prices]]:
-    """The date of the table that comes with tiercache, and its prices by name ("aws:us-east-1:STANDARD")."""
+    """Return the date of the built-in price table, and its prices by name ("aws:us-east-1:STANDARD")."""
     dated, _, table = _shipped()
     return dated, table
 
 
 def price_notes() -> tuple[str, ...]:
-    """What must be known of the figures in the table, a sentence or two each."""
+    """Return the notes on the figures in the table, a sentence or two each."""
     return _shipped()[1]
 
 
@@ -129,7 +133,7 @@ def _shipped() -> tuple[str, tuple[str, ...], Mapping[str, Prices]]:
 
 
 def named_prices(name: str) -> Prices:
-    """The prices of a name in the table. Raises ValueError with the names that are near."""
+    """Return the prices with a name in the table. Raises ValueError, with similar names."""
     _, table = price_table()
     if name not in table:
         near = get_close_matches(name, table, n=3, cutoff=0.7)
@@ -139,14 +143,14 @@ def named_prices(name: str) -> Prices:
 
 
 def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
-    """Prices from a table with the keys of Prices; with `like` what is not given is as there, provider and region too.
+    """Return the prices of a table with the keys of Prices. The key `like` names prices that give the missing values.
 
     Raises:
-        ValueError: an unknown key, or a value that is no price; it names the key.
+        ValueError: An unknown key, or an invalid value; the message names the key.
     """
     if _LIKE not in given:
         if "store_gb_month" not in given:
-            raise ValueError("store_gb_month is missing: a table of prices has it, or `like`, a name to begin from")
+            raise ValueError("store_gb_month is missing: give it, or give `like`, the name of prices to start from")
         return _parsed(name, given)
     if not isinstance(given[_LIKE], str):
         raise ValueError(f"{_LIKE}: expected a name of prices, got {given[_LIKE]!r}")
@@ -157,10 +161,10 @@ def parse_prices(name: str, given: Mapping[str, Any]) -> Prices:
 
 
 def prices_of(tier: Priced) -> Prices:
-    """What the tier costs; FREE for a local path that says nothing else.
+    """Return the prices of a tier; FREE for a local path without prices.
 
     Raises:
-        ValueError: a remote tier without prices, an unknown name, or a table that is none; it names tier and key.
+        ValueError: A remote tier without prices, an unknown name, or an invalid table; the message names tier and key.
     """
     found = priced(tier)
     if found is None:
@@ -172,7 +176,7 @@ def prices_of(tier: Priced) -> Prices:
 
 
 def priced(tier: Priced) -> Prices | None:
-    """The same where dollars are optional: None for a remote tier that has no prices."""
+    """Return the prices of a tier as prices_of(), but None for a remote tier without prices."""
     try:
         if isinstance(tier.prices, str):
             return named_prices(tier.prices)
@@ -184,7 +188,7 @@ def priced(tier: Priced) -> Prices | None:
 
 
 def is_free(url: str) -> bool:
-    """Whether a URL is one of this machine, where nothing is billed."""
+    """Return whether a URL is on this machine, where nothing is billed."""
     scheme, found, _ = url.partition("://")
     return not found or scheme.lower() in _FREE_SCHEMES
 

@@ -171,5 +171,5 @@ def test_a_copy_that_a_sleeping_process_may_still_delete_does_not_count(world):
         world.opened(lock=lock) as mover,
     ):
         settled = mover.settle()
-    assert "may still delete that copy" in settled.stopped[0].reason
+    assert "may still delete this copy" in settled.stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

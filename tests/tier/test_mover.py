@@ -381,7 +381,7 @@ def test_two_tiers_that_are_one_folder_lose_nothing(world):
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
     world.later()
     stopped = [*applied.stopped, *world.settle().stopped]
-    assert "are one: dropping a copy would drop both" in stopped[0].reason
+    assert "are one: a drop would delete both" in stopped[0].reason
     assert world.where("f") != []
 
 

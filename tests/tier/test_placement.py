@@ -113,7 +113,7 @@ def test_the_last_ten_are_kept(store):
 
 
 def test_a_row_under_another_key_or_that_cannot_be_is_refused(store):
-    with pytest.raises(ValueError, match="the row for 'b' is about 'a'"):
+    with pytest.raises(ValueError, match="the row for 'b' has the key 'a'"):
         placement.commit(store, {"b": row("a")})
     for wrong in ({"url": ""}, {"state": "gone"}, {"n_bytes": -1}):
         with pytest.raises(ValueError, match="a row needs a URL"):

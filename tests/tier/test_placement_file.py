@@ -100,7 +100,7 @@ def test_one_that_is_longer_than_any_is_read_no_further(store, monkeypatch):
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_ROWS"])
 def test_one_that_nobody_would_read_is_not_written(store, monkeypatch, limit):
     monkeypatch.setattr(placement, limit, 1)
-    with pytest.raises(StoreError, match="which no reader reads"):
+    with pytest.raises(StoreError, match="which readers reject"):
         placement.commit(store, {"a": row("a"), "b": row("b")})
     assert list(store.list(placement.PLACEMENT_FOLDER)) == []
 

@@ -219,6 +219,6 @@ def test_a_mark_that_is_spoilt_while_it_is_written_is_written_again(store):
     placement.commit(faulty, {"a": row("a")})
     assert json.loads(store.get(MARK_KEY))["placement"] == 1
     faulty.n_left = 99
-    with pytest.raises(StoreError, match="expected the mark to say 2 after writing that") as failed:
+    with pytest.raises(StoreError, match="expected the marker to say 2 after") as failed:
         placement.commit(faulty, {"b": row("b")})
     assert (failed.value.retryable, failed.value.maybe_done) == (True, True)

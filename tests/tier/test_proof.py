@@ -202,7 +202,7 @@ def test_what_is_in_use_is_asked_anew_where_copies_took_long_to_read(world, monk
     with HookAt("tier_drop.ended", do=begins_to_read):
         settled = world.settle()
     assert (settled.done, settled.waiting_drops) == (1, 1)
-    assert "found that a machine does" in settled.stopped[0].reason
+    assert "found that a machine reads it" in settled.stopped[0].reason
 
 
 def test_what_was_read_back_is_told_while_it_is_read_and_in_the_sum(world):

@@ -81,7 +81,7 @@ def test_without_boto3_it_is_looked_once_more(s3_server, tmp_path, monkeypatch, 
     here = Bucket(s3_server, tmp_path)
     here.stores.store("hot").put("a", data)
     here.stores.store("other").put("a", THEIRS)
-    with here.transfer, here.stores, pytest.raises(ObjectChanged, match="another by now: it is not overwritten"):
+    with here.transfer, here.stores, pytest.raises(ObjectChanged, match="changed concurrently: it is not overwritten"):
         here.copy("hot", "other", replaces='"old"')
     assert here.stores.store("other").get("a") == THEIRS
     here.stores.close()

@@ -158,7 +158,7 @@ def test_a_speed_that_a_class_does_not_have_is_refused_with_those_it_has(world):
 @pytest.mark.parametrize("given", [{"speed": "soon"}, {"days": 0}])
 def test_a_plan_that_makes_no_sense_is_refused(world, given):
     world.archive(a=1)
-    with pytest.raises(ValueError, match=r"no such speed|1 day at least"):
+    with pytest.raises(ValueError, match=r"unknown speed|at least 1"):
         world.plan("a", **given)
 
 
@@ -245,7 +245,7 @@ def test_a_wait_that_is_called_off_ends(world, clock):
 
 def test_what_nobody_restores_is_not_waited_for(world, clock):
     world.archive(a=1)
-    with pytest.raises(StoreError, match="neither restored nor on its way"):
+    with pytest.raises(StoreError, match="neither restored nor being restored"):
         wait(world.stores, world.plan("a"), clock=clock)
 
 

@@ -55,7 +55,7 @@ def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world)
     [
         (Survey(), "no rule deletes it now"),
         (Survey(deletes=frozenset(["f"]), protected=frozenset(["f"])), "newest complete checkpoint"),
-        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine does"),
+        (Survey(deletes=frozenset(["f"]), in_use=frozenset(["f"])), "a machine reads it"),
     ],
 )
 def test_a_last_copy_that_is_wanted_by_now_stays(world, survey, why):
@@ -158,7 +158,7 @@ def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
 def test_a_move_within_one_bucket_is_no_copy_and_no_drop(bucket):
     bucket.put("standard", "f")
     applied = bucket.apply(bucket.plan(bucket.move("f", "standard", "archive")))
-    assert "expected two places, found" in applied.stopped[0].reason
+    assert "expected two locations, found" in applied.stopped[0].reason
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------

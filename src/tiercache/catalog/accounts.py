@@ -1,4 +1,4 @@
-"""The cache's accounts: who holds how many bytes, who has reserved some, and when each copy was last used."""
+"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy."""
 
 from __future__ import annotations
 
@@ -13,58 +13,58 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-# As much is remembered of what was evicted as the main queue of s3fifo holds (Yang et al., SOSP 2023).
+# Share of the budget for ghosts: as much as the main queue of s3fifo holds (Yang et al., SOSP 2023).
 GHOSTS_SHARE = 0.9
 
 
 class Files(Protocol):
-    """What the accounts ask about the folder: everything in them can be made anew from its answers."""
+    """Questions of the accounts about the cache folder. The accounts can be rebuilt from the answers."""
 
     def ensure(self) -> None:
-        """Make the folder and the owner's file in it, where somebody has deleted them."""
+        """Make the folder, and the owner's file in it, if somebody has deleted them."""
 
     def alive(self, owner: str) -> bool:
-        """Whether the owner's process still has the folder open."""
+        """Return whether the owner's process still has the folder open."""
 
     def bury(self, owner: str) -> None:
-        """Remove the files of an owner that is dead."""
+        """Remove the files of a dead owner."""
 
     def limits(self) -> Mapping[str, int]:
-        """What each owner that lives keeps to, in bytes."""
+        """Return the limit of each live owner, in bytes."""
 
     def is_over(self, owner: str, name: str) -> bool:
-        """Whether what an owner has reserved under this name is taken by nobody any more, though the owner lives."""
+        """Return whether a reservation of a live owner is no longer used."""
 
     def coming(self) -> Iterable[tuple[str, str, int]]:
-        """(owner, name, charge in bytes of what may still come) of each fetch that runs."""
+        """Yield (owner, name, charge) of each running fetch. The charge is that of the bytes that may still come."""
 
     def charge_of(self, name: str) -> int | None:
-        """What a copy, or a part of one, takes on disk now, as a charge in bytes; None: it is not there."""
+        """Return the current charge of a copy, or of a partial copy, in bytes; None if it does not exist."""
 
     def charges(self) -> Mapping[str, int]:
-        """The charge in bytes of each copy and part, by name."""
+        """Return the charge of each copy and partial copy, in bytes, by name."""
 
     def record(self, name: str) -> str:
-        """The record beside a copy, "" where there is none."""
+        """Return the record beside a copy, "" if there is none."""
 
 
 def charge_bytes(n_bytes: int) -> int:
-    """What a file of n_bytes and its record take on disk: whole blocks, and one for the record."""
+    """Return the charge of a file of n_bytes: its size in whole disk blocks, plus one block for its record."""
     return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
 
 
 class Accounts:
-    """The books of one cache folder, for one owner (a process that has the folder open).
+    """The accounts of one cache folder, used by one owner (a process that has the folder open).
 
-    Every method is one short transaction that many processes may race for, and safe from any thread. Bytes are charges
-    (charge_bytes). No reservation commits that would take copies and reservations together beyond the limit, and no
-    booking that takes more than was reserved for it.
+    Every method is one short transaction for which processes may race. Thread-safe. Byte counts are charges, see
+    charge_bytes. No reservation commits if copies and reservations together would exceed the limit, and no booking
+    commits if it takes more than was reserved for it.
     """
 
     def __init__(self, path: Path, owner: str, files: Files, *, wal: bool, boot: str) -> None:
         self._owner, self._files, self._boot = owner, files, boot
         self._own_limit_bytes: int | None = None
-        # What this owner has reserved, should the file be lost: changed only inside run(), which holds its lock.
+        # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
         self._held: dict[str, int] = {}
         self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
 
@@ -78,13 +78,13 @@ class Accounts:
         self._take_in(db, is_new=True)
 
     def close(self) -> None:
-        """Close the file; the next call opens it again."""
+        """Close the file. The next call opens it again."""
         self._database.close()
 
-    # -- who has the folder open ------------------------------------------------------------------------------------
+    # -- owners -----------------------------------------------------------------------------------------------------
 
     def register(self, limit_bytes: int) -> int:
-        """Note that the owner keeps to limit_bytes; returns the smallest limit of all who live."""
+        """Record the owner's limit. Return the smallest limit of all live owners, in bytes."""
 
         def work(db: sqlite3.Connection) -> int:
             db.execute("INSERT OR REPLACE INTO openers VALUES (?, ?)", (self._owner, limit_bytes))
@@ -94,7 +94,7 @@ class Accounts:
         return self._database.run(work)
 
     def unregister(self) -> None:
-        """Forget the owner and what it had reserved."""
+        """Forget the owner and its reservations."""
 
         def work(db: sqlite3.Connection) -> None:
             self._held.clear()
@@ -104,7 +104,7 @@ class Accounts:
         self._database.run(work)
 
     def limit_bytes(self) -> int:
-        """The smallest limit of all who live."""
+        """Return the smallest limit of all live owners, in bytes."""
         return self._database.run(self._limit)
 
     def _limit(self, db: sqlite3.Connection) -> int:
@@ -117,7 +117,7 @@ class Accounts:
         return 0
 
     def _come_back(self, db: sqlite3.Connection) -> None:
-        """Note our limit and reservations in books that another process made anew after somebody deleted the file."""
+        """Restore our limit and reservations in a file that another process made after somebody deleted the old one."""
         if self._own_limit_bytes is not None:
             db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
         held = [(name, charge) for name, charge in self._held.items() if not self._files.is_over(self._owner, name)]
@@ -128,7 +128,7 @@ class Accounts:
         db.execute("DELETE FROM openers WHERE owner = ?", (owner,))
         query = "DELETE FROM reservations WHERE owner = ? RETURNING name"
         for (name,) in db.execute(query, (owner,)).fetchall():
-            self._measure(db, name)  # it may have died between writing bytes and booking them
+            self._measure(db, name)  # the owner may have died between writing bytes and booking them
 
     def _measure(self, db: sqlite3.Connection, name: str) -> None:
         charge = self._files.charge_of(name)
@@ -138,15 +138,18 @@ class Accounts:
     # -- bytes ------------------------------------------------------------------------------------------------------
 
     def reserve(self, name: str, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> bool:
-        """Reserve room for bytes to be added to a copy or a part, before they are fetched.
+        """Reserve room for bytes that will be added to a copy or a partial copy, before they are fetched.
 
-        An owner holds one reservation for a name: a second call replaces it by one of the new size, and where there is
-        no room for that (False) the first one stays.
+        An owner holds one reservation per name. A second call replaces it; if there is no room for the new size, the
+        first reservation stays.
 
         Args:
-            name: of the copy.
-            charge_bytes: what will be added, as a charge.
-            spare_bytes: what the disk has free above the floor that must stay free.
+            name: Name of the copy.
+            charge_bytes: Charge of the bytes that will be added.
+            spare_bytes: Function that returns the free bytes of the disk above its required minimum.
+
+        Returns:
+            Whether the room was reserved.
         """
         before = self._held.get(name)
 
@@ -166,18 +169,18 @@ class Accounts:
         return self._database.run(work)
 
     def lack_bytes(self, charge_bytes: int, *, spare_bytes: Callable[[], int]) -> int:
-        """How many bytes must go before charge_bytes can be reserved; 0 or less: they can be now."""
+        """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
         return self._database.run(lambda db: self._lack(db, charge_bytes, spare_bytes))
 
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, spare_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
         self._release_dead(db)
         used, reserved = tables.sums(db)
-        # Of what is reserved some is on disk already: counting all of it against the free space errs on the safe side.
+        # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
         return max(used + reserved - limit, reserved - spare_bytes()) + charge_bytes
 
     def _release_dead(self, db: sqlite3.Connection) -> None:
-        """Give back what the dead have reserved, and what the living need no more and are too idle to give back."""
+        """Release the reservations of dead owners, and those that live owners no longer use and have not released."""
         rows = db.execute("SELECT owner, name FROM reservations WHERE owner <> ?", (self._owner,)).fetchall()
         alive = {owner: self._files.alive(owner) for owner, _ in rows}
         for owner in [owner for owner, lives in alive.items() if not lives]:
@@ -190,20 +193,20 @@ class Accounts:
         used, reserved = tables.sums(db)
         limit = self._limit(db)
         if used + reserved > limit:
-            raise RuntimeError(f"the cache's books would exceed the budget: {used} + {reserved} > {limit} bytes")
+            raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
 
     def book(self, name: str, record: str, charge_bytes: int) -> None:
-        """Set the row of a copy or a part, and give this owner's reservation for the name back.
+        """Set the row of a copy or partial copy, and release this owner's reservation for the name.
 
-        What is there without a reservation (the catalog was lost, or the file was found) is booked all the same.
+        Bytes without a reservation (the catalog was lost, or the file was found) are booked too.
 
         Args:
-            name: of the copy.
-            record: JSON, "" where the source is not known.
-            charge_bytes: all that the copy or part takes, as a charge.
+            name: Name of the copy.
+            record: JSON record; "" if the source is unknown.
+            charge_bytes: Charge of the whole copy or partial copy.
 
         Raises:
-            RuntimeError: it takes more than its row and the reservations for it: nothing is booked.
+            RuntimeError: The copy takes more than its row and the reservations for it. Nothing is booked.
         """
 
         def work(db: sqlite3.Connection) -> None:
@@ -215,14 +218,15 @@ class Accounts:
                 raise RuntimeError(
                     f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most + others} ({name})"
                 )
-            # Where locks lie two may write one part at once: what the other has reserved, the other will book.
+            # On file systems where flock is not enforced, two processes may write one partial copy: each books its own
+            # reservation.
             tables.set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
             self._held.pop(name, None)
 
         self._database.run(work)
 
     def release(self, name: str) -> None:
-        """Give a reservation back. Harmless when there is none."""
+        """Release a reservation. Harmless if there is none."""
 
         def work(db: sqlite3.Connection) -> None:
             self._held.pop(name, None)
@@ -235,10 +239,11 @@ class Accounts:
         return sum(charge for (charge,) in db.execute(query, (self._owner, name)).fetchall())
 
     def remove(self, names: Iterable[str], *, evicted: bool = False) -> None:
-        """Take copies off the books whose files are gone. evicted: they are ghosts now, remembered for a while.
+        """Remove the rows of copies whose files are gone. evicted: Whether they become ghosts, remembered for a while.
 
-        The race with a publisher: (1) we delete the file, (2) it is fetched again, named and booked, (3) we book it
-        out. A publisher names before it books, so a file that is not there now will be booked after us.
+        The race with a publisher: (1) we delete the file, (2) it is fetched again, published and booked, (3) we remove
+        its row. A publisher publishes before it books, so a file that does not exist now will be booked after our
+        removal.
         """
 
         def work(db: sqlite3.Connection) -> None:
@@ -247,62 +252,62 @@ class Accounts:
 
         self._database.run(work)
 
-    # -- uses, queues and figures -----------------------------------------------------------------------------------
+    # -- uses, queues and counters ----------------------------------------------------------------------------------
 
     def add_uses(self, uses: Mapping[str, int]) -> None:
-        """Add uses by name; the mapping's order is the order of last use."""
+        """Add uses by name. The order of the mapping is the order of last use."""
         self._database.run(lambda db: tables.add_uses(db, uses))
 
     def requeue(self, moves: Iterable[tuple[str, bool, int]]) -> None:
-        """Put copies at the end of a queue of s3fifo, in order. moves: (name, into the main queue, freq)."""
+        """Move copies to the end of a queue of s3fifo, in order. moves: (name, whether into the main queue, freq)."""
         self._database.run(lambda db: tables.requeue(db, moves))
 
     def is_ghost(self, name: str) -> bool:
-        """Whether name was evicted lately."""
+        """Return whether name was evicted lately."""
         return self._database.run(lambda db: tables.is_ghost(db, name))
 
     def add_figures(self, figures: Mapping[str, int]) -> None:
-        """Add to the sums of all processes, by name."""
+        """Add to the counters of all processes, by name."""
         self._database.run(lambda db: tables.add_figures(db, figures))
 
     def figures(self) -> dict[str, int]:
-        """The sums of FIGURES since the catalog was made, of all processes that have booked theirs."""
+        """Return the counters (FIGURES) of all processes since the catalog was made."""
         return self._database.run(tables.figures)
 
-    # -- looking ----------------------------------------------------------------------------------------------------
+    # -- queries ----------------------------------------------------------------------------------------------------
 
     def sums(self) -> tuple[int, int, int]:
-        """Bytes of copies, bytes reserved, and the limit."""
+        """Return the bytes of copies, the reserved bytes, and the limit."""
         return self._database.run(lambda db: (*tables.sums(db), self._limit(db)))
 
     def is_reserved(self, name: str) -> bool:
-        """Whether somebody is fetching name."""
+        """Return whether somebody is fetching name."""
         query = "SELECT count(*) FROM reservations WHERE name = ?"
         return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
 
     def rows(self) -> list[CopyRow]:
-        """All copies on the books, least recently used first."""
+        """Return the rows of all copies, least recently used first."""
         return self._database.run(tables.rows)
 
     def rows_with(self, text: str) -> list[CopyRow]:
-        """Copies whose record has text in it."""
+        """Return the rows of copies whose record contains text."""
         return self._database.run(lambda db: tables.rows_with(db, text))
 
     def changes(self, since: tuple[str, int]) -> Changes:
-        """What changed on the books since an earlier answer's `since`; ("", 0): all that is on them."""
+        """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
         return self._database.run(lambda db: tables.changes(db, since, self._limit(db)))
 
     def unrecorded(self) -> set[str]:
-        """Names of copies without a record."""
+        """Return the names of copies without a record."""
         query = "SELECT name FROM copies WHERE record = ''"
         return self._database.run(lambda db: {name for (name,) in db.execute(query)})
 
-    # -- agreeing with the files ------------------------------------------------------------------------------------
+    # -- reconciliation with the files ------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Make the books agree with the files; all over where they are from before the machine started.
+        """Make the accounts agree with the files. Accounts from before the last boot are rebuilt.
 
-        They are not synced to disk, so a power failure may have taken some of them; nothing else can.
+        They are not synced to disk, so a power failure may have lost some of them; nothing else can.
         """
         query = "SELECT value FROM meta WHERE key = 'boot'"
         if self._database.run(lambda db: db.execute(query).fetchone()[0]) != self._boot:
@@ -310,15 +315,16 @@ class Accounts:
         self._database.run(lambda db: self._take_in(db, is_new=False))
 
     def _forget_dead(self, db: sqlite3.Connection) -> None:
-        """Forget all who died without saying so: worker processes often do, several an epoch."""
+        """Forget all owners that died without unregistering: worker processes often do, several per epoch."""
         for (owner,) in db.execute("SELECT owner FROM openers WHERE owner <> ?", (self._owner,)).fetchall():
             if not self._files.alive(owner):
                 self._files.bury(owner)
                 self._forget(db, owner)
 
     def _take_in(self, db: sqlite3.Connection, *, is_new: bool) -> None:
-        # In new books what is being fetched now counts twice until its fetcher books it: what he has reserved may be
-        # less than all of the part. In books that were there it covers what came since its row (or since nothing).
+        # In new accounts, bytes that are being fetched count twice until their fetcher books them: its reservation may
+        # be smaller than the partial copy. In existing accounts, the reservation covers what was added since the row
+        # was set.
         self._forget_dead(db)
         self._release_dead(db)
         charges = self._files.charges()
@@ -326,6 +332,7 @@ class Accounts:
         tables.drop_copies(db, known.keys() - charges.keys(), evicted=False)
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
         for name in sorted(charges):
-            # A part that somebody grows is booked by who does; one whose fetcher died is larger than its row says.
+            # A growing partial copy is booked by its fetcher. If the fetcher died, the copy is larger than its row
+            # says.
             if (is_new and name not in known) or (name not in growing and charges[name] != known.get(name)):
                 tables.set_copy(db, name, self._files.record(name), charges[name])

@@ -1,4 +1,4 @@
-"""What the books say of a tier's objects, in columns: of a million 100 MB, and as Python objects four times that."""
+"""Catalog entries of a tier's objects, in columns: a million take 100 MB, and four times that as Python objects."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SCHEMA = pa.schema(
 
 
 class Checksums(Mapping[str, Known]):
-    """Key -> what is known of the object. A mapping for few keys, and a table for many.
+    """Key -> (n_bytes, etag, crc32c, verified, written_s). A mapping for few keys, and a table for many.
 
-    table: key, n_bytes, etag, crc32c, verified, written_s; no two keys alike, sorted as they came. Immutable but for
-    the dict that the first look-up of a key makes; of one thread.
+    `table` has the columns key, n_bytes, etag, crc32c, verified, written_s; keys are unique and in the order of the
+    input. Immutable, apart from the dict that the first look-up of a key makes. Not thread-safe.
     """
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
@@ -35,7 +35,7 @@ class Checksums(Mapping[str, Known]):
 
     @classmethod
     def of(cls, known: Mapping[str, Known]) -> Checksums:
-        """The same of any mapping."""
+        """Return any mapping as Checksums."""
         return known if isinstance(known, Checksums) else cls([batch_of((key, *one) for key, one in known.items())])
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Checksums(Mapping[str, Known]):
 
 
 def batch_of(rows: Iterable[Sequence[Any]]) -> pa.RecordBatch:
-    """A batch of rows that are key, n_bytes, etag, crc32c, verified, written_s each."""
+    """Return a batch of rows (key, n_bytes, etag, crc32c, verified, written_s)."""
     columns = [*zip(*rows, strict=True)] or [()] * len(_SCHEMA)
     columns[4] = tuple(map(bool, columns[4]))
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]

@@ -1,4 +1,4 @@
-"""One SQLite file that many processes share, and that may vanish or rot: it is then made anew by whoever opens it."""
+"""One SQLite file that many processes share. If it is lost or damaged, the next process that opens it makes it anew."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BUSY_S = 10.0
-# What SQLite says when the file is not (or no longer) the catalog that was opened; ERROR is "no such table".
+# Codes by which SQLite says that the file is not, or no longer, our catalog. SQLITE_ERROR means "no such table".
 _LOST = (
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
@@ -32,10 +32,10 @@ _LOST = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_ERROR,
 )
-# Where locks lie, a file that was just made may be replaced by who saw it empty, and its successor too.
+# Where flock is not enforced, a process that saw a new file empty may replace it, and its successor too.
 _N_FILES = 4
 _SUFFIXES = ("", "-wal", "-shm", "-journal")
-# What goes wrong with the file, in the system's words. Other codes are mistakes of ours and stay SQLite's errors.
+# errno values of file errors. Other SQLite codes are bugs of ours, and stay SQLite errors.
 _ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,
@@ -48,12 +48,12 @@ _ERRNO = dict.fromkeys(_LOST, errno.EIO) | {
 
 
 class Database:
-    """A connection to one SQLite file, made when first needed and again when the file was replaced or damaged.
+    """A connection to one SQLite file, opened on first use, and again if the file was replaced or damaged.
 
-    The file and what SQLite puts beside it are 0600 and never reached through a link.
+    The file, and the files that SQLite puts beside it, have mode 0600 and are never opened through a link.
 
-    run() holds the lock for one transaction; everything else is quick. There is no open connection while the process
-    forks: SQLite keeps file locks by process, and a child would believe that it holds what its parent holds.
+    run() holds the lock for one transaction; all else is quick. No connection is open while the process forks: SQLite
+    keeps file locks per process, and a child would believe that it holds its parent's locks.
     """
 
     def __init__(
@@ -65,10 +65,14 @@ class Database:
         prepare: Callable[[sqlite3.Connection], object],
         durable: bool = False,
     ) -> None:
-        """Remember where the file is.
+        """Store the arguments; the file is not opened yet.
 
-        make_folder: makes its folder where that is gone; prepare: makes and fills the tables of a new file, inside one
-        transaction; durable: what was committed outlives a loss of power.
+        Args:
+            path: Path of the file.
+            wal: Whether to use write-ahead logging; otherwise a rollback journal.
+            make_folder: Function that makes the folder of the file.
+            prepare: Function that makes and fills the tables of a new file, inside one transaction.
+            durable: Whether committed data survives a power failure.
         """
         self.path = path
         self._wal, self._durable = wal, durable
@@ -80,13 +84,13 @@ class Database:
         _databases.add(self)
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """What work(connection) returns, done in one immediate transaction; rolled back if it raises.
+        """Return work(connection), run in one immediate transaction, which is rolled back if work raises.
 
-        Where the file turns out to be gone or damaged, work is done again on a fresh one.
+        If the file is gone or damaged, work runs again on a new file.
 
         Raises:
-            OSError: the file is busy for too long (EBUSY), its disk is full (ENOSPC), or it cannot be read, written or
-                made (EIO, EROFS, EACCES, or what the system said).
+            OSError: The file is busy for too long (EBUSY), the disk is full (ENOSPC), or the file cannot be read,
+                written or made (EIO, EROFS, EACCES, or the system's error).
         """
         try:
             return self._run(work)
@@ -99,8 +103,8 @@ class Database:
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         came_s = SYSTEM_CLOCK.monotonic()
         with self._lock:
-            # Who has waited here while another thread waited for the file in vain has waited long enough: thirty
-            # threads would else give up one after the other, BUSY_S apart.
+            # A thread that has waited here while another thread waited for the file in vain gives up at once. Otherwise
+            # thirty threads would give up one after the other, BUSY_S apart.
             if self._gave_up is not None and came_s < self._gave_up[0]:
                 raise self._gave_up[1]
             for _ in range(_N_FILES - 1):
@@ -137,7 +141,8 @@ class Database:
         with self._door():
             self._guard_files()
             reach("catalog.guarded")
-            # Before it is opened: of a file that is replaced meanwhile (where locks lie) the connection is a stale one.
+            # Before it is opened: if the file is replaced meanwhile (where flock is not enforced), the connection
+            # counts as stale.
             self._inode = _inode(self.path)
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
@@ -149,13 +154,14 @@ class Database:
         return connection
 
     def _guard_files(self) -> None:
-        """Make the file with its rights, before SQLite would with the umask's; clear away links under its names.
+        """Make the file with its mode, before SQLite makes it with the umask's, and remove links under its names.
 
-        An empty file is one that somebody emptied, or that died in our hands: who is at the door sees no other. It is
-        not filled but replaced: who still has it open holds a lock on it that making a WAL of it would wait for.
+        An empty file was emptied by somebody, or its maker was killed: the process that holds the lock file sees no
+        other kind. It is replaced, not filled: setting WAL mode would wait for a lock of any process that still has it
+        open.
 
-        A file that is there is not opened here: closing it would take away the POSIX locks that another connection of
-        this process holds on it. SQLite gives its other files the rights of the first.
+        An existing file is not opened here: closing it would release the POSIX locks that another connection of this
+        process holds on it. SQLite gives its other files the mode of the first.
         """
         for suffix in _SUFFIXES:
             path = Path(f"{self.path}{suffix}")
@@ -164,7 +170,7 @@ class Database:
                 if stat.S_ISLNK(mode):
                     path.unlink()
                 elif stat.S_IMODE(mode) != PRIVATE:
-                    with suppress(PermissionError):  # a file system that keeps no rights
+                    with suppress(PermissionError):  # a file system without modes
                         path.chmod(PRIVATE)
         with suppress(FileNotFoundError):
             if not self.path.lstat().st_size:
@@ -173,7 +179,7 @@ class Database:
             os.close(open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
 
     def _set_up(self, connection: sqlite3.Connection) -> None:
-        # Mostly not synced: after a power loss the machine has another boot id, and the owner makes the tables anew.
+        # Usually not synced: after a power failure the machine has another boot id, and the owner rebuilds the tables.
         connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
         _set_journal(connection, "WAL" if self._wal else "TRUNCATE")
         connection.execute("BEGIN IMMEDIATE")
@@ -184,7 +190,7 @@ class Database:
 
     @contextmanager
     def _door(self) -> Iterator[None]:
-        """One process at a time opens or replaces the file, so that a database never meets its predecessor's log."""
+        """Hold the lock file: one process at a time opens or replaces the file, so no database meets an old log."""
         fd = open_file(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
         try:
             wait_for(lambda: _try_lock(fd), BUSY_S)
@@ -193,7 +199,7 @@ class Database:
             os.close(fd)
 
     def replace(self) -> None:
-        """Remove the file, unless somebody has done so since it was opened here; the next run() makes another."""
+        """Remove the file, unless another process has done so since it was opened here. The next run() makes one."""
         damaged = self._inode or _inode(self.path)
         self.close()
         self._make_folder()
@@ -209,7 +215,7 @@ class Database:
                 reach("catalog.removed")
 
     def close(self) -> None:
-        """Close the connection; the next run() opens another."""
+        """Close the connection. The next run() opens a new one."""
         with self._lock:
             connection, self._connection, self._inode = self._connection, None, 0
             if connection is not None:
@@ -217,7 +223,7 @@ class Database:
 
 
 def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
-    """Set how the file is kept whole. Where locks lie others may be at the same: here SQLite itself does not wait."""
+    """Set the journal mode, waiting for other processes that do the same, because SQLite itself does not wait here."""
     busy: list[sqlite3.OperationalError] = []
 
     def is_set() -> bool:
@@ -246,7 +252,7 @@ def _try_lock(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: SQLite's own still hold
+    except OSError:  # a file system without flock: SQLite's own locks still hold
         return True
     return True
 
@@ -265,7 +271,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    # In the child too: the thread that forked holds the locks, and it is the one that lives on.
+    # In the child too: the forking thread holds the locks, and only that thread lives on.
     while _held:
         _held.pop()._lock.release()  # noqa: SLF001 - of one file
     _fork_lock.release()

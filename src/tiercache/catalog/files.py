@@ -1,4 +1,4 @@
-"""Files of a folder of our own: never opened through a link, made with the rights asked for, whatever the umask."""
+"""Files in folders of our own: never opened through a link, and made with the requested mode, whatever the umask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-# Without O_NONBLOCK a pipe under a name of ours would hold an open() for ever; regular files do not know the flag.
+# Without O_NONBLOCK, a named pipe under one of our names would block open() for ever. Regular files ignore the flag.
 SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 PRIVATE = 0o600
 NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -19,12 +19,12 @@ _LONGEST_TEXT_BYTES = 1 << 20
 
 
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, dir_fd: int | None = None) -> int:
-    """A descriptor, closed at exec. A file that O_CREAT makes has exactly mode.
+    """Return a descriptor that is closed at exec. A file that O_CREAT makes has exactly `mode`.
 
-    A link that stands where a file of ours is to be made is removed: it holds no data, and nobody has to clean up.
+    A link in the place of a file that is to be made is removed: it holds no data.
 
     Raises:
-        OSError: ELOOP where a link is to be read, and all else of open(2).
+        OSError: ELOOP if an existing link would be read; otherwise the errors of open(2).
     """
     try:
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
@@ -47,7 +47,7 @@ def _is_link(path: str | os.PathLike[str], dir_fd: int | None) -> bool:
 
 
 def set_mode(fd: int, mode: int) -> None:
-    """Give an open file or folder these rights; file systems that keep none are left as they are."""
+    """Set the mode of an open file or folder. Ignored on file systems without modes."""
     if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
         try:
             os.fchmod(fd, mode)
@@ -57,24 +57,24 @@ def set_mode(fd: int, mode: int) -> None:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a real folder, no link to one, has that name.
+    """Return whether path is a real folder, not a link to one; False if it does not exist.
 
     Raises:
-        NotADirectoryError: something else has it.
-        OSError: of lstat(2), but that nothing is there.
+        NotADirectoryError: Path is something else.
+        OSError: Other errors of lstat(2).
     """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return False
     if not stat.S_ISDIR(mode):
-        what = "a symbolic link, which is never followed" if stat.S_ISLNK(mode) else "no folder"
-        raise NotADirectoryError(errno.ENOTDIR, f"{what}: remove it, and it is made anew", str(path))
+        what = "a symbolic link, which is never followed" if stat.S_ISLNK(mode) else "not a folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"{what}: remove it, and it is made again", str(path))
     return True
 
 
 def make_folder(path: Path, mode: int) -> bool:
-    """Make a folder with exactly these rights, and with its parents; False: it is there. Raises as is_folder()."""
+    """Make a folder with exactly this mode, and its parents. Return False if it exists. Raises as is_folder()."""
     if is_folder(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,15 +91,15 @@ def make_folder(path: Path, mode: int) -> bool:
 
 
 def open_folder(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int:
-    """A descriptor of a folder; a link to one is an error."""
+    """Return a descriptor of a folder. A link to a folder is an error."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | SAFE_FLAGS, dir_fd=dir_fd)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a small file, at most a megabyte of it; what is no UTF-8 is replaced.
+    """Return the text of a small file, at most 1 MiB of it. Bytes that are not UTF-8 are replaced.
 
     Raises:
-        OSError: nothing to be read is there, or no regular file is.
+        OSError: The file cannot be read, or is not a regular file.
     """
     fd = open_file(path, os.O_RDONLY)
     try:
@@ -111,7 +111,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def link_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
-    """Write a file whole unless something has its name."""
+    """Write a complete file, unless the name is taken."""
     temp = _temp_beside(path, text, mode)
     try:
         os.link(temp, path, follow_symlinks=False)
@@ -127,7 +127,7 @@ def link_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
 
 
 def replace_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
-    """Write a file whole over what is there; a link of that name is replaced, not followed."""
+    """Write a complete file, replacing the old one; a link of that name is replaced, not followed."""
     temp = _temp_beside(path, text, mode)
     try:
         temp.rename(path)
@@ -138,7 +138,7 @@ def replace_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
 
 
 def pid_namespace() -> int:
-    """Which numbering of processes this one lives in: containers on one machine have their own. 0: not said."""
+    """Return the id of this process's pid namespace, which differs between containers; 0 if unknown."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
@@ -146,20 +146,20 @@ def pid_namespace() -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in ticks since boot: with the pid it names a process for ever. None: no such process.
+    """Return the start time of a process, in ticks since boot; None if there is no such process.
 
-    A zombie is dead: it holds nothing any more.
+    The pid and the start time together identify a process for ever. A zombie counts as dead: it holds nothing any more.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the name in brackets may hold anything
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain anything
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def maker_of(file: str) -> tuple[int, int] | None:
-    """(pid namespace, pid) of who was writing a file that has no name yet; None: it is no such file."""
+    """Return (pid namespace, pid) of the writer of a temporary file; None if the name is not a temporary one."""
     match = re.fullmatch(r"\..+\.(\d+)-(\d+)-[0-9a-f]{8}", file)
     return match and (int(match[1]), int(match[2]))
 

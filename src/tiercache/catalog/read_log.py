@@ -1,8 +1,8 @@
-"""Uses of single objects that this machine reads through a cache: a log in the state folder, for the planner of tiers.
+"""Log of uses of single objects that this machine reads through a cache, in the state folder, for the tier planner.
 
-A shard that a `Dataset` reads is counted beside its data set (tier/usage.py). All else that is read through `Cache` or
-`tiercache::` is noted here, by its URL. A line is appended when an object is opened, at most once a minute for each
-process and object, however its URL is spelled: this costs some 100 us, needs no lock, and outlives a killed process.
+A shard that a `Dataset` reads is counted beside its data set (tier/usage.py). Other objects that are read through
+`Cache` or `tiercache::` are noted here, by URL. Opening an object appends a line, at most once a minute per process and
+object, whatever the spelling of its URL. This costs about 100 us, needs no lock, and survives a killed process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tiercache import config
 from tiercache.catalog.files import make_folder, open_file
 
 FOLDER = "uses"
-# A process that opens one object again and again adds a line a minute.
+# Minimum time between two lines of a process on one object.
 _AGAIN_S = 60.0
 _MOST_REMEMBERED = 1 << 16
-# Above this a log is closed and a new one is begun. The planner reduces closed logs to one line for each object.
+# Size at which a log is closed, and a new one begun. The planner reduces closed logs to one line per object.
 _LOG_BYTES = 8 << 20
-# A process may have opened a log just before it was closed, and may write its line just after.
+# A process may have opened a log just before it was closed, and may write its line shortly after.
 _SETTLED_S = 60.0
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
 
@@ -36,7 +36,7 @@ _noted: dict[str, float] = {}
 
 
 def note(url: str) -> None:
-    """Note that this process opens the object at url now. Nothing is raised: who reads must not fail by it."""
+    """Note that this process opens the object at url now. Raises nothing, because the read must not fail."""
     now_s = time.time()
     if now_s - _noted.get(url, 0.0) < _AGAIN_S:
         return
@@ -53,7 +53,7 @@ def note(url: str) -> None:
 
 
 def plain_url(url: str) -> str:
-    """The URL by which one object is known, however it was named: a local path is absolute, without links."""
+    """Return the URL in a normal form: a local path is absolute, without links."""
     scheme, found, rest = url.partition("://")
     if found and scheme != "file":
         return url
@@ -61,16 +61,16 @@ def plain_url(url: str) -> str:
 
 
 def read() -> Uses:
-    """The last use and the number of noted uses of each object, by URL, of all logs in the state folder.
+    """Return the last use and the number of noted uses of each object, by URL, from all logs in the state folder.
 
-    Machines that share the folder each have logs of their own in it. Raises OSError, ValueError.
+    Machines that share the folder each have their own logs in it. Raises OSError, ValueError.
     """
     folder = config.state_folder() / FOLDER
     found: Uses = {}
     closed: list[Path] = []
     reduced: Uses = {}
     for path in sorted(folder.glob("*.log*")):
-        # By the name the time is known at which it was closed.
+        # The name of a closed log has the time at which it was closed.
         closed_s = path.name.rpartition(".log.")[2]
         is_closed = closed_s.isdecimal() and time.time() - int(closed_s) / 1e9 > _SETTLED_S
         for url, last_s, n in _lines(path):
@@ -80,13 +80,13 @@ def read() -> Uses:
         if is_closed:
             closed.append(path)
     if len(closed) > 1:
-        with suppress(OSError):  # a folder that cannot be written: its logs are read whole the next time too
+        with suppress(OSError):  # a folder that cannot be written: the next call reads all its logs again
             _reduce(folder, closed, reduced)
     return found
 
 
 def below(uses: Uses, url: str) -> Uses:
-    """The uses of what lies below a URL, by key."""
+    """Return the uses of objects below a URL, by key."""
     start = f"{plain_url(url).rstrip('/')}/"
     return {name.removeprefix(start): use for name, use in uses.items() if name.startswith(start)}
 
@@ -97,7 +97,7 @@ def _add(uses: Uses, url: str, last_s: float, n: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, float, int]]:
-    """Lines that cannot be read (torn by a power failure) are left out."""
+    """Yield the lines of a log, without unreadable ones (torn by a power failure)."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):
@@ -123,7 +123,7 @@ def _append(line: bytes) -> None:
 
 
 def _reduce(folder: Path, closed: list[Path], uses: Uses) -> None:
-    """Write what closed logs say into one, and remove them. Killed in between, some uses are counted twice."""
+    """Merge closed logs into one, and remove them. If it is killed in between, some uses count twice."""
     temp = folder / f"reduced-{os.getpid()}.tmp"
     lines = (f"{json.dumps([last_s, url, n])}\n" for url, (last_s, n) in uses.items())
     temp.write_text("".join(lines), encoding="utf-8")

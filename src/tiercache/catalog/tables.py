@@ -1,4 +1,4 @@
-"""The tables of the accounts, and what is done to them inside a transaction. Plain functions on a connection."""
+"""The SQL tables of the accounts, and the statements on them: plain functions that run inside a transaction."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FIGURES = (
     "quarantined",
     "poisoned",
 )
-# Two bits a copy count its uses for s3fifo: more of them change little (Yang et al., SOSP 2023, section 4.1).
+# s3fifo counts uses with two bits per copy: more bits change little (Yang et al., SOSP 2023, section 4.1).
 MOST_FREQ = 3
-# Names that are gone are remembered by how they left: evicted from the small queue of s3fifo (its ghosts), evicted from
-# the main one, or lost otherwise (deleted by hand, damaged). Who keeps the books in memory needs to hear of them all.
+# How a name left: evicted from the small queue of s3fifo (its ghosts), evicted from the main queue, or lost otherwise
+# (deleted by hand, damaged). A process that keeps the rows in memory needs all three.
 _GONE = ("small", "main", "lost")
 
 _SCHEMA = """
@@ -68,11 +68,17 @@ INSERT INTO meta VALUES ('gone small', 0), ('gone main', 0), ('gone lost', 0);
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
-    """A copy, or a part of one, on the books.
+    """The row of a copy, or of a partial copy.
 
-    record: JSON, "" where the source is not known; last_use: a count, not a time. For s3fifo: main: it stands in the
-    main queue, else in the small one; freq: uses since it came there, MOST_FREQ at most; turn: its place in the queue,
-    a count, the smallest is its head.
+    Attributes:
+        name: Name of the copy.
+        charge_bytes: Charge, in bytes.
+        record: JSON record; "" if the source is unknown.
+        uses: Number of uses.
+        last_use: Logical time of the last use: a count, not a time.
+        main: For s3fifo: whether the copy is in the main queue, otherwise in the small one.
+        freq: For s3fifo: uses since it entered the queue, at most MOST_FREQ.
+        turn: For s3fifo: position in the queue, a count; the smallest is the head.
     """
 
     name: str
@@ -87,10 +93,15 @@ class CopyRow:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What changed on the books between two looks.
+    """The changes of the accounts between two queries.
 
-    since: what to ask with the next time; whole: rows are all that there are, and nothing known before counts.
-    gone: names that left; has_evicted: whether anything ever was evicted; limit_bytes: the smallest of all who live.
+    Attributes:
+        since: Value to pass to the next query.
+        whole: Whether `rows` are all rows, and earlier knowledge is void.
+        rows: Rows that changed.
+        gone: Names that were removed.
+        has_evicted: Whether anything was ever evicted.
+        limit_bytes: Smallest limit of all live owners.
     """
 
     since: tuple[str, int]
@@ -105,8 +116,8 @@ _ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
 
 
 def make(db: sqlite3.Connection, boot: str) -> None:
-    """Make the tables of a new file. boot: of the machine; books of another boot are not believed."""
-    # A trigger has a ";" inside: no statement ends before one at the end of its line, and a trigger's is "END;".
+    """Make the tables of a new file. boot: Boot id of the machine; accounts of another boot are not trusted."""
+    # A trigger contains ";", but a statement ends only at a ";" at the end of a line, and a trigger ends with "END;".
     for statement in _SCHEMA.split(";\n"):
         if statement.strip():
             db.execute(statement)
@@ -115,29 +126,29 @@ def make(db: sqlite3.Connection, boot: str) -> None:
 
 
 def meta(db: sqlite3.Connection, key: str) -> int:
-    """One number that the tables keep."""
+    """Return one number of the meta table."""
     return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
 
 
 def sums(db: sqlite3.Connection) -> tuple[int, int]:
-    """Bytes of copies, and bytes reserved."""
+    """Return the bytes of copies, and the reserved bytes."""
     found = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
     return int(found["used"]), int(found["reserved"])
 
 
 def tick(db: sqlite3.Connection, n: int) -> int:
-    """Let the books' clock go on by n; its time then."""
+    """Advance the logical clock by n, and return its new time."""
     return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
 
 
 def charge_of(db: sqlite3.Connection, name: str) -> int | None:
-    """What a copy is charged on the books; None: it is not on them."""
+    """Return the charge in a copy's row; None if there is no row."""
     row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
     return None if row is None else int(row[0])
 
 
 def set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
-    """Set a copy's row; a new one enters its queue: the main one if it was evicted lately, else the small one."""
+    """Set a copy's row. A new copy enters the main queue if it is a ghost, otherwise the small queue."""
     now = tick(db, 1)
     query = "UPDATE copies SET charge_bytes = ?, record = ?, changed = ? WHERE name = ?"
     if db.execute(query, (charge_bytes, record, now, name)).rowcount:
@@ -151,7 +162,7 @@ def set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) 
 
 
 def drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
-    """Take copies off the books, and remember that they were there."""
+    """Delete the rows of copies, and remember that they existed."""
     for name in names:
         row = db.execute("DELETE FROM copies WHERE name = ? RETURNING charge_bytes, main", (name,)).fetchone()
         if row is not None:
@@ -162,7 +173,7 @@ def drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) 
 
 
 def forget_gone(db: sqlite3.Connection, most_bytes: int) -> None:
-    """Forget what left longest ago, beyond most_bytes of each kind."""
+    """Forget the names that left longest ago, beyond most_bytes of each kind."""
     query = "DELETE FROM gone WHERE name = (SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1)"
     for kind in _GONE:
         while meta(db, f"gone {kind}") > most_bytes:
@@ -171,12 +182,12 @@ def forget_gone(db: sqlite3.Connection, most_bytes: int) -> None:
 
 
 def is_ghost(db: sqlite3.Connection, name: str) -> bool:
-    """Whether a name was evicted lately."""
+    """Return whether a name was evicted lately."""
     return db.execute("SELECT 1 FROM gone WHERE name = ? AND kind <> 'lost'", (name,)).fetchone() is not None
 
 
 def add_uses(db: sqlite3.Connection, uses: Mapping[str, int]) -> None:
-    """Add uses by name; the mapping's order is the order of last use."""
+    """Add uses by name. The order of the mapping is the order of last use."""
     first = tick(db, len(uses)) - len(uses) + 1
     db.executemany(
         "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4",
@@ -185,7 +196,7 @@ def add_uses(db: sqlite3.Connection, uses: Mapping[str, int]) -> None:
 
 
 def requeue(db: sqlite3.Connection, moves: Iterable[tuple[str, bool, int]]) -> None:
-    """Put copies at the end of a queue, in order. moves: (name, into the main queue, freq)."""
+    """Move copies to the end of a queue, in order. moves: (name, whether into the main queue, freq)."""
     for name, main, freq in moves:
         now = tick(db, 1)
         query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
@@ -198,19 +209,19 @@ def _copy_row(row: tuple[Any, ...]) -> CopyRow:
 
 
 def rows(db: sqlite3.Connection) -> list[CopyRow]:
-    """All copies on the books, least recently used first."""
+    """Return the rows of all copies, least recently used first."""
     query = f"SELECT {_ROW} FROM copies ORDER BY last_use, name"  # noqa: S608 - our own columns
     return [_copy_row(row) for row in db.execute(query)]
 
 
 def rows_with(db: sqlite3.Connection, text: str) -> list[CopyRow]:
-    """Copies whose record has text in it. SQLite looks: 100,000 records take it 40 ms, and us 2 s."""
+    """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
     query = f"SELECT {_ROW} FROM copies WHERE instr(record, ?)"  # noqa: S608 - our own columns
     return [_copy_row(row) for row in db.execute(query, (text,))]
 
 
 def changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) -> Changes:
-    """What changed since: of the answer to an earlier question, ("", 0) for all."""
+    """Return the changes since an earlier answer's `since`; ("", 0) for all rows."""
     (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
     whole = since[0] != catalog or since[1] < meta(db, "forgotten")
     seen = 0 if whole else since[1]
@@ -222,7 +233,7 @@ def changes(db: sqlite3.Connection, since: tuple[str, int], limit_bytes: int) ->
 
 
 def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
-    """Add to the sums by name."""
+    """Add to the counters, by name."""
     db.executemany(
         "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2",
         list(figures.items()),
@@ -230,5 +241,5 @@ def add_figures(db: sqlite3.Connection, figures: Mapping[str, int]) -> None:
 
 
 def figures(db: sqlite3.Connection) -> dict[str, int]:
-    """The sums by name."""
+    """Return the counters, by name."""
     return dict(db.execute("SELECT name, value FROM figures").fetchall())

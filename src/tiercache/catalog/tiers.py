@@ -1,8 +1,9 @@
-"""What this machine knows of tiers: copies that were verified, and the journal of moves. `<state>/tiers.sqlite`.
+"""This machine's catalog of tiers: verified copies, and the journal of moves, in `<state>/tiers.sqlite`.
 
-Durable, and yet nothing hangs on it: a copy that is not on these books is verified anew, a move that is not in the
-journal is begun anew. What is lost with the file is work, never data; see tier/mover.py for why. With it go the dates
-of first writing: what was moved is then as young as its copies, which is the safe side, for it is deleted later.
+The file is durable, but nothing depends on it: a copy without an entry is verified again, a move without a journal row
+is started again. If the file is lost, work is lost, never data; tier/mover.py gives the reasons. The dates of first
+writing are lost too: a moved object then counts as young as its copies, which is the safe side, because it is deleted
+later.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
     from pyarrow import RecordBatch
 
-# begun: nothing is promised yet, and where it was stopped it stays so; waiting: grace runs until due_s; dropping:
-# deletions may have begun; done; cancelled: another move took its place, or the world changed.
+# begun: nothing is promised yet; a stopped move keeps this state. waiting: the grace period runs until due_s. dropping:
+# deletions may have begun. done. cancelled: another move replaced it, or objects or rules have changed.
 MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelled"]
 OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
 _PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
-KEPT_S = 90 * 86400.0  # that a move which is over, or was stopped for good, stays in the journal, for people
-# That are Python objects while many are read. By 16,384 at a time a million took 2.1 to 2.9 s, by 1,024 at a time 1.3
-# to 1.8, but one run in three then held 50 to 100 MiB more; this is between.
+KEPT_S = 90 * 86400.0  # finished and stopped moves stay in the journal for this time, for people
+# Rows that are Python objects at once while many are read. A million rows took 2.1 to 2.9 s with 16,384, and 1.3 to 1.8
+# s with 1,024, which used 50 to 100 MiB more in one run of three; this is between.
 _ROWS_AT_A_TIME = 1 << 12
-_MOST_VARIABLES = 500  # SQLite takes 999 at least
+_MOST_VARIABLES = 500  # SQLite allows at least 999
 
 _SCHEMA = """
 CREATE TABLE copies (
@@ -53,12 +54,19 @@ CREATE INDEX moves_path ON moves (home, path);
 
 
 class KnownCopy(NamedTuple):
-    """An object as it was when its bytes were verified. While size and ETag are these, it is that object.
+    """Catalog entry: an object as it was when its bytes were verified.
 
-    made_from: the place that a move has copied it from, while that still has its object; else "". With neither ETag nor
-    checksum it is one that was about to be made where nothing lay: who finds it half done may make it again.
-    written_s: when the object was written first, whatever copy this is; None: its own date counts. verified: False of
-    one whose bytes nobody has compared, which is here for its date alone.
+    While size and ETag are equal, it is that object.
+
+    Attributes:
+        n_bytes: Size, in bytes.
+        etag: ETag; None if unknown.
+        crc32c: CRC-32C; None if unknown. With neither ETag nor checksum, the entry is of a copy that was about to be
+            made where nothing was; a half-made copy may be made again.
+        made_from: URL of the tier from which a move has copied it, while that tier still has the object; otherwise "".
+        written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
+            counts.
+        verified: False if nobody has compared its bytes, and the entry exists for its date only.
     """
 
     n_bytes: int
@@ -70,12 +78,12 @@ class KnownCopy(NamedTuple):
 
     @property
     def is_intended(self) -> bool:
-        """Whether it was about to be made, and nobody knows more."""
+        """Whether the copy was about to be made, and nothing more is known."""
         return bool(self.made_from) and self.etag is None and self.crc32c is None
 
 
 class JournalObject(NamedTuple):
-    """An object of a journaled move, as it must still be. where: the tier's place, of moves that are about several."""
+    """An object of a journaled move, as it must still be. where: Name of its tier, if the move covers several tiers."""
 
     key: str
     n_bytes: int
@@ -90,15 +98,15 @@ class JournalRow:
     """A move in the journal.
 
     Attributes:
-        plan, number: what names it.
-        path, kind, action, src, dst, rule: as the plan has it; dst is "" where there is none.
-        src_place, dst_place, home: URLs: names of tiers may mean something else tomorrow.
-        rules: SHA-256 of the rule file that asked for it.
-        state: how far it is.
-        since_s, due_s: when grace began, and when it is over; seconds since the epoch, 0 before.
-        objects: those that make it whole last.
-        note: why it stopped the last time, for people.
-        changed_s: when this row was written.
+        plan, number: Identify the move.
+        path, kind, action, src, dst, rule: As in the plan; dst is "" where there is none.
+        src_place, dst_place, home: URLs of the tiers, because the names may mean other tiers later.
+        rules: SHA-256 of the rule file that asked for the move.
+        state: Progress of the move.
+        since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
+        objects: Objects of the move; the one that makes the group complete is last.
+        note: Reason why the move stopped last time, for people.
+        changed_s: Time at which this row was written.
     """
 
     plan: str
@@ -127,16 +135,17 @@ _MARKS = ", ".join("?" * len(fields(JournalRow)))
 
 
 class TierCatalog:
-    """The books of this machine. Every method is one short transaction, safe from any thread and process.
+    """The catalog of tiers of this machine. Every method is one short transaction. Thread-safe and process-safe.
 
-    A file that is damaged or gone is made anew, empty. Use as a context manager, or close().
+    A damaged or missing file is made anew, empty. Use it as a context manager, or call close().
     """
 
     def __init__(self, path: Path, places: Mapping[str, str] | None = None) -> None:
-        """Remember where the file is. places: names of tiers -> their URLs; see bind()."""
+        """Store the path. places: Names of tiers -> their URLs; see bind()."""
         self.path = path
         self._places = dict(places or {})
-        # No WAL: a home folder on NFS is where this file lies by default, and there are few commits, each of many rows.
+        # No WAL: by default the file is in a home folder, which may be on NFS, and there are few commits, each of many
+        # rows.
         self._database = Database(
             path, wal=False, make_folder=lambda: make_folder(path.parent, 0o700), prepare=_prepare, durable=True
         )
@@ -148,23 +157,23 @@ class TierCatalog:
         self.close()
 
     def close(self) -> None:
-        """Close the file. It may be used again after it."""
+        """Close the file. The next call opens it again."""
         self._database.close()
 
     def bind(self, places: Mapping[str, str]) -> None:
-        """Say what names of tiers mean from now on: copies are known by URLs, which outlive names."""
+        """Set the URLs of tier names. Entries are kept by URL, because URLs outlive names."""
         self._places = dict(places)
 
     def place(self, tier: str) -> str:
-        """The URL that a tier's name stands for; a URL stands for itself."""
+        """Return the URL of a tier's name. A URL stands for itself."""
         return self._places.get(tier, tier)
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def checksums(self, tier: str) -> Checksums:
-        """Of each object of a tier: size, ETag, CRC-32C, whether it was verified, when the object was written first.
+        """Return the entries of a tier's objects: size, ETag, CRC-32C, whether verified, and time of first writing.
 
-        With another ETag it is another.
+        An object with another ETag is another object.
         """
         known = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
         columns = "key, n_bytes, etag, crc32c, verified, written_s"
@@ -177,7 +186,7 @@ class TierCatalog:
         return Checksums(self._database.run(work))
 
     def known(self, tier: str, keys: Iterable[str]) -> Mapping[str, KnownCopy]:
-        """What is known of these objects."""
+        """Return the entries of these objects, by key."""
         place, wanted = self.place(tier), [*keys]
 
         def work(db: sqlite3.Connection) -> dict[str, KnownCopy]:
@@ -192,44 +201,47 @@ class TierCatalog:
         return self._database.run(work)
 
     def record(self, copies: Iterable[tuple[str, str, KnownCopy]]) -> None:
-        """Note copies: (tier, key, what it is) each."""
+        """Record entries, as (tier, key, entry)."""
         rows = [(self.place(tier), key, *one) for tier, key, one in copies]
         if rows:
             query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
             self._database.run(lambda db: db.executemany(query, rows))
 
     def keep(self, copies: Iterable[tuple[str, str]]) -> None:
-        """Note that what copies were made from goes: they may be the last of their bytes. (tier, key) each."""
+        """Record that the sources of copies are being deleted: the copies may be the last ones.
+
+        copies: (tier, key) pairs.
+        """
         rows = [(self.place(tier), key) for tier, key in copies]
         if rows:
             query = "UPDATE copies SET made_from = '' WHERE place = ? AND key = ?"
             self._database.run(lambda db: db.executemany(query, rows))
 
     def forget(self, copies: Iterable[tuple[str, str]]) -> None:
-        """Note that copies are gone, or no longer to be believed: (tier, key) each."""
+        """Forget copies that are gone or no longer trusted. copies: (tier, key) pairs."""
         rows = [(self.place(tier), key) for tier, key in copies]
         if rows:
             self._database.run(lambda db: db.executemany("DELETE FROM copies WHERE place = ? AND key = ?", rows))
 
-    # -- places -----------------------------------------------------------------------------------------------------
+    # -- markers of tiers -------------------------------------------------------------------------------------------
 
     def mark(self, tier: str) -> str | None:
-        """What was found in a tier that tells it from an empty folder of its name; None: it was never looked at."""
+        """Return the marker that distinguishes a tier from an empty folder at its path; None if it was never used."""
         query, place = "SELECT mark FROM marks WHERE place = ?", self.place(tier)
         found = self._database.run(lambda db: db.execute(query, (place,)).fetchone())
         return None if found is None else str(found[0])
 
     def remember_mark(self, tier: str, mark: str) -> None:
-        """Note what tells a tier from an empty folder of its name."""
+        """Record the marker that distinguishes a tier from an empty folder at its path."""
         row = self.place(tier), mark
         self._database.run(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", row))
 
     # -- the journal ------------------------------------------------------------------------------------------------
 
     def write(self, rows: Sequence[JournalRow], *, instead_of: Iterable[tuple[str, int]] = ()) -> None:
-        """Put these rows into the journal, whole, in the place of what it had of the same moves; all or none.
+        """Write rows into the journal, replacing the rows of the same moves, all in one transaction.
 
-        instead_of: (plan, number) of rows that they take the place of, too.
+        instead_of: (plan, number) of further rows that are deleted.
         """
         values, gone = [_values(row) for row in rows], [*instead_of]
 
@@ -241,22 +253,22 @@ class TierCatalog:
             self._database.run(work)
 
     def of_plan(self, plan: str) -> Mapping[int, JournalRow]:
-        """What the journal has of a plan, by number."""
+        """Return the journal rows of a plan, by number."""
         return {row.number: row for row in self._rows("plan = ?", (plan,))}
 
     def open_moves(self, home: str, *states: MoveState) -> tuple[JournalRow, ...]:
-        """The moves of a home that are in one of these states (none: in any that is not over), by plan and number."""
+        """Return the moves of a home that are in one of these states (none: in any open state), oldest change first."""
         wanted = states or OPEN_STATES
         marks = ", ".join("?" * len(wanted))
         return self._rows(f"home = ? AND state IN ({marks})", (home, *wanted))
 
     def waiting_homes(self) -> Mapping[str, int]:
-        """Of each home how many moves wait, also of those that no rule file has by now: they are never forgotten."""
+        """Return the number of waiting moves of each home, including homes that no rule file has now."""
         query = "SELECT home, COUNT(*) FROM moves WHERE state IN ('waiting', 'dropping') GROUP BY home ORDER BY home"
         return dict(self._database.run(lambda db: db.execute(query).fetchall()))
 
     def prune(self, now_s: float) -> None:
-        """Forget moves that have long been over, and those that were stopped long ago and that no plan has now."""
+        """Delete old rows of finished moves, and of moves that stopped before anything was promised."""
         marks = ", ".join("?" * len(_PRUNED_STATES))
         query = f"DELETE FROM moves WHERE state IN ({marks}) AND changed_s < ?"  # noqa: S608
         self._database.run(lambda db: db.execute(query, (*_PRUNED_STATES, now_s - KEPT_S)))

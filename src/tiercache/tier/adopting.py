@@ -1,4 +1,4 @@
-"""Data sets that a rule or a plan speaks of get the mark by which tiers look after them: machines report their use."""
+"""Use tracking: data sets that a rule or a plan covers get a marker, and machines then report which shards they use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def adopt_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
-    """Look after the data sets at home that a rule speaks of; the folders of those that are new."""
+    """Start tracking the data sets at home that a rule covers. Return the folders of the newly tracked ones."""
     file, snapshot = stores.file, inventory.snapshot
     shards = snapshot.paths.filter(pa.array(snapshot.kind == SHARD))
     ruled = shards.filter(pa.array(first_match(shards, [(rule.match, rule.excepted) for rule in file.rules]) >= 0))
@@ -41,7 +41,7 @@ def adopt_ruled(inventory: Inventory, stores: Stores) -> tuple[str, ...]:
 
 
 def adopt_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
-    """Look after the data sets at home of which a plan moves or refuses shards; the folders of those that are new."""
+    """Start tracking the data sets at home whose shards a plan moves or refuses. Return the newly tracked folders."""
     home = stores.store(stores.file.home.name)
     shards = [one.path for one in plan.moves if one.kind == "shard"]
     shards += [one.path for one in plan.refusals if one.kind == "shard"]
@@ -53,7 +53,7 @@ def adopt_planned(plan: Plan, stores: Stores) -> tuple[str, ...]:
 def _adopted(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
     home, adopted = stores.store(stores.file.home.name), []
     for folder in folders:
-        # A store that cannot be written: its moves say so.
+        # A store that cannot be written: the moves report that.
         with suppress(StoreError):
             if placement.adopt(below(home, folder)):
                 adopted.append(folder)

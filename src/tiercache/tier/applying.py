@@ -1,4 +1,7 @@
-"""A plan's moves, from the first look at their sources until they are done or wait; mover.py has steps and races."""
+"""The plan executor: takes the moves of one plan from the first check of their sources until they are done or wait.
+
+mover.py describes the steps and the races.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ if TYPE_CHECKING:
     from tiercache.tier.lock import TierLock
     from tiercache.tier.model import Move, Plan
 
-# Moves that go from step to step together: placement is one object for all of them.
+# Moves that go through the steps together: all moves of a batch share one placement object.
 _BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 1024, 4096, 64 << 30
 
 
 class Application:
-    """One apply(). For one thread."""
+    """One call of Mover.apply(). Use it from one thread."""
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Application:
         self._missing: dict[str, str] = {}
 
     def run(self) -> Applied:
-        """Do it. Raises as Mover.apply()."""
+        """Apply the plan and return the result. Raises as Mover.apply()."""
         self._catalog.prune(self._now_s)
         before = self._catalog.of_plan(self._plan.id)
         for old in self._catalog.open_moves(self._home):
@@ -72,7 +75,10 @@ class Application:
         return Applied(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
 
     def _missing_tiers(self) -> dict[str, str]:
-        """Of each tier why it may not be what it was, "" where it is. Those that are used first get their mark."""
+        """Return for each tier the reason why it may not be the tier used before, "" if it is.
+
+        Tiers used first get a marker.
+        """
         gets = {move.dst for move in self._plan.moves if move.action in ("copy", "move", "drop")}
         return {tier.name: self._sight.missing(tier.name, gets=tier.name in gets) for tier in self._file.tiers}
 
@@ -87,12 +93,12 @@ class Application:
             n_bytes = max(self._n_bytes, self._done_bytes)
             self._on_progress(Progress(done_moves, len(self._plan.moves), self._done_bytes, n_bytes))
 
-    # -- what a move may be -----------------------------------------------------------------------------------------
+    # -- which moves are allowed ------------------------------------------------------------------------------------
 
     def _unfit(self, move: Move) -> str:
-        """Why a move is not made, as the rule file is now; "": it may be."""
+        """Return the reason why the rule file, as it is now, does not allow a move; "" if it does."""
         if not move.objects:
-            return "expected the objects that it is about, found none in the plan"
+            return "expected the objects of the move, found none in the plan"
         planned = {tier.name: tier for tier in self._plan.tiers}
         now = {tier.name: tier for tier in self._file.tiers}
         for name in planned if move.action == "delete" else [n for n in (move.src, move.dst) if n is not None]:
@@ -108,12 +114,12 @@ class Application:
                 return f"expected the tiers of the plan, found {', '.join(missing)} too: plan anew"
             return deletions_wait(self._missing)
         if move.dst is None or move.dst == move.src:
-            return f"expected two tiers, found {move.src} and {move.dst}"
+            return f"expected two different tiers, found {move.src} and {move.dst}"
         is_one = self._sight.stores.same_place(move.src, move.dst)
         if is_one != (move.action == "reclass"):
-            return f"expected {'one place' if not is_one else 'two places'}, found {move.src} and {move.dst}"
+            return f"expected {'one location' if not is_one else 'two locations'}, found {move.src} and {move.dst}"
         if any(row.state == "dropping" for row in self._open[move.path]):
-            return "deletions of an earlier move of it were broken off: `tiercache tier run --once` finishes them"
+            return "deletions of an earlier move of it were interrupted: `tiercache tier run --once` finishes them"
         return self._missing.get(move.dst, "")
 
     def _row(self, move: Move) -> JournalRow:
@@ -156,7 +162,7 @@ class Application:
         reach("tier_move.ended")
 
     def _look(self, jobs: Sequence[Job]) -> None:
-        """Compare what lies in src with the plan. Of a delete: in all tiers, and what it finds goes into the row."""
+        """Compare the objects in src with the plan. For a delete: compare all tiers, and update the row."""
         wanted = [(tier, one.key) for job in jobs for tier in self._tiers_of(job) for one in job.row.objects]
         heads = self._sight.heads(list(dict.fromkeys(wanted)))
         for job in jobs:
@@ -189,7 +195,7 @@ class Application:
             job.stop(why)
 
     def _was_made(self, row: JournalRow) -> bool:
-        """Whether a move whose source is gone was made before, as far as can be told: dst is whole."""
+        """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
         books = self._catalog.known(row.dst, [one.key for one in row.objects])
         for one in row.objects:
             info = self._sight.head(row.dst, one.key)
@@ -238,9 +244,10 @@ class Application:
                 job.stop(why)
 
     def _begin(self, jobs: Sequence[Job]) -> None:
-        """Write the jobs into the journal; earlier moves of the same paths give way, in the same transaction.
+        """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
 
-        A wait for the very same deletion goes on where it was: a plan a day would otherwise wait for ever.
+        A wait for the very same deletion continues where it was. Otherwise, with one plan a day, the wait would never
+        end.
         """
         rows: list[JournalRow] = []
         gone: list[tuple[str, int]] = []
@@ -255,9 +262,9 @@ class Application:
         self._catalog.write(rows, instead_of=gone)
 
     def _stopped_before(self, job: Job) -> list[tuple[str, int]]:
-        """Earlier moves of the path that came to nothing, whose rows this one's takes the place of.
+        """Return the earlier, stopped moves of the job's path, whose rows the job's row replaces.
 
-        What is stopped every day, for whatever reason, would otherwise leave a row a day.
+        Otherwise a move that is stopped every day would leave one row a day.
         """
         begun = [old for old in self._open[job.row.path] if old.state == "begun"]
         self._open[job.row.path] = [old for old in self._open[job.row.path] if old.state != "begun"]
@@ -268,15 +275,15 @@ class Application:
         return [(old.plan, old.number) for old in others]
 
     def _make(self, jobs: Sequence[Job]) -> None:
-        """Copies, and changes of class that leave objects readable."""
+        """Make the copies, and the class changes that leave objects readable."""
         self._copying.copy([job for job in jobs if job.row.action in ("copy", "move")])
         reclassed = [j for j in jobs if j.row.action == "reclass" and not ends_reading(self._sight, j.row)]
-        self._check_pins(reclassed)  # once more: copies may have taken hours
+        self._check_pins(reclassed)  # again, because the copies may have taken hours
         reach("tier_move.decided")
         self._copying.reclass([job for job in reclassed if job.goes_on])
 
     def _place(self, jobs: Sequence[Job]) -> None:
-        """Confirm the copies in dst, and tell readers."""
+        """Confirm the copies in dst, and commit the placement."""
         placed = [job for job in jobs if job.row.action != "delete"]
         heads = self._sight.heads(self._around([job.row for job in placed]))
         changes: dict[str, Changes] = defaultdict(dict)
@@ -288,7 +295,7 @@ class Application:
                     job.stop(why)
                     continue
                 if job.row.action == "copy" and not self._placing.is_home(job.row.dst):
-                    continue  # who reads goes where he went
+                    continue  # readers keep reading the source
                 at_home = found_infos(heads, self._placing.home, job.row) if self._has_home_between(job.row) else {}
                 folder = self._placing.folder(job.row)
                 changes[folder].update(self._placing.wanted(job.row, there, at_home))
@@ -301,7 +308,7 @@ class Application:
                 job.stop(why)
 
     def _around(self, rows: Sequence[JournalRow]) -> list[tuple[str, str]]:
-        """(tier, key) of all that is asked about: dst, and home where it is neither src nor dst."""
+        """Return the (tier, key) pairs to query: those of dst, and those of home where home is neither src nor dst."""
         wanted = []
         for row in rows:
             tiers = [row.dst, *([self._placing.home] if self._has_home_between(row) else [])]
@@ -322,9 +329,10 @@ class Application:
         return ""
 
     def _end(self, jobs: Sequence[Job]) -> None:
-        """Journal what waits and what is done, and what stopped with its reason.
+        """Journal the moves that wait, the moves that are done, and the moves that stopped, with reasons.
 
-        Grace begins now, when readers were told, and not when apply() began: copies may have taken days.
+        The grace period begins now, when the placement is committed, not when apply() began: the copies may have taken
+        days.
         """
         grace_s, now_s, rows = self._file.tiering.grace_s, self._clock(), []
         gone: list[tuple[str, int]] = []
@@ -338,7 +346,7 @@ class Application:
             elif job.row.action == "copy" or (job.row.action == "reclass" and not ends_reading(self._sight, job.row)):
                 rows.append(replace(job.row, state="done"))
             else:
-                # A copy that is new has not been there since an earlier wait for the same deletion began.
+                # A new copy did not exist yet when an earlier wait for the same deletion began.
                 goes_on = 0 < job.row.since_s <= now_s and not job.is_new
                 since_s = job.row.since_s if goes_on else now_s
                 rows.append(replace(job.row, state="waiting", since_s=since_s, due_s=since_s + grace_s))
@@ -352,12 +360,12 @@ class Application:
         self._tell()
 
     def _keep(self, row: JournalRow) -> None:
-        """The source is gone, whoever took it: what is in dst may be the last of its bytes."""
+        """Record that the source is gone, whoever deleted it: the copy in dst may be the last one."""
         self._catalog.keep([(row.dst, one.key) for one in row.objects if row.dst])
 
 
 def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:
-    """Whether two moves wait for the same deletion (or end of readability) of the same objects."""
+    """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
     drops = ("move", "drop")
     same_action = old.action == new.action or (old.action in drops and new.action in drops)
     same_places = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
@@ -366,7 +374,7 @@ def _asks_the_same(old: JournalRow, new: JournalRow) -> bool:
 
 
 def replace_object(one: JournalObject, etag: str | None, modified_s: float | None) -> JournalObject:
-    """The same object with the ETag and date that it has in another tier."""
+    """Return the same object with the ETag and the date that it has in another tier."""
     return one._replace(etag=etag, modified_s=modified_s)
 
 

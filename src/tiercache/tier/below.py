@@ -1,4 +1,4 @@
-"""A folder of a store as a store of its own: a data set below a tier's URL."""
+"""A view of a store: a folder of another store as a store of its own, such as a data set below a tier's URL."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def below(store: Store, folder: str) -> Store:
-    """The store of a folder; the store itself for ""."""
+    """Return the store of a folder; the store itself for ""."""
     return Below(store, folder) if folder else store
 
 
 class Below(Store):
-    """Keys below a folder of another store, whose connections it uses and never closes. Safe from any thread."""
+    """Store of the keys below a folder of another store. It uses that store's connections, and never closes them."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store = store
@@ -39,7 +39,7 @@ class Below(Store):
         return replace(info, key=info.key.removeprefix(self._prefix))
 
     def head(self, key: str) -> ObjectInfo:
-        """Of the object below the folder, as all that follow."""
+        """See Store. All keys are relative to the folder."""
         return self._mine(self._store.head(self._at(key)))
 
     def get(self, key: str) -> bytes:

@@ -1,12 +1,13 @@
-"""Making a copy whole and verified in another tier: objects that are there and equal stay, all else is copied.
+"""Makes a complete and verified copy in another tier: equal objects that are there stay, the others are copied.
 
-What lies in dst under a key is never overwritten, unless it is as a move made it from this very src, which has another
-object now. Never a copy whose source was dropped, or that came from another tier::
+An object in dst is never overwritten, with one exception: a move made it from this very src, it is unchanged since, and
+src has a different object now. A copy whose source was dropped, or that came from another tier, is never overwritten::
 
-    1. hot has v1 of a key, and home v2. 2. v1 is copied to the archive, and dropped from hot.
-    3. v2 is copied to the archive, in the place of the last v1.
+    1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
+    3. v2 is copied to the archive, and overwrites the last copy of v1.
 
-A group's last object, which makes it whole, is copied when all others are there: a copy never looks whole and is not.
+The last object of a group makes the group complete. It is copied when all the others are there, so that an incomplete
+copy never looks complete.
 """
 
 from __future__ import annotations
@@ -30,18 +31,25 @@ if TYPE_CHECKING:
     from tiercache.tier.model import Move
     from tiercache.tier.transfer import Copied
 
-# Who copies for so long writes it into the books at once, and has nothing to copy again when he is killed.
+# A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
 _AT_ONCE_BYTES = 8 << 20
-# By which clocks of stores may differ.
+# Assumed difference between the clocks of stores.
 _SKEW_S = 60.0
 
 
 @dataclass(slots=True)
 class Job:
-    """A move in work. why: it is stopped, "" while it is not; over: nothing is left to do.
+    """A move in progress.
 
-    made: verified copies that are not on the books yet, (tier, key, what it is) each. is_new: not all of what is in
-    dst was on the books before. The lock guards what threads add.
+    Attributes:
+        move: Move of the plan.
+        row: Journal row of the move.
+        why: Reason why the move was stopped; "" while it was not.
+        over: Whether nothing is left to do.
+        made: Verified copies that are not in the catalog yet, as (tier, key, entry).
+        n_bytes: Bytes that were copied.
+        is_new: Whether a copy in dst was not in the catalog before.
+        lock: Guards the fields that pool threads change.
     """
 
     move: Move
@@ -55,7 +63,7 @@ class Job:
     lock: Lock = field(default_factory=Lock)
 
     def stop(self, why: str) -> None:
-        """Stop it; the first reason counts."""
+        """Stop the move. Only the first reason is kept."""
         with self.lock:
             self.why = self.why or why
 
@@ -66,13 +74,16 @@ class Job:
 
 
 class Copying:
-    """Copies for jobs, side by side. Not for two threads at once."""
+    """Makes the copies of jobs in parallel. Use it from one thread at a time."""
 
     def __init__(self, sight: Sight, on_bytes: Callable[[int], object]) -> None:
         self._sight, self._on_bytes = sight, on_bytes
 
     def copy(self, jobs: Sequence[Job]) -> None:
-        """Make each job's group whole and verified in its dst, and put it on the books. What fails stops its job."""
+        """Make each job's group complete and verified in dst, and record it in the catalog.
+
+        A failure stops its job only.
+        """
         self._intend(jobs)
         reach("tier_move.intended")
         self._all(self._ensure, [(job, one) for job in jobs for one in job.row.objects[:-1]])
@@ -83,7 +94,7 @@ class Copying:
         reach("tier_move.recorded")
 
     def reclass(self, jobs: Sequence[Job]) -> None:
-        """Give each job's objects the class of its dst."""
+        """Give the objects of each job the storage class of dst."""
         for job in jobs:
             self._sight.remember_dates(job.row.dst, job.row.objects)
         self._all(self._change_class, [(job, one) for job in jobs for one in job.row.objects])
@@ -91,10 +102,11 @@ class Copying:
         self._record(jobs)
 
     def _intend(self, jobs: Sequence[Job]) -> None:
-        """Note what is about to be made where it cannot be read afterwards.
+        """Record the copies that are about to be made in archive classes, where they cannot be read afterwards.
 
-        1. It is copied into an archive class. 2. The process is killed before it is on the books. 3. Nobody can compare
-        it, and what nobody has compared is not overwritten: it would lie there for good, and its source too.
+        Without the record: 1. An object is copied into an archive class. 2. The process is killed before it records the
+        copy. 3. Nobody can compare the copy, and a copy that was never compared is not overwritten: it and its source
+        would stay for good.
         """
         jobs = [job for job in jobs if self._sight.stores.class_of(job.row.dst) in RESTORED_FIRST]
         wanted = {
@@ -117,7 +129,7 @@ class Copying:
                 try:
                     work(job, one)
                 except CommitConflict:
-                    raise  # the lock was lost: nothing at all goes on
+                    raise  # the lock was lost: all work must stop
                 except TierCacheError as error:
                     job.stop(str(error))
 
@@ -144,18 +156,19 @@ class Copying:
             source, copied = self._copied_from_others(job, one, replaces, error)
         reach("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else one.crc32c
-        # What another tier had is not src's to replace: what rotted there may look like a new object one day.
+        # A copy made from a third tier may not be replaced from src: an object that rots there may look new one day.
         copy = KnownCopy(copied.n_bytes, copied.etag, crc, sight.file.tier(source).url)
         self._note(job, one, copy, copied.n_bytes, of_source=source == src)
 
     def _begin_anew(self, job: Job) -> None:
-        """Note that what is in dst is new, and has a grace of its own, before it is there or on the books as verified.
+        """Record that the copy in dst is new, before it exists or is recorded as verified.
 
-        1. A move waits, and its copy is lost. 2. It is made again, and on the books. 3. The process is killed. 4. The
-        next one finds a verified copy, and a wait for the same deletion that began long before there was that copy.
+        Its grace period starts again. Without the record: 1. A move waits, and its copy is lost. 2. The copy is made
+        again and recorded. 3. The process is killed. 4. The next run finds a verified copy, and a wait for the same
+        deletion that began long before that copy existed.
 
-        A write for each such move, and not one a batch before the books: where ETags are made of bytes these know the
-        new copy as soon as it lies there, for they have not forgotten the lost one.
+        This is one write per move, not one per batch: where ETags are derived from the bytes, the catalog knows the new
+        copy as soon as it exists, because it still has the entry of the lost copy.
         """
         with job.lock:
             job.is_new = True
@@ -166,11 +179,10 @@ class Copying:
     def _copied_from_others(
         self, job: Job, one: JournalObject, replaces: bool | str, spoilt: StoreError
     ) -> tuple[str, Copied]:
-        """A copy of an object that has rotted in src, made of the same one in another tier, and which.
+        """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
 
-        Raises spoilt: there is none.
-
-        Else its group would stay in dst in parts, each day anew, until somebody came to look.
+        Raises `spoilt` if no tier has one. Without this, the group would stay incomplete in dst on every run until
+        somebody looked.
         """
         sight, dst = self._sight, job.row.dst
         for tier in sight.file.tiers:
@@ -180,14 +192,14 @@ class Copying:
             if known is None or not known.verified or (known.n_bytes, known.crc32c) != (one.n_bytes, one.crc32c):
                 continue
             asked = PlannedObject(one.key, one.n_bytes, known.etag, None, one.crc32c)
-            with suppress(StoreError):  # what is to be told is what befell src
+            with suppress(StoreError):  # the error to report is the one of src
                 return tier.name, sight.transfer.copy(tier.name, dst, asked, on_bytes=self._on_bytes, replaces=replaces)
         raise spoilt
 
     def _note(self, job: Job, one: JournalObject, copy: KnownCopy, n_bytes: int, *, of_source: bool = True) -> None:
-        """Put a verified copy on the books, and its source if it is of it: they were read whole, and were equal.
+        """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
 
-        The copy is as old as the object that it is of, also when its source is gone.
+        The copy keeps the date of the object that it copies, also when the source is gone.
         """
         books = self._sight.catalog
         source = books.known(job.row.src, [one.key]).get(one.key)
@@ -205,14 +217,17 @@ class Copying:
             job.made.extend(pair)
 
     def _is_there(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
-        """Whether what lies in dst is an equal copy; where it is another object that may not go, the job is stopped."""
+        """Return whether dst has an equal copy.
+
+        Stop the job if dst has a different object that must not be overwritten.
+        """
         sight, dst = self._sight, job.row.dst
         known = sight.catalog.known(dst, [one.key]).get(one.key)
         expected = self._source_sum(job, one)
         is_cold = state_of(info) in (ARCHIVED, RESTORING)
         if info.n_bytes == one.n_bytes and expected is not None:
             found = sight.sum_of(dst, info, known)
-            # What cannot be read is known by the store's own word alone.
+            # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
                 same = known if known is not None and known.verified and is_same(info, known) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
@@ -220,14 +235,14 @@ class Copying:
                 return self._found(job, one, copy, is_new=same is None)
         if known is not None and known.made_from == job.row.src_place:
             is_size = known.n_bytes == info.n_bytes == one.n_bytes
-            if known.is_intended and is_size and is_cold:  # what can be read is compared, and another's
+            if known.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, one):
                     copy = KnownCopy(info.n_bytes, info.etag, None, job.row.src_place)
                     return self._found(job, one, copy, is_new=True)
                 if self._may_make_again(job, one, info):
                     return False
             if is_same(info, known) and len(job.row.objects) == 1:
-                return False  # a copy of what src was before: it may be replaced
+                return False  # a copy of an earlier object of src: it may be replaced
         where = f"{sight.stores.store(dst).url}/{one.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
@@ -237,7 +252,7 @@ class Copying:
         return False
 
     def _found(self, job: Job, one: JournalObject, copy: KnownCopy, *, is_new: bool) -> Literal[True]:
-        """Note that a copy lies in dst already."""
+        """Record that dst has a copy already."""
         if is_new:
             self._begin_anew(job)
         self._note(job, one, copy, 0)
@@ -245,13 +260,15 @@ class Copying:
         return True
 
     def _may_make_again(self, job: Job, one: JournalObject, info: ObjectInfo) -> bool:
-        """Whether src may take the place of an archived copy that a killed process has left, and nobody has verified.
+        """Return whether src may replace an archived, never verified copy that a killed process has left.
 
-        Where the store says a checksum of it, that is not src's: then one of the two is wrong, and perhaps src::
+        If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
+        src::
 
-            1. It is copied, and the process is killed. 2. src rots. 3. What is in dst is the last of its bytes.
+            1. The object is copied, and the process is killed. 2. src rots. 3. The copy in dst is the last good one.
 
-        So src must have been written anew since, and the group not look whole in dst: a part that is replaced may fail.
+        So src must have been written again since, and the group must not look complete in dst, because replacing one
+        part may fail.
         """
         if info.crc32c is None:
             return True
@@ -261,7 +278,7 @@ class Copying:
         return len(objects) == 1 or self._sight.head(job.row.dst, objects[-1].key) is None
 
     def _source_sum(self, job: Job, one: JournalObject) -> int | None:
-        """The CRC-32C that a copy must have; None where nothing says it and src cannot be read."""
+        """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if one.crc32c is not None:
             return one.crc32c
         sight, src = self._sight, job.row.src
@@ -273,7 +290,7 @@ class Copying:
     def _change_class(self, job: Job, one: JournalObject) -> None:
         sight, dst = self._sight, job.row.dst
         info = sight.head(dst, one.key)
-        # Of an earlier try that was killed: another ETag may be what its change of class left.
+        # Left by an earlier attempt that was killed: its change of class may have changed the ETag.
         if info is not None and info.n_bytes == one.n_bytes and has_class(sight, dst, info):
             return
         known = sight.catalog.known(dst, [one.key]).get(one.key)
@@ -285,15 +302,15 @@ class Copying:
 
 
 def _is_by_etag(info: ObjectInfo, one: JournalObject) -> bool:
-    """Whether an ETag alone says that a copy is src, as it does of copies by a server that knows no checksum.
+    """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
 
-    1. It is copied, and the process is killed. 2. src rots, under its old ETag. 3. What is in dst is the last of its
-    bytes: made again, it would be overwritten first, and compared then.
+    Without this: 1. The object is copied, and the process is killed. 2. src rots, with its old ETag. 3. The copy in dst
+    is the last good one. Copying again would overwrite it first, and compare afterwards.
     """
     has_sum = info.crc32c is not None or one.crc32c is not None
     return not has_sum and info.etag is not None and info.etag == one.etag and is_md5(info.etag)
 
 
 def has_class(sight: Sight, tier: str, info: ObjectInfo) -> bool:
-    """Whether an object has the class of a tier already."""
+    """Return whether an object already has the storage class of a tier."""
     return (info.storage_class or "STANDARD") == sight.stores.class_of(tier)

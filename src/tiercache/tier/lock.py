@@ -1,25 +1,27 @@
-"""Who moves things between the tiers of a home: one process at a time, on all machines.
+"""The tier lock: one process at a time, on all machines, moves data between the tiers of a home.
 
-The lock is a chain of numbered objects beside the home. Whoever puts the next number holds it; its holder alone
-overwrites that object, to renew it. The newest number never vanishes, so two who take over at once put the same number,
-and put_if_absent has one winner::
+The lock is a chain of numbered objects beside the home. The process that puts the next number holds the lock. Only the
+holder overwrites that object, to renew it. The newest number never vanishes, so two processes that take over at once
+put the same number, and put_if_absent has one winner::
 
     _tiercache/tier.lock/<20 digits>     owner, process, machine; what is being dropped just now; released or not
 
-Why not one object that is deleted when it has expired: 1. A and B see that C has expired. 2. A deletes C's lock and
-puts its own. 3. B deletes what it takes for C's, which is A's, and puts its own. Both hold it.
+One object that is deleted when it has expired would not be enough: 1. A and B see that C has expired. 2. A deletes C's
+lock and puts its own. 3. B deletes the object that it takes for C's lock, which is A's, and puts its own. Both hold the
+lock.
 
-Clocks of machines are not compared to decide that a holder is dead. A holder that renewed itself lately by our clock
-lives. One whose process is gone from this machine is dead. Any other is watched for as long as a lock lives, and is
-dead if it has not renewed itself by then.
+Clocks of different machines are not compared to decide that a holder is dead. A holder whose last renewal is recent by
+our clock is alive. A holder whose process is gone from this machine is dead. Any other holder is watched for the
+lifetime of a lock, and is dead if it does not renew the lock by then.
 
-No lock stops a process that sleeps between its last look at the lock and the deletion that the look allowed (a machine
-that is suspended for days)::
+No lock stops a process that sleeps between its last check of the lock and the deletion that the check allowed (a
+machine that is suspended for days)::
 
-    1. Z notes in its lock object what it is about to drop: (place, path) each. Z looks whether it still holds the lock.
+    1. Z notes in its lock object what it is about to drop, as (place, path) pairs. Z checks that it still holds the
+       lock.
     2. Z sleeps. N takes over, and reads in Z's object what Z may still drop.
-    3. N lets none of these copies count as the one that stays, and tells its successors: for a week, or until Z's
-       process is known to be gone. Z wakes up and deletes: N has dropped nothing for the sake of that copy.
+    3. N does not rely on any of these copies, and tells its successors: for a week, or until Z's process is known to be
+       gone. Z wakes up and deletes: N has deleted nothing that relied on that copy.
 """
 
 from __future__ import annotations
@@ -49,22 +51,22 @@ if TYPE_CHECKING:
     from tiercache.waiting import Clock
 
 LOCK_FOLDER = "_tiercache/tier.lock/"
-LIFETIME_S = 120.0  # without a renewal
+LIFETIME_S = 120.0  # a lock without a renewal expires after this time
 RENEW_S = 30.0
 DOOMED_S = 7 * 86400.0
-_ASK_S = 5.0  # between two looks at a lock that is being watched
+_ASK_S = 5.0  # between two reads of a lock that is being watched
 _MOST_TRIES = 20
 _NAME = re.compile(rf"{re.escape(LOCK_FOLDER)}([0-9]{{20}})")
 
-# What this process holds: a lock object that names this process and is not among these is a leftover.
+# Owners of the locks that this process holds: a lock object of this process with another owner is a leftover.
 _held_here: set[str] = set()
 
 
 class BootClock(SystemClock):
-    """Time that goes on while the machine is suspended: a lock's does, and monotonic time does not."""
+    """Clock that also advances while the machine is suspended, as lock lifetimes must; the monotonic clock does not."""
 
     def monotonic(self) -> float:
-        """Seconds since the machine started."""
+        """Return the seconds since the machine started."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
@@ -73,11 +75,17 @@ BOOT_CLOCK = BootClock()
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A lock object.
+    """Content of a lock object.
 
-    owner: unlike every other; boot, namespace, pid, started: its process; renewed_s: by its machine's clock.
-    dropping: (place, path) of copies that are being deleted; doomed: (place, path, since_s) of those that earlier
-    holders, of whom nobody knows that they are gone, may still delete.
+    Attributes:
+        owner: Unique token of this lock.
+        host: Host name of the holder.
+        boot, namespace, pid, started: Identity of the holder's process.
+        renewed_s: Last renewal, in seconds since the epoch, by the holder's clock.
+        n_renewals: Number of renewals.
+        released: Whether the holder gave the lock back.
+        dropping: (place, path) pairs of copies that are being deleted.
+        doomed: (place, path, since_s) of copies that earlier holders, who may still run, may delete.
     """
 
     owner: str
@@ -94,14 +102,14 @@ class Record:
 
     @classmethod
     def of_this_process(cls) -> Record:
-        """A new one."""
+        """Return a new record of this process."""
         pid = os.getpid()
         where = socket.gethostname(), boot_id(), pid_namespace(), pid, start_time(pid) or 0
         return cls(secrets.token_hex(16), *where, renewed_s=time.time())
 
     @classmethod
     def parse(cls, data: bytes) -> Record | None:
-        """The record that encode() wrote; None: it is none, and nobody's."""
+        """Return the record that encode() wrote; None if data is not a record."""
         try:
             body: dict[str, Any] = json.loads(data)
             body.pop("format")
@@ -114,12 +122,12 @@ class Record:
         return record
 
     def encode(self) -> bytes:
-        """Its JSON."""
+        """Return the record as JSON."""
         return json.dumps({"format": 1, **asdict(self)}).encode() + b"\n"
 
     @property
     def runs(self) -> bool | None:
-        """Whether its process runs, as far as this machine can tell; None: it cannot."""
+        """Whether the holder's process runs; None if this machine cannot tell."""
         if self.boot != boot_id() or self.namespace != pid_namespace() or self.boot == "0":
             return None
         if start_time(self.pid) != self.started:
@@ -131,10 +139,10 @@ class Record:
 
 
 class TierLock:
-    """The right to move what lies in the tiers of a home. `with TierLock(store):`, or take() and release().
+    """Lock on the tiers of a home. Use `with TierLock(store):`, or take() and release().
 
-    A thread renews it. check() before what must not be done twice: it asks the store. The lock inside guards the
-    record, and is held while it is written. Safe from any thread.
+    A thread renews the lock. Call check(), which asks the store, before any step that two processes must not both make.
+    An internal lock guards the record while it is written. Thread-safe.
     """
 
     def __init__(
@@ -146,14 +154,15 @@ class TierLock:
         renew_s: float | None = RENEW_S,
         clock: Clock = BOOT_CLOCK,
     ) -> None:
-        """Nothing is asked yet.
+        """Store the arguments; the store is not asked yet.
 
         Args:
-            store: of the home.
-            folder: for a file that is locked on this machine beside it, so that who would lose here asks no store.
-            lifetime_s: that a holder is believed to live without a renewal.
-            renew_s: between two renewals; None: only renew() does it.
-            clock: by which lifetimes are measured.
+            store: Store of the home.
+            folder: Folder for a lock file on this machine, so that a second process of this machine fails without
+                asking the store. None: no lock file.
+            lifetime_s: Time without a renewal after which a lock expires, in seconds.
+            renew_s: Time between two renewals, in seconds. None: only renew() renews the lock.
+            clock: Clock by which lifetimes are measured.
         """
         self._store, self._folder, self._clock = store, folder, clock
         self._lifetime_s, self._renew_s = lifetime_s, renew_s
@@ -175,11 +184,11 @@ class TierLock:
     # -- taking -----------------------------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Hold it from now on.
+        """Take the lock.
 
         Raises:
-            CommitConflict: somebody else moves things; it says who.
-            StoreError: the store's.
+            CommitConflict: Another process holds the lock; the message names it.
+            StoreError: The store failed.
         """
         self._take_file()
         try:
@@ -206,7 +215,7 @@ class TierLock:
         except BlockingIOError:
             os.close(fd)
             raise self._refusal(f"another process of this machine (lock {path}) is") from None
-        except OSError:  # a file system without locks: the store's still holds
+        except OSError:  # a file system without locks: the lock in the store is enough
             os.close(fd)
             return
         self._fd = fd
@@ -218,7 +227,7 @@ class TierLock:
                 self._see_over(newest, before)
             mine = replace(Record.of_this_process(), doomed=_doomed_after(before, time.time()))
             started_s = self._clock.monotonic()
-            _held_here.add(mine.owner)  # before it is there: another thread would take it for a leftover
+            _held_here.add(mine.owner)  # before the put, so that no other thread takes it for a leftover
             try:
                 if self._put(newest + 1, mine):
                     self._number, self._record, self._renewed_s = newest + 1, mine, started_s
@@ -229,10 +238,10 @@ class TierLock:
         raise self._refusal("others, again and again, are")
 
     def _put(self, number: int, mine: Record) -> bool:
-        """Put the next number; False: somebody else did, or it is not the newest.
+        """Put the next number. Return False if another process did, or if it is not the newest number.
 
-        It may not be: 1. we saw k as the newest. 2. Others took and gave back k + 1 and k + 2, and forgot k + 1. 3. We
-        put k + 1, which is free again.
+        It may not be the newest: 1. We see k as the newest. 2. Others take and release k + 1 and k + 2, and delete k +
+        1. 3. We put k + 1, which is free again.
         """
         if not (self._put_absent(number, mine) or self._is_at(number, mine)):
             return False
@@ -251,12 +260,12 @@ class TierLock:
             return False
 
     def _is_at(self, number: int, mine: Record) -> bool:
-        """Whether it is ours that is there: even a plain "no" may be about our own, which a first try wrote."""
+        """Return whether the lock object is ours: a refused put may mean that our first attempt has written it."""
         there = self._read(number)
         return there is not None and there[1] is not None and there[1].owner == mine.owner
 
     def _newest(self) -> tuple[int, Record | None]:
-        """The newest number and its record; 0 where there is none. None: it cannot be read, or is gone."""
+        """Return the newest number, 0 if there is none, and its record, None if it cannot be read."""
         matches = (_NAME.fullmatch(info.key) for info in self._store.list(LOCK_FOLDER))
         number = max((int(match[1]) for match in matches if match), default=0)
         there = self._read(number) if number else None
@@ -270,16 +279,17 @@ class TierLock:
         return data, Record.parse(data)
 
     def _see_over(self, number: int, record: Record | None) -> None:
-        """Return when the holder of a number holds it no more. Raises CommitConflict where it does."""
+        """Return when the holder of a number no longer holds it. Raise CommitConflict if it does."""
         if record is not None:
             if record.released or record.runs is False:
                 return
-            # Within the lifetime by our clock: it lives, or the clocks differ and who comes later will watch it.
+            # Renewed within the lifetime by our clock: the holder is alive; or the clocks differ, and a later attempt
+            # watches it.
             if abs(time.time() - record.renewed_s) <= self._lifetime_s:
                 raise self._refusal(f"{record} is")
         first = self._read(number)
         if first is None:
-            return  # forgotten by who has taken a later number
+            return  # deleted by the holder of a later number
         ask_s = min(_ASK_S, self._lifetime_s / 4)
         wait_for(lambda: self._read(number) != first, self._lifetime_s, self._clock, longest_poll_s=ask_s)
         now = self._read(number)
@@ -303,16 +313,16 @@ class TierLock:
 
     @property
     def doomed(self) -> dict[tuple[str, str], float]:
-        """Copies that count for nothing, (place, path) -> since when: an earlier holder may still delete them."""
+        """Copies that must not be relied on, as (place, path) -> since_s: an earlier holder may still delete them."""
         record = self._record
         return {} if record is None else {(place, path): since for place, path, since in record.doomed}
 
     def check(self) -> None:
-        """See that it is still held: not renewed for too long, or taken over, it is not.
+        """Check that the lock is still held: another process may have taken it over.
 
         Raises:
-            CommitConflict: it was lost. What was being done must not go on.
-            StoreError: the store does not say.
+            CommitConflict: The lock was lost; the caller must stop its work.
+            StoreError: The store could not be asked.
         """
         if self._clock.monotonic() - self._renewed_s > self._lifetime_s / 2:
             self.renew()
@@ -320,32 +330,32 @@ class TierLock:
         mine = self._record
         if mine is None or number != self._number or record is None or record.owner != mine.owner:
             raise CommitConflict(
-                f"the right to move was lost to {'nobody' if record is None else record} meanwhile: "
+                f"the tier lock was lost to {'nobody' if record is None else record}: "
                 "this process was stopped for too long, or the store could not be reached; nothing was lost, run again",
                 url=self._store.url,
             )
 
     def announce(self, dropping: Iterable[tuple[str, str]]) -> None:
-        """Say what is about to be deleted, (place, path) each, and see that the lock is still held. Raises as check().
+        """Record the (place, path) pairs that are about to be deleted, and check the lock. Raises as check().
 
-        Said before it is looked, in this order: whoever takes over after the look has read what was said.
+        The record is written before the check, so that a process that takes over after the check reads it.
         """
         self._write(dropping=tuple(dropping))
         reach("tier_lock.announced")
         self.check()
 
     def renew(self) -> None:
-        """Live on. Raises CommitConflict where it is not held, StoreError where it may not have been written."""
+        """Renew the lock. Raises CommitConflict if it is not held, StoreError if the write may have failed."""
         self._write()
 
     def _write(self, **changes: Any) -> None:
         with self._guard:
             if self._record is None:
-                raise CommitConflict("the right to move is not held", url=self._store.url)
+                raise CommitConflict("the tier lock is not held", url=self._store.url)
             before_s = self._clock.monotonic()
             n_renewals = self._record.n_renewals + 1
             record = replace(self._record, renewed_s=time.time(), n_renewals=n_renewals, **changes)
-            self._record = record  # should the answer be lost, it may be what is there
+            self._record = record  # if the answer is lost, the store may have this record
             self._store.put(_key(self._number), record.encode())
             self._renewed_s = before_s
 
@@ -353,11 +363,11 @@ class TierLock:
         while pause(self._renew_s or RENEW_S, SYSTEM_CLOCK, self._stop):
             try:
                 self.renew()
-            except BaseException:  # noqa: BLE001, S112 - a thread's top: check() finds a lock that was not renewed
+            except BaseException:  # noqa: BLE001, S112 - top of a thread: check() notices a missing renewal
                 continue
 
     def release(self) -> None:
-        """Give it back. Harmless when it is not held; a store that cannot be written leaves it to expire."""
+        """Release the lock. Harmless if it is not held. If the store cannot be written, the lock expires."""
         self._stop.set()
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -381,21 +391,21 @@ def _key(number: int) -> str:
 
 
 def _doomed_after(before: Record | None, now_s: float) -> tuple[tuple[str, str, float], ...]:
-    """What its successor must not count on. before: the record of the holder before."""
+    """Return the copies that the next holder must not rely on. before: Record of the previous holder."""
     if before is None:
         return ()
     since: dict[tuple[str, str], float] = {}
     if not before.released and before.runs is not False:
         since = dict.fromkeys(before.dropping, now_s)
     for place, path, since_s in before.doomed:
-        # A time that is still to come was given by a clock that was ahead.
+        # A time in the future comes from a clock that was ahead.
         if now_s - min(since_s, now_s) < DOOMED_S:
             since.setdefault((place, path), min(since_s, now_s))
     return tuple((place, path, since_s) for (place, path), since_s in since.items())
 
 
 def boot_id() -> str:
-    """What tells this boot of this machine from every other; "0" where the system does not say."""
+    """Return the id of this boot of this machine; "0" where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

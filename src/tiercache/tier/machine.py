@@ -1,6 +1,6 @@
-"""What this machine's rule file says of a tier, for who only reads: by its URL, without the models that check a file.
+"""The tiers in this machine's rule file, for readers: found by URL, without the models that validate a rule file.
 
-Building those takes 50 ms, which every process of a training would pay. A file that is wrong says nothing here.
+Building these models takes 50 ms, which every process of a training job would pay. An invalid rule file counts as none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tiercache.model import parse_bytes
 
 @dataclass(frozen=True, slots=True)
 class HereTier:
-    """A tier as the file has it. url: of a local folder its whole path, without a "/" at the end."""
+    """A tier of the rule file. url: For a local folder, its absolute path without a "/" at the end."""
 
     role: str
     url: str
@@ -26,14 +26,14 @@ class HereTier:
 
     @property
     def limit_bytes(self) -> int | None:
-        """What it may hold; None: as its disk has room. Raises ValueError, TypeError, OSError."""
+        """Capacity in bytes; None: limited only by the disk. Raises ValueError, TypeError, OSError."""
         if self.capacity is None:
             return None
         return parse_bytes(self.capacity, whole_bytes=shutil.disk_usage(existing(self.url)).total)
 
 
 def tier_above(url: str) -> HereTier | None:
-    """The tier that has url or a folder above it; None: this machine's rule file names none, or there is no file."""
+    """Return the tier at url or at a folder above it; None if this machine's rule file has none, or is missing."""
     steps = url.split("/")
     if ".." in steps or "." in steps:
         return None
@@ -41,7 +41,7 @@ def tier_above(url: str) -> HereTier | None:
 
 
 def existing(path: str) -> str:
-    """The nearest folder upwards that there is."""
+    """Return the nearest existing folder, from path upwards."""
     return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.is_dir()))
 
 

@@ -1,48 +1,58 @@
-"""Carrying out plans, so that nothing is ever lost, whatever stops it and whoever else is at work.
+"""The mover, which makes the moves of a plan. No data is lost, whatever interrupts the mover and whatever else runs.
 
-A move from src to dst, each step journaled before the next, and each harmless when repeated::
+A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated::
 
-    1. begin     the journal says what it is about: every object as it must be. Earlier moves of the path give way
-    2. copy      objects that dst has not; those that make the group whole last. Each copy is verified
-    3. record    the books of this machine know the verified copies, in src and in dst, by size, ETag and CRC-32C
-    4. look      src once more: what changed while it was copied is not what dst has
-    5. place     every reader is told where it lies from now on
-    6. wait      for grace: readers that were not told yet go on reading src
-    7. re-check  (settling.py) dst is whole and as it was verified, src is as it was copied, nobody reads it, no pin
-                 holds it, readers are told, and src and dst are two places; files in dst are read from their disk
-    8. drop      first the object that makes the group whole, then the rest
+    1. begin     the journal records the move and the expected state of every object; it cancels earlier moves of the
+       path
+    2. copy      copies the objects that dst lacks, and last the one that makes the group complete; verifies each copy
+    3. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C
+    4. look      checks src again: an object that changed during the copy is not what dst has
+    5. place     commits the placement, which tells every reader where the objects are from now on
+    6. wait      waits for the grace period: readers that do not know the new placement yet still read src
+    7. re-check  (settling.py) dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
+                 protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
+    8. drop      deletes from src, first the object that makes the group complete, then the rest
     9. done
 
-What may happen between two steps:
+What can happen between two steps:
 
-    1-2  killed: an open row, no harm. The plan applied again goes on; another plan's move of the path replaces the row.
-    2-3  killed: copies that nobody knows. They are compared with src, and not copied again.
-    2-6  killed, when what is copied was lost while it waited: the row says that before the books know the new copy, and
-         grace begins anew.
-    3-4  src is replaced: step 4 sees another ETag and stops; the copy in dst stays, verified for what it is, and is
-         overwritten by a later move from src only while it is as it was made, and if the group is that object alone.
-    4-5  src is replaced in this instant: readers are led to what it was before. Step 7 sees it, and takes that back.
-    5-6  killed: readers are told and nothing waits. The plan applied again starts grace; another plan asks for a drop.
-    6-7  the copy in dst is lost, spoilt or restored and moved by somebody: step 7 compares, and stops. No store says
-         that a file has rotted: that it is read shows it.
-    6-7  another process moves the object back, with another journal: its placement leads to src, step 7 reads that.
-    7-8  src is replaced: it is looked at once more, after all that takes long, and S3 is told which ETag it is to
-         delete. Other stores have no such request: the time that the announcement takes remains.
-    7-8  the copy in dst is removed by somebody: it is looked at once more, as src is. Who removes it while the deletion
-         of the other one is announced and made loses both: no store deletes one object only while another is there.
-    7-8  it is pinned: the rule file is read anew after all that takes long. From tier_drop.decided on, while one batch
-         of deletions is announced and made, a pin is too late for that batch; it holds for all that is left.
-    7-8  the lock was lost while this process slept: it is looked at after all that step 7 asks, directly before the
-         deletion; and see lock.py for a process that sleeps just after that.
-    8-8  killed among deletions: the row says "dropping", and the rest goes when dst is confirmed once more.
-    any  the books are lost or old: what they do not know is verified anew, or stops; what they say is compared with
-         what lies there, by ETag. The worst that an old journal asks for is a drop that step 7 refuses.
-    any  an answer of a store is lost: a copy is there or not, deletions are repeated, placement is read back.
-    any  the clock jumps: grace gets shorter or longer, and nothing hangs on it but readers' comfort.
+    1-2  The process is killed: a row stays open and does no harm. Applying the same plan again continues; a move of the
+         path in another plan replaces the row.
+    2-3  The process is killed: copies exist that the catalog does not know. They are compared with src, not copied
+    again.
+    2-6  The process is killed after a lost copy was made again: the row was reset before the catalog knew the new copy,
+         so the grace period starts again.
+    3-4  src is replaced: step 4 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
+    move
+         from src overwrites it only while it is as it was made, and only if the group consists of that one object.
+    4-5  src is replaced in this instant: readers are led to the old object. Step 7 notices and reverts the placement.
+    5-6  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
+    the
+         grace period; another plan asks for a drop.
+    6-7  The copy in dst is lost, damaged, or restored and moved by somebody: step 7 compares, and stops. No store
+         reports that a file has rotted; only reading the file shows it.
+    6-7  Another process with another journal moves the object back: its placement leads to src, and step 7 reads that.
+    7-8  src is replaced: the mover checks src again after all slow checks, and the delete request to S3 names the ETag.
+         Other stores have no such request: the time that the announcement takes remains as a window.
+    7-8  Somebody removes the copy in dst: the mover checks dst again, as it does src. A copy that is removed while the
+         deletion of the other one is announced and made is lost with it: no store deletes one object only if another
+         object exists.
+    7-8  The object is pinned: the mover reads the rule file again after all slow checks. From tier_drop.decided on,
+         while one batch of deletions is announced and made, a pin is too late for that batch; it protects the rest.
+    7-8  The lock was lost while this process slept: the mover checks the lock after everything that step 7 checks,
+         directly before the deletion. lock.py describes a process that sleeps just after that check.
+    8-8  The process is killed between deletions: the row says "dropping", and the rest is deleted when dst is confirmed
+         once more.
+    any  The catalog is lost or old: what it does not know is verified again, or stops the move; what it says is
+    compared
+         with the stores by ETag. The worst request of an old journal is a drop that step 7 refuses.
+    any  The answer of a store is lost: a copy exists or not, deletions are repeated, the placement is read back.
+    any  The clock jumps: the grace period gets shorter or longer. Only the convenience of readers depends on it.
 
-A `drop` is a move whose copy was made before: it is not copied, but must be verified. A `delete` takes last copies: it
-waits too, and is made only if a plan made anew still asks for it (survey.py). A `reclass` into a class that must be
-restored before it is read is announced and waits; into any other it is done at once.
+A `drop` is a move whose copy was made earlier: nothing is copied, but the copy must be verified. A `delete` removes
+last copies: it waits too, and is made only if a new plan still asks for it (survey.py). A `reclass` into a class from
+which objects must be restored before they can be read is announced and waits; a `reclass` into any other class is made
+at once.
 """
 
 from __future__ import annotations
@@ -72,9 +82,9 @@ __all__ = ["Applied", "Mover", "Progress", "Stopped"]
 
 
 class Mover:
-    """Applies plans of a rule file, and settles what waits. One at a time, on all machines: it holds the home's lock.
+    """Applies plans of a rule file, and settles the deletions that wait for their grace period.
 
-    For one thread at a time.
+    One mover runs at a time, on all machines: it holds the lock of the home tier. Use it from one thread at a time.
     """
 
     def __init__(
@@ -89,18 +99,19 @@ class Mover:
         survey: Callable[[float], Survey] | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Nothing is asked yet; all that is given stays the caller's.
+        """Store the arguments; no store is asked yet. The caller keeps the ownership of all arguments.
 
         Args:
-            file: the rule file as it is now.
-            stores: of its tiers.
-            catalog: this machine's books.
-            transfer: makes copies.
-            clock: seconds since the epoch; None: the machine's.
-            lock: that is held already; None: apply() and settle() take and release it.
-            survey: what there is at a time, asked before anything is deleted; None: it is listed and planned anew.
-            cancel: set where apply() or settle() ends by an exception, so that copies under way end soon too: the
-                transfer's.
+            file: Rule file, as it is now.
+            stores: Stores of the rule file's tiers.
+            catalog: Tier catalog of this machine.
+            transfer: Transfer that makes the copies.
+            clock: Function that returns seconds since the epoch. None: the system clock.
+            lock: Lock that the caller already holds. None: apply() and settle() take and release it.
+            survey: Function that returns the Survey at a time in seconds since the epoch, called before anything is
+                deleted. None: the tiers are listed and planned again.
+            cancel: Event that is set where apply() or settle() ends with an exception, so that running copies end soon:
+                the cancel event of the transfer.
         """
         self._file, self._stores, self._catalog, self._transfer = file, stores, catalog, transfer
         self._clock, self._lock, self._cancel = clock, lock, cancel
@@ -108,35 +119,45 @@ class Mover:
         catalog.bind({tier.name: tier.url for tier in file.tiers})
 
     def now_s(self) -> float:
-        """Seconds since the epoch, by the clock that was given."""
+        """Return the seconds since the epoch, by the clock that the caller gave."""
         return time.time() if self._clock is None else self._clock()
 
     def apply(self, plan: Plan, *, on_progress: Callable[[Progress], object] | None = None) -> Applied:
-        """Make the moves of a plan, exactly; those that were made before stay as they are.
+        """Make the moves of a plan, exactly as planned. Moves that were made earlier stay as they are.
 
-        Where the world is not as the plan saw it, that move is stopped and the others go on. Deletions wait for
+        A move is stopped where the objects are not as the plan saw them; the other moves go on. Deletions wait for
         settle().
 
+        Args:
+            plan: Plan to apply.
+            on_progress: Function that receives the progress; called from several threads.
+
+        Returns:
+            Counts of the moves that were made, and the moves that were stopped, with reasons.
+
         Raises:
-            CommitConflict: another process moves things between these tiers.
-            StoreError: the store of the home failed.
-            OSError: this machine's books cannot be written.
+            CommitConflict: Another process moves data between these tiers.
+            StoreError: The store of the home tier failed.
+            OSError: The catalog of this machine cannot be written.
         """
         with self._locked() as lock, self._sight() as sight:
             return Application(sight, lock, plan, self.now_s, on_progress).run()
 
     def settle(self, now_s: float | None = None, *, on_progress: Callable[[Progress], object] | None = None) -> Applied:
-        """Make the deletions whose grace is over, and changes of class that end readability; and finish broken ones.
+        """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
-        Each is re-checked: what is not as it must be stays, and is told. now_s: seconds since the epoch, None: now.
-        on_progress: hears how much of the copies was read back. Raises as apply().
+        Each of them is checked again: what is not in the required state stays, and is reported. Raises as apply().
+
+        Args:
+            now_s: Seconds since the epoch. None: now.
+            on_progress: Function that receives how many bytes of the copies were read back.
         """
         now_s = self.now_s() if now_s is None else now_s
         with self._locked() as lock, self._sight() as sight:
             return _applied(Settling(sight, lock, self._survey, now_s, on_progress=on_progress).run())
 
     def finish(self) -> Applied:
-        """Make the deletions that were begun and broken off, and no others. Raises as apply()."""
+        """Finish the deletions that were begun and interrupted, and make no others. Raises as apply()."""
         with self._locked() as lock, self._sight() as sight:
             return _applied(Settling(sight, lock, self._survey, self.now_s(), only_begun=True).run())
 

@@ -1,4 +1,4 @@
-"""What came of moves."""
+"""Results of moves: what was done, what was stopped, and the progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """A move that was not made. plan, number: which; reason: what was expected, and what was found."""
+    """A move that was not made. plan, number: Identify the move. reason: What was expected, and what was found."""
 
     number: int
     reason: str
@@ -21,14 +21,14 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What was done.
+    """Result of apply() or settle().
 
     Attributes:
-        done: moves that are as their plan wants them, now or before.
-        stopped: those that are not, and why.
-        waiting_drops: how many deletions wait for their grace, of all plans.
-        n_bytes: that were copied; by settle(): that were dropped.
-        proof_bytes: of copies in folders, that settle() read back before it dropped what they were made from.
+        done: Number of moves that are now as their plan asks, whenever they were made.
+        stopped: Moves that were not made, with reasons.
+        waiting_drops: Number of deletions of all plans that wait for their grace period.
+        n_bytes: Bytes that were copied; of settle(): bytes that were deleted.
+        proof_bytes: Bytes of copies in local folders that settle() read back before it deleted their sources.
     """
 
     done: int = 0
@@ -40,7 +40,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a plan, or the deletions that are due, are. n_moves, n_bytes: of all of it; of deletions: read back."""
+    """Progress of a plan, or of the deletions that are due. done_bytes: Bytes copied; of deletions: bytes read back."""
 
     done_moves: int
     n_moves: int
@@ -50,7 +50,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Settled:
-    """Deletions as they come about. proof_bytes: of copies, read back; stopped: what was kept or cancelled, and why."""
+    """Counts of one settlement, which grow as it runs. stopped: Moves that were kept or cancelled, with reasons."""
 
     n_done: int = 0
     n_waiting: int = 0

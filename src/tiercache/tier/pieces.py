@@ -1,4 +1,4 @@
-"""The parts that an object is copied in: their ranges, their memory, and the pace at which they may be read."""
+"""The parts in which an object is copied: their byte ranges, their buffers, and the rate limit of reads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tiercache.store import Store
 from tiercache.waiting import Clock, pause
 
 PART_BYTES = 8 << 20
-# Of one object, as S3 takes them.
+# Limit of S3 for one object.
 MOST_PARTS = 10_000
 
 
 def ranges_of(n_bytes: int) -> list[tuple[int, ByteRange]]:
-    """The parts of an object, numbered: of 8 MiB, or longer ones where there would be more than S3 takes."""
+    """Return the numbered parts of an object: of 8 MiB, or longer where there would be more parts than S3 allows."""
     step = max(PART_BYTES, -(-n_bytes // MOST_PARTS))
     starts = range(0, n_bytes, step) or (0,)
     return [(number, ByteRange(start, min(start + step, n_bytes))) for number, start in enumerate(starts)]
@@ -26,14 +26,14 @@ def ranges_of(n_bytes: int) -> list[tuple[int, ByteRange]]:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One object that is read in parts: all of them of what was looked at first."""
+    """An object that is read in parts. All parts are of the object version in `info`."""
 
     store: Store
     info: ObjectInfo
     cancel: Event
 
     def read(self, span: ByteRange, data: memoryview) -> None:
-        """Fill data."""
+        """Fill data with the bytes of span."""
         if self.cancel.is_set():
             raise cancelled(f"{self.store.url}/{self.info.key}")
         if not span.n_bytes:
@@ -48,7 +48,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part that was read. buffer: with its bytes, where they are still to be written."""
+    """A part that was read. buffer: Holds its bytes where they are still to be written, otherwise None."""
 
     crc32c: int
     n_bytes: int
@@ -56,27 +56,27 @@ class Part:
 
 
 class Buffer:
-    """Memory of a part. Whole pages, which a local folder writes past the page cache."""
+    """Memory of a part. It consists of whole pages, which a local folder writes with direct I/O."""
 
     def __init__(self, n_bytes: int) -> None:
-        # Private: 128 MiB, first touched, took 65 ms of processor time, as shared pages 95.
+        # Private pages: the first touch of 128 MiB took 65 ms of CPU time, of shared pages 95 ms.
         self._pages = mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.data = memoryview(self._pages)
 
     @property
     def n_bytes(self) -> int:
-        """How long."""
+        """Length of the buffer, in bytes."""
         return self.data.nbytes
 
 
 class Buffers:
-    """Memory that is used again, for new memory costs a page fault for every 4 KiB; small buffers are not kept."""
+    """Pool of buffers: new memory costs a page fault for every 4 KiB. Small buffers are not kept. Thread-safe."""
 
     def __init__(self) -> None:
         self._free: SimpleQueue[Buffer] = SimpleQueue()
 
     def take(self, n_bytes: int) -> Buffer:
-        """One of at least n_bytes."""
+        """Return a buffer of at least n_bytes."""
         if n_bytes < PART_BYTES:
             return Buffer(n_bytes)
         try:
@@ -86,17 +86,17 @@ class Buffers:
         return buffer if buffer.n_bytes >= n_bytes else Buffer(n_bytes)
 
     def give(self, buffer: Buffer | None) -> None:
-        """Take one back."""
+        """Return a buffer to the pool."""
         if buffer is not None and buffer.n_bytes == PART_BYTES:
             self._free.put(buffer)
 
     def clear(self) -> None:
-        """Forget them all."""
+        """Drop all free buffers."""
         self._free = SimpleQueue()
 
 
 class Pace:
-    """Lets bytes pass at a rate, in the order in which they are asked for. The lock guards the time that is taken."""
+    """Rate limit of reads, in the order of the requests. The lock guards the time until which the rate is used up."""
 
     def __init__(self, rate_bytes_s: int | None, clock: Clock, cancel: Event) -> None:
         self._rate_bytes_s, self._clock, self._cancel = rate_bytes_s, clock, cancel
@@ -104,7 +104,7 @@ class Pace:
         self._free_s = clock.monotonic()
 
     def take(self, n_bytes: int) -> None:
-        """Return when n_bytes may be read; sooner when cancelled."""
+        """Wait until n_bytes may be read, or until cancelled."""
         if self._rate_bytes_s is None:
             return
         with self._lock:
@@ -116,5 +116,5 @@ class Pace:
 
 
 def cancelled(where: str) -> StoreError:
-    """The error of a copy that was called off."""
+    """Return the error of a cancelled copy."""
     return StoreError("cancelled", url=where, retryable=True, cancelled=True)

@@ -1,4 +1,4 @@
-"""A home as a store whose objects are read from wherever they lie by now; whoever reads through it cannot tell."""
+"""The redirecting store: a home whose objects are read from their current location, transparently for the reader."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ if TYPE_CHECKING:
 
     from tiercache.tier.placement import Placement, Row
 
-# Whether an archived shard was restored is asked side by side: its time is round trips.
+# Restores of archived shards are queried in parallel, because the time is round trips.
 ASKING_THREADS = 16
-# So many names stand in a message and its command: of more the command restores all below the URL. The error has all.
+# Most names in a message and its command. For more shards the command restores all below the URL. The error has all.
 _SHOWN = 8
 
 Cached: TypeAlias = Callable[[Store], Store]
 
 
 def as_it_is(store: Store) -> Store:
-    """The store itself: no cache is round it."""
+    """Return the store itself, without a cache around it."""
     return store
 
 
 def placed(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> PlacedStore:
-    """A home that follows its placement: a LocalStore where the home is one.
+    """Return a store that follows the placement of a home: a LocalStore where the home is one.
 
     Args:
-        home: the data set's own store.
-        options: storage options that it was opened with.
-        cached: gives a store read through the cache: what a local home has elsewhere goes through it.
+        home: Store of the data set.
+        options: Storage options with which the home was opened.
+        cached: Function that wraps a store in the cache, used for remote objects of a local home.
     """
     places = Places(home, options)
     return PlacedFolder(places, cached) if isinstance(home, LocalStore) else PlacedStore(places)
 
 
 class PlacedStore(Store):
-    """Reads follow the placement; all else is the home's. Nothing is asked of it before something is missed.
+    """Store whose reads follow the placement; all other calls go to the home.
 
-    counters are the home's own; `figures()` has those of the other places too.
+    The placement is read when an object is missing. `counters` are those of the home; `figures()` includes the other
+    locations.
     """
 
     def __init__(self, places: Places) -> None:
@@ -68,11 +69,11 @@ class PlacedStore(Store):
 
     @property
     def by_ranges(self) -> PlacedStore:
-        """The same as a store that is read by ranges alone, past any file or cache."""
+        """The same store for reads by ranges only, without local files or a cache."""
         return self
 
     def figures(self) -> dict[str, float]:
-        """requests, bytes_read and so on, of the home and of the places that were read from."""
+        """Return the counters (requests, bytes_read, ...), summed over the home and the other locations."""
         sums: dict[str, float] = {}
         for store in self.places.stores():
             for name, figure in store.counters.snapshot().items():
@@ -90,7 +91,7 @@ class PlacedStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """From where it lies. An ETag counts for the object as it was opened, wherever it was moved to since."""
+        """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
 
         def read(found: Found) -> None:
             etag = self.places.etag_of(key, if_match) if found.info is None else found.info.etag
@@ -100,52 +101,52 @@ class PlacedStore(Store):
         self.places.follow(key, read, if_match)
 
     def head(self, key: str) -> ObjectInfo:
-        """Of where it lies."""
+        """See Store.head."""
         return self.places.follow(key, lambda found: found.info or found.store.head(key))
 
     def get(self, key: str) -> bytes:
-        """From where it lies."""
+        """See Store.get."""
         return self.places.follow(key, lambda found: found.store.get(key))
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """From where it lies."""
+        """See Store.read_tail."""
         return self.places.follow(key, lambda found: found.store.read_tail(key, n_bytes))
 
-    # -- all else ---------------------------------------------------------------------------------------------------
+    # -- calls to the home ------------------------------------------------------------------------------------------
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """To the home."""
+        """See Store.put. Writes to the home."""
         return self.places.home.put(key, data)
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        """To the home."""
+        """See Store.put_if_absent. Writes to the home."""
         return self.places.home.put_if_absent(key, data)
 
     def create(self, key: str, *, if_absent: bool = False) -> Upload:
-        """To the home."""
+        """See Store.create. Writes to the home."""
         return self.places.home.create(key, if_absent=if_absent)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Of the home alone."""
+        """See Store.delete. Deletes from the home only."""
         self.places.home.delete(keys)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """What lies in the home."""
+        """See Store.list. Lists the home only."""
         return self.places.home.list(prefix)
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Within the home."""
+        """See Store.copy. Copies within the home."""
         return self.places.home.copy(src, dst)
 
     def close(self) -> None:
-        """Drop connections of the home and of all places."""
+        """Close the connections of the home and of all other locations."""
         self.places.close()
 
 
 class PlacedFolder(PlacedStore):
-    """A local home, whose files are read where they lie. What is elsewhere comes through the cache, as from any store.
+    """A local home: its own files are opened directly, remote objects are read through the cache.
 
-    cached: gives a store read through the cache.
+    cached: Function that wraps a store in the cache.
     """
 
     def __init__(self, places: Places, cached: Cached) -> None:
@@ -158,24 +159,24 @@ class PlacedFolder(PlacedStore):
 
     @property
     def by_ranges(self) -> PlacedStore:
-        """The same as a store that is read by ranges alone, past any file or cache."""
+        """The same store for reads by ranges only, without local files or a cache."""
         return PlacedStore(self.places)
 
     @property
     def far(self) -> Store:
-        """What reads places that are not on this machine: through the cache, if there is one. Follows as this does."""
+        """Store for remote objects, through the cache if there is one. It follows the placement too."""
         far = self._far
         if far is None:
             far = self._far = self._cached(self.by_ranges)
         return far
 
     def is_far(self, key: str) -> bool:
-        """Whether key lies in a store that a cache is worth while for, as far as is known."""
+        """Return whether the known placement has key in a remote store, for which a cache pays off."""
         row = self.places.row(key) if self.places.has_far else None
         return row is not None and is_far(row.url)
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """A lease on the file, or on the cached copy of what lies elsewhere; None: read by ranges. Raises NotFound."""
+        """Return a lease on the file, or on the cached copy of a remote object; None if it is read by ranges."""
 
         def open_at(found: Found) -> Lease | None:
             is_cached = found.row is not None and is_far(found.row.url)
@@ -185,28 +186,29 @@ class PlacedFolder(PlacedStore):
         return self.places.follow(key, open_at)
 
     def distrust(self, key: str, identity: ShardIdentity | None = None) -> bool:
-        """Of what lies elsewhere, as the cache has it; False: of a file here."""
+        """Distrust the cached copy of a remote object, see LocalStore.distrust; False for a file of this home."""
         if not self.is_far(key):
             return False
         far = self.far
         return isinstance(far, LocalStore) and far.distrust(key, identity)
 
 
-# -- before a run ---------------------------------------------------------------------------------------------------
+# -- check before a run ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Needed:
-    """What must be restored of a data set. rows: of its placement."""
+    """Shards of a data set that must be restored. rows: Their rows of the placement."""
 
     url: str
     rows: tuple[Row, ...]
 
     def estimate(self) -> tuple[float | None, float | None]:
-        """Hours until the last shard can be read, and dollars at least, at the usual speed; None: no price is known.
+        """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
 
-        A reader has no rule file. An archive has the prices of the first row of the table with its class, and a remote
-        home those of the standard class, the first row of the same region: a home in another region costs more.
+        Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the
+        first row with its class, for a remote home the first row of the same region in the standard class. A home in
+        another region costs more.
         """
         _, table = price_table()
         by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
@@ -224,7 +226,7 @@ class _Needed:
         return hours, cost
 
     def error(self) -> ArchivedShards:
-        """What is raised, with names, bytes, hours, cost in dollars and command as its facts."""
+        """Return the error to raise. Its facts are names, bytes, hours, cost in dollars, and the command."""
         names = [row.key for row in self.rows]
         n_bytes, (hours, cost) = sum(row.n_bytes for row in self.rows), self.estimate()
         asked = names if len(names) <= _SHOWN else []
@@ -244,24 +246,24 @@ class _Needed:
 
 
 def check_readable(store: PlacedStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
-    """See that none of these objects must be restored before it can be read.
+    """Check that none of these objects must be restored before it can be read.
 
-    One small GET where no tiers look after the home. Of what the placement says is archived the store itself is asked,
-    by a byte of each: what was restored by now can be read.
+    Costs one small GET if the home is not tracked. For objects that the placement calls archived, the store is asked
+    for one byte each, because they may have been restored.
 
     Args:
-        store: that they are read from.
-        keys: theirs.
-        is_here: whether object i lies on this machine already.
+        store: Store from which the objects are read.
+        keys: Keys of the objects.
+        is_here: Function that returns whether object i is on this machine already.
 
     Raises:
-        ArchivedShards: some must be; names them all, with time, cost and command.
-        StoreError, CorruptShard, UnsupportedFormat: the placement cannot be read.
+        ArchivedShards: Some objects must be restored; the error has all names, time, cost and command.
+        StoreError, CorruptShard, UnsupportedFormat: The placement cannot be read.
     """
     placement = store.places.look()
     needed = () if placement is None else _archived(store, placement, keys, is_here)
     if needed and (newer := store.places.look_again()) is not placement and newer is not None:
-        needed = _archived(store, newer, keys, is_here)  # they were brought back since
+        needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
         raise _Needed(store.url, needed).error()
 

@@ -1,36 +1,36 @@
-"""Where objects lie that are not at home: a chain of numbered objects beside a data set, the newest of which holds.
+"""The placement log: numbered objects beside a data set, the newest of which says which objects are away from home.
 
 ::
 
-    _tiercache/tiers.json                      the mark: tiers look after this; and up to which number it is whole
-    _tiercache/placement/<20 digits>.arrow     each whole: all that lies elsewhere, a row an object
+    _tiercache/tiers.json                      the marker: the data set is tracked; the newest number known to be intact
+    _tiercache/placement/<20 digits>.arrow     a complete placement each: one row for each object that is away from home
 
-Who has not the mark costs its readers one small GET. A placement is changed by one put of the next number, which
-exactly one of racing writers wins; who loses merges its changes into the winner's and tries again. The mark's number
-is where readers begin: they probe upward from it, and list where it leads nowhere.
+An untracked data set costs its readers one small GET. A writer changes the placement by putting the next number.
+Exactly one of several racing writers succeeds; the others merge their changes into the new placement and try again.
+Readers start at the marker's number: they probe upward from it, and list where that number is missing.
 
-Only the newest are kept, so that a number may be free again::
+Only the newest placements are kept, so a number can be free again::
 
     1. a writer has read number 7, and sleeps
     2. others write 8 to 18, and remove 8
     3. the writer wakes, and puts its 8: the number is free, but nobody will ever read it
 
-So whoever has put a number lists what there is: if there is a higher one, its own counts for nothing, and it begins
-anew.
+So a writer that has put a number lists the placements. If there is a higher number, its own placement does not count,
+and the writer starts again.
 
-A put may be spoilt on its way. So what was put is read back, and only then does the mark say its number, and does a
-commit return: nobody acts on one that the mark does not reach. If such a one cannot be read, it counts for nothing,
-to readers and to the next writer, who steps over it. One that the mark reaches was whole once: what it said cannot be
-known from those before, and whoever reads it gets CorruptShard::
+A put can be corrupted on its way. So the writer reads it back, and only then raises the marker to its number and
+returns: nobody acts on a placement that the marker does not reach. If such a placement cannot be read, it does not
+count, and both readers and the next writer step over it. A placement that the marker reaches was intact once: its
+content cannot be derived from earlier ones, and its readers get CorruptShard::
 
     1. A puts 8, and reads it back
-    2. B reads 8 wrongly, more than once, where the mark says 7; it steps over it and puts 9, which lacks A's changes
-    3. A has the mark say 8
+    2. B reads 8 wrongly, more than once, while the marker says 7; it steps over 8 and puts 9, which lacks A's changes
+    3. A raises the marker to 8
 
-Of the two, one sees the other: A lists after the mark says 8, and B looks at the mark again after 9 is there.
+One of the two notices: A lists after the marker says 8, and B reads the marker again after 9 is there.
 
-Two that raise the mark in one instant may leave the lower number in it. Who wrote that finds the higher one in his
-list, and raises the mark again; if he is killed in between, the next commit does.
+Two writers that raise the marker at the same instant may leave the lower number in it. The writer of the lower number
+finds the higher one in its listing, and raises the marker again; if it is killed before that, the next commit does.
 """
 
 from __future__ import annotations
@@ -66,40 +66,40 @@ __all__ = ["Placement", "Row", "State", "adopt", "commit", "decode", "encode", "
 
 MARK_KEY = "_tiercache/tiers.json"
 PLACEMENT_FOLDER = "_tiercache/placement/"
-# Readers that opened an older one may still be probing from it.
+# Readers that opened an older placement may still probe from it.
 N_KEPT = 10
-# A loss means that another change landed: a hundred in a row is a crowd, not bad luck.
+# A lost race means that another writer succeeded: a hundred losses in a row is overload, not bad luck.
 MAX_REBASES = 100
-# How far is probed across a gap where the store cannot list: more than one writer can be late with its hint.
+# Probe distance across a gap where the store cannot list: more than one writer may be late with its marker update.
 _MAX_GAP = 4 * N_KEPT
-_MARK_BYTES = 64 << 10  # ours are a hundred: of a longer one the end is read, which says nothing
-_TRIES = 3  # of writing a mark that another writer, or a fault, writes otherwise
+_MARK_BYTES = 64 << 10  # our markers have 100 bytes: of a longer file only the end is read, which does not parse
+_TRIES = 3  # attempts to write the marker, which another writer or a fault may overwrite
 _FORBIDDEN = 403
-_NEVER_S = 1e12  # no clock says so
+_NEVER_S = 1e12  # later than any clock
 _NAME = re.compile(rf"{re.escape(PLACEMENT_FOLDER)}([0-9]{{20}})\.arrow")
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
 def is_adopted(store: Store) -> bool:
-    """Whether tiers look after what lies in store: its mark is there. One small GET. Raises StoreError."""
+    """Return whether what is in store is tracked: its marker exists. One small GET. Raises StoreError."""
     return _marked(store) is not None
 
 
 def read(store: Store) -> Placement | None:
-    """The newest placement; None: there is no mark, which is seen by one GET; number 0: nothing was placed yet.
+    """Return the newest placement; None if there is no marker, known from one GET; number 0 if nothing was placed yet.
 
     Raises:
-        CorruptShard: the newest cannot be read.
-        UnsupportedFormat: a newer release wrote it.
-        StoreError: the store's.
+        CorruptShard: The newest placement cannot be read.
+        UnsupportedFormat: A newer release wrote it.
+        StoreError: The store failed.
     """
     marked = _marked(store)
     return None if marked is None else _newest(store, marked)
 
 
 def search(store: Store, known: Placement | None = None) -> Placement:
-    """As `read`, where something was missed: lists what there is, whatever the mark says. Raises as `read`."""
+    """Return the newest placement as read() does, but from a listing. For use when an object is missing."""
     listed = _listed(store)
     if listed is None:
         return _newest(store, max(_marked(store) or 0, 0 if known is None else known.number))
@@ -110,9 +110,9 @@ def search(store: Store, known: Placement | None = None) -> Placement:
 
 
 def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
-    """Of the placements before the newest that are still there, the latest first, the rows that say another place.
+    """Return the earlier placements, newest first, each reduced to the rows that name another location than `newest`.
 
-    Ends at the first that is gone, and steps over what is damaged: nothing hangs on them.
+    Stops at the first one that is gone, and skips damaged ones: they are only a fallback.
     """
     found = []
     with suppress(StoreError, UnsupportedFormat):
@@ -128,11 +128,11 @@ def moved_since(store: Store, newest: Placement) -> tuple[Placement, ...]:
 
 
 def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
-    """The mark's text.
+    """Return the content of the marker.
 
     Args:
-        number: up to which placements were read back; None: it is not known.
-        since_s: when tiers began to look after the data, seconds since the epoch.
+        number: Newest number that was read back intact. None: unknown.
+        since_s: Start of tracking, in seconds since the epoch. None: unknown.
     """
     facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
     facts |= {} if number is None else {"placement": number}
@@ -140,12 +140,12 @@ def encode_mark(number: int | None, since_s: float | None = None) -> bytes:
 
 
 def placement_key(number: int) -> str:
-    """Where placement `number` lies."""
+    """Return the key of a placement."""
     return f"{PLACEMENT_FOLDER}{number:020d}.arrow"
 
 
 def adopted_s(store: Store) -> float | None:
-    """When tiers began to look after what lies in store, and uses to be counted; None: nobody says. As is_adopted."""
+    """Return when tracking started, in seconds since the epoch; None if unknown. Raises as is_adopted()."""
     return _since_s(_mark(store) or {})
 
 
@@ -157,26 +157,26 @@ def _since_s(mark: dict[str, Any]) -> float | None:
 
 
 def _marked(store: Store) -> int | None:
-    """The number in the mark, 0 where it has none that can be; None: there is no mark."""
+    """Return the number in the marker, 0 if it has no valid one; None if there is no marker."""
     mark = _mark(store)
     return None if mark is None else _number(mark) or 0
 
 
 def _number(mark: dict[str, Any]) -> int | None:
-    """The number up to which placements were read back; None: it says none that can be."""
+    """Return the newest number that was read back intact; None if the marker has no valid one."""
     number = mark.get("placement")
     return number if type(number) is int and 0 <= number < 10**18 else None
 
 
 def _mark(store: Store) -> dict[str, Any] | None:
-    """What the mark says, nothing where it cannot be read; None: there is none."""
+    """Return the facts in the marker, {} if it cannot be parsed; None if there is no marker."""
     try:
         data, _ = store.read_tail(MARK_KEY, _MARK_BYTES)
     except NotFound:
         return None
     except StoreError as error:
         if _is_forbidden(error):
-            return None  # he reads what lies at home
+            return None  # the reader reads from the home
         raise
     with suppress(ValueError, RecursionError):
         mark = json.loads(data)
@@ -186,7 +186,7 @@ def _mark(store: Store) -> dict[str, Any] | None:
 
 
 def _newest(store: Store, start: int) -> Placement:
-    """The newest from a number that may be there; number 0 where there is none at all."""
+    """Return the newest placement, starting at a number that may exist; number 0 if there is none at all."""
     found = _probe(store, start or 1)
     for _ in range(MAX_REBASES):
         if found is not None:
@@ -196,19 +196,19 @@ def _newest(store: Store, start: int) -> Placement:
             return _beyond(store, start)
         if not listed:
             return nothing()
-        found = _probe(store, listed, is_listed=True)  # unless it was removed since, for ten newer ones
+        found = _probe(store, listed, is_listed=True)  # finds it unless ten newer ones have replaced it since
     raise StoreError("placement changes faster than it can be read", url=store.url, retryable=True)
 
 
 def _beyond(store: Store, start: int) -> Placement:
-    """The newest of a store that cannot list, where `start` is gone."""
+    """Return the newest placement of a store that cannot list, where `start` is gone."""
     further = range(start + 1, start + 1 + _MAX_GAP) if start else ()
     found = next((number for number in further if _get(store, number) is not None), 0)
     return _probe(store, found) or nothing()
 
 
 def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement | None:
-    """The newest of number, number + 1, ... without a gap; None if there is no `number`. is_listed: as _get's."""
+    """Return the newest of number, number + 1, ... without a gap; None if `number` is missing. is_listed: See _get."""
     data, newer = None, _get(store, number, is_listed=is_listed)
     while newer is not None:
         data, number = newer, number + 1
@@ -217,12 +217,12 @@ def _probe(store: Store, number: int, *, is_listed: bool = False) -> Placement |
 
 
 def _sound(store: Store, top: int, data: bytes) -> Placement:
-    """The newest that counts, where `top` is the newest there is: see above of those that were spoilt. data: of top."""
+    """Return the newest intact placement, where `top` is the newest number. data: Content of top."""
     try:
         return _decoded(store, top, data)
     except CorruptShard:
         read_back = _number(_mark(store) or {})
-        if read_back is None or top <= read_back:  # more were written and read back since, or it was whole once
+        if read_back is None or top <= read_back:  # more were written and read back since, or it was intact once
             newer = _probe(store, read_back) if read_back is not None and top < read_back else None
             if newer is None:
                 raise
@@ -230,7 +230,7 @@ def _sound(store: Store, top: int, data: bytes) -> Placement:
         for number in range(top - 1, 0, -1):
             found = _get(store, number, is_listed=True)
             if found is None:
-                raise  # none is left that could tell what lay where before
+                raise  # no earlier placement is left
             try:
                 sound = _decoded(store, number, found)
             except CorruptShard:
@@ -242,7 +242,7 @@ def _sound(store: Store, top: int, data: bytes) -> Placement:
 
 
 def _decoded(store: Store, number: int, data: bytes) -> Placement:
-    """What was read, or what is read now where that cannot be decoded: a bit may have turned on the way."""
+    """Return the decoded placement. Read it once more if it cannot be decoded: a bit may have flipped on the way."""
     url = f"{store.url}/{placement_key(number)}"
     try:
         return decode(data, number, url=url)
@@ -254,7 +254,7 @@ def _decoded(store: Store, number: int, data: bytes) -> Placement:
 
 
 def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
-    """A placement's file; None: there is none. is_listed: it was seen, so that "forbidden" means just that."""
+    """Return a placement file; None if missing. is_listed: A listing has it, so that "forbidden" is an error."""
     if number <= 0:
         return None
     try:
@@ -268,7 +268,7 @@ def _get(store: Store, number: int, *, is_listed: bool = False) -> bytes | None:
 
 
 def _whole(store: Store, key: str) -> bytes:
-    """A placement's file, in one request that reads MOST_BYTES at most. Raises CorruptShard where it is longer."""
+    """Return a placement file, read by one request of at most MOST_BYTES. Raises CorruptShard if the file is longer."""
     data, info = store.read_tail(key, MOST_BYTES)
     if info.n_bytes > MOST_BYTES:
         raise too_large(info.n_bytes, url=f"{store.url}/{key}")
@@ -276,12 +276,12 @@ def _whole(store: Store, key: str) -> bytes:
 
 
 def _is_forbidden(error: StoreError) -> bool:
-    """Whether a store forbids an object: to who may not list a bucket also one that is not there."""
+    """Return whether the store forbids an object. A client that may not list gets this for a missing object too."""
     return error.status == _FORBIDDEN and not error.retryable
 
 
 def _listed(store: Store) -> int | None:
-    """The highest number there is, 0 for none; None: the store cannot list."""
+    """Return the highest number there is, 0 if none; None if the store cannot list."""
     try:
         matches = (_NAME.fullmatch(info.key) for info in store.list(PLACEMENT_FOLDER))
         return max((int(match[1]) for match in matches if match), default=0)
@@ -295,33 +295,33 @@ def _listed(store: Store) -> int | None:
 
 
 def adopt(store: Store) -> bool:
-    """Set the mark: machines report from now on what they use. Whether it was not there. Raises StoreError."""
+    """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
     if is_adopted(store):
         return False
-    # What is there may have been acted upon, if a mark was there and is gone: it counts as read back.
+    # If a marker was there and is gone, existing placements may have been acted upon: they count as read back.
     store.put_if_absent(MARK_KEY, encode_mark(_listed(store), time.time()))
     return True
 
 
 def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
-    """Change where objects lie, in one step that all readers see; the placement that has the changes.
+    """Change the location of objects, in one atomic step, and return the placement that has the changes.
 
-    Changes that are in it already make no new one, so that this may be repeated after a crash at any instant.
+    Changes that the placement has already make no new one, so a commit may be repeated after a crash at any instant.
 
     Args:
-        store: the home of these objects.
-        changes: key -> where it lies from now on; None: at home.
+        store: Home of these objects.
+        changes: Key -> new location; None: at home.
 
     Raises:
-        ValueError: a row under another key than its own.
-        CommitConflict: others changed it again and again.
-        CorruptShard, UnsupportedFormat: the placement that there is cannot be read.
-        StoreError: the store's; with .maybe_done it may have happened: repeat it.
+        ValueError: The key of a row differs from its key in `changes`.
+        CommitConflict: Other writers won the race too often.
+        CorruptShard, UnsupportedFormat: The current placement cannot be read.
+        StoreError: The store failed; with .maybe_done the commit may have happened: repeat it.
     """
     for key, row in changes.items():
         if row is not None and row.key != key:
-            raise ValueError(f"the row for {key!r} is about {row.key!r}")
-    adopt(store)  # first: a reader that sees no mark asks for no placement
+            raise ValueError(f"the row for {key!r} has the key {row.key!r}")
+    adopt(store)  # first: a reader that sees no marker reads no placement
     current = search(store)
     for _ in range(MAX_REBASES):
         rows = current.with_changes(changes)
@@ -338,18 +338,18 @@ def commit(store: Store, changes: Mapping[str, Row | None]) -> Placement:
             except StoreError as error:
                 error.facts["maybe_done"] = True
                 raise
-            store.delete([placement_key(proposed.number)])  # see above: it was put too late
+            store.delete([placement_key(proposed.number)])  # it was put too late, see the module docstring
         current = search(store)
     raise CommitConflict(f"{MAX_REBASES} others changed the placement first", url=store.url, number=current.number)
 
 
 def _put(store: Store, proposed: Placement) -> bool:
-    """Whether `proposed` was put and read back whole; False: its number is another's or gone, or it is spoilt."""
+    """Return whether `proposed` was put and read back intact; False if its number is taken or gone, or it is bad."""
     number, failure, data = proposed.number, None, encode(proposed)
     if len(data) > MOST_BYTES or len(proposed) > MOST_ROWS:
         raise StoreError(
             f"expected a placement of at most {MOST_BYTES} bytes and {MOST_ROWS} rows, found {len(data)} bytes and "
-            f"{len(proposed)} rows, which no reader reads: fewer objects can lie elsewhere, in larger shards",
+            f"{len(proposed)} rows, which readers reject: move fewer objects away from home, or write larger shards",
             url=f"{store.url}/{placement_key(number)}",
         )
     try:
@@ -357,7 +357,7 @@ def _put(store: Store, proposed: Placement) -> bool:
             reach("tier_placement.written")
     except StoreError as error:
         failure = error
-    # Even a plain "no" may be about our own: a back end that tried again meets what its first try wrote.
+    # A refused put may mean that our own first attempt was written: a back end that retries finds it there.
     try:
         return _whole(store, placement_key(number)) == data
     except NotFound:
@@ -371,29 +371,29 @@ def _put(store: Store, proposed: Placement) -> bool:
 
 
 def _holds(store: Store, number: int, before: Placement) -> bool:
-    """Whether a placement that was read back may be acted on; the mark says its number then. before: its base."""
+    """Return whether a placement that was read back may be acted on, after raising the marker. before: Its base."""
     if before.n_spoilt and (_marked(store) or 0) > before.number:
-        return False  # what was stepped over was whole
+        return False  # the placement that was stepped over was intact
     _say_read_back(store, number)
     return (_listed(store) or 0) <= number
 
 
 def _say_read_back(store: Store, number: int) -> None:
-    """Have the mark say that placements up to number were whole when they were read back. Raises StoreError."""
+    """Raise the marker to a number: placements up to it were intact when they were read back. Raises StoreError."""
     for _ in range(_TRIES):
-        mark = _mark(store) or _mark(store) or {}  # twice: of one that was read wrongly `since` would be lost
+        mark = _mark(store) or _mark(store) or {}  # twice: after one wrong read `since` would be lost
         if (_number(mark) or 0) >= number:
             return
         store.put(MARK_KEY, encode_mark(number, _since_s(mark)))
     raise StoreError(
-        f"expected the mark to say {number} after writing that, found another thing {_TRIES} times",
+        f"expected the marker to say {number} after it was written, found other content {_TRIES} times",
         url=f"{store.url}/{MARK_KEY}",
         retryable=True,
     )
 
 
 def _tidy(store: Store, number: int) -> None:
-    """Forget those that nobody can be reading any more. What fails is done by the next."""
+    """Delete placements that nobody can be reading any more. The next commit retries a deletion that failed."""
     if number > N_KEPT:
         with suppress(StoreError):
             store.delete([placement_key(old) for old in range(max(1, number - 2 * N_KEPT), number - N_KEPT + 1)])

@@ -1,7 +1,8 @@
-"""What a placement is, and the file that it stands in: an Arrow IPC file of one batch, read by hostile eyes.
+"""The codec of placements: one Arrow IPC file of one batch, parsed as untrusted input.
 
-Whoever may write beside a data set may write anything there. So a file is read only as far as MOST_BYTES, its facts
-before its rows, and rows only where reading them takes no more memory than the file is long: one batch, uncompressed.
+Anybody who may write beside a data set can put any bytes there. So at most MOST_BYTES of a file are read, its metadata
+is checked before its rows, and rows are read only where that takes no more memory than the file: one batch,
+uncompressed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
-# A million shards that lie elsewhere, with URLs of 50 characters, are 207 bytes each: 197 MiB, and 1.1 GiB of memory
-# while they are read. Two and a half times that is more than anybody places, and less than what kills a machine.
+# A million moved shards with URLs of 50 characters take 207 bytes each: 197 MiB, and 1.1 GiB of memory while they are
+# read. The limit is 2.5 times that: more than real data sets need, less than what exhausts a machine.
 MOST_BYTES = 512 << 20
-MOST_ROWS = 1 << 22  # rows need not have bytes of their own, and cost some 100 in memory
+MOST_ROWS = 1 << 22  # a row may take no bytes in a crafted file, and costs about 100 bytes in memory
 _META = b"tiercache"
 _MAGIC = b"ARROW1"
 _WRONG = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, struct.error)
-_HEADER, _COMPRESSION = 2, 3  # fields of Arrow's tables Message and RecordBatch
+_HEADER, _COMPRESSION = 2, 3  # field numbers in Arrow's flatbuffer tables Message and RecordBatch
 
 State: TypeAlias = Literal["here", "archived"]
 
@@ -54,17 +55,18 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where an object lies.
+    """Location of an object that is away from home.
 
     Attributes:
-        key: in its home, which is the store that the placement lies in.
-        url: of the folder that it lies in under the same key: `url + "/" + key` is the object. Without credentials.
-        storage_class: that it has there; None: the store's own.
-        state: "here" can be read; "archived" must be restored first, unless the store says that it was by now.
-        n_bytes: its size.
-        crc32c: of it whole; None: not known.
-        promote: URL of the folder in the hot tier that it is copied to, under the same key, when it is read; None: not.
-        hot_bytes: most bytes that the hot tier may hold; None: as its disk has room.
+        key: Key in its home, which is the store of the placement.
+        url: URL of the folder that holds the object under the same key: `url + "/" + key`. Without credentials.
+        storage_class: Storage class there. None: the default class of the store.
+        state: "here": readable. "archived": to be restored first, unless the store says that it was restored since.
+        n_bytes: Size, in bytes.
+        crc32c: CRC-32C of the whole object. None: unknown.
+        promote: URL of the folder in the hot tier to which a read copies the object, under the same key. None: no
+            promotion.
+        hot_bytes: Capacity of the hot tier, in bytes. None: limited only by its disk.
     """
 
     key: str
@@ -77,17 +79,20 @@ class Row:
     hot_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a row that cannot be."""
+        """Check the values. Raises ValueError."""
         check_key(self.key)
         if not self.url or self.n_bytes < 0 or self.state not in get_args(State):
             raise ValueError(f"a row needs a URL, a size of 0 or more and a state of {get_args(State)}, got {self!r}")
 
 
 class Placement:
-    """What lies elsewhere, as one numbered object says it. Immutable; safe from any thread.
+    """The objects that are away from home, as one numbered object lists them. Immutable and thread-safe.
 
-    number: 0 where nothing was ever placed; rows: by key, each once, with the columns of `Row`; n_spoilt: how many
-    later numbers there are that were spoilt while they were written, and count for nothing.
+    Attributes:
+        number: Number of the placement; 0 if nothing was ever placed.
+        rows: Table with the columns of `Row`, sorted by key; each key once.
+        nonce: Random text that identifies the writer's attempt.
+        n_spoilt: Number of later placements that were damaged while they were written, and do not count.
     """
 
     def __init__(self, number: int, rows: pa.Table, nonce: str = "", *, n_spoilt: int = 0) -> None:
@@ -101,28 +106,28 @@ class Placement:
         return int(self.rows.num_rows)
 
     def find(self, key: str) -> Row | None:
-        """Where key lies; None: at home, as far as this one knows. 10 us among a million."""
+        """Return the row of key; None if it is at home, as far as this placement knows. 10 us among a million rows."""
         at = bisect_left(range(len(self)), key, key=lambda i: self._keys[i].as_py())
         return self.row(at) if at < len(self) and self._keys[at].as_py() == key else None
 
     def row(self, at: int) -> Row:
-        """Row `at` of the table."""
+        """Return row `at` of the table."""
         return Row(**self.rows.slice(at, 1).to_pylist()[0])
 
     def among(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """Of each key the number of its row, -1 for those at home; int64[len(keys)]."""
+        """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
         return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
 
     def unlike(self, other: Placement) -> Placement:
-        """The rows of objects that other has in another place."""
+        """Return the rows of objects for which `other` has another location."""
         at = other.among(self.rows["key"])
         there = pc.take(other.rows["url"], pa.array(np.maximum(at, 0))) if len(other) else self.rows["url"]
         is_other = pc.and_(pa.array(at >= 0), pc.not_equal(self.rows["url"], there))
         return Placement(self.number, self.rows.filter(is_other).combine_chunks(), self.nonce)
 
     def with_changes(self, changes: Mapping[str, Row | None]) -> pa.Table:
-        """The rows as they are after changes: a row to put in its place, None: it is at home."""
+        """Return the rows after changes: key -> new row, or None to remove the row."""
         gone = pa.array(list(changes), pa.large_string())
         kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
         added = [row for row in changes.values() if row is not None]
@@ -132,7 +137,7 @@ class Placement:
 
 
 def nothing(n_spoilt: int = 0) -> Placement:
-    """A placement of nothing, number 0."""
+    """Return an empty placement, number 0."""
     return Placement(0, _SCHEMA.empty_table(), n_spoilt=n_spoilt)
 
 
@@ -140,7 +145,7 @@ def nothing(n_spoilt: int = 0) -> Placement:
 
 
 def encode(placement: Placement) -> bytes:
-    """Its Arrow IPC file, with number, nonce and a CRC-32C of the rows in the schema's metadata."""
+    """Return the Arrow IPC file, with number, nonce and a CRC-32C of the rows in the schema's metadata."""
     facts = {
         "format": FORMAT_VERSION,
         "number": placement.number,
@@ -156,11 +161,11 @@ def encode(placement: Placement) -> bytes:
 
 
 def decode(data: bytes, number: int, *, url: str) -> Placement:
-    """The placement of a file that was read from placement_key(number). url: of it, for errors.
+    """Return the placement in a file that was read from placement_key(number). url: URL of the file, for errors.
 
     Raises:
-        CorruptShard: it is not what was written, or more than anybody writes.
-        UnsupportedFormat: a newer release wrote it.
+        CorruptShard: The file is not what was written, or exceeds the limits.
+        UnsupportedFormat: A newer release wrote it.
     """
     try:
         messages, schema = _begun(data)
@@ -180,13 +185,13 @@ def decode(data: bytes, number: int, *, url: str) -> Placement:
 
 
 def too_large(n_bytes: int, *, url: str) -> CorruptShard:
-    """The error of a file that is larger than anybody writes."""
+    """Return the error for a file above the size limit."""
     message = f"expected at most {MOST_BYTES} bytes, found {n_bytes}: it was read no further; restore or remove it"
     return CorruptShard(message, url=url, part="placement")
 
 
 def _begun(data: bytes) -> tuple[Iterator[pa.Message], pa.Schema]:
-    """What follows the schema, and the schema."""
+    """Return the messages after the schema, and the schema."""
     if data[:8] != _MAGIC + b"\0\0" or data[-6:] != _MAGIC:
         raise ValueError("no whole Arrow file")
     messages = iter(pa.ipc.MessageReader.open_stream(pa.py_buffer(data).slice(8)))
@@ -197,7 +202,7 @@ def _begun(data: bytes) -> tuple[Iterator[pa.Message], pa.Schema]:
 
 
 def _rows_of(messages: Iterator[pa.Message], schema: pa.Schema) -> pa.Table:
-    """The rows, in the bytes that were read: nothing is decompressed."""
+    """Return the rows as views of the file's bytes: nothing is decompressed."""
     if not schema.remove_metadata().equals(_SCHEMA):
         raise ValueError("another schema")
     batches = list(itertools.islice(messages, 2))
@@ -212,14 +217,14 @@ def _rows_of(messages: Iterator[pa.Message], schema: pa.Schema) -> pa.Table:
 
 
 def _is_compressed(metadata: bytes) -> bool:
-    """Whether a message says that its body is: how long it would be then, it says itself. Raises struct.error."""
+    """Return whether a message has a compressed body, whose decompressed size is untrusted. Raises struct.error."""
     header = _field(metadata, struct.unpack_from("<I", metadata)[0], _HEADER)
     batch = header + struct.unpack_from("<I", metadata, header)[0]
     return header == 0 or _field(metadata, batch, _COMPRESSION) != 0
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Where a field of a flatbuffer's table lies; 0: it has none."""
+    """Return the offset of a field of a flatbuffer table; 0 if the table lacks it."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     at = 4 + 2 * number
     offset: int = (
@@ -229,7 +234,7 @@ def _field(data: bytes, table: int, number: int) -> int:
 
 
 def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str:
-    """Why a file is not the placement of that number; "" if it is. stated: its number and CRC-32C, as it says."""
+    """Return why a file is not the placement of that number; "" if it is. stated: Number and checksum in the file."""
     try:
         table.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -247,12 +252,12 @@ def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str
     if set(states) - set(get_args(State)):
         return f"a state of {states}"
     if pc.any(pc.less(table["n_bytes"], 0)).as_py() or pc.any(pc.equal(table["url"], "")).as_py():
-        return "a row without a place, or with a size below 0"
+        return "a row without a URL, or with a negative size"
     return ""
 
 
 def _sum_of(table: pa.Table) -> int:
-    """CRC-32C of all values and of where nulls are, whatever the layout of the file."""
+    """Return a CRC-32C over all values and null positions, independent of the layout of the file."""
     crc = 0
     for column in map(_one, table.columns):
         crc = crc32c(np.packbits(np.asarray(pc.is_valid(column).to_numpy(zero_copy_only=False), bool)).tobytes(), crc)
@@ -266,5 +271,5 @@ def _sum_of(table: pa.Table) -> int:
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece."""
+    """Return a column as one array."""
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, pa.array([], column.type)])

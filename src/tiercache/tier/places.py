@@ -1,12 +1,12 @@
-"""Where a home's objects are read from by now: its placement as this process knows it, and the stores it leads to.
+"""Location resolver: where the objects of a home are read now, by the placement that this process knows.
 
-What lies elsewhere is found without being told::
+A moved object is found without a notification::
 
-    1. the placement is known, and has a row for the key: its place is asked; else the home is
-    2. who was asked says that there is nothing (404), another object (412) or one that must be restored (403): the
-       placement is read once more, and whoever has the object by now is asked by one HEAD; at last home, and the
-       places that earlier placements name, where a copy lies until grace is over
-    3. if size and, where both are known, checksum are those that it should have, reading goes on there
+    1. If the known placement has a row for the key, that location is read; otherwise the home is read.
+    2. If the store answers that the object is missing (404), a different one (412) or archived (403), the placement is
+       read again, and the location it names is asked by one HEAD; then the home, and the locations in earlier
+       placements, where a copy stays during the grace period.
+    3. If the size and, where both are known, the checksum are as expected, the read continues there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLOUDS = ("s3", "s3a", "gs", "gcs", "az", "azure")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where an object was found. info: what a HEAD said there; None: it was not asked."""
+    """Location at which an object was found. info: Answer of a HEAD there; None if none was made."""
 
     store: Store
     row: Row | None
@@ -46,17 +46,25 @@ class Found:
 
 
 def is_archived(error: StoreError) -> bool:
-    """Whether a store says that an object must be restored before it can be read."""
+    """Return whether a store's error says that an object must be restored before it can be read."""
     return error.facts.get("status") in (403, 409) and bool(_ARCHIVED.search(error.message))
 
 
 @dataclass(slots=True)
 class _Known:
-    """What one process knows. asked: whether the mark was asked for. etags: those of objects that moved, new for old.
+    """State of one process.
 
-    earlier: number of the newest placement, and what those before it say otherwise.
-    wrong: keys whose copy near by was found to be damaged; has_near, has_far: whether the placement leads to folders
-    of this machine, and to stores that a cache is worth while for.
+    Attributes:
+        pid: Process that made this object.
+        lock: Guards opening stores and reading the placement.
+        asked: Whether the marker was read.
+        placement: Newest placement known; None if none is known, or the home is not tracked.
+        stores: URL -> opened store.
+        etags: (key, ETag at opening) -> current ETag of moved objects.
+        earlier: Number of the newest placement, and the rows of earlier ones that differ.
+        wrong: Keys whose copy in a local folder was found damaged.
+        has_near: Whether the placement names folders of this machine.
+        has_far: Whether the placement names remote stores, for which a cache pays off.
     """
 
     pid: int = field(default_factory=os.getpid)
@@ -72,14 +80,14 @@ class _Known:
 
 
 class Places:
-    """A home and what was moved away from it. Safe from any thread; a forked child opens its own stores.
+    """Resolves the locations of a home's objects. Thread-safe. A forked child opens its own stores.
 
-    The lock guards opening stores and reading the placement anew; what is known is looked at without it.
+    The lock guards opening stores and reading the placement; known state is read without it.
 
     Args:
-        home: where everything lies that no placement speaks of.
-        options: storage options of the home. Places of the same service are opened by them too, and by what a rule
-            file of this machine has for their tier.
+        home: Store of all objects that have no row in the placement.
+        options: Storage options of the home. They also apply to locations of the same service, together with the
+            options that a rule file of this machine has for their tier.
     """
 
     def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
@@ -93,17 +101,17 @@ class Places:
     @property
     def _here(self) -> _Known:
         known = self._known
-        if known.pid != os.getpid():  # its lock may be held for ever, its stores are the parent's
+        if known.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
             asked, found = known.asked, known.placement
             known = self._known = _Known()
             if asked:
                 self._learn(known, found)
         return known
 
-    # -- what is known ----------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------------------------
 
     def look(self) -> Placement | None:
-        """The placement, asked for once in a process; None: no tiers look after this home. Raises as placement.read."""
+        """Return the placement, read once per process; None if the home is not tracked. Raises as placement.read()."""
         known = self._here
         if not known.asked:
             with known.lock:
@@ -112,7 +120,7 @@ class Places:
         return known.placement
 
     def look_again(self) -> Placement | None:
-        """The newest placement there is by now. Raises as placement.search."""
+        """Read and return the newest placement. Raises as placement.search()."""
         known = self._here
         with known.lock:
             found = placement.search(self.home, known.placement)
@@ -122,22 +130,22 @@ class Places:
 
     @property
     def is_adopted(self) -> bool | None:
-        """Whether tiers look after this home; None: nobody has asked yet."""
+        """Whether the home is tracked; None if the marker was not read yet."""
         known = self._here
         return known.placement is not None if known.asked else None
 
     @property
     def has_far(self) -> bool:
-        """Whether anything lies in a store that a cache is worth while for, as far as is known."""
+        """Whether the known placement names a remote store, for which a cache pays off."""
         return self._known.has_far
 
     @property
     def placed(self) -> Placement | None:
-        """What is known by now, without asking."""
+        """The known placement, without a request."""
         return self._known.placement
 
     def row(self, key: str) -> Row | None:
-        """Where key lies as far as is known; None: at home."""
+        """Return the row of key in the known placement; None: at home."""
         known = self._known.placement
         return None if known is None or not len(known) else known.find(key)
 
@@ -152,7 +160,7 @@ class Places:
     # -- stores -----------------------------------------------------------------------------------------------------
 
     def store_at(self, row: Row | None) -> Store:
-        """The store of a row's place, opened once in a process; the home for None."""
+        """Return the store of a row's location, opened once per process; the home for None."""
         if row is None or self._is_home(row.url):
             return self.home
         known = self._here
@@ -170,28 +178,33 @@ class Places:
             try:
                 found = open_store(url, **(own if tier is None else own | tier.storage_options))
             except ValueError as error:
-                message = f"the placement of {self.home.url} leads to where nothing can be read: {error}"
+                message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
                 raise StoreError(message, url=redact(url)) from error
             known.stores[url] = found
         return found
 
     def stores(self) -> tuple[Store, ...]:
-        """The home, and those that were opened beside it."""
+        """Return the home, and the other stores that were opened."""
         return self.home, *self._known.stores.values()
 
     def close(self) -> None:
-        """Drop connections of all of them."""
+        """Close the connections of all stores."""
         for store in self.stores():
             store.close()
 
-    # -- following --------------------------------------------------------------------------------------------------
+    # -- resolving --------------------------------------------------------------------------------------------------
 
     def follow(self, key: str, call: Callable[[Found], T], if_match: str | None = None) -> T:
-        """What call gives where key lies; once more where it lies elsewhere by now.
+        """Return call(location) for the location of key. Call it once more if the object has moved since.
+
+        Args:
+            key: Key of the object.
+            call: Function that reads from a location.
+            if_match: ETag of the object at opening; the new location's ETag is remembered for it.
 
         Raises:
-            ArchivedShards: it must be restored first.
-            StoreError: what the call raises, where the object is not to be found elsewhere as it was.
+            ArchivedShards: The object must be restored first.
+            StoreError: Error of the call, if the object is not found unchanged elsewhere.
         """
         row = None if key.startswith(OWN_FOLDER) else self.row(key)
         try:
@@ -211,7 +224,7 @@ class Places:
             raise
 
     def etag_of(self, key: str, etag: str | None) -> str | None:
-        """The ETag that an object has where it lies by now, for one that it had where it was opened."""
+        """Return the current ETag of an object that had `etag` when it was opened."""
         etags = self._known.etags
         return etags.get((key, etag), etag) if etags and etag is not None else etag
 
@@ -222,21 +235,21 @@ class Places:
         etags[key, etag] = now
 
     def _find_again(self, key: str, before: Row | None, error: StoreError) -> Found:
-        """Where an object is that was not to be had where `before` says. Raises error where it is nowhere."""
+        """Return the new location of an object that is not where `before` says. Raises error if it is nowhere."""
         row = self._read_again(key, error)
         expected = row or before
         if expected is None:
-            raise error  # nothing says that it ever lay elsewhere
+            raise error  # no placement has a row for it
         last: StoreError = error
         for place in self._candidates(key, row, before):
             if place == before and (isinstance(error, NotFound) or is_archived(error)):
-                continue  # that was asked
+                continue  # that location was asked already
             try:
                 store = self.store_at(place)
             except StoreError:
                 if place == row:
                     raise
-                continue  # an earlier placement leads to where nothing can be read by now
+                continue  # an earlier placement names a location that no longer works
             try:
                 info = store.head(key)
             except StoreError as failure:
@@ -245,7 +258,7 @@ class Places:
             if _is_same(info, expected):
                 return Found(store, place, info)
             last = ObjectChanged(
-                "another object lies where this one was moved to",
+                "expected the moved object, found a different one",
                 url=f"{store.url}/{key}",
                 expected=f"{expected.n_bytes} bytes",
                 found=f"{info.n_bytes} bytes",
@@ -255,11 +268,11 @@ class Places:
         raise last from (None if last is error else error)
 
     def _candidates(self, key: str, row: Row | None, before: Row | None) -> Iterator[Row | None]:
-        """Where an object may be, each place once.
+        """Yield the locations where an object may be, each once.
 
-        By the newest placement; at home, where it lies until grace is over; where it lay as far as this process knew;
-        and, where it went from one place to another, where earlier placements say that it lay: its copy there stays
-        until grace is over, and may be all there is of a copy that was lost.
+        First the location in the newest placement; then the home, where the object stays during the grace period; then
+        the last location that this process knew; last the locations in earlier placements, where a copy stays during
+        the grace period and may be the only one left.
         """
         asked: set[str | None] = set()
         for place in itertools.chain((row, None, before), self._earlier(key, row)):
@@ -269,7 +282,7 @@ class Places:
                 yield place
 
     def _earlier(self, key: str, row: Row | None) -> Iterator[Row]:
-        """Where earlier placements say that key lay, the latest first. They are read once for each newest one."""
+        """Yield the locations of key in earlier placements, newest first. They are read once per newest placement."""
         known = self._here
         newest = known.placement
         if row is None or newest is None:
@@ -284,13 +297,13 @@ class Places:
         try:
             self.look_again()
         except TierCacheError:
-            raise error from None  # whoever cannot read the placement hears what was missing
+            raise error from None  # without the placement, report the original error
         return self.row(key)
 
     def can_be_read(self, row: Row) -> bool:
-        """Whether an object that a placement calls archived can be read by now: in its place, or where it was before.
+        """Return whether an object that the placement calls archived can be read now, there or at an earlier location.
 
-        Its store is asked for a byte of it: a storage class alone says nothing of what was restored.
+        Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
         """
         if not row.n_bytes:
             return True
@@ -298,7 +311,7 @@ class Places:
             _read_a_byte(self.store_at(row), row.key)
         except StoreError as error:
             if not is_archived(error):
-                return True  # whoever reads it hears why not
+                return True  # a later read reports the error
         else:
             return True
         others = self._candidates(row.key, row, None)
@@ -312,10 +325,10 @@ class Places:
         except StoreError:
             return False
 
-    # -- near by ----------------------------------------------------------------------------------------------------
+    # -- local folders ----------------------------------------------------------------------------------------------
 
     def near(self, key: str, n_bytes: int) -> LocalFolder | None:
-        """A folder of this machine that has the object by the same key; None: there is none, or not of this size."""
+        """Return a folder of this machine that has the object under its key, with this size; None if there is none."""
         known = self._known
         if not known.has_near or key in known.wrong:
             return None
@@ -331,13 +344,13 @@ class Places:
         return None
 
     def store_of(self, url: str) -> Store:
-        """The store of a folder, opened once in a process."""
+        """Return the store of a folder, opened once per process."""
         known = self._here
         with known.lock:
             return self._opened(known, url)
 
     def distrust_near(self, key: str, n_bytes: int) -> bool:
-        """Hear that a copy near by was found to be wrong. True: there was one, and it is passed by from now on."""
+        """Stop using a damaged local copy. Return True if there was one."""
         was_near = self.near(key, n_bytes) is not None
         self._here.wrong.add(key)
         return was_near
@@ -348,13 +361,13 @@ def _read_a_byte(store: Store, key: str) -> None:
 
 
 def _is_same(info: ObjectInfo, expected: Row) -> bool:
-    """Whether an object is the one that a row is about, as far as the store says."""
+    """Return whether an object is the one in a row, as far as the store tells."""
     sums = (info.crc32c, expected.crc32c)
     return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
 
 
 def archived_error(key: str, row: Row | None, store: Store) -> ArchivedShards:
-    """The error of one object that must be restored."""
+    """Return the error for one object that must be restored."""
     kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
     return ArchivedShards(
         f"{store.url}/{key}: is archived{kind} and must be restored before it can be read",
@@ -365,27 +378,27 @@ def archived_error(key: str, row: Row | None, store: Store) -> ArchivedShards:
 
 
 def scheme_of(url: str) -> str:
-    """Of a URL; "" for a local path."""
+    """Return the scheme of a URL in lower case; "" for a local path."""
     scheme, found, _ = url.partition("://")
     return scheme.lower() if found and scheme.lower() != "file" else ""
 
 
 def _same_service(url: str, home: str) -> bool:
-    """Whether the home's options, credentials among them, may be shown to a place that its placement names.
+    """Return whether the home's options, including credentials, may be sent to a location that its placement names.
 
-    Of these clouds the options say which server is asked; of all else the URL does.
+    For these clouds the options determine the server that is asked; for all others the URL does.
     """
     scheme = scheme_of(url)
-    if scheme != scheme_of(home) or "::" in url:  # a chain leads on, to whatever it names
+    if scheme != scheme_of(home) or "::" in url:  # a chained URL may lead to any service
         return False
     return scheme in _CLOUDS or url.split("/")[:3] == home.split("/")[:3]
 
 
 def is_far(url: str) -> bool:
-    """Whether a URL is of a store that a cache is worth while for."""
+    """Return whether a URL belongs to a remote store, for which a cache pays off."""
     return scheme_of(url) not in ("", "memory")
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL is a folder of the machine that reads it."""
+    """Return whether a URL is a folder of this machine."""
     return not scheme_of(url)

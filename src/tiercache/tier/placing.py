@@ -1,4 +1,4 @@
-"""What readers are told of moves: placement beside data sets and at home, before anything that they read goes."""
+"""Placement updates of moves: written beside data sets and at home before anything that readers use is deleted."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _VERSIONS = "_tiercache/versions/"
 
 
 class Placing:
-    """Placement of one rule file's home. A chain of placements is known by its data set's folder, "" is home's own.
+    """Updates the placements of one rule file's home tier.
 
-    Safe from any thread; placements that were read are remembered until forget().
+    Each placement log is known by its data set's folder; "" is home's. Thread-safe. A placement that was read is cached
+    until forget().
     """
 
     def __init__(self, sight: Sight) -> None:
@@ -39,13 +40,13 @@ class Placing:
         self._folders: dict[str, str | None] = {}
         self._read: dict[str, Placement | None] = {}
 
-    # -- where it stands --------------------------------------------------------------------------------------------
+    # -- which placement log ----------------------------------------------------------------------------------------
 
     def folder(self, row: JournalRow) -> str:
-        """The folder whose placement speaks of a move's objects.
+        """Return the folder whose placement log covers the objects of a move.
 
         Raises:
-            TierCacheError: .no_data_set: a shard of no data set at home; or home cannot be asked.
+            TierCacheError: .no_data_set: a shard that belongs to no data set at home; or home cannot be queried.
         """
         if row.kind != "shard":
             return ""
@@ -60,27 +61,27 @@ class Placing:
         return found
 
     def chain(self, folder: str) -> Store:
-        """The store whose placement speaks of what lies below a folder."""
+        """Return the store whose placement log covers the objects below a folder."""
         return below(self._stores.store(self.home), folder)
 
     def url(self, tier: str, folder: str) -> str:
-        """The URL of a folder in a tier, as rows have it."""
+        """Return the URL of a folder in a tier, as placement rows have it."""
         root = self._file.tier(tier).url.rstrip("/")
         return f"{root}/{folder}" if folder else root or "/"
 
     def is_home(self, tier: str) -> bool:
-        """Whether a tier lies where home does."""
+        """Return whether a tier has the same location as home."""
         return self._stores.same_place(tier, self.home)
 
-    # -- what they are told -----------------------------------------------------------------------------------------
+    # -- writing placements -----------------------------------------------------------------------------------------
 
     def wanted(self, row: JournalRow, there: Infos, at_home: Infos) -> Changes:
-        """What placement is to say when the move is done, by key in its chain: a row, or None for what home has.
+        """Return the placement changes for a finished move, by key in its placement log: a row, or None for "at home".
 
         Args:
-            row: the move.
-            there: its objects in dst.
-            at_home: its objects at home; empty where home is src or dst.
+            row: Journal row of the move.
+            there: Metadata of its objects in dst.
+            at_home: Metadata of its objects at home; empty where home is src or dst.
         """
         folder = self.folder(row)
         start = f"{folder}/" if folder else ""
@@ -114,7 +115,7 @@ class Placing:
         return all(info is not None and info.n_bytes == one.n_bytes for info, one in pairs)
 
     def _promotion(self, row: JournalRow) -> str | None:
-        """The tier that readers copy it to, where its rule says so and it goes below that tier."""
+        """Return the tier to which readers promote the objects: if the rule asks for it and dst is below that tier."""
         rule = next((rule for rule in self._file.rules if rule.name == row.rule), None)
         hot = next((tier for tier in self._file.tiers if tier.role == "hot"), None)
         if rule is None or rule.promote != "on_access" or hot is None:
@@ -122,21 +123,21 @@ class Placing:
         return hot.name if self._file.index(hot.name) < self._file.index(row.dst) else None
 
     def commit(self, changes: Mapping[str, Changes]) -> dict[str, str]:
-        """Tell readers: chain -> what changes. Of each chain for which that failed, why."""
+        """Commit the changes of each placement log, and return {folder: reason} of the logs for which that failed."""
         failed: dict[str, str] = {}
         for folder, some in changes.items():
             try:
                 self._read[folder] = placement.commit(self.chain(folder), some)
             except TierCacheError as error:
                 self._read.pop(folder, None)
-                failed[folder] = f"readers could not be told: {error}"
+                failed[folder] = f"the placement could not be written: {error}"
         return failed
 
     def forget(self) -> None:
-        """Ask again for what was read."""
+        """Drop the cached placements, so that they are read again."""
         self._read.clear()
 
-    # -- what they believe ------------------------------------------------------------------------------------------
+    # -- checking placements ----------------------------------------------------------------------------------------
 
     def _said(self, folder: str, key: str) -> Row | None:
         if folder not in self._read:
@@ -145,7 +146,10 @@ class Placing:
         return None if found is None else found.find(key)
 
     def misleads(self, row: JournalRow, at_home: Infos) -> str:
-        """Why readers would miss what a move takes away; "": all of them are told. Raises as placement.read()."""
+        """Return why readers would still look where a move deletes; "" if all are redirected.
+
+        Raises as placement.read().
+        """
         folder = self.folder(row)
         start = f"{folder}/" if folder else ""
         there = self.url(row.dst, folder)
@@ -167,10 +171,11 @@ class Placing:
         return ""
 
     def take_back(self, rows: Iterable[JournalRow]) -> dict[tuple[str, int], str]:
-        """Have readers go back to where they were, for moves that will not be finished.
+        """Revert the placement for moves that will not be finished, so that readers return to the source.
 
-        Returns: of moves for which that failed, by plan and number, why. One that cannot be asked about is no other's
-        concern.
+        Returns:
+            {(plan, number): reason} of the moves for which that failed. A failure of one move does not affect the
+            others.
         """
         changes: dict[str, Changes] = defaultdict(dict)
         chains: dict[str, list[JournalRow]] = defaultdict(list)
@@ -181,14 +186,14 @@ class Placing:
                 changes[folder].update(self._way_back(row, folder))
                 chains[folder].append(row)
             except TierCacheError as error:
-                if not error.facts.get("no_data_set"):  # else there is no placement that leads anybody
+                if not error.facts.get("no_data_set"):  # without a data set, no placement redirects anybody
                     failed[row.plan, row.number] = str(error)
         for folder, why in self.commit(changes).items():
             failed.update({(row.plan, row.number): why for row in chains[folder]})
         return failed
 
     def _way_back(self, row: JournalRow, folder: str) -> Changes:
-        """What placement is to say where readers were led away, or told of nothing; raises as placement.read()."""
+        """Return the changes that undo the redirect of a move, or its removal of rows. Raises as placement.read()."""
         if row.action == "delete":
             return self._still_there(row, folder)
         start, there = f"{folder}/" if folder else "", self.url(row.dst, folder)
@@ -199,7 +204,7 @@ class Placing:
         return {key: back[key] for key in led if key in back}
 
     def _still_there(self, row: JournalRow, folder: str) -> Changes:
-        """Where that lies which was to be deleted and stays, if readers were told of nothing and home has nothing."""
+        """Return rows for the objects of a cancelled delete, if the placement has none of them and home has no copy."""
         start, keys = f"{folder}/" if folder else "", {one.key for one in row.objects}
         if any(self.is_home(one.where) or self._said(folder, one.key.removeprefix(start)) for one in row.objects):
             return {}
@@ -213,7 +218,7 @@ class Placing:
         return {}
 
     def _back(self, row: JournalRow, keys: Iterable[str]) -> Changes:
-        """What placement says where a move's objects lie in src; nothing where they are not there as they were."""
+        """Return rows that lead to a move's objects in src; nothing if they are not there unchanged."""
         if self.is_home(row.src):
             return dict.fromkeys(keys)
         infos = self._sight.infos(row.src, [one.key for one in row.objects])
@@ -225,7 +230,7 @@ class Placing:
 
 
 def data_set_above(home: Store, folder: str) -> str | None:
-    """The nearest folder upwards, itself included, in which versions of a data set lie. Raises StoreError."""
+    """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
         prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
         if next(iter(home.list(prefix)), None) is not None:
@@ -236,17 +241,17 @@ def data_set_above(home: Store, folder: str) -> str | None:
 
 
 def ends_reading(sight: Sight, row: JournalRow) -> bool:
-    """Whether a move gives objects, where they lie, a class in which they must be restored before they can be read."""
+    """Return whether a move gives objects, in place, a class from which they must be restored before a read."""
     return row.action == "reclass" and sight.stores.class_of(row.dst) in RESTORED_FIRST
 
 
 def same_url(first: str, second: str) -> bool:
-    """Whether two URLs of folders are one, but for a "/" at the end."""
+    """Return whether two folder URLs are equal, apart from a "/" at the end."""
     return first.rstrip("/") == second.rstrip("/")
 
 
 def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInfo | None]:
-    """Of a move's objects, what was found in a tier. Raises the store's error where one stands for an answer."""
+    """Return the metadata of a move's objects in a tier, by key. Raises the StoreError recorded for an object."""
     found: dict[str, ObjectInfo | None] = {}
     for one in row.objects:
         found[one.key] = found_in(heads, tier, one.key)
@@ -254,7 +259,7 @@ def found_infos(heads: Heads, tier: str, row: JournalRow) -> dict[str, ObjectInf
 
 
 def found_in(heads: Heads, tier: str, key: str) -> ObjectInfo | None:
-    """What was found of an object in a tier. Raises the store's error where one stands for an answer."""
+    """Return the metadata of an object in a tier; None if it is absent. Raises the StoreError recorded for it."""
     info = heads[tier, key]
     if isinstance(info, StoreError):
         raise info

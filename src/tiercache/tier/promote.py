@@ -1,7 +1,7 @@
-"""What is read from a tier below the hot one is copied there: once, in the background, as far as it has room.
+"""Promotion: a shard that is read from a tier below the hot one is copied there, once, in the background, if it fits.
 
-Only to folders that a rule file of this machine names as a tier: where a data set says that its shards belong is no
-leave to write there.
+Copies go only to folders that a rule file of this machine names as a tier: a placement beside a data set is not allowed
+to choose where this machine writes.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
     from tiercache.tier.places import Places
 
 PART_BYTES = 8 << 20
-# A shared disk that is full stops more than promotion.
+# Share of a disk that stays free: a full shared disk would stop more than promotion.
 FREE_SHARE = 0.05
-# For so long it is believed how much lies in a hot tier: listing 100,000 files takes 0.3 s.
+# Time for which the measured size of a hot tier is believed: listing 100,000 files takes 0.3 s.
 LOOK_S = 30.0
-# The account of a hot tier is held while it is looked at, not longer.
+# Longest wait for the account of a hot tier, which is locked only while a process measures or updates it.
 LOCK_S = 10.0
-_ACCOUNT = struct.Struct("=dQ")  # when it was looked at, by the machine's clock since it booted; bytes in it
+_ACCOUNT = struct.Struct("=dQ")  # time of the measurement, in seconds since boot; bytes in the tier
 
 logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)
 class HotFolder:
-    """A hot tier of this machine. limit_bytes: what it may hold; None: as its disk has room."""
+    """A hot tier of this machine. limit_bytes: Capacity in bytes; None: limited only by the disk."""
 
     url: str
     limit_bytes: int | None
 
 
 def hot_folder(url: str) -> HotFolder | None:
-    """The hot tier that this machine's rule file has at url or above it; None: nothing may be written there."""
+    """Return this machine's hot tier at url or above it; None if there is none: then nothing may be written there."""
     tier = tier_above(url)
     if tier is None or tier.role != "hot":
         return None
@@ -70,14 +70,14 @@ def hot_folder(url: str) -> HotFolder | None:
 
 
 class Promoter:
-    """Copies objects to the hot tier, one after the other, in a thread that lives while it has some. Safe from any.
+    """Copies objects to the hot tier, one after the other, in a thread that ends when the queue is empty. Thread-safe.
 
-    What fails is left as it is: the object is read where it lies. Of several processes of a machine one copies.
+    If a copy fails, the object stays where it is and is read from there. Of several processes of a machine, one copies.
 
     Args:
-        places: where objects lie.
-        source: what they are read through: a cache round it has perhaps fetched them already.
-        find_hot: the tier of this machine at or above a URL.
+        places: Resolver of the objects' locations.
+        source: Function that returns the store to read from; a cache around it may have the object already.
+        find_hot: Function that returns this machine's hot tier at or above a URL.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Promoter:
         self._pid = os.getpid()
 
     def offer(self, key: str, identity: ShardIdentity) -> None:
-        """Hear that an object was opened: it is copied if its placement says so. Returns at once."""
+        """Queue an object that was opened, if its placement asks for promotion. Returns at once."""
         row = self._places.row(key)
         if row is None or row.promote is None or row.promote == row.url:
             return
@@ -109,19 +109,19 @@ class Promoter:
             if self._thread is not None:
                 return
             thread = threading.Thread(target=_work, args=(weakref.ref(self),), name="tiercache-promote", daemon=True)
-            with suppress(RuntimeError):  # the system gives no more threads: another time
+            with suppress(RuntimeError):  # no more threads can be started: a later offer tries again
                 thread.start()
                 self._thread = thread
 
     def wait(self, deadline_s: float | None = None) -> bool:
-        """Wait until all that was offered is done; False: deadline_s has passed."""
+        """Wait until the queue is done. Return False after deadline_s seconds."""
         thread = self._thread if self._pid == os.getpid() else None
         if thread is not None:
             thread.join(deadline_s)
         return thread is None or not thread.is_alive()
 
     def close(self) -> None:
-        """Stop after the part that is being copied; what is not whole by then is not kept. It may be used again."""
+        """Stop after the current part; an incomplete copy is not kept. The object may be used again."""
         if self._pid != os.getpid():
             return
         self._closed.set()
@@ -133,7 +133,7 @@ class Promoter:
             self._seen.clear()
 
     def next(self) -> tuple[Row, ShardIdentity] | None:
-        """What is to be copied next; None: nothing, and the thread ends."""
+        """Return the next object to copy; None if the queue is empty, and the thread ends."""
         with self._lock:
             if not self._waiting:
                 self._thread = None
@@ -141,7 +141,7 @@ class Promoter:
             return self._waiting.popleft()
 
     def copy(self, row: Row, identity: ShardIdentity) -> bool:
-        """Copy an object to its hot tier; False: it is there, has no place or no room, or another process copies it."""
+        """Copy an object to its hot tier. Return False if it is there, may not or does not fit, or is being copied."""
         hot = None if row.promote is None else self._find_hot(row.promote)
         if row.promote is None or hot is None:
             return False
@@ -152,7 +152,7 @@ class Promoter:
             try:
                 return self._copy(row, identity, hot)
             finally:
-                flock(fd, LOCK_UN)  # a child that was forked meanwhile has the descriptor too
+                flock(fd, LOCK_UN)  # explicitly: a child that was forked meanwhile has the descriptor too
                 os.close(fd)
         return False
 
@@ -176,7 +176,7 @@ class Promoter:
                 total = crc32c(data, total)
                 upload.put_part(number, data)
             if total != identity.crc32c:
-                logger.warning("%s: not copied to %s: its bytes are not what its data set says", row.key, hot.url)
+                logger.warning("%s: not copied to %s: its checksum is not the one in the data set", row.key, hot.url)
                 return False
             return upload.complete(if_absent=True) is not None
 
@@ -193,14 +193,14 @@ class Promoter:
 
 
 class _Reading:
-    """An object's bytes: from its local copy, perhaps still to come, or by ranges."""
+    """Reader of an object's bytes: from its local copy, waiting for bytes that are being fetched, or by ranges."""
 
     def __init__(self, store: Store, key: str, identity: ShardIdentity) -> None:
         self._store, self._key = store, key
         self._lease: Lease | None = store.open_local(key, identity) if isinstance(store, LocalStore) else None
 
     def read(self, part: ByteRange) -> bytearray:
-        """These bytes. Raises StoreError, OSError."""
+        """Return the bytes of a range. Raises StoreError, OSError."""
         data = bytearray(part.n_bytes)
         lease = self._lease
         if lease is not None:
@@ -230,10 +230,10 @@ def _work(promoter: weakref.ref[Promoter]) -> None:
 
 
 def _reserve(url: str, n_bytes: int, limit_bytes: int, count: Callable[[], int]) -> bool:
-    """Take room in a hot tier, of which all processes of this machine keep one account; False: there is not so much.
+    """Reserve room in a hot tier. All processes of this machine share one account. Return False if it does not fit.
 
-    Each would otherwise fill it with what the others have not put there yet. Room of a copy that failed comes back with
-    the next look. count: bytes in it by now.
+    Without the account, each process would fill the space that the others have reserved but not yet used. Room of a
+    failed copy is free again after the next measurement. count: Function that returns the bytes in the tier now.
     """
     fd = _lock_file("room", url)
     try:
@@ -248,12 +248,12 @@ def _reserve(url: str, n_bytes: int, limit_bytes: int, count: Callable[[], int])
         return has_room
     finally:
         with suppress(OSError):
-            flock(fd, LOCK_UN)  # as in copy()
+            flock(fd, LOCK_UN)  # see copy()
         os.close(fd)
 
 
 def _claim(url: str) -> int | None:
-    """A lock on copying to url, held until the descriptor is closed; None: another process of this machine has it."""
+    """Return a lock on copying to url, held until the descriptor is closed; None if another process has it."""
     fd = _lock_file("promote", url)
     if not _try_lock(fd):
         os.close(fd)

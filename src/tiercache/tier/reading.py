@@ -1,4 +1,4 @@
-"""What an opened data set has of tiers: a store that follows the placement, counted uses, copies to the hot tier."""
+"""Tiering of one opened data set: a store that follows the placement, use counts, and promotion to the hot tier."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class TieredReading:
-    """How one process reads one data set whose shards may be moved. Safe from any thread, and in a forked child.
+    """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
 
-    Nothing is asked of a store for it before a run begins, or a shard is not where it was.
+    It queries no store before a run begins, or before a shard is missing from its known location.
 
     Args:
-        placed: the data set's own store, following its placement.
-        store: what it is read through: the same, or the cache round it.
+        placed: The data set's own store, which follows the placement.
+        store: Store that reads go through: the same store, or the cache around it.
     """
 
     def __init__(self, placed: PlacedStore, store: Store) -> None:
@@ -33,7 +33,7 @@ class TieredReading:
         self._promoter = Promoter(self._places, lambda: store)
 
     def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
-        """Count that a shard is opened, and offer it to the hot tier; a folder near by that has it, or None."""
+        """Count an opened shard, and offer it for promotion. Return a local folder that has it, or None."""
         self._recorder.note(key)
         if not self.has_moved:
             return None
@@ -42,32 +42,32 @@ class TieredReading:
 
     @property
     def has_moved(self) -> bool:
-        """Whether anything lies elsewhere, as far as is known."""
+        """Whether any object is away from home, as far as is known."""
         return bool(self._places.placed)
 
     def near(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
-        """A folder of this machine, not the home, that has a shard; None: there is none."""
+        """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
         return self._places.near(key, identity.n_bytes)
 
     def is_far(self, key: str) -> bool:
-        """Whether a shard of a home that is a folder here lies in another kind of store."""
+        """Return whether a shard of a local home is in a remote store."""
         return isinstance(self._placed, PlacedFolder) and self._placed.is_far(key)
 
     def far(self) -> Store | None:
-        """What reads shards through the cache that a home which is a folder here has elsewhere; None: it has none."""
+        """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
         return self._placed.far if self._places.has_far and isinstance(self._placed, PlacedFolder) else None
 
     def distrust(self, key: str, identity: ShardIdentity) -> bool:
-        """Hear that a shard was found to be wrong. True: it was read from a folder near by, which is passed by now."""
+        """Stop using a damaged local copy of a shard. Return True if the shard was read from a local tier's folder."""
         return self.has_moved and self._places.distrust_near(key, identity.n_bytes)
 
     def make_ready(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
-        """Hear that a run begins that reads these shards, and see that it can. See check_readable."""
+        """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
         check_readable(self._placed, keys, is_here)
         if self._places.is_adopted:
             self._recorder.begin(None if reads_all else keys.to_pylist())
 
     def close(self) -> None:
-        """Report what was used, and stop copying. It may be used again."""
+        """Report the uses, and stop promotion. The object may be used again."""
         self._recorder.close()
         self._promoter.close()

@@ -1,4 +1,4 @@
-"""Archived objects back: what it costs and how long it takes, asking for it, and waiting, by the store's own word."""
+"""Restores of archived objects: their cost and duration, the requests, and the wait until the objects can be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tiercache.tier.copies import Book
     from tiercache.tierfile import TierFile
 
-# Of a tier: key -> what is known of its bytes; TierCatalog.checksums is one.
+# Name of a tier -> catalog entries of its objects, by key. TierCatalog.checksums is such a function.
 Books: TypeAlias = "Callable[[str], Book]"
 A = TypeVar("A")
 B = TypeVar("B")
@@ -40,7 +40,7 @@ _NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Archived:
-    """An archived object, as the store spoke of it. state: ARCHIVED, RESTORING or RESTORED."""
+    """An archived object, as the store describes it. state: ARCHIVED, RESTORING or RESTORED."""
 
     tier: str
     key: str
@@ -53,17 +53,18 @@ class Archived:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What restoring would do.
+    """Plan of a restore.
 
     Attributes:
-        objects: all that must be restored, in the order of their keys; each once, from the first tier that has it.
-        here: keys that can be read already, in some tier: nothing is done for them.
+        objects: Objects that must be restored, sorted by key; each once, from the tier whose copy is readable soonest.
+        here: Keys that can be read already in some tier; nothing is done for them.
         speed: "expedited", "standard" or "bulk".
-        days: for how long the temporary copies stay and are all that there is; None: they are copied home, and go.
-        cost: dollars of what is not on its way yet: retrieval, the temporary copies in the standard class, and where
-            they are copied home, the requests of that; None where no price is known.
-        hours: until the last can be read, at most, as the price table has it; None where it does not say.
-        command: what a person would type.
+        days: Days that the temporary copies stay, without a copy to the home tier. None: the objects are copied to the
+            home tier, and the temporary copies expire.
+        cost: Dollars for requests that are not made yet: retrieval, the temporary copies in the standard class, and the
+            copy to the home tier if there is one. None if a price is unknown.
+        hours: Maximum hours until the last object can be read, by the price table. None if it does not say.
+        command: Command line that makes this restore.
     """
 
     objects: tuple[Archived, ...]
@@ -81,18 +82,18 @@ class RestorePlan:
 
     @property
     def n_bytes(self) -> int:
-        """Of all objects."""
+        """Size of all objects, in bytes."""
         return sum(one.n_bytes for one in self.objects)
 
     @property
     def asked(self) -> tuple[Archived, ...]:
-        """Those that a request is due for: nobody has made one."""
+        """Objects that need a request: nobody has made one."""
         return tuple(one for one in self.objects if one.state == ARCHIVED)
 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """What the stores answered. started: now; running: somebody had asked; done: can be read."""
+    """Answers of the stores. started: Requests made now. running: Requests made earlier. done: Readable objects."""
 
     started: int = 0
     running: int = 0
@@ -108,25 +109,25 @@ def plan_restore(
     speed: Speed = "standard",
     days: int | None = None,
 ) -> RestorePlan:
-    """What must be restored of some objects, and what that costs. Asks every tier for every key; changes nothing.
+    """Plan the restore of some objects. Asks every tier for every key; changes nothing.
 
     Args:
-        file: the rule file.
-        stores: its stores.
-        keys: of objects, relative to the tiers' URLs.
-        prices: of each tier, as far as they are known.
+        file: Rule file.
+        stores: Stores of the rule file.
+        keys: Keys of the objects, relative to the URLs of the tiers.
+        prices: Prices of each tier; None where they are unknown.
         speed: "expedited", "standard" or "bulk".
-        days: keep temporary copies for so long, and copy nothing home.
+        days: Days that temporary copies stay; then nothing is copied to the home tier. None: see RestorePlan.
 
     Raises:
-        NotFound: a key that is in no tier.
-        ValueError: a speed that there is not, or that the class does not have; fewer days than 1.
-        StoreError: a tier could not be asked.
+        NotFound: A key is in no tier.
+        ValueError: An unknown speed, a speed that the storage class lacks, or days below 1.
+        StoreError: A tier could not be asked.
     """
     if speed not in SPEEDS:
-        raise ValueError(f"no such speed: {speed!r}; there are {', '.join(SPEEDS)}")
+        raise ValueError(f"unknown speed {speed!r}; expected one of {', '.join(SPEEDS)}")
     if days is not None and days < 1:
-        raise ValueError(f"copies are restored for 1 day at least, got {days}")
+        raise ValueError(f"expected days of at least 1, got {days}")
     wanted = sorted(dict.fromkeys(keys))
     names = [tier.name for tier in file.tiers]
     found = _side_by_side(lambda key: _found(stores, names, key), wanted)
@@ -148,7 +149,7 @@ _NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
 
 
 def _found(stores: Stores, names: Sequence[str], key: str) -> list[Archived]:
-    """Copies of a key, in the order of the tiers."""
+    """Return the copies of a key, in the order of the tiers."""
     copies = []
     for name in names:
         sharing = stores.sharing(name)
@@ -166,7 +167,7 @@ def _archived(name: str, info: ObjectInfo) -> Archived:
 
 
 def _speed_price(one: Archived, known: Prices | None, speed: Speed) -> RestorePrice | None:
-    """The price of one speed; None: it is not known. Raises ValueError where the class has no such speed."""
+    """Return the price of one speed; None if unknown. Raises ValueError where the class does not have the speed."""
     if known is None or not known.restore:
         return None
     if speed not in known.restore:
@@ -178,7 +179,7 @@ def _speed_price(one: Archived, known: Prices | None, speed: Speed) -> RestorePr
 def _cost(
     file: TierFile, objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed, days: int | None
 ) -> float | None:
-    """Dollars of what is not on its way yet; None where a price is not known. days: None: it is copied home, too."""
+    """Return the dollars for requests that are not made yet; None if a price is unknown. days: None: copy home too."""
     asked: dict[str, list[Archived]] = {}
     for one in objects:
         _speed_price(one, prices.get(one.tier), speed)
@@ -203,14 +204,14 @@ def _cost(
 
 
 def _hours(objects: Sequence[Archived], prices: Mapping[str, Prices | None], speed: Speed) -> float | None:
-    """Hours until all can be read, at most; None where the price table does not say."""
+    """Return the maximum hours until all objects can be read; None where the price table does not say."""
     waited = [_speed_price(one, prices.get(one.tier), speed) for one in objects if one.state != RESTORED]
     known = [price.hours for price in waited if price is not None]
     return None if len(known) < len(waited) else max(known, default=0.0)
 
 
 def _command(file: TierFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
-    """The command that does it; of very many keys it names the first, and says how many more there are."""
+    """Return the command line of the restore. For very many keys it has the first ones, and a comment."""
     words = ["tiercache", "restore", *keys[:_NAMED], "--rules", str(file.path), "--speed", speed]
     words += ["--days", str(days)] if days is not None else []
     words.append("--wait")
@@ -219,13 +220,13 @@ def _command(file: TierFile, keys: Sequence[str], speed: Speed, days: int | None
 
 
 def request(stores: Stores, plan: RestorePlan) -> Requested:
-    """Ask for all that nobody has asked for yet, and for what is restored to stay as long as the plan says.
+    """Request the restore of all objects without a request, and extend restored copies to the days of the plan.
 
-    Repeatable: what is on its way is not asked for again.
+    Repeatable: a running restore is not requested again.
 
     Raises:
-        StoreError: .unable where a store cannot restore at all; the first error otherwise. What was asked for before it
-            is on its way: call again.
+        StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
+            stand: call again.
     """
     days = PROMOTION_DAYS if plan.days is None else plan.days
 
@@ -251,21 +252,22 @@ def wait(
     cancel: Event | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> tuple[Archived, ...]:
-    """Wait until all of a plan can be read: what could not be by the deadline, or when cancelled; () when all can.
+    """Wait until all objects of a plan can be read. Return those that cannot at the deadline, or when cancelled.
 
-    The stores are asked once a minute at most, about 16 objects of those that are awaited.
+    The stores are asked at most once a minute, about 16 of the missing objects.
 
     Args:
-        stores: of the rule file.
-        plan: whose requests were made.
-        clock: whose time it is.
-        deadline_s: seconds from now; None: for ever.
-        cancel: ends the wait when set.
-        on_progress: called with how many can be read, and how many there are.
+        stores: Stores of the rule file.
+        plan: Plan whose requests were made.
+        clock: Clock of the wait.
+        deadline_s: Maximum wait, in seconds. None: no limit.
+        cancel: Event that ends the wait.
+        on_progress: Function that receives the number of readable objects, and of all objects.
 
     Raises:
-        NotFound: an object is gone.
-        StoreError: .archived: one is neither restored nor on its way any more: ask again; or a store failed.
+        NotFound: An object is gone.
+        StoreError: .archived: an object is neither restored nor being restored: request it again. Otherwise a store
+            failed.
     """
     waiting = [one for one in plan.objects if one.state != RESTORED]
 
@@ -288,17 +290,18 @@ def wait(
 def promotion(
     file: TierFile, plan: RestorePlan, *, made_s: float, to: str | None = None, known: Books | None = None
 ) -> Plan:
-    """A plan that copies what was restored home, for the mover; the archived copies stay until a rule deletes them.
+    """Return a plan that copies restored objects to the home tier. The archived copies stay until a rule deletes them.
 
-    Objects of one checkpoint are one move, so that it appears whole. Where the archive is only another class of home,
-    the class is changed.
+    Objects of one checkpoint are one move, so that it appears complete. Where the archive is only another storage class
+    of the home, the class is changed.
 
     Args:
-        file: the rule file.
-        plan: all of which can be read.
-        made_s: now, in seconds since the epoch.
-        to: name of the tier that gets them; None: home.
-        known: of a tier, what the catalog knows of its objects: checksums that the copies are held to.
+        file: Rule file.
+        plan: Restore plan whose objects can all be read.
+        made_s: Current time, in seconds since the epoch.
+        to: Name of the destination tier. None: the home tier.
+        known: Function that returns the catalog entries of a tier, whose checksums the copies must have. None: no
+            entries.
     """
     books = {tier: known(tier) for tier in {one.tier for one in plan.objects}} if known is not None else {}
     target = file.home if to is None else file.tier(to)
@@ -320,7 +323,7 @@ def _planned(one: Archived, book: Book) -> PlannedObject:
 
 
 def _groups(objects: Sequence[Archived]) -> list[tuple[str, Kind, list[Archived]]]:
-    """What is moved as one: path, kind, and its objects of one tier, those that make it whole last."""
+    """Return the groups that are moved as one: path, kind, and objects of one tier, the completing objects last."""
     layout = recognise(pa.array([one.key for one in objects], pa.large_string()))
     found: dict[tuple[int, str], list[int]] = {}
     for i, one in enumerate(objects):
@@ -328,7 +331,7 @@ def _groups(objects: Sequence[Archived]) -> list[tuple[str, Kind, list[Archived]
     groups: list[tuple[str, Kind, list[Archived]]] = []
     for (number, _), rows in found.items():
         rows.sort(key=lambda i: int(layout.rank[i]))
-        if number < 0:  # no group's, such as what an unfinished write left: each for itself
+        if number < 0:  # in no group, for example a leftover of an unfinished write: each is a group of its own
             groups += [(objects[i].key, "file", [objects[i]]) for i in rows]
             continue
         path = layout.paths[number].as_py()
@@ -341,13 +344,13 @@ def _is_restored(stores: Stores, one: Archived) -> bool:
     info = stores.head(one.tier, one.key)
     state = state_of(info)
     if state == ARCHIVED:
-        message = "it is neither restored nor on its way any more: ask for it again: tiercache restore"
+        message = "it is neither restored nor being restored: request it again: tiercache restore"
         raise StoreError(message, url=f"{stores.store(one.tier).url}/{one.key}", archived=True)
     return state != RESTORING
 
 
 def _side_by_side(work: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """Results in order, 16 at a time; the first error ends it."""
+    """Return the results in order, computed by 16 threads; the first error ends the work."""
     wanted = list(items)
     if len(wanted) <= 1:
         return [work(one) for one in wanted]

@@ -1,7 +1,7 @@
-"""One run for a scheduler: finish what was broken off, list and plan all, make the plan's moves, settle what waits.
+"""One tier run for a scheduler: finish interrupted deletions, plan, make the moves, settle the deletions that are due.
 
-Nothing stays resident: cron, Airflow or Kubernetes calls it once a day. Two at once do not fight: the second says who
-is at work.
+No process stays resident: cron, Airflow or Kubernetes calls the run, for example once a day. Two runs at once do not
+conflict: the second one fails and names the process that holds the lock.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from tiercache.tier.transfer import Transfer
 if TYPE_CHECKING:
     from tiercache.tierfile import TierFile
 
-# What a scheduler sees: interface.md.
+# Exit codes that a scheduler sees: docs/reference/tiers.md.
 DONE, PARTLY, PENDING = 0, 3, 5
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
-        plan: that was made, and (unless dry_run) carried out.
-        applied: what came of it.
-        settled: deletions whose grace was over, and those that an earlier run had left half done.
-        adopted: folders of data sets that tiers look after from now on.
-        unseen: tiers whose copies cannot be seen now (a disk that is not mounted), and why: marks.absences().
-        gaps: metrics that keep lists ask for and that a run has not got.
-        losses: objects that should be there and of which no tier has a copy.
-        n_groups: that there are.
-        n_restoring: copies that are being restored.
-        seconds: how long it took.
-        dry_run: nothing was changed.
+        plan: Plan that the run made and, unless dry_run, applied.
+        applied: Result of applying the plan.
+        settled: Deletions whose grace period was over, and those that an earlier run had left unfinished.
+        adopted: Folders of data sets whose use is tracked from now on.
+        unseen: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
+            marks.absences().
+        gaps: Metrics that keep rules need and that are missing for some checkpoint runs.
+        losses: Objects that should exist and of which no tier has a copy.
+        n_groups: Number of groups (shards, checkpoints, files) in all tiers.
+        n_restoring: Number of copies whose restore is in progress.
+        seconds: Duration of the run, in seconds.
+        dry_run: Whether the run only listed and planned, and changed nothing.
     """
 
     plan: Plan
@@ -71,21 +72,21 @@ class RunReport:
 
     @property
     def stopped(self) -> tuple[Stopped, ...]:
-        """All that was not done, and why."""
+        """All moves that were not made, with reasons."""
         return self.applied.stopped + self.settled.stopped
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with.
+        """Exit code of the command.
 
-        3 where moves were stopped, objects are lost or a tier cannot be seen; 5 where restores run; else 0.
+        3: moves were stopped, objects are lost or a tier cannot be seen. 5: restores are in progress. Otherwise 0.
         """
         if self.stopped or self.losses or self.unseen:
             return PARTLY
         return PENDING if self.n_restoring else DONE
 
     def to_json(self) -> dict[str, Any]:
-        """All of it for machines, in one flat object but for `stopped`, `before` and `after`."""
+        """Return the report as one flat JSON object; only `stopped`, `before` and `after` are nested."""
         return {
             "plan": self.plan.id,
             "rules": self.plan.rules,
@@ -116,7 +117,7 @@ class RunReport:
 
 
 def catalog_path(file: TierFile) -> Path:
-    """Where this machine keeps the books of a rule file's tiers."""
+    """Return the path of this machine's tier catalog for a rule file."""
     return (file.tiering.state_dir or config.state_folder(file.path.parent)) / "tiers.sqlite"
 
 
@@ -127,18 +128,19 @@ def run_once(
     on_progress: Callable[[Progress], object] | None = None,
     stores: Stores | None = None,
 ) -> RunReport:
-    """Do all that is to be done now. May be killed at any instant and run again.
+    """Do everything that is due now. A run may be killed at any instant and run again.
 
     Args:
-        file: the rule file.
-        dry_run: change nothing: list and plan.
-        on_progress: hears how far the plan is, then how much of copies was read back; from several threads.
-        stores: of its tiers, stays the caller's; None: they are opened and closed here.
+        file: Rule file.
+        dry_run: Whether to list and plan only, and change nothing.
+        on_progress: Function that receives the progress of the plan, then that of reading copies back; called from
+            several threads.
+        stores: Stores of the file's tiers, which stay the caller's. None: the run opens and closes them.
 
     Raises:
-        CommitConflict: another process moves things between these tiers.
-        StoreError: a tier cannot be listed, or home's store failed.
-        OSError: this machine's books cannot be written.
+        CommitConflict: Another process moves data between these tiers.
+        StoreError: A tier cannot be listed, or the store of the home tier failed.
+        OSError: The catalog of this machine cannot be written.
     """
     if stores is None:
         with Stores(file) as opened:
@@ -152,7 +154,7 @@ def run_once(
 
 
 class _Run:
-    """One run."""
+    """One run of a rule file."""
 
     def __init__(self, file: TierFile, stores: Stores, catalog: TierCatalog) -> None:
         self._file, self._stores, self._catalog = file, stores, catalog
@@ -168,7 +170,7 @@ class _Run:
         tiering, cancel = self._file.tiering, Event()
         with Transfer(self._stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer:
             mover = Mover(self._file, self._stores, self._catalog, transfer, lock=lock, cancel=cancel)
-            # First: half of a copy would be planned about.
+            # First, because the plan would otherwise count half of a copy.
             finished = mover.finish()
             reach("tier_run.finished")
             inventory, plan = self._planned()
@@ -218,7 +220,7 @@ class _Run:
 
 
 def _both(first: Applied, then: Applied) -> Applied:
-    """Two settlings as one: what the first kept, the second has asked again."""
+    """Return two settlements as one. What the first one kept was checked again by the second one."""
     again = {(one.plan, one.number) for one in then.stopped}
     stopped = tuple(one for one in first.stopped if (one.plan, one.number) not in again)
     n_bytes, proof_bytes = first.n_bytes + then.n_bytes, first.proof_bytes + then.proof_bytes

@@ -1,7 +1,8 @@
-"""What waits for its grace, carried out: drops, deletions of last copies, and changes of class that end readability.
+"""Deferred deletions: drops, deletions of last copies, class changes that end readability, after their grace period.
 
-Everything is asked anew, directly before; the reasons stand in mover.py. What is not as it must be is cancelled where
-the world has changed, and readers go home again; or kept waiting where that may pass.
+Everything is checked again, directly before it is done; mover.py gives the reasons. A deletion whose conditions no
+longer hold is cancelled if the objects or rules have changed, and its redirect is reverted; or it keeps waiting if the
+reason may pass.
 """
 
 from __future__ import annotations
@@ -29,22 +30,28 @@ if TYPE_CHECKING:
     from tiercache.tier.steps import Sight
     from tiercache.tier.survey import Survey
 
-# go: nothing speaks against it. done: it is so already. keep: it waits on, that may pass. cancel: the world changed.
+# go: no check speaks against the deletion. done: nothing is left to delete. keep: it waits, the reason may pass.
+# cancel: objects or rules have changed.
 Verdict: TypeAlias = Literal["go", "done", "keep", "cancel"]
 
-# Between what is asked and what is deleted lie the questions about a batch, and the reading of copies in folders.
+# Small batches: between the checks and the deletions lie the queries of one batch, and the reading of its local copies.
 _BATCH_MOVES, _BATCH_OBJECTS, _BATCH_BYTES = 64, 1000, 64 << 30
 _SKEW_S = 60.0
-# So old may be what is in use, the newest, and asked for.
+# Maximum age of the survey, which says what is in use, which checkpoint is the newest, and what the rules ask for.
 _SURVEY_S = 600.0
 
 
 @dataclass(slots=True)
 class Due:
-    """A move whose grace is over.
+    """A move whose grace period is over.
 
-    there: the objects that lie where something is taken away, (tier, object) each; is_whole: these are all that there
-    were; is_begun: deletions may have been made.
+    Attributes:
+        row: Journal row of the move.
+        verdict: Decision of the checks so far.
+        why: Reason of the decision.
+        there: Objects that exist where something is deleted, as (tier, object).
+        is_whole: Whether these are all the objects that there were.
+        is_begun: Whether deletions may have been made already.
     """
 
     row: JournalRow
@@ -55,15 +62,22 @@ class Due:
     is_begun: bool = False
 
     def say(self, verdict: Verdict, why: str) -> None:
-        """Decide it; the first word counts."""
+        """Set the verdict. Only the first call counts."""
         if self.verdict == "go":
             self.verdict, self.why = verdict, why
 
 
 class Settling:
-    """One settle(). only_begun: of deletions alone that were begun before and broken off.
+    """One call of Mover.settle().
 
-    on_progress: hears how many bytes of copies were read back, of how many; from several threads. The lock guards that.
+    Args:
+        sight: Stores, catalog and checks.
+        lock: Lock of the home tier, held by the caller.
+        survey: Function that returns the Survey at a time in seconds since the epoch.
+        now_s: Current time, in seconds since the epoch.
+        only_begun: Whether to finish interrupted deletions only.
+        on_progress: Function that receives how many bytes of copies were read back, and how many there are; called from
+            several threads. A lock guards the counts.
     """
 
     def __init__(
@@ -85,14 +99,14 @@ class Settling:
         self._settled = Settled()
 
     def run(self) -> Settled:
-        """Do it. Raises as Mover.settle()."""
+        """Make the deletions that are due, and return the counts. Raises as Mover.settle()."""
         due = self._due()
         if due:
             proven = [row for row in due if _needs_proof(row) and self._sight.transfer.must_prove(row.dst)]
             self._n_due, self._due_bytes = len(due), sum(one.n_bytes for row in proven for one in row.objects)
             survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
             for batch in _batches(due):
-                if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # the copies of the batch before took long to read
+                if SYSTEM_CLOCK.monotonic() - asked_s > _SURVEY_S:  # reading the copies of earlier batches took long
                     survey, asked_s = self._ask_survey(self._now_s), SYSTEM_CLOCK.monotonic()
                 self._work(batch, survey)
         return self._settled
@@ -105,7 +119,7 @@ class Settling:
                 continue
             self._settled.n_waiting += 1
             if row.since_s > self._now_s + _SKEW_S:
-                # The clock was ahead when grace began: it would not end for as long.
+                # The clock was ahead when the grace period began: without this it would last that much longer.
                 due_s = self._now_s + self._file.tiering.grace_s
                 again.append(replace(row, since_s=self._now_s, due_s=due_s, changed_s=self._now_s))
         self._catalog.write(again)
@@ -124,7 +138,7 @@ class Settling:
         self._end(due)
         reach("tier_drop.ended")
 
-    # -- asking -----------------------------------------------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------------------------------------
 
     def _check(self, due: Sequence[Due], survey: Survey) -> None:
         for one in due:
@@ -145,7 +159,7 @@ class Settling:
                 one.say("keep", str(error))
 
     def _pins_of(self, due: Sequence[Due]) -> Mapping[tuple[str, int], str]:
-        """Which of them a pin holds by now, as Sight.pinned(); all are kept where nobody can say."""
+        """Return the moves that a pin protects now, as Sight.pinned(). All are kept where the pins cannot be read."""
         try:
             return self._sight.pinned([one.row for one in due], self._now_s)
         except TierCacheError as error:
@@ -154,7 +168,7 @@ class Settling:
             return {}
 
     def _heed_pins(self, due: Sequence[Due]) -> None:
-        """Cancel what was pinned since it was asked about: copies may have been read for hours."""
+        """Cancel what was pinned since the first check: reading copies may have taken hours."""
         going = [one for one in due if one.verdict == "go"]
         pinned = self._pins_of(going)
         for one in going:
@@ -162,7 +176,7 @@ class Settling:
                 one.say("keep" if one.is_begun and not one.is_whole else "cancel", pin)
 
     def _misnamed(self, row: JournalRow) -> str:
-        """Why the rule file no longer has the tiers of a move; "": it has."""
+        """Return why the rule file no longer has the tiers of a move; "" if it has."""
         places = {tier.name: tier.url for tier in self._file.tiers}
         for name, place in ((row.src, row.src_place), (row.dst, row.dst_place)):
             if name and places.get(name) != place:
@@ -191,21 +205,21 @@ class Settling:
         if pin:
             one.say("cancel", pin)
         links = [survey.linked.get((row.path, where)) for where in sorted({where for where, _ in one.there})]
-        # A link cannot use a group of which some objects are deleted already: its deletion is finished.
+        # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and (one.is_whole or not one.is_begun):
             one.say("keep", f"{row.path}: expected no symbolic link to it, found {link}")
         if row.rule in self._by_use and survey.used_s.get(row.path, 0.0) > row.since_s > 0:
-            # No placement leads readers of files to the copy: whoever reads them by their URL reads the source.
-            one.say("cancel", f"{row.path}: expected nobody to use it, found that it was read since it was copied")
+            # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
+            one.say("cancel", f"{row.path}: expected no reader since it was copied, found that it was read")
         if row.path in survey.in_use:
-            one.say("keep", f"{row.path}: expected nobody to read it, found that a machine does")
+            one.say("keep", f"{row.path}: expected no reader, found that a machine reads it now")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in survey.asked:
-            one.say("cancel", f"{row.path}: the rule file changed, and asks for this no more")
+            one.say("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
         if one.verdict == "cancel" and one.is_begun and not one.is_whole:
-            one.verdict = "keep"  # some of it is gone: it is finished when that is possible again, and not forgotten
+            one.verdict = "keep"  # some objects are gone: the rest must be deleted when that is possible again
 
     def _look(self, one: Due, heads: Heads) -> str:
-        """Compare what is to go with what was seen when its grace began, and note what is there of it."""
+        """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
         row, sight, changed = one.row, self._sight, ""
         for obj in row.objects:
             where = obj.where if row.action == "delete" else row.src
@@ -224,7 +238,7 @@ class Settling:
         return changed or (self._new_copies(row, heads) if row.action == "delete" else "")
 
     def _new_copies(self, row: JournalRow, heads: Heads) -> str:
-        """Why there is more than the last copies that were to be deleted; "": there is not."""
+        """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
         stores, known = self._sight.stores, {(one.where, one.key) for one in row.objects}
         for tier in self._file.tiers:
             for info in found_infos(heads, tier.name, row).values():
@@ -250,8 +264,8 @@ class Settling:
             if since_s := self._lock.doomed.get((row.dst_place, row.path)):
                 one.say(
                     "keep",
-                    f"{row.dst_place}/{row.path}: another process, which lost its right to move "
-                    f"{self._now_s - since_s:.0f} s ago, may still delete that copy: it does not count for a week",
+                    f"{row.dst_place}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
+                    f"and may still delete this copy: it is not relied on for a week",
                 )
             if not one.there:
                 one.say("done", "")
@@ -273,10 +287,11 @@ class Settling:
         return ""
 
     def _part(self, due: Sequence[Due]) -> None:
-        """Keep what takes away a copy that another of the batch counts on, whatever their paths are.
+        """Keep a deletion whose source another deletion of the batch relies on, or the reverse, whatever the paths are.
 
-        1. A drops from src, for dst has it. 2. B drops from dst, for src has it. 3. Both were asked about before either
-        was dropped. One row a path and one placement a key stand before this; it is cheap to look.
+        Without this: 1. A drops from src, because dst has a copy. 2. B drops from dst, because src has a copy. 3. Both
+        were checked before either was made. One row per path and one placement per key prevent this already; this check
+        is cheap.
         """
         counted: set[tuple[str, str]] = set()
         dropped: set[tuple[str, str]] = set()
@@ -292,7 +307,7 @@ class Settling:
             dropped |= takes
 
     def _prove(self, due: Sequence[Due]) -> None:
-        """Have copies in folders read back, once, before what they were made from goes: no store answers for them."""
+        """Read local copies back from disk, once, before their sources are deleted: no store verifies their bytes."""
         copies: list[tuple[Due, str, KnownCopy | None]] = []
         for one in due:
             if self._sight.transfer.must_prove(one.row.dst):
@@ -301,7 +316,8 @@ class Settling:
                 copies += [(one, key, books.get(key)) for key in keys]
         for (one, _, _), (verdict, why) in zip(copies, self._sight.pool.map(self._proof, copies), strict=True):
             if why:
-                # Where some of src is gone it is finished when that is possible again, and not forgotten.
+                # Where some source objects are gone, the deletion is finished when that is possible again, not
+                # forgotten.
                 one.say("keep" if one.is_begun and not one.is_whole else verdict, why)
 
     def _proof(self, copy: tuple[Due, str, KnownCopy | None]) -> tuple[Verdict, str]:
@@ -309,10 +325,11 @@ class Settling:
         try:
             return "cancel", self._sight.proof(one.row.dst, key, known, self._have_read)
         except TierCacheError as error:
-            is_half_gone = one.is_begun and not one.is_whole  # then that copy is all there is of the rest
+            is_half_gone = one.is_begun and not one.is_whole  # then the copy is the only one of the deleted objects
             if (why := str(error)) != one.row.note or known is None or is_half_gone:
                 return "keep", why
-            # As the last time: a disk that is broken does not mend itself, and readers cannot read it either.
+            # The same error as last time: a broken disk does not repair itself, and readers cannot read the copy
+            # either.
             self._sight.disbelieve(one.row.dst, key, known)
             return "cancel", why
 
@@ -323,7 +340,7 @@ class Settling:
         if self._on_progress is not None:
             self._on_progress(Progress(self._settled.n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
 
-    # -- doing ------------------------------------------------------------------------------------------------------
+    # -- deletions --------------------------------------------------------------------------------------------------
 
     def _carry_out(self, due: Sequence[Due]) -> None:
         if not due:
@@ -336,17 +353,17 @@ class Settling:
         self._unplace([one for one in due if one.row.action == "delete"])
         self._look_again(due)
         self._heed_pins(due)
-        reach("tier_drop.decided")  # who pins something from here on is too late for this batch
+        reach("tier_drop.decided")  # a pin that is added from here on is too late for this batch
         going = [one for one in due if one.verdict == "go"]
         drops = [one for one in going if one.row.action != "reclass"]
         places = {tier.name: tier.url for tier in self._file.tiers}
-        # From here to the deletions nothing else is asked: see lock.py.
+        # From here to the deletions there are no further queries: see lock.py.
         self._lock.announce(sorted({(places[where], one.row.path) for one in drops for where, _ in one.there}))
         self._drop(drops)
         self._reclass([one for one in going if one.row.action == "reclass"])
 
     def _look_again(self, due: Sequence[Due]) -> None:
-        """Keep what was written, or has lost its other copy, since it was looked at: that may be hours ago by now."""
+        """Keep what was written, or has lost its other copy, since the first check, which may be hours ago."""
         drops = [one for one in due if one.verdict == "go" and one.row.action != "reclass"]
         wanted = [(where, obj.key) for one in drops for where, obj in one.there]
         placed = [one for one in drops if one.row.dst]
@@ -355,7 +372,7 @@ class Settling:
         for one in placed:
             try:
                 if why := self._unconfirmed(one.row, found_infos(heads, one.row.dst, one.row)):
-                    one.say("keep", why)  # asked about anew the next time
+                    one.say("keep", why)  # the next run checks it again
             except TierCacheError as error:
                 one.say("keep", str(error))
         for one in drops:
@@ -371,7 +388,7 @@ class Settling:
         reach("tier_drop.looked_again")
 
     def _unplace(self, due: Sequence[Due]) -> None:
-        """Have readers find nothing, rather than a place that is empty."""
+        """Remove placement rows of last copies, so that readers find no object rather than a location without one."""
         changes: dict[str, Changes] = defaultdict(dict)
         chains: dict[str, list[Due]] = defaultdict(list)
         for one in due:
@@ -387,8 +404,9 @@ class Settling:
         reach("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[Due]) -> None:
-        """Delete: first what makes each group whole, so that nothing looks whole and is not; then all else."""
-        # By tier, for what makes it whole may be in one of several, and stands last there alone.
+        """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
+        # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
+        # last.
         rows = [one.row for one in due if len(one.row.objects) > 1]
         keys = {(row.plan, row.number, obj.where): obj.key for row in rows for obj in row.objects}
         first: list[tuple[Due, str, JournalObject]] = []
@@ -410,7 +428,7 @@ class Settling:
         for tier, pairs in by_tier.items():
             try:
                 self._sight.transfer.drop(tier, [as_planned(obj) for _, obj in pairs])
-            except StoreError as error:  # some may be gone: the row says "dropping", and the rest goes the next time
+            except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
                 for one, _ in pairs:
                     one.say("keep", str(error))
 
@@ -436,11 +454,11 @@ class Settling:
         copy = as_reclassed(obj, known, changed)
         return None if copy is None else (dst, obj.key, copy)
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- results ----------------------------------------------------------------------------------------------------
 
     def _end(self, due: Sequence[Due]) -> None:
         back = [one for one in due if one.verdict == "cancel" and one.is_whole and one.there]
-        # Of a deletion readers are told when it begins, and not before.
+        # The placement of a last copy changes when its deletion begins, not before.
         self._take_back([one for one in back if one.is_begun or one.row.action != "delete"])
         rows, gone, lasting = [], [], []
         for one in due:
@@ -451,7 +469,7 @@ class Settling:
                 if row.action != "reclass":
                     lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(where, obj.key) for where, obj in one.there]
-                if row.action == "delete":  # and what the books have of copies that others have taken away
+                if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
                 self._settled.n_bytes += sum(obj.n_bytes for _, obj in one.there) if one.verdict == "go" else 0
                 continue
@@ -463,13 +481,13 @@ class Settling:
                 self._settled.n_waiting += 1
             self._settled.stopped.append((row, one.why))
         self._remove_folders([one for one in due if one.verdict in ("go", "done") and one.row.action != "reclass"])
-        self._catalog.keep(lasting)  # of what somebody else took away, too
+        self._catalog.keep(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
         reach("tier_drop.done")
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[Due]) -> None:
-        """Remove the folders of groups that are gone from local tiers: frameworks list them, and resume from them."""
+        """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
         for one in due:
             row = one.row
             if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
@@ -477,11 +495,11 @@ class Settling:
             for where in sorted({obj.where or row.src for obj in row.objects}):
                 store = self._sight.stores.store(where)
                 if isinstance(store, LocalFolder):
-                    with suppress(StoreError):  # the objects are gone; what is left is for the eye
+                    with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
                         store.remove_empty(row.path)
 
     def _take_back(self, due: Sequence[Due]) -> None:
-        """Where readers were led to dst, and src stays: have them go back there, before that is forgotten."""
+        """Revert the placement where src stays, before the redirect is forgotten."""
         failed = self._placing.take_back([one.row for one in due])
         for one in due:
             if why := failed.get((one.row.plan, one.row.number)):
@@ -490,14 +508,14 @@ class Settling:
 
 
 def _needs_proof(row: JournalRow) -> bool:
-    """Whether a move takes a source away for which its copy must stand."""
+    """Return whether a move deletes a source whose copy must be verified."""
     return row.action in ("move", "drop")
 
 
 def _out_of_sight(row: JournalRow, missing: Mapping[str, str]) -> str:
-    """Why nothing can be said of what a move takes away; "": it can be seen. missing: tiers, and why.
+    """Return why nothing can be said of what a move deletes; "" if it can be seen. missing: Tiers, with reasons.
 
-    Where dst cannot be seen, its copies cannot be confirmed: that is found out when they are asked about.
+    Where dst cannot be seen, its copies cannot be confirmed: the checks of the copies find that.
     """
     if row.action == "delete":
         return deletions_wait(missing)

@@ -1,7 +1,7 @@
-"""What moves ask of the stores: whether an object is still what it was, whether a copy is what was verified.
+"""Checks that moves make: whether an object is still the planned one, and whether a copy is still the verified one.
 
-Nothing here writes a journal or deletes. Every question has an answer for people: "" where all is as it should be, else
-what was expected and what was found.
+No function here writes the journal or deletes data. Each check returns "" if everything is as expected, otherwise a
+text for people that says what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _PROBE_FOLDER = "_tiercache/probe/"
 
 @dataclass(slots=True)
 class Sight:
-    """What moves are made with, and what they ask. Safe from any thread; the pool is its owner's."""
+    """The stores, the catalog and the transfer that moves use, with their checks. Thread-safe.
+
+    The caller owns the pool.
+    """
 
     file: TierFile
     stores: Stores
@@ -50,14 +53,17 @@ class Sight:
     # -- objects ----------------------------------------------------------------------------------------------------
 
     def head(self, tier: str, key: str) -> ObjectInfo | None:
-        """What a store says of an object; None: it is not there. Raises StoreError."""
+        """Return the store's metadata of an object; None if it does not exist. Raises StoreError."""
         try:
             return self.stores.head(tier, key)
         except NotFound:
             return None
 
     def heads(self, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ObjectInfo | StoreError | None]:
-        """The same of many, (tier, key) each, side by side; an error of a store stands where its answer would."""
+        """Return head() of many (tier, key) pairs, queried in parallel.
+
+        A StoreError takes the place of a failed answer.
+        """
         return dict(zip(wanted, self.pool.map(self._asked, wanted), strict=True))
 
     def _asked(self, one: tuple[str, str]) -> ObjectInfo | StoreError | None:
@@ -67,20 +73,20 @@ class Sight:
             return error
 
     def infos(self, tier: str, keys: Iterable[str]) -> Infos:
-        """What a store says of these objects, one after another. Raises StoreError."""
+        """Return head() of these keys, one after the other. Raises StoreError."""
         return {key: self.head(tier, key) for key in keys}
 
-    # -- the copy that a move is about ------------------------------------------------------------------------------
+    # -- the copy that is moved -------------------------------------------------------------------------------------
 
     def moved(self, tier: str, info: ObjectInfo, one: JournalObject) -> str:
-        """Why an object is not the one that was planned; "": it is."""
+        """Return why an object is not the planned one; "" if it is."""
         at = f"{self.stores.store(tier).url}/{one.key}"
         if info.n_bytes != one.n_bytes:
             return f"{at}: expected {one.n_bytes} bytes, found {info.n_bytes}"
         if None not in (info.etag, one.etag):
             return "" if info.etag == one.etag else f"{at}: expected ETag {one.etag}, found {info.etag}"
         if info.modified_s is not None and one.modified_s is not None:
-            # Listings and answers to HEAD may say the date by different fractions of a second.
+            # A listing and a HEAD may give the date with different fractions of a second.
             same = int(info.modified_s) == int(one.modified_s)
             return "" if same else f"{at}: expected date {one.modified_s:.0f}, found {info.modified_s:.0f}"
         if one.crc32c is None:
@@ -89,7 +95,7 @@ class Sight:
         return "" if found == one.crc32c else f"{at}: expected CRC-32C {one.crc32c:08x}, found {found:08x}"
 
     def strangers(self, tier: str, path: str, keys: Iterable[str]) -> str:
-        """Why a group is not only what was planned: objects came to it; "": it is. Raises StoreError."""
+        """Return why a group has more objects than planned; "" if it has not. Raises StoreError."""
         known = set(keys)
         if known == {path}:
             return ""
@@ -99,9 +105,10 @@ class Sight:
         return f"{self.stores.store(tier).url}/{path}: expected {len(known)} objects, found {min(new)!r} beside them"
 
     def confirmed(self, tier: str, key: str, info: ObjectInfo | None, known: KnownCopy | None) -> str:
-        """Why a copy cannot be counted on; "": it is the one that was verified. Raises StoreError.
+        """Return why a copy cannot be relied on; "" if it is the verified one. Raises StoreError.
 
-        Another ETag, but equal bytes (a server may give a new one with a new class): the books are brought up to date.
+        If the ETag differs but the bytes are equal (a server may assign a new ETag with a new class), the catalog is
+        updated.
         """
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
@@ -112,8 +119,8 @@ class Sight:
             return f"{at}: expected the {known.n_bytes} bytes that were verified, found {info.n_bytes}"
         same_etag = None not in (info.etag, known.etag) and info.etag == known.etag
         said_otherwise = None not in (info.crc32c, known.crc32c) and info.crc32c != known.crc32c
-        # With an equal ETag another checksum proves nothing (moto's are of something else): the bytes decide, and where
-        # they cannot be read the ETag, which real stores make of the bytes.
+        # With an equal ETag, another checksum proves nothing (moto computes it of something else): the bytes decide.
+        # Where they cannot be read, the ETag decides, which real stores derive from the bytes.
         if same_etag and not said_otherwise:
             return ""
         if state_of(info) in (ARCHIVED, RESTORING):
@@ -129,13 +136,19 @@ class Sight:
         return ""
 
     def proof(self, tier: str, key: str, known: KnownCopy | None, on_bytes: Callable[[int], object]) -> str:
-        """Why a copy is not what it was made of, by its disk; "": it is. known: what the books have of it.
+        """Return why a copy is not equal to its source, read from its disk; "" if it is.
 
-        on_bytes: called with the length of each part that was read; from any thread. A wrong one is believed no more:
-        the books know it as what a move made, which may be replaced.
+        A wrong copy loses its verified mark in the catalog: it counts as made by a move, and a later move may replace
+        it.
+
+        Args:
+            tier: Name of the tier of the copy.
+            key: Key of the copy.
+            known: Catalog entry of the copy.
+            on_bytes: Function that receives the length of each part that was read; called from any thread.
 
         Raises:
-            StoreError: it cannot be read, or changed meanwhile.
+            StoreError: The copy cannot be read, or changed during the read.
         """
         info = self.head(tier, key)
         if why := self.confirmed(tier, key, info, known):
@@ -153,11 +166,11 @@ class Sight:
         )
 
     def disbelieve(self, tier: str, key: str, known: KnownCopy) -> None:
-        """Have the books say of a copy that nobody has verified it; what a move made may be replaced still."""
+        """Mark a copy as not verified in the catalog. If a move made it, a later move may still replace it."""
         self.catalog.record([(tier, key, known._replace(crc32c=None, verified=False))])
 
     def sum_of(self, tier: str, info: ObjectInfo, known: KnownCopy | None) -> int | None:
-        """The CRC-32C of an object: from the books if it is still that one, else read; None: it cannot be read."""
+        """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
         if known is not None and known.crc32c is not None and is_same(info, known):
             return known.crc32c
         if state_of(info) in (ARCHIVED, RESTORING):
@@ -165,7 +178,7 @@ class Sight:
         return self.transfer.sum_of(tier, info)
 
     def remember_dates(self, tier: str, objects: Sequence[JournalObject]) -> None:
-        """Put on the books when these were written first: a change of class gives them a new date."""
+        """Record in the catalog when these objects were first written: a change of class gives them a new date."""
         books = self.catalog.known(tier, [one.key for one in objects])
         dated = []
         for one in objects:
@@ -177,14 +190,14 @@ class Sight:
             dated.append((tier, one.key, known._replace(written_s=first_s)))
         self.catalog.record(dated)
 
-    # -- what holds for the whole move ------------------------------------------------------------------------------
+    # -- checks of a whole move -------------------------------------------------------------------------------------
 
     def pinned(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
-        """Which of these moves a pin forbids now, by plan and number, and why.
+        """Return the moves that a pin forbids now, as {(plan, number): reason}.
 
-        The rule file is read anew: a run may take days, and who pins something meanwhile means it. What it pinned when
-        the run began holds too: half of a file that is being written is whole TOML, and lacks pins. Raises
-        TierCacheError where it cannot be read now: then nobody knows.
+        The rule file is read again: a run may take days, and a pin that is added during it must count. The pins at the
+        start of the run count too, because a file that is read while somebody writes it can be valid TOML and lack
+        pins. Raises TierCacheError where the file cannot be read now, because the pins are not known then.
         """
         if not rows:
             return {}
@@ -210,18 +223,18 @@ class Sight:
         return why
 
     def missing(self, tier: str, *, gets: bool = True) -> str:
-        """Why a local tier may not be the one that was used before; "": it is, or was never used: see recognised()."""
+        """Return why a local tier may not be the one used before; "" if it is, or was never used. See recognised()."""
         try:
             return recognised(self.file.tier(tier), self.stores.store(tier), self.catalog, gets=gets)
         except StoreError as error:
             return str(error)
 
     def joined(self, src: str, dst: str) -> str:
-        """Why two tiers may be one place, whose copies are one copy; "": they are not. Raises StoreError.
+        """Return why two tiers may be one location, whose copies are one copy; "" if they are not. Raises StoreError.
 
-        URLs do not tell: 1. /data/a and /mnt/b are one folder by a link, a mount or NFS. 2. The copy "in both" is
-        verified. 3. It is dropped from one, and gone from the other. So something is put into one and looked for in the
-        other.
+        URLs do not show this: 1. /data/a and /mnt/b are one folder by a link, a mount or NFS. 2. The copy "in both" is
+        verified. 3. It is dropped from one tier, and is gone from the other. So a probe object is written to one tier
+        and looked up in the other.
         """
         if self.stores.same_place(src, dst):
             return f"tiers {src} and {dst} have one URL"
@@ -241,29 +254,29 @@ class Sight:
         if not is_one:
             return ""
         urls = f"{source.url} and {self.stores.store(dst).url}"
-        return f"expected two places, found that {urls} (tiers {src}, {dst}) are one: dropping a copy would drop both"
+        return f"expected two locations, found that {urls} (tiers {src}, {dst}) are one: a drop would delete both"
 
 
 def is_same(info: ObjectInfo, known: KnownCopy) -> bool:
-    """Whether an object is the one on the books, by size and ETag."""
+    """Return whether an object is the one in the catalog, by size and ETag."""
     return info.n_bytes == known.n_bytes and None not in (info.etag, known.etag) and info.etag == known.etag
 
 
 def first_written_s(one: JournalObject, known: KnownCopy | None) -> float | None:
-    """When an object was written first: its date, or an earlier one that the books have of this very object."""
+    """Return when an object was first written: its date, or an earlier one that the catalog has of this very object."""
     is_it = known is not None and one.etag is not None and (known.n_bytes, known.etag) == (one.n_bytes, one.etag)
     return earliest(one.modified_s, known.written_s if known is not None and is_it else None)
 
 
 def earliest(*dates_s: float | None) -> float | None:
-    """The first of the dates that are known."""
+    """Return the earliest of the known dates; None if none is known."""
     return min((date_s for date_s in dates_s if date_s is not None), default=None)
 
 
 def as_reclassed(one: JournalObject, known: KnownCopy | None, changed: Copied) -> KnownCopy | None:
-    """What the books have to say of an object whose class was changed; None: nothing new.
+    """Return the new catalog entry of an object whose class was changed; None if nothing changes.
 
-    known: what they said before, see Sight.remember_dates. Who has no checksum is on them for its date alone.
+    known: The entry before, see Sight.remember_dates. An object without a checksum has an entry only for its date.
     """
     crc = changed.crc32c if changed.crc32c is not None else one.crc32c
     came_from, first_s = ("", one.modified_s) if known is None else (known.made_from, first_written_s(one, known))
@@ -275,15 +288,18 @@ def as_reclassed(one: JournalObject, known: KnownCopy | None, changed: Copied) -
 
 
 def is_readable(info: ObjectInfo) -> bool:
-    """Whether it can be read for good: what was restored for a while cannot."""
+    """Return whether an object can be read permanently. A temporarily restored object cannot."""
     return state_of(info) == HERE
 
 
 def as_planned(one: JournalObject) -> PlannedObject:
-    """For what the transfer is asked."""
+    """Convert an object of the journal for a call of the transfer."""
     return PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c)
 
 
 def as_journaled(one: PlannedObject, where: str = "") -> JournalObject:
-    """For the journal. where: the tier, of moves that are about several."""
+    """Convert a planned object for the journal.
+
+    where: Name of the tier, for moves that take objects from several tiers.
+    """
     return JournalObject(one.key, one.n_bytes, one.etag, one.modified_s, one.crc32c, where)

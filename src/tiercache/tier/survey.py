@@ -1,4 +1,4 @@
-"""What must hold before anything goes for good, as it is now: listed and planned anew, whatever a plan said earlier."""
+"""Guard of deletions: what the tiers and rules say now, from a new listing and plan, whatever an earlier plan said."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What there is, as far as deletions must know. Paths of groups.
+    """State of the tiers, as far as deletions depend on it. Paths are paths of groups.
 
     Attributes:
-        in_use: somebody reads them now.
-        protected: the newest complete checkpoint of each run, and the newest that can be read now.
-        deletes: last copies that the rules delete now.
-        asked: (path, tier) that the rules take something away from now.
-        linked: (path, tier) -> a symbolic link in that tier that leads to it.
-        used_s: when files and checkpoints were last read through a cache of this machine, of those that were.
+        in_use: Paths that a reader uses now.
+        protected: Newest complete checkpoint of each run, and the newest one that can be read now.
+        deletes: Paths whose last copies the rules delete now.
+        asked: (path, tier) pairs from which the rules take a copy away now.
+        linked: (path, tier) -> symbolic link in that tier that leads to the group.
+        used_s: Path -> last read of a file or checkpoint through a cache of this machine, in seconds since the epoch.
     """
 
     in_use: frozenset[str] = frozenset()
@@ -55,7 +55,7 @@ def take_survey(file: TierFile, stores: Stores, catalog: TierCatalog, now_s: flo
 
 
 def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
-    """What a snapshot and what was decided of it say of deletions."""
+    """Return the survey of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.counted_since_s) & (snapshot.kind != SHARD)
     takes = [move for move in decisions.moves if move.action in ("move", "drop", "reclass")]
@@ -73,7 +73,7 @@ def survey_of(snapshot: Snapshot, decisions: Decisions) -> Survey:
 
 
 def _readable(snapshot: Snapshot) -> Snapshot:
-    """The same, where a checkpoint is complete only if it is so in a copy that can be read now, and stays."""
+    """Return the snapshot where a checkpoint is complete only if one copy is complete, readable now and permanent."""
     can_be_read = np.zeros(snapshot.n_groups, np.bool_)
     can_be_read[snapshot.group[snapshot.whole & (snapshot.state == HERE)]] = True
     return replace(snapshot, complete=snapshot.complete & can_be_read & (snapshot.kind == CHECKPOINT))

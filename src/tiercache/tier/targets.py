@@ -1,4 +1,4 @@
-"""What lies where a copy is to go, asked directly before it is published: what somebody has written there stays."""
+"""Checks of the destination of a copy, made directly before it is published: an object of somebody else stays."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
 
 
 def check_absent(stores: Stores, tier: str, key: str) -> None:
-    """Raise ObjectChanged where something lies."""
+    """Raise ObjectChanged if the destination has an object."""
     try:
         info = stores.head(tier, key)
     except NotFound:
         return
-    # Or we have written it, and the answer was lost: the next try compares it.
-    message = "it has been written since it was looked whether it is there: it is not overwritten"
+    # The object may be our own, if the answer of the store was lost: the next attempt compares it.
+    message = "the destination was created concurrently: it is not overwritten"
     url = f"{stores.store(tier).url}/{key}"
     raise ObjectChanged(message, url=url, expected="nothing", found=f"{info.n_bytes} bytes")
 
 
 def check_over(stores: Stores, tier: str, key: str, etag: str) -> None:
-    """Raise ObjectChanged where what lies there is not what has the ETag."""
+    """Raise ObjectChanged if the destination does not have the object with this ETag."""
     try:
         found = stores.head(tier, key).etag
     except NotFound:
         found = None
     if found != etag:
-        message = "what it was to replace is another by now: it is not overwritten"
+        message = "the object to replace was changed concurrently: it is not overwritten"
         raise ObjectChanged(message, url=f"{stores.store(tier).url}/{key}", expected=etag, found=found)

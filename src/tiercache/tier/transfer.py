@@ -1,4 +1,4 @@
-"""Bytes from tier to tier: streamed or by the server, summed on the way, compared when they have arrived."""
+"""Transfer of objects between tiers: streamed or copied by the server, with a checksum that is compared afterwards."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tiercache.tier.stores import Stores, state_of
 from tiercache.tier.targets import check_absent, check_over
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-# Parts of one object that are read ahead of the one that is written, or are under way together where parts may be.
+# Parts of one object that are read ahead of the part that is written, or in flight at once where the upload allows it.
 _AHEAD = 2
 _TOGETHER = 6
-# Up to this an object is read whole by one request, which also says what it is.
+# Up to this size an object is read by one request, which also returns its metadata.
 _SMALL_BYTES = 1 << 20
 _DELETE_KEYS = 1000
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
@@ -35,10 +35,13 @@ _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A copy that was made and verified, as far as that can be now: see Transfer.must_prove().
+    """A copy that was made and verified, as far as that is possible at once: see Transfer.must_prove().
 
-    crc32c: of its bytes; None where the server copied and no sum of that kind was known: other sums, or the bytes
-    themselves, were compared then. etag: the copy's.
+    Attributes:
+        n_bytes: Size, in bytes.
+        crc32c: CRC-32C of its bytes. None where the server copied and no such checksum was known: other checksums, or
+            the bytes themselves, were compared then.
+        etag: ETag of the copy.
     """
 
     n_bytes: int
@@ -51,11 +54,11 @@ def _nothing(_n_bytes: int) -> None:
 
 
 class Transfer:
-    """Copies, reclasses and drops objects of tiers. Safe from any thread: `jobs` of them may copy at once.
+    """Copies objects between tiers, changes their storage class, and deletes them.
 
-    Use as a context manager, or close(). At most jobs x 3 parts of 8 MiB are in memory, and 2 more for each of its own
-    threads. Errors are StoreError. What is at the target stays until all of the source was read and, where its checksum
-    is known, compared.
+    Thread-safe: `jobs` threads may copy. Use it as a context manager, or call close(). At most jobs x 3 parts of 8 MiB
+    are in memory, and 2 more for each of its own threads. Errors are StoreError. An object at the destination stays
+    until all of the source was read and, where its checksum is known, compared.
     """
 
     def __init__(
@@ -67,14 +70,14 @@ class Transfer:
         cancel: Event | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """No thread is started yet.
+        """Store the arguments; no thread is started yet.
 
         Args:
-            stores: of the rule file; stays the caller's.
-            jobs: objects that are copied at once.
-            rate_bytes_s: bytes a second of all copies together; None: no limit.
-            cancel: when set, ends every copy soon, with a StoreError that has .cancelled.
-            clock: whose time the rate is by.
+            stores: Stores of the rule file, which stay the caller's.
+            jobs: Number of objects that are copied at once.
+            rate_bytes_s: Limit of all copies together, in bytes per second. None: no limit.
+            cancel: Event that ends every copy soon when it is set, with a StoreError that has .cancelled.
+            clock: Clock by which the rate is measured.
         """
         if jobs < 1 or (rate_bytes_s is not None and rate_bytes_s < 1):
             raise ValueError(f"jobs and rate_bytes_s must be at least 1, got {jobs} and {rate_bytes_s}")
@@ -91,7 +94,7 @@ class Transfer:
         self.close()
 
     def close(self) -> None:
-        """End its threads, when what they do is done."""
+        """Wait for running work, and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._buffers.clear()
 
@@ -104,27 +107,31 @@ class Transfer:
         on_bytes: Callable[[int], object] | None = None,
         replaces: bool | str = True,
     ) -> Copied:
-        """Copy an object to another tier, under the same key and in that tier's class, and verify the copy.
+        """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
-        The copy appears whole, in place of what was there. Where the server of both can copy by itself, it does. A
-        store that names a sum of what it got is believed if it is ours; else the copy is read back, but for large
-        files: these are whole and synced, and the bytes on their disk are for prove().
+        The copy appears complete, and replaces what was there. If one server has both tiers, the server copies. If the
+        store reports a checksum of what it received, the checksum is trusted if it equals ours. Otherwise the copy is
+        read back, except for large files in local folders: these are complete and synced, and prove() checks their
+        bytes on disk later.
 
         Args:
-            src: name of the tier that it is read from.
-            dst: name of the tier that gets it.
-            one: what the object must be: size, ETag (or else date), and CRC-32C as far as they are known.
-            on_bytes: called with the length of each part that was read; from any thread.
-            replaces: False: nothing lay there when it was looked; what somebody has put there since stays. The store
-                sees to it; of more than a MiB in a cloud without boto3 it is asked once more directly before. An ETag:
-                another object is not overwritten. It is asked directly before; by boto3 the request names it too.
+            src: Name of the source tier.
+            dst: Name of the destination tier.
+            one: Expected object: size, ETag (or else date), and CRC-32C, as far as they are known.
+            on_bytes: Function that receives the length of each part that was read; called from any thread.
+            replaces: False: nothing was at the destination when the caller looked, and an object that appears there
+                stays. The store enforces this; for more than 1 MiB in a cloud without boto3, the destination is checked
+                directly before the upload completes. An ETag: only the object with this ETag is overwritten. This is
+                checked directly before; with boto3 the request names the ETag too.
 
         Raises:
-            NotFound: it is not in src.
-            ObjectChanged: it is not what `one` says, or changed meanwhile; or something lies there that may not go.
-            StoreError: .archived: it must be restored first; .cancelled; .wrong: what arrived was not what had been
-                read, and has been removed; .spoilt: nor is the source what `one` says; or a store failed.
-            ValueError: both tiers are one place: that is a reclass().
+            NotFound: The object is not in src.
+            ObjectChanged: The object is not the expected one, or changed during the copy; or the destination has an
+                object that must not be overwritten.
+            StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: the
+                data that arrived was not the data that was read, and the copy was removed. .spoilt: the source does not
+                have the expected checksum. Otherwise a store failed.
+            ValueError: Both tiers are one location: use reclass().
         """
         if self._stores.same_place(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {one.key}")
@@ -140,7 +147,7 @@ class Transfer:
         return self._streamed(src, dst, one, said, replaces=replaces)
 
     def check(self, name: str, one: PlannedObject) -> ObjectInfo:
-        """What an object is, if it is what was planned and can be read. Raises as copy()."""
+        """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
         self._check_cancelled(name, one.key)
         info = self._stores.head(name, one.key)
         self._expect(name, one, info)
@@ -150,12 +157,12 @@ class Transfer:
         return info
 
     def _expect(self, name: str, one: PlannedObject, info: ObjectInfo) -> None:
-        """Raise ObjectChanged where an object is not what was planned."""
+        """Raise ObjectChanged if an object is not the planned one."""
         pairs: list[tuple[str, object, object]] = [("size", one.n_bytes, info.n_bytes)]
         if one.etag is not None and info.etag is not None:
             pairs.append(("ETag", one.etag, info.etag))
         elif one.modified_s is not None and info.modified_s is not None:
-            # Listings and answers to HEAD may say the date by different fractions of a second.
+            # A listing and a HEAD may give the date with different fractions of a second.
             pairs.append(("date", int(one.modified_s), int(info.modified_s)))
         for what, expected, found in pairs:
             if expected != found:
@@ -168,7 +175,7 @@ class Transfer:
     def _by_server(
         self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> Copied | None:
-        """The copy that the server made; None where its sums do not say that it is one: it is removed then."""
+        """Return the copy that the server made; None, after removing it, if checksums do not show that it is equal."""
         info = self.check(src, one)
         source, target = self._archive(src), self._archive(dst)
         if isinstance(replaces, str):
@@ -191,12 +198,13 @@ class Transfer:
                 check_absent(self._stores, dst, one.key)
             raise
         if one.crc32c is not None and made.crc32c is None:
-            # That the copy is the source says nothing of what the source should be: that takes its bytes.
+            # A copy that equals the source does not show that the source is the expected object: only its bytes do.
             is_proven = _is_readable(made) and self.sum_of(dst, made) == one.crc32c
         else:
             is_proven = _is_proven(before, target.sums(one.key), one, made)
         if made.n_bytes != info.n_bytes or not is_proven:
-            # Ours, and perhaps of a source that rotted: it must neither stand there nor be taken for somebody's.
+            # This copy is ours, perhaps of a source that rotted: it must not stay, nor be taken for somebody else's
+            # object.
             self._remove(dst, made)
             return None
         on_bytes(info.n_bytes)
@@ -205,14 +213,17 @@ class Transfer:
     def _at_once(
         self, src: str, dst: str, one: PlannedObject, on_bytes: Callable[[int], object], *, replaces: bool | str
     ) -> Copied:
-        """A small object: one request says what it is, and is it; for many small ones requests are what counts."""
+        """Copy a small object.
+
+        One request reads it and its metadata, because requests dominate the cost of small objects.
+        """
         self._pace.take(one.n_bytes)
         try:
             data, info = self._stores.store(src).read_tail(one.key, max(one.n_bytes, 1))
         except NotFound:
             raise
         except StoreError:
-            self.check(src, one)  # which knows better why it cannot be read
+            self.check(src, one)  # raises a better error if it knows why the object cannot be read
             raise
         self._expect(src, one, info)
         on_bytes(len(data))
@@ -232,10 +243,10 @@ class Transfer:
     def _completed(
         self, src: str, dst: str, one: PlannedObject, written: tuple[Upload, int], *, replaces: bool | str
     ) -> Copied:
-        """The copy, published and verified. written: the upload, and the CRC-32C of what it was given."""
+        """Publish and verify the copy. written: The upload, and the CRC-32C of the bytes that it was given."""
         upload, crc = written
         if one.crc32c is not None and crc != one.crc32c:
-            # Before complete(): what is at the target stays.
+            # Before complete(), so that the object at the destination stays.
             raise _wrong(self._at(src, one.key), one.crc32c, crc, "the source")
         self._check_cancelled(dst, one.key)
         made = self._published(dst, one, upload, replaces=replaces)
@@ -245,7 +256,10 @@ class Transfer:
         return self._verified(dst, one.n_bytes, crc, made)
 
     def _published(self, dst: str, one: PlannedObject, upload: Upload, *, replaces: bool | str) -> ObjectInfo:
-        """What was published. Reading the source takes minutes, in which somebody may write."""
+        """Complete the upload, and return the object.
+
+        Reading the source took minutes, in which somebody may have written.
+        """
         store = self._stores.store(dst)
         can_decide = (
             one.n_bytes <= _SMALL_BYTES or not isinstance(store, CloudStore) or self._stores.archive(dst) is not None
@@ -257,11 +271,11 @@ class Transfer:
         made = upload.complete(if_absent=not replaces and can_decide)
         if made is None:
             check_absent(self._stores, dst, one.key)
-            raise ObjectChanged("somebody writes and deletes it meanwhile", url=self._at(dst, one.key))
+            raise ObjectChanged("the destination was changed concurrently: run again", url=self._at(dst, one.key))
         return made
 
     def _written(self, upload: Upload, parts: Generator[Part, None, None]) -> int:
-        """The CRC-32C of all parts, those written here that bring their bytes. None is under way afterwards."""
+        """Write the parts that bring their bytes, and return the CRC-32C of all. No part is in flight afterwards."""
         crc = 0
         with closing(parts):
             for number, part in enumerate(parts):
@@ -273,7 +287,7 @@ class Transfer:
 
     @contextmanager
     def _upload(self, dst: str, info: ObjectInfo, replaces: bool | str) -> Iterator[tuple[Upload, bool]]:
-        """An upload to a tier, and whether it wants its parts in their order."""
+        """Yield an upload to a tier, and whether it needs its parts in order."""
         archive, store = self._stores.archive(dst), self._stores.store(dst)
         if archive is not None:
             over = replaces if isinstance(replaces, str) else None
@@ -293,7 +307,10 @@ class Transfer:
     def _parts(
         self, reading: Reading, upload: Upload | None, on_bytes: Callable[[int], object]
     ) -> Generator[Part, None, None]:
-        """The object's parts in order, read ahead; written by the threads that read them where upload is given."""
+        """Yield the object's parts in order, read ahead.
+
+        If upload is given, the threads that read the parts also write them.
+        """
         ranges = ranges_of(reading.info.n_bytes)
         if len(ranges) == 1:
             yield self._part(reading, ranges[0], upload, on_bytes)
@@ -303,7 +320,8 @@ class Transfer:
         self._count(1)
         try:
             for wanted in ranges:
-                # Files that are copied beside this one keep disks busy meanwhile; handing parts over would only cost.
+                # Other files that are copied at the same time keep the disks busy; a handover between threads would
+                # only cost.
                 if is_file and not running and self._n_reading > 1:
                     yield self._part(reading, wanted, upload, on_bytes)
                     continue
@@ -321,7 +339,7 @@ class Transfer:
             self._n_reading += n
 
     def _give_up(self, running: deque[Future[Part]]) -> None:
-        """Wait for parts under way, which use the upload, and take their buffers back."""
+        """Wait for the parts in flight, which use the upload, and take their buffers back."""
         for future in running:
             future.cancel()
         for future in running:
@@ -353,7 +371,7 @@ class Transfer:
         return Part(crc, span.n_bytes, buffer if kept else None)
 
     def _verified(self, dst: str, n_bytes: int, crc: int, made: ObjectInfo) -> Copied:
-        """The copy, if it is there and is what was read; else it is removed."""
+        """Return the copy, if it is there and equals what was read; otherwise remove it and raise."""
         info, found = self._looked_at(dst, made, n_bytes, crc)
         where = self._at(dst, made.key)
         if made.etag is not None and info.etag != made.etag:
@@ -368,7 +386,8 @@ class Transfer:
             self._remove(dst, info)
             message = "the store names no checksum of the copy, and archived it cannot be read back: it was removed"
             raise StoreError(message, url=where, wrong=True)
-        # A sum of the store's own that differs does not condemn the copy (moto's is of something else): bytes decide.
+        # A checksum of the store that differs does not prove a bad copy (moto computes it of something else): bytes
+        # decide.
         if found is None:
             found = self.sum_of(dst, info)
         if found != crc:
@@ -377,29 +396,29 @@ class Transfer:
         return Copied(n_bytes, crc, info.etag)
 
     def _looked_at(self, name: str, made: ObjectInfo, n_bytes: int, crc: int) -> tuple[ObjectInfo, int | None]:
-        """What a copy is, and its CRC-32C where it is known already; crc: of what was written."""
+        """Return the metadata of a copy, and its CRC-32C if known. crc: CRC-32C of the bytes that were written."""
         store = self._stores.store(name)
         if n_bytes <= _SMALL_BYTES and self._stores.archive(name) is None:
             data, info = store.read_tail(made.key, n_bytes + 1)
             return info, crc32c(data)
-        # A folder has just looked at the file.
+        # A local folder has just checked the file.
         return (made, crc) if self.must_prove(name) else (self._stores.head(name, made.key), None)
 
     def must_prove(self, name: str) -> bool:
-        """Whether copies in a tier must stand prove() before what they were made from goes: files in a folder.
+        """Return whether copies in a tier must pass prove() before their sources are deleted: files in a local folder.
 
-        Only who reads a disk knows what it has, and the later the better: docs/design/2026-11-26-reading-back.md.
+        Only reading a disk shows what it has, and a later read shows more: docs/design/tiers.md.
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
     def prove(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
-        """The CRC-32C of a file as its disk has it, not as the system remembers it. on_bytes, raises: as copy()."""
+        """Return the CRC-32C of a file as its disk has it, past the page cache. on_bytes, errors: As copy()."""
         if isinstance(store := self._stores.store(name), LocalFolder):
             store.forget_cached(info.key)
         return self.sum_of(name, info, on_bytes)
 
     def sum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
-        """The CRC-32C of an object's bytes, all of them read. on_bytes, raises: as copy()."""
+        """Read all bytes of an object, and return their CRC-32C. on_bytes, errors: As copy()."""
         crc = 0
         with closing(self._parts(Reading(self._stores.store(name), info, self._cancel), None, on_bytes)) as parts:
             for part in parts:
@@ -408,11 +427,13 @@ class Transfer:
         return crc
 
     def reclass(self, dst: str, one: PlannedObject) -> Copied:
-        """Give an object, where it lies, the class of a tier with the same URL; nothing is read.
+        """Give an object, in place, the storage class of a tier with the same URL.
+
+        No data is read unless checksums leave doubt.
 
         Raises:
-            NotFound, ObjectChanged, StoreError: as copy(); .wrong: afterwards it is not what it was.
-            ValueError: the tier's store has no classes.
+            NotFound, ObjectChanged, StoreError: As copy(). .wrong: the object is not the expected one afterwards.
+            ValueError: The store of the tier has no storage classes.
         """
         archive = self._archive(dst)
         info = self.check(dst, one)
@@ -425,20 +446,21 @@ class Transfer:
             raise _wrong(where, f"{info.n_bytes} bytes, {wanted}", found, "the object")
         if _is_proven(before, archive.sums(one.key), one, made):
             return Copied(made.n_bytes, one.crc32c if made.crc32c is None else made.crc32c, made.etag)
-        # Sums that do not tell: what can be read decides, and of the rest size and class are known.
+        # The checksums are not conclusive: a readable object is read; of an archived one only size and class are known.
         crc = self.sum_of(dst, made) if _is_readable(made) else None
         if None not in (crc, one.crc32c) and crc != one.crc32c:
             raise _wrong(where, one.crc32c, crc, "the object")
         return Copied(made.n_bytes, crc, made.etag)
 
     def drop(self, name: str, objects: Sequence[PlannedObject]) -> None:
-        """Delete objects of a tier, a thousand a request where the store can; those that are gone are no error.
+        """Delete objects of a tier, 1000 per request where the store can. A missing object is not an error.
 
-        In no order, and only S3 and local folders look whether they still have their ETags, a folder directly before
-        it unlinks each file: what must be so before, and what must go first, is the caller's to see to.
+        The order is not defined. Only S3 and local folders check that an object still has its ETag; a local folder
+        checks directly before it unlinks each file. The caller ensures all other conditions, and the order where one
+        matters.
 
         Raises:
-            StoreError: some could not be deleted; .failed names them.
+            StoreError: Some objects could not be deleted; .failed names them.
         """
         archive, store = self._stores.archive(name), self._stores.store(name)
         if archive is None:
@@ -466,7 +488,7 @@ class Transfer:
         return archive
 
     def _remove(self, name: str, info: ObjectInfo) -> None:
-        """Delete what was found wrong, if it is still there and nobody else's."""
+        """Delete a wrong copy, if it is still there and was not replaced by somebody else."""
         with suppress(NotFound):
             if self._stores.head(name, info.key).etag == info.etag:
                 self._stores.store(name).delete([info.key])
@@ -481,12 +503,12 @@ def _is_readable(info: ObjectInfo) -> bool:
 
 
 def is_md5(etag: str) -> bool:
-    """Whether an ETag is of all bytes: one of parts depends on how they were cut, or was only carried over."""
+    """Return whether an ETag is an MD5 of all bytes. The ETag of a multipart upload depends on its part sizes."""
     return _MD5.fullmatch(etag) is not None
 
 
 def _is_proven(before: Mapping[str, str], after: Mapping[str, str], one: PlannedObject, made: ObjectInfo) -> bool:
-    """Whether the store's own sums say that a copy by the server is the object: all that both have are equal."""
+    """Return whether the store's checksums prove that a server-side copy is equal: all common ones must be equal."""
     if None not in (one.crc32c, made.crc32c):
         return one.crc32c == made.crc32c
     names = [name for name in before.keys() & after.keys() if name != "ETag"]

@@ -1,8 +1,8 @@
-"""What machines use of a data set, and when: each writes its own small report beside it, the planner merges them.
+"""Use reports: each machine writes one small report of its use beside a data set, and the planner merges the reports.
 
-A report is ``_tiercache/usage/<machine>.json``. It is written when a run begins, once an hour while it goes on, when
-the data set is closed and when the process ends; and only where tiers look after the data set. Counting costs an
-addition for each shard that is opened, none for a record. A store that cannot be written is read without reports.
+A report is ``_tiercache/usage/<machine>.json``. It is written at the start of a run, once an hour during the run, when
+the data set is closed and at process exit; and only if the data set is tracked. Counting costs one addition per opened
+shard, nothing per record. A data set whose store cannot be written is read without reports.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 USAGE_FOLDER = "_tiercache/usage/"
 FORMAT_VERSION = 1
 REPORT_S = 3600.0
-# A report takes two requests. Who holds the lock for longer was killed, and a child of his has it by now.
+# A report takes two requests. A process that holds the lock for longer was killed, and a forked child has its lock.
 LOCK_S = 5.0
-# A reader that was heard so lately reads now: one report may come late, or be lost.
+# A reader whose last report is newer than this reads now: one report may be late or lost.
 IN_USE_S = 2.5 * REPORT_S
-_MOST_BYTES = 256 << 20  # a million shards with names of 40 characters take 70 MB
-_SKEW_S = 60.0  # writing it takes time, and clocks differ a little everywhere
-_MANY_USES = 1 << 40  # some thousand machines' add up to less than an int64 holds
+_MOST_BYTES = 256 << 20  # the report of a million shards with names of 40 characters takes 70 MB
+_SKEW_S = 60.0  # duration of a write, and normal difference between clocks
+_MANY_USES = 1 << 40  # the sum over some thousand machines still fits an int64
 _numbers = itertools.count()
 _PID = re.compile(r"[0-9]{1,10}")
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
@@ -58,7 +58,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A process that has not closed a data set. since_s: when it began; reads_all: its run reads every shard."""
+    """A process that has a data set open. since_s: Start of reading. reads_all: Whether its run reads every shard."""
 
     since_s: float
     reported_s: float
@@ -67,14 +67,14 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one machine has used. Times in seconds since the epoch, by its own clock; read_reports() mends late ones.
+    """Uses of one machine. Times are seconds since the epoch, by its own clock; read_reports() corrects a late clock.
 
     Attributes:
-        machine: its name.
-        reported_s: when it wrote this.
-        all_s: when a run of it last read every shard; 0: never.
-        readers: processes that have not closed the data set, by what tells them apart.
-        shards: name -> (last use, how often it was opened).
+        machine: Name of the machine.
+        reported_s: Time of the report.
+        all_s: Last time that a run read every shard; 0: never.
+        readers: Processes that have the data set open, by a name that identifies the process.
+        shards: Name -> (last use, number of times it was opened).
     """
 
     machine: str
@@ -86,13 +86,13 @@ class Report:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Usage:
-    """What is known of the use of n shards.
+    """Known use of n shards.
 
     Attributes:
-        last_use_s: float64[n], NaN where nobody has reported a use.
-        uses: int64[n], how often they were opened.
-        in_use: bool[n], somebody reads them now.
-        unreported: a machine reads the data set that should have reported and has not: nothing of it is idle.
+        last_use_s: float64[n], seconds since the epoch; NaN if no use was reported.
+        uses: int64[n], number of times each shard was opened.
+        in_use: bool[n], whether somebody reads it now.
+        unreported: Whether the report of a machine that reads the data set is overdue: then no shard counts as idle.
     """
 
     last_use_s: NDArray[np.float64]
@@ -105,7 +105,7 @@ class Usage:
 
 
 def read_reports(store: Store) -> list[Report]:
-    """The reports of all machines. One that cannot be read is of a machine that has not reported. Raises StoreError."""
+    """Return the reports of all machines. An unreadable one counts as an overdue report. Raises StoreError."""
     found = []
     for info in store.list(USAGE_FOLDER):
         modified_s = info.modified_s or 0.0
@@ -116,10 +116,11 @@ def read_reports(store: Store) -> list[Report]:
 
 
 def by_store_clock(report: Report, modified_s: float) -> Report:
-    """A report of a machine whose clock is behind, with its times put later by that.
+    """Return a report with its times shifted later, if the machine's clock is behind.
 
-    The store says when it was written: a machine whose clock is a week behind would be gone, and what it reads idle.
-    Never earlier: of a clock that is ahead, or a file that was copied with its date, too late a time is the safe side.
+    The store knows the time of writing. Without the shift, a machine whose clock is a week behind would count as gone,
+    and its shards as idle. Times are never shifted earlier: for a clock that is ahead, or a file that was copied with
+    its date, a late time is the safe side.
     """
     behind_s = modified_s - max(report.reported_s, 0.0)
     if behind_s <= _SKEW_S:
@@ -136,13 +137,16 @@ def by_store_clock(report: Report, modified_s: float) -> Report:
 def merge(
     reports: Sequence[Report], names: pa.Array | pa.ChunkedArray, *, now_s: float, silence_s: float = 7 * 86400.0
 ) -> Usage:
-    """What all reports together say of these shards. Pure.
+    """Merge the reports on these shards. Pure.
 
     Args:
-        reports: of one data set.
-        names: of shards, as the data set's versions have them.
-        now_s: seconds since the epoch.
-        silence_s: a reader that was last heard longer ago is gone.
+        reports: Reports on one data set.
+        names: Names of the shards in the data set's versions.
+        now_s: Current time, in seconds since the epoch.
+        silence_s: Time without a report after which a reader counts as gone, in seconds.
+
+    Returns:
+        The use of each shard, in the order of `names`.
     """
     n = len(names)
     last, uses, in_use = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.bool_)
@@ -170,7 +174,7 @@ def merge(
 
 
 def encode(report: Report) -> bytes:
-    """A report's text."""
+    """Return a report as JSON."""
     readers = {
         name: {"since_s": one.since_s, "reported_s": one.reported_s, "reads_all": one.reads_all}
         for name, one in report.readers.items()
@@ -188,9 +192,12 @@ def encode(report: Report) -> bytes:
 
 
 def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
-    """The report of a text; of one that is none, or of a later release, a reader of all that is not heard any more.
+    """Return the report in a JSON text. For an unreadable or newer text, return an overdue reader of all shards.
 
-    machine: whose it is by its name; modified_s: when the text was written, by the store's clock.
+    Args:
+        data: JSON text.
+        machine: Name of the machine, from the report's key.
+        modified_s: Time of writing by the store's clock, in seconds since the epoch.
     """
     try:
         body: dict[str, Any] = json.loads(data)
@@ -213,12 +220,12 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> Report:
 
 
 def usage_key(machine: str) -> str:
-    """Where a machine's report lies."""
+    """Return the key of a machine's report."""
     return f"{USAGE_FOLDER}{machine}.json"
 
 
 def machine_name() -> str:
-    """This machine's name in reports: its host name, and a few digits that tell it from another of that name."""
+    """Return this machine's name in reports: its host name, and 8 hex digits that distinguish equal host names."""
     host = socket.gethostname()
     try:
         told = Path("/etc/machine-id").read_text(encoding="ascii").strip()
@@ -236,14 +243,15 @@ def _machine_of(key: str) -> str:
 
 
 class Recorder:
-    """Counts what this process reads of one data set, and reports it. Safe from any thread; a forked child counts anew.
+    """Counts which shards of one data set this process opens, and reports them.
 
-    The lock guards the counts; reports are made outside it, one at a time on a machine.
+    Thread-safe; a forked child starts anew. The lock guards the counts. Reports are made outside it, one at a time per
+    machine.
 
     Args:
-        places: of the data set: whether tiers look after it, and where the report goes.
-        clock: for the time between two reports.
-        now_s: seconds since the epoch.
+        places: Resolver of the data set: tells whether it is tracked, and gives the store for the report.
+        clock: Clock for the time between two reports.
+        now_s: Function that returns seconds since the epoch.
     """
 
     def __init__(self, places: Places, *, clock: Clock = SYSTEM_CLOCK, now_s: Callable[[], float] = time.time) -> None:
@@ -253,15 +261,15 @@ class Recorder:
 
     def _begin(self) -> None:
         self._lock, self._reporting = threading.Lock(), threading.Lock()
-        self._opened: dict[str, int] = {}  # since the last report
-        self._held: set[str] = set()  # opened at any time, or to be: may be open still
-        self._since_s = 0.0  # when it began to read; 0: it does not
+        self._opened: dict[str, int] = {}  # opened since the last report
+        self._held: set[str] = set()  # opened at any time, or announced: may still be open
+        self._since_s = 0.0  # start of reading; 0: not reading
         self._reads_all = self._has_failed = False
-        self._stop: threading.Event | None = None  # of the thread that reports once an hour
-        self._pid = os.getpid()  # last: see Readers
+        self._stop: threading.Event | None = None  # stops the thread that reports once an hour
+        self._pid = os.getpid()  # last: other threads of a forked child compare it before they use the new state
 
     def note(self, name: str) -> None:
-        """Count that a shard was opened."""
+        """Count an opened shard."""
         if self._pid != os.getpid():
             self._begin()
         with self._lock:
@@ -270,9 +278,9 @@ class Recorder:
             self._opened[name] = self._opened.get(name, 0) + 1
 
     def begin(self, keys: Iterable[str] | None) -> None:
-        """Hear that a run begins, of a data set that is known to be looked after: report now, and once an hour.
+        """Start the reports of a run on a tracked data set: one now, and one every hour.
 
-        keys: of the shards that it reads, perhaps in workers, who report when they end; None: all there are.
+        keys: Keys of the shards that the run reads, perhaps in workers, which report when they end. None: all shards.
         """
         if self._pid != os.getpid():
             self._begin()
@@ -294,7 +302,7 @@ class Recorder:
         _watch(self)
 
     def close(self) -> None:
-        """Report for the last time, if tiers look after the data set. Repeatable; reading on begins anew."""
+        """Write the last report, if the data set is tracked. Repeatable; further reads start new counts."""
         if self._pid != os.getpid() or not self._since_s:
             return
         stop, self._stop = self._stop, None
@@ -311,19 +319,19 @@ class Recorder:
         self._opened, self._held, self._since_s, self._reads_all = {}, set(), 0.0, False
 
     def close_at_exit(self) -> None:
-        """As close(), but asks nothing of a store that was not asked before, or that failed."""
+        """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
         if self._pid == os.getpid() and self._since_s and self._places.is_adopted and not self._has_failed:
             self.close()
 
     def report(self, *, is_last: bool = False) -> bool:
-        """Write what was used by now into this machine's report; False: the store cannot be written, or failed.
+        """Add the uses so far to this machine's report. Return False if the store cannot be written.
 
-        is_last: this process reads no more.
+        is_last: Whether this process stops reading.
         """
         with self._reporting:
             with self._lock:
                 if not self._since_s:
-                    return False  # closed while this waited: a reader that is gone must not be on the list
+                    return False  # closed while this call waited: a reader that is gone must not be in the report
                 opened, self._opened = self._opened, {}
                 self._held.update(opened)
                 reader = Reader(self._since_s, self._now_s(), self._reads_all)
@@ -335,7 +343,7 @@ class Recorder:
                     _add(self._places.home, news)
             except (StoreError, OSError):
                 self._has_failed = True
-                with self._lock:  # for the next report
+                with self._lock:  # add the counts to the next report
                     for name, n in opened.items():
                         self._opened[name] = self._opened.get(name, 0) + n
                 return False
@@ -345,9 +353,9 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class _News:
-    """What a recorder adds to its machine's report.
+    """An addition to a machine's report.
 
-    opened: how often, since its last report; held: what it may hold open; is_last: it reads no more.
+    opened: Opens since the last report. held: Shards that may be open. is_last: Whether the process stops reading.
     """
 
     name: str
@@ -357,7 +365,7 @@ class _News:
     is_last: bool
 
     def added_to(self, before: Report) -> Report:
-        """The report with these news; readers that are no processes any more are left out."""
+        """Return the report with this addition, without readers whose process is gone."""
         now_s = self.reader.reported_s
         readers = {name: one for name, one in before.readers.items() if _may_live(name)}
         readers.pop(self.name, None)
@@ -371,7 +379,7 @@ class _News:
 
 
 def _add(store: Store, news: _News) -> None:
-    """Write this machine's report anew."""
+    """Update this machine's report."""
     machine = machine_name()
     try:
         before = decode(store.get(usage_key(machine)), machine)
@@ -386,22 +394,22 @@ def _report_hourly(recorder: weakref.ref[Recorder], stop: threading.Event, clock
         if found is None:
             return
         found.report()
-        del found  # while it waits, nothing of the data set is held
+        del found  # so that the sleeping thread keeps nothing of the data set alive
         pause(REPORT_S, clock, stop)
 
 
-# Recorders that count, of the process that has this number.
+# Recorders that count in this process, whose pid is _watching_pid.
 _counting: weakref.WeakSet[Recorder] = weakref.WeakSet()
 _watching_pid = 0
 
 
 def _watch(recorder: Recorder) -> None:
-    """Let a recorder report when this process ends."""
+    """Make a recorder report at process exit."""
     global _watching_pid
     _counting.add(recorder)
     if _watching_pid != os.getpid():
         _watching_pid = os.getpid()
-        # Of multiprocessing, for its workers run no atexit.
+        # Finalize of multiprocessing, because its workers do not run atexit.
         util.Finalize(None, _report_at_exit, exitpriority=100)
 
 
@@ -412,7 +420,7 @@ def _report_at_exit() -> None:
 
 @contextmanager
 def _one_at_a_time(url: str) -> Iterator[None]:
-    """Hold this machine's lock for reports about url; where it is not to be had, one of two reports may be lost."""
+    """Hold this machine's lock for reports on url. Without a lock, one of two simultaneous reports may be lost."""
     fd = None
     try:
         with suppress(OSError, ValueError):
@@ -425,7 +433,7 @@ def _one_at_a_time(url: str) -> Iterator[None]:
     finally:
         if fd is not None:
             with suppress(OSError):
-                flock(fd, LOCK_UN)  # a child that was forked meanwhile has the descriptor too: closing would not do
+                flock(fd, LOCK_UN)  # explicitly: a forked child has the descriptor too, so closing does not unlock
             os.close(fd)
 
 
@@ -438,19 +446,19 @@ def _try_lock(fd: int) -> bool:
 
 
 def _name_of(recorder: int) -> str:
-    """What tells a recorder of this process from all others of this machine."""
+    """Return the name of a recorder, unique on this machine."""
     return f"{os.getpid()}-{_started(os.getpid())}-{pid_namespace()}-{recorder}"
 
 
 def _may_live(name: str) -> bool:
-    """Whether a process of this machine may still be there; of another container one cannot know."""
+    """Return whether a reader's process may still exist. A process of another container counts as existing."""
     pid, _, rest = name.partition("-")
     started, _, rest = rest.partition("-")
     return rest.partition("-")[0] != str(pid_namespace()) or not _PID.fullmatch(pid) or _started(int(pid)) == started
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in the kernel's ticks; "" for one that is not there."""
+    """Return the start time of a process, in kernel ticks; "" if it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
