@@ -118,10 +118,10 @@ class TestSchemas:
     @pytest.mark.parametrize(
         ("given_schema", "column", "message"),
         [
-            ({"tokens": "int64"}, "caption", "the data set has this column, what is appended has not"),
+            ({"tokens": "int64"}, "caption", "the data set has this column, the appended records do not"),
             ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set has not"),
-            ({"tokens": "int32", "caption": "str"}, "tokens", "the data set has int64, what is appended int32"),
-            ({"tokens": "int64?", "caption": "str"}, "tokens", r"the data set has int64, what is appended int64\?"),
+            ({"tokens": "int32", "caption": "str"}, "tokens", "the data set has int64, the appended records have int32"),
+            ({"tokens": "int64?", "caption": "str"}, "tokens", r"the data set has int64, the appended records have int64\?"),
             ({"caption": "str", "tokens": "int64"}, None, "another order: the data set has tokens, caption"),
         ],
     )

@@ -295,7 +295,7 @@ def test_more_columns_of_a_segment_are_left_out_and_fewer_or_others_are_corrupti
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, other.schema) as writer:
             writer.write_table(other)
-        with pytest.raises(CorruptShard, match="another schema"):
+        with pytest.raises(CorruptShard, match="another Arrow schema"):
             segments.parse_segment(sink.getvalue(), ref, url="u")
 
 
