@@ -207,7 +207,7 @@ def test_a_frame_that_promises_another_length_is_refused(shard):
         tail = Tail(len(chunks), len(stored), lie, crc32c(stored))
         store = MemoryStore("layout-lie")
         store.put("shard", chunks + stored + tail.pack())
-        with pytest.raises(CorruptShard, match="zstd frame holds"):
+        with pytest.raises(CorruptShard, match="zstd frame states"):
             ShardReader(store, "shard")
 
 

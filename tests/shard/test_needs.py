@@ -87,7 +87,7 @@ def test_a_later_format_is_refused_by_the_release_that_reads_it(shard):
 
 def test_a_shard_of_the_format_before_the_first_says_to_pack_again(shard):
     _, data = shard
-    with pytest.raises(UnsupportedFormat, match=r"format 0, of builds before the first release.*pack the data again"):
+    with pytest.raises(UnsupportedFormat, match=r"format 0 of a build before the first release.*pack the data again"):
         opened(with_tail(data, 28, b"\0"))
 
 
