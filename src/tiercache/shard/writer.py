@@ -56,7 +56,7 @@ class ShardOptions:
         try:
             json.dumps(dict(self.metadata), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata must consist of values that JSON can represent: {error}") from error
+            raise ValueError(f"metadata must be representable as JSON: {error}") from error
 
     def compression_of(self, name: str) -> str:
         """Return the compression of the column with this name."""
