@@ -1,4 +1,4 @@
-"""Converts Arrow arrays to Parts, and shares their memory if they have the stored layout already."""
+"""Converts Arrow arrays to stored form, and shares their memory if they have the stored layout already."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_recor
 
 
 def _runs(column: Column, array: pa.Array) -> Part:
-    """Return the part of a column of bytes, text or images: values and 64-bit offsets."""
+    """Return the records of a column of bytes, text or images: values and 64-bit offsets."""
     text = column.kind is Kind.STR
     kind_fits = pt.is_string(array.type) or pt.is_large_string(array.type) or pt.is_string_view(array.type)
     if not text:
@@ -177,7 +177,7 @@ def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
 
 
 def _ragged(column: Column, array: pa.Array) -> Part:
-    """Return the part of a ragged column, from a struct of data and shape, or from lists if there is one dimension."""
+    """Return the records of a ragged column, from a struct of data and shape, or from lists with one dimension."""
     if pt.is_struct(array.type) and {array.type.field(i).name for i in range(array.type.num_fields)} == {
         "data",
         "shape",

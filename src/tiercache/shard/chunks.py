@@ -37,7 +37,7 @@ LOOK_AGAIN_S = 0.010
 
 
 class CheckedPages:
-    """The pages of a local copy whose checksums have matched, and the time since when this is known.
+    """Record of the pages of a local copy whose checksums have matched, and of the time of the oldest check.
 
     Thread-safe without a lock: if two threads reset the flags at once, some pages are checked once more than necessary.
 
@@ -227,7 +227,7 @@ class Chunks:
         """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
         Returns:
-            True if the fetch has started or there is no local copy, so that no further call is needed; otherwise False.
+            True if the fetch has started or is done, or if there is no local copy: no further call is needed.
 
         Raises:
             StoreError: The store failed, or the deadline passed.

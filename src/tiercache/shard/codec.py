@@ -25,9 +25,10 @@ ZSTD_LIMIT_BYTES = 1 << 30
 # A block of a zstd frame takes at least 4 bytes and holds at most 128 KiB, so this is the largest ratio of a frame. A
 # frame that states a larger one is refused before memory is allocated.
 ZSTD_MOST_RATIO = (128 << 10) // 4
-# "auto" compresses this many blocks as a test, and keeps zstd if a frame has at most this fraction of the raw bytes.
-# Compression pays if the saved fraction exceeds D / Z, where D is the read speed of the disk (1 to 3 GB/s) and Z the
-# decoding speed of all cores (1 to 1.8 GB/s each, 2 to 4 cores). For data in the page cache it never pays.
+# "auto" compresses the chunks of a column in this many blocks as a test, and keeps zstd for the column if the frames
+# have at most this fraction of the raw bytes. The limit also applies to each single frame. Compression pays if the
+# saved fraction exceeds D / Z, where D is the read speed of the disk (1 to 3 GB/s) and Z the decoding speed of all
+# cores (1 to 1.8 GB/s each, 2 to 4 cores). For data in the page cache it never pays.
 MEASURED_BLOCKS = 4
 WORTH = 1 / 2
 
@@ -144,7 +145,7 @@ class ColumnCodec:
         return frame if self._forced or len(frame) <= n_bytes * WORTH else None
 
     def tries(self, n_bytes: int) -> bool:
-        """Return whether encode() compresses a chunk of this many bytes to find out whether it pays."""
+        """Return whether encode() tries to compress a chunk of this many bytes."""
         least_bytes = 1 if self._forced else LEAST_BYTES
         return self._level is not None and least_bytes <= n_bytes <= ZSTD_LIMIT_BYTES
 

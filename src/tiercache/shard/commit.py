@@ -48,9 +48,12 @@ _MAX_PUTS = 3
 class CommitRequest:
     """The content of a commit.
 
-    infos: New shards, in data-set order.
-    parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
-    writer_id, nonce: Identifiers by which the commit recognises its own version; the nonce is new for each commit.
+    Attributes:
+        infos: New shards, in data-set order.
+        schema: Schema of the shards.
+        mode: "create", "append" or "overwrite".
+        parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
+        writer_id, nonce: Identifiers by which the commit recognises its own version; the nonce is new for each commit.
     """
 
     infos: tuple[ShardInfo, ...]

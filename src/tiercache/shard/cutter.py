@@ -31,7 +31,7 @@ class BlockCutter:
         self._pending_bytes = 0
 
     def add(self, parts: Parts) -> Iterator[Parts]:
-        """Add a batch (a part for each column, of equal lengths), and yield each full block. The rest stays pending."""
+        """Add a batch (the data of each column, of equal lengths); yield each full block. The rest stays pending."""
         n = parts[0].n
         ends_bytes = self._ends_bytes(parts)
         start = 0

@@ -37,7 +37,8 @@ class Writer:
     nothing and deletes the shards that it has written. A killed writer needs no clean-up, because no version lists its
     shards.
 
-    version: The committed version; None before the commit.
+    Attributes:
+        version: The committed version; None before the commit.
     """
 
     def __init__(

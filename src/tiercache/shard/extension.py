@@ -44,7 +44,9 @@ class ImageType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no typ
 class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
     """Arrow type of ragged arrays, stored as struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>.
 
-    shape: Shape of the arrays, with None for a dimension that varies.
+    Args:
+        value_type: Arrow type of the elements.
+        shape: Shape of the arrays, with None for a dimension that varies.
     """
 
     def __init__(self, value_type: pa.DataType, shape: tuple[int | None, ...]) -> None:

@@ -63,7 +63,7 @@ def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
 
     Args:
         array: Elements.
-        given: Name of the dtype of the elements; for "bfloat16" and stored bools the array holds their stored form.
+        given: Name of the dtype of the elements; for "bfloat16" the array holds the bits as uint16.
         dtype: Name of the dtype of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Converts a user's values of a column (arrays, lists, Arrow, tensors, single values) to Parts, and rejects misfits."""
+"""Converts a user's values of a column (arrays, lists, Arrow, tensors, single values) to stored form."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
 
 
 def build_part(column: Column, converted: Sequence[Any]) -> Part:
-    """Join the results of converter() into a part that owns its memory. A null is stored as zeros, or as empty."""
+    """Join the results of converter() into column data in new memory. A null is stored as zeros, or as empty."""
     n = len(converted)
     valid = None
     if column.nullable and None in map(_none_or_not, converted):

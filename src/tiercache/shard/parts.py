@@ -1,4 +1,4 @@
-"""Part: records of a column in memory in stored form, which can be sliced, joined, and encoded as Arrow buffers."""
+"""Column data: records of a column in memory in stored form, which can be sliced, joined, and encoded for a chunk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Part:
     array: pa.Array | None = None
 
     def slice(self, start: int, end: int) -> Part:
-        """Return the records [start, end), which share this part's memory."""
+        """Return the records [start, end), which share this object's memory."""
         if start == 0 and end == self.n:
             return self
         return Part(
@@ -58,7 +58,7 @@ class Part:
 
 
 def join(parts: Sequence[Part], *, copy_one: bool = False) -> Part:
-    """Return the records of all parts, in order, in new memory; a single part is returned itself unless copy_one."""
+    """Return the records of all items, in order, in new memory; a single item is returned itself unless copy_one."""
     if len(parts) == 1 and not copy_one:
         return parts[0]
     n = sum(part.n for part in parts)
@@ -107,7 +107,7 @@ class Encoded:
 
 
 def encode(column: Column, part: Part) -> Encoded:
-    """Return the Arrow nodes and buffers of a part. Offsets begin at 0; there are validity bits only with nulls."""
+    """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
     if part.array is not None:
         return _encode_arrow(part.array)
     n = part.n

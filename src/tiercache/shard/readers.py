@@ -1,4 +1,4 @@
-"""Readers: the pool of open shards of a data set, and Letting, which closes shards after their last read."""
+"""The pool of open shards of a data set, and a read plan that closes shards after their last read."""
 
 from __future__ import annotations
 

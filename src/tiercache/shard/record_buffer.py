@@ -94,7 +94,7 @@ class RecordBuffer:
         return 0
 
     def take(self, n: int) -> Parts:
-        """Remove and return the first n records: all of them, or all but the last. The parts own their memory."""
+        """Remove and return the first n records: all, or all but the last. The result owns its memory."""
         parts = []
         for index, (column, taken) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
             if column.kind is Kind.ARROW:
@@ -153,7 +153,7 @@ def _usual(column: Column) -> int:
     kinds = {Kind.BOOL: records.BOOLS, Kind.BYTES: records.BYTES, Kind.IMAGE: records.BYTES, Kind.STR: records.TEXT}
     if column.kind in kinds:
         return kinds[column.kind]
-    if column.dtype == "bfloat16" or sys.byteorder != "little":  # the fast path copies elements in native byte order
+    if column.dtype == "bfloat16" or sys.byteorder != "little":  # bits that look like integers; another byte order
         return records.NONE
     if column.kind in (Kind.TENSOR, Kind.RAGGED):
         return records.ARRAYS

@@ -56,8 +56,12 @@ _FETCH_THREADS = 16
 class SegmentRef:
     """The entry of a version for a segment.
 
-    name: File name, "<32 hex digits>.arrow".
-    digest: Digest of the rows. See digest_rows().
+    Attributes:
+        name: File name, "<32 hex digits>.arrow".
+        n_bytes: Size of the file in bytes.
+        crc32c: CRC-32C of the file.
+        n_shards: Number of rows.
+        digest: Digest of the rows. See digest_rows().
     """
 
     name: str
@@ -79,10 +83,11 @@ class SegmentRef:
 class ShardTable:
     """The shards of a version in data-set order, stored by column. Immutable and thread-safe.
 
-    names, shard_ids: Arrow large_string[n] and fixed_size_binary(16)[n].
-    n_records, n_bytes, footer_offset, footer_bytes: int64[n], read-only.
-    crc32c: uint32[n], read-only.
-    first_record: int64[n + 1], read-only: number of the first record of each shard; the last entry is the total.
+    Attributes:
+        names, shard_ids: Arrow large_string[n] and fixed_size_binary(16)[n].
+        n_records, n_bytes, footer_offset, footer_bytes: int64[n], read-only.
+        crc32c: uint32[n], read-only.
+        first_record: int64[n + 1], read-only: number of the first record of each shard; the last entry is the total.
     """
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:

@@ -136,7 +136,7 @@ class ShardFile:
         return rows + 4 * self._n_pages
 
     def add_block(self, parts: Sequence[Part]) -> None:
-        """Append a block. parts: One part per column, of equal lengths."""
+        """Append a block. parts: Data of each column, of equal lengths."""
         chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):

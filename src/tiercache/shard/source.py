@@ -151,7 +151,7 @@ class Source:
             return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
 
     def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
-        """Fill each span from the store; an object that has changed since it was opened is an error.
+        """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
 
         Raises:
             CorruptShard: The object ends before the end of a span.

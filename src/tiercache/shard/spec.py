@@ -43,7 +43,7 @@ MAX_DIMENSIONS = 32
 
 
 class Kind(StrEnum):
-    """Kind of a column: how it is stored, and as what it is served."""
+    """Kind of a column, which determines how its values are stored and served."""
 
     SCALAR = "scalar"
     BOOL = "bool"

@@ -48,12 +48,13 @@ class UnknownKindError(SchemaError):
 class Stream:
     """The Arrow buffers of a column that the gather kernel reads as one unit.
 
-    column: Index of the column in the schema.
-    role: What the buffers hold: the values, the validity bits, or the shapes of a ragged column.
-    kind: FIXED, BITS or VAR.
-    width_bytes: Bytes of a row (FIXED) or of an element (VAR).
-    values_buffer: Index of the values among the buffers of the chunk.
-    offsets_buffer: Index of the offsets (VAR) among the buffers of the chunk.
+    Attributes:
+        column: Index of the column in the schema.
+        role: Content of the buffers: the values, the validity bits, or the shapes of a ragged column.
+        kind: FIXED, BITS or VAR.
+        width_bytes: Number of bytes of a row (FIXED) or of an element (VAR).
+        values_buffer: Index of the values among the buffers of the chunk.
+        offsets_buffer: Index of the offsets (VAR) among the buffers of the chunk.
     """
 
     column: int
@@ -68,10 +69,11 @@ class Stream:
 class Column:
     """A typed column.
 
-    dtype: Name of the dtype of the elements; None for a kind without numbers.
-    shape: Shape of a record's value, () for a scalar, None for a dimension that varies.
-    encoding: Encoding of an IMAGE column; None for other kinds.
-    arrow: Arrow field of the column, with metadata.
+    Attributes:
+        dtype: Name of the dtype of the elements; None for a kind without numbers.
+        shape: Shape of a record's value, () for a scalar, None for a dimension that varies.
+        encoding: Encoding of an IMAGE column; None for other kinds.
+        arrow: Arrow field of the column, with metadata.
     """
 
     name: str

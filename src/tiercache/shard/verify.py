@@ -30,7 +30,7 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A damage of a shard, or of a segment or version of a data set.
+    """Damage that was found in a shard, or in a segment or version of a data set.
 
     Attributes:
         url: URL of the damaged object.

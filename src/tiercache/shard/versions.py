@@ -36,14 +36,24 @@ _FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
 class Version:
     """A version of a data set.
 
-    parent: Number of the version from which this one was made; None for the first.
-    kind: How the version was made, for information only. A later release may use values that VersionKind does not have.
-    schema_bytes: Schema as an Arrow IPC schema message.
-    writer: Identifier of the writer.
-    nonce: Random identifier of the commit that made the version.
-    created: Time of the commit, UTC in ISO 8601.
-    needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version checks
-        the features that reading needs.
+    Attributes:
+        dataset_id: Random id of the data set, 32 hex digits; all versions have the same.
+        number: Number of the version, from 1.
+        parent: Number of the version from which this one was made; None for the first.
+        kind: How the version was made, for information only. A later release may use values that are not in
+        VersionKind.
+        schema_bytes: Schema as an Arrow IPC schema message.
+        writer: Identifier of the writer.
+        nonce: Random identifier of the commit that made the version.
+        created: Time of the commit, UTC in ISO 8601.
+        fingerprint: See fingerprint_of().
+        n_records: Number of records.
+        n_bytes: Number of stored bytes of all shards.
+        segments: Entries of the segments, in data-set order.
+        software: Name and release of the software that wrote the version.
+        release: First release that reads the version, such as "0.1".
+        needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version
+            checks the features that reading needs.
     """
 
     dataset_id: str
