@@ -156,7 +156,7 @@ class LoadedChunks:
         owners: Objects that own the memory.
         private_bytes: Number of bytes of memory that is not a mapping.
         mapped_bytes: uint64[n], stored bytes of each chunk in a mapping, 0 for other chunks; None if no chunk is
-        mapped.
+            mapped.
         left: Pending checks of the mapped chunks; None if nothing is left to check.
         copy: The local copy that was read; None if the store was read.
     """

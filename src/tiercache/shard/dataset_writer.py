@@ -30,12 +30,10 @@ from tiercache.store import open_store
 class Writer:
     """Writer of a data set: uploads shards while records arrive, and commits once, in close().
 
-    For one process and thread.
-
-    A background thread uploads, so a later call raises the error of a store, at the latest close(). Used as a context
-    manager, the writer commits at the end of the `with` block; if an exception leaves the block, the writer commits
-    nothing and deletes the shards that it has written. A killed writer needs no clean-up, because no version lists its
-    shards.
+    For one process and one thread. A background thread uploads, so a later call raises the error of a store, at the
+    latest close(). Used as a context manager, the writer commits at the end of the `with` block; if an exception leaves
+    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up,
+    because no version lists its shards.
 
     Attributes:
         version: The committed version; None before the commit.
@@ -52,9 +50,7 @@ class Writer:
         compression: str | Mapping[str, str] = "auto",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Read the newest version at url, if there is one, and check mode and schema against it.
-
-        Nothing is written yet.
+        """Read the newest version at url, if any, and check mode and schema against it. Nothing is written yet.
 
         Args:
             url: URL or path of the data set's folder.

@@ -115,7 +115,7 @@ class Source:
 
     Attributes:
         n_misses: Approximate number of reads whose bytes were not in the local copy yet. Concurrent threads may lose
-        counts.
+            counts.
     """
 
     def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:

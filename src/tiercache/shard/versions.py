@@ -41,7 +41,7 @@ class Version:
         number: Number of the version, from 1.
         parent: Number of the version from which this one was made; None for the first.
         kind: How the version was made, for information only. A later release may use values that are not in
-        VersionKind.
+            VersionKind.
         schema_bytes: Schema as an Arrow IPC schema message.
         writer: Identifier of the writer.
         nonce: Random identifier of the commit that made the version.
