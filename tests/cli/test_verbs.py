@@ -48,7 +48,7 @@ class TestPack:
     def test_errors_are_one_line_with_a_code_of_their_own(self, tiercache, photos, data_set, tmp_path):
         done = tiercache("pack", photos, data_set, code=1)
         assert done.err.count("\n") == 1
-        assert done.err.startswith(f"tiercache: error: {data_set}: a data set is here already")
+        assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
         assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
         assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
         assert "mode is 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err

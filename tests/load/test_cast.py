@@ -335,10 +335,10 @@ def test_batches_before_the_value_that_does_not_fit_are_served(large):
     [
         ({"nothing": "int64"}, "'nothing': no such column"),
         ({"tokens": "int65"}, "'tokens': cast: no such dtype.*one of int8.*'int65'"),
-        ({"text": "int64"}, "'text': cast: only numbers are cast, and this is str"),
-        ({"blob": "int64"}, "'blob': cast: only numbers are cast.*DecodeImage"),
+        ({"text": "int64"}, "'text': cast: only numbers can be cast, and this is str"),
+        ({"blob": "int64"}, "'blob': cast: only numbers can be cast.*DecodeImage"),
         ({"score": "int32"}, r"'score'.*0\.5.*one of float16, bfloat16, float32, float64, got int32"),
-        ({"half": "bool"}, "'half'.*bfloat16 has values that no bool is equal to"),
+        ({"half": "bool"}, "'half'.*bfloat16 has values without an equal bool"),
     ],
 )
 def test_casts_that_cannot_be_are_refused_when_the_data_set_is_made(packed, cast, match):

@@ -310,7 +310,7 @@ class TestJsonLines:
 class TestModes:
     def test_a_data_set_that_is_there_is_not_overwritten_by_accident(self, photos, tmp_path):
         pack(photos, tmp_path / "out")
-        with pytest.raises(CommitConflict, match="a data set is here already"):
+        with pytest.raises(CommitConflict, match="a data set exists already"):
             pack(photos, tmp_path / "out")
         assert pack(photos, tmp_path / "out", mode="overwrite", include=["cat"]).n_records == 10
         assert list_versions(open_store(tmp_path / "out")) == [1, 2]

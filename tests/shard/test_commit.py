@@ -118,10 +118,10 @@ class TestSchemas:
     @pytest.mark.parametrize(
         ("given_schema", "column", "message"),
         [
-            ({"tokens": "int64"}, "caption", "the data set has this column, what is appended has not"),
-            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set has not"),
-            ({"tokens": "int32", "caption": "str"}, "tokens", "the data set has int64, what is appended int32"),
-            ({"tokens": "int64?", "caption": "str"}, "tokens", r"the data set has int64, what is appended int64\?"),
+            ({"tokens": "int64"}, "caption", "the data set has this column, the appended records do not"),
+            ({"tokens": "int64", "caption": "str", "x": "bool"}, "x", "the data set does not"),
+            ({"tokens": "int32", "caption": "str"}, "tokens", "int64, the appended records have int32"),
+            ({"tokens": "int64?", "caption": "str"}, "tokens", r"int64, the appended records have int64\?"),
             ({"caption": "str", "tokens": "int64"}, None, "another order: the data set has tokens, caption"),
         ],
     )
@@ -244,7 +244,7 @@ class TestRaces:
     def test_an_append_never_lands_in_another_data_set(self, store: MemoryStore, first: Version) -> None:
         store.delete([version_key(1), manifest.HINT_KEY])
         commit(store, [shard()], schema=SCHEMA, mode="create")
-        with pytest.raises(CommitConflict, match="another data set"):
+        with pytest.raises(CommitConflict, match="the data set was replaced"):
             commit(store, [shard()], schema=SCHEMA, mode="append", parent=first)
 
     def test_losing_for_ever_ends_in_a_conflict(

@@ -149,7 +149,7 @@ def test_a_shard_that_was_appended_to_is_reported(sample, more):
 
 def test_a_local_shard_of_another_size_than_its_row_says_is_reported(sample, tmp_path):
     (tmp_path / "shard").write_bytes(sample.data + b"\0")
-    with pytest.raises(CorruptShard, match="bytes, its data set says"):
+    with pytest.raises(CorruptShard, match="bytes, its data set states"):
         ShardReader(LocalFolder(tmp_path), "shard", info=sample.infos[0])
 
 
@@ -159,7 +159,7 @@ def test_another_shard_under_the_same_name_is_reported(sample):
         writer.write(golden.RECORDS[0])
     name = writer.finish()[0].name
     identity = sample.infos[0].identity("any")
-    with pytest.raises(CorruptShard, match=r"not .* as its data set says"):
+    with pytest.raises(CorruptShard, match=r"is shard .*, its data set states"):
         ShardReader(store, name, identity=identity)
 
 

@@ -176,7 +176,7 @@ class TestSchemas:
         self, url: str, store: MemoryStore
     ) -> None:
         Writer(url, schema=SCHEMA).close()
-        with pytest.raises(SchemaError, match="column 'x': the data set has int64, what is appended float32"):
+        with pytest.raises(SchemaError, match="column 'x': the data set has int64, the appended records have float32"):
             Writer(url, schema={"x": "float32", "text": "str"}, mode="append")
 
     def test_a_value_that_does_not_fit_leaves_the_writer_usable(self, url: str, store: MemoryStore) -> None:
@@ -195,7 +195,7 @@ class TestSchemas:
         assert (manifest.latest(store).n_records, shard_keys(store)) == (0, set())
 
     def test_nothing_written_without_a_schema_is_an_error(self, url: str, store: MemoryStore) -> None:
-        with pytest.raises(SchemaError, match="no schema given"), Writer(url):
+        with pytest.raises(SchemaError, match="no schema was given"), Writer(url):
             pass
         assert manifest.list_versions(store) == []
 

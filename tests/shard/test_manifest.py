@@ -118,7 +118,7 @@ class TestVersionText:
             parse_version(b"[" * 200_000, number=1, url="u")
 
     def test_a_version_under_another_number_is_corruption(self, version: Version) -> None:
-        with pytest.raises(CorruptShard, match="this is version 3, where 4 should be"):
+        with pytest.raises(CorruptShard, match="says that it is version 3, expected 4"):
             parse_version(encode_version(version), number=4, url="u")
 
     @pytest.mark.parametrize(

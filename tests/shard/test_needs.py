@@ -87,7 +87,7 @@ def test_a_later_format_is_refused_by_the_release_that_reads_it(shard):
 
 def test_a_shard_of_the_format_before_the_first_says_to_pack_again(shard):
     _, data = shard
-    with pytest.raises(UnsupportedFormat, match=r"format 0, of builds before the first release.*pack the data again"):
+    with pytest.raises(UnsupportedFormat, match=r"format 0 of a build before the first release.*pack the data again"):
         opened(with_tail(data, 28, b"\0"))
 
 
@@ -190,7 +190,7 @@ def test_bytes_between_chunks_are_passed_by_when_read_and_found_by_verify_unless
 
 def test_a_footer_that_is_not_aligned_is_corruption():
     tail = Tail(96, 10, 10, 0)
-    with pytest.raises(CorruptShard, match="cannot be"):
+    with pytest.raises(CorruptShard, match="invalid footer"):
         Tail.parse(tail.pack(), tail.file_bytes, "u")
 
 
@@ -295,7 +295,7 @@ def test_more_columns_of_a_segment_are_left_out_and_fewer_or_others_are_corrupti
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, other.schema) as writer:
             writer.write_table(other)
-        with pytest.raises(CorruptShard, match="another schema"):
+        with pytest.raises(CorruptShard, match="another Arrow schema"):
             segments.parse_segment(sink.getvalue(), ref, url="u")
 
 

@@ -375,13 +375,13 @@ def test_offsets_that_point_outside_are_found_without_checksums(folder):
             file.seek(offsets + 8 * 10)
             file.write(value.to_bytes(8, "little", signed=True))
         blocks = reader.load([0], [SCHEMA.index("b")])
-        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets fall, or point outside"):
+        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets decrease or exceed"):
             values_of(blocks, "b", range(20))
         assert values_of(blocks, "b", [8, 11]) == [batch()["b"][8], batch()["b"][11]]
-        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets fall, or point outside"):
+        with pytest.raises(CorruptShard, match="block 0, column 'b': offsets decrease or exceed"):
             blocks.array(0, SCHEMA.index("b"))
         for record in (9, 10):
-            with pytest.raises(CorruptShard, match="offsets fall, or point outside"):
+            with pytest.raises(CorruptShard, match="offsets decrease or exceed"):
                 reader.take([record], [SCHEMA.index("b")])
     reader.close()
 

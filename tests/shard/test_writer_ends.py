@@ -90,7 +90,7 @@ def test_a_fork_before_the_first_part_leaves_all_to_the_parent(tmp_path, n):
             writer.finish()
         except ValueError as error:
             writer.abort()
-            return 42 if "belongs to the process" in str(error) else 1
+            return 42 if "only in the process that began" in str(error) else 1
         return 2
 
     for i in range(n):

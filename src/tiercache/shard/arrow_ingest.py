@@ -1,4 +1,4 @@
-"""Arrow arrays into Parts, sharing their memory where the layout is ours already."""
+"""Converts Arrow arrays to stored form, and shares their memory if they have the stored layout already."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An Arrow array of which it is known that it has a column's stored form.
+    """An Arrow array that is known to be in the stored form of a column.
 
-    Its uint16 may be the bits of bfloat16s, its uint8 bools. A plain array of the same Arrow type holds numbers.
+    Its uint16 values may be bfloat16 bits, and its uint8 values bools; in a plain Arrow array they would be numbers.
     """
 
     array: pa.Array | pa.ChunkedArray
 
 
 def part_of_stored(column: Column, data: Stored) -> Part:
-    """The records of an array in stored form.
+    """Return the records of an array in stored form.
 
     Raises:
-        MisfitError: it is not in stored form, or has nulls that the column does not allow.
+        MisfitError: The array is not in stored form, or has nulls that the column does not allow.
     """
     if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
         return part_of_arrow(column, data.array)
@@ -45,15 +45,15 @@ def part_of_stored(column: Column, data: Stored) -> Part:
 
 
 def part_of_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> Part:
-    """The records of an Arrow array of a column's type, or of one that casts to it without loss.
+    """Return the records of an Arrow array that has the column's type, or a type that casts to it without loss.
 
     Raises:
-        MisfitError: another type, or a value that does not fit.
+        MisfitError: The array has another type, or a value does not fit.
     """
     if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
         column = replace(column, dtype="uint16")
     array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
-    if isinstance(array, pa.ChunkedArray):  # older Arrow gives one for no chunks at all
+    if isinstance(array, pa.ChunkedArray):  # older pyarrow returns a ChunkedArray if there are no chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if isinstance(array.type, pa.BaseExtensionType):
         array = _storage(array)
@@ -85,7 +85,7 @@ def _no(column: Column, array: pa.Array) -> MisfitError:
 
 
 def _numbers(column: Column, array: pa.Array) -> Array:
-    """Elements of a primitive array in stored form; those that are null are zero."""
+    """Return the elements of a primitive array in stored form, with zero for nulls."""
     if array.null_count:
         array = array.fill_null(False if pt.is_boolean(array.type) else 0)
     if not (pt.is_integer(array.type) or pt.is_floating(array.type) or pt.is_boolean(array.type)):
@@ -123,7 +123,7 @@ def _tensors(column: Column, array: pa.Array) -> Part:
 
 
 def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
-    """Lists that all have a tensor's number of elements, as fixed-size lists."""
+    """Return lists as fixed-size lists, after checking that each has the tensor's number of elements."""
     lengths = pc.fill_null(pc.list_value_length(array), column.n_elements).to_numpy(zero_copy_only=False)
     wrong = lengths != column.n_elements
     if wrong.any():
@@ -133,7 +133,7 @@ def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
 
 
 def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_record: int) -> Array:
-    """Flat elements, which may be null only where their whole record is."""
+    """Return flat elements in stored form. An element may be null only if its whole record is null."""
     if inner.null_count:
         allowed = np.zeros(len(inner), bool)
         if valid is not None:
@@ -149,7 +149,7 @@ def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_recor
 
 
 def _runs(column: Column, array: pa.Array) -> Part:
-    """Bytes, text and images: values and 64-bit offsets."""
+    """Return the records of a column of bytes, text or images: values and 64-bit offsets."""
     text = column.kind is Kind.STR
     kind_fits = pt.is_string(array.type) or pt.is_large_string(array.type) or pt.is_string_view(array.type)
     if not text:
@@ -177,7 +177,7 @@ def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
 
 
 def _ragged(column: Column, array: pa.Array) -> Part:
-    """Our own struct of data and shape, or lists for one varying dimension."""
+    """Return the records of a ragged column, from a struct of data and shape, or from lists with one dimension."""
     if pt.is_struct(array.type) and {array.type.field(i).name for i in range(array.type.num_fields)} == {
         "data",
         "shape",
@@ -207,7 +207,7 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
     if data.null_count and (data.is_null().to_numpy(zero_copy_only=False) & valid).any():
         raise MisfitError(str(column), "a record without data")
     if not valid.all():
-        # What lies below a null is undefined: leave it out.
+        # The data of a null record is undefined: replace it with an empty list.
         data = pc.if_else(pa.array(valid), data, pa.scalar([], data.type))
     offsets = _offsets64(data.buffers()[1], data)
     first, last = int(offsets[0]), int(offsets[-1])
@@ -226,7 +226,7 @@ def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Arra
 
 
 def _check_shapes(column: Column, shapes: Array, lengths: Array) -> None:
-    # The product of int64 may wrap to the right number; that of float64 cannot, and is exact where it is right.
+    # An int64 product may wrap around to the correct number; a float64 product cannot.
     wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
     wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
     for number, dimension in enumerate(column.shape):
@@ -246,7 +246,7 @@ def _any_arrow(column: Column, array: pa.Array) -> Part:
     return Part(len(found), array=found)
 
 
-# JSON is not here: its values are parsed, and come as a list.
+# JSON is missing, because its values are parsed and arrive as a list.
 _HOW = {
     Kind.SCALAR: _scalars,
     Kind.BOOL: _bools,

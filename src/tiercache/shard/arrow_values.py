@@ -1,6 +1,7 @@
-"""Which Python values fit an Arrow type that is none of ours.
+"""Checks whether a Python value fits an Arrow type, for columns of Kind.ARROW.
 
-Arrow itself does not ask: it makes a day of 1.5 and a date of a date with a time, and drops a struct's unknown keys.
+Arrow itself converts with silent loss: it turns 1.5 into a day, drops the time from a datetime for a date column, and
+drops unknown keys of a struct.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}
 
 
 def check_value(arrow_type: pa.DataType, value: Any) -> None:
-    """See that a value, at any depth, is of the sort that a type holds and loses nothing there.
+    """Check that the Arrow type can hold a value, including nested values, without loss.
 
     Raises:
-        MisfitError: it is not, or would.
+        MisfitError: The value has another type, or would lose information.
     """
     if isinstance(value, pa.Scalar):
         value = value.as_py()
@@ -56,7 +57,7 @@ def _fits_timestamp(arrow_type: pa.DataType, value: Any) -> bool:
 
 
 def _fits_nanosecond(arrow_type: pa.DataType, value: Any) -> bool:
-    """Pandas's subclasses of datetime and timedelta count nanoseconds too."""
+    """Return whether the unit can hold the nanoseconds that the pandas subclasses of datetime and timedelta have."""
     return arrow_type.unit == "ns" or not getattr(value, "nanosecond", 0) + getattr(value, "nanoseconds", 0)
 
 
@@ -124,7 +125,7 @@ def _is_binary(arrow_type: pa.DataType) -> bool:
     return bool(binary and not pt.is_decimal(arrow_type))
 
 
-# What is not here (intervals) is left to Arrow, and so is what it refuses by itself: a datetime64 of another unit, an
+# Arrow itself checks the types that are missing here (intervals), and refuses a datetime64 of another unit, and an
 # integer or a decimal with too many digits.
 _CHECKS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType, Any], bool]], ...] = (
     (pt.is_null, lambda *_: False),

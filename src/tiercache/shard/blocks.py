@@ -1,4 +1,4 @@
-"""Blocks: loaded, checked and decoded blocks as addresses for the native gather and as Arrow arrays."""
+"""Blocks: loaded and decoded blocks, as addresses for the native gather and as Arrow arrays."""
 
 from __future__ import annotations
 
@@ -25,20 +25,29 @@ _MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What Arrow buffers keep alive: everything that owns the bytes they point at."""
+    """Reference that Arrow buffers hold: the owners of the bytes to which the buffers point."""
 
     owners: tuple[Any, ...]
 
 
 class Blocks:
-    """Some blocks of a shard, some columns of each.
+    """Loaded blocks of a shard, with some of its columns.
 
-    Immutable and thread-safe; keeps its memory until it is dropped. A mapping pins its file, and holds no descriptor.
+    Immutable and thread-safe. The object keeps its memory until it is dropped; a mapping pins its file without a file
+    descriptor.
 
-    blocks: their numbers; columns: indices in the shard's schema; n_rows: int64[n_blocks]; streams: of the columns,
-    in order; addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each, 0 for none,
-    ready for the native gather; private_bytes: as of LoadedChunks; is_local: they were read from a local copy;
-    tells_residence: as of LocalCopy.
+    Attributes:
+        schema: Schema of the shard.
+        url: URL of the shard, for errors.
+        blocks: Numbers of the blocks in the shard.
+        columns: Indices of the columns in the schema.
+        n_rows: int64[n_blocks], number of records of each block.
+        streams: Streams of the columns, in order.
+        addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each stream and block, 0 if
+            there is none; an argument of the native gather.
+        private_bytes: Number of bytes of memory that is not a mapping.
+        is_local: Whether the blocks were read from a local copy.
+        tells_residence: See LocalCopy.tells_residence; False without a local copy.
     """
 
     def __init__(
@@ -79,20 +88,20 @@ class Blocks:
         return addresses
 
     def only(self, blocks: Sequence[int]) -> Blocks:
-        """Some of them, by their numbers, over the same memory. To be asked of all blocks of a shard.
+        """Return some of the blocks over the same memory. This object must hold all blocks of its shard.
 
-        Raises IndexError for a block that is not there.
+        Raises IndexError if a block does not exist.
         """
         chosen = tuple(blocks)
         if chosen == self.blocks:
             return self
         check_numbers("blocks", chosen, len(self.blocks))
         found = copy.copy(self)
-        found._choose(chosen)  # noqa: SLF001 -- of this class
+        found._choose(chosen)  # noqa: SLF001 -- a method of the same class
         return found
 
     def _choose(self, chosen: tuple[int, ...]) -> None:
-        """Become these of them, before anybody else has this object."""
+        """Restrict this object to the chosen blocks. Only the caller holds a reference to it yet."""
         places = np.array(chosen, np.int64)
         self.blocks, self.n_rows = tuple(map(int, chosen)), self.n_rows[places]
         self.addresses = np.ascontiguousarray(self.addresses[:, places])
@@ -102,16 +111,16 @@ class Blocks:
 
     @property
     def pages(self) -> Addresses:
-        """The pages of memory that its chunks in a mapping lie in: uint64[m, 2], as of merge_pages."""
+        """Memory pages that the mapped chunks occupy: uint64[m, 2]. See merge_pages."""
         if self._pages is None:
             self._pages = merge_pages(self._bases.ravel(), self._mapped_bytes.ravel())
         return self._pages
 
     @property
     def checks(self) -> Addresses | None:
-        """What is left to check, chunk by chunk, before a row is read: uint64[n_streams, n_blocks, 4] of gather.pyi.
+        """Pending checks for the gather: uint64[n_streams, n_blocks, 4] as gather.pyi describes; None if none are left.
 
-        None: nothing. Asked anew each time, for every gather checks what it touches: some 20 us for 100 chunks.
+        Each access computes the checks again, because each gather checks what it touches: about 20 us for 100 chunks.
         """
         rows = None if self._unchecked is None else self._unchecked.rows()
         if rows is None:
@@ -122,7 +131,7 @@ class Blocks:
         return np.ascontiguousarray(by_column[numbers])
 
     def forget_checks(self) -> None:
-        """Let all that was found to be right be checked again: for whoever read what cannot be.
+        """Mark all pages of the blocks as unchecked. A caller that has read an invalid value uses this.
 
         A file may have been damaged since its pages were checked.
         """
@@ -130,37 +139,36 @@ class Blocks:
             self._unchecked.forget()
 
     def forget_old_checks(self, age_s: float) -> None:
-        """Let all pages of the shard be checked again if some may have been checked longer than age_s ago."""
+        """Mark all pages of the shard as unchecked if a page may have been checked more than age_s seconds ago."""
         if self._unchecked is not None:
             self._unchecked.forget_if_older(age_s)
 
     def see_changes(self) -> int | None:
-        """Have all be checked again if the file was written to since: LocalCopy.changed_ns(), for which `checks` hold.
+        """Mark all pages as unchecked if the file has been written to since they were checked.
 
-        None: nothing is ever checked.
+        Returns:
+            LocalCopy.changed_ns() to which `checks` now refer; None if there are no pending checks at all.
         """
         return None if self._unchecked is None else self._unchecked.see_changes()
 
     def of_column(self, column: int) -> slice:
-        """Which of the streams are those of a column of the schema."""
+        """Return the slice of `streams` that belongs to a column, given by its index in the schema."""
         numbers = [number for number, stream in enumerate(self.streams) if stream.column == column]
         return slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
 
     def array(self, position: int, column: int) -> pa.Array:
-        """A block's column as an Arrow array over the block's memory, without a copy; it keeps the memory alive.
+        """Return a column of a block as an Arrow array, without a copy. The array keeps the block's memory alive.
 
         Args:
-            position: in `blocks`.
-            column: index in the schema.
+            position: Position of the block in `blocks`.
+            column: Index of the column in the schema.
 
         Raises:
-            CorruptShard: a page that is not what was written, offsets that fall or point outside, a nested column whose
-                buffers contradict each other. All of it is looked at: Arrow follows what it is given.
+            CorruptShard: A page does not match its checksum, offsets decrease or exceed the chunk, or the buffers of a
+                nested column are inconsistent. All values are checked, because Arrow uses them unchecked.
         """
         if self.schema.columns[column].kind is not Kind.ARROW:
-            return self._build(
-                position, column
-            )  # of a mapping: looked at anew each time, for the file may have changed
+            return self._build(position, column)  # built at each call, because the file of a mapping may have changed
         key = (position, column)
         if key not in self._arrays:
             self._arrays[key] = self._build(position, column)
@@ -179,7 +187,7 @@ class Blocks:
         ]
         try:
             array = build_array(kind.storage_type, iter(nodes), iter(buffers))
-            # Text that is no UTF-8, a count of nulls that is not that of the bits: code that uses Arrow relies on both.
+            # Arrow code relies on valid UTF-8, and on a null count that equals that of the validity bits.
             if kind.nullable or kind.kind in (Kind.ARROW, Kind.STR, Kind.JSON):
                 array.validate(full=True)
         except (pa.ArrowException, ValueError) as error:
@@ -191,7 +199,13 @@ class Blocks:
         return array
 
     def explain(self, column: int, block: Places, row: Places) -> None:
-        """Raise CorruptShard for the first of these rows of a column that must not be served; return if all may."""
+        """Raise CorruptShard for the first of these rows of a column that is damaged; return if none is.
+
+        Args:
+            column: Index of the column in the schema.
+            block: uint32[n], positions of the rows' blocks in `blocks`.
+            row: uint32[n], the rows in their blocks.
+        """
         checks = self.checks
         for number, stream in enumerate(self.streams):
             if stream.column != column:
@@ -207,7 +221,7 @@ class Blocks:
                 )
 
     def _check_whole(self, position: int, column: int) -> None:
-        """See that a block's column is what was written, before anybody walks it without us."""
+        """Check the pages and the offsets of a block's column, before Arrow reads it."""
         place, name = position * len(self.columns) + self.columns.index(column), self.schema.columns[column].name
         left = None if self._unchecked is None else self._unchecked.rows()
         if left is not None:
@@ -224,44 +238,50 @@ class Blocks:
 
 
 def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
-    """The pages of memory that ranges lie in, those that follow one another as one, no page twice.
+    """Return the memory pages that ranges occupy, with adjacent pages merged and no page twice.
 
     Args:
-        addresses, n_bytes: uint64[n], of ranges of which no two overlap but equal ones; empty ones lie nowhere.
+        addresses: uint64[n], start addresses. Two ranges may be equal, but must not overlap otherwise.
+        n_bytes: uint64[n], lengths in bytes. Empty ranges are ignored.
 
     Returns:
-        uint64[m, 2], (address, bytes), rising, multiples of the page's size.
+        uint64[m, 2], (address, bytes), ascending, multiples of the page size.
     """
     is_filled = n_bytes > 0
     starts = addresses[is_filled]
     ends = starts + n_bytes[is_filled]
-    if not (starts[1:] > starts[:-1]).all():  # of a shard they are in the order of the file, as a rule
+    if not (starts[1:] > starts[:-1]).all():  # the chunks of a shard are usually in file order
         order = np.argsort(starts)
         starts, ends = starts[order], ends[order]
     starts = starts // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
     ends = (ends + (_MEMORY_PAGE_BYTES - np.uint64(1))) // _MEMORY_PAGE_BYTES * _MEMORY_PAGE_BYTES
     is_first, is_last = np.ones((2, len(starts)), bool)
-    is_first[1:] = is_last[:-1] = starts[1:] > ends[:-1]  # others share a page or touch
+    is_first[1:] = is_last[:-1] = starts[1:] > ends[:-1]  # other ranges share a page or are adjacent
     return np.stack([starts[is_first], ends[is_last] - starts[is_first]], axis=1)
 
 
 def check_numbers(what: str, numbers: Iterable[int], n: int) -> None:
-    """Raise IndexError for a number that is not one of n."""
+    """Raise IndexError if a number is not in [0, n)."""
     for number in numbers:
         if not 0 <= number < n:
             raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")
 
 
 def describe(page: int | None) -> str:
-    """What is wrong with a row that gather.locate found, in words."""
-    return "offsets fall, or point outside the chunk" if page is None else f"CRC-32C of page {page} does not match"
+    """Return the description of damage that gather.locate found: a page with a wrong checksum, or None for offsets."""
+    return "offsets decrease or exceed the chunk" if page is None else f"CRC-32C of page {page} does not match"
 
 
 def check_offsets(blocks: Blocks, stream: int, position: int) -> None:
-    """See that the offsets of a VAR stream (a number in blocks.streams) rise and stay inside its block's values.
+    """Check that the offsets of a VAR stream do not decrease, and stay within the values of the block.
+
+    Args:
+        blocks: Loaded blocks.
+        stream: Index of the stream in blocks.streams.
+        position: Position of the block in blocks.blocks.
 
     Raises:
-        CorruptShard: they do not, or the mapping cannot be read.
+        CorruptShard: The offsets are invalid, or the mapping cannot be read.
     """
     column = blocks.schema.columns[blocks.streams[stream].column].name
     address, n_rows = int(blocks.addresses[stream, position, 1]), int(blocks.n_rows[position])

@@ -1,6 +1,6 @@
-"""Bounds of a footer's tables, checked whole columns at a time. Pure: each function returns what is wrong, or "".
+"""Checks of a footer's tables, vectorised by column. Pure functions: each returns a description of the error, or "".
 
-All arithmetic is on uint64 and safe from wrapping: a sum is formed only of numbers that were found to be below 2**62.
+Arithmetic is on uint64 and cannot wrap around: only numbers that are known to be below 2**62 are added.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _MOST = np.uint64(1 << 62)
 
 
 def n_pages(raw_bytes: Table, codecs: Table) -> U64:
-    """Page checksums of each chunk: one for each 64 KiB of a raw one, none for others."""
+    """Return the number of page checksums of each chunk: one per 64 KiB of a raw chunk, none for other chunks."""
     pages = (raw_bytes + np.uint64(PAGE_BYTES - 1)) // np.uint64(PAGE_BYTES)
     return np.where(codecs == codec.RAW, pages, np.uint64(0))
 
 
 def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
-    """Chunks lie one after another between head and footer, with codecs, lengths and pages that agree.
+    """Check that chunks follow one another between head and footer, with consistent codecs, lengths and pages.
 
     Raises:
-        UnknownCodecError: a codec that this release does not know.
+        UnknownCodecError: This release does not know a codec.
     """
     flat = chunks.ravel()
     offset, stored, raw, codecs = flat["offset"], flat["stored"], flat["raw"], flat["codec"]
@@ -49,7 +49,7 @@ def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
         unknown = sorted(set(codecs.tolist()) - set(codec.CODECS))
         raise codec.UnknownCodecError(f"codec {', '.join(map(str, unknown))}")
     if ((codecs == codec.RAW) & (raw != stored)).any():
-        return "a raw chunk has two lengths"
+        return "a raw chunk has a stored length that differs from its decoded length"
     if ((codecs == codec.ZSTD) & (raw > np.uint64(codec.ZSTD_LIMIT_BYTES))).any():
         return "a compressed chunk is longer than the limit"
     if ((codecs == codec.ZSTD) & (raw // np.uint64(codec.ZSTD_MOST_RATIO) > stored)).any():
@@ -58,7 +58,7 @@ def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
 
 
 def check_nodes(schema: Schema, chunks: Table, nodes: U64, block_records: U64) -> str:
-    """Each chunk has its type's nodes, the first as long as the block; nulls only where the schema allows them."""
+    """Check that each chunk has the nodes of its type, the first as long as the block, and no forbidden nulls."""
     counts = np.array([column.layout()[0] for column in schema.columns], np.uint64)
     problem = _check_numbering("node", chunks["first_node"].ravel(), np.tile(counts, len(chunks)), len(nodes))
     if problem:
@@ -75,7 +75,7 @@ def check_nodes(schema: Schema, chunks: Table, nodes: U64, block_records: U64) -
 
 
 def check_buffers(schema: Schema, chunks: Table, nodes: U64, buffers: U64) -> str:
-    """Buffers lie inside their chunk, aligned, one after the other, and are as long as their records need."""
+    """Check that buffers are inside their chunk, aligned and in order, and have the lengths that their records need."""
     counts = np.array([column.layout()[1] for column in schema.columns], np.uint64)
     per_chunk = np.tile(counts, len(chunks))
     problem = _check_numbering("buffer", chunks["first_buffer"].ravel(), per_chunk, len(buffers))
@@ -99,7 +99,7 @@ def check_buffers(schema: Schema, chunks: Table, nodes: U64, buffers: U64) -> st
 
 
 def _lengths_differ(column: Column, chunks: Table, nodes: U64, buffers: U64) -> bool:
-    """Whether a buffer of a column (not ARROW) is not exactly as long as its records make it."""
+    """Return whether a buffer of a column (not ARROW) has another length than its records need."""
     records, nulls = nodes[chunks["first_node"]].T
     first = chunks["first_buffer"]
 
@@ -121,13 +121,13 @@ def _lengths_differ(column: Column, chunks: Table, nodes: U64, buffers: U64) -> 
         elif column.kind is Kind.BOOL:
             wrong |= (found != bits(records)).any()
         else:
-            # records < 2**32 and a row is below 2**31 bytes, so the product does not wrap
+            # There are fewer than 2**32 records, and a row has fewer than 2**31 bytes, so the product does not wrap.
             wrong |= (found != records * np.uint64(stream.width_bytes)).any()
     return bool(wrong) or _children_differ(column, chunks, nodes, buffers)
 
 
 def _children_differ(column: Column, chunks: Table, nodes: U64, buffers: U64) -> bool:
-    """Whether an inner node of a tensor or ragged column has nulls, or is not as long as its parent makes it."""
+    """Return whether an inner node of a tensor or ragged column has nulls or another length than its parent implies."""
     first = chunks["first_node"]
     records = nodes[first, 0]
     if column.kind is Kind.TENSOR:
@@ -144,11 +144,11 @@ def _children_differ(column: Column, chunks: Table, nodes: U64, buffers: U64) ->
 
 
 def _check_numbering(what: str, first: Table, counts: Table, n_rows: int) -> str:
-    """Whether each chunk's rows of a table follow those of the chunk before, and the last ends the table."""
+    """Check that the table rows of each chunk follow those of the previous chunk, and that the last end the table."""
     if (counts > np.uint64(n_rows)).any():
         return f"a chunk has more {what} rows than the footer"
     ends = np.cumsum(counts, dtype=np.uint64)
     total = int(ends[-1]) if len(ends) else 0
     if total != n_rows or (first != ends - counts).any():
-        return f"the {what} rows are not one chunk's after another's"
+        return f"the {what} rows of the chunks do not follow one another"
     return ""

@@ -1,7 +1,7 @@
-"""Casts: columns served as another dtype than they are stored as, without losing a value unseen (csrc/cast.h).
+"""Casts: columns that are served with another dtype than the stored one (see csrc/cast.h).
 
-Integers, bool among them as 0 and 1, become integers or floats that are equal; floats become floats, rounded once. A
-value that has no equal, or would become infinite, is an error when it is read.
+An integer (or a bool, as 0 or 1) becomes an equal integer or float. A float becomes a float, rounded once. When a value
+is read that has no equal, or that would become infinite, the reader raises an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tiercache.shard.spec import FLOATS, STORED, Kind, Ragged, Tensor, UserType,
 from tiercache.shard.types import CLASSES_KEY, Column, Schema
 
 Casts: TypeAlias = Mapping[str, str]
-"""Column -> dtype. A column that has it already is served as it is stored."""
+"""Column name -> dtype. A column that has this dtype already is served as it is stored."""
 Served: TypeAlias = Mapping[str, Column]
-"""Column -> as what it is served, only those that are cast."""
+"""Column name -> column as it is served, for the columns that are cast."""
 
-# As csrc/cast.h numbers them.
+# The numbers equal those in csrc/cast.h.
 DTYPE_NUMBERS: dict[str, int] = {
     name: number
     for number, name in enumerate(
@@ -37,11 +37,11 @@ _NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
 
 
 def checked_casts(casts: object) -> dict[str, str]:
-    """What the user says, with dtypes by name.
+    """Return the casts that a user states, with dtypes by name.
 
     Raises:
-        TypeError: not a mapping.
-        SchemaError: no such dtype.
+        TypeError: The casts are not a mapping.
+        SchemaError: A dtype does not exist.
     """
     if casts is None:
         return {}
@@ -57,20 +57,22 @@ def checked_casts(casts: object) -> dict[str, str]:
 
 
 def served_column(column: Column, casts: Casts) -> Column:
-    """The column as it is served: itself where it is not cast.
+    """Return the column as it is served: the column itself if it is not cast.
 
     Raises:
-        SchemaError: a column that cannot be cast so; the message says what can.
+        SchemaError: The column cannot be cast to this dtype; the message lists what is possible.
     """
     dtype = casts.get(column.name)
     if dtype is None or dtype == column.dtype:
         return column
     if column.kind not in _NUMBERS:
         pictures = column.kind in (Kind.IMAGE, Kind.BYTES)
-        hint = "; decoded pictures have the dtype that DecodeImage(dtype=) says" if pictures else ""
-        raise _refusal(column.name, f"cast: only numbers are cast, and this is {column}{hint}", "no cast", dtype)
+        hint = "; DecodeImage(dtype=) sets the dtype of decoded images" if pictures else ""
+        raise _refusal(column.name, f"cast: only numbers can be cast, and this is {column}{hint}", "no cast", dtype)
     if column.dtype in FLOATS and dtype not in FLOATS:
-        why = f"cast: {column.dtype} has values that no {dtype} is equal to, such as 0.5; convert what is served"
+        why = (
+            f"cast: {column.dtype} has values without an equal {dtype}, such as 0.5; convert the served values instead"
+        )
         raise _refusal(column.name, why, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
     plain = Column.of(column.name, _user_type(column, dtype))
     names = (column.arrow.metadata or {}).get(CLASSES_KEY)
@@ -80,7 +82,7 @@ def served_column(column: Column, casts: Casts) -> Column:
 
 
 def served_columns(schema: Schema, casts: Casts) -> dict[str, Column]:
-    """The columns of a schema that are cast, as they are served. Raises as served_column."""
+    """Return the columns of a schema that are cast, as they are served. Raises as served_column()."""
     served = ((column, served_column(column, casts)) for column in schema.columns)
     return {column.name: other for column, other in served if other is not column}
 
@@ -94,26 +96,22 @@ def _user_type(column: Column, dtype: str) -> UserType:
 
 
 def cast_kind(kind: int, column: Column, served: Column) -> int:
-    """The kind of a stream of values, with what the kernels are told of a cast in its higher bytes."""
+    """Return the kind of a stream of values for the kernels, with the two dtypes of a cast in its higher bytes."""
     if column.dtype == served.dtype:
         return kind
     return kind | DTYPE_NUMBERS[column.dtype or ""] << 8 | DTYPE_NUMBERS[served.dtype or ""] << 16
 
 
 def growth(kind: int) -> float:
-    """How many times as large elements are when they are served, by the kind that cast_kind gave."""
+    """Return the ratio of the served to the stored size of an element, from a kind that cast_kind() returned."""
     sizes = [1, *(STORED[name].itemsize for name in DTYPE_NUMBERS)]
     return sizes[kind >> 16 & 0xFF] / sizes[kind >> 8 & 0xFF]
 
 
 def refuse_misfit(column: Column, dtype: str, elements: npt.NDArray[Any]) -> NoReturn:
-    """Say which of a column's stored elements has no equal in the dtype.
-
-    Raises:
-        SchemaError: always.
-    """
-    got = "a value that has none"
-    expected = f"a {dtype} that is equal"
+    """Raise SchemaError for the first of a column's stored elements that has no equal in the dtype."""
+    got = "another value"
+    expected = f"a value with an equal {dtype}"
     try:
         if dtype == "bool":
             wrong = elements[elements > 1] if elements.dtype.kind == "u" else elements[(elements < 0) | (elements > 1)]

@@ -1,4 +1,4 @@
-"""Whole chunks: fetched or mapped, summed, decoded; each becomes the address of its raw bytes."""
+"""Chunks: fetches or maps chunks of a shard, checks and decodes them, and returns the addresses of their raw bytes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from tiercache.waiting import SYSTEM_CLOCK
 Verify: TypeAlias = Literal["first", "always", "never"]
 Ids: TypeAlias = npt.NDArray[np.int64]
 Addresses: TypeAlias = npt.NDArray[np.uint64]
-# Chunks that lie so close are read as one range: the bytes between cost less than another request's overhead.
+# Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
 _GAP_BYTES = 4096
-# What comes in the 20 ms that a request takes. Single pages are asked for as long as their requests cost less than the
-# columns whole, and 8 times at most: records are found in the mapping only where all of them are here. An epoch of
-# 10,000 records in random order over 49 shards of 0.8 MB took 707 requests by 8 pages a shard, and takes 97 so.
+# Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
+# and at most 8 times, single pages are fetched; then the whole columns, because records are found in the mapping only
+# if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
 _BYTES_A_REQUEST = 2 << 20
 _MOST_MISSES = 8
-# A file is not looked at again for so long, a tick of the clock that stamps it. Looking takes 0.3 to 3 us, by the
-# machine: at each record that is read by index that was up to 20 % of its time.
+# Interval between two fstat() calls on a file, about one tick of the clock that sets the ctime. A call takes 0.3 to 3
+# us; a call for each record that is read by index took up to 20 % of its time.
 LOOK_AGAIN_S = 0.010
 
 
 class CheckedPages:
-    """The pages of a local copy that matched their checksums, and since when that is known.
+    """Record of the pages of a local copy whose checksums have matched, and of the time of the oldest check.
 
-    Safe from any thread, without a lock: where two threads forget at once, pages are checked once more than needed.
+    Thread-safe without a lock: if two threads reset the flags at once, some pages are checked once more than necessary.
 
-    flags: uint8[n_pages], 1 for each page that matched; set by the threads that gather.
+    Attributes:
+        flags: uint8[n_pages], 1 for each page that matched. The threads that gather set the flags.
     """
 
     def __init__(self, n_pages: int) -> None:
@@ -51,17 +52,17 @@ class CheckedPages:
         self._since_s = SYSTEM_CLOCK.monotonic()
 
     def forget_if_written(self, copy: LocalCopy | None) -> int:
-        """Have all pages checked again if the file may have been written to since they were checked.
+        """Reset all flags if the file may have been written to since the pages were checked.
 
-        Renaming, linking or a change of rights counts as a write. To be called before flags are read or set. The file
-        is looked at once in LOOK_AGAIN_S.
+        A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
+        flags. The file is examined at most once per LOOK_AGAIN_S.
 
         Args:
-            copy: the open copy; None: it is closed, so that nobody can tell: pages are checked once more, and then no
-                more.
+            copy: The open copy. None: the copy is closed, so changes cannot be detected; pages are then checked once
+                more, and not again.
 
         Returns:
-            LocalCopy.changed_ns(), for which the flags hold from now on; -1 of a closed copy.
+            LocalCopy.changed_ns() to which the flags now refer; -1 for a closed copy.
         """
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s < self._look_s:
@@ -74,7 +75,7 @@ class CheckedPages:
         return changed_ns
 
     def forget_if_older(self, age_s: float) -> None:
-        """Have all pages checked again if some may have been checked longer than age_s ago."""
+        """Reset all flags if a page may have been checked more than age_s seconds ago."""
         if SYSTEM_CLOCK.monotonic() - self._since_s > age_s:
             self._forget()
 
@@ -84,13 +85,13 @@ class CheckedPages:
 
 
 class Unchecked:
-    """Raw chunks in a mapping whose pages are checked by whoever reads them first, as gather.pyi says.
+    """Pending checks of raw chunks in a mapping: the first reader of a page checks it (see gather.pyi).
 
     Args:
-        rows: uint64[n_chunks, 4], zeros where there is nothing to check.
-        checked: the shard's pages that need no check; shared, and held.
-        crcs: uint32[n_pages], held.
-        copy: whose mapping it is; not held, for it has a descriptor, and blocks that are kept need none.
+        rows: uint64[n_chunks, 4], the check arguments of each chunk; zeros if there is nothing to check.
+        checked: Flags of the shard's checked pages. Shared with others; this object keeps a reference.
+        crcs: uint32[n_pages], CRC-32C of the pages. This object keeps a reference, because rows points into it.
+        copy: Weak reference to the mapped copy, so that blocks that are kept do not hold its file descriptor.
     """
 
     def __init__(
@@ -106,32 +107,37 @@ class Unchecked:
         self._last = self._first + n_pages
 
     def only(self, blocks: Ids, n_columns: int) -> Unchecked:
-        """Of some blocks of a shard of which all chunks are here, int64[n], by their numbers."""
+        """Return the pending checks of some blocks.
+
+        Args:
+            blocks: Positions of the blocks, int64[n].
+            n_columns: Number of columns; this object must have all chunks of each block.
+        """
         rows = self._rows.reshape(-1, n_columns, 4)[blocks]
         return Unchecked(rows.reshape(-1, 4), self._checked, self._crcs, self._copy)
 
     def see_changes(self) -> int:
-        """As CheckedPages.forget_if_written."""
+        """See CheckedPages.forget_if_written."""
         return self._checked.forget_if_written(self._copy())
 
     def forget_if_older(self, age_s: float) -> None:
-        """As CheckedPages.forget_if_older."""
+        """See CheckedPages.forget_if_older."""
         self._checked.forget_if_older(age_s)
 
     def forget(self) -> None:
-        """Let all of them be checked again."""
+        """Reset the flags of these chunks' pages, so that they are checked again."""
         for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
             self._flags[first:last] = 0
 
     def rows(self) -> Addresses | None:
-        """The rows of chunks in which pages are left to check, zeros for others; None: there are none.
+        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked.
 
-        All of them are, where the file was written to since they were checked.
+        If the file has been written to, all pages count as unchecked.
         """
         self.see_changes()
-        if self._flags.all():  # from the second epoch on, where all columns are served
+        if self._flags.all():  # the usual case from the second epoch on, if all columns are served
             return None
-        # How many pages were right before each page of the shard: some 10 us for a GiB.
+        # Number of checked pages before each page of the shard: about 10 us for a shard of 1 GiB.
         right = np.concatenate([[0], np.cumsum(self._flags, dtype=np.int64)])
         done = right[self._last] - right[self._first] == self._last - self._first
         if done.all():
@@ -143,11 +149,16 @@ class Unchecked:
 
 @dataclass(frozen=True, slots=True)
 class LoadedChunks:
-    """Addresses of the raw bytes of chunks; valid while `owners` are kept.
+    """Addresses of the raw bytes of chunks; valid while `owners` are referenced.
 
-    private_bytes: memory that is not a mapping. mapped_bytes: uint64[n], stored bytes of chunks that lie in one, 0 of
-    others, None: none does. left: what of them is to be checked by whoever reads it first, None: nothing. copy: the
-    local copy that was read.
+    Attributes:
+        addresses: uint64[n].
+        owners: Objects that own the memory.
+        private_bytes: Number of bytes of memory that is not a mapping.
+        mapped_bytes: uint64[n], stored bytes of each chunk in a mapping, 0 for other chunks; None if no chunk is
+            mapped.
+        left: Pending checks of the mapped chunks; None if nothing is left to check.
+        copy: The local copy that was read; None if the store was read.
     """
 
     addresses: Addresses
@@ -160,7 +171,7 @@ class LoadedChunks:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Chunks that are read as one range, to `position` of the memory that they are read to."""
+    """A range [start, end) of the file that holds neighbouring chunks, and its position in the receiving memory."""
 
     start: int
     end: int
@@ -168,10 +179,10 @@ class _Run:
 
 
 class Chunks:
-    """The chunks of an open shard, numbered block by block (block * n_columns + column). Safe from any thread.
+    """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
 
-    Chunks that are fetched, or read into memory of our own, are checked each time. `pages` records which pages of a
-    mapping matched their checksums. Two threads may check the same page, which does no harm.
+    Chunks that are fetched, or read into private memory, are checked at each read. `pages` records which pages of a
+    mapping have matched their checksums. Two threads may check the same page, which is harmless.
     """
 
     def __init__(self, source: Source, footer: Footer, verify: Verify) -> None:
@@ -181,44 +192,45 @@ class Chunks:
         self._rows = footer.chunks.ravel()
         self.pages = CheckedPages(len(footer.pages))
         arrow = np.array([column.kind is Kind.ARROW for column in footer.schema.columns], bool)
-        # Arrow walks its arrays without our SIGBUS guard: columns that it decodes are read, not mapped.
+        # Arrow reads ARROW columns outside the SIGBUS guard, so these columns are read into memory and not mapped.
         self._mappable = (self._rows["codec"] == codec.RAW) & ~np.tile(arrow, footer.n_blocks)
         self._mappable_columns = self._mappable.reshape(footer.n_blocks, len(arrow)).all(axis=0)
 
     def ranges(self, ids: Ids) -> list[ByteRange]:
-        """Where chunks lie in the file; neighbours as one range. ids: int64[n], of chunks."""
+        """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
         return [ByteRange(run.start, run.end) for run in self._runs(np.unique(ids))]
 
     def is_here(self, ids: Ids) -> bool:
-        """Whether a local copy, whole or in part, holds these chunks by now."""
+        """Return whether a complete or partial local copy holds these chunks now."""
         copy = self._source.copy
         if copy is None:
             return False
-        # Of a whole copy the answer takes a microsecond; to find where the chunks of a shard lie takes tens.
+        # The check for a complete copy takes 1 us; computing the ranges of a shard's chunks takes tens of us.
         return copy.lease.present([ByteRange(0, copy.n_bytes)]) or copy.lease.present(self.ranges(ids))
 
     def are_mapped(self, ids: Ids) -> bool:
-        """Whether chunks are read where they lie in the mapping."""
+        """Return whether these chunks are read in place in the mapping of a local copy."""
         return bool(self._mappable[ids].all()) and self.is_here(ids)
 
     def can_be_kept(self, columns: Sequence[int]) -> bool:
-        """Whether can_stay_mapped() says so of all chunks of these columns; False where it is not quickly told."""
+        """Return whether can_stay_mapped() holds for all chunks of these columns; False if the answer takes long."""
         copy = self._source.copy
         if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
 
     def can_stay_mapped(self, ids: Ids) -> bool:
-        """The same, time and again without another check."""
+        """Return whether these chunks are read in place, and need no new check at each read."""
         return self._verify != "always" and self.are_mapped(ids)
 
     def bring_whole(self, columns: Sequence[int], deadline_s: float | None) -> bool:
-        """Have a local copy fetch columns whole of which single records are read, once that is as cheap.
+        """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
 
-        False: not yet. True: they are on their way, or there is no copy to bring them to; ask no more.
+        Returns:
+            True if the fetch has started or is done, or if there is no local copy: no further call is needed.
 
         Raises:
-            StoreError: the store failed, or the deadline passed.
+            StoreError: The store failed, or the deadline passed.
         """
         if self._source.copy is None:
             return True
@@ -233,16 +245,16 @@ class Chunks:
         return True
 
     def load(self, ids: Ids, deadline_s: float | None) -> LoadedChunks:
-        """Have these chunks in memory, checked and decoded.
+        """Load these chunks into memory, checked and decoded.
 
         Raises:
-            CorruptShard: a checksum or a length does not match; it names block and column.
-            StoreError: the store failed.
+            CorruptShard: A checksum or a length does not match; the error names the block and the column.
+            StoreError: The store failed.
         """
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
-        # A copy that has them is not asked for what it has: a call a range, which on a cold disk waits for reads.
+        # If the copy has the chunks, Source.local() is not called: it would touch each range, and wait for a cold disk.
         copy = self._source.copy if self.is_here(ids) else self._source.local(self.ranges(ids), deadline_s)
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
@@ -271,7 +283,10 @@ class Chunks:
     def _left(
         self, ids: Ids, addresses: Addresses, mapped: npt.NDArray[np.bool_], inverse: Ids, copy: LocalCopy
     ) -> Unchecked | None:
-        """Summing what stays in the mapping is left to whoever touches it: 500 MB would hold up the first batch."""
+        """Return the pending checks of mapped chunks; None if there are none.
+
+        The gather checks mapped pages when it first reads them: checking 500 MB here would delay the first batch.
+        """
         if self._verify == "never" or not mapped.any():
             return None
         checked = self.pages if self._verify == "first" else CheckedPages(len(self.pages.flags))
@@ -285,7 +300,7 @@ class Chunks:
         return Unchecked(rows[inverse.ravel()], checked, self._footer.pages, ref(copy))
 
     def _runs(self, ids: Ids) -> Iterator[_Run]:
-        """Ranges that hold chunks, given in the order of the file, close ones together."""
+        """Yield the ranges that hold these chunks, which are in file order; close chunks form one range."""
         position = 0
         starts = self._rows["offset"][ids]
         ends = starts + self._rows["stored"][ids]
@@ -297,7 +312,7 @@ class Chunks:
                 yield run
 
     def _read(self, ids: Ids, copy: LocalCopy | None, deadline_s: float | None) -> LoadedChunks:
-        """The stored bytes of chunks in memory of our own; each as aligned as it is in the file."""
+        """Read the stored bytes of chunks into private memory; each chunk keeps its alignment in the file."""
         runs = list(self._runs(ids))
         memory = POOL.lend(align(runs[-1].position + runs[-1].end - runs[-1].start) if runs else 0)
         spans = [(ByteRange(r.start, r.end), memory[r.position : r.position + r.end - r.start].data) for r in runs]
@@ -313,7 +328,7 @@ class Chunks:
         return LoadedChunks(addresses, [memory], memory.nbytes)
 
     def _check(self, ids: Ids, addresses: Addresses) -> None:
-        """Compare checksums of stored bytes that were read to memory of our own."""
+        """Compare the checksums of stored bytes that were read into private memory."""
         if self._verify == "never" or not len(ids):
             return
         rows = self._rows[ids]
@@ -324,7 +339,7 @@ class Chunks:
             self.fail(int(ids[np.argmax(wrong)]), "CRC-32C does not match")
 
     def _decode(self, ids: Ids, addresses: Addresses) -> LoadedChunks:
-        """Replace addresses of frames by those of their content, all in one piece of memory."""
+        """Decode compressed chunks into one allocation, and return the addresses with those of the decoded content."""
         rows = self._rows[ids]
         frames = np.flatnonzero(rows["codec"] == codec.ZSTD)
         if not len(frames):
@@ -339,13 +354,13 @@ class Chunks:
         return LoadedChunks(decoded, [memory], memory.nbytes)
 
     def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise CorruptShard for a chunk."""
+        """Raise CorruptShard for the chunk with this number."""
         block, column = divmod(chunk, len(self._footer.schema))
         name = self._footer.schema.columns[column].name
         raise CorruptShard(message, url=self._source.url, block=block, column=name) from cause
 
 
 def chunk_ids(blocks: Sequence[int], columns: Sequence[int], n_columns: int) -> Ids:
-    """Numbers of chunks, block by block: int64[n_blocks * n_columns]."""
+    """Return the numbers of the chunks of blocks and columns, by block: int64[len(blocks) * len(columns)]."""
     numbers: Ids = np.asarray(blocks, np.int64)[:, None] * n_columns + np.asarray(columns, np.int64)[None, :]
     return numbers.ravel()

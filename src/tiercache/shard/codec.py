@@ -1,4 +1,4 @@
-"""Raw and zstd: which codec a column gets, and frames that are never decoded beyond the length that was promised."""
+"""Codecs of chunks (raw and zstd): the choice of a codec, and decoding that never exceeds the stated length."""
 
 from __future__ import annotations
 
@@ -12,51 +12,52 @@ from tiercache.shard.spec import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Numbers of codecs are never given to another one. Each has its 32 bits of a chunk's row, so a later one may keep the
-# number of a dictionary in the upper half; whatever it does there, this release sees a codec that it does not know.
+# The number of a codec is never reused. The field has 32 bits, so a later codec may store, for example, the number of a
+# dictionary in the upper half; this release then sees an unknown codec.
 RAW = 0
 ZSTD = 1
 CODECS = (RAW, ZSTD)
 DEFAULT_LEVEL = 3
 FOOTER_LEVEL = 3
 MAX_LEVEL = 22
-# A chunk longer than this is stored raw, so a reader may refuse to decode more.
+# A longer chunk is stored raw, so a reader may refuse to decode a frame of more bytes.
 ZSTD_LIMIT_BYTES = 1 << 30
-# A block of a frame takes 4 bytes or more and holds 128 KiB or less: no frame decodes to more than so many times its
-# length. What promises more is refused before memory is taken for it.
+# A block of a zstd frame takes at least 4 bytes and holds at most 128 KiB, so this is the largest ratio of a frame. A
+# frame that states a larger one is refused before memory is allocated.
 ZSTD_MOST_RATIO = (128 << 10) // 4
-# `auto`: this many blocks are compressed to see, and zstd stays if it saves half. A saved share s pays where s > D / Z:
-# D, what the disk that epochs are read from gives (1 to 3 GB/s), by Z, what all cores decode (1 to 1.8 GB/s each, 2 to
-# 4 of them), is a quarter to one; and what lies in the page cache pays for decoding at every epoch and saves nothing.
+# "auto" compresses the chunks of a column in this many blocks as a test, and keeps zstd for the column if the frames
+# have at most this fraction of the raw bytes. The limit also applies to each single frame. Compression pays if the
+# saved fraction exceeds D / Z, where D is the read speed of the disk (1 to 3 GB/s) and Z the decoding speed of all
+# cores (1 to 1.8 GB/s each, 2 to 4 cores). For data in the page cache it never pays.
 MEASURED_BLOCKS = 4
 WORTH = 1 / 2
 
-# `auto` leaves shorter chunks raw: they are little of their block, and a frame of 4 KiB costs some 15 us to read, which
-# were 16 ms before the first batch of each epoch for the labels beside 512 MiB of tokens.
+# "auto" stores shorter chunks raw: they are a small fraction of their block, and reading a frame of 4 KiB costs about
+# 15 us. For the labels beside 512 MiB of tokens that was 16 ms before the first batch of each epoch.
 LEAST_BYTES = 16 << 10
-# `auto` leaves a block raw whose columns together save less: a shard of raw chunks is served as it is mapped, while one
-# with a frame in each block has them decoded in every epoch, by threads that others wait for. The labels beside 124
-# bytes of vector and text saved a twentieth, and took a fifth of an epoch.
+# "auto" stores a block raw if its columns together save less than this fraction. A shard of raw chunks is served from
+# the mapping; a shard with frames is decoded in every epoch. Example: compressed labels beside 124 bytes of vector and
+# text saved a twentieth of the bytes, and cost a fifth of the epoch's time.
 LEAST_SAVED = 1 / 8
 
-# Contexts cost more to make than a small chunk to compress; one may be used by one thread at a time.
+# Creating a context costs more than compressing a small chunk; a context is for one thread at a time.
 _here = threading.local()
 
 
 class CodecError(ValueError):
-    """A frame that cannot be what was written."""
+    """A zstd frame is damaged, or does not have the expected length."""
 
 
 class UnknownCodecError(ValueError):
-    """A codec of a later release. needed: which, in words."""
+    """A chunk uses a codec of a later release. needed: Description of the codec."""
 
     def __init__(self, needed: str) -> None:
-        super().__init__(f"no such codec here: {needed}")
+        super().__init__(f"this release does not know {needed}")
         self.needed = needed
 
 
 def compress(data: Any, level: int) -> bytes:
-    """One zstd frame that says its content's length, without a checksum of its own (CRC-32C is ours)."""
+    """Return data as a zstd frame that states its content length. It has no zstd checksum; chunks have a CRC-32C."""
     compressors = _here.__dict__.setdefault("compressors", {})
     if level not in compressors:
         compressors[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
@@ -65,22 +66,22 @@ def compress(data: Any, level: int) -> bytes:
 
 
 def decompress(frame: bytes | memoryview, raw_bytes: int) -> memoryview:
-    """The content of a frame, read-only.
+    """Return the content of a frame, read-only.
 
     Raises:
-        CodecError: not one frame of raw_bytes bytes.
+        CodecError: The data is not a frame with raw_bytes bytes of content.
     """
-    _check_promise(frame, raw_bytes)  # before the memory is taken
+    _check_promise(frame, raw_bytes)  # before memory is allocated
     out = bytearray(raw_bytes)
     decompress_into(frame, memoryview(out))
     return memoryview(out).toreadonly()
 
 
 def decompress_into(frame: bytes | memoryview, out: memoryview) -> None:
-    """Decode a frame into out, which is exactly as long as the content must be. The GIL is dropped meanwhile.
+    """Decode a frame into out, whose length must equal that of the content. Releases the GIL while it decodes.
 
     Raises:
-        CodecError: not one frame of that length.
+        CodecError: The data is not a frame with content of that length.
     """
     _check_promise(frame, len(out))
     try:
@@ -98,18 +99,18 @@ def _check_promise(frame: bytes | memoryview, raw_bytes: int) -> None:
     try:
         promised = zstandard.frame_content_size(frame)
     except zstandard.ZstdError as error:
-        raise CodecError(f"it is no zstd frame: {error}") from error
+        raise CodecError(f"it is not a zstd frame: {error}") from error
     if promised != raw_bytes:
-        raise CodecError(f"its zstd frame holds {promised} bytes, expected {raw_bytes}")
+        raise CodecError(f"its zstd frame states {promised} bytes, expected {raw_bytes}")
     if raw_bytes > ZSTD_MOST_RATIO * len(frame):
-        raise CodecError(f"its zstd frame of {len(frame)} bytes cannot hold {raw_bytes}")
+        raise CodecError(f"its zstd frame of {len(frame)} bytes cannot hold {raw_bytes} bytes")
 
 
 def parse_compression(text: str) -> int | None:
-    """The level that a compression's name means: None for "none", N for "zstd:N", DEFAULT_LEVEL for "zstd" and "auto".
+    """Return the zstd level of a compression: None for "none", N for "zstd:N", DEFAULT_LEVEL for "zstd" and "auto".
 
     Raises:
-        ValueError: no such compression.
+        ValueError: The text is not a compression.
     """
     if text == "none":
         return None
@@ -122,11 +123,11 @@ def parse_compression(text: str) -> int | None:
 
 
 class ColumnCodec:
-    """Chooses the codec of one column's chunks in one writer. Not for several threads."""
+    """Chooses the codec of the chunks of a column in a writer. Not thread-safe."""
 
     def __init__(self, compression: str, kind: Kind) -> None:
         self._level = parse_compression(compression)
-        # Encoded pictures are compressed already; measuring them would cost a compression of the first blocks.
+        # Encoded images are compressed already, so no block is compressed as a test.
         self._measuring = MEASURED_BLOCKS if compression == "auto" and kind is not Kind.IMAGE else 0
         self._forced = compression != "auto"
         self._raw_bytes = self._zstd_bytes = 0
@@ -134,7 +135,7 @@ class ColumnCodec:
             self._level = None
 
     def encode(self, data: Any) -> bytes | None:
-        """The chunk as a zstd frame, or None to store it raw. data: a contiguous buffer."""
+        """Return a chunk, a contiguous buffer, as a zstd frame; None if it should be stored raw."""
         n_bytes = memoryview(data).nbytes
         if self._level is None or not self.tries(n_bytes):
             return None
@@ -144,13 +145,13 @@ class ColumnCodec:
         return frame if self._forced or len(frame) <= n_bytes * WORTH else None
 
     def tries(self, n_bytes: int) -> bool:
-        """Whether a chunk of so many bytes is compressed to see."""
+        """Return whether encode() tries to compress a chunk of this many bytes."""
         least_bytes = 1 if self._forced else LEAST_BYTES
         return self._level is not None and least_bytes <= n_bytes <= ZSTD_LIMIT_BYTES
 
     @property
     def is_forced(self) -> bool:
-        """Whether somebody named zstd for it."""
+        """Whether the user chose zstd for the column."""
         return self._forced and self._level is not None
 
     def _measure(self, raw_bytes: int, zstd_bytes: int) -> None:
@@ -162,7 +163,7 @@ class ColumnCodec:
 
 
 class BlockCodec:
-    """Chooses the codecs of all columns' chunks, block by block, in one writer. Not for several threads."""
+    """Chooses the codecs of the chunks of each block in a writer. Not thread-safe."""
 
     def __init__(self, columns: Sequence[ColumnCodec]) -> None:
         self._columns = columns
@@ -170,11 +171,11 @@ class BlockCodec:
         self._raw_bytes = self._saved_bytes = self._n_blocks = 0
 
     def encode(self, lengths: Sequence[int], chunk: Callable[[int], Any]) -> list[bytes | None]:
-        """Each column's chunk as a zstd frame, or None to store it raw.
+        """Return for each column the chunk as a zstd frame, or None if it should be stored raw.
 
         Args:
-            lengths: bytes of each chunk.
-            chunk: gives one of them by its column's number, a contiguous buffer; good until it is called again.
+            lengths: Number of bytes of each chunk.
+            chunk: Function from a column's number to its chunk, a contiguous buffer that is valid until the next call.
         """
         if self._saves_little:
             return [None] * len(lengths)
@@ -193,6 +194,6 @@ class BlockCodec:
 
     @property
     def _saves_little(self) -> bool:
-        """Whether the first blocks have shown that nothing is worth a try."""
+        """Whether the first blocks have shown that compression does not pay."""
         is_measured = self._n_blocks == MEASURED_BLOCKS and not self._is_forced
         return is_measured and self._saved_bytes < LEAST_SAVED * self._raw_bytes

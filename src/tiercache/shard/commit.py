@@ -1,13 +1,13 @@
-"""Commits: shards become a version by one put of the next number, which exactly one of many racing writers wins.
+"""Commit: makes shards a new version with one put-if-absent of the next version number, which one of all writers wins.
 
 ::
 
-    append:     newest version -> put the next number -> lost? the winner's version is the new base, try again
-    overwrite:  parent         -> put the next number -> lost? CommitConflict
-    create:     nothing there  -> put number 1        -> lost? CommitConflict
+    append:     newest version -> put the next number -> lost: take the winner's version as the base and try again
+    overwrite:  parent         -> put the next number -> lost: CommitConflict
+    create:     no data set    -> put number 1        -> lost: CommitConflict
 
-An answer that was lost is settled by reading the number back: the version there is ours if writer and nonce match. If
-reading fails too, StoreError says that the commit may have happened, and land() again settles it.
+If the response to a put is lost, the writer reads the number back: the version is its own if writer and nonce match. If
+the read fails too, StoreError states that the commit may have happened, and another call of land() finds out.
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ from tiercache.shard.versions import (
 )
 from tiercache.store.contract import Store
 
-# A loss means that another append landed: a hundred in a row is a crowd, not bad luck.
+# Each lost race means that another append was committed; after a hundred losses in a row the writer gives up.
 MAX_REBASES = 100
 MAX_SEGMENTS = 64
-# How often a version is put again when its answer was lost and it is not there.
+# Number of attempts to put a version while responses are lost and the version is absent.
 _MAX_PUTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class CommitRequest:
-    """What is to be committed.
+    """The content of a commit.
 
-    infos: in data-set order; parent: what an overwrite replaces, and where an append starts to look for the newest
-    version; writer_id: for people, and, with nonce, which is new for each commit, to recognise our own version.
+    Attributes:
+        infos: New shards, in data-set order.
+        schema: Schema of the shards.
+        mode: "create", "append" or "overwrite".
+        parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
+        writer_id, nonce: Identifiers by which the commit recognises its own version; the nonce is new for each commit.
     """
 
     infos: tuple[ShardInfo, ...]
@@ -64,7 +68,7 @@ class CommitRequest:
 
 
 def check_mode(mode: str) -> None:
-    """Refuse what is no mode of writing. Raises ValueError."""
+    """Check that mode is a mode of writing. Raises ValueError otherwise."""
     if mode not in get_args(VersionKind):
         raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {mode!r}")
 
@@ -78,13 +82,13 @@ def commit(
     parent: Version | None = None,
     writer_id: str | None = None,
 ) -> Version:
-    """Commit finished shards as the next version of the store's data set; see Commit.land() for what it raises."""
+    """Commit finished shards as the next version of the store's data set, and return it. Raises as Commit.land()."""
     who = {} if writer_id is None else {"writer_id": writer_id}
     return Commit(store, CommitRequest(tuple(infos), schema, mode, parent, **who)).land()
 
 
 class Commit:
-    """One commit, from the first try until it is settled. For one thread at a time."""
+    """A commit, from the first attempt until its result is known. For one thread at a time."""
 
     def __init__(self, store: Store, request: CommitRequest) -> None:
         self._store = store
@@ -94,14 +98,17 @@ class Commit:
         self._landed: Version | None = None
 
     def land(self) -> Version:
-        """Commit, and return the version that holds the shards; harmless when repeated. Appending none commits nothing.
+        """Commit, and return the version that contains the shards. A repeated call returns the same version.
+
+        An append without shards commits nothing and returns the newest version.
 
         Raises:
-            CommitConflict: somebody else committed first, or a data set is there already (create).
-            NotFound: there is no data set to append to.
-            SchemaError: an append's schema is not that of the data set.
-            UnsupportedFormat: only a later release may write to the data set.
-            StoreError: the store's; with .maybe_done, .number, .nonce: the commit may have happened, call land() again.
+            CommitConflict: Another writer committed first, or a data set exists already (create).
+            NotFound: There is no data set to append to.
+            SchemaError: The schema of an append differs from that of the data set.
+            UnsupportedFormat: Only a later release may write to the data set.
+            StoreError: The store failed. If .maybe_done is true, the commit may have happened (.number, .nonce): call
+                land() again.
         """
         if self._landed is None:
             self._landed = self._land()
@@ -122,7 +129,7 @@ class Commit:
         raise CommitConflict(f"lost {MAX_REBASES} races against other appends; try again later", url=self._store.url)
 
     def _base(self) -> Version | None:
-        """The version that the first try comes after."""
+        """Return the version on which the first attempt is based."""
         parent = self._request.parent
         if self._request.mode == "overwrite" and parent is not None:
             return parent
@@ -136,14 +143,14 @@ class Commit:
         return newest
 
     def _rebase(self, winner: Version) -> Version:
-        """The base of the next try, after winner took the number of this one."""
+        """Return the base of the next attempt, after winner took the number of this attempt."""
         mode, number = self._request.mode, winner.number
         if mode == "create":
             raise data_set_exists(self._store, winner)
         if mode == "overwrite":
             raise CommitConflict(
                 f"version {number} was committed by writer {winner.writer} ({winner.kind}) before this overwrite; "
-                "nothing was changed: look at that version, then overwrite it if it is to go",
+                "nothing was changed: inspect that version, and overwrite again if it may be replaced",
                 url=self._store.url,
                 number=number,
             )
@@ -155,7 +162,7 @@ class Commit:
         parent = self._request.parent
         if parent is not None and parent.dataset_id != base.dataset_id:
             raise CommitConflict(
-                "another data set has been put in the place of this one", url=self._store.url, number=base.number
+                "the data set was replaced by another one meanwhile", url=self._store.url, number=base.number
             )
         check_same_schema(base.schema, self._request.schema)
 
@@ -185,7 +192,7 @@ class Commit:
         )
 
     def _segments(self, base: Version | None) -> tuple[SegmentRef, ...]:
-        """The segments of the next version; the new ones are in the store when this returns."""
+        """Return the segments of the next version, after the new ones are written to the store."""
         if self._own is None:
             self._own = (self._write(segments.new_segment(self._request.infos)),) if self._request.infos else ()
         if base is None or self._request.mode != "append":
@@ -194,7 +201,7 @@ class Commit:
         start = plan_merge([ref.n_shards for ref in refs])
         if start == len(refs):
             return refs
-        # Our own segment is read back with the others: merging is rare, and this way there is one path.
+        # The new segment is read back with the others, which keeps one code path; merging is rare.
         tables = segments.read_segments(self._store, base.dataset_id, refs[start:])
         return (*refs[:start], self._write(segments.pack_segment(pa.concat_tables(tables))))
 
@@ -211,7 +218,7 @@ class Commit:
         return ref
 
     def _put(self, version: Version) -> Version:
-        """The version that has the number of `version` after putting that one there: itself, or another's."""
+        """Put a version if its number is free. Returns the version that has the number now: this one or another."""
         key, data, maybe_done = version_key(version.number), encode_version(version), False
         for _ in range(_MAX_PUTS):
             failure: StoreError | None = None
@@ -221,7 +228,8 @@ class Commit:
             except StoreError as error:
                 failure = error
                 maybe_done = maybe_done or getattr(error, "maybe_done", False)
-            # Even a plain "no" may be about our own: a back end that tried again meets what its first try wrote.
+            # "Already exists" may refer to this very version: a back end that retried finds what its first attempt
+            # wrote.
             try:
                 return manifest.read_version(self._store, version.number)
             except NotFound:
@@ -236,8 +244,8 @@ class Commit:
     def _lost(self, version: Version) -> StoreError:
         self._unsettled = version
         return StoreError(
-            f"the commit of version {version.number} may have happened: its answer was lost and not to be read back; "
-            f"close() again settles it (writer {version.writer}, nonce {version.nonce})",
+            f"the commit of version {version.number} may have happened: the store's response was lost, and the version "
+            f"cannot be read back; call close() again to find out (writer {version.writer}, nonce {version.nonce})",
             url=self._store.url,
             retryable=True,
             maybe_done=True,
@@ -246,13 +254,13 @@ class Commit:
         )
 
     def _hint(self, number: int) -> None:
-        # Readers probe upward from any hint, so an old one costs them a few requests and nothing else.
+        # Readers probe upward from the hint, so an outdated hint only costs a few requests.
         with suppress(StoreError):
             self._store.put(manifest.HINT_KEY, manifest.encode_hint(number))
 
 
 def find_latest(store: Store) -> Version | None:
-    """The newest version, None where there is no data set."""
+    """Return the newest version; None if there is no data set."""
     try:
         return manifest.latest(store)
     except NotFound:
@@ -260,9 +268,9 @@ def find_latest(store: Store) -> Version | None:
 
 
 def data_set_exists(store: Store, found: Version) -> CommitConflict:
-    """The error of creating where a data set is."""
+    """Return the error of a "create" where a data set exists."""
     return CommitConflict(
-        f"a data set is here already (version {found.number}, {found.n_records} records); "
+        f"a data set exists already (version {found.number}, {found.n_records} records); "
         'write with mode="append" to add to it, or mode="overwrite" to replace it',
         url=store.url,
         number=found.number,
@@ -270,15 +278,15 @@ def data_set_exists(store: Store, found: Version) -> CommitConflict:
 
 
 def nothing_to_append_to(store: Store) -> NotFound:
-    """The error of appending where no data set is."""
+    """Return the error of an "append" where no data set exists."""
     return NotFound('no data set to append to; write with mode="create" first', url=store.url)
 
 
 def plan_merge(n_rows: Sequence[int]) -> int:
-    """Where the run of last segments that become one starts; len(n_rows) where there are few enough.
+    """Return the index from which the last segments are merged into one; len(n_rows) if there are few segments.
 
-    Half of the segments go at once, so that merging is rare; and earlier ones while they are no larger than what is
-    merged already, so that a row is copied a few times in all, whatever the sizes of the appends were.
+    Half of the segments are merged at once, so merging is rare. Earlier segments are included while they are no larger
+    than the sum of the later ones, so a row is copied only a few times in total, whatever the sizes of the appends.
     """
     if len(n_rows) <= MAX_SEGMENTS:
         return len(n_rows)

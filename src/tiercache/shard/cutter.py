@@ -1,7 +1,7 @@
-"""Cuts a stream of batches into blocks of about one size.
+"""BlockCutter: splits a stream of batches into blocks of about equal size.
 
-Only the sizes of records count, and not how they were batched; but of a column of Kind.ARROW each record counts as the
-mean of its batch.
+The block boundaries depend only on the sizes of records, and not on the batches. Exception: in a column of Kind.ARROW,
+each record counts with the mean size of its batch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Parts: TypeAlias = list[Part]
 
 
 class BlockCutter:
-    """Gathers parts of all columns until they are a block.
+    """Collects records until they fill a block.
 
-    What is kept between calls is a copy: callers may change their arrays.
+    Records that are kept between calls are copied, so callers may change their arrays.
     """
 
     def __init__(self, columns: Sequence[Column], block_bytes: int) -> None:
@@ -31,10 +31,7 @@ class BlockCutter:
         self._pending_bytes = 0
 
     def add(self, parts: Parts) -> Iterator[Parts]:
-        """Take a batch (parts of all columns, of equal length), and give each block that is full.
-
-        Less than a block stays pending.
-        """
+        """Add a batch (the data of each column, of equal lengths); yield each full block. The rest stays pending."""
         n = parts[0].n
         ends_bytes = self._ends_bytes(parts)
         start = 0
@@ -50,19 +47,19 @@ class BlockCutter:
 
     @property
     def room_bytes(self) -> int:
-        """How many more bytes fit into the block that is pending."""
+        """Number of bytes that still fit into the pending block."""
         return self._block_bytes - self._pending_bytes
 
     def end_block(self, parts: Parts) -> Parts:
-        """The block of what is pending and these records, which are known to fill it; not copied if nothing is."""
+        """Return the block of the pending records and these records. Without pending records, nothing is copied."""
         return self._joined(parts if parts[0].n else None)
 
     def flush(self) -> Parts | None:
-        """The block of what is pending, if anything is."""
+        """Return the block of the pending records; None if there are none."""
         return self._joined(None) if self._pending else None
 
     def _ends_bytes(self, parts: Parts) -> npt.NDArray[np.int64]:
-        """Bytes of the records before each, and of all: int64[n + 1]."""
+        """Return int64[n + 1]: the number of bytes before each record; the last entry is the total."""
         ends = np.zeros(parts[0].n + 1, np.int64)
         for column, part in zip(self._columns, parts, strict=True):
             ends[1:] += record_bytes(column, part)
@@ -70,7 +67,7 @@ class BlockCutter:
         return ends
 
     def _end_of_block(self, ends_bytes: npt.NDArray[np.int64], start: int) -> int:
-        """The first record that no longer fits; an empty block takes one of any size."""
+        """Return the first record that does not fit into the block; an empty block takes a record of any size."""
         room_bytes = int(ends_bytes[start]) + self._block_bytes - self._pending_bytes
         end = int(np.searchsorted(ends_bytes, room_bytes, side="right")) - 1
         return max(end, start if self._pending else start + 1)

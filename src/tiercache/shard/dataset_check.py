@@ -1,4 +1,4 @@
-"""Checks a whole data set: a version, its segments, and every byte of its shards, several shards at a time."""
+"""Verifies a data set: a version, its segments, and every byte of its shards, with several shards in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from tiercache.store.contract import Store
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """What was found in a shard. error: why it could not be read, which says nothing about its bytes."""
+    """Result of the verification of a shard.
+
+    Attributes:
+        findings: Damage that was found.
+        error: Error of the store, because of which the shard could not be verified; None if it was read.
+    """
 
     info: ShardInfo
     findings: tuple[Finding, ...] = ()
@@ -25,11 +30,16 @@ class ShardCheck:
 
 
 def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) -> Iterator[Finding]:
-    """Yield all that is wrong with a version (the newest) of the data set in store; nothing if it is whole.
+    """Yield all damage of a version of the data set in a store; nothing if the version is intact.
+
+    Args:
+        store: Store of the data set.
+        number: Number of the version; None for the newest.
+        jobs: Number of shards that are verified in parallel.
 
     Raises:
-        NotFound: no data set, or no such version.
-        StoreError: the store failed.
+        NotFound: There is no data set, or no such version.
+        StoreError: The store failed.
     """
     try:
         version, shards = open_whole(store, number)
@@ -43,12 +53,12 @@ def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) ->
 
 
 def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
-    """A version (the newest) and its shards, for checking: here a segment that is missing is damage too.
+    """Return a version (None: the newest) and its shards. A missing segment counts as damage.
 
     Raises:
-        CorruptShard: the version or a segment is damaged, or a segment is missing.
-        NotFound: no data set, or no such version.
-        StoreError: the store failed.
+        CorruptShard: The version or a segment is damaged, or a segment is missing.
+        NotFound: There is no data set, or no such version.
+        StoreError: The store failed.
     """
     version = latest(store) if number is None else read_version(store, number)
     try:
@@ -58,7 +68,10 @@ def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
 
 
 def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, jobs: int) -> Iterator[ShardCheck]:
-    """Check some of a version's shards, jobs at a time, and yield each as it is done. Left early, it starts no more."""
+    """Verify some shards of a version, `jobs` in parallel, and yield each result as soon as it is known.
+
+    If the caller closes the generator early, no further shard is started.
+    """
     with ThreadPoolExecutor(jobs, "tiercache-verify") as pool:
         try:
             for future in as_completed([pool.submit(_check, store, version, info) for info in infos]):
@@ -68,7 +81,7 @@ def check_shards(store: Store, version: Version, infos: Sequence[ShardInfo], *, 
 
 
 def _check(store: Store, version: Version, info: ShardInfo) -> ShardCheck:
-    """A shard that is missing is damage; one that the store cannot give now is not."""
+    """Verify a shard. A missing shard is damage; a shard that the store fails to deliver is an error."""
     try:
         return ShardCheck(info, tuple(verify_shard(store, info.name, info, info.identity(version.dataset_id))))
     except NotFound:

@@ -1,4 +1,4 @@
-"""Writer: records in, a new version of a data set out."""
+"""Writer: writes records as a new version of a data set."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ from tiercache.store import open_store
 
 
 class Writer:
-    """Writes a data set: shards as records come, and one commit at the end. For one process and one thread.
+    """Writer of a data set: uploads shards while records arrive, and commits once, in close().
 
-    A thread of its own uploads: a store's error is raised by a later call, at the latest by close().
-    As a context manager it commits when the block ends; leaving the block by an exception commits nothing and deletes
-    the shards that were written. A writer that was killed needs no clean-up: no version names its shards. `version`
-    is what was committed, None before.
+    For one process and one thread. A background thread uploads, so a later call raises the error of a store, at the
+    latest close(). Used as a context manager, the writer commits at the end of the `with` block; if an exception leaves
+    the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up,
+    because no version lists its shards.
+
+    Attributes:
+        version: The committed version; None before the commit.
     """
 
     def __init__(
@@ -47,25 +50,26 @@ class Writer:
         compression: str | Mapping[str, str] = "auto",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Look at what is at url; nothing is written yet.
+        """Read the newest version at url, if any, and check mode and schema against it. Nothing is written yet.
 
         Args:
-            url: the data set's folder.
-            schema: column names to types, or an Arrow schema. None: the data set's own (append), or that of the first
-                record or batch.
-            mode: "create" a data set where there is none; "append" to one; "overwrite" one (or create it): readers see
-                the old version until the new one is committed, and by number for ever.
-            shard_size, block_size: about, in stored and in raw bytes.
-            compression: "auto", "none", "zstd" or "zstd:LEVEL", for all columns or by column.
-            storage_options: for the store.
+            url: URL or path of the data set's folder.
+            schema: Mapping of column names to types, or an Arrow schema. None: the schema of the data set (append), or
+                the schema that is inferred from the first record or batch.
+            mode: "create" makes a new data set; "append" adds records to an existing one; "overwrite" replaces one, or
+                creates it. Until an overwrite commits, readers see the old version; later they can open it by number.
+            shard_size: Approximate size of a shard in stored bytes; an int or a text such as "128MiB".
+            block_size: Approximate size of a block in bytes before compression; an int or a text such as "1MiB".
+            compression: "auto", "none", "zstd" or "zstd:LEVEL", for all columns, or a mapping by column name.
+            storage_options: Options of the store, such as credentials and the region.
 
         Raises:
-            CommitConflict: mode is "create" and a data set is there.
-            NotFound: mode is "append" and none is.
-            SchemaError: schema cannot be, or is not that of the data set to append to.
-            UnsupportedFormat: only a later release may write to the data set.
-            ValueError: another argument cannot be.
-            StoreError: the store's.
+            CommitConflict: mode is "create", and a data set exists at url.
+            NotFound: mode is "append", and no data set exists at url.
+            SchemaError: The schema is invalid, or differs from the schema of the data set to append to.
+            UnsupportedFormat: Only a later release may write to the data set.
+            ValueError: Another argument is invalid.
+            StoreError: The store failed.
         """
         check_mode(mode)
         self._options = ShardOptions(parse_bytes(shard_size), parse_bytes(block_size), compression)
@@ -93,26 +97,31 @@ class Writer:
 
     @property
     def url(self) -> str:
-        """The data set's URL, without credentials."""
+        """URL of the data set, without credentials."""
         return self._store.url
 
     @property
     def schema(self) -> Schema | None:
-        """The columns; None until there is a schema."""
+        """Schema of the data set; None until it is given or inferred."""
         return self._schema
 
     @property
     def n_records(self) -> int:
-        """Records written so far by this writer."""
+        """Number of records that this writer has written so far."""
         return self._shards.n_records if self._shards is not None else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add one record: a value for each column; a nullable column may be left out.
+        """Add one record.
+
+        Args:
+            record: Mapping of column names to values. A nullable column may be missing.
 
         Raises:
-            SchemaError: a value does not fit; it names column, record, expected and got, and the record is not written.
-            StoreError: the store's, perhaps for records written before; after it, only leaving or abort() is possible.
-            ValueError: the writer is closed.
+            SchemaError: A value does not fit its column. The error names the column, the record, the expected and the
+                actual value; the record is not written.
+            StoreError: The store failed, possibly for records written before. The caller can then only leave the
+                context or call abort().
+            ValueError: The writer is closed.
         """
         if self._shards is None:
             with self._starting(Schema.infer_record(record)) as shards:
@@ -121,10 +130,13 @@ class Writer:
             self._shards.write(record)
 
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
-        """Add records by columns: arrays or lists of one length, or an Arrow batch or table; after an error, none.
+        """Add several records, given by column. After an error none of them is written.
+
+        Args:
+            columns: Mapping of column names to arrays or lists of equal length, or an Arrow record batch or table.
 
         Raises:
-            SchemaError, StoreError, ValueError: as write().
+            SchemaError, StoreError, ValueError: See write().
         """
         if self._shards is None:
             with self._starting(Schema.infer_columns(columns)) as shards:
@@ -133,14 +145,15 @@ class Writer:
             self._shards.write_batch(columns)
 
     def close(self) -> None:
-        """Finish the last shard and commit. Harmless when repeated; failing before the commit aborts.
+        """Finish the last shard and commit. A repeated call is safe. An error before the commit aborts the writer.
 
         Raises:
-            CommitConflict: somebody else created or changed the data set first; nothing was changed.
-            SchemaError: there is no schema, as none was given and nothing written; or somebody else's overwrite changed
-                the schema of what is appended to.
-            StoreError: the store's. Where .maybe_done is true the commit may have happened: close() again settles it.
-            ValueError: the writer was aborted.
+            CommitConflict: Another writer created or changed the data set first; this writer changed nothing.
+            SchemaError: No schema was given and no record was written; or an overwrite by another writer changed the
+                schema of the data set to append to.
+            StoreError: The store failed. If .maybe_done is true, the commit may have happened: call close() again to
+                find out and to finish it.
+            ValueError: The writer was aborted.
         """
         if self._ended == "closed":
             return
@@ -157,20 +170,20 @@ class Writer:
 
     def _finished(self) -> Commit:
         if self._shards is None or self._schema is None:
-            raise SchemaError("nothing was written and no schema given, so there is no data set to make")
+            raise SchemaError("cannot create a data set: no schema was given and no record was written")
         infos = tuple(self._shards.finish())
         request = CommitRequest(infos, self._schema, self._mode, self._parent, self._shards.writer_id)
         return Commit(self._store, request)
 
     def abort(self) -> None:
-        """Commit nothing and delete the shards that were written. Harmless when repeated, and after close().
+        """Commit nothing, and delete the shards that were written. On a closed or aborted writer, do nothing.
 
-        After a close() that failed in the commit nothing is deleted: the commit may have happened.
+        If the commit itself failed, the shards are kept, because the commit may have happened.
         """
         if self._ended:
             return
         self._ended = "aborted"
-        # What cannot be deleted now is in nobody's way: no version names it, and `tiercache gc` removes it.
+        # A shard that cannot be deleted now is harmless, because no version lists it.
         with suppress(StoreError):
             if self._shards is not None:
                 self._shards.abort()
@@ -182,7 +195,7 @@ class Writer:
 
     @contextmanager
     def _starting(self, schema: Schema) -> Iterator[ShardWriter]:
-        """The shard writer of an inferred schema, which is kept unless what it was inferred from cannot be written."""
+        """Yield a shard writer for an inferred schema; drop both if the data that gave the schema cannot be written."""
         self._check_open()
         shards = ShardWriter(self._store, schema, self._options)
         self._schema, self._shards = schema, shards

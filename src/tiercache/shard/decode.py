@@ -1,8 +1,8 @@
-"""Many zstd frames of a shard, decoded one after the other into one piece of reused memory.
+"""Decodes many zstd frames of a shard into one allocation of pooled memory.
 
-With a libzstd on the machine that is one call without the GIL: beside a consumer that never leaves Python a thread
-that must ask for the GIL after each frame waits 5 ms for it, and decodes half as fast or less. Without one
-python-zstandard decodes frame by frame, with the same result.
+With a libzstd on the machine, one call decodes all frames without the GIL. Reason: beside a consumer thread that runs
+Python code, a thread that needs the GIL after each frame waits 5 ms each time, and decodes at half the speed or less.
+Without a libzstd, python-zstandard decodes frame by frame, with the same result.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tiercache.shard.source import Bytes, address_of
 Numbers = npt.NDArray[np.uint64]
 
 _FUNCTIONS = ("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx", "ZSTD_getFrameContentSize")
-# A decoder belongs to one thread at a time, and costs more to make than a small frame to decode.
+# Creating a decoder costs more than decoding a small frame; a decoder is for one thread at a time.
 _here = threading.local()
 
 
 class BadFrameError(codec.CodecError):
-    """A frame cannot be what was written. number: which of those that were given."""
+    """A zstd frame is damaged. number: Index of the frame among the given ones."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class BadFrameError(codec.CodecError):
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Frames in memory, uint64[n] each. addresses: where they begin; stored, raw: bytes of each, as is and decoded."""
+    """n frames in memory, uint64[n] each: their addresses, their stored lengths and their decoded lengths in bytes."""
 
     addresses: Numbers
     stored: Numbers
@@ -51,24 +51,24 @@ def decode(frames: Frames) -> tuple[Bytes, Numbers]:
     """Decode all frames.
 
     Returns:
-        The memory that holds them, the caller's as long as it keeps it; the address of each content, uint64[n], a
-        multiple of 64.
+        The memory that holds the decoded content, which the caller owns; and the address of the content of each frame,
+        uint64[n], a multiple of 64.
 
     Raises:
-        BadFrameError: a frame does not hold what was promised; nothing beyond that was written.
+        BadFrameError: A frame does not hold the stated number of bytes. Nothing is written beyond that length.
     """
     lengths = np.array([align(n_bytes) for n_bytes in frames.raw.tolist()], np.uint64)
     ends = np.cumsum(lengths, dtype=np.uint64)
     memory = POOL.lend(int(ends[-1]) if len(ends) else 0)
     out = np.uint64(address_of(memory)) + ends - lengths
     n_right = _decode_native(frames, out)
-    for number in range(n_right, len(out)):  # the first may be the bad one, which then says why
+    for number in range(n_right, len(out)):  # the first of these may be damaged; _decode_one raises the reason
         _decode_one(frames, number, memory[int(ends[number] - lengths[number]) :][: int(frames.raw[number])])
     return memory, out
 
 
 def _decode_native(frames: Frames, out: Numbers) -> int:
-    """Decode frames in one call, up to the first that is not right; how many were. 0 without a libzstd."""
+    """Decode frames in one call, until the first bad one. Returns the number of decoded frames; 0 without a libzstd."""
     if not hasattr(_here, "decoder"):
         functions = find_libzstd()
         _here.decoder = None if functions is None else Decoder(*functions)
@@ -89,9 +89,9 @@ def _decode_one(frames: Frames, number: int, content: Bytes) -> None:
 
 @cache
 def find_libzstd() -> tuple[int, int, int, int] | None:
-    """Addresses of the functions that a Decoder needs, or None.
+    """Return the addresses of the functions that a Decoder needs, or None.
 
-    Of the system's libzstd; else of the one inside python-zstandard, whose wheels have a part that exports it.
+    They come from the system's libzstd, else from the libzstd that the module zstandard._cffi exports.
     """
     part = importlib.util.find_spec("zstandard._cffi")
     for name in ("libzstd.so.1", part.origin if part is not None else None):

@@ -1,4 +1,4 @@
-"""What two schemas differ in, said so that a user can act on it."""
+"""Compares the schema of an append with that of the data set."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from tiercache.shard.types import Schema
 
 
 def check_same_schema(there: Schema, given: Schema) -> None:
-    """Refuse to append records of another schema.
+    """Check that records of the schema `given` can be appended to a data set of the schema `there`.
 
     Raises:
-        SchemaError: the first difference: a column that is missing, one too many, in another place or of another type.
+        SchemaError: The schemas differ. The message describes the first difference: a missing or an additional column,
+            another type, another order, or other metadata.
     """
     if there == given:
         return
     for name in there.names:
         if name not in given.names:
-            raise SchemaError("the data set has this column, what is appended has not", column=name)
+            raise SchemaError("the data set has this column, the appended records do not", column=name)
     for name, column in zip(given.names, given.columns, strict=True):
         if name not in there.names:
-            raise SchemaError("what is appended has this column, the data set has not", column=name)
+            raise SchemaError("the appended records have this column, the data set does not", column=name)
         expected = there.columns[there.index(name)]
         if str(expected) != str(column):
-            text = f"the data set has {expected}, what is appended {column}"
+            text = f"the data set has {expected}, the appended records have {column}"
             raise SchemaError(text, column=name, expected=str(expected), got=str(column))
     if there.names != given.names:
         text = (

@@ -1,9 +1,7 @@
-"""Arrow extension types: what a column is, said inside Arrow.
+"""Arrow extension types of columns. A reader does not depend on them, because the field's metadata has the type too.
 
-A reader never depends on them: the field's metadata says it too.
-
-Ragged arrays cannot use the canonical arrow.variable_shape_tensor: its list has 32-bit offsets, and Arrow refuses to
-read a schema that says otherwise. Ours is the same struct with 64-bit offsets.
+Ragged arrays cannot use the canonical arrow.variable_shape_tensor: its list has 32-bit offsets, and Arrow refuses a
+schema with other offsets. RaggedType is the same struct with 64-bit offsets.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import pyarrow as pa
 
 
 class BFloat16Type(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
-    """bfloat16 numbers, stored as their 16 bits."""
+    """Arrow type of bfloat16 numbers, stored as their 16 bits."""
 
     def __init__(self) -> None:
         super().__init__(pa.uint16(), "tiercache.bfloat16")
@@ -29,7 +27,7 @@ class BFloat16Type(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no 
 
 
 class ImageType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
-    """Encoded pictures, stored as bytes."""
+    """Arrow type of encoded images, stored as bytes."""
 
     def __init__(self, encoding: str) -> None:
         self.encoding = encoding
@@ -44,9 +42,11 @@ class ImageType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no typ
 
 
 class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no types
-    """Arrays of any shape, stored as struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>.
+    """Arrow type of ragged arrays, stored as struct<data: large_list<T>, shape: fixed_size_list<int32>[n_dimensions]>.
 
-    shape: None for a dimension that varies.
+    Args:
+        value_type: Arrow type of the elements.
+        shape: Shape of the arrays, with None for a dimension that varies.
     """
 
     def __init__(self, value_type: pa.DataType, shape: tuple[int | None, ...]) -> None:
@@ -65,9 +65,9 @@ class RaggedType(pa.ExtensionType):  # type: ignore[misc]  # pyarrow ships no ty
 
 
 def register_extension_types() -> None:
-    """Make Arrow know them. Harmless when repeated, or when the module was loaded twice."""
+    """Register the types with Arrow. A type that is registered already is left alone."""
     for example in (BFloat16Type(), ImageType("jpeg"), RaggedType(pa.float32(), (None,))):
         try:
             pa.register_extension_type(example)
-        except pa.ArrowKeyError:  # already there
+        except pa.ArrowKeyError:  # registered already
             continue

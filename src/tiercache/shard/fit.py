@@ -1,7 +1,7 @@
-"""Numbers into stored form, or the first that does not fit. Nothing is ever wrapped, truncated or guessed.
+"""Converts numbers to the stored dtype of a column, and raises MisfitError for the first number that does not fit.
 
-Integers must fit exactly, also into floats; floats may be rounded to a narrower float, but not become infinite; bool
-is only bool.
+An integer must fit exactly, also into a float. A float may be rounded to a narrower float, but must not become
+infinite. A bool fits only a bool. No value wraps around or is truncated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from tiercache.shard.spec import FLOATS, INTEGERS, STORED
 
-# Enough to know a value by; some have a million digits.
+# Messages show at most this many characters of a value; an integer may have a million digits.
 _GOT_CHARACTERS = 200
 
 
 class MisfitError(ValueError):
-    """A value that does not fit its column. index: of the record in the batch."""
+    """A value does not fit its column. index: Index of the record in the batch."""
 
     def __init__(self, expected: str, got: str, index: int = 0) -> None:
         got = got if len(got) <= _GOT_CHARACTERS else f"{got[:_GOT_CHARACTERS]}..."
@@ -30,9 +30,10 @@ class MisfitError(ValueError):
 
 
 def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
-    """(array, dtype name) of a numpy scalar or array, torch tensor, or anything with __array__; None for other objects.
+    """Return the array and the dtype name of a numpy scalar or array, a torch tensor, or an object with __array__.
 
-    bfloat16 comes as its bits in uint16, with the name "bfloat16". The array may share the object's memory.
+    bfloat16 elements are returned as their bits in uint16, with the name "bfloat16". The array may share the object's
+    memory. For any other object, the result is None.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.Tensor):
@@ -49,21 +50,27 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
             return None
         try:
             data = np.asarray(data)
-        except (TypeError, ValueError, RuntimeError) as error:  # of another library's __array__
-            raise MisfitError("what numpy can read", f"a {type(data).__qualname__}: {error}") from error
+        except (TypeError, ValueError, RuntimeError) as error:  # raised by another library's __array__
+            raise MisfitError("an object that numpy can read", f"a {type(data).__qualname__}: {error}") from error
     array = np.asarray(data)
-    if array.dtype.name == "bfloat16":  # of ml_dtypes, which need not be there
+    if array.dtype.name == "bfloat16":  # a dtype of ml_dtypes, which need not be installed
         return array.view(np.uint16), "bfloat16"
     return array, array.dtype.name
 
 
 def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
-    """array, whose elements are of the dtype named `given`, as stored elements of the dtype named `dtype`.
+    """Return the elements of an array in the stored form of another dtype.
 
-    Returns the same memory where no conversion is needed.
+    Args:
+        array: Elements.
+        given: Name of the dtype of the elements; for "bfloat16" the array holds the bits as uint16.
+        dtype: Name of the dtype of the result.
+
+    Returns:
+        An array of STORED[dtype], over the same memory if no conversion is necessary.
 
     Raises:
-        MisfitError: an element does not fit; its index is along the first dimension.
+        MisfitError: An element does not fit; its index is along the first dimension.
     """
     stored = STORED[dtype]
     if given == dtype:
@@ -81,7 +88,7 @@ def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
 
 def _fit_integers(array: npt.NDArray[Any], stored: np.dtype[Any], dtype: str) -> npt.NDArray[Any]:
     have, want = np.iinfo(array.dtype), np.iinfo(stored)
-    # Compared only with limits that the array's own dtype can hold: numpy would widen, or refuse, others.
+    # Compare only with limits that the array's dtype can hold: numpy would widen the array, or refuse the comparison.
     too_low = array.size > 0 and want.min > have.min and int(array.min()) < want.min
     too_high = array.size > 0 and want.max < have.max and int(array.max()) > want.max
     if too_low or too_high:
@@ -98,7 +105,7 @@ def _fit_integers_to_float(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[A
     with np.errstate(over="ignore", invalid="ignore"):
         out = _fit_floats(array.astype(np.float64), dtype)
         back = widen_bfloat16(out) if dtype == "bfloat16" else out
-        # Through Python integers where float64 itself may have rounded: its neighbours are equal to it there.
+        # Above 2**53, float64 rounds, so several integers compare equal to one float: compare as Python integers.
         exact = back.astype(np.float64) == array
         if array.size and max(int(array.max()), -int(array.min())) > 2**53:
             exact = np.array([int(a) == int(b) for a, b in zip(array.flat, back.flat, strict=True)]).reshape(
@@ -121,12 +128,12 @@ def _fit_floats(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def round_to_bfloat16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """The bits of the nearest bfloat16s, ties to even. array: any float dtype."""
+    """Return the bits of the nearest bfloat16 values, ties to even. array: Array of any float dtype."""
     single = array.astype(np.float32)
     bits = single.view(np.uint32)
     if array.dtype.itemsize > 4:
-        # Rounding twice (to float32, then on) would turn near-ties into ties. Rounded to odd the first time, none is
-        # lost: the value next to zero, with the last bit set where anything was cut off.
+        # Rounding twice (to float32, then to bfloat16) would turn near-ties into ties. So the first rounding is "to
+        # odd": toward zero, with the last bit set if the result is inexact.
         inexact = np.isfinite(single) & (single.astype(array.dtype) != array)
         away = inexact & (np.abs(single.astype(array.dtype)) > np.abs(array))
         bits = (bits - away.astype(np.uint32)) | inexact.astype(np.uint32)
@@ -136,7 +143,7 @@ def round_to_bfloat16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
 
 
 def widen_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The float32s that have the same values."""
+    """Return the float32 values that equal bfloat16 values, given by their bits."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 

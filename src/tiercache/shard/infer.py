@@ -1,4 +1,4 @@
-"""Guesses column types from values and Arrow types. Pure; knows nothing of columns or buffers."""
+"""Infers column types from values and from Arrow types. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", 
 
 
 def type_of_value(name: str, value: object) -> UserType:
-    """The type of a column that has this value in a record.
+    """Return the type of a column that has this value in a record.
 
     Raises:
-        SchemaError: None (a null says nothing of its type), or an object whose type cannot be guessed.
+        SchemaError: The value is None, which has no type, or an object whose type cannot be inferred.
     """
     for python_type, text in _PYTHON_TYPES.items():
         if type(value) is python_type:
@@ -32,21 +32,21 @@ def type_of_value(name: str, value: object) -> UserType:
         dtype = _dtype_name(name, value)
         return Tensor(dtype, shape) if shape else dtype
     hint = (
-        "; a list may be a Ragged, a Tensor, json or an Arrow list: give the schema"
+        "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
         if isinstance(value, list | tuple)
         else ""
     )
     got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     raise SchemaError(
-        f"cannot guess the column's type from {got}{hint}", column=name, expected=TYPES_THERE_ARE, got=got
+        f"cannot infer the column's type from {got}{hint}", column=name, expected=TYPES_THERE_ARE, got=got
     )
 
 
 def type_of_column(name: str, values: Any) -> UserType:
-    """The type of a column of which these are many values: a numpy or Arrow array, a torch tensor, or a list.
+    """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
 
     Raises:
-        SchemaError: the type cannot be guessed, or the values differ in it.
+        SchemaError: The type cannot be inferred, or the values have different types.
     """
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return pa.field(name, values.type, nullable=values.null_count > 0)
@@ -55,7 +55,7 @@ def type_of_column(name: str, values: Any) -> UserType:
             return pa.from_numpy_dtype(values.dtype)
         values = values.tolist()
     shape = _shape_of(values)
-    if shape is None and hasattr(values, "__array__"):  # a pandas Series, and its like
+    if shape is None and hasattr(values, "__array__"):  # for example a pandas Series
         return type_of_column(name, np.asarray(values))
     if shape is not None:
         if not shape:
@@ -73,7 +73,7 @@ def type_of_column(name: str, values: Any) -> UserType:
 
 
 def _type_of_list(name: str, values: Sequence[object]) -> UserType:
-    """One type for all values of a list: equal types, ints among floats, or arrays of one dtype and varying shape."""
+    """Return a type for all values of a list. It may mix int and float, or arrays of one dtype and several shapes."""
     found: UserType | None = None
     for record, value in enumerate(values):
         if value is None:
@@ -91,7 +91,7 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
         found = joined
     if found is None:
         raise SchemaError(
-            "cannot guess the column's type: no value, or only nulls", column=name, expected=TYPES_THERE_ARE, got="None"
+            "cannot infer the column's type: no value, or only nulls", column=name, expected=TYPES_THERE_ARE, got="None"
         )
     return _nullable(found) if any(value is None for value in values) else found
 
@@ -118,7 +118,7 @@ def _nullable(user: UserType) -> UserType:
 
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:
-    """The shape of a numpy scalar, array or torch tensor; None for anything else."""
+    """Return the shape of a numpy scalar or array, or of a torch tensor; None for any other object."""
     torch = sys.modules.get("torch")
     if isinstance(value, np.ndarray | np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
         return tuple(value.shape)
@@ -136,7 +136,7 @@ def _dtype_name(name: str, value: Any) -> str:
 
 
 def type_of_arrow(arrow_type: pa.DataType) -> UserType:
-    """The column type that an Arrow type stands for; the Arrow type itself where there is none of ours."""
+    """Return the column type that corresponds to an Arrow type; the Arrow type itself if there is none."""
     if isinstance(arrow_type, pa.BaseExtensionType):
         return _type_of_extension(arrow_type)
     if pt.is_dictionary(arrow_type):
@@ -159,7 +159,7 @@ def _element_name(arrow_type: pa.DataType) -> str:
 
 
 def _type_of_fixed_list(arrow_type: pa.DataType) -> UserType:
-    """Fixed-size lists of numbers, of any depth, are tensors."""
+    """Return a Tensor for fixed-size lists of numbers of any depth; the Arrow type itself for other lists."""
     shape: list[int] = []
     inner = arrow_type
     while pt.is_fixed_size_list(inner):

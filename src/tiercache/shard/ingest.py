@@ -1,4 +1,4 @@
-"""What users give for a column (arrays, lists, Arrow, tensors, values) into Parts, or an error for what misfits."""
+"""Converts a user's values of a column (arrays, lists, Arrow, tensors, single values) to stored form."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
 
 
 def part_of_column(column: Column, data: Any) -> Part:
-    """A whole column of a batch in stored form; numpy and Arrow memory is shared where nothing needs converting.
+    """Return a column of a batch in stored form. Numpy and Arrow memory is shared if no conversion is necessary.
 
     Raises:
-        MisfitError: a value does not fit; nothing was kept.
+        MisfitError: A value does not fit the column.
     """
     if isinstance(data, Stored):
         return part_of_column(column, data.array) if column.kind is Kind.JSON else part_of_stored(column, data)
@@ -46,7 +46,7 @@ def part_of_column(column: Column, data: Any) -> Part:
 
 
 def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """The objects of a JSON column that comes through Arrow: text is JSON text, everything else what it is."""
+    """Return the objects of a JSON column that is given as Arrow. A string is JSON text; other values are objects."""
     values: list[Any] = data.to_pylist()
     for index, value in enumerate(values):
         if isinstance(value, str):
@@ -88,7 +88,7 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
     if fast is not None:
         return Part(len(values), fast.reshape(-1, 1))
     if column.kind in _BYTES_LIKE and column.kind is not Kind.JSON:
-        joined = join(values, text=column.kind is Kind.STR, nullable=column.nullable)  # the usual sort only
+        joined = join(values, text=column.kind is Kind.STR, nullable=column.nullable)  # None: a value needs conversion
         if joined is not None:
             return Part(len(values), joined[0], joined[1], valid=joined[2])
     if column.kind is Kind.ARROW:
@@ -97,7 +97,7 @@ def _part_of_list(column: Column, values: Sequence[Any]) -> Part:
 
 
 def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
-    """What convert() makes of each value; its MisfitError gets the index."""
+    """Return convert(value) for each value. A MisfitError gets the index of its value."""
     converted = []
     for index, value in enumerate(values):
         try:
@@ -109,7 +109,7 @@ def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
 
 
 def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
-    """The fast way for lists of plain Python numbers of the column's own sort; None where one must look closer."""
+    """Convert a list of plain ints to an integer column, or of floats to a float column; None for all other lists."""
     types = set(map(type, values))
     try:
         if types == {int} and column.dtype in INTEGERS:
@@ -122,14 +122,14 @@ def _scalars(column: Column, values: Sequence[Any]) -> Array | None:
 
 
 def converter(column: Column) -> Callable[[Any], Any]:
-    """A function from one value to what build_part() takes: bytes, an array, a Python value, or None for a null.
+    """Return a function that converts a value for build_part(): to bytes, an array, a Python value, or None for a null.
 
-    It raises MisfitError where the value does not fit. Arrays may share the value's memory.
+    The function raises MisfitError if the value does not fit. An array may share the value's memory.
     """
     scalar = column.kind is Kind.SCALAR
     plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
     if not column.nullable:
-        return plain  # None misfits like any other value; in a JSON column it is null
+        return plain  # it rejects None, except in a JSON column, where None is the JSON null
     return lambda value: None if value is None else plain(value)
 
 
@@ -139,7 +139,7 @@ def _number_converter(column: Column) -> Callable[[Any], Any]:
     low, high = _limits(dtype)
 
     def convert(value: Any) -> Any:
-        # The usual cases first, for looking closer costs ten times as much.
+        # The common cases come first: the general conversion costs ten times as much.
         kind = type(value)
         if kind is (int if integer else float) and low <= value <= high:
             return value
@@ -153,7 +153,7 @@ def _number_converter(column: Column) -> Callable[[Any], Any]:
 
 
 def _limits(dtype: str) -> tuple[Any, Any]:
-    """The least and the largest number that numpy makes a stored one of by itself, without loss or by rounding."""
+    """Return the range of numbers that numpy itself converts correctly to the stored dtype; empty for bfloat16."""
     if dtype == "bfloat16":
         return 1, 0
     info = np.iinfo(STORED[dtype]) if dtype in INTEGERS else np.finfo(STORED[dtype])  # type: ignore[type-var]
@@ -161,8 +161,9 @@ def _limits(dtype: str) -> tuple[Any, Any]:
 
 
 def _fit_value(column: Column, value: Any) -> Array:
-    """One value as a stored array of its own shape, which has been checked."""
-    # The usual case first: looking closer costs ten times as much. Stored bool and bfloat16 only look like integers.
+    """Return a value as an array of stored elements, after its shape is checked."""
+    # The common case comes first: the general conversion costs ten times as much. Stored bool and bfloat16 elements
+    # have integer dtypes, so an equal dtype does not mean that the value fits.
     usual = type(value) is np.ndarray and value.shape == column.shape and value.dtype == column.stored
     if usual and column.dtype not in ("bool", "bfloat16"):
         plain: Array = value
@@ -184,7 +185,7 @@ def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
         array = np.array(value)
     except ValueError as error:
         raise MisfitError(str(column), "a list of lists of different lengths") from error
-    if array.size == 0:  # numpy guesses float64 for what has no elements
+    if array.size == 0:  # numpy infers float64 for an empty list
         return np.zeros(array.shape, column.stored), column.dtype or ""
     if array.dtype.kind not in "biuf":
         raise MisfitError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
@@ -195,7 +196,7 @@ def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
 
 
 def _lost(array: Array, value: Any) -> bool:
-    """Whether numpy made numbers of bools, or rounded integers, in a list of several types."""
+    """Return whether numpy has turned bools into numbers or rounded integers, in a list of several types."""
     if array.dtype.kind == "b":
         return False
     rounds = array.dtype.kind == "f"
@@ -248,7 +249,7 @@ def _convert_json(_: Column, value: Any) -> bytes:
 
 
 def _check_keys(value: Any) -> None:
-    """Raise TypeError for a key that json.dumps would turn into a str without a word."""
+    """Raise TypeError for a key that is not a str; json.dumps would silently turn it into one."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
@@ -282,7 +283,7 @@ _CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
 
 
 def build_part(column: Column, converted: Sequence[Any]) -> Part:
-    """Join values of a converter() into a part, in memory of its own. Nulls are stored as zeros, or as nothing."""
+    """Join the results of converter() into column data in new memory. A null is stored as zeros, or as empty."""
     n = len(converted)
     valid = None
     if column.nullable and None in map(_none_or_not, converted):
@@ -328,8 +329,8 @@ def _arrow_part_of_list(column: Column, values: Sequence[Any]) -> Part:
     except MisfitError:
         raise
     except _ARROW_REFUSES as error:
-        _each(values, converter(column))  # Arrow does not say which value it was
-        raise MisfitError(str(column), f"a list that Arrow cannot take: {error}") from error
+        _each(values, converter(column))  # finds the bad value, which Arrow does not name
+        raise MisfitError(str(column), f"a list that Arrow cannot convert: {error}") from error
 
 
 def _type_name(value: Any) -> str:

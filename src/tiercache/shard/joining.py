@@ -1,4 +1,4 @@
-"""Values of several reads as one."""
+"""Joins the values of several reads into one result, in the order that the caller asked for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 
 def join(parts: Sequence[Sequence[ColumnValues]], places: Sequence[NDArray[np.int64]]) -> list[ColumnValues]:
-    """Values of several reads as one: parts[k]'s values go to places[k], which together are 0..n-1, each once."""
-    if len(parts) == 1:  # in the order asked for already: places of a single part are sorted
+    """Return the values of several reads as one result.
+
+    Args:
+        parts: Values by read and column.
+        places: Positions in the result of the values of each read; together a permutation of 0..n-1.
+    """
+    if len(parts) == 1:  # a single read has its values in order already
         return list(parts[0])
     n = sum(len(place) for place in places)
     return [_join_column([part[c] for part in parts], places, n) for c in range(len(parts[0]))]
@@ -45,11 +50,11 @@ def _room(like: Any, n: int) -> Any:
         return [None] * n
     if isinstance(like, np.ndarray):
         return np.empty((n, *like.shape[1:]), like.dtype)
-    return like.new_empty((n, *like.shape[1:]))  # bfloat16: a torch tensor
+    return like.new_empty((n, *like.shape[1:]))  # bfloat16 values are a torch tensor
 
 
 def none_of(schema: Schema, served: Served) -> list[ColumnValues]:
-    """The values of no records at all. served: the columns that are cast."""
+    """Return the values of zero records. served: Columns that are cast, as they are served."""
     return [_none_of_column(column, served.get(column.name)) for column in schema.columns]
 
 
@@ -64,7 +69,10 @@ def _none_of_column(column: Column, served: Column | None) -> ColumnValues:
 def arrow_join(
     parts: Sequence[Sequence[pa.Array]], places: Sequence[NDArray[np.int64]], schema: Schema
 ) -> list[pa.Array]:
-    """As `join`, of Arrow arrays by column; of no parts, the schema's columns without records."""
+    """Return the Arrow arrays of several reads as one result, by column. See join().
+
+    Without parts, the arrays are empty.
+    """
     if not parts:
         return [pa.array([], column.arrow.type) for column in schema.columns]
     where = np.concatenate(places)

@@ -1,8 +1,6 @@
-"""The shard's fixed parts as bytes and as frozen values: head, tail, and the footer's sections.
+"""Head, tail and footer of a shard: packing and parsing. No I/O. docs/format.md is the byte table.
 
-No I/O; docs/format.md is the table.
-
-Every number that is read is checked here, before anybody adds, multiplies or indexes with it.
+Parsing checks every number before any code adds, multiplies or indexes with it.
 """
 
 from __future__ import annotations
@@ -56,17 +54,17 @@ __all__ = [
 
 HEAD_MAGIC = b"\x89TCSHRD\n"
 TAIL_MAGIC = b"TCSEND\r\n"
-# A footer is read into memory whole. At 1 MiB a block this is a shard of some 10 TiB of one column; the writer rolls
-# over long before.
+# A reader holds the whole footer in memory. With blocks of 1 MiB and one column, this is a shard of about 10 TiB; the
+# writer starts a new shard long before.
 FOOTER_LIMIT_BYTES = 1 << 30
 
-# Bytes that are skipped (x) are zeros today, and passed by: a later release may say there what may be passed by.
+# The padding bytes (x) are zero and are not checked: a later release may store there what this one may ignore.
 _HEAD = struct.Struct("<8sI4x16s28xI")
 _TAIL = struct.Struct("<QQQIIQIHH4xI8s")
 _PREFIX = struct.Struct("<16sQQII")
 _SECTION = struct.Struct("<QQ")
 _SECTIONS = ("json", "schema", "blocks", "chunks", "nodes", "buffers", "pages")
-# Sections of later releases come after these, and are passed by; so many in all.
+# Largest number of sections. Sections of later releases follow the ones above, and are ignored.
 _MAX_SECTIONS = 1024
 
 CHUNK_ROW = np.dtype(
@@ -85,21 +83,21 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 
 
 def align(n_bytes: int) -> int:
-    """n_bytes rounded up to the alignment of chunks and buffers."""
+    """Return n_bytes rounded up to the alignment of chunks and buffers (64)."""
     return (n_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
 
 
 def pack_head(shard_id: bytes) -> bytes:
-    """The first 64 bytes of a shard."""
+    """Return the first 64 bytes of a shard with this id (16 bytes)."""
     body = _HEAD.pack(HEAD_MAGIC, FORMAT_VERSION, shard_id, 0)[:-4]
     return body + struct.pack("<I", crc32c(body))
 
 
 def parse_head(data: bytes, url: str) -> bytes:
-    """The shard id that a head names.
+    """Return the shard id in a head, the first 64 bytes of a shard. url: URL of the shard, for errors.
 
     Raises:
-        CorruptShard, UnsupportedFormat: it is not a head that this release reads.
+        CorruptShard, UnsupportedFormat: The data is not a head that this release reads.
     """
     if len(data) != HEAD_BYTES or data[:8] != HEAD_MAGIC:
         raise CorruptShard(
@@ -114,7 +112,7 @@ def parse_head(data: bytes, url: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Where the footer is. file_bytes: of the whole shard, this tail included."""
+    """Tail of a shard: position, lengths and CRC-32C of the footer. footer_raw_bytes: Length before compression."""
 
     footer_offset: int
     footer_bytes: int
@@ -123,11 +121,11 @@ class Tail:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the shard."""
+        """Size of the whole shard in bytes, including this tail."""
         return self.footer_offset + self.footer_bytes + TAIL_BYTES
 
     def pack(self) -> bytes:
-        """The last 64 bytes of a shard."""
+        """Return the last 64 bytes of a shard."""
         fields = (
             self.footer_offset,
             self.footer_bytes,
@@ -143,13 +141,20 @@ class Tail:
 
     @staticmethod
     def parse(data: bytes, file_bytes: int, url: str) -> Tail:
-        """Read a tail. data: the last 64 bytes of the file_bytes of an object.
+        """Return the tail in the last 64 bytes of an object.
+
+        Args:
+            data: Last 64 bytes of the object.
+            file_bytes: Size of the object in bytes.
+            url: URL of the object, for errors.
 
         Raises:
-            CorruptShard, UnsupportedFormat: it is not a tail that this release reads.
+            CorruptShard, UnsupportedFormat: The data is not a tail that this release reads.
         """
         if len(data) != TAIL_BYTES or data[-8:] != TAIL_MAGIC:
-            raise CorruptShard("does not end as a shard: not one, cut short, or appended to", url=url, part="tail")
+            raise CorruptShard(
+                "does not end as a shard: it is not a shard, or it was truncated or appended to", url=url, part="tail"
+            )
         offset, stored, raw, footer_crc, version, n_bytes, features, major, minor, crc, _ = _TAIL.unpack(data)
         if crc != crc32c(data[:-12]):
             raise CorruptShard("CRC-32C does not match", url=url, part="tail")
@@ -158,24 +163,30 @@ class Tail:
         check_features(names_of_bits(features), release, what="shard", url=url)
         tail = Tail(offset, stored, raw, footer_crc)
         if n_bytes != file_bytes or tail.file_bytes != file_bytes:
-            raise CorruptShard(
-                f"says that the shard has {n_bytes} bytes, but it has {file_bytes}", url=url, part="tail"
-            )
+            raise CorruptShard(f"states a shard of {n_bytes} bytes, but it has {file_bytes}", url=url, part="tail")
         if offset < HEAD_BYTES or offset % ALIGN_BYTES or raw > FOOTER_LIMIT_BYTES or stored > FOOTER_LIMIT_BYTES:
             raise CorruptShard(
-                f"a footer of {stored} bytes at {offset} ({raw} decoded) cannot be", url=url, part="tail"
+                f"states an invalid footer: {stored} bytes at {offset} ({raw} decoded)", url=url, part="tail"
             )
         return tail
 
 
 @dataclass(frozen=True)
 class Footer:
-    """All that is known of a shard without reading its blocks. Immutable; its arrays are read-only views of one buffer.
+    """Footer of a shard: schema, positions and checksums of all blocks.
 
-    block_first: uint64[n_blocks + 1], the first record of each block and n_records; chunks: CHUNK_ROW[n_blocks,
-    n_columns]; nodes: uint64[., 2] (length, nulls) and buffers: uint64[., 2] (offset in the raw chunk, length), both
-    depth first, block by block; pages: uint32[.], CRC-32C of each 64 KiB of each raw chunk. n_later_sections: how many
-    more sections a later release has added, which this one passes by; they are not packed again.
+    Immutable; arrays are read-only views of a buffer.
+
+    Attributes:
+        shard_id: Random id of the shard, 16 bytes.
+        block_first: uint64[n_blocks + 1], first record of each block; the last entry is n_records.
+        chunks: CHUNK_ROW[n_blocks, n_columns].
+        nodes: uint64[., 2], (length, nulls) of the Arrow nodes, depth first, block by block.
+        buffers: uint64[., 2], (offset in the decoded chunk, length) of the Arrow buffers, depth first, block by block.
+        pages: uint32[.], CRC-32C of each 64 KiB page of each raw chunk.
+        statistics: Statistics by column name. See statistics.py.
+        metadata: Values that the writer of the shard gave.
+        n_later_sections: Number of sections of a later release, which are ignored and not packed again.
     """
 
     schema: Schema
@@ -193,22 +204,22 @@ class Footer:
 
     @cached_property
     def block_records(self) -> U64:
-        """Records of each block: uint64[n_blocks]."""
+        """Number of records of each block: uint64[n_blocks]."""
         return np.diff(self.block_first)
 
     @cached_property
     def block_raw_bytes(self) -> U64:
-        """Decoded bytes of each block, all columns together: uint64[n_blocks]."""
+        """Number of decoded bytes of each block, over all columns: uint64[n_blocks]."""
         total: U64 = self.chunks["raw"].sum(axis=1, dtype=np.uint64)
         return total
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds."""
+        """Number of bytes of memory that the arrays hold."""
         return sum(a.nbytes for a in (self.block_first, self.chunks, self.nodes, self.buffers, self.pages))
 
     def pack(self) -> tuple[bytes, int]:
-        """(stored bytes, length before compression)."""
+        """Return the compressed footer, and its length in bytes before compression."""
         facts = {"statistics": self.statistics, "metadata": self.metadata, "software": SOFTWARE}
         sections = [
             json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(),
@@ -229,11 +240,16 @@ class Footer:
 
     @staticmethod
     def parse(stored: bytes | memoryview, tail: Tail, url: str) -> Footer:
-        """Read a footer; every number in it is bounds-checked against the others and the shard's size.
+        """Return the footer, after each number in it is checked against the others and against the shard's size.
+
+        Args:
+            stored: The compressed footer.
+            tail: Tail of the shard.
+            url: URL of the shard, for errors.
 
         Raises:
-            CorruptShard: anything does not match.
-            UnsupportedFormat: a codec or a kind of column that this release does not know.
+            CorruptShard: A checksum does not match, or a number is inconsistent.
+            UnsupportedFormat: This release does not know a codec or a kind of column.
         """
         if len(stored) != tail.footer_bytes or crc32c(stored) != tail.footer_crc:
             raise CorruptShard("CRC-32C does not match", url=url, part="footer")
@@ -241,7 +257,7 @@ class Footer:
             raw = codec.decompress(stored, tail.footer_raw_bytes)
             return _Sections(raw, tail.footer_offset).footer()
         except (codec.UnknownCodecError, UnknownKindError) as error:
-            # The sums are right, so nothing is damaged: who wrote it should have named a feature in the tail.
+            # The checksums match, so nothing is damaged; the writer should have set a feature bit in the tail.
             check_features([error.needed], "", what="shard", url=url)
             raise
         except (codec.CodecError, SchemaError, _BadFooter) as error:
@@ -249,11 +265,11 @@ class Footer:
 
 
 class _BadFooter(ValueError):
-    """A number of the footer cannot be."""
+    """A number of the footer is invalid."""
 
 
 class _Sections:
-    """A decoded footer on its way to a Footer."""
+    """Parser of a decoded footer."""
 
     def __init__(self, raw: memoryview, footer_offset: int) -> None:
         if len(raw) < _PREFIX.size:
@@ -263,7 +279,7 @@ class _Sections:
         self.shard_id, self.n_records, self.n_blocks, self.n_columns, n_sections = _PREFIX.unpack_from(raw)
         table_end = _PREFIX.size + _SECTION.size * n_sections
         if not len(_SECTIONS) <= n_sections <= _MAX_SECTIONS or table_end > len(raw):
-            self.fail(f"it has {n_sections} sections, not {len(_SECTIONS)} or (of a later release) more")
+            self.fail(f"it has {n_sections} sections, expected {len(_SECTIONS)} or (of a later release) more")
         self.n_later = n_sections - len(_SECTIONS)
         found = [self._section(i, table_end) for i in range(n_sections)]
         self.sections = dict(zip(_SECTIONS, found, strict=False))
@@ -280,7 +296,7 @@ class _Sections:
         return self.raw[offset : offset + length]
 
     def _array(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """A section as an array; -1 in shape is what the section's length makes it."""
+        """Return a section as an array; -1 in shape is computed from the length of the section."""
         section, item = self.sections[name], np.dtype(dtype).itemsize
         row = item * int(np.prod([d for d in shape if d >= 0], dtype=object))
         fits = len(section) == row if -1 not in shape else len(section) % row == 0
@@ -323,7 +339,7 @@ class _Sections:
         first = footer.block_first
         rising = bool((first[1:] > first[:-1]).all())
         if first[0] != 0 or not rising or int(first[-1]) != footer.n_records or footer.n_records >= 2**62:
-            self.fail("its block table does not cover the records one after another")
+            self.fail("its block table does not cover all records in ascending order")
         if footer.n_blocks and int(footer.block_records.max()) >= 2**32:
             self.fail("a block has 2**32 records or more")
         problem = (

@@ -1,7 +1,7 @@
-"""Reading a data set: the newest version, a version by number, and a version's shards.
+"""Reads the versions of a data set: the newest one, one by number, and the shards of a version.
 
-get() alone is enough; list() is asked only where there is no usable hint, so that stores that cannot list (plain
-HTTP) work.
+Store.get() is sufficient, so stores that cannot list (plain HTTP) work; Store.list() is called only without a usable
+hint.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ __all__ = [
 
 HINT_KEY = "_tiercache/latest"
 _VERSION_NAME = re.compile(rf"{re.escape(VERSIONS_FOLDER)}([0-9]{{20}})\.json")
-_HINT_DIGITS = 18  # no data set has that many versions, and any such number is one
+_HINT_DIGITS = 18  # every number of at most 18 digits is below MAX_NUMBER
 
 
 def encode_hint(number: int) -> bytes:
-    """The hint's text."""
+    """Return the text of the hint object, which names a recent version."""
     return b"%d\n" % number
 
 
 def parse_hint(data: bytes) -> int | None:
-    """The number in a hint, None where it is not one: a hint is never trusted, so a bad one is no error."""
+    """Return the version number in a hint; None if the hint is invalid, which is no error: no reader trusts a hint."""
     text = data.strip()
     return int(text) if 0 < len(text) <= _HINT_DIGITS and text.isdigit() and int(text) > 0 else None
 
 
 def latest(store: Store) -> Version:
-    """The newest version: from the hint upward; by listing, or else from 1 upward, where there is no usable hint.
+    """Return the newest version: probe upward from the hint, else from the highest listed version, else from version 1.
 
     Raises:
-        NotFound: no data set here.
-        CorruptShard, UnsupportedFormat: the newest version cannot be read.
-        StoreError: the store's.
+        NotFound: There is no data set.
+        CorruptShard, UnsupportedFormat: The newest version cannot be read.
+        StoreError: The store failed.
     """
     found = newest_from(store, _hinted(store) or 0) or newest_from(store, _listed(store))
     if found is None:
@@ -60,7 +60,7 @@ def latest(store: Store) -> Version:
 
 
 def newest_from(store: Store, number: int) -> Version | None:
-    """The newest of the versions number, number + 1, ... without a gap; None if there is no version `number`."""
+    """Return the last of the versions number, number + 1, ... before the first gap; None without a version `number`."""
     if number < 1:
         return None
     data, newer = None, _get(store, number)
@@ -71,12 +71,12 @@ def newest_from(store: Store, number: int) -> Version | None:
 
 
 def read_version(store: Store, number: int) -> Version:
-    """One version, by number.
+    """Return the version with this number.
 
     Raises:
-        NotFound: no such version.
-        CorruptShard, UnsupportedFormat: it cannot be read.
-        StoreError: the store's.
+        NotFound: There is no such version.
+        CorruptShard, UnsupportedFormat: The version cannot be read.
+        StoreError: The store failed.
     """
     data = _get(store, number) if 0 < number <= MAX_NUMBER else None
     if data is None:
@@ -85,17 +85,17 @@ def read_version(store: Store, number: int) -> Version:
 
 
 def list_versions(store: Store) -> list[int]:
-    """Numbers of all versions, ascending. Raises StoreError where the store cannot list."""
+    """Return the numbers of all versions, ascending. Raises StoreError if the store cannot list."""
     matches = (_VERSION_NAME.fullmatch(info.key) for info in store.list(VERSIONS_FOLDER))
     return sorted(int(match[1]) for match in matches if match and int(match[1]))
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
-    """The version's shards. Of a store with local files (a cache is one) the local copies of segments are mapped.
+    """Return the shards of a version. On a store with local files (such as a cache), the segments are memory-mapped.
 
     Raises:
-        CorruptShard: a segment is not what the version says, or does not add up to it.
-        NotFound, StoreError: the store's.
+        CorruptShard: A segment, or the totals of all segments, differ from what the version states.
+        NotFound, StoreError: The store failed.
     """
     table = ShardTable(read_segments(store, version.dataset_id, version.segments))
     for name, found, stated in (
@@ -119,7 +119,7 @@ def _parsed(store: Store, data: bytes, number: int) -> Version:
     url = f"{store.url}/{version_key(number)}"
     try:
         version = parse_version(data, number=number, url=url)
-    except CorruptShard:  # it may have been damaged on the way: fetched once more
+    except CorruptShard:  # the data may have been damaged in transit: fetch once more
         again = _get(store, number)
         if again is None or again == data:
             raise
@@ -142,7 +142,7 @@ def _hinted(store: Store) -> int | None:
 
 
 def _listed(store: Store) -> int:
-    """The number to probe from where there is no hint: the highest listed, or 1 where the store cannot list."""
+    """Return the version number to probe from without a hint: the highest listed one, or 1 if the store cannot list."""
     try:
         return max(list_versions(store), default=0)
     except StoreError as error:

@@ -1,4 +1,4 @@
-"""Single records of mapped shards: found and gathered for all shards at once, without asking one after the other."""
+"""MappedRecords: reads single records of mapped shards, with one native call that finds them in all shards at once."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from tiercache.shard.reader import ShardReader
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
-# The other way names block and page or value, and has a bad copy fetched again.
+# The slow path reads again after these errors, names the block and the page or value, and has a bad copy fetched again.
 _DAMAGE = (CorruptShard, gather.CorruptError, gather.CastError, OSError, UnicodeDecodeError)
 
 
 class MappedRecords:
-    """The fast way to records: none of its answers is that something is damaged.
+    """The fast path for single records. It never reports damage.
 
-    What it cannot give, a shard that is not here or a damaged value, it leaves to ShardReader.take(), which says why.
-    It holds a table for each shard that it was given: for a value of a block some 50 bytes, a third of what the shard's
-    footer takes. Safe from any thread, without locks; nothing is found in a forked child until it has called clear().
+    If a shard is not mapped or a value is damaged, the methods return None, and the caller uses ShardReader.take(),
+    which raises the error. The object holds a table for each shard: about 50 bytes per block and stream, a third of the
+    footer's size. Thread-safe without locks. In a forked child process nothing is found until clear() is called.
 
     Args:
-        schema: the shards'.
-        columns: which are read, indices in it.
-        first_record: int64[n_shards + 1], the first record of each shard and the number of all; held.
-        url: for errors.
-        served: which of the columns are cast.
+        schema: Schema of the shards.
+        columns: Indices of the columns to read in the schema.
+        first_record: int64[n_shards + 1], first record of each shard and the total; this object keeps a reference.
+        url: URL for errors.
+        served: Columns that are cast, as they are served.
     """
 
     def __init__(
@@ -67,34 +67,37 @@ class MappedRecords:
         return shard in self._finder
 
     def table(self, reader: ShardReader) -> BlockTable | None:
-        """A shard's table, for put(); None where the shard cannot be read this way, or not yet."""
+        """Return the table of a shard for put(); None if the shard cannot be read through a mapping (yet)."""
         blocks, copy = None if self._has_arrow else reader.mapped(self._columns), reader.copy
         if blocks is None or copy is None:
             return None
-        changed_ns = blocks.see_changes()  # first: a write after it leaves the file another ctime, and the table goes
+        changed_ns = blocks.see_changes()  # before `checks`: a later write changes the ctime and so discards the table
         file = None if changed_ns is None else (copy.lease.fd, changed_ns, round(LOOK_AGAIN_S * 1e9))
-        # The reader too is kept: what is checked by, and noted in, is its own.
+        # The table keeps the reader too, which owns the checksums and the flags of checked pages.
         return BlockTable(reader.footer.block_first, blocks.addresses, blocks.checks, (blocks, reader, copy), file)
 
     def put(self, shard: int, table: BlockTable) -> None:
-        """Read this shard's records by its table from now on."""
+        """Use this table for the shard's records from now on."""
         self._finder.put(shard, table)
 
     def forget(self, shard: int) -> None:
-        """Drop a shard's table, if it has one; reads that are under way keep it."""
+        """Drop the table of a shard, if there is one; reads in progress keep it."""
         self._finder.forget(shard)
 
     def clear(self) -> None:
-        """Drop all tables. In a forked child: the parent's leases are not its own."""
+        """Drop all tables. A forked child process must call this, because the leases belong to the parent."""
         self._finder.clear()
         self._pid = os.getpid()
 
     def take(self, records: Numbers) -> list[ColumnValues] | None:
-        """Values of records by number in the data set, int64[n], n >= 1, by column; None: ask shard by shard.
+        """Return the values of records by column; None if the caller must read shard by shard.
+
+        Args:
+            records: Numbers of the records in the data set, int64[n], n >= 1.
 
         Raises:
-            IndexError: a record that is not there.
-            SchemaError: as gather_values.
+            IndexError: A record does not exist.
+            SchemaError: See gather_values.
         """
         found = self._finder.find(records) if self._pid == os.getpid() else None
         if found is None:
@@ -105,9 +108,9 @@ class MappedRecords:
             return None
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """One record by number in the data set: a value by column, None for a null; None: ask its shard.
+        """Return the values of a record by column name, None for a null; None if the caller must read its shard.
 
-        Raises as take.
+        Raises as take().
         """
         found = self._finder.find_one(number) if self._pid == os.getpid() else None
         if found is None:
@@ -119,7 +122,7 @@ class MappedRecords:
 
 
 class _Part:
-    """A column of any kind but ARROW. streams: which of the found ones are its own; served: the column, or its cast."""
+    """Gathers a column of any kind but ARROW. streams: The column's streams among those that the finder returns."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
         self.column, self.served = column, served
@@ -127,19 +130,19 @@ class _Part:
         self._url = url
 
     def many(self, found: Found) -> ColumnValues:
-        """The values of all records that were found."""
+        """Return the values of all records that were found."""
         addresses, checks, block, row, _kept = found
         mine = None if checks is None else checks[self._streams]
         places = addresses[self._streams], block, row
         return gather_values(self.column, *places, url=self._url, checks=mine, served=self.served)
 
     def one(self, found: Found) -> Any:
-        """The value of the one record that was found."""
+        """Return the value of the single record that was found."""
         return self.many(found).record(0)
 
 
 class _PlainPart(_Part):
-    """A column whose gathered bytes are the values: gather_values without its 2 us for what these have not."""
+    """Gathers a column whose gathered bytes are the values; saves the 2 us of gather_values for other columns."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
         super().__init__(column, streams, url, served)
@@ -166,7 +169,7 @@ class _PlainPart(_Part):
 
 
 class _ObjectsPart(_Part):
-    """A column of bytes or text without nulls."""
+    """Gathers a column of bytes or text without nulls."""
 
     def __init__(self, column: Column, streams: slice, url: str, served: Column) -> None:
         super().__init__(column, streams, url, served)

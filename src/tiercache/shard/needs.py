@@ -1,7 +1,7 @@
-"""What a file says that its reader must know: the number of its format, features by name, and the release with both.
+"""Compatibility of files and releases: format number, features by name, and the first release that supports a file.
 
-Version 1 is frozen. What later releases add, older ones either pass by (unknown keys, sections, columns) or must not:
-then the file names a feature here, and a reader that has not heard of it says which release has.
+Format 1 is frozen. Older releases ignore what later ones add (unknown keys, sections, columns); if they must not ignore
+an addition, the file names a feature, and a reader without the feature raises an error that names the required release.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ from tiercache.version import __version__
 
 FORMAT_VERSION = 1
 SOFTWARE = f"tiercache {__version__}"
-# The first release that reads what this one writes: (major, minor).
+# First release that reads the files that this one writes: (major, minor).
 RELEASE = (0, 1)
 RELEASE_TEXT = "{}.{}".format(*RELEASE)
-# Features that a file may demand and this release has, by the names of version files; those of shards are bits.
+# Features that this release supports: names in version files, bits in shards.
 FEATURES: frozenset[str] = frozenset()
 SHARD_FEATURES = 0
 
 
 def check_format(found: int, release: str, *, what: str, url: str) -> None:
-    """See that this release reads the format. what: "shard" or "data set"; release: the first that does, "" if unknown.
+    """Check that this release reads the format.
+
+    Args:
+        found: Number of the format in the file.
+        release: First release that reads the format; "" if unknown.
+        what: "shard" or "data set", for the message.
+        url: URL of the file, for errors.
 
     Raises:
-        UnsupportedFormat: it does not.
+        UnsupportedFormat: This release does not read the format.
     """
     if found == FORMAT_VERSION:
         return
     if found < FORMAT_VERSION:
         raise _unsupported(
-            f"the {what} has format {found}, of builds before the first release, which no release reads: pack the data "
-            "again from its source (or read it with the build that wrote it, and pack that)",
+            f"the {what} has format {found} of a build before the first release, which no release reads: pack the data "
+            "again from its source, or read it with the build that wrote it and pack the result",
             url=url,
             found=found,
         )
@@ -41,10 +47,17 @@ def check_format(found: int, release: str, *, what: str, url: str) -> None:
 
 
 def check_features(needed: Collection[str], release: str, *, what: str, url: str, doing: str = "reading") -> None:
-    """See that this release has every feature that is needed for what is to be done with the shard or data set at url.
+    """Check that this release has every feature that an operation on a shard or data set needs.
+
+    Args:
+        needed: Names of the needed features.
+        release: First release that has the features; "" if unknown.
+        what: "shard" or "data set", for the message.
+        url: URL of the shard or data set, for errors.
+        doing: The operation, for the message.
 
     Raises:
-        UnsupportedFormat: it has not; .needs names those that are missing.
+        UnsupportedFormat: Features are missing; .needs lists them.
     """
     missing = tuple(sorted(set(needed) - FEATURES))
     if missing:
@@ -57,7 +70,7 @@ def check_features(needed: Collection[str], release: str, *, what: str, url: str
 
 
 def names_of_bits(bits: int) -> list[str]:
-    """Names of the features in a shard's tail that this release has not."""
+    """Return names for the feature bits in a shard's tail that this release does not support."""
     unknown = bits & ~SHARD_FEATURES
     return [f"feature bit {bit}" for bit in range(unknown.bit_length()) if unknown >> bit & 1]
 

@@ -1,4 +1,4 @@
-"""Arrow types of any depth: which can be stored, how many nodes and buffers they have, and arrays built over memory."""
+"""Nested Arrow types: their storable form, their numbers of nodes and buffers, and arrays built over memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ MAX_DEPTH = 32
 
 
 def storable_type(arrow_type: pa.DataType, depth: int = 0) -> pa.DataType:
-    """The type that arrow_type is stored as: dictionaries as values, views as large types, extensions as storage.
+    """Return the type as which an Arrow type is stored.
+
+    A dictionary is stored as its values, a view as the large type, and an extension type as its storage type.
 
     Raises:
-        SchemaError: a type that has no such form (unions, run-end encoding), or is nested too deep.
+        SchemaError: The type has no storable form (union, run-end encoding), or is nested too deeply.
     """
     if depth > MAX_DEPTH:
-        raise SchemaError(f"an Arrow type is nested at most {MAX_DEPTH} deep")
+        raise SchemaError(f"an Arrow type may be nested at most {MAX_DEPTH} levels deep")
     if isinstance(arrow_type, pa.BaseExtensionType):
         return storable_type(arrow_type.storage_type, depth + 1)
     if pt.is_dictionary(arrow_type):
@@ -54,10 +56,10 @@ def _storable_field(field: pa.Field, depth: int) -> pa.Field:
 
 @lru_cache(maxsize=1024)
 def count_layout(arrow_type: pa.DataType) -> tuple[int, int]:
-    """(nodes, buffers) of an array of a storable type, depth first.
+    """Return the numbers of nodes and of buffers of an array of a storable type.
 
     Raises:
-        SchemaError: the type cannot be stored.
+        SchemaError: The type cannot be stored.
     """
     nodes, buffers = 1, _own_buffers(arrow_type)
     for child in _children(arrow_type):
@@ -94,10 +96,15 @@ def _children(arrow_type: pa.DataType) -> list[pa.DataType]:
 def build_array(
     arrow_type: pa.DataType, nodes: Iterator[tuple[int, int]], buffers: Iterator[pa.Buffer | None]
 ) -> pa.Array:
-    """An array over buffers, without a copy. nodes: (length, nulls), depth first like buffers.
+    """Return an array over buffers, without a copy.
+
+    Args:
+        arrow_type: Storable type of the array.
+        nodes: (length, nulls) of each node, depth first.
+        buffers: Buffers, depth first.
 
     Raises:
-        pyarrow.ArrowException: they do not fit the type; only cheap checks are made.
+        pyarrow.ArrowException: Nodes and buffers do not fit the type. Arrow makes only cheap checks.
     """
     length, nulls = next(nodes)
     own = [next(buffers) for _ in range(_own_buffers(arrow_type))]

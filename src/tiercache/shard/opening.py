@@ -1,4 +1,4 @@
-"""Finds a shard's footer in as few requests as can be, and sees that it is the right shard's."""
+"""Reads the footer of a shard in as few requests as possible, and checks that it belongs to the expected shard."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
 from tiercache.shard.source import Source
 from tiercache.store.contract import Store
 
-# Without a manifest the footer's length is not known: this much of the end holds nearly every footer, for one request.
+# Without a data set's description of the shard, the length of the footer is unknown. This many bytes from the end
+# contain nearly every footer, so one request is sufficient.
 TAIL_GUESS_BYTES = 64 << 10
 
 
 def read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
-    """A shard's footer and tail: one ranged read when info is given, two at most otherwise.
+    """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
-    What came from a store and fails its checksum is fetched once more: it may have been damaged on the way. What came
-    from a local copy is not: whoever has the copy drops it and opens the shard anew.
+    If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
+    of a local copy is not read again: the caller drops the copy and opens the shard again.
 
     Raises:
-        CorruptShard, UnsupportedFormat: it is not a shard that this release reads.
+        CorruptShard, UnsupportedFormat: The object is not a shard that this release reads.
     """
     try:
         return _read_footer(source, info)
@@ -38,7 +39,7 @@ def _read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
         data, n_bytes = source.range(info.footer_offset, info.n_bytes), info.n_bytes
     tail = Tail.parse(data[-TAIL_BYTES:], n_bytes, source.url)
     if info is not None and tail.footer_offset != info.footer_offset:
-        message = "its tail and its data set disagree on where the footer is"
+        message = "its tail and its data set state different positions of the footer"
         raise CorruptShard(message, url=source.url, part="tail")
     have = n_bytes - len(data)
     if tail.footer_offset < have:
@@ -49,11 +50,11 @@ def _read_footer(source: Source, info: ShardInfo | None) -> tuple[Footer, Tail]:
 
 
 def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:
-    """The footer of a shard that is not to be read yet, by one ranged request past any local copy.
+    """Return the footer of a shard that is read later, with one ranged request that bypasses any local copy.
 
     Raises:
-        NotFound, StoreError: the store.
-        CorruptShard, UnsupportedFormat: it is not the shard that info says.
+        NotFound, StoreError: The store failed.
+        CorruptShard, UnsupportedFormat: The object is not the shard that info describes.
     """
     source = Source(store, key, None)
     try:
@@ -67,24 +68,30 @@ def read_footer_alone(store: Store, key: str, info: ShardInfo) -> Footer:
 def _check_row(source: Source, info: ShardInfo) -> None:
     copy = source.copy
     if copy is not None and copy.n_bytes != info.n_bytes:
-        message = f"has {copy.n_bytes} bytes, its data set says {info.n_bytes}"
+        message = f"has {copy.n_bytes} bytes, its data set states {info.n_bytes}"
         raise CorruptShard(message, url=source.url, part="file")
     end = info.footer_offset + info.footer_bytes + TAIL_BYTES
     if info.footer_offset < 0 or info.footer_bytes < 0 or end != info.n_bytes:
-        raise CorruptShard("its data set's row for it contradicts itself", url=source.url, part="segment")
+        raise CorruptShard("its data set's row states an inconsistent footer or size", url=source.url, part="segment")
 
 
 def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdentity | None, url: str) -> None:
-    """See that a footer is the one of the shard that the data set means.
+    """Check that a footer belongs to the shard that the data set describes.
+
+    Args:
+        footer: Footer that was read.
+        info: The data set's description of the shard, or None.
+        identity: Identity under which the cache keeps the shard, or None.
+        url: URL of the shard, for errors.
 
     Raises:
-        CorruptShard: it is another shard, or has another number of records.
+        CorruptShard: The footer belongs to another shard, or states another number of records.
     """
     shard_id = footer.shard_id.hex()
     for named in (info, identity):
         if named is not None and named.shard_id != shard_id:
-            message = f"is shard {shard_id}, not {named.shard_id} as its data set says"
+            message = f"is shard {shard_id}, its data set states {named.shard_id}"
             raise CorruptShard(message, url=url, part="footer")
     if info is not None and info.n_records != footer.n_records:
-        message = f"has {footer.n_records} records, its data set says {info.n_records}"
+        message = f"has {footer.n_records} records, its data set states {info.n_records}"
         raise CorruptShard(message, url=url, part="footer")

@@ -1,4 +1,4 @@
-"""Parts of chunks: reads and checks only the 64 KiB pages that hold them; each becomes an address."""
+"""Pages: reads and checks only the 64 KiB pages that hold given byte ranges of raw chunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Byte ranges [start, end) of raw chunks, n of them. chunk: their numbers."""
+    """n byte ranges [start, end) of raw chunks.
+
+    Attributes:
+        chunk: int64[n], numbers of the chunks.
+        start, end: int64[n], relative to the start of the chunk.
+    """
 
     chunk: Ids
     start: Numbers
@@ -29,17 +34,14 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPieces:
-    """Addresses of pieces, uint64[n]; valid while `owners` are kept."""
+    """Addresses of byte ranges, uint64[n]; valid while `owners` are referenced."""
 
     addresses: Addresses
     owners: list[Any] = field(default_factory=list)
 
 
 class Pages:
-    """The pages of an open shard's raw chunks.
-
-    Safe from any thread; which pages of the local copy were right is remembered by `chunks`.
-    """
+    """The pages of an open shard's raw chunks. Thread-safe. Chunks.pages records the checked pages of a local copy."""
 
     def __init__(self, source: Source, footer: Footer, verify: Verify, chunks: Chunks) -> None:
         self._source = source
@@ -49,11 +51,11 @@ class Pages:
         self._rows = footer.chunks.ravel()
 
     def load(self, pieces: Pieces, deadline_s: float | None) -> LoadedPieces:
-        """Have these pieces in memory, checked. They lie inside raw chunks, which the caller has seen to.
+        """Load byte ranges into memory and check their pages. The caller ensures that they are inside raw chunks.
 
         Raises:
-            CorruptShard: a page's checksum does not match.
-            StoreError: the store failed.
+            CorruptShard: The checksum of a page does not match.
+            StoreError: The store failed.
         """
         pages, chunk_of_page = self._pages_of(pieces)
         starts = self._starts(pages, chunk_of_page)
@@ -74,7 +76,7 @@ class Pages:
         return LoadedPieces(addresses.astype(np.uint64), [memory])
 
     def _pages_of(self, pieces: Pieces) -> tuple[Numbers, Ids]:
-        """The pages that the pieces touch, once each and in order, and the chunk of each."""
+        """Return the pages that the ranges touch, ascending and without repetition, and the chunk of each page."""
         first, last = pieces.start // PAGE_BYTES, (pieces.end - 1) // PAGE_BYTES
         counts = np.where(pieces.end > pieces.start, last - first + 1, 0)
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -83,7 +85,7 @@ class Pages:
         return pages, np.repeat(pieces.chunk, counts)[where]
 
     def _starts(self, pages: Numbers, chunk: Ids) -> Numbers:
-        """Offsets in the file of pages."""
+        """Return the offsets of pages in the file."""
         rows = self._rows[chunk]
         starts: Numbers = rows["offset"].astype(np.int64) + (pages - rows["first_page"].astype(np.int64)) * PAGE_BYTES
         return starts
@@ -96,7 +98,7 @@ class Pages:
     def _read(
         self, runs: list[ByteRange], starts: Numbers, pages: Numbers, deadline_s: float | None
     ) -> npt.NDArray[np.uint8]:
-        """Fetch runs of pages to memory with a slot of PAGE_BYTES for each page, so that neighbours stay neighbours."""
+        """Fetch runs of pages into memory with PAGE_BYTES for each page, so that neighbouring pages stay adjacent."""
         memory = aligned_empty(len(pages) * PAGE_BYTES)
         spans = []
         for run in runs:
@@ -107,7 +109,7 @@ class Pages:
         return memory
 
     def _check(self, pages: Numbers, chunk: Ids, addresses: Numbers, lengths: Numbers, copy: LocalCopy | None) -> None:
-        """Compare checksums of pages; copy: the local copy in whose mapping they lie, None: memory of our own."""
+        """Compare the checksums of pages. copy: Local copy whose mapping holds the pages; None: private memory."""
         if self._verify == "never":
             return
         todo = np.ones(len(pages), bool)
@@ -132,9 +134,9 @@ class Pages:
 
 
 def _runs(starts: Numbers, ends: Numbers) -> list[ByteRange]:
-    """Pages that touch, as one range.
+    """Return the ranges of pages, with adjacent pages merged.
 
-    Full pages only can be followed by one that does, so slots stay in step with the file.
+    A page that is not full ends its range, so that all pages of a range have PAGE_BYTES in memory as in the file.
     """
     breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (ends[:-1] - starts[:-1] != PAGE_BYTES)) + 1
     edges = zip([0, *breaks.tolist()], [*breaks.tolist(), len(starts)], strict=True)

@@ -1,4 +1,4 @@
-"""Records of one column in memory, in stored form: sliced without a copy, joined with one, encoded as Arrow buffers."""
+"""Column data: records of a column in memory in stored form, which can be sliced, joined, and encoded for a chunk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ _SHAPE = np.dtype("<i4")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """n records of a column.
+    """n records of a column in stored form.
 
-    values: stored elements; [n, elements] for SCALAR and TENSOR, uint8[n] for BOOL, else one run of elements that
-    offsets point into. offsets: int64[n + 1], from anywhere; shapes: int32[n, dimensions] (RAGGED); valid: bool[n],
-    None for no nulls; array: ARROW only.
+    Attributes:
+        n: Number of records.
+        values: Stored elements: [n, n_elements] for SCALAR and TENSOR, uint8[n] for BOOL, otherwise a flat array to
+            which offsets refer.
+        offsets: int64[n + 1], indices into values; the first need not be 0.
+        shapes: int32[n, n_dimensions], for RAGGED.
+        valid: bool[n]; None if there are no nulls.
+        array: Arrow array of the records, for ARROW; then all other arrays are None.
     """
 
     n: int
@@ -35,7 +40,7 @@ class Part:
     array: pa.Array | None = None
 
     def slice(self, start: int, end: int) -> Part:
-        """Records [start, end), sharing memory."""
+        """Return the records [start, end), which share this object's memory."""
         if start == 0 and end == self.n:
             return self
         return Part(
@@ -48,12 +53,12 @@ class Part:
         )
 
     def own(self) -> Part:
-        """The same records in memory of their own, as little as they need."""
+        """Return a copy of the records, in no more memory than they need."""
         return join([self], copy_one=True)
 
 
 def join(parts: Sequence[Part], *, copy_one: bool = False) -> Part:
-    """The records of all parts, in order, in new memory; a single part is returned as it is unless copy_one."""
+    """Return the records of all items, in order, in new memory; a single item is returned itself unless copy_one."""
     if len(parts) == 1 and not copy_one:
         return parts[0]
     n = sum(part.n for part in parts)
@@ -84,7 +89,7 @@ def _join_runs(parts: Sequence[Part]) -> Part:
 
 
 def record_bytes(column: Column, part: Part) -> int | npt.NDArray[np.int64]:
-    """Raw bytes of each record, by which blocks are cut: one number for all, or int64[n]."""
+    """Return the raw bytes of each record, which decide where blocks end: one number for all records, or int64[n]."""
     if column.kind is Kind.ARROW and part.array is not None:
         return max(1, -(-int(part.array.nbytes) // max(part.n, 1)))
     if part.offsets is None:
@@ -95,14 +100,14 @@ def record_bytes(column: Column, part: Part) -> int | npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A chunk before it is laid out. nodes: (length, nulls); buffers: contiguous arrays or None; both depth first."""
+    """The Arrow nodes (length, nulls) and buffers (contiguous arrays, or None) of a chunk, both depth first."""
 
     nodes: tuple[tuple[int, int], ...]
     buffers: tuple[Any, ...]
 
 
 def encode(column: Column, part: Part) -> Encoded:
-    """The Arrow nodes and buffers of a part, from offset 0; validity only where there are nulls."""
+    """Return the Arrow nodes and buffers of column data. Offsets begin at 0; validity bits exist only with nulls."""
     if part.array is not None:
         return _encode_arrow(part.array)
     n = part.n
@@ -123,7 +128,7 @@ def encode(column: Column, part: Part) -> Encoded:
 
 
 def _bits(flags: Any) -> Array:
-    """Arrow's bitmap of flags."""
+    """Return flags as an Arrow bitmap."""
     return np.packbits(flags, bitorder="little")
 
 
@@ -142,9 +147,9 @@ def _encode_arrow(array: pa.Array) -> Encoded:
 
 
 def _plain(array: pa.Array) -> pa.Array:
-    """A copy by way of an IPC batch.
+    """Return a copy of an array, made through an IPC record batch.
 
-    That drops offsets of slices, unused children and validity without nulls, at any depth.
+    The copy has no slice offsets, no unused child values, and no validity bits without nulls, at any depth.
     """
     batch = pa.RecordBatch.from_arrays([array], ["x"])
     return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
@@ -163,5 +168,5 @@ def _nodes(array: pa.Array) -> Iterator[tuple[int, int]]:
 
 
 def shapes_of(column: Column, n: int, shape: Sequence[int]) -> Array:
-    """int32[n, dimensions] of n ragged records that have one shape."""
+    """Return int32[n, n_dimensions], the shapes of n ragged records that have the same shape."""
     return np.tile(np.array(shape, _SHAPE), (n, 1)).reshape(n, len(column.shape))

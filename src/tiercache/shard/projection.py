@@ -1,4 +1,4 @@
-"""Which bytes of a shard some columns need."""
+"""Computes the byte ranges of a shard that some of its columns occupy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from tiercache.model import ShardInfo
     from tiercache.shard.layout import Footer
 
-# Columns that are more than this of a shard are not worth asking for by ranges: all of it is had as quickly, and is
-# there for whoever reads others.
+# Columns that occupy at least 15/16 of a shard are not fetched by ranges: the whole shard takes the same time, and
+# other readers can use it.
 _MOST, _OF = 15, 16
-# Ranges that lie so close are one: the bytes between cost less than another request.
+# Ranges with a smaller gap are merged, because the bytes between cost less than another request.
 _GAP_BYTES = 16 << 10
 
 
 def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
-    """Where all blocks of these columns lie, and the footer; None: they are about the whole shard."""
+    """Return the ranges of all blocks of these columns and of the footer; None if they are nearly the whole shard."""
     chunks = footer.chunks[:, list(columns)].ravel()
     starts = np.sort(chunks["offset"].astype(np.int64))
     ends = (chunks["offset"] + chunks["stored"]).astype(np.int64)[np.argsort(chunks["offset"], kind="stable")]

@@ -1,4 +1,4 @@
-"""ShardReader: one open shard, read by blocks or by records."""
+"""ShardReader: an open shard, read by blocks or by records."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tiercache.store.contract import Store
 
 
 class ShardReader:
-    """One open shard. Thread-safe, without locks; usable in a forked child as far as its store is.
+    """An open shard. Thread-safe without locks; usable in a forked child process if its store is.
 
-    close() gives the lease back as soon as the last read is done. Blocks that are still used keep the mapping: the copy
-    is pinned until they are dropped, without a descriptor.
+    After close(), the end of the last read releases the lease. Blocks that are still in use keep the mapping, which
+    pins the local copy without a file descriptor until they are dropped.
     """
 
     def __init__(
@@ -40,15 +40,22 @@ class ShardReader:
         served: Served | None = None,
         footer: Footer | None = None,
     ) -> None:
-        """Open a shard: one ranged request when info is given, two at most otherwise.
+        """Open a shard: one ranged request if info is given, at most two otherwise.
 
-        served: columns that `take` casts; footer: this shard's, as it was read before, which saves the request where
-        there is no local copy (a copy shall have its own).
+        Args:
+            store: Store that holds the shard.
+            key: Key of the shard in the store.
+            info: The data set's description of the shard.
+            identity: Identity under which a cache keeps its copy.
+            verify: When checksums of a local copy are compared: at the "first" read of a page, "always", or "never".
+            served: Columns that take() casts, as they are served.
+            footer: Footer of the shard that was read earlier; saves the request if there is no local copy. The footer
+                of a local copy is always read, because the copy's own footer must be checked.
 
         Raises:
-            NotFound: no such object.
-            CorruptShard: it is not a shard, is damaged, or not the one that info or identity names.
-            UnsupportedFormat: a newer release wrote it.
+            NotFound: There is no such object.
+            CorruptShard: The object is not a shard, is damaged, or is not the shard that info or identity describes.
+            UnsupportedFormat: A newer release wrote the shard.
         """
         if verify not in ("first", "always", "never"):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
@@ -65,55 +72,56 @@ class ShardReader:
         self._chunks = Chunks(self._source, self.footer, verify)
         self._pages = Pages(self._source, self.footer, verify, self._chunks)
         self._records = RecordReader(self.footer, self.url, self._chunks, self._pages, served)
-        self._kept: Blocks | None = None  # as mapped() gave it last
+        self._kept: Blocks | None = None  # the last result of mapped()
         self._closed = False
 
     @property
     def schema(self) -> Schema:
-        """Its columns."""
+        """Schema of the shard."""
         return self.footer.schema
 
     @property
     def n_records(self) -> int:
-        """Records in it."""
+        """Number of records of the shard."""
         return self.footer.n_records
 
     @property
     def local(self) -> bool:
-        """Whether its bytes come from a local copy (as long as that has room for them)."""
+        """Whether the shard is read through a local copy (as long as the cache has room for its bytes)."""
         return self._source.copy is not None
 
     @property
     def copy(self) -> LocalCopy | None:
-        """The open local copy, as long as the reader is open."""
+        """The local copy; None if there is none or the reader is closed."""
         return self._source.copy
 
     @property
     def n_descriptors(self) -> int:
-        """Number of descriptors that it holds until it is closed or dropped."""
+        """Number of file descriptors that the reader holds until it is closed or dropped."""
         copy = self._source.copy
         return 0 if copy is None else copy.lease.n_descriptors
 
     def want(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
-        """Start fetching these blocks to the local copy and return; nothing for stores without one."""
+        """Start fetching these blocks into the local copy, without waiting. Does nothing without a local copy."""
         self._check_open()
         self._source.want(self._chunks.ranges(self._ids(blocks, columns)))
 
     def load(self, blocks: Sequence[int], columns: Sequence[int], *, deadline_s: float | None = None) -> Blocks:
-        """Have blocks in memory, checked and decoded.
+        """Load blocks into memory, checked and decoded.
 
-        Local raw chunks stay in the mapping, and their pages are checked when they are first read: by whoever gathers
-        (Blocks.checks), by block_values, by Blocks.array. Of a copy that is whole, blocks are chosen from what mapped()
-        keeps.
+        Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
+        of
+        the gather (Blocks.checks), by block_values, or by Blocks.array. If the local copy is complete, the blocks are a
+        selection of the result of mapped().
 
         Args:
-            blocks: their numbers, below footer.n_blocks.
-            columns: indices in the schema, each once.
-            deadline_s: seconds from now for waiting on the store.
+            blocks: Numbers of the blocks, below footer.n_blocks.
+            columns: Indices of the columns in the schema, without repetition.
+            deadline_s: Number of seconds from now after which the wait for the store ends; None: no limit.
 
         Raises:
-            CorruptShard: damaged bytes; names block and column.
-            StoreError: the store failed, or the deadline passed.
+            CorruptShard: Bytes are damaged; the error names the block and the column.
+            StoreError: The store failed, or the deadline passed.
         """
         self._check_open()
         check_numbers("columns", columns, len(self.schema))
@@ -122,53 +130,54 @@ class ShardReader:
         return self._load(blocks, columns, deadline_s) if whole is None else whole.only(blocks)
 
     def stays_mapped(self, columns: Sequence[int]) -> bool:
-        """Whether all blocks of these columns are read where they lie, in the mapping of a local copy."""
+        """Return whether all blocks of these columns are read in place, in the mapping of a local copy."""
         self._check_open()
         if self._kept_of(columns) is not None:
-            return True  # it holds the lease: what was here stays
+            return True  # the kept blocks hold the lease, so the copy cannot disappear
         return self._chunks.are_mapped(self._ids(range(self.footer.n_blocks), columns))
 
     def mapped(self, columns: Sequence[int]) -> Blocks | None:
-        """All blocks of these columns as they lie in the mapping of a local copy that has all of them.
+        """Return all blocks of these columns in the mapping of a local copy.
 
-        They are kept until other columns are asked for: found anew they took 0.4 ms a shard in each epoch, by when the
-        batches have pushed all of it out of the processor's caches.
+        The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch.
 
-        None: there is no such copy, some chunks are not raw, or every read is to be checked.
+        Returns:
+            The blocks; None if the local copy does not have all of them, if a chunk is not raw, or if verify is
+            "always".
 
         Raises:
-            CorruptShard: the copy is shorter than it was.
+            CorruptShard: The file of the copy has been truncated.
         """
         self._check_open()
         kept, copy = self._kept_of(columns), self._source.copy
         if kept is not None and copy is not None:
-            copy.mapped()  # a file that was cut short since is an error
+            copy.mapped()  # raises if the file has been truncated
             return kept
         blocks = range(self.footer.n_blocks)
         if not blocks or not self._chunks.can_stay_mapped(self._ids(blocks, columns)):
             return None
         found = self._load(blocks, columns, None)
-        if not found.is_local:  # closed meanwhile
+        if not found.is_local:  # another thread closed the reader
             return None
         self._kept = found
-        if self._closed:  # nothing is kept then
+        if self._closed:  # close() may have run before the assignment
             self._kept = None
         return found
 
     def take(
         self, rows: npt.ArrayLike, columns: Sequence[int], *, deadline_s: float | None = None
     ) -> list[ColumnValues]:
-        """Values of single records, in the order of rows: of raw columns only the pages that hold them are read.
+        """Return the values of single records, in the order of rows. Of a raw column, only the needed pages are read.
 
         Args:
-            rows: int64[n], of this shard; may repeat.
-            columns: indices in the schema.
-            deadline_s: seconds from now for waiting on the store.
+            rows: Numbers of the records in the shard, int64[n]; may repeat.
+            columns: Indices of the columns in the schema.
+            deadline_s: Number of seconds from now after which the wait for the store ends; None: no limit.
 
         Raises:
-            IndexError: a row or column that is not there.
-            CorruptShard: damaged bytes.
-            StoreError: the store failed, or the deadline passed.
+            IndexError: A row or column does not exist.
+            CorruptShard: Bytes are damaged.
+            StoreError: The store failed, or the deadline passed.
         """
         self._check_open()
         wanted = np.asarray(rows, np.int64).reshape(-1)
@@ -195,7 +204,7 @@ class ShardReader:
             raise ValueError(f"{self.url}: the reader is closed")
 
     def close(self) -> None:
-        """Let go of the shard; loaded Blocks stay valid. Harmless when repeated."""
+        """Release the shard. Loaded Blocks stay valid. A repeated call does nothing."""
         self._closed = True
         self._kept = None
         self._source.close()

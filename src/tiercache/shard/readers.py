@@ -1,4 +1,4 @@
-"""The open shards of a data set."""
+"""The pool of open shards of a data set, and a read plan that closes shards after their last read."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
     from tiercache.shard.mapped import MappedRecords
     from tiercache.shard.reader import ShardReader
 
-# Open shards of one data set: each holds its footer (some KiB to 100 KiB) and a mapping. Their descriptors are limited
-# for all data sets of the process together, by descriptors.shard_share().
+# Largest number of open shards of one data set. Each holds a footer (some KiB to 100 KiB) and a mapping.
+# descriptors.shard_share() limits the file descriptors of all data sets of the process together.
 MAX_READERS = 1024
 
 
 class Letting:
-    """A published plan (`model.Following`) by which shards are let go when they have been read for the last time.
+    """A published read plan that also closes each shard after its last read.
 
-    A shard that is open is held in the cache: where the cache is smaller than the data set, nothing else has room.
+    An open shard is pinned in the cache. If the cache is smaller than the data set, the pinned shards leave no room for
+    others.
 
     Args:
-        following: what is told too.
-        readers: whose shards they are.
-        plan: of their numbers.
+        following: Published plan that receives each call too.
+        readers: Pool of the open shards.
+        plan: Read plan, whose shards are numbers in the pool.
     """
 
     def __init__(self, following: Following, readers: Readers, plan: ReadingPlan) -> None:
@@ -44,7 +45,7 @@ class Letting:
         self._n_done = 0
 
     def advance(self, clock: int) -> None:
-        """As Following.advance."""
+        """See Following.advance."""
         self._following.advance(clock)
         n_done = int(np.searchsorted(self._last, clock, side="right"))
         for shard in self._shards[self._n_done : n_done].tolist():
@@ -52,16 +53,16 @@ class Letting:
         self._n_done = max(n_done, self._n_done)
 
     def close(self) -> None:
-        """As Following.close."""
+        """See Following.close."""
         self._following.close()
 
 
 class Readers:
-    """Open shards, the least recently used dropped first; whoever reads by `mapped` passes by here, and does not count.
+    """LRU pool of the open shards of a data set. Thread-safe. Reads through `mapped` do not count as uses.
 
-    The lock is never held while a shard is opened: threads open shards side by side, and two that want the same one
-    wait for the first at its gate. All Readers of the process share one limit of descriptors; where it is reached, the
-    Readers that hold most drop theirs.
+    The lock is not held while a shard is opened: threads open different shards in parallel, and a second thread that
+    wants the same shard waits at a lock for this shard. All pools of the process share one limit of file descriptors;
+    when it is reached, the pool that holds most of them drops shards.
     """
 
     def __init__(self, opener: Callable[[int], ShardReader], mapped: MappedRecords) -> None:
@@ -72,23 +73,23 @@ class Readers:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, tuple[ShardReader, int]] = OrderedDict()  # with its descriptors
+        self._open: OrderedDict[int, tuple[ShardReader, int]] = OrderedDict()  # reader and its number of descriptors
         self.n_descriptors = 0
         self._gates: dict[int, threading.Lock] = {}
         self._mapped.clear()
-        self._pid = os.getpid()  # last: whoever sees it takes the lock, which must not be the parent's any more
+        self._pid = os.getpid()  # last: a thread that sees the new pid takes the lock, which must be the new one
 
     def __contains__(self, shard: int) -> bool:
         return self._pid == os.getpid() and shard in self._open
 
     @property
     def capacity(self) -> int:
-        """Number of shards that can be open at once."""
+        """Largest number of shards that can be open at once."""
         return min(MAX_READERS, descriptors.shard_share())
 
     def get(self, shard: int) -> ShardReader:
-        """The shard, opened if it is not. Raises as ShardReader."""
-        # In a forked child the parent's leases are not ours, and its lock may be held for ever.
+        """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
+        # In a forked child process the leases belong to the parent, and the copied lock may be locked forever.
         if self._pid != os.getpid():
             self._begin()
         with self._lock:
@@ -110,15 +111,16 @@ class Readers:
         try:
             return self._opener(shard)
         except StoreError as error:
-            # Other files of the process took what open shards may use: use less.
+            # Other files of the process use the descriptors that were meant for open shards: close half of the shards.
             if not error.facts.get("too_many_open") or not (descriptors.raise_limit() or _drop_half()):
                 raise
         return self._opener(shard)
 
     def map(self, shard: int) -> bool:
-        """Let records of a shard be found in its mapping, which is kept as long as its reader.
+        """Make the records of a shard available through its mapping, for as long as its reader stays open.
 
-        False: it has none, or is damaged: whoever asks the shard itself hears how, and may heal it.
+        Returns:
+            False if the shard has no mapping or is damaged. A read through the shard's reader then raises the error.
         """
         if shard in self._mapped:
             return True
@@ -135,13 +137,17 @@ class Readers:
         return True
 
     def drop(self, shard: int) -> None:
-        """Forget a shard, so that it is opened anew; readers in use stay good."""
+        """Remove a shard from the pool, so that the next get() opens it again. Reads in progress continue."""
         if self._pid == os.getpid():
             with self._lock:
                 self._forget(shard)
 
     def drop_oldest(self) -> bool:
-        """Forget the shard that was used least recently, in a forked child all of its parent's. False: none is open."""
+        """Remove the least recently used shard; in a forked child process, all shards of the parent.
+
+        Returns:
+            False if no shard is open.
+        """
         if self._pid != os.getpid():
             self._begin()
             return True
@@ -152,7 +158,7 @@ class Readers:
         return oldest is not None
 
     def clear(self) -> None:
-        """Forget all shards."""
+        """Remove all shards from the pool."""
         if self._pid == os.getpid():
             with self._lock:
                 self._open.clear()
@@ -160,7 +166,7 @@ class Readers:
                 self._mapped.clear()
 
     def _forget(self, shard: int) -> None:
-        # Dropped, not closed: another thread may be reading from it.
+        # The reader is dropped and not closed, because another thread may be reading from it.
         _, n_descriptors = self._open.pop(shard, (None, 0))
         self.n_descriptors -= n_descriptors
         self._mapped.forget(shard)
@@ -177,8 +183,8 @@ class Readers:
         _drop_to(descriptors.shard_share())
 
 
-# Of all data sets of this process. By id, because the list of its references is made in one step, whatever other
-# threads add meanwhile; there is no lock, for a fork could leave it locked.
+# The pools of all data sets of this process, by id(): valuerefs() copies a dict in one step, whatever other threads
+# add. There is no lock, because a fork could leave it locked.
 _of_process: WeakValueDictionary[int, Readers] = WeakValueDictionary()
 
 
@@ -187,7 +193,7 @@ def _all() -> list[Readers]:
 
 
 def _drop_to(n_descriptors: int) -> bool:
-    """Drop shards until all Readers together hold at most n_descriptors. True: some were dropped."""
+    """Drop shards until all pools together hold at most n_descriptors. Returns whether any shard was dropped."""
     has_dropped = False
     while sum(readers.n_descriptors for readers in _all()) > n_descriptors:
         if not max(_all(), key=lambda readers: readers.n_descriptors).drop_oldest():

@@ -1,4 +1,4 @@
-"""Records one by one into blocks: checked values of each column, until they are more than a block takes."""
+"""RecordBuffer: collects single records in stored form until they exceed a block."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LARGEST_INT64 = 2**63 - 1
 
 
 class RecordBuffer:
-    """Records that are not written yet, in memory of its own, at most a block and one. One thread.
+    """Buffer of records that are not written yet: at most a block and one record. For one thread.
 
-    add_usual(record) is for all records of a busy loop: it keeps what needs no closer look, a dict of values of just
-    the column's sort, in a tenth of the time. It returns KEPT, OVER (kept, and all records are more than a block
-    takes: take() those before it) or NOT_USUAL (nothing was kept: check the names, then add()).
+    add_usual(record) is the fast path, which takes a tenth of the time of add(): it accepts a dict whose values have
+    exactly the types of the columns. It returns KEPT; OVER (the record is kept and exceeds the block: take() the
+    records before it); or NOT_USUAL (nothing was kept: check the names, then call add()).
     """
 
     def __init__(self, columns: tuple[Column, ...], block_bytes: int) -> None:
@@ -41,25 +41,30 @@ class RecordBuffer:
 
     @property
     def cuts_exactly(self) -> bool:
-        """Whether blocks may be cut by the bytes it counts; Arrow's count as their batch's mean, by the cutter."""
+        """Whether the buffer's byte counts decide where blocks end; False with ARROW columns (see BlockCutter)."""
         return not self._objects
 
     @property
     def n_records(self) -> int:
-        """How many it holds."""
+        """Number of records in the buffer."""
         return self._records.n_records
 
     def set_room(self, room_bytes: int) -> None:
-        """Say how many bytes the block that begins has room for."""
+        """Set the number of bytes that fit into the next block."""
         self._records.room_bytes = max(room_bytes, 0)
 
     def add(self, record: Mapping[str, Any], number: int) -> int:
-        """Keep a record, which has no other names than the columns'. number: its own, for the error.
+        """Add a record, whose names the caller has checked.
 
-        Returns KEPT or OVER.
+        Args:
+            record: Mapping of column names to values; missing columns are null.
+            number: Number of the record in the writer's input, for errors.
+
+        Returns:
+            KEPT or OVER.
 
         Raises:
-            SchemaError: a value does not fit; nothing of the record is kept.
+            SchemaError: A value does not fit; nothing of the record is kept.
         """
         named = {column.name: record.get(column.name) for column in self._columns}
         extra_bytes = 0
@@ -74,11 +79,11 @@ class RecordBuffer:
         return self._records.commit(extra_bytes)
 
     def _put(self, index: int, value: Any) -> int:
-        """Put a converted value; returns the bytes that only this module knows of."""
+        """Store a converted value. Returns the number of its bytes that the native buffer does not count."""
         column = self._columns[index]
         if column.kind is Kind.ARROW:
             kept = self._objects[index]
-            del kept[self._records.n_records :]  # of a record that was not kept in the end
+            del kept[self._records.n_records :]  # values of an earlier record that was rejected
             kept.append(value)
             self._records.put(index, 0)
             return 0 if value is None else max(value.nbytes - 1, 0)
@@ -89,7 +94,7 @@ class RecordBuffer:
         return 0
 
     def take(self, n: int) -> Parts:
-        """The first n records, which are all or all but the last. The parts' memory is their own."""
+        """Remove and return the first n records: all, or all but the last. The result owns its memory."""
         parts = []
         for index, (column, taken) in enumerate(zip(self._columns, self._records.take(n), strict=True)):
             if column.kind is Kind.ARROW:
@@ -108,13 +113,13 @@ class RecordBuffer:
 
 
 def misfit_error(column: Column, error: MisfitError, record: int) -> SchemaError:
-    """A misfit as the error that users see. record: its number in the whole input."""
+    """Return a MisfitError as a SchemaError. record: Number of the record in the whole input."""
     return SchemaError(str(error), column=column.name, record=record, expected=error.expected, got=error.got)
 
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """A column as _native.records has it: see Spec there."""
+    """Description of a column for _native.records. See Spec there."""
 
     name: str
     dtype: np.dtype[Any]
@@ -131,7 +136,7 @@ class _Spec:
 
 def _spec_of(column: Column) -> _Spec:
     dtype, shape, nullable = column.stored, column.shape, column.nullable
-    if column.kind is Kind.ARROW:  # the values are Arrow arrays, kept beside: a byte stands for each
+    if column.kind is Kind.ARROW:  # self._objects keeps the values; the native buffer has a byte for each
         return _Spec(column.name, np.dtype("u1"), (), varying=False, nullable=False)
     usual = _usual(column)
     limits: dict[str, Any] = {}
@@ -148,7 +153,7 @@ def _usual(column: Column) -> int:
     kinds = {Kind.BOOL: records.BOOLS, Kind.BYTES: records.BYTES, Kind.IMAGE: records.BYTES, Kind.STR: records.TEXT}
     if column.kind in kinds:
         return kinds[column.kind]
-    if column.dtype == "bfloat16" or sys.byteorder != "little":  # its bits look like integers; stored is little-endian
+    if column.dtype == "bfloat16" or sys.byteorder != "little":  # bits that look like integers; another byte order
         return records.NONE
     if column.kind in (Kind.TENSOR, Kind.RAGGED):
         return records.ARRAYS

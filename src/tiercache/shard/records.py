@@ -1,4 +1,4 @@
-"""Single records anywhere in a shard: finds where each value lies and reads the pages or compressed chunk there."""
+"""RecordReader: reads single records of a shard by the pages, or by the compressed chunks, that hold their values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one stream has its rows: the chunk of each, and [start, end) in the raw chunk.
+    """The positions of a stream's rows: the chunk of each row, and the bytes [start, end) in the decoded chunk.
 
-    stored: False where there is no buffer.
+    Attributes:
+        stored: Whether the row has bytes; False if its chunk has no such buffer.
     """
 
     stream: Stream
@@ -38,7 +39,7 @@ class _Place:
 
 
 class RecordReader:
-    """Reads rows of an open shard one by one. Safe from any thread."""
+    """Reader of single rows of an open shard. Thread-safe."""
 
     def __init__(self, footer: Footer, url: str, chunks: Chunks, pages: Pages, served: Served | None = None) -> None:
         self._footer = footer
@@ -48,10 +49,10 @@ class RecordReader:
         self._rows = footer.chunks.ravel()
         self._n_columns = len(footer.schema)
         self._served = served or {}
-        self._brought: frozenset[int] = frozenset()  # columns that a local copy fetches whole
+        self._brought: frozenset[int] = frozenset()  # columns that need no further call of Chunks.bring_whole()
 
     def take(self, rows: Numbers, columns: Sequence[int], deadline_s: float | None) -> list[ColumnValues]:
-        """Values of rows (within the shard, checked by the caller), in their order, of each column."""
+        """Return the values of rows, in order, for each column. The caller has checked that the rows exist."""
         block = np.searchsorted(self._footer.block_first, rows.astype(np.uint64), side="right").astype(np.int64) - 1
         row = rows - self._footer.block_first[block].astype(np.int64)
         asked = list(dict.fromkeys(columns))
@@ -63,7 +64,7 @@ class RecordReader:
         return [found[c] for c in columns]
 
     def _needs_blocks(self, number: int, block: Ids) -> bool:
-        """Whether to read a column chunk by chunk: nothing of them can be read alone, or they are here and mapped."""
+        """Return whether to read whole chunks: single pages cannot be read, or a local copy holds the chunks."""
         ids = block * self._n_columns + number
         if self._footer.schema.columns[number].kind is Kind.ARROW or self._chunks.is_here(np.unique(ids)):
             return True
@@ -111,7 +112,7 @@ class RecordReader:
         return self._gather(streams, sources)
 
     def _gather(self, streams: Sequence[Stream], sources: Addresses) -> dict[int, ColumnValues]:
-        """Each row is a block of its own now: row 0 of it."""
+        """Gather the values. Each row has its own addresses, so the kernel gets it as row 0 of its own block."""
         n = sources.shape[1]
         block, row = np.arange(n, dtype=np.uint32), np.zeros(n, np.uint32)
         found = {}
@@ -123,18 +124,18 @@ class RecordReader:
         return found
 
     def _load_whole(self, columns: Sequence[int], block: Ids, deadline_s: float | None) -> tuple[Ids, LoadedChunks]:
-        """Compressed chunks that rows are in: numbers, in order, and where they are decoded."""
+        """Load the compressed chunks that hold rows. Returns their numbers, ascending, and their decoded bytes."""
         ids = np.unique((block[:, None] * self._n_columns + np.array(columns, np.int64)[None, :]).ravel())
         ids = ids[self._rows["codec"][ids] != codec.RAW]
         return ids, self._chunks.load(ids, deadline_s)
 
     def _buffer(self, chunk: Ids, buffer: int) -> tuple[Numbers, Numbers]:
-        """(offset, length) of a buffer in each chunk."""
+        """Return offset and length of a buffer in each chunk, by the buffer's index in the chunk."""
         rows = self._footer.buffers[self._rows["first_buffer"][chunk] + np.uint64(buffer)].astype(np.int64)
         return rows[:, 0], rows[:, 1]
 
     def _place(self, stream: Stream, block: Ids, row: Numbers) -> _Place:
-        """The bytes that must be had first: of a VAR stream, two offsets; of BITS, a byte."""
+        """Return the bytes of each row that are read first: two offsets (VAR), one byte (BITS), or the row (FIXED)."""
         chunk = block * self._n_columns + stream.column
         which = stream.values_buffer if stream.offsets_buffer is None else stream.offsets_buffer
         offset, length = self._buffer(chunk, which)
@@ -149,16 +150,17 @@ class RecordReader:
         return _Place(stream, chunk, start, np.where(stored, start + n_bytes, 0), stored)
 
     def _run(self, place: _Place, addresses: Addresses) -> tuple[_Place, Numbers]:
-        """Where a VAR stream's elements are, by its offsets, which are checked.
+        """Read and check the offsets of a VAR stream.
 
-        Returns also each row's own offsets: int64[n, 2], from 0.
+        Returns:
+            The positions of the rows' elements, and int64[n, 2], the offsets of each row relative to its first element.
         """
         bounds = _read(addresses, 16).view(np.int64).reshape(-1, 2)
         offset, length = self._buffer(place.chunk, place.stream.values_buffer)
         width = place.stream.width_bytes
         wrong = (bounds[:, 0] < 0) | (bounds[:, 1] < bounds[:, 0]) | (bounds[:, 1] > length // width)
         if wrong.any():
-            self._chunks.fail(int(place.chunk[np.argmax(wrong)]), "offsets fall, or point outside the chunk")
+            self._chunks.fail(int(place.chunk[np.argmax(wrong)]), "offsets decrease or exceed the chunk")
         start = offset + bounds[:, 0] * width
         end = offset + bounds[:, 1] * width
         lengths = np.zeros_like(bounds)
@@ -167,7 +169,7 @@ class RecordReader:
 
 
 class _Memory:
-    """Addresses of places, in decoded chunks or in pages, and all that must be kept while they are used."""
+    """Loads positions in decoded chunks or in pages, and owns the memory to which the returned addresses point."""
 
     def __init__(
         self, pages: Pages, rows: npt.NDArray[np.void], whole: tuple[Ids, LoadedChunks], deadline_s: float | None
@@ -180,12 +182,12 @@ class _Memory:
         self._owners: list[Any] = [loaded.owners]
 
     def keep(self, rows: npt.NDArray[Any]) -> Addresses:
-        """Hold an array, and give the address of each of its rows."""
+        """Keep a reference to an array, and return the address of each of its rows."""
         self._owners.append(rows)
         return (address_of(rows) + np.arange(len(rows)) * rows.strides[0]).astype(np.uint64)
 
     def addresses(self, places: Sequence[_Place]) -> list[Addresses]:
-        """Of each place, uint64[n]; 0 where nothing is stored. All pages are read in one go."""
+        """Return the addresses of each item of places, uint64[n], 0 if nothing is stored. One load reads all pages."""
         if not places:
             return []
         chunk, start, end = (np.concatenate([getattr(p, name) for p in places]) for name in ("chunk", "start", "end"))
@@ -203,7 +205,7 @@ class _Memory:
 
 
 def _read(addresses: Addresses, width_bytes: int) -> npt.NDArray[np.uint8]:
-    """width_bytes from each address, under the SIGBUS guard."""
+    """Return width_bytes from each address, which are read under the SIGBUS guard."""
     n = len(addresses)
     sources = np.zeros((n, 3), np.uint64)
     sources[:, 0] = addresses
@@ -213,7 +215,7 @@ def _read(addresses: Addresses, width_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 def _bits(addresses: Addresses, row: Numbers) -> npt.NDArray[np.uint8]:
-    """The bit of each row as a byte of which only the lowest may be set; 1 where the address is 0."""
+    """Return the bit of each row as a byte 0 or 1; 1 if the address is 0."""
     found = np.ones(len(row), np.uint8)
     some = addresses != 0
     found[some] = (_read(addresses[some], 1) >> (row[some] % 8).astype(np.uint8)) & 1

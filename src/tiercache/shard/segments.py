@@ -1,9 +1,9 @@
-"""Segments: immutable lists of shards that versions share; and the table of all shards that a version's segments make.
+"""Segments (immutable lists of shards, which versions share) and ShardTable (all shards of a version).
 
-A segment is an uncompressed Arrow IPC file, a row a shard, named by a random id. It is checked against the size and
-CRC-32C that the version states before anything in it is believed, and then against what a reader relies on: names
-that stay inside the data set, numbers that add up. A million rows are checked in a few vectorised passes, and mapped,
-not copied, where the store has local files.
+A segment is an uncompressed Arrow IPC file with one row per shard and a random name. Its size and CRC-32C are first
+compared with those that the version states; then the values are checked: names stay inside the data set, and numbers
+are consistent. Vectorised passes check a million rows. If the store has local files, the segment is mapped and not
+copied.
 """
 
 from __future__ import annotations
@@ -40,21 +40,29 @@ _SCHEMA = pa.schema(
         pa.field("statistics", pa.large_string(), nullable=False),
     ]
 )
-# check_key() as a regular expression, for a million names at once: these names are refused.
+# The names that check_key() refuses, as a regular expression that Arrow applies to a million names at once.
 _BAD_NAME = r"(?s)\\|\x00|://|^$|^/|/$|//|(^|/)\.\.?(/|$)"
 _MAX_SUM = 2**62
-# Below it a private copy is cheaper than a mapping, and no later fault of the disk can reach it.
+# Below this size, a copy in memory is cheaper than a mapping, and a later disk error cannot affect it.
 _MAP_BYTES = 1 << 20
 _IPC_MAGIC = b"ARROW1\0\0"
-# A version's claim of a segment's size is not believed beyond this, before memory of that size is taken.
+# If a version states a larger size for a segment, the reader compares it with the store before it allocates memory.
 _CLAIMED_BYTES = 1 << 20
-# Round trips, not bytes, bound the opening of many small segments.
+# Round trips, and not bytes, limit how fast many small segments open.
 _FETCH_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentRef:
-    """A version's line about one segment. name: "<32 hex digits>.arrow"; digest: see digest_rows()."""
+    """The entry of a version for a segment.
+
+    Attributes:
+        name: File name, "<32 hex digits>.arrow".
+        n_bytes: Size of the file in bytes.
+        crc32c: CRC-32C of the file.
+        n_shards: Number of rows.
+        digest: Digest of the rows. See digest_rows().
+    """
 
     name: str
     n_bytes: int
@@ -64,20 +72,22 @@ class SegmentRef:
 
     @property
     def key(self) -> str:
-        """Where it lies in the store."""
+        """Key of the segment in the store."""
         return SEGMENTS_FOLDER + self.name
 
     def identity(self, dataset_id: str) -> ShardIdentity:
-        """What the cache keeps its copy by."""
+        """Return the identity under which the cache keeps its copy of the segment."""
         return ShardIdentity(dataset_id, self.name.removesuffix(".arrow"), self.n_bytes, self.crc32c)
 
 
 class ShardTable:
-    """The shards of one version, column by column, in data-set order. Immutable; safe from any thread.
+    """The shards of a version in data-set order, stored by column. Immutable and thread-safe.
 
-    names: large_string[n] and shard_ids: fixed_size_binary(16)[n], as Arrow; n_records, n_bytes, footer_offset,
-    footer_bytes: int64[n]; crc32c: uint32[n]; first_record: int64[n + 1], the number of each shard's first record
-    and, last, of all records. Numpy arrays are read-only.
+    Attributes:
+        names, shard_ids: Arrow large_string[n] and fixed_size_binary(16)[n].
+        n_records, n_bytes, footer_offset, footer_bytes: int64[n], read-only.
+        crc32c: uint32[n], read-only.
+        first_record: int64[n + 1], read-only: number of the first record of each shard; the last entry is the total.
     """
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
@@ -97,7 +107,7 @@ class ShardTable:
         return int(self.arrow.num_rows)
 
     def info(self, i: int) -> ShardInfo:
-        """Shard i, 0 <= i < len(). Raises IndexError."""
+        """Return the description of shard i, 0 <= i < len(). Raises IndexError otherwise."""
         if not 0 <= i < len(self):
             raise IndexError(f"shard {i} of {len(self)}")
         return ShardInfo(
@@ -112,7 +122,7 @@ class ShardTable:
         )
 
     def objects(self, dataset_id: str, shards: NDArray[np.int64]) -> list[tuple[str, ShardIdentity]]:
-        """Key and identity of each of these shards, int64[m], in their order: 2 us each, where info() takes 20."""
+        """Return keys and identities of these shards, int64[m], in their order: 2 us each, where info() takes 20 us."""
         rows = as_arrow(shards)
         keys, ids = self.names.take(rows).to_pylist(), self.shard_ids.take(rows).to_pylist()
         sizes, sums = self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
@@ -122,25 +132,25 @@ class ShardTable:
         ]
 
     def identities(self, shards: NDArray[np.int64]) -> tuple[list[str], list[int], list[int]]:
-        """Id, size and checksum of each of these shards, int64[m], in their order: 0.3 us each."""
+        """Return ids, sizes and checksums of the shards with these numbers, int64[m], in order: 0.3 us each."""
         ids = self.shard_ids.take(as_arrow(shards)).to_pylist()
         return [i.hex() for i in ids], self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
 
     def infos(self) -> Iterator[ShardInfo]:
-        """All of them, in order."""
+        """Yield the descriptions of all shards, in order."""
         return map(self.info, range(len(self)))
 
 
 def as_arrow(numbers: NDArray[np.int64]) -> pa.Int64Array:
-    """Numbers, int64[n], for take(). Not pa.array(): it imports pandas, if there is one: 110 ms, and 30 MB to keep."""
+    """Return int64[n] as an Arrow array. pa.array() would import pandas if it is installed: 110 ms and 30 MB."""
     return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])
 
 
 def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
-    """A new segment of these shards, in this order, and its file.
+    """Return the entry and the file of a new segment with these shards, in this order.
 
     Raises:
-        ValueError: facts about a shard that cannot be.
+        ValueError: A shard has an invalid value.
     """
     rows = [
         (
@@ -161,15 +171,15 @@ def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
 
 
 def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
-    """A new segment with the rows of a ShardTable's arrow table (or of several, joined), and its file.
+    """Return the entry and the file of a new segment with the rows of a table in the form of ShardTable.arrow.
 
     Raises:
-        ValueError: rows that cannot be.
+        ValueError: A row has an invalid value.
     """
     if problem := _problem(table):
-        raise ValueError(f"cannot be listed in a segment: {problem}")
+        raise ValueError(f"cannot write a segment of these shards: {problem}")
     sink = pa.BufferOutputStream()
-    # One batch, so that each column is one run of memory in the mapped file.
+    # One record batch, so that each column is contiguous in the mapped file.
     with pa.ipc.new_file(sink, _SCHEMA, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
         writer.write_table(table.combine_chunks())
     data = sink.getvalue().to_pybytes()
@@ -178,7 +188,7 @@ def pack_segment(table: pa.Table) -> tuple[SegmentRef, bytes]:
 
 
 def digest_rows(table: pa.Table) -> str:
-    """What the fingerprint knows of a segment: SHA-256 (hex) of each row's 16 bytes of id and u64 (LE) of records."""
+    """Return the digest of a segment: SHA-256 (hex) over each row's shard id (16 bytes) and record count (u64, LE)."""
     rows = np.zeros(table.num_rows, np.dtype([("shard_id", "V16"), ("records", "<u8")]))
     if table.num_rows:
         ids = pa.concat_arrays(table["shard_id"].chunks)
@@ -189,11 +199,11 @@ def digest_rows(table: pa.Table) -> str:
 
 
 def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> list[pa.Table]:
-    """The rows of each segment, checked; fetched in parallel.
+    """Return the checked rows of each segment, fetched in parallel.
 
     Raises:
-        CorruptShard: not what the version says.
-        NotFound, StoreError: the store's.
+        CorruptShard: A segment differs from what the version states.
+        NotFound, StoreError: The store failed.
     """
     if len(refs) < 2:
         return [_read_segment(store, dataset_id, ref) for ref in refs]
@@ -203,66 +213,66 @@ def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> 
 
 def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
     data = _local(store, dataset_id, ref)
-    # A local copy that is not what the version says is passed by: in a cache it may be rotten, and the source whole.
+    # If the local copy differs from what the version states, only the copy may be damaged: read the source instead.
     if data is None or not _is_whole(data, ref):
         if isinstance(store, LocalStore):
             store.distrust(ref.key, ref.identity(dataset_id))
         data = _fetched(store, ref)
-        if not _is_whole(data, ref):  # it may have been damaged on the way
+        if not _is_whole(data, ref):  # the data may have been damaged in transit
             data = _fetched(store, ref)
         if not _is_whole(data, ref):
             raise CorruptShard(
-                f"the CRC-32C is not the {ref.crc32c:#010x} of the version", url=_url(store, ref), part="segment"
+                f"the CRC-32C is not {ref.crc32c:#010x}, which the version states", url=_url(store, ref), part="segment"
             )
     return parse_segment(data, ref, url=_url(store, ref))
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
-    """The rows of a segment's file, whose CRC is right; zero-copy over data. Columns of later releases are left out.
+    """Return the rows of a segment file whose CRC matches; no copy of data. Columns of later releases are left out.
 
     Raises:
-        CorruptShard: what it says cannot be, or is not what ref says.
+        CorruptShard: A value is invalid, or the rows differ from what ref states.
     """
     try:
         table = _read_table(data)
         table = table.select(range(min(len(_SCHEMA), table.num_columns)))
-        problem = "another schema" if not table.schema.equals(_SCHEMA) else _problem(table)
+        problem = "has another Arrow schema than a segment" if not table.schema.equals(_SCHEMA) else _problem(table)
     except (pa.ArrowException, OSError, ValueError, KeyError, struct.error) as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="segment") from error
     if not problem and table.num_rows != ref.n_shards:
-        problem = f"{table.num_rows} rows, where the version says {ref.n_shards}"
+        problem = f"has {table.num_rows} rows, the version states {ref.n_shards}"
     if not problem and digest_rows(table) != ref.digest:
-        problem = "other shards than the version's fingerprint was made of"
+        problem = "lists other shards than the version's fingerprint"
     if problem:
         raise CorruptShard(problem, url=url, part="segment")
     return table
 
 
 def _read_table(data: pa.Buffer) -> pa.Table:
-    """The table of an Arrow IPC file, read as the stream that the file contains; zero-copy over data.
+    """Return the table of an Arrow IPC file, without a copy of data.
 
-    The messages of a stream are the same whoever walks it: what was looked at here is what Arrow reads. A file's footer
-    could name others.
+    The file is read as the stream that it contains, because Arrow then reads exactly the messages that are checked
+    here; the footer of a file could refer to other messages.
 
     Raises:
-        ValueError: it is no Arrow IPC file, or is compressed. Arrow takes the memory that a compressed buffer claims to
-            need before it decodes it.
-        pa.ArrowException, OSError, struct.error: it cannot be read.
+        ValueError: The data is not an Arrow IPC file, or is compressed. For a compressed buffer, Arrow would allocate
+            the size that the buffer claims before it decodes the buffer.
+        pa.ArrowException, OSError, struct.error: The data cannot be read.
     """
     if data.slice(0, len(_IPC_MAGIC)).to_pybytes() != _IPC_MAGIC:
         raise ValueError("not an Arrow IPC file")
     stream = data.slice(len(_IPC_MAGIC))
     for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(stream)):
         if message.type in ("record batch", "dictionary") and _is_compressed(message):
-            raise ValueError("it is compressed, which a segment never is")
+            raise ValueError("it is compressed, but a segment must not be")
     with pa.ipc.open_stream(pa.BufferReader(stream)) as reader:
         return reader.read_all()
 
 
 def _is_compressed(message: pa.Message) -> bool:
-    """Whether a record batch says how its body is compressed, which pyarrow does not tell.
+    """Return whether the body of a record batch is compressed; pyarrow has no function for it.
 
-    Arrow has verified the message's offsets.
+    Arrow has verified the flatbuffers offsets of the message.
     """
     metadata = memoryview(message.metadata)
 
@@ -270,7 +280,7 @@ def _is_compressed(message: pa.Message) -> bool:
         return position + int(struct.unpack_from("<I", metadata, position)[0])
 
     def field(table: int, number: int) -> int:
-        """Where a flatbuffers table has its field of this number; 0: it has none."""
+        """Return the position of the field with this number in a flatbuffers table; 0 if the table does not have it."""
         vtable = table - int(struct.unpack_from("<i", metadata, table)[0])
         (vtable_bytes,) = struct.unpack_from("<H", metadata, vtable)
         at = 4 + 2 * number
@@ -284,7 +294,7 @@ def _is_compressed(message: pa.Message) -> bool:
 
 
 def _problem(table: pa.Table) -> str:
-    """Why a reader cannot rely on these rows; "" if it can."""
+    """Return what is invalid in these rows, or ""."""
     table.validate(full=True)
     if any(column.null_count for column in table.columns):
         return "a null"
@@ -294,16 +304,16 @@ def _problem(table: pa.Table) -> str:
         return f"a shard's name must be a relative path inside the data set, got {name!r}"
     counts = {name: _numbers(table, name) for name in ("records", "bytes", "footer_offset", "footer_bytes")}
     for name, count in counts.items():
-        # Summed as floats first: as integers a hostile sum would wrap.
+        # A float sum, because an integer sum of forged values could wrap around.
         if count.size and (int(count.min()) < 0 or float(count.sum(dtype=np.float64)) >= _MAX_SUM):
-            return f"{name} that cannot be"
+            return f"{name} has a value below 0, or a sum of 2**62 or more"
     if bool((counts["footer_offset"] + counts["footer_bytes"] > counts["bytes"]).any()):
         return "a footer beyond the end of its shard"
     return ""
 
 
 def _numbers(table: pa.Table, name: str) -> NDArray[np.int64]:
-    """A column without nulls. Not to_numpy(): Arrow then imports pandas, if there is one, which takes 110 ms."""
+    """Return a column without nulls as numpy. to_numpy() would import pandas if it is installed (110 ms)."""
     kind = np.dtype(_SCHEMA.field(name).type.to_pandas_dtype())
     chunks = [
         np.frombuffer(chunk.buffers()[1], kind, len(chunk), chunk.offset * kind.itemsize)
@@ -327,9 +337,9 @@ def _is_whole(data: pa.Buffer, ref: SegmentRef) -> bool:
 
 
 def _local(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Buffer | None:
-    """The segment's local copy, mapped (or copied, when small); None where there is none to be had.
+    """Return the local copy of the segment, mapped (or copied if it is small); None if there is no local copy.
 
-    The mapping outlives the lease: what is published is never rewritten or truncated, only unlinked.
+    The mapping may outlive the lease, because a published file is only ever unlinked, not rewritten or truncated.
     """
     if not isinstance(store, LocalStore):
         return None
@@ -353,7 +363,7 @@ def _open_copy(fd: int, n_bytes: int) -> pa.Buffer | None:
         if n_bytes < _MAP_BYTES:
             return pa.py_buffer(os.pread(fd, n_bytes, 0))
         return pa.py_buffer(Mapping(fd, n_bytes))
-    except OSError:  # a disk that fails makes it slower, not wrong
+    except OSError:  # the disk failed: the caller reads the source
         return None
 
 
@@ -373,14 +383,14 @@ def _fetched(store: Store, ref: SegmentRef) -> pa.Buffer:
 def _check_size(
     store: Store, ref: SegmentRef, *, beyond_bytes: int = _CLAIMED_BYTES, cause: StoreError | None = None
 ) -> None:
-    """See that a segment is as long as the version says; of those of beyond_bytes and less the store is not asked.
+    """Check with the store that a segment is as long as the version states, if the stated size exceeds beyond_bytes.
 
     Raises:
-        CorruptShard: it is shorter.
+        CorruptShard: The segment is shorter.
     """
     if ref.n_bytes <= beyond_bytes:
         return
     n_bytes = store.head(ref.key).n_bytes
     if n_bytes < ref.n_bytes:
-        found = f"it has {n_bytes} bytes, where the version says 'bytes' {ref.n_bytes}"
+        found = f"has {n_bytes} bytes, the version states 'bytes' {ref.n_bytes}"
         raise CorruptShard(found, url=_url(store, ref), part="segment") from cause

@@ -1,4 +1,4 @@
-"""One shard in the making: lays out chunks, sums them, sends them on in parts, and ends with footer and tail."""
+"""ShardFile: writes a shard; lays out and checksums chunks, uploads them in parts, and appends footer and tail."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _EMPTY = np.zeros(0, np.uint8)
 
 
 class _PartBuffer:
-    """Bytes on their way into an upload, gathered to parts; sums the whole file.
+    """Buffer that collects bytes into upload parts, and computes the CRC-32C of the whole file.
 
-    Holds one part and the longest piece.
+    It holds at most one part and the longest reserved piece.
     """
 
     def __init__(self, uploads: Uploads, key: str) -> None:
@@ -41,7 +41,7 @@ class _PartBuffer:
         self.crc = 0
 
     def reserve(self, n_bytes: int) -> _Bytes:
-        """Memory for the next n_bytes, to be filled before add()."""
+        """Return the memory for the next n_bytes, uint8[n_bytes], which the caller fills before add()."""
         if self._filled + n_bytes > len(self._memory):
             grown = np.empty(max(self._filled + n_bytes, len(self._memory) * 5 // 4), np.uint8)
             grown[: self._filled] = self._memory[: self._filled]
@@ -49,7 +49,7 @@ class _PartBuffer:
         return self._memory[self._filled : self._filled + n_bytes]
 
     def add(self, n_bytes: int, crc: int) -> None:
-        """Append the first n_bytes of what was reserved. crc: their CRC-32C."""
+        """Append the first n_bytes of the reserved memory. crc: CRC-32C of these bytes."""
         self.crc = combine(self.crc, crc, n_bytes)
         self._filled += n_bytes
         self.n_bytes += n_bytes
@@ -62,7 +62,7 @@ class _PartBuffer:
         self.add(len(data), crc32c(data))
 
     def _send(self, n_bytes: int) -> None:
-        """Hand the first n_bytes over as parts and begin anew with the rest."""
+        """Send the first n_bytes as parts, and copy the rest to new memory."""
         rest = self._memory[n_bytes : self._filled]
         memory = self._uploads.memory(len(rest))
         memory[: len(rest)] = rest
@@ -70,16 +70,18 @@ class _PartBuffer:
         self._memory, self._filled = memory, len(rest)
 
     def complete(self) -> None:
-        """Hand over what is left, and the order to publish."""
+        """Send the remaining bytes, and complete the upload."""
         if self._filled:
             self._number = self._uploads.send(self._upload, self._number, self._memory, self._filled)
         self._uploads.complete(self._upload)
 
 
 class _Chunk:
-    """A chunk that is to be written: its buffers one after the other, each aligned.
+    """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
 
-    ends: where each begins, and the chunk ends; lengths: of the buffers, without what aligns the next.
+    Attributes:
+        lengths: Number of bytes of each buffer, without padding.
+        ends: Offset of each buffer in the chunk, and the end of the chunk.
     """
 
     def __init__(self, encoded: Encoded) -> None:
@@ -90,20 +92,20 @@ class _Chunk:
 
     @property
     def n_bytes(self) -> int:
-        """Of the chunk, decoded."""
+        """Number of bytes of the chunk before compression."""
         return self.ends[-1]
 
     def lay_out(self, raw: _Bytes) -> tuple[int, npt.NDArray[np.uint32]]:
-        """Copy the buffers to raw, uint8[n_bytes]. Returns the chunk's CRC-32C, and that of each page."""
+        """Copy the buffers to raw, uint8[n_bytes]. Returns the CRC-32C of the chunk and of each page."""
         sums = np.empty(-(-len(raw) // PAGE_BYTES), np.uint32)
         addresses = np.array([address_of(piece) for piece in self._pieces], np.uint64)
         return lay_out(addresses, np.array(self.lengths, np.uint64), ALIGN_BYTES, raw, PAGE_BYTES, sums), sums
 
 
 class ShardFile:
-    """A shard that is being written under `key`; nothing is there before finish(). One thread.
+    """A shard that is being written. It is not visible under `key` before finish(). For one thread.
 
-    To drop it, abort the uploads.
+    To discard the shard, abort its Uploads.
     """
 
     def __init__(self, uploads: Uploads, key: str, schema: Schema, block_codec: BlockCodec) -> None:
@@ -124,17 +126,17 @@ class ShardFile:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes so far, without the footer."""
+        """Number of bytes written so far, without the footer."""
         return self._out.n_bytes
 
     @property
     def table_bytes(self) -> int:
-        """Decoded bytes of the footer's tables so far, about."""
+        """Approximate number of decoded bytes of the footer's tables so far."""
         rows = CHUNK_ROW.itemsize * len(self._chunks) + 16 * (len(self._nodes) + len(self._buffers))
         return rows + 4 * self._n_pages
 
     def add_block(self, parts: Sequence[Part]) -> None:
-        """Append a block. parts: one of each column, of equal length."""
+        """Append a block. parts: Data of each column, of equal lengths."""
         chunks = [_Chunk(encode(column, part)) for column, part in zip(self._schema.columns, parts, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
@@ -144,16 +146,16 @@ class ShardFile:
         self.n_blocks += 1
 
     def _laid_out(self, chunk: _Chunk) -> _Bytes:
-        """A chunk where the file's next bytes go, which it need not become."""
+        """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)
         return raw
 
     def _add_chunk(self, chunk: _Chunk, frame: bytes | None) -> int:
-        """Append a chunk, raw or as a frame. Returns the bytes that it takes."""
+        """Append a chunk, raw if frame is None, otherwise as the frame. Returns its number of stored bytes."""
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
         self._nodes.extend(chunk.nodes)
-        self._buffers.extend(zip(chunk.ends, chunk.lengths, strict=False))  # the last end begins no piece
+        self._buffers.extend(zip(chunk.ends, chunk.lengths, strict=False))  # no buffer begins at the last end
         if frame is None:
             stored_bytes = chunk.n_bytes
             crc, sums = chunk.lay_out(self._out.reserve(stored_bytes))
@@ -169,7 +171,7 @@ class ShardFile:
         return stored_bytes
 
     def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
-        """Write footer and tail, and publish; it is there when the uploads have come so far."""
+        """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
         names = self._schema.names
         statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
         footer = self._footer(statistics, metadata)

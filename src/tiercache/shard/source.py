@@ -1,4 +1,4 @@
-"""Where an open shard's bytes come from: a lease on a local copy, mapped once, or ranges of a store."""
+"""Source: the bytes of an open shard, from a mapped local copy or by ranged reads of a store."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from tiercache.store.posix import os_errors
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 _ALIGN_BYTES = 64
-# The kernel stamps files by a clock that ticks every 1 to 10 ms: a file written twice within a tick has one ctime. A
-# ctime that is younger than this does not yet tell one state of the file from the next one.
+# The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
+# this does not identify a state of the file.
 SETTLED_NS = 20_000_000
-# A length that was read from a file is not believed beyond this, before memory of that length is taken.
+# A longer length that was read from a file is compared with the store before memory of that length is allocated.
 _CLAIMED_BYTES = 1 << 20
 
 
 def aligned_empty(n_bytes: int) -> Bytes:
-    """Uninitialised memory that begins at a multiple of 64."""
+    """Return uninitialised memory, uint8[n_bytes], whose address is a multiple of 64."""
     memory = np.empty(n_bytes + _ALIGN_BYTES, np.uint8)
     start = -address_of(memory) % _ALIGN_BYTES
     return memory[start : start + n_bytes]
 
 
 def address_of(memory: npt.NDArray[Any]) -> int:
-    """Where an array's memory begins."""
+    """Return the address of an array's memory."""
     address: int = memory.__array_interface__["data"][0]
     return address
 
 
 class LocalCopy:
-    """A lease and, once it was asked for, its mapping. The lease is closed when this object is dropped.
+    """A lease on a local copy and, after the first call of mapped(), its mapping. Dropping the object closes the lease.
 
-    Loaded blocks keep the mapping alone: it holds no descriptor, and it keeps the file's bytes, and the flock(2) that
-    the cache's evictor asks for, as a lease does.
+    Loaded blocks keep only the mapping. The mapping holds no file descriptor, but like a lease it keeps the bytes of
+    the file and the flock(2) that the cache's evictor tests.
     """
 
     def __init__(self, lease: Lease, url: str) -> None:
@@ -55,16 +55,16 @@ class LocalCopy:
         weakref.finalize(self, lease.close).atexit = False
 
     def mapped(self) -> Bytes:
-        """The whole copy, read-only. Bytes that are not present yet must not be touched.
+        """Return the whole copy, read-only uint8[n_bytes]. The caller must not touch bytes that are not present yet.
 
-        Each time the file's size is asked (0.4 us): of a file that was cut in the middle of a page of memory the rest
-        of that page reads as zeros, in a mapping whose pages were checked before, and no signal tells.
+        Each call reads the size of the file (0.4 us). Reason: if a file is truncated in the middle of a memory page,
+        the rest of that page reads as zeros without a signal, although the page was checked before.
 
-        Two threads may both map it the first time; one mapping stays. There is no lock, for a fork could leave it
+        Two threads may both map the file at first; one mapping is kept. There is no lock, because a fork could leave it
         locked.
 
         Raises:
-            CorruptShard: the file is shorter than its lease says.
+            CorruptShard: The file is shorter than its lease states.
         """
         found = self._mapped.get("it")
         if found is None:
@@ -78,24 +78,25 @@ class LocalCopy:
         return found
 
     def changed_ns(self) -> int:
-        """The file's ctime in ns, which every write to it changes and nobody can set back.
+        """Return the ctime of the file in ns. Every write changes it, and no program can set it back.
 
-        0: the file was changed so recently that a further write may leave the ctime as it is.
+        Returns:
+            0 if the file was changed so recently that a further write may leave the same ctime.
         """
         changed_ns = os.fstat(self.lease.fd).st_ctime_ns
         return changed_ns if time.time_ns() - changed_ns > SETTLED_NS else 0
 
     @cached_property
     def tells_residence(self) -> bool:
-        """Whether mincore(2) says which pages are in memory: of files that one neither owns nor may write, it lies."""
+        """Whether mincore(2) reports page residency correctly: only for a file that the user owns or may write."""
         return os.fstat(self.lease.fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{self.lease.fd}", os.W_OK)
 
     def read(self, spans: Sequence[Span]) -> None:
-        """Fill each span from the file, which a truncation under us makes an error and not a signal.
+        """Fill each span from the file with pread, so that a concurrent truncation raises an error and no SIGBUS.
 
         Raises:
-            CorruptShard: the file ends before a span does.
-            StoreError: the disk failed.
+            CorruptShard: The file ends before the end of a span.
+            StoreError: The disk failed.
         """
         for span, buffer in spans:
             filled = 0
@@ -105,15 +106,16 @@ class LocalCopy:
                 except OSError as error:
                     raise StoreError(f"reading the local copy failed: {error}", url=self._url) from error
                 if not n_read:
-                    raise CorruptShard(f"the local copy ends at {span.start + filled}: cut short", url=self._url)
+                    raise CorruptShard(f"the local copy is truncated at byte {span.start + filled}", url=self._url)
                 filled += n_read
 
 
 class Source:
-    """The bytes of one object of a store. Safe from any thread; holds no lock.
+    """The bytes of an object of a store. Thread-safe without locks.
 
-    n_misses: how often the local copy was asked for bytes that were not in it yet; a rule of thumb, two threads may
-    count one.
+    Attributes:
+        n_misses: Approximate number of reads whose bytes were not in the local copy yet. Concurrent threads may lose
+            counts.
     """
 
     def __init__(self, store: Store, key: str, identity: ShardIdentity | None) -> None:
@@ -129,31 +131,31 @@ class Source:
 
     @property
     def copy(self) -> LocalCopy | None:
-        """The local copy, if there is one."""
+        """The local copy; None if there is none."""
         return self._copy
 
     def want(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching ranges to the local copy, if there is one to be."""
+        """Start fetching ranges into the local copy, if there is one."""
         if self._copy is not None:
             self._copy.lease.want(ranges)
 
     def local(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> LocalCopy | None:
-        """The local copy with these ranges present, or None: read() them."""
+        """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
         copy = self._copy
         if copy is None:
             return None
         if not copy.lease.present(ranges):
             self.n_misses += 1
             copy.lease.want(ranges)
-        with os_errors("open the local copy", self.url):  # of what was fetched meanwhile
+        with os_errors("open the local copy", self.url):  # wait() may open the file that was fetched
             return copy if copy.lease.wait(ranges, deadline_s=deadline_s) else None
 
     def read(self, spans: Sequence[Span], deadline_s: float | None) -> None:
-        """Fill each span from the store, as it was when it was opened.
+        """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
 
         Raises:
-            CorruptShard: the object is shorter than the spans.
-            StoreError: as of Store.read_into.
+            CorruptShard: The object ends before the end of a span.
+            StoreError: See Store.read_into.
         """
         try:
             self._store.read_into(self._key, spans, if_match=self.etag, deadline_s=deadline_s)
@@ -161,15 +163,15 @@ class Source:
             raise
         except StoreError as error:
             end = max(span.end for span, _ in spans)
-            # A store only says that it failed for good; whether the object is too short it says when asked.
+            # A permanent error does not tell whether the object is too short; head() does.
             if not error.retryable and self._store.head(self._key).n_bytes < end:
-                raise CorruptShard(f"cut short: {end} bytes expected", url=self.url, part="file") from error
+                raise CorruptShard(f"is truncated: {end} bytes expected", url=self.url, part="file") from error
             raise
 
     def tail(self, n_bytes: int) -> tuple[bytes, int]:
-        """The last n_bytes of the object (all of it if shorter), and its size; one request.
+        """Return the last n_bytes of the object (or all of it, if it is shorter) and its size, with one request.
 
-        Keeps the ETag for later reads.
+        The ETag of the response is kept for later reads.
         """
         copy = self._copy
         if copy is not None:
@@ -183,11 +185,11 @@ class Source:
         return data_read, info.n_bytes
 
     def range(self, start: int, end: int) -> bytes:
-        """Bytes [start, end).
+        """Return the bytes [start, end) of the object.
 
         Raises:
-            CorruptShard: the object is shorter.
-            StoreError: as of Store.read_into.
+            CorruptShard: The object is shorter.
+            StoreError: See Store.read_into.
         """
         span = ByteRange(start, end)
         if span.n_bytes > _CLAIMED_BYTES:
@@ -205,9 +207,9 @@ class Source:
         if copy is None or not copy.lease.present([span]):
             n_bytes = self._store.head(self._key).n_bytes
             if n_bytes < span.end:
-                message = f"has {n_bytes} bytes, its data set or its tail says that it has {span.end} or more"
+                message = f"has {n_bytes} bytes, but its data set or its tail states {span.end} or more"
                 raise CorruptShard(message, url=self.url, part="file")
 
     def close(self) -> None:
-        """Let go of the local copy; it stays open for those who still hold it."""
+        """Drop the reference to the local copy. The copy stays open while others hold it."""
         self._copy = None

@@ -1,4 +1,4 @@
-"""What users say a column is: the short texts, Image, Tensor and Ragged, and the numpy side of each dtype."""
+"""Column types as a user states them (names, Image, Tensor, Ragged), and the numpy dtype that stores each dtype."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from tiercache.errors import SchemaError
 
-# dtype name -> the numpy dtype that its elements are stored as. bfloat16 lies as its 16 bits, and bool, where it is
-# not one bit a record, as a byte. All are little-endian, on every machine.
+# dtype name -> numpy dtype of the stored elements. bfloat16 is stored as its 16 bits; bool is stored as a byte, except
+# in a BOOL column, which has one bit per record. All are little-endian, on every machine.
 STORED: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
         **{
@@ -37,13 +37,13 @@ TYPES_THERE_ARE = (
     "tiercache.Tensor(dtype, shape), tiercache.Ragged(dtype, shape), or an Arrow type"
 )
 _ENCODING = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-# A dimension is an int32 in the file, and numpy refuses more dimensions than this.
+# The file stores a dimension as an int32. 32 dimensions are the limit of numpy 1.
 MAX_DIMENSION = 2**31 - 1
 MAX_DIMENSIONS = 32
 
 
 class Kind(StrEnum):
-    """How a column is stored and what it is served as."""
+    """Kind of a column, which determines how its values are stored and served."""
 
     SCALAR = "scalar"
     BOOL = "bool"
@@ -58,7 +58,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Image:
-    """Bytes of an encoded picture. encoding: "jpeg", "png", ..."""
+    """Column type: bytes of an encoded image.
+
+    Args:
+        encoding: Name of the encoding in lower case, such as "jpeg" or "png".
+        nullable: Whether a record may have no image (None).
+    """
 
     encoding: str
     nullable: bool = False
@@ -70,7 +75,13 @@ class Image:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An array of one shape in every record."""
+    """Column type: an array that has the same shape in every record.
+
+    Args:
+        dtype: Data type of the elements: a name such as "float32", a numpy dtype or type, or a torch dtype.
+        shape: Shape of the array of a record, 1 to 32 dimensions.
+        nullable: Whether a record may have no array (None).
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,7 +103,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Ragged:
-    """An array whose dimensions that are None differ between records."""
+    """Column type: an array whose shape differs between records.
+
+    Args:
+        dtype: Data type of the elements: a name such as "float32", a numpy dtype or type, or a torch dtype.
+        shape: Shape of the array of a record, 1 to 32 dimensions; None for a dimension that varies.
+        nullable: Whether a record may have no array (None).
+    """
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -109,10 +126,10 @@ UserType: TypeAlias = str | Image | Tensor | Ragged | pa.DataType | pa.Field
 
 
 def check_name(name: object) -> str:
-    """A column's name, if it is one.
+    """Return the name if it is a valid column name.
 
     Raises:
-        SchemaError: not a str, empty, or with NUL.
+        SchemaError: The name is not a str, is empty, or contains NUL.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise SchemaError(f"a column's name is a non-empty str without NUL, got {name!r}")
@@ -120,10 +137,10 @@ def check_name(name: object) -> str:
 
 
 def check_dtype(dtype: object) -> str:
-    """The name of a dtype, given as a name, a numpy dtype or type, or a torch dtype.
+    """Return the name of a dtype, which is given as a name, a numpy dtype or type, or a torch dtype.
 
     Raises:
-        SchemaError: there is no such dtype here.
+        SchemaError: The dtype is not supported.
     """
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype.__name__
     if name not in STORED:

@@ -1,4 +1,4 @@
-"""What a shard's footer and its row in a segment say of each column: nulls, bytes, least and greatest number."""
+"""Statistics of the columns of a shard, in its footer and in its row of a segment: nulls, bytes, minimum, maximum."""
 
 from __future__ import annotations
 
@@ -16,33 +16,39 @@ from tiercache.shard.types import Column, Schema
 
 Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
 _MOST = 2**62
-# By the bytes of a float.
+# Largest finite float by its size in bytes.
 _GREATEST = {2: 65504.0, 4: float(np.finfo(np.float32).max), 8: float(np.finfo(np.float64).max)}
 
 
 def parse_statistics(text: str, schema: Schema, n_records: int) -> Facts:
-    """The statistics of a shard's row in a segment. Columns and keys that are not known here are passed by.
+    """Return the statistics in a shard's row of a segment, by column. Unknown columns are left out.
+
+    Args:
+        text: JSON text of the row.
+        schema: Schema of the data set.
+        n_records: Number of records of the shard.
 
     Raises:
-        ValueError: they are no JSON object, or a value cannot be; the message names column and field.
+        ValueError: The text is not a JSON object, or a value is invalid; the message names the column and the field.
     """
     try:
         facts = json.loads(text or "{}")
     except RecursionError as error:
-        raise ValueError("statistics: JSON that is nested too deep") from error
+        raise ValueError("statistics: the JSON is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"statistics: no JSON: {error}") from error
+        raise ValueError(f"statistics: not JSON: {error}") from error
     for _, problem in problems_of(facts, schema, n_records):
         raise ValueError(problem)
     return {name: fact for name, fact in facts.items() if name in schema.names}
 
 
 def problems_of(facts: Any, schema: Schema, n_records: int) -> Iterator[tuple[str, str]]:
-    """(column, message) for each column of which statistics hold a value that cannot be.
+    """Yield (column, message) for each column whose statistics have an invalid value.
 
     Args:
-        facts: parsed JSON of any form.
-        schema, n_records: of the shard.
+        facts: Parsed JSON of any form.
+        schema: Schema of the shard.
+        n_records: Number of records of the shard.
     """
     if not isinstance(facts, dict):
         yield "", f"statistics: a JSON object is expected, got {_shown(facts)}"
@@ -82,13 +88,13 @@ def _is_value(value: Any, column: Column) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A forged value, no longer than a message may be."""
+    """Return a text for a value of untrusted input, of at most 83 characters."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 2**128 else "a number of more than 128 bits"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class ColumnStatistics:
-    """Sums over the blocks of one column of one shard."""
+    """Statistics of a column of a shard, summed over its blocks."""
 
     def __init__(self, column: Column) -> None:
         self._ordered = _is_ordered(column)
@@ -97,7 +103,7 @@ class ColumnStatistics:
         self._high: Any = None
 
     def add(self, part: Part, nulls: int, raw_bytes: int, stored_bytes: int) -> None:
-        """Count a block's part of the column. stored_bytes: what its chunk takes in the file."""
+        """Add the records of a block. See add_values."""
         self.add_values(part.values, part.valid, part.n, nulls, raw_bytes, stored_bytes)
 
     def add_values(
@@ -109,32 +115,41 @@ class ColumnStatistics:
         raw_bytes: int,
         stored_bytes: int,
     ) -> None:
-        """Count a block of n records. values: stored elements; valid: bool[n], None for no nulls."""
+        """Add the records of a block.
+
+        Args:
+            values: Stored elements of the records; None if the column has none.
+            valid: bool[n]; None if there are no nulls.
+            n: Number of records.
+            nulls: Number of nulls.
+            raw_bytes: Number of bytes of the decoded chunk.
+            stored_bytes: Number of bytes of the chunk in the file.
+        """
         self._nulls += nulls
         self._bytes += raw_bytes
         self._stored += stored_bytes
         if not self._ordered or values is None or nulls == n:
             return
         numbers = values if valid is None else values[valid]
-        # fmin and fmax pass over NaN
+        # fmin and fmax ignore NaN.
         low, high = np.fmin.reduce(numbers, axis=None).item(), np.fmax.reduce(numbers, axis=None).item()
         self._low = low if self._low is None else min(self._low, low)
         self._high = high if self._high is None else max(self._high, high)
 
     def as_json(self) -> dict[str, Any]:
-        """{"nulls", "bytes"}, {"stored"} where it is not bytes and, of numbers that are finite, {"min", "max"}."""
+        """Return "nulls" and "bytes"; "stored" if it differs from "bytes"; "min" and "max" of finite numbers."""
         facts: dict[str, Any] = {"nulls": self._nulls, "bytes": self._bytes}
-        if self._stored != self._bytes:  # said always, it made a segment's rows a third longer
+        if self._stored != self._bytes:  # writing it always made the rows of a segment a third longer
             facts["stored"] = self._stored
         if self._low is not None and math.isfinite(self._low) and math.isfinite(self._high):
             facts |= {"min": self._low, "max": self._high}
         return facts
 
     def difference(self, fact: Mapping[str, Any]) -> str:
-        """What statistics say of the column that is not true of the blocks that were counted; "": all of it is true."""
+        """Return the first difference between stated statistics and the counted blocks, as a message; "" if none."""
         found = self.as_json()
         found.setdefault("stored", found["bytes"])
         for name in ("nulls", "bytes", "stored", "min", "max"):
             if name in fact and (name in found or self._ordered) and fact[name] != found.get(name):
-                return f"{name!r} is {_shown(fact[name])}, but its blocks have {_shown(found.get(name))}"
+                return f"{name!r} is {_shown(fact[name])}, but the blocks have {_shown(found.get(name))}"
         return ""

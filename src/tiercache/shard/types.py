@@ -1,4 +1,4 @@
-"""Columns and schemas: what is stored for each, in which Arrow buffers, and which streams the gather reads them by."""
+"""Column and Schema: the type of each column, its Arrow buffers, and the streams through which the gather reads it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tiercache.shard.spec import STORED, TYPES_THERE_ARE, Image, Kind, Ragged, T
 
 __all__ = ["BITS", "FIXED", "VAR", "Column", "Image", "Kind", "Ragged", "Schema", "Stream", "Tensor", "UserType"]
 
-# As in csrc/gather.h; a test compares them.
+# These values equal those in csrc/gather.h; a test compares them.
 FIXED, BITS, VAR = 0, 1, 2
 TYPE_KEY = b"tiercache.type"
-# Metadata of a field that is kept: a JSON list of the names of labels 0, 1, 2, ...
+# Field metadata that a data set keeps: a JSON list of the class names of the labels 0, 1, 2, ...
 CLASSES_KEY = b"tiercache.classes"
 _BYTE_KINDS = {
     Kind.BYTES: pa.large_binary(),
@@ -36,20 +36,25 @@ register_extension_types()
 
 
 class UnknownKindError(SchemaError):
-    """A kind of column that a later release has."""
+    """A column has a kind that only a later release knows."""
 
     @property
     def needed(self) -> str:
-        """What a release must know to read it."""
+        """Name of the feature that a release needs to read the column."""
         return f"kind {self.facts['kind']!r} of column {self.column!r}"
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One run of Arrow buffers that the gather kernel understands.
+    """The Arrow buffers of a column that the gather kernel reads as one unit.
 
-    column: index in the schema; kind: FIXED, BITS or VAR; width_bytes: of a row (FIXED) or an element (VAR);
-    values_buffer and offsets_buffer: which of the chunk's buffers.
+    Attributes:
+        column: Index of the column in the schema.
+        role: Content of the buffers: the values, the validity bits, or the shapes of a ragged column.
+        kind: FIXED, BITS or VAR.
+        width_bytes: Number of bytes of a row (FIXED) or of an element (VAR).
+        values_buffer: Index of the values among the buffers of the chunk.
+        offsets_buffer: Index of the offsets (VAR) among the buffers of the chunk.
     """
 
     column: int
@@ -62,9 +67,13 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One typed column.
+    """A typed column.
 
-    dtype: of the elements, None where there are none; shape: () for scalars; arrow: its field, with metadata.
+    Attributes:
+        dtype: Name of the dtype of the elements; None for a kind without numbers.
+        shape: Shape of a record's value, () for a scalar, None for a dimension that varies.
+        encoding: Encoding of an IMAGE column; None for other kinds.
+        arrow: Arrow field of the column, with metadata.
     """
 
     name: str
@@ -77,10 +86,10 @@ class Column:
 
     @staticmethod
     def of(name: str, user: UserType) -> Column:
-        """The column that a user means.
+        """Return the column with this name and this type, as a user states it.
 
         Raises:
-            SchemaError: no such type, or not a name.
+            SchemaError: The type does not exist, or the name is invalid.
         """
         check_name(name)
         try:
@@ -92,42 +101,43 @@ class Column:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels 0, 1, 2, ... where the field's metadata says them; else ()."""
+        """Class names of the labels 0, 1, 2, ..., if the metadata of the field lists them; otherwise ()."""
         return tuple(json.loads((self.arrow.metadata or {}).get(CLASSES_KEY, b"[]")))
 
     @property
     def stored(self) -> np.dtype[np.generic]:
-        """The numpy dtype of one stored element (uint8 for bytes-like kinds)."""
+        """Numpy dtype of a stored element (uint8 for the bytes-like kinds)."""
         return STORED[self.dtype] if self.dtype is not None else np.dtype("u1")
 
     @property
     def n_elements(self) -> int:
-        """Elements of a record of a SCALAR or TENSOR column."""
+        """Number of elements of a record of a SCALAR or TENSOR column."""
         return math.prod(d or 0 for d in self.shape)
 
     @property
     def row_bytes(self) -> int:
-        """Stored bytes of a record of a SCALAR or TENSOR column."""
+        """Number of stored bytes of a record of a SCALAR or TENSOR column."""
         return self.n_elements * self.stored.itemsize
 
     @property
     def storage_type(self) -> pa.DataType:
-        """The Arrow type below the extension type."""
+        """Arrow storage type of the extension type; the Arrow type itself if it is not an extension type."""
         return self.arrow.type.storage_type if isinstance(self.arrow.type, pa.BaseExtensionType) else self.arrow.type
 
     @property
     def has_offsets(self) -> bool:
-        """Whether records differ in length: RAGGED and the bytes-like kinds."""
+        """Whether the records of the column differ in length (RAGGED and the bytes-like kinds)."""
         return self.kind is Kind.RAGGED or self.kind in _BYTE_KINDS
 
     def layout(self) -> tuple[int, int]:
-        """(nodes, buffers) of a chunk, depth first."""
+        """Return the numbers of Arrow nodes and buffers of a chunk of the column, (n_nodes, n_buffers)."""
         return count_layout(self.storage_type)
 
     def streams(self, index: int) -> tuple[Stream, ...]:
-        """How the gather reads this column, which is number `index` of its schema: values, then shape, then valid.
+        """Return the streams of the column: values, then shapes, then validity. An ARROW column has none.
 
-        ARROW: none.
+        Args:
+            index: Index of the column in its schema.
         """
         if self.kind is Kind.ARROW:
             return ()
@@ -158,13 +168,12 @@ class Column:
         return f"{text}?" if self.nullable else text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An Arrow field with an extension type does not pickle everywhere; the field's metadata says what the column
-        # is.
+        # Not every pyarrow release can pickle a field of an extension type; the metadata of the field holds the type.
         return _column_from_bytes, (_schema_bytes(pa.schema([self.arrow])),)
 
 
 class Schema:
-    """Named, typed columns in order. Immutable and hashable by content."""
+    """An ordered list of named, typed columns. Immutable, and hashable by content."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = tuple(columns)
@@ -180,10 +189,10 @@ class Schema:
 
     @staticmethod
     def of(user: Mapping[str, UserType] | pa.Schema | Schema) -> Schema:
-        """The schema that a user means: names to types, or an Arrow schema.
+        """Return the schema that a user states as a mapping of names to types, or as an Arrow schema.
 
         Raises:
-            SchemaError: a type or a name that cannot be.
+            SchemaError: A type or a name is invalid.
         """
         if isinstance(user, Schema):
             return user
@@ -195,20 +204,20 @@ class Schema:
 
     @staticmethod
     def infer_record(record: Mapping[str, object]) -> Schema:
-        """The schema of one record's values.
+        """Return the schema inferred from the values of one record.
 
         Raises:
-            SchemaError: a value whose type cannot be guessed.
+            SchemaError: The type of a value cannot be inferred.
         """
         check_mapping(record)
         return Schema.of({name: infer.type_of_value(name, value) for name, value in record.items()})
 
     @staticmethod
     def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-        """The schema of a batch: arrays or lists by column, or an Arrow batch or table.
+        """Return the schema inferred from a batch: arrays or lists by column name, or an Arrow record batch or table.
 
         Raises:
-            SchemaError: values whose type cannot be guessed, or that differ.
+            SchemaError: The type of a column cannot be inferred, or its values differ in type.
         """
         if isinstance(columns, pa.RecordBatch | pa.Table):
             return Schema.of(columns.schema)
@@ -217,38 +226,38 @@ class Schema:
 
     @cached_property
     def arrow(self) -> pa.Schema:
-        """As an Arrow schema, with extension types and metadata."""
+        """Arrow schema of the columns, with extension types and metadata."""
         return pa.schema([column.arrow for column in self.columns])
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Column names in order."""
+        """Names of the columns, in order."""
         return tuple(column.name for column in self.columns)
 
     def index(self, name: str) -> int:
-        """Where a column is.
+        """Return the index of the column with this name.
 
         Raises:
-            SchemaError: no such column; the message lists those there are.
+            SchemaError: There is no such column; the message lists the existing columns.
         """
         if name not in self._index:
             raise SchemaError(f"no such column; there are {', '.join(map(repr, self.names)) or 'none'}", column=name)
         return self._index[name]
 
     def select(self, names: Sequence[str]) -> Schema:
-        """Only these columns, in the order of names. Raises SchemaError for one that is not there."""
+        """Return a schema of these columns, in the order of names. Raises SchemaError if a column does not exist."""
         return Schema([self.columns[self.index(name)] for name in names])
 
     def to_bytes(self) -> bytes:
-        """As an Arrow IPC schema message."""
+        """Return the schema as an Arrow IPC schema message."""
         return _schema_bytes(self.arrow)
 
     @staticmethod
     def from_bytes(data: bytes) -> Schema:
-        """Read to_bytes() back.
+        """Return the schema that to_bytes() wrote.
 
         Raises:
-            SchemaError: not a schema that this release can read.
+            SchemaError: The data is not a schema that this release can read.
         """
         return _schema_from_bytes(data)
 
@@ -269,7 +278,7 @@ class Schema:
 
 
 def check_mapping(named: object) -> None:
-    """Refuse what does not say which value is which column's. Raises TypeError."""
+    """Check that values are given as a mapping of column names to values. Raises TypeError otherwise."""
     if not isinstance(named, Mapping):
         raise TypeError(f"values come as a mapping from column names (or an Arrow batch), got {type(named).__name__}")
 
@@ -280,7 +289,10 @@ def _schema_bytes(schema: pa.Schema) -> bytes:
 
 @lru_cache(maxsize=64)
 def _schema_from_bytes(data: bytes) -> Schema:
-    """A schema, kept: all shards of a data set have one, and reading it costs more than the rest of a footer."""
+    """Return the schema of an IPC message.
+
+    Schemas are cached: all shards of a data set share one, and parsing it costs more than the rest of a footer.
+    """
     try:
         arrow = pa.ipc.read_schema(pa.py_buffer(data))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -375,7 +387,7 @@ def _column_of_field(name: str, field: pa.Field) -> Column:
 
 
 def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
-    """The column that our own metadata names, if the field's storage agrees with it."""
+    """Return the column that the metadata of the field describes, if the field's storage type agrees with it."""
     try:
         facts = json.loads(said)
         if isinstance(facts["kind"], str) and facts["kind"] not in set(Kind):
@@ -403,7 +415,7 @@ def _column_as_said(name: str, field: pa.Field, said: bytes) -> Column:
 
 
 def _kept(field: pa.Field) -> dict[bytes, bytes]:
-    """The metadata of a field that stays: only what is known here, so that equal data sets have equal schemas."""
+    """Return the metadata that a schema keeps of a field: known keys only, so equal data sets have equal schemas."""
     said = (field.metadata or {}).get(CLASSES_KEY)
     if said is None:
         return {}

@@ -1,4 +1,4 @@
-"""Uploads that go on behind the one who writes: parts and the making durable of whole files, by a thread, in order."""
+"""Uploads: a background thread that sends the parts of a writer's uploads and completes them, in order."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tiercache.store.contract import Store, Upload
 Memory: TypeAlias = npt.NDArray[np.uint8]
 Task: TypeAlias = Callable[[], None]
 
-# Larger than the least part of every store, and large enough that a request's overhead does not show. Large, too,
-# because the thread gets the GIL back only after Python's 5 ms while the writer is busy: it should need it seldom.
+# At least the minimum part size of every store, and large enough to make the overhead of a request negligible. While
+# the writer is busy, the thread waits 5 ms for the GIL each time, so it should need the GIL rarely.
 PART_BYTES = 8 << 20
-# With the part that is filled and the one that is sent, four parts are in memory. One alone would have writer and
-# thread wait for each other in turn where both are equally fast.
+# With the part that is being filled and the part that is being sent, four parts are in memory. With a queue of one,
+# writer and thread would wait for each other in turn if both are equally fast.
 _MAX_WAITING = 2
-# Room behind a part for the piece that fills it: a chunk of the usual size. A whole huge page, as the parts are.
+# Space after a part for the rest of the chunk that fills it; one huge page, because parts consist of huge pages.
 _SLACK_BYTES = 2 << 20
 
 
 class _Tasks:
-    """Tasks that a thread does in order. The lock guards all attributes; tasks run outside it.
+    """A thread that runs tasks in order. The lock guards all attributes; tasks run outside the lock.
 
-    It knows nothing of who gives the tasks, so that a writer that is forgotten is collected while its thread waits.
+    The object holds no reference to its owner, so that an abandoned writer can be collected while its thread waits.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _Tasks:
         self._thread.start()
 
     def put(self, task: Task) -> None:
-        """Hand a task over; waits while too many are waiting. Raises the error of an earlier one."""
+        """Queue a task; wait while the queue is full. Raises the error of an earlier task."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self.error is not None)
             self._check()
@@ -54,7 +54,7 @@ class _Tasks:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until all tasks are done. Raises the error of one."""
+        """Wait until all tasks are done. Raises the error of a failed task."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._busy) or self.error is not None)
             self._check()
@@ -64,34 +64,35 @@ class _Tasks:
             raise self.error
 
     def cancel(self) -> None:
-        """Drop the tasks that wait, and end the thread after the one it is at.
+        """Discard the queued tasks, and end the thread after its current task.
 
-        Does nothing in a forked process, which has no thread and where the lock may be held for ever.
+        In a forked child process the call does nothing: the child has no thread, and the lock may be locked forever.
         """
         if os.getpid() == self._pid:
             with self._changed:
-                # The thread clears what waits: the garbage collector may call this in the middle of _next().
+                # The thread clears the queue, because the garbage collector may call this method in the middle of
+                # _next().
                 self._cancelled = True
                 self._changed.notify_all()
 
     def join(self) -> None:
-        """Wait for the thread's end."""
+        """Wait for the thread to end."""
         self._thread.join()
 
     def _work(self) -> None:
         self._do_all()
-        self._waiting.clear()  # cancelled: nobody hands over any more
+        self._waiting.clear()  # after cancel(), no thread queues tasks
 
     def _do_all(self) -> None:
         while (task := self._next()) is not None:
             try:
                 task()
-            except BaseException as error:  # noqa: BLE001 -- a thread's top: the writer raises it at its next call
+            except BaseException as error:  # noqa: BLE001 -- top of a thread: the writer raises it at its next call
                 with self._changed:
                     self.error = error
                     self._waiting.clear()
             finally:
-                del task  # it holds a part's memory
+                del task  # the task references the memory of a part
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -108,10 +109,10 @@ class _Tasks:
 
 
 class Uploads:
-    """The uploads of one writer. All methods are for the writer's thread; the store is called from another one.
+    """The uploads of a writer. The writer's thread calls all methods; a background thread calls the store.
 
-    An error of the store is raised by the next call that hands something over, or by wait(); then only abort() is
-    left. The thread starts with the first part; who holds an Uploads calls wait() or abort().
+    The next call that queues a task, or wait(), raises an error of the store; after that the owner can only call
+    abort(). The thread starts with the first part. The owner must call wait() or abort() at the end.
     """
 
     def __init__(self, store: Store) -> None:
@@ -120,46 +121,55 @@ class Uploads:
         self._tasks: _Tasks | None = None
         self._pid: int | None = None
         self._open: list[Upload] = []
-        self._free: list[Memory] = []  # its append and pop are atomic; the thread gives back what was sent
+        self._free: list[Memory] = []  # append and pop are atomic; the thread returns the memory of sent parts
 
     @property
     def failed(self) -> bool:
-        """Whether the thread met an error that the next call will raise."""
+        """Whether a task has failed; the next call raises its error."""
         return self._tasks is not None and self._tasks.error is not None
 
     @property
     def is_here(self) -> bool:
-        """False in a process that was forked since claim(): what is under way does not belong to it."""
+        """Whether the uploads belong to this process; False in a child process that was forked after claim()."""
         return self._pid in (None, os.getpid())
 
     def claim(self) -> None:
-        """Say that from now on all belongs to this process.
+        """Make this process the owner of the uploads.
 
         Raises:
-            ValueError: it belongs to the one that this process was forked from.
+            ValueError: The uploads belong to the parent process.
         """
         if not self.is_here:
-            raise ValueError("a writer belongs to the process that began to write; this one was forked from it")
+            raise ValueError(
+                "a writer can be used only in the process that began to write, not in a forked child of it"
+            )
         self._pid = os.getpid()
 
     def begin(self, key: str) -> Upload:
-        """A new upload, for send() and complete()."""
+        """Return a new upload for the object with this key, for send() and complete()."""
         self.claim()
         upload = self._store.create(key)
         self._open.append(upload)
         return upload
 
     def memory(self, n_bytes: int) -> Memory:
-        """Memory for a part and what comes after it, of n_bytes or more; send() takes it back."""
+        """Return memory of at least n_bytes, and at least a part and some slack. send() takes it back."""
         usual_bytes = self.part_bytes + _SLACK_BYTES
         if n_bytes <= usual_bytes and self._free:
             return self._free.pop()
         return POOL.lend(max(n_bytes, usual_bytes))
 
     def send(self, upload: Upload, number: int, memory: Memory, n_bytes: int) -> int:
-        """Upload the first n_bytes of memory as parts from `number` on; returns the number of the next.
+        """Queue the first n_bytes of memory for upload, as parts with the numbers from `number` on.
 
-        memory: from memory(), not to be touched any more.
+        Args:
+            upload: Upload that begin() returned.
+            number: Number of the first part.
+            memory: Memory that memory() returned. The caller must not use it afterwards.
+            n_bytes: Number of bytes to upload.
+
+        Returns:
+            Number of the next part.
         """
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
         free, reusable = self._free, len(memory) == self.part_bytes + _SLACK_BYTES
@@ -174,7 +184,7 @@ class Uploads:
         return number + len(parts)
 
     def complete(self, upload: Upload) -> None:
-        """Publish an upload once all its parts are there."""
+        """Queue the completion of an upload, which publishes the object after all its parts are sent."""
         open_uploads = self._open
 
         def complete() -> None:
@@ -191,10 +201,10 @@ class Uploads:
         self._tasks.put(task)
 
     def wait(self) -> None:
-        """Wait until everything handed over is done, and end the thread.
+        """Wait until all tasks are done, and end the thread.
 
         Raises:
-            StoreError: of whatever failed.
+            StoreError: The store failed.
         """
         self.claim()
         if self._tasks is not None:
@@ -202,9 +212,9 @@ class Uploads:
             self._end()
 
     def abort(self) -> None:
-        """Drop what was not completed, once the thread has done what it is at. Harmless when repeated.
+        """Abort the uploads that are not complete, after the current task of the thread. A repeated call does nothing.
 
-        What a store then cannot drop is left to it: the error that made us abort is the one to show.
+        Errors of the store are ignored here, so that the caller sees the error that led to the abort.
         """
         if not self.is_here:
             return

@@ -1,7 +1,7 @@
-"""What users see: numpy arrays, bytes, text and objects, gathered from blocks of any number of shards.
+"""Values as users get them: numpy arrays, bytes, text and objects, gathered from blocks of any number of shards.
 
-All arrays are new, writable and owned by the caller. A null is None in a record; in a batch it is zero (None in a
-list), and "<column>.valid" says which are none.
+All arrays are new, writable and owned by the caller. In a record, a null is None. In a batch, a null is zero (None in a
+list), and the array "<column>.valid" is False for it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from tiercache.shard.types import Column, Kind
 
 Places: TypeAlias = npt.NDArray[np.uint32]
 Addresses: TypeAlias = npt.NDArray[np.uint64]
-# Of several streams: one array, or one for each stream.
+# Addresses of several streams: one array, or a sequence with one array per stream.
 OfStreams: TypeAlias = Addresses | Sequence[Addresses]
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnValues:
-    """n values of a column: an array [n, ...], a bfloat16 torch tensor, or a list.
+    """n values of a column.
 
-    column: as it is served; valid: bool[n] if the column is nullable.
+    Attributes:
+        column: The column as it is served.
+        values: Array [n, ...], bfloat16 torch tensor, or list.
+        valid: bool[n] if the column is nullable, otherwise None.
     """
 
     column: Column
@@ -41,7 +44,7 @@ class ColumnValues:
     valid: npt.NDArray[np.bool_] | None = None
 
     def record(self, index: int) -> Any:
-        """One value, in memory of its own; None for a null."""
+        """Return the value at index, in its own memory; None for a null."""
         if self.valid is not None and not self.valid[index]:
             return None
         value = self.values[index]
@@ -52,7 +55,12 @@ class ColumnValues:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of blocks anywhere: where a column's streams lie, and which rows. served: the column, cast or not."""
+    """Rows of a column: the addresses and checks of its streams in some blocks, and the (block, row) of each row.
+
+    Attributes:
+        column: The column as it is stored.
+        served: The column as it is served, cast or not.
+    """
 
     addresses: OfStreams
     checks: OfStreams | None
@@ -65,28 +73,28 @@ class _Rows:
         return len(self.row)
 
     def at(self, stream: int) -> tuple[Addresses, Places, Places]:
-        """What the kernel takes of one of the column's streams."""
+        """Return the kernel's arguments for a stream of the column."""
         return self.addresses[stream], self.block, self.row
 
     def check(self, stream: int) -> Addresses | None:
-        """What is left to check of it."""
+        """Return the pending checks of a stream."""
         return None if self.checks is None else self.checks[stream]
 
     def fixed(self, stream: int, width_bytes: int) -> npt.NDArray[np.uint8]:
-        """width_bytes of each row, one after another."""
+        """Return width_bytes of each row, concatenated."""
         out = np.empty(len(self) * width_bytes, np.uint8)
         if width_bytes:
             gather.gather(gather.FIXED, width_bytes, *self.at(stream), out, checks=self.check(stream))
         return out
 
     def flags(self, stream: int) -> npt.NDArray[np.bool_]:
-        """The bit of each row."""
+        """Return the bit of each row."""
         out = np.empty(len(self), np.uint8)
         gather.gather(gather.BITS, 0, *self.at(stream), out, checks=self.check(stream))
         return out.view(np.bool_)
 
     def numbers(self) -> npt.NDArray[Any]:
-        """The served elements of all rows, which have as many each."""
+        """Return the served elements of all rows of a column whose rows have equal lengths."""
         out = np.empty(len(self) * self.served.n_elements, self.served.stored)
         if out.size:
             kind = gather.BITS if self.column.kind is Kind.BOOL else gather.FIXED
@@ -95,7 +103,7 @@ class _Rows:
         return out
 
     def elements(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        """Offsets int64[n + 1], and the served elements of all rows."""
+        """Return the offsets, int64[n + 1], and the served elements of all rows of a RAGGED column."""
         offsets = gather.measure(*self.at(0), self.check(0))
         out = np.empty(int(offsets[-1]), self.served.stored)
         kind, width_bytes = cast_kind(gather.VAR, self.column, self.served), self.column.stored.itemsize
@@ -113,21 +121,21 @@ def gather_values(
     checks: OfStreams | None = None,
     served: Column | None = None,
 ) -> ColumnValues:
-    """Rows of a column (not ARROW) of blocks anywhere.
+    """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
 
     Args:
-        column: what they are.
-        addresses: uint64[streams of the column, n_blocks, 3], as Blocks.addresses; kept alive by the caller.
-        block: uint32[n], below n_blocks.
-        row: uint32[n], below the rows of that block.
-        url: for errors.
-        checks: as Blocks.checks: pages to be checked before they are read; None: nothing is left to check.
-        served: as what it is served, if it is cast.
+        column: The column as it is stored.
+        addresses: uint64[n_streams of the column, n_blocks, 3], as Blocks.addresses. The caller keeps the memory alive.
+        block: uint32[n], index of each row's block in addresses, below n_blocks.
+        row: uint32[n], number of the row in its block.
+        url: URL for errors.
+        checks: Pending checks of pages, as Blocks.checks; None if nothing is left to check.
+        served: The column as it is served, if it is cast.
 
     Raises:
-        CorruptShard: the mapping cannot be read, a page's checksum is wrong, or the values are not what the column
-            holds.
-        SchemaError: bfloat16 without torch; a value that has no equal in the dtype that it is cast to.
+        CorruptShard: The mapping cannot be read, the checksum of a page does not match, or a value is invalid.
+        SchemaError: The column has dtype bfloat16 and torch is not imported; or a value has no equal in the dtype to
+            which it is cast.
     """
     served = served or column
     with corrupt_as(column, url):
@@ -146,7 +154,7 @@ def gather_values(
 
 @contextmanager
 def corrupt_as(column: Column, url: str) -> Iterator[None]:
-    """Errors of reading values as CorruptShard."""
+    """Turn the errors of reading values into CorruptShard."""
     try:
         yield
     except OSError as error:
@@ -156,7 +164,7 @@ def corrupt_as(column: Column, url: str) -> Iterator[None]:
 
 
 class _NotAShapeError(ValueError):
-    """A ragged record's shape does not multiply to its elements."""
+    """The shape of a ragged record does not match its number of elements."""
 
 
 def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
@@ -166,7 +174,7 @@ def _blank(values: Any, valid: npt.NDArray[np.bool_]) -> None:
     elif isinstance(values, np.ndarray):
         values[~valid] = 0
     else:
-        for index in np.flatnonzero(~valid).tolist():  # a torch tensor
+        for index in np.flatnonzero(~valid).tolist():  # values is a torch tensor
             values[index] = 0
 
 
@@ -175,9 +183,9 @@ def _numbers(column: Column, rows: _Rows) -> Any:
 
 
 def _as_dtype(column: Column, stored: npt.NDArray[Any]) -> Any:
-    """Stored elements as elements of the column's dtype."""
+    """Return stored elements as elements of the column's dtype."""
     if column.dtype == "bool":
-        return stored.view(np.bool_) if column.kind is Kind.BOOL else stored != 0  # of tensors any byte is stored
+        return stored.view(np.bool_) if column.kind is Kind.BOOL else stored != 0  # a tensor's byte may have any value
     if column.dtype != "bfloat16":
         return stored
     torch = sys.modules.get("torch")
@@ -200,7 +208,7 @@ def _ragged(column: Column, rows: _Rows) -> list[Any]:
 
 
 def _check_shapes(column: Column, shapes: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
-    # int64 may wrap to the right number; float64 cannot, and is exact where it is right
+    # An int64 product may wrap around to the correct number; a float64 product cannot.
     wrong = (shapes < 0).any(axis=1) | (shapes.prod(axis=1, dtype=np.int64) != lengths)
     wrong |= shapes.prod(axis=1, dtype=np.float64) != lengths
     for number, dimension in enumerate(column.shape):
@@ -222,7 +230,7 @@ def _texts(_: Column, rows: _Rows) -> list[Any]:
 
 
 def _objects(column: Column, rows: _Rows) -> list[Any]:
-    # below a null there is no text to parse
+    # A null has no text to parse.
     return [json.loads(text) if text else None for text in _bytes(column, rows)]
 
 
@@ -239,10 +247,16 @@ _HOW = {
 
 
 def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row: Places) -> ColumnValues:
-    """Rows of an ARROW column as Python objects. arrays: one a block; block, row: uint32[n].
+    """Return the values of rows of an ARROW column as Python objects.
+
+    Args:
+        column: The column.
+        arrays: Arrow arrays, one per block.
+        block: uint32[n], index of each row's block in arrays.
+        row: uint32[n], number of the row in its block.
 
     Raises:
-        SchemaError: a value that Python has no object for, such as a timestamp of the year 20000.
+        SchemaError: Python has no object for a value, such as a timestamp in the year 20000.
     """
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
@@ -261,13 +275,18 @@ def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Places, row:
 def block_values(
     blocks: Blocks, columns: Sequence[int], block: Places, row: Places, served: Served | None = None
 ) -> list[ColumnValues]:
-    """Rows of columns of loaded blocks.
+    """Return the values of rows of loaded blocks, by column.
 
-    columns: indices in the schema, all loaded; block: uint32[n], positions in blocks.blocks; served: what is cast.
+    Args:
+        blocks: Loaded blocks.
+        columns: Indices of the columns in the schema; all of them must be loaded.
+        block: uint32[n], position of each row's block in blocks.blocks.
+        row: uint32[n], number of the row in its block.
+        served: Columns that are cast, as they are served.
 
     Raises:
-        CorruptShard: as gather_values; it names the block too where a page or an offset is wrong.
-        SchemaError: as gather_values and arrow_values.
+        CorruptShard: See gather_values. The error also names the block if a page or an offset is wrong.
+        SchemaError: See gather_values and arrow_values.
     """
     found, checks = [], blocks.checks
     for number in columns:
@@ -290,7 +309,7 @@ def block_values(
 
 
 def as_batch(columns: Sequence[ColumnValues]) -> dict[str, Any]:
-    """What dataset[[...]] gives: column -> array or list, and "<column>.valid" of nullable ones."""
+    """Return the result of dataset[[...]]: column -> array or list, and "<column>.valid" for nullable columns."""
     batch: dict[str, Any] = {}
     for values in columns:
         batch[values.column.name] = values.values
@@ -300,6 +319,6 @@ def as_batch(columns: Sequence[ColumnValues]) -> dict[str, Any]:
 
 
 def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
-    """What dataset[i] gives, for each of the n records."""
+    """Return the result of dataset[i] for each of the n records."""
     n = len(columns[0].values) if columns else 0
     return [{values.column.name: values.record(index) for values in columns} for index in range(n)]

@@ -1,4 +1,4 @@
-"""Checks every byte of a shard, and that its values are what their columns hold."""
+"""Verifies a shard: every byte against the checksums, and every value against the type of its column."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong with a shard or, by a segment or version, with a data set.
+    """Damage that was found in a shard, or in a segment or version of a data set.
 
-    part: "head", "footer", "tail", "file", "chunk", "segment", "version"; block and column where known.
+    Attributes:
+        url: URL of the damaged object.
+        part: "head", "footer", "tail", "file", "chunk", "segment" or "version".
+        message: Description of the damage.
+        block: Number of the block, if known.
+        column: Name of the column, if known.
     """
 
     url: str
@@ -43,7 +48,7 @@ class Finding:
 
 
 def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Finding:
-    """What an error says, as a finding. part: what is damaged where the error does not say."""
+    """Return an error as a finding. part: Damaged part, for an error that does not name it."""
     facts = error.facts
     return Finding(facts["url"], facts.get("part") or part, facts["reason"], facts.get("block"), facts.get("column"))
 
@@ -51,16 +56,21 @@ def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Findi
 def verify_shard(
     store: Store, key: str, info: ShardInfo | None = None, identity: ShardIdentity | None = None
 ) -> Iterator[Finding]:
-    """Yield all that is wrong; nothing for a whole shard.
+    """Yield all damage of a shard; nothing if it is intact.
 
-    Reads each byte once, in large requests; memory is bounded by a block.
+    The function checks head, footer and tail, the checksums of all chunks and pages, and that chunks decode to valid
+    arrays of their columns. With info or identity, it also checks that the shard is the expected one and that the
+    CRC-32C of the whole file matches. It reads each byte once, in large requests, and holds about a block in memory.
 
-    Checks head, tail and footer, each chunk and page checksum, that chunks decode to valid arrays of their columns
-    and, with info or identity, that the shard is the one meant and its whole-file CRC-32C matches.
+    Args:
+        store: Store of the shard.
+        key: Key of the shard.
+        info: The data set's description of the shard, or None.
+        identity: Identity under which a cache keeps the shard, or None.
 
     Raises:
-        NotFound: no such object.
-        StoreError: the store failed.
+        NotFound: There is no such object.
+        StoreError: The store failed.
     """
     source = Source(store, key, identity)
     try:
@@ -76,10 +86,10 @@ class _Verification:
         self._identity = identity
         self._crc = self._position = self._file_bytes = 0
         self._ahead: Bytes = np.zeros(0, np.uint8)
-        self._counted: dict[str, ColumnStatistics] = {}  # of columns without damage so far
+        self._counted: dict[str, ColumnStatistics] = {}  # only columns without damage so far
 
     def findings(self) -> Iterator[Finding]:
-        """All that is wrong, in the order of the file, the footer first: without it nothing can be said of the rest."""
+        """Yield all damage in file order, but the footer first, because the other checks need it."""
         try:
             footer, tail = read_footer(self._source, None)
             self._file_bytes = tail.file_bytes
@@ -90,8 +100,8 @@ class _Verification:
         info = self._info
         if info is not None and (info.footer_offset, info.footer_bytes) != (tail.footer_offset, tail.footer_bytes):
             message = (
-                f"its data set's row says 'footer_offset' {info.footer_offset} and 'footer_bytes' {info.footer_bytes}, "
-                f"its tail {tail.footer_offset} and {tail.footer_bytes}"
+                f"its data set's row states 'footer_offset' {info.footer_offset} and 'footer_bytes' "
+                f"{info.footer_bytes}, its tail {tail.footer_offset} and {tail.footer_bytes}"
             )
             yield Finding(self._source.url, "segment", message)
         try:
@@ -107,7 +117,10 @@ class _Verification:
         yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
-        """The bytes from where the last call ended, which it adds to the file's sum; asks for _PIECE_BYTES or more."""
+        """Return the bytes from the end of the previous call to end, and add them to the checksum of the file.
+
+        Each request to the store reads at least _PIECE_BYTES.
+        """
         n_bytes = end - self._position
         if n_bytes > len(self._ahead):
             start = self._position + len(self._ahead)
@@ -135,7 +148,7 @@ class _Verification:
         yield from self._gap(footer, block, memory[end:])
 
     def _gap(self, footer: Footer, block: int, between: Bytes) -> Iterator[Finding]:
-        """Bytes between chunks are zeros, unless a later release put there what a section of its own speaks of."""
+        """Check that the bytes between chunks are zero. A later release with its own sections may use them."""
         if not footer.n_later_sections and between.any():
             yield Finding(self._source.url, "chunk", "the bytes between chunks are not zeros", block)
 
@@ -162,24 +175,24 @@ class _Verification:
 
     def _count(self, array: pa.Array, column: Column, row: np.void) -> None:
         counted = self._counted.get(column.name)
-        if counted is None:  # a block before was damaged
+        if counted is None:  # an earlier block was damaged
             return
         values = valid = None
         if column.kind is Kind.SCALAR:
             values = np.frombuffer(array.buffers()[1], column.stored, len(array))
-            # Not to_numpy(): Arrow then imports pandas, if there is one.
+            # to_numpy() would import pandas if it is installed.
             valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
         counted.add_values(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
 
     def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
-        """What footer and row say of columns is what their blocks hold; of damaged columns nothing is known."""
+        """Compare the statistics of the footer and of the data set's row with those of the undamaged columns."""
         yield from self._check_facts(footer.statistics, footer, "footer")
         if self._info is None:
             return
         try:
             facts = json.loads(self._info.stats_json or "{}")
         except (ValueError, RecursionError) as error:
-            yield Finding(self._source.url, "segment", f"statistics of its data set's row: no JSON: {error}")
+            yield Finding(self._source.url, "segment", f"statistics of its data set's row: not JSON: {error}")
             return
         yield from self._check_facts(facts, footer, "segment")
 
@@ -194,7 +207,7 @@ class _Verification:
                 yield Finding(self._source.url, part, message, column=column)
 
     def _rest(self) -> Iterator[Finding]:
-        """Footer and tail, which were checked already, for the file's sum."""
+        """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""
         end = self._file_bytes
         while self._position < end:
             self._read_to(min(self._position + _PIECE_BYTES, end))
@@ -202,17 +215,21 @@ class _Verification:
             if named is None:
                 continue
             if named.n_bytes != end:
-                yield Finding(self._source.url, "file", f"has {end} bytes, its data set says {named.n_bytes}")
+                yield Finding(self._source.url, "file", f"has {end} bytes, its data set states {named.n_bytes}")
             if named.crc32c != self._crc:
-                message = f"CRC-32C of the file is {self._crc:08x}, its data set says {named.crc32c:08x}"
+                message = f"CRC-32C of the file is {self._crc:08x}, its data set states {named.crc32c:08x}"
                 yield Finding(self._source.url, "file", message)
 
 
 def check_values(blocks: Blocks, number: int) -> None:
-    """See that a loaded block's column holds values of its type.
+    """Check that a column of the first of loaded blocks holds valid values of its type.
+
+    Args:
+        blocks: Loaded blocks.
+        number: Index of the column in the schema.
 
     Raises:
-        CorruptShard: offsets, text, JSON, shapes or nested buffers are not what they must be.
+        CorruptShard: Offsets, text, JSON, shapes or nested buffers are invalid.
     """
     column = blocks.schema.columns[number]
     n = int(blocks.n_rows[0])
@@ -221,7 +238,7 @@ def check_values(blocks: Blocks, number: int) -> None:
             check_offsets(blocks, place, 0)
     if column.kind in (Kind.JSON, Kind.RAGGED):
         row = np.arange(n, dtype=np.uint32)
-        # bfloat16 would need torch; its shapes are those of any other elements
+        # bfloat16 values would need torch; the shapes do not depend on the dtype.
         plain = replace(column, dtype="uint16") if column.dtype == "bfloat16" else column
         addresses = blocks.addresses[blocks.of_column(number)]
         gather_values(plain, addresses, np.zeros(n, np.uint32), row, url=blocks.url)

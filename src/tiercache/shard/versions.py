@@ -1,7 +1,7 @@
-"""Versions of a data set: what they say, and their JSON form.
+"""Version objects of a data set and their JSON form. No I/O.
 
-A version is small, immutable, and the only thing that makes shards a data set. Its text is canonical and carries its
-own CRC-32C, so that any change of any byte is seen. All here is pure.
+A version is small and immutable; shards belong to a data set only if a version lists them. The JSON text is canonical
+and contains its own CRC-32C, so a reader detects every changed byte.
 """
 
 from __future__ import annotations
@@ -34,11 +34,26 @@ _FEATURE = re.compile("[a-z][a-z0-9-]{0,63}")
 
 @dataclass(frozen=True)
 class Version:
-    """One version.
+    """A version of a data set.
 
-    kind: for people; a later release may have more than are in VersionKind. schema_bytes: an Arrow IPC schema message;
-    created: UTC, ISO 8601; nonce: random, of the commit that made it. needs_to_write: features that a release must have
-    to append to it, to overwrite it or to remove old shards; what reading needs was seen to when it was read.
+    Attributes:
+        dataset_id: Random id of the data set, 32 hex digits; all versions have the same.
+        number: Number of the version, from 1.
+        parent: Number of the version from which this one was made; None for the first.
+        kind: How the version was made, for information only. A later release may use values that are not in
+            VersionKind.
+        schema_bytes: Schema as an Arrow IPC schema message.
+        writer: Identifier of the writer.
+        nonce: Random identifier of the commit that made the version.
+        created: Time of the commit, UTC in ISO 8601.
+        fingerprint: See fingerprint_of().
+        n_records: Number of records.
+        n_bytes: Number of stored bytes of all shards.
+        segments: Entries of the segments, in data-set order.
+        software: Name and release of the software that wrote the version.
+        release: First release that reads the version, such as "0.1".
+        needs_to_write: Features that a release must have to append to the data set or to overwrite it. parse_version
+            checks the features that reading needs.
     """
 
     dataset_id: str
@@ -59,28 +74,34 @@ class Version:
 
     @cached_property
     def schema(self) -> Schema:
-        """The columns. Raises SchemaError where this release cannot read them."""
+        """Schema of the data set. Raises SchemaError if this release cannot read it."""
         return Schema.from_bytes(self.schema_bytes)
 
     @property
     def n_shards(self) -> int:
-        """Shards in all segments."""
+        """Number of shards in all segments."""
         return sum(segment.n_shards for segment in self.segments)
 
 
 def version_key(number: int) -> str:
-    """Where version `number` lies."""
+    """Return the key of the version with this number."""
     return f"{VERSIONS_FOLDER}{number:020d}.json"
 
 
 def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records: int, digests: Iterable[str]) -> str:
-    """What a resumed run compares: 32 hex digits of data set, version, schema, and shard ids and records in order."""
+    """Return the fingerprint that a resumed run compares: 32 hex digits.
+
+    The fingerprint covers the data set, the version, the schema, and the ids and record counts of the shards, in order.
+    """
     facts = [dataset_id, number, hashlib.sha256(schema_bytes).hexdigest(), n_records, list(digests)]
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
 
 def encode_version(version: Version) -> bytes:
-    """Its canonical text: sorted keys, no spaces, ASCII, the CRC-32C of the text without it, a newline."""
+    """Return the canonical text of a version: JSON in ASCII with sorted keys and without spaces, then a newline.
+
+    Its key "crc32c" is the checksum of the text without that key and without the newline.
+    """
     body: dict[str, object] = {
         "format": FORMAT_VERSION,
         "release": version.release,
@@ -107,11 +128,16 @@ def encode_version(version: Version) -> bytes:
 
 
 def parse_version(data: bytes, *, number: int, url: str) -> Version:
-    """The version of a text that was read from version_key(number). url: of the text, for errors.
+    """Return the version that a text describes.
+
+    Args:
+        data: Text that was read from version_key(number).
+        number: Number that the version must have.
+        url: URL of the text, for errors.
 
     Raises:
-        CorruptShard: any byte is not what was written, or a value cannot be.
-        UnsupportedFormat: written by a newer release.
+        CorruptShard: A byte differs from what was written, or a value is invalid.
+        UnsupportedFormat: A newer release wrote the version.
     """
     body = _checked_body(data, url)
     _check_readable(body, url)
@@ -130,7 +156,7 @@ def _canonical(value: object) -> bytes:
 
 
 def _checked_body(data: bytes, url: str) -> dict[str, Any]:
-    """The JSON object without its CRC, if the CRC is right and the text is the one way to write it."""
+    """Return the JSON object without its CRC, if the CRC matches and the text is canonical."""
     try:
         body = json.loads(data)
         if not isinstance(body, dict):
@@ -141,12 +167,12 @@ def _checked_body(data: bytes, url: str) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise CorruptShard(f"cannot be read: {error}", url=url, part="version") from error
     if not whole:
-        raise CorruptShard("the text is not what its CRC-32C was made of", url=url, part="version")
+        raise CorruptShard("the text does not match its CRC-32C", url=url, part="version")
     return body
 
 
 def _check_readable(body: Mapping[str, Any], url: str) -> None:
-    """See that this release reads it; these three keys mean the same in every later format."""
+    """Check that this release can read the version. The three keys keep their meaning in every later format."""
     try:
         found, release = _int(body, "format"), body.get("release")
         known = release if isinstance(release, str) and _RELEASE.fullmatch(release) else ""
@@ -157,16 +183,20 @@ def _check_readable(body: Mapping[str, Any], url: str) -> None:
 
 
 def check_writable(version: Version, url: str) -> None:
-    """See that this release may append to, overwrite or clean up a data set. url: of the data set.
+    """Check that this release may append to the data set or overwrite it.
+
+    Args:
+        version: Newest version of the data set.
+        url: URL of the data set, for errors.
 
     Raises:
-        UnsupportedFormat: it has not the features that a later release made it with.
+        UnsupportedFormat: The data set uses features of a later release.
     """
     check_features(version.needs_to_write, version.release, what="data set", url=url, doing="writing to")
 
 
 def _version_of(body: Mapping[str, Any]) -> Version:
-    """Keys that are not asked for are a later release's, which may be passed by."""
+    """Return the version that a JSON object describes; unknown keys, which a later release wrote, are ignored."""
     return Version(
         dataset_id=_text(body, "dataset_id", _HEX32),
         number=_int(body, "number"),
@@ -206,24 +236,24 @@ def _int(body: Mapping[str, Any], name: str) -> int:
 def _text(body: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     value = body[name]
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"{name} cannot be {value!r}")
+        raise ValueError(f"{name} has the invalid value {value!r}")
     return value
 
 
 def _features(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = body[name]
     if not isinstance(value, list) or not all(isinstance(one, str) and _FEATURE.fullmatch(one) for one in value):
-        raise ValueError(f"{name} is a list of names of features, got {value!r}")
+        raise ValueError(f"{name} is a list of feature names, got {value!r}")
     return tuple(value)
 
 
 def _problem(version: Version, number: int) -> str:
     if version.number != number:
-        return f"this is version {version.number}, where {number} should be"
+        return f"the text says that it is version {version.number}, expected {number}"
     if version.parent is not None and not 0 < version.parent < number:
-        return f"version {number} cannot come from version {version.parent}"
+        return f"version {number} cannot have version {version.parent} as its parent"
     digests = [segment.digest for segment in version.segments]
     facts = version.dataset_id, number, version.schema_bytes, version.n_records
     if fingerprint_of(*facts, digests) != version.fingerprint:
-        return "the fingerprint is not that of its contents"
+        return "the fingerprint does not match the contents"
     return ""

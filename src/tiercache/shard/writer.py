@@ -1,4 +1,4 @@
-"""ShardWriter: records and batches into shards, streamed to a store."""
+"""ShardWriter: writes records and batches as shards, which it streams to a store."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ from tiercache.shard.uploading import Uploads
 from tiercache.store.contract import Store
 
 _BROKEN = "broken by an earlier error: only abort() can be called"
-# Nothing was written: any process may begin to.
+# State of a writer that has written nothing. Any process that holds it may start to write.
 _NEW = "new"
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How shards are made.
+    """Options of a ShardWriter.
 
-    shard_bytes, block_bytes: about so many stored and raw bytes. compression: "auto", "none", "zstd" or "zstd:LEVEL",
-    for all columns or by column (those not named get "auto"). metadata: JSON-able facts for the footer.
+    Args:
+        shard_bytes: Approximate size of a shard, in stored bytes.
+        block_bytes: Approximate size of a block, in bytes before compression.
+        compression: "auto", "none", "zstd" or "zstd:LEVEL", for all columns, or a mapping by column name. A column that
+            the mapping does not name gets "auto".
+        metadata: Values for the footer of each shard; JSON must be able to represent them.
     """
 
     shard_bytes: int = 128 << 20
@@ -52,24 +56,25 @@ class ShardOptions:
         try:
             json.dumps(dict(self.metadata), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata must be JSON-able: {error}") from error
+            raise ValueError(f"metadata must be representable as JSON: {error}") from error
 
     def compression_of(self, name: str) -> str:
-        """The compression of a column."""
+        """Return the compression of the column with this name."""
         return self.compression if isinstance(self.compression, str) else self.compression.get(name, "auto")
 
 
 def shard_key(writer_id: str, number: int) -> str:
-    """Where a writer's shard `number` goes."""
+    """Return the key of a writer's shard with this number."""
     return f"shards/{writer_id}-{number:06d}.tcs"
 
 
 class ShardWriter:
-    """Writes records to `shards/<writer id>-<number>.tcs` of a store. For one thread of one process.
+    """Writer of records to the objects `shards/<writer id>-<number>.tcs` of a store. For one thread of one process.
 
-    A thread of its own uploads, so the store's errors are raised by a later call, at the latest by finish(); after one
-    only abort() can be called. Memory is bounded by a few blocks and four parts of an upload. A shard is visible once
-    it is whole. Leaving the context by an exception aborts; else it finishes.
+    A background thread uploads, so a later call raises the errors of the store, at the latest finish(); after such an
+    error the caller can only call abort(). The writer holds a few blocks and at most four upload parts in memory. A
+    shard becomes visible when it is complete. As a context manager, the writer aborts if an exception leaves the block,
+    and otherwise finishes.
     """
 
     def __init__(
@@ -93,17 +98,17 @@ class ShardWriter:
         self._uploads = Uploads(store)
         self._file: ShardFile | None = None
         self._infos: list[ShardInfo] = []
-        # Why nothing can be written just now; while records are handed on it says that the writer is broken, which it
-        # is if Ctrl-C strikes meanwhile.
+        # The reason why nothing can be written now, or "". It is _BROKEN while records are handed on: a
+        # KeyboardInterrupt in that time leaves the writer broken.
         self._ended = _NEW
         self.n_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a record: a value for each column; a nullable column may be left out.
+        """Add a record: a value for each column. A nullable column may be missing.
 
         Raises:
-            SchemaError: a value does not fit, a column is missing or not known; the record is not written.
-            StoreError: of what was written before.
+            SchemaError: A value does not fit, or a column is missing or unknown; the record is not written.
+            StoreError: The upload of an earlier record failed.
         """
         if self._ended:
             self._check_open()
@@ -116,8 +121,8 @@ class ShardWriter:
             self._end_block()
 
     def _end_block(self) -> None:
-        """Write all records but the last as a block: what is too much for it begins the next."""
-        self._check_open()  # whether the thread has failed: here, and not for every record, which it cost 0.1 us
+        """Write all records but the last as a block. The last one exceeds the block and begins the next block."""
+        self._check_open()  # here, because a check of the upload thread for every record costs 0.1 us
         self._ended = _BROKEN
         n = self._rows.n_records - 1
         if not self._rows.cuts_exactly:
@@ -129,14 +134,17 @@ class ShardWriter:
         self._ended = ""
 
     def write_batch(self, columns: Mapping[str, Any] | pa.RecordBatch | pa.Table) -> None:
-        """Add records by columns of one length: arrays, lists, tensors, or an Arrow batch or table.
+        """Add several records, given by column.
 
-        Arrays are only read during the call.
+        Args:
+            columns: Arrays, lists or tensors of equal length by column name, or an Arrow record batch or table. They
+                are read only during the call.
 
         Raises:
-            SchemaError: a value does not fit (it names column, record in the writer's whole input, expected and got);
-                columns are missing, not known or of different lengths; nothing of the batch is written.
-            StoreError: of what was written before.
+            SchemaError: A value does not fit (the error names the column, the record's number in the writer's whole
+                input, the expected and the actual value), or columns are missing, unknown or of different lengths.
+                Nothing of the batch is written.
+            StoreError: The upload of earlier records failed.
         """
         self._check_open()
         if isinstance(columns, pa.RecordBatch | pa.Table):
@@ -203,7 +211,7 @@ class ShardWriter:
                 key = shard_key(self.writer_id, len(self._infos))
                 self._file = ShardFile(self._uploads, key, self._schema, self._codec)
             self._file.add_block(block)
-            # A quarter of the footer's limit: the next block's rows and the rest of the footer surely fit.
+            # At a quarter of the footer's limit, the rows of the next block and the rest of the footer still fit.
             if self._file.n_bytes >= self._options.shard_bytes or self._file.table_bytes > FOOTER_LIMIT_BYTES // 4:
                 self._finish_file()
 
@@ -213,7 +221,7 @@ class ShardWriter:
             self._file = None
 
     def finish(self) -> list[ShardInfo]:
-        """Write what is pending and close the last shard. Returns all shards in the order of their records."""
+        """Write the pending records and close the last shard. Returns all shards in the order of their records."""
         if self._ended != "finished":
             self._check_open()
             self._uploads.claim()
@@ -227,13 +235,13 @@ class ShardWriter:
         return list(self._infos)
 
     def abort(self) -> None:
-        """Drop the shard in the making and delete those that were finished.
+        """Discard the unfinished shard and delete the finished ones.
 
-        Harmless when repeated, after finish(), and in a process that was forked meanwhile: there it does nothing.
+        A repeated call, a call after finish() and a call in a forked child process do nothing.
         """
         if self._ended in ("finished", "aborted"):
             return
-        self._ended = _BROKEN  # a second Ctrl-C while the thread is waited for leaves it to the next abort()
+        self._ended = _BROKEN  # if a second Ctrl-C interrupts the wait for the thread, the next abort() continues
         if self._uploads.is_here:
             self._drop()
         self._ended = "aborted"
@@ -242,10 +250,9 @@ class ShardWriter:
         self._uploads.abort()
         keys = [info.name for info in self._infos]
         if self._file is not None:
-            keys.append(self._file.key)  # Ctrl-C may have struck just after it became visible
+            keys.append(self._file.key)  # Ctrl-C may have arrived just after the shard became visible
             self._file = None
-        # What stays when the store fails is named by no version: gc finds it. The error that made us abort is the one
-        # to show.
+        # A shard that remains when the store fails is in no version. The caller must see the error that led to abort().
         with suppress(StoreError):
             if keys:
                 self._store.delete(keys)
@@ -258,18 +265,21 @@ class ShardWriter:
             if kind is None:
                 self.finish()
         finally:
-            self.abort()  # harmless after finish()
+            self.abort()  # does nothing after finish()
 
 
 def _as_said(field: pa.Field, data: pa.Array | pa.ChunkedArray) -> Any:
-    """A column of an Arrow table, with what its field says of it: that it is in a shard's stored form."""
+    """Return a column of an Arrow table; as Stored if the metadata of its field says that it is in stored form."""
     return Stored(data) if TYPE_KEY in (field.metadata or {}) else data
 
 
 def part_of(column: Column, data: Any, first_record: int) -> Any:
-    """part_of_column() with misfits as SchemaError.
+    """Return part_of_column(column, data), with a MisfitError turned into a SchemaError.
 
-    first_record: number of the batch's first record in the whole input.
+    Args:
+        column: Column that the data belongs to.
+        data: Values of the batch. See part_of_column.
+        first_record: Number of the batch's first record in the whole input.
     """
     try:
         return part_of_column(column, data)
