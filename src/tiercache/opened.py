@@ -189,7 +189,7 @@ class OpenedVersion:
         return list_versions(self.inner)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics."""
+        """See Readable.statistics."""
         text = self.table.arrow["statistics"][shard].as_py()
         try:
             return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
@@ -217,7 +217,7 @@ class OpenedVersion:
 
     @property
     def is_whole(self) -> bool:
-        """As Source.is_whole."""
+        """See Source.is_whole."""
         return True
 
     def stored_rows(
@@ -325,7 +325,7 @@ class OpenedVersion:
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched."""
+        """See Source.is_fetched."""
         return self.access.fetcher is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:

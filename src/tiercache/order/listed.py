@@ -192,7 +192,7 @@ class ListedWindow:
         return (self,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """As Window.rows. Raises ValueError: positions outside the window."""
+        """See Window.rows. Raises ValueError: positions outside the window."""
         if not 0 <= lo <= hi <= len(self.row):
             raise ValueError(f"positions [{lo}, {hi}) are outside a window of {len(self.row)}")
         return self.block[lo:hi].copy(), self.row[lo:hi].copy()

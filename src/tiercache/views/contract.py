@@ -46,20 +46,20 @@ class Leaf(Protocol):
         """What it is read through."""
 
     def figures(self) -> Mapping[str, float]:
-        """As Readable.figures."""
+        """See Readable.figures."""
 
     def versions(self) -> list[int]:
         """Numbers of all versions there are, oldest first."""
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
 
 
 class Readable(Source, Protocol):
     """A Source, and what reading by index, filters and warming need. Methods are for any thread."""
 
     def at_versions(self, versions: Sequence[int]) -> Readable:
-        """As Source.at_versions."""
+        """See Source.at_versions."""
 
     @property
     def plan(self) -> Plan:

@@ -40,16 +40,16 @@ class Joint:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """As Plan.columns."""
+        """See Plan.columns."""
         return self.below[0].columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As Plan.versions."""
+        """See Plan.versions."""
         return tuple(version for plan in self.below for version in plan.versions)
 
     def open(self, opened: dict[int, Any]) -> Joined:
-        """As Plan.open."""
+        """See Plan.open."""
         return Joined([plan.open(opened) for plan in self.below])
 
 
@@ -77,7 +77,7 @@ class Joined:
 
     @property
     def plan(self) -> Plan:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Joint(tuple(source.plan for source in self.below))
 
     @property
@@ -134,7 +134,7 @@ class Joined:
         return self.below[part], shard - int(self._first_shard[part])
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """As Source.block_tables."""
+        """See Source.block_tables."""
         places = np.array(shards, np.int64)
         groups = self._by_part(self._first_shard, places)
         tables: list[Any] = [None] * len(places)
@@ -155,13 +155,13 @@ class Joined:
 
     @property
     def is_whole(self) -> bool:
-        """As Source.is_whole."""
+        """See Source.is_whole."""
         return all(source.is_whole for source in self.below)
 
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """As Source.stored_rows."""
+        """See Source.stored_rows."""
         groups = self._by_part(self._first_shard, shards.astype(np.int64))
         if len(groups) == 1:
             part = groups[0][0]
@@ -177,29 +177,29 @@ class Joined:
         return out
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """As Source.load."""
+        """See Source.load."""
         source, number = self.of_shard(shard)
         return source.load(number, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """As Readable.arrays."""
+        """See Readable.arrays."""
         source, number = self.of_shard(shard)
         return source.arrays(number, block)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics."""
+        """See Readable.statistics."""
         source, number = self.of_shard(shard)
         return source.statistics(number)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
         part = int(np.searchsorted(self._first_number, number, side="right")) - 1
         return self.below[part].record(number - int(self._first_number[part]))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         if not len(records):
             return self.below[0].values(records)
         groups = self.of_parts(records)
@@ -207,7 +207,7 @@ class Joined:
         return join(found, [where for _, where in groups])
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         groups = self.of_parts(records)
         found = [self.below[part].take_arrow(records[where] - self._first_number[part]) for part, where in groups]
         return arrow_join(found, [where for _, where in groups], self.schema)
@@ -218,11 +218,11 @@ class Joined:
 
     @property
     def is_cached(self) -> bool:
-        """As Source.is_cached: any of them."""
+        """See Source.is_cached: any of them."""
         return any(source.is_cached for source in self.below)
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """As Source.publish; one plan for all views of one source, which may be many."""
+        """See Source.publish; one plan for all views of one source, which may be many."""
         plans: dict[int, tuple[Readable, list[ReadingPlan]]] = {}
         for part, where in self._by_part(self._first_shard, plan.shards):
             own = part_of(plan, where, int(self._first_shard[part]))
@@ -240,7 +240,7 @@ class Joined:
         return Followings(tuple(found))
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """As Source.make_ready; of each source its own, views of one source together."""
+        """See Source.make_ready; of each source its own, views of one source together."""
         places = shards.astype(np.int64)
         of_root: dict[int, tuple[Readable, list[NDArray[np.int64]]]] = {}
         for part, where in self._by_part(self._first_shard, places):
@@ -251,27 +251,27 @@ class Joined:
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched, of any of them."""
+        """See Source.is_fetched, of any of them."""
         return any(source.is_fetched for source in self.below)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """As Source.prefetch; of each source its own."""
+        """See Source.prefetch; of each source its own."""
         places = np.array(shards, np.int64)
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].prefetch((places[where] - self._first_shard[part]).tolist())
 
     def is_at_hand(self, shard: int) -> bool:
-        """As Source.is_at_hand."""
+        """See Source.is_at_hand."""
         source, number = self.of_shard(shard)
         return source.is_at_hand(number)
 
     def is_near(self, shard: int) -> bool:
-        """As Source.is_near."""
+        """See Source.is_near."""
         source, number = self.of_shard(shard)
         return source.is_near(number)
 
     def heal(self, shard: int) -> bool:
-        """As Source.heal."""
+        """See Source.heal."""
         source, number = self.of_shard(shard)
         return source.heal(number)
 
@@ -289,11 +289,11 @@ class Joined:
         return self._of([source.with_columns(columns) for source in self.below])
 
     def scanning(self, columns: Sequence[str]) -> Joined:
-        """As Readable.scanning."""
+        """See Readable.scanning."""
         return self._of([source.scanning(columns) for source in self.below])
 
     def figures(self) -> Mapping[str, float]:
-        """As Source.figures: of all sources, what they have in common counted once."""
+        """See Source.figures: of all sources, what they have in common counted once."""
         sums: dict[str, float] = {}
         caches: set[int] = set()
         for leaf in self.leaves:
@@ -306,7 +306,7 @@ class Joined:
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """As Readable.warm; one source after the other, each with its own progress."""
+        """See Readable.warm; one source after the other, each with its own progress."""
         places = np.array(shards, np.int64)
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].warm(
@@ -314,12 +314,12 @@ class Joined:
             )
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
         for leaf in self.leaves:
             leaf.close()
 
     def when_closed(self, keeper: Keeper) -> None:
-        """As Source.when_closed: of any of the sources."""
+        """See Source.when_closed: of any of the sources."""
         for source in self.below:
             source.when_closed(keeper)
 

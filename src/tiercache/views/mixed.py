@@ -32,7 +32,7 @@ class Blend(Joint):
     stop: Stop
 
     def open(self, opened: dict[int, Any]) -> Mixed:
-        """As Plan.open."""
+        """See Plan.open."""
         return Mixed([plan.open(opened) for plan in self.below], self.weights, self.stop)
 
 
@@ -57,7 +57,7 @@ class Mixed(Joined):
 
     @property
     def plan(self) -> Blend:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Blend(tuple(source.plan for source in self.below), self._weights, self._stop)
 
     @property
@@ -83,16 +83,16 @@ class Mixed(Joined):
         return self._joined_numbers(np.arange(self.n_records))
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         part, within = self._records.locate(np.array([number]))
         return self.below[int(part[0])].record(int(within[0]))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         return super().values(self._joined_numbers(records))
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         return super().take_arrow(self._joined_numbers(records))
 
     def _joined_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:

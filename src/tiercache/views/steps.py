@@ -41,7 +41,7 @@ class Span:
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         n = source.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
@@ -59,7 +59,7 @@ class Shard:
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         length, n_longer = divmod(source.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
@@ -77,7 +77,7 @@ class Select:
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         if self.selection.stop > source.n_records:
             raise IndexError(
                 f"select() names record {self.selection.stop - 1}, and {source.url} gives {source.n_records} here"
@@ -95,7 +95,7 @@ class InStoredOrder:
         return False
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         listed = source.listed
         return Selection.span(0, source.n_records) if listed is None else Selection.of(np.argsort(listed))
 
@@ -112,7 +112,7 @@ class Filter:
         return False
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose. Raises SchemaError for an unknown column, and as reading."""
+        """See Step.choose. Raises SchemaError for an unknown column, and as reading."""
         return matching(source, self.expression)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -41,16 +41,16 @@ class Chosen:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """As Plan.columns."""
+        """See Plan.columns."""
         return self.below.columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As Plan.versions."""
+        """See Plan.versions."""
         return self.below.versions
 
     def open(self, opened: dict[int, Any]) -> View:
-        """As Plan.open."""
+        """See Plan.open."""
         return View.of(self.below.open(opened), self.steps, self.selection)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,7 +105,7 @@ class View:
 
     @property
     def plan(self) -> Chosen:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Chosen(self.below.plan, self.steps, self.selection)
 
     @property
@@ -186,63 +186,63 @@ class View:
         return self.below.stored_rows(shards, blocks, block, rows)
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """As Source.load."""
+        """See Source.load."""
         return self.below.load(shard, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """As Readable.arrays: the whole block."""
+        """See Readable.arrays: the whole block."""
         return self.below.arrays(shard, block)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics: of the whole shard."""
+        """See Readable.statistics: of the whole shard."""
         return self.below.statistics(shard)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
         return self.below.record(self.selection.number(number))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         return self.below.values(self.selection.numbers(records))
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         return self.below.take_arrow(self.selection.numbers(records))
 
     @property
     def is_cached(self) -> bool:
-        """As Source.is_cached."""
+        """See Source.is_cached."""
         return self.below.is_cached
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """As Source.publish; shards keep their numbers."""
+        """See Source.publish; shards keep their numbers."""
         return self.below.publish(plan)
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """As Source.make_ready, of those that have records."""
+        """See Source.make_ready, of those that have records."""
         self.below.make_ready(shards[self.shard_records[shards] > 0])
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched."""
+        """See Source.is_fetched."""
         return self.below.is_fetched
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """As Source.prefetch, of those that have records."""
+        """See Source.prefetch, of those that have records."""
         self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
 
     def is_at_hand(self, shard: int) -> bool:
-        """As Source.is_at_hand."""
+        """See Source.is_at_hand."""
         return self.below.is_at_hand(shard)
 
     def is_near(self, shard: int) -> bool:
-        """As Source.is_near."""
+        """See Source.is_near."""
         return self.below.is_near(shard)
 
     def heal(self, shard: int) -> bool:
-        """As Source.heal."""
+        """See Source.heal."""
         return self.below.heal(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
@@ -254,26 +254,26 @@ class View:
         return View(self.below.with_columns(columns), self.steps, self.selection)
 
     def scanning(self, columns: Sequence[str]) -> View:
-        """As Readable.scanning."""
+        """See Readable.scanning."""
         return View(self.below.scanning(columns), self.steps, self.selection)
 
     def figures(self) -> Mapping[str, float]:
-        """As Source.figures."""
+        """See Source.figures."""
         return self.below.figures()
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """As Readable.warm, of those that have records."""
+        """See Readable.warm, of those that have records."""
         chosen = [shard for shard in shards if self.shard_records[shard]]
         self.below.warm(chosen, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
         self.below.close()
 
     def when_closed(self, keeper: Keeper) -> None:
-        """As Source.when_closed."""
+        """See Source.when_closed."""
         self.below.when_closed(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> Spans:
