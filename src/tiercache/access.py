@@ -31,7 +31,7 @@ class Access:
         placed: Store that redirects reads of moved shards, as the placement log says.
         cache: Cache of the data set; None if it is read without a cache.
         store: Store to read from: the cache around `placed`, or `placed` itself.
-        tiers: Reading state of the tiers: counts uses, and reads copies in the hot tier.
+        tiers: State of the tiers: counts uses of shards, and promotes shards to the hot tier.
     """
 
     def __init__(self, place: Place) -> None:
@@ -71,7 +71,11 @@ class Access:
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
     def distrust(self, key: str, identity: ShardIdentity) -> bool:
-        """Verify the local copy of a shard that was found to be corrupt. Returns whether a wrong copy was dropped."""
+        """Verify the local copy of a shard that was found to be corrupt.
+
+        Returns:
+            Whether a local copy was to blame; it is no longer read.
+        """
         healed = self.tiers.distrust(key, identity)
         return (isinstance(self.store, LocalStore) and self.store.distrust(key, identity)) or healed
 
