@@ -298,7 +298,7 @@ class OpenedVersion:
         return asked, [np.flatnonzero(shards == shard) for shard in asked]
 
     def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
-        """Return the values of records if all their shards can be mapped, else None; then they are read shard by shard."""
+        """Return the values of records if all their shards can be mapped, else None."""
         found = self._mapped.take(records)
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
@@ -380,11 +380,15 @@ class OpenedVersion:
         return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return the same version with other columns and its own open shards. Raises SchemaError for an unknown column."""
+        """Return the same version with other columns and its own open shards.
+
+        Raises:
+            SchemaError: A column does not exist.
+        """
         return self._served_otherwise(columns, Opener.open)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return a source as `with_columns` does, for a single pass: shards that the cache lacks bypass it.
+        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
 
         Caching them would evict other shards.
         """

@@ -137,7 +137,10 @@ class EpochOrder:
             position = window.stop
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """See Order.shards_ahead. With shuffle, shards count from the start of their group, which is read as a whole."""
+        """See Order.shards_ahead.
+
+        With shuffle a group is read as a whole, so its shards count from the start of the group.
+        """
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
@@ -155,7 +158,7 @@ class EpochOrder:
 
     def groups(self, stream: int) -> Groups:
         """See Order.groups. Without shuffle each shard is a group, so that it is released at its last record."""
-        self.stream_records(stream)
+        self.stream_records(stream)  # raises ValueError
         found = self._keep(stream).stream
         if not self.options.shuffle:
             return each_alone(found.rows[:-1], found.rows[1:], found.shards, np.diff(found.stored))

@@ -1,4 +1,4 @@
-"""Mixture of several data sets in exact shares: a pure function of epoch and position, like the order of one data set."""
+"""Mixture of several data sets in exact shares: a pure function of epoch and position, like any other order."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class MixtureSpec:
 
 
 class StoredMixture:
-    """Mixture without shuffle, by record number: record p is the record at position p of an unshuffled epoch. Immutable.
+    """Mixture without shuffle, by record number: record p is at position p of an unshuffled epoch. Immutable.
 
     Each part is taken in stored order, and again from its start after its end.
     """
@@ -146,9 +146,9 @@ class MixedStretch:
 
     Attributes:
         start, stop: Positions in the mixture's stream.
-        windows: Window of each part that the section draws from, or that earlier and later sections draw from, in the
-            order of the parts. A window is the same object in all sections that use it. Its shards have joined numbers;
-            its stream, start and stop are those of the part.
+        windows: Windows in the order of the parts: one for each part that the section draws from, or that both earlier
+            and later sections draw from. A window is the same object in all sections that use it. Its shards have
+            joined numbers; its stream, start and stop are those of the part.
     """
 
     start: int
@@ -272,7 +272,10 @@ class MixtureOrder:
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """See Order.shards_ahead. Shards have joined numbers, and the order is approximate: parts alternate by their shares."""
+        """See Order.shards_ahead. Shards have joined numbers.
+
+        The parts alternate by their shares, so the reading order is approximate.
+        """
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
             raise ValueError(f"position {position} is outside stream {stream} of {n_records} records")
@@ -286,7 +289,6 @@ class MixtureOrder:
 
     def groups(self, stream: int) -> Groups:
         """See Order.groups. The groups of each part follow those of the part before."""
-
         self.stream_records(stream)  # raises ValueError
         kept = self._keep(stream)
         found = []

@@ -52,7 +52,10 @@ class Run(Protocol):
         """Window that holds the drawn records, with joined shard numbers."""
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block in the window and the row in the block of n draws, n > 0, from one draw on; uint32[n] each."""
+        """Return the block and the row of n draws, n > 0, from a draw on; uint32[n] each.
+
+        A block is an index into the blocks of the window; a row is counted from the start of the block.
+        """
 
 
 class MixedPart:
@@ -91,7 +94,7 @@ class MixedPart:
         return found
 
     def window(self, own_epoch: int, stream: int, position: int) -> Window:
-        """Return the window at a position of a stream of a part epoch, with joined shard numbers; the last one is cached."""
+        """Return the window at a position of a stream of a part epoch, with joined shard numbers; cached."""
         own = self.order(own_epoch).stretch_at(stream, position)
         kept = self._windows.get(stream)
         if kept is None or kept[0] is not own:
@@ -276,7 +279,7 @@ class _WholeRun:
 def part_options(
     options: OrderOptions, weights: Sequence[int], shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> list[OrderOptions]:
-    """Return the options of each part: its own seed, and its share of the sizes by the stored bytes that it contributes.
+    """Return the options of each part: its own seed, and a share of the sizes by the stored bytes that it contributes.
 
     The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
     of 1 % would be mixed over windows of a hundredth of the size.
