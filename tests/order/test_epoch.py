@@ -251,7 +251,7 @@ def test_a_footer_that_differs_from_the_version_is_refused_by_name() -> None:
     layout = Layout(
         np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockTable(np.array([5]), np.array([1]))] * len(shards)
     )
-    with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, the version 6"):
+    with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 6"):
         EpochOrder(layout, OrderOptions(1, True, None, None), 0).stretch_at(0, 0)
 
 
