@@ -71,11 +71,11 @@ class Stored:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As views.Plan.versions."""
+        """See views.Plan.versions."""
         return (self.version,)
 
     def open(self, opened: dict[int, Any]) -> OpenedVersion:
-        """As views.Plan.open."""
+        """See views.Plan.open."""
         found: OpenedVersion | None = opened.get(id(self))
         if found is None:
             found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)

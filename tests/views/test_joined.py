@@ -279,7 +279,7 @@ def test_a_mixture_takes_listed_parts_in_stored_order(parts):
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda a, b: tc.mix([a, b], [1]), ValueError, "2 parts need as many weights, got 1"),
+        (lambda a, b: tc.mix([a, b], [1]), ValueError, "2 parts need one weight each, got 1"),
         (lambda a, b: tc.mix([a, b], [1, 0]), ValueError, "above 0"),
         (lambda a, b: tc.mix([a, b], [1, "2"]), TypeError, "number above 0"),
         (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first' or 'all'"),

@@ -75,7 +75,7 @@ class EpochOrder:
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
-            raise ValueError(f"an epoch is 0 or more, got {epoch}")
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout
         self.options = options
         self.epoch = epoch

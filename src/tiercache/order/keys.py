@@ -43,7 +43,7 @@ def _encode(value: int | str | bytes) -> tuple[bytes, bytes]:
     if isinstance(value, bytes):
         return b"b", value
     if isinstance(value, bool | np.bool_):
-        raise TypeError("a key is derived from int, str and bytes, got a bool")
+        raise TypeError("a key is derived from values of type int, str or bytes, got a bool")
     number = operator.index(value)
     return b"i", number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
 

@@ -32,12 +32,12 @@ def exact_weight(weight: Real | Fraction | float) -> Fraction:
         TypeError: The weight is not a real number.
     """
     if isinstance(weight, bool | np.bool_) or not isinstance(weight, Real):
-        raise TypeError(f"a weight is a number above 0, got {weight!r}")
+        raise TypeError(f"a weight must be a number above 0, got {weight!r}")
     if not isinstance(weight, Rational) and not math.isfinite(weight):
-        raise ValueError(f"a weight is a number above 0, got {weight!r}")
+        raise ValueError(f"a weight must be a number above 0, got {weight!r}")
     exact = Fraction(weight) if isinstance(weight, Rational) else Fraction(str(weight))
     if exact <= 0:
-        raise ValueError(f"a weight is a number above 0, got {weight!r}; leave out a part of weight 0")
+        raise ValueError(f"a weight must be a number above 0, got {weight!r}; leave out a part of weight 0")
     return exact
 
 
@@ -67,7 +67,7 @@ class MixtureSpec:
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
         if len(self.weights) != len(self.first_shards) or not self.weights:
-            raise ValueError(f"{len(self.first_shards)} parts need as many weights, got {len(self.weights)}")
+            raise ValueError(f"{len(self.first_shards)} parts need one weight each, got {len(self.weights)} weights")
         if self.first_shards[0] != 0 or any(np.diff(self.first_shards) < 0):
             raise ValueError(f"first_shards must rise from 0, got {self.first_shards}")
         exact = [exact_weight(weight) for weight in self.weights]
@@ -207,7 +207,7 @@ class MixtureOrder:
 
     def __init__(self, layout: Layout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
-            raise ValueError(f"an epoch is 0 or more, got {epoch}")
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout
         self.spec = spec
         self.options = options
@@ -237,7 +237,7 @@ class MixtureOrder:
             ValueError: There is no such stream.
         """
         if not 0 <= stream < self.n_streams:
-            raise ValueError(f"stream {stream} of {self.n_streams}")
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return stream_records(self.n_records, self.n_streams, stream)
 
     def stretch_at(self, stream: int, position: int) -> MixedStretch:

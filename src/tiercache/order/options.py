@@ -70,7 +70,7 @@ class BlockTable:
         for name in ("records", "raw_bytes"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if len(self.records) != len(self.raw_bytes):
-            raise ValueError(f"{len(self.records)} blocks have records, {len(self.raw_bytes)} have bytes")
+            raise ValueError(f"records has {len(self.records)} blocks, raw_bytes has {len(self.raw_bytes)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,14 +94,14 @@ class Layout:
         for name in ("records", "stored_bytes"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if len(self.records) != len(self.stored_bytes):
-            raise ValueError(f"{len(self.records)} shards have records, {len(self.stored_bytes)} have bytes")
+            raise ValueError(f"records has {len(self.records)} shards, stored_bytes has {len(self.stored_bytes)}")
 
 
 def _counts(name: str, values: NDArray[np.integer]) -> NDArray[np.int64]:
     """Return the values as a read-only int64 array (a view if they already are int64)."""
     array = np.ascontiguousarray(values)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise ValueError(f"{name} must be one row of integers, got {array.dtype} of shape {array.shape}")
+        raise ValueError(f"{name} must be a one-dimensional integer array, got {array.dtype} of shape {array.shape}")
     counts = array.astype(np.int64, copy=False).view()
     if counts.size and counts.min() < 0:
         raise ValueError(f"{name} must be 0 or more, below 2**63, got {array[counts.argmin()]}")

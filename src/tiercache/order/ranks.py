@@ -53,13 +53,15 @@ class RankPlan:
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError naming the value that is out of range."""
         if self.world_size < 1 or self.batch_size < 1:
-            raise ValueError(f"world_size and batch_size are 1 or more, got {self.world_size} and {self.batch_size}")
+            raise ValueError(
+                f"world_size and batch_size must be 1 or more, got {self.world_size} and {self.batch_size}"
+            )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}")
         if not 0 <= self.offset <= self.n_records:
             raise ValueError(f"offset must be in [0, {self.n_records}], got {self.offset}")
         if self.n_streams < 1:
-            raise ValueError(f"n_streams is 1 or more, got {self.n_streams}")
+            raise ValueError(f"n_streams must be 1 or more, got {self.n_streams}")
 
     @property
     def global_batch(self) -> int:
@@ -116,7 +118,7 @@ class RankPlan:
             IndexError: There is no such batch.
         """
         if not 0 <= i < self.n_batches:
-            raise IndexError(f"batch {i} of {self.n_batches}")
+            raise IndexError(f"there is no batch {i}: the rank has {self.n_batches} batches")
         start = i * self.batch_size
         return self.positions_between(start, min(start + self.batch_size, self.n_served))
 
@@ -130,7 +132,7 @@ class RankPlan:
             IndexError: The rows do not exist.
         """
         if not 0 <= start <= stop <= self.n_served:
-            raise IndexError(f"rows [{start}, {stop}) of {self.n_served}")
+            raise IndexError(f"rows [{start}, {stop}) are not within the rank's {self.n_served} rows")
         full_stop = self.n_full * self.batch_size
         if start == stop:
             return np.zeros(0, np.int64)
@@ -193,7 +195,7 @@ class RankPlan:
             ValueError: The plan has fewer batches.
         """
         if not 0 <= n_batches <= self.n_batches:
-            raise ValueError(f"{n_batches} batches of {self.n_batches}")
+            raise ValueError(f"n_batches is {n_batches}, but the rank has {self.n_batches} batches")
         return min(self.offset + n_batches * self.global_batch, self.n_records)
 
     @property

@@ -83,7 +83,7 @@ class Split:
     def stream_records(self, stream: int) -> int:
         """Return the number of records of a stream. Raises ValueError if there is no such stream."""
         if not 0 <= stream < self.n_streams:
-            raise ValueError(f"stream {stream} of {self.n_streams}")
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return -(-(self.n_records - stream) // self.n_streams)
 
     def stream(self, index: int) -> Stream:

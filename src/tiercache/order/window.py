@@ -35,7 +35,7 @@ class RowRun(NamedTuple):
             ValueError: The rows are outside the window.
         """
         if hi < lo:
-            raise ValueError(f"rows [{lo}, {hi}) are no range")
+            raise ValueError(f"rows [{lo}, {hi}) end before they start")
         block, row = empty_rows(hi - lo), empty_rows(hi - lo)
         self.finder.find(self.start + lo, block, row)
         return block, row
