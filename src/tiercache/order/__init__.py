@@ -1,7 +1,7 @@
 """Reading order of an epoch, as pure functions: keyed permutations, streams, shard groups, windows, mixtures and ranks.
 
-No module here does I/O or knows torch. An order maps a position of the epoch to a record; a `RankPlan` maps a batch of
-a rank to positions.
+An order maps a position of the epoch to a record; a `RankPlan` maps a batch of a rank to positions. No module here
+knows torch or does I/O, except through `Layout.blocks`, the caller's function that reads footers.
 """
 
 from tiercache.order.contract import Order, Stretch

@@ -14,8 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Size of a pooled array, in rows. A piece needs two arrays, and three pieces are in work at a time: planned, pushed and
-# served.
+# Size of a pooled array in rows. Six arrays are pooled: two for each of the pieces that are planned, pushed and served
+# at a time.
 MOST_ROWS = 1 << 18
 _MOST_KEPT = 6
 _LEAST_ROWS = 1 << 14  # malloc reuses the pages of smaller arrays itself
