@@ -47,8 +47,8 @@ _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 class Dataset(Choosing):
     """Records of a packed data set.
 
-    It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, which assembles batches
-    in C code without a Python object per record.
+    It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, in which C code
+    assembles batches without a Python object per record.
 
     `dataset[7]` is a dict that holds numpy arrays, scalars of the columns' dtypes, bytes, str and Python objects. A
     null is None; an image is its encoded bytes, or an array if it is decoded. `dataset[[3, 1, 4]]` and `dataset[2:9]`
