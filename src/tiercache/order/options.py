@@ -80,9 +80,9 @@ class Layout:
     Attributes:
         records: int64[n_shards], number of records of each shard.
         stored_bytes: int64[n_shards], bytes of each whole shard as stored.
-        blocks: Function that returns the block tables of shards, given their numbers, in the same order. It is called
-            once for each shard group, with the group's non-empty shards, from any thread. Its exceptions are passed on;
-            the caller is responsible for caching.
+        blocks: Function that returns the block tables of shards, given their numbers, in the same order. An order calls
+            it for the non-empty shards of one shard group, or of the records of one window, from any thread. Its
+            exceptions are passed on; the function itself should cache its results.
     """
 
     records: NDArray[np.int64]

@@ -143,7 +143,7 @@ class RankPlan:
         return found
 
     def rising_between(self, start: int, stop: int) -> range | NDArray[np.int64]:
-        """Return positions_between(), as a range if the positions are consecutive, which takes no memory."""
+        """Return positions_between(), as a range if possible, which takes no memory however many rows there are."""
         if self.world_size == 1 and 0 <= start <= stop <= self.n_served:
             return range(self.offset + start, self.offset + stop)
         run = self.run_between(start, stop)
