@@ -1,7 +1,7 @@
-"""Shards, a local NVMe cache and a drop-in DataLoader for training data that lives in object stores.
+"""Shards, a local NVMe cache and a drop-in DataLoader for training data in object stores.
 
-``import tiercache`` loads the error tree and nothing else. Every other name is loaded when it is first asked for, so
-that a program pays for torch, pyarrow and the native modules only if it uses them.
+``import tiercache`` loads only the exception classes. Every other public name is imported on its first use, so that a
+program pays for torch, pyarrow and the native modules only if it uses them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _TORCH = ("torch", "torchdata")
 
 
 def __getattr__(name: str) -> Any:
-    """The public name, loaded from its module on first use (PEP 562)."""
+    """Import a public name from its module on its first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
             raise
         message = f"tiercache.{name} needs {library}, which is not installed: pip install 'tiercache[torch]'"
         raise ModuleNotFoundError(message, name=error.name) from error
-    if name != "pack":  # lives in the property below
+    if name != "pack":
         globals()[name] = value
     return value
 
@@ -103,7 +103,10 @@ def __dir__() -> list[str]:
 
 
 class _TopModule(ModuleType):
-    """Keeps ``tiercache.pack`` the function: importing the package of that name would bind it to the package."""
+    """Module class that keeps ``tiercache.pack`` the function.
+
+    Importing the package ``tiercache.pack`` would otherwise bind the attribute to the package.
+    """
 
     @property
     def pack(self) -> Any:

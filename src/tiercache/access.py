@@ -1,4 +1,4 @@
-"""Through what a data set is read: its own store, where its shards lie by now, and the cache round them."""
+"""Stores through which a data set is read: its own store, the placement of its shards, and the cache around them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Access:
-    """The stores that one process reads a data set through, joined. Safe from any thread, and in a forked child.
+    """Joined stores through which one process reads a data set. Safe from any thread and in a forked child.
 
     Attributes:
-        inner: the data set's own store.
-        placed: the same, following its placement.
-        cache: None: it is read without one.
-        store: what is read from: placed, or the cache round it.
-        tiers: what counts uses, and copies to the hot tier.
+        inner: The data set's own store.
+        placed: Store that redirects reads of moved shards, as the placement log says.
+        cache: Cache of the data set; None if it is read without a cache.
+        store: Store to read from: the cache around `placed`, or `placed` itself.
+        tiers: State of the tiers: counts uses of shards, and promotes shards to the hot tier.
     """
 
     def __init__(self, place: Place) -> None:
@@ -42,7 +42,13 @@ class Access:
         self.tiers = TieredReading(self.placed, self.store)
 
     def is_near(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
-        """Whether these bytes of a shard, None: all, lie on this machine: in a folder, or in the cache."""
+        """Return whether bytes of a shard are on this machine, in a folder or in the cache.
+
+        Args:
+            key: Key of the shard.
+            identity: Identity of the shard.
+            ranges: Byte ranges in question; None: the whole shard.
+        """
         if isinstance(self.store, CachedStore):
             return self.store.is_here(key, identity, ranges)
         if self.tiers.has_moved:
@@ -50,29 +56,36 @@ class Access:
         return isinstance(self.inner, LocalStore | MemoryStore)
 
     def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
-        """Whether a shard lies in a folder of this machine that is no cache."""
+        """Return whether a shard lies in a local folder that is not a cache."""
         is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_far(key)
         return is_home or self.tiers.near(key, identity) is not None
 
     @property
     def fetcher(self) -> CachedStore | None:
-        """What brings shards near before they are read; None: nothing goes through a cache."""
+        """Cached store that prefetches shards; None if nothing is read through a cache."""
         store = self.store if self.cache is not None else self.tiers.far()
         return store if isinstance(store, CachedStore) else None
 
     def is_worth_fetching(self, key: str, identity: ShardIdentity) -> bool:
-        """Whether the fetcher should bring a shard near: it is not in a folder of this machine by now."""
+        """Return whether prefetching a shard is useful: it does not lie in a local folder."""
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
     def distrust(self, key: str, identity: ShardIdentity) -> bool:
-        """Hear that a shard was found to be wrong. True: a copy here was to blame, which is read no more."""
+        """Verify the local copy of a shard that was found to be corrupt.
+
+        Returns:
+            Whether a local copy was to blame; it is no longer read.
+        """
         healed = self.tiers.distrust(key, identity)
         return (isinstance(self.store, LocalStore) and self.store.distrust(key, identity)) or healed
 
     def make_ready(self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool) -> None:
-        """Hear that a run begins that reads these shards, and see that it can: as TieredReading.make_ready.
+        """Prepare a run that reads these shards; see TieredReading.make_ready.
 
-        identity: of shard i of them.
+        Args:
+            keys: Keys of the shards.
+            identity: Function that returns the identity of the i-th of these shards.
+            reads_all: Whether these are all shards of the data set.
         """
 
         def is_cached(i: int) -> bool:
@@ -81,7 +94,7 @@ class Access:
         self.tiers.make_ready(keys, is_cached, reads_all=reads_all)
 
     def figures(self) -> dict[str, float]:
-        """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
+        """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
         counters = self.placed.figures()
         stats = self.cache.counters.snapshot() if self.cache is not None else {}
         return {
@@ -92,14 +105,22 @@ class Access:
         }
 
     def close(self) -> None:
-        """Report what was used, and give connections back. It may be used again."""
+        """Report the counted uses and release connections. The object may be used again."""
         self.tiers.close()
         self.store.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """Opens shards of one version. store: through which; footers: those that were read before."""
+    """Opens shards of one version.
+
+    Attributes:
+        store: Store to read through.
+        tiers: Reading state of the tiers.
+        table: Shards of the version.
+        dataset_id: Id of the data set.
+        footers: Footers that have already been read.
+    """
 
     store: Store
     tiers: TieredReading
@@ -108,11 +129,11 @@ class Opener:
     footers: Footers
 
     def open(self, shard: int, **how: Any) -> ShardReader:
-        """Through the cache, if there is one."""
+        """Open a shard through the cache, if there is one."""
         return self._open_through(self.store, shard, **how)
 
     def open_past_cache(self, shard: int, **how: Any) -> ShardReader:
-        """From where it lies, unless the cache has it."""
+        """Open a shard at its source unless the cache already holds it."""
         store, info = self.store, self.table.info(shard)
         if isinstance(store, CachedStore) and not store.is_here(info.name, info.identity(self.dataset_id)):
             store = store.inner

@@ -1,4 +1,4 @@
-"""The data set as users see it: records by index, batches by indices, versions, columns."""
+"""The public Dataset: records by index, batches by indices, versions and columns; and `concat` and `mix`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tiercache.shard.types import Schema
 
 Recipe = tuple[Plan, Callable[[Record], Any] | None, Serving]
-"""Everything that a data set is: what opens it (place, version, columns, views), transform, how columns are served."""
+"""Complete picklable description of a data set: the source spec that opens it, the transform, and the output spec."""
 
 
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
@@ -47,39 +47,48 @@ _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 class Dataset(Choosing):
     """Records of a packed data set.
 
-    A map-style data set for any loader, and the native path for `tiercache.DataLoader`.
+    It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, in which C code
+    assembles batches without a Python object per record.
 
-    `dataset[7]` is a dict of numpy arrays and scalars of the columns' dtypes, bytes, str and Python objects (None for
-    a null; images are encoded bytes, or arrays where they are decoded); `dataset[[3, 1, 4]]` and `dataset[2:9]` are
-    batches: a dict of numpy arrays [n, ...] and lists, with `<column>.valid` beside nullable columns (with a transform:
-    a list of what it gives). All of it is the caller's own and writable. Negative indices count from the end. Safe from
-    any thread and after a fork; pickles to a few hundred bytes. `select`, `filter`, `shard`, `take`, `skip` and `a + b`
-    give data sets of other records, `select_columns` and `as_tuple` serve them otherwise (docs/guide/datasets.md).
-    Where torch is loaded, the class derives from `torch.utils.data.Dataset`.
+    `dataset[7]` is a dict that holds numpy arrays, scalars of the columns' dtypes, bytes, str and Python objects. A
+    null is None; an image is its encoded bytes, or an array if it is decoded. `dataset[[3, 1, 4]]` and `dataset[2:9]`
+    are batches: a dict of numpy arrays [n, ...] and lists, with an entry `<column>.valid` for each nullable column.
+    With a transform, a batch is a list of the transform's results. The caller owns all of these values and may write to
+    them. Negative indices count from the end.
+
+    A data set may be used from any thread and after a fork, and pickles to a few hundred bytes. `select`, `filter`,
+    `shard`, `take`, `skip` and `a + b` return data sets with other records; `select_columns` and `as_tuple` return the
+    same records in another form (docs/guide/datasets.md). If torch is loaded, the class derives from
+    `torch.utils.data.Dataset`.
 
     Args:
-        url: a local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL.
-        cache: None: local folders are read in place, everything else through `Cache.default()`; False: never cached; a
-            `Cache`: that one.
-        columns: which columns, in which order; None: all.
-        version: number of a version; None: the newest when the data set is opened, and that one from then on.
-        transform: a function of a record that gives what `dataset[i]` is; picklable where processes are used.
-        decode: column of images -> `DecodeImage`: how its pictures are decoded; else they are served as encoded bytes.
-        forms: column whose records differ in length -> what it is in a batch: "list" (the default), "padded", "nested"
-            or "buffer" (docs/guide/loader.md). A single record is the same under all of them.
-        nulls: nullable column -> a value to serve instead of nulls, or "mask" (the default): `<column>.valid`.
-        cast: column of numbers -> dtype to serve it as, converted while it is read: {"tokens": "int64"}. Integers and
-            bool become integers or floats that are equal, floats become floats, rounded (docs/reference/batches.md).
-        verify: when stored bytes are checked against their CRC-32C: at the "first" touch of each part and when its file
-            has changed since, "always", or "never" (the table in docs/guide/cache.md).
-        storage_options: for the store, as docs/guide/storage.md lists them.
+        url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
+        cache: Cache through which the data set is read. None: local folders are read in place, everything else is read
+            through `Cache.default()`. False: no cache.
+        columns: Names of the columns to serve, in order. None: all columns.
+        version: Number of the version to read. None: the newest version at the time of opening; later commits do not
+            change it.
+        transform: Function that takes a record and returns what `dataset[i]` is. It must be picklable if worker
+            processes are used.
+        decode: Mapping from an image column to the `DecodeImage` that decodes its images. The images of other columns
+            are served as encoded bytes.
+        forms: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),
+            "padded", "nested" or "buffer" (docs/guide/loader.md). The layout does not change single records.
+        nulls: Mapping from a nullable column to the value that replaces its nulls, or to "mask" (the default), which
+            adds `<column>.valid` to the batch.
+        cast: Mapping from a numeric column to the dtype to serve it as, for example {"tokens": "int64"}. Values are
+            converted while they are read. Integers and bool convert to integers or floats of equal value; floats
+            convert to floats and are rounded (docs/reference/batches.md).
+        verify: When stored bytes are compared with their CRC-32C: "first": when each part is first read, and again
+            after its file has changed; "always"; or "never" (table in docs/guide/cache.md).
+        storage_options: Options of the store, as docs/guide/storage.md lists them.
 
     Raises:
-        NotFound: no data set there, or no such version.
-        CorruptShard: a damaged version or segment.
-        SchemaError: a column that does not exist; a form, fill value, cast or decoder that is not for a column of its
-            kind; when it is read, a value that has no equal in the dtype that it is cast to.
-        ValueError, TypeError: an argument that cannot be, by its name.
+        NotFound: The URL holds no data set, or the version does not exist.
+        CorruptShard: A version or segment object is damaged.
+        SchemaError: A column does not exist; or a layout, fill value, cast or decoder does not apply to a column of its
+            type. While reading: a value has no equal in the dtype that it is cast to.
+        ValueError, TypeError: An argument is invalid; the message names it.
     """
 
     _opened: Readable | None
@@ -103,7 +112,7 @@ class Dataset(Choosing):
             raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
         columns = None if columns is None else _names(columns)
         if transform is not None and forms:
-            raise ValueError("forms says what columns are in a batch, and with a transform that is up to its records")
+            raise ValueError("forms= cannot be combined with transform=: the transform's results make up a batch")
         place = Place(os.fspath(url), cache, verify, dict(storage_options or {}), checked_casts(cast))
         opened = OpenedVersion(place, version, columns)
         serving = Serving.of(opened.schema, forms=forms, nulls=nulls, decode=decode, cast=place.casts)
@@ -112,28 +121,28 @@ class Dataset(Choosing):
 
     @property
     def source(self) -> Readable:
-        """The opened version, a view of it, or several joined: what the native path reads by."""
+        """Opened source that the loader reads: a version, a view of it, or several sources joined or mixed."""
         opened = self._opened
         return self._open() if opened is None else opened
 
     @property
     def transform(self) -> Callable[[Record], Any] | None:
-        """The function that was given, or None."""
+        """Function given as `transform`, or None."""
         return self._recipe[1]
 
     @property
     def serving(self) -> Serving:
-        """Forms of columns, fills of nulls and decoders, as they were given."""
+        """Output spec: the layouts, fill values, casts and decoders that were given."""
         return self._recipe[2]
 
     @property
     def is_plain(self) -> bool:
-        """Whether records are served as they are stored: no transform, and no subclass that says what a record is."""
+        """Whether records are served as stored: no transform, and no subclass overrides record access."""
         return self.transform is None and not _says_what_records_are(type(self))
 
     @property
     def schema(self) -> Schema:
-        """The chosen columns with their types, as they are served: what is cast has the dtype that it is cast to."""
+        """Schema of the chosen columns as they are served: a cast column has the dtype that it is cast to."""
         return self.serving.schema(self.source.schema)
 
     @property
@@ -143,15 +152,21 @@ class Dataset(Choosing):
 
     @property
     def version(self) -> int:
-        """Number of the version that is read. Raises AttributeError where there are several, of data sets joined."""
+        """Number of the version that is read. Raises AttributeError if the data set joins several versions."""
         versions = self._recipe[0].versions
         if len(versions) != 1:
-            raise AttributeError(f"{len(versions)} data sets that were joined have a version each: {list(versions)}")
+            raise AttributeError(
+                f"this data set joins {len(versions)} data sets, each with its own version: {list(versions)}"
+            )
         return versions[0]
 
     @property
     def fingerprint(self) -> str:
-        """Of what is read, for comparing runs: the version's own, or of all versions and which records of them."""
+        """Hash of the records that are read, for comparing runs.
+
+        For one whole version it is the version's own fingerprint. Otherwise it covers all versions and the selected
+        records of each.
+        """
         parts = self.source.parts
         if len(parts) == 1 and parts[0].selection is None:
             return parts[0].fingerprint
@@ -159,16 +174,19 @@ class Dataset(Choosing):
         return sha256(repr((facts, self.source.mixture)).encode()).hexdigest()
 
     def versions(self) -> list[int]:
-        """Numbers of all versions there are, oldest first. Raises ValueError of several data sets joined."""
+        """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
         leaves = self.source.leaves
         if len(leaves) > 1:
-            raise ValueError(f"{len(leaves)} data sets that were joined have versions each: ask them one by one")
+            raise ValueError(f"this data set joins {len(leaves)} data sets: call versions() of each of them")
         return leaves[0].versions()
 
     def select_columns(self, columns: Sequence[str]) -> Self:
-        """The same records with only these columns, in this order. Raises SchemaError for one that is not there.
+        """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
 
-        Of a data set that serves tuples the columns are what the tuples are of.
+        If the data set serves tuples, the columns are the new tuple entries.
+
+        Args:
+            columns: Names of the columns, one or more.
         """
         columns = _names(columns)
         if self.serving.names is not None:
@@ -177,17 +195,21 @@ class Dataset(Choosing):
         return self._derive(self.source.with_columns(columns), self.serving.select(columns))
 
     def as_tuple(self, *names: str) -> Self:
-        """The same records as tuples, and batches as lists of columns: `for image, label in loader`.
+        """Return the same records as tuples, and batches as lists of columns: `for image, label in loader`.
 
-        Only these columns are read. Beside columns a name may be what goes with them in a batch: "<column>.valid" of a
-        nullable one, "<column>.lengths" of a padded one.
+        Only the named columns are read.
+
+        Args:
+            names: Names of the tuple entries, in order. An entry is a column, "<column>.valid" (the mask of a nullable
+                column) or "<column>.lengths" (the lengths of a padded column).
 
         Raises:
-            SchemaError: one that is not there; a column whose nulls nobody would see, for its mask is not named.
-            ValueError: no names; a data set with a transform, which says itself what a record is.
+            SchemaError: A name is unknown; or a nullable column is named without its mask, so that its nulls would go
+                unseen.
+            ValueError: There are no names, or the data set has a transform, which itself decides what a record is.
         """
         if self.transform is not None:
-            raise ValueError("with a transform, records are what it gives: let it give tuples")
+            raise ValueError("as_tuple() cannot be combined with transform=: return tuples from the transform")
         columns = tuple_columns(names, self.source.schema, self.serving)
         return self._derive(self.source.with_columns(columns), replace(self.serving.select(columns), names=names))
 
@@ -198,7 +220,7 @@ class Dataset(Choosing):
         return self.source.n_records
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is int:  # first, for asking whether it is a Sequence costs 0.5 us of some 8
+        if type(index) is int:  # first: isinstance(index, Sequence) costs 0.5 us of about 8 us
             return self._record(index)
         if isinstance(index, slice):
             return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
@@ -207,8 +229,8 @@ class Dataset(Choosing):
         return self._record(operator.index(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Records of many indices, gathered in one go: what torch's fetcher asks for."""
-        if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass says what a record is
+        """Return the records of many indices, read together; torch's fetcher calls this method."""
+        if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass overrides record access
             return [self[index] for index in indices]
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
@@ -220,14 +242,16 @@ class Dataset(Choosing):
             yield from self.__getitems__(range(start, stop))
 
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
-        """The data set as Arrow record batches of batch_size records (the last may be shorter), in order.
+        """Yield the data set as Arrow record batches, in order.
 
-        Types are those that are stored, whatever `cast` says. Arrays are read-only and over the shards' own memory
-        where a batch lies within one block, else copied together.
-        They are good for as long as something refers to them.
+        Types are the stored types; `cast` has no effect. Arrays are read-only. A batch that lies within one block
+        refers to the shard's memory; other batches are copies. Arrays stay valid while anything refers to them.
+
+        Args:
+            batch_size: Number of records per batch; the last batch may be shorter.
 
         Raises:
-            ValueError: batch_size below 1.
+            ValueError: batch_size is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
@@ -242,27 +266,28 @@ class Dataset(Choosing):
             yield _one_batch(table)
 
     def to_pandas(self) -> pd.DataFrame:
-        """The whole data set as a pandas frame, in memory. Raises ImportError without pandas."""
+        """Return the whole data set as a pandas DataFrame in memory. Raises ImportError without pandas."""
         frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self.source.schema.arrow).to_pandas()
         return frame
 
     def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
-        """Bring what this data set serves into the cache: its columns of every shard that holds one of its records.
+        """Fetch what this data set serves into the cache: its columns of every shard that holds one of its records.
 
-        Nothing to do for a local folder.
+        For a local folder there is nothing to do.
 
         Args:
-            jobs: shards fetched side by side.
-            on_progress: called after each shard; of data sets joined they come one after the other, each counted anew.
+            jobs: Number of shards fetched in parallel.
+            on_progress: Function called after each shard. Joined data sets are fetched one after the other, each with
+                its own count.
 
         Raises:
-            CacheFull: it does not fit.
+            CacheFull: The data does not fit into the cache.
         """
         shards = range(len(self.source.shard_records))
         self.source.warm(shards, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
-        """Give shards and connections back; the data set may be used again after it."""
+        """Release open shards and connections. The data set may be used again afterwards."""
         if self._opened is not None:
             self._opened.close()
 
@@ -274,13 +299,13 @@ class Dataset(Choosing):
         return f"Dataset({urls[0]!r}{more}, version {version}, {len(self):,} records: {self.schema!r})"
 
     def __getstate__(self) -> tuple[Recipe, dict[str, Any]]:
-        _derive_from_torchs_class()  # for pickle compares __class__ with the type
+        _derive_from_torchs_class()  # pickle compares __class__ with the type
         return self._recipe, self._own()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance() asks for it where the type itself does not derive from the class in question. Torch was perhaps
-        # imported after this data set was made: the answer then is torch's class, once.
+        # isinstance() reads __class__ if the type itself does not derive from the class in question. torch may have
+        # been imported after this data set was created: the answer then is torch's class, once.
         return _derive_from_torchs_class() or type(self)
 
     def __setstate__(self, state: tuple[Recipe, dict[str, Any]]) -> None:
@@ -288,18 +313,18 @@ class Dataset(Choosing):
         self._recipe = state[0]
         self.__dict__.update(state[1])
         self._lock, self._pid = threading.Lock(), os.getpid()
-        self._opened = None  # opened when first used, in whichever process that is
+        self._opened = None  # opened on first use, in the process that uses it
 
     def _own(self) -> dict[str, Any]:
-        """Attributes that a subclass has set."""
+        """Return the attributes that a subclass has set."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
 
     def over(self, source: Readable) -> Self:
-        """The same data set over another source: with its transform, its forms and its attributes. For loaders."""
+        """Return the same data set (transform, output spec and attributes) over another source. For loaders."""
         return self._derive(source)
 
     def _derive(self, source: Readable, serving: Serving | None = None) -> Self:
-        """The same data set over another source, served as this one or otherwise."""
+        """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
         recipe = (source.plan, self.transform, self.serving if serving is None else serving)
         derived.__setstate__((recipe, self._own()))
@@ -307,9 +332,9 @@ class Dataset(Choosing):
         return derived
 
     def _open(self) -> Readable:
-        if self._pid != os.getpid():  # of a thread that a fork has left behind, which may hold it for ever
+        if self._pid != os.getpid():  # after a fork: a thread of the parent may hold the lock for ever
             self._lock, self._pid = threading.Lock(), os.getpid()
-        with self._lock:  # of two threads that come first, the second takes what the first has opened
+        with self._lock:  # two threads that race share the source that the first one opens
             if self._opened is None:
                 self._opened = self._recipe[0].open({})
             return self._opened
@@ -333,7 +358,7 @@ class Dataset(Choosing):
         return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of the records, nulls filled and pictures decoded where they are to be."""
+        """Return the records' values by column, with nulls filled and images decoded as the output spec says."""
         return self._served(self.source.values(rows), rows)
 
     def _served(self, columns: list[ColumnValues], rows: Sequence[int] | NDArray[np.int64]) -> list[ColumnValues]:
@@ -351,17 +376,17 @@ class Dataset(Choosing):
 
 
 def _derive_from_torchs_class() -> type | None:
-    """Let Dataset derive from torch's class of this name, once torch is loaded; nothing here imports torch.
+    """Add torch's Dataset class to the bases of Dataset once torch is loaded; nothing here imports torch.
 
     Returns:
-        torch's class, if that was done now.
+        torch's class if this call added it, else None.
     """
     torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
     if torchs_class is None or issubclass(Dataset, torchs_class):
         return None
     try:
         Dataset.__bases__ = (Choosing, torchs_class)
-    except TypeError:  # a subclass of both, torch's first: no order of bases would be right for it
+    except TypeError:  # a subclass derives from both, torch's class first: no order of bases is valid for it
         return None
     return cast("type", torchs_class)
 
@@ -370,18 +395,20 @@ _derive_from_torchs_class()
 
 
 def concat(datasets: Iterable[Dataset]) -> Dataset:
-    """Data sets one after the other, as one: `a + b` of many.
+    """Return one data set that holds the records of several data sets, one after the other: `a + b` for many.
 
-    They may lie in different stores and caches, and be views or joined themselves. A loader shuffles over all of them,
-    by the native path.
+    The data sets may lie in different stores and caches, and may be views or joined data sets themselves. A loader
+    shuffles over all of them by its native path.
 
     Args:
-        datasets: one or more, whose columns have the same names, types and order and are served in the same way.
+        datasets: One or more data sets. Their columns must have the same names, types and order and the same output
+            options.
 
     Raises:
-        SchemaError: columns or their serving differ; names the first difference.
-        ValueError: no data sets, a mixture, other transforms, a subclass that says what a record is.
-        TypeError: not data sets of tiercache.
+        SchemaError: Columns or their output options differ; the message names the first difference.
+        ValueError: There are no data sets; or one is a mixture, has a different transform, or is of a subclass that
+            overrides record access.
+        TypeError: An item is not a tiercache data set.
     """
     datasets = _alike(datasets, "concat")
     parts = [dataset.source for dataset in datasets]
@@ -390,21 +417,23 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
 
 
 def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: Literal["first", "all"] = "first") -> Dataset:
-    """Data sets mixed: of any stretch of records each one has its share of them, by weight.
+    """Return data sets mixed by weight: every range of records holds each data set's share.
 
-    For `tiercache.DataLoader`, natively: each data set is shuffled by itself and has epochs of its own. One that is
-    larger than its share of an epoch goes on where it stopped in the next epoch, a smaller one begins anew. By index,
-    and under other loaders, it is the same first epoch each time, unshuffled: record i is what comes at position i.
+    It is made for `tiercache.DataLoader`, which reads it by its native path: each data set is shuffled by itself and
+    has its own epochs. A data set that is larger than its share of an epoch continues in the next epoch where it
+    stopped; a smaller one starts again. By index, and in other loaders, the mixture is the same unshuffled first epoch
+    each time: record i is the record at position i.
 
     Args:
-        datasets: as for `concat`, each with one record or more.
-        weights: a number above 0 for each; only their ratio counts, taken exactly (a float as its decimal digits).
-        stop: an epoch ends before it would take more records of a data set than that has ("first"), or when each was
-            served whole ("all").
+        datasets: Data sets as for `concat`, each with one record or more.
+        weights: Positive number for each data set. Only their ratio counts, and it is exact (a float stands for its
+            decimal digits).
+        stop: End of an epoch: "first": before any data set would repeat a record; "all": when every data set has been
+            served completely.
 
     Raises:
-        SchemaError, TypeError: as `concat`.
-        ValueError: as `concat`; weights that are none; a data set without records.
+        SchemaError, TypeError: See `concat`.
+        ValueError: See `concat`; or the weights are invalid, or a data set has no records.
     """
     datasets = _alike(datasets, "mix")
     return _over(Mixed([dataset.source for dataset in datasets], tuple(weights), stop), datasets[0])
@@ -418,40 +447,42 @@ def _over(source: Readable, first: Dataset) -> Dataset:
 
 
 def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
-    """Data sets that can be joined. Raises as `concat`."""
+    """Return the data sets as a list after checking that they can be joined. Raises as `concat`."""
     datasets = [] if isinstance(given, Dataset) else list(given)
     if isinstance(given, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
         others = [type(one).__name__ for one in datasets if not isinstance(one, Dataset)]
         found = f"one with a {others[0]}" if others else f"the data set alone: {what}([a, b])"
         raise TypeError(
-            f"{what}() takes a list of tiercache data sets, got {found}; torch's ConcatDataset joins others"
+            f"{what}() takes a list of tiercache data sets, got {found}; use torch's ConcatDataset for other data sets"
         )
     if not datasets:
-        raise ValueError(f"{what}() of no data sets: it takes one or more")
+        raise ValueError(f"{what}() needs one or more data sets, got none")
     for number, dataset in enumerate(datasets):
         if _says_what_records_are(type(dataset)):
-            why = f"data set {number} is a {type(dataset).__name__}, which says itself what a record is"
-            raise ValueError(f"{why}: join them by torch's ConcatDataset")
+            why = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
+            raise ValueError(f"{why}: join such data sets with torch's ConcatDataset")
         if dataset.source.mixture is not None:
-            raise ValueError(f"data set {number} is a mixture: {what}() what it is mixed of")
+            raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
         if dataset.transform != datasets[0].transform:
-            raise ValueError(f"data set {number} has another transform than data set 0: they need the same function")
+            raise ValueError(
+                f"data set {number} and data set 0 have different transforms; all must use the same function"
+            )
         _check_serving(dataset.serving, datasets[0].serving, number)
     return datasets
 
 
 def _check_serving(serving: Serving, first: Serving, number: int) -> None:
-    """Raise SchemaError where a column is served otherwise in data set `number` than in data set 0."""
+    """Raise SchemaError if data set `number` has other output options for a column than data set 0."""
     if serving.names != first.names:
         message = f"data set {number} serves {serving.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
-        raise SchemaError(f"{message}: as_tuple() both", expected=str(first.names), got=str(serving.names))
+        raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(serving.names))
     for argument in (f.name for f in fields(Serving) if f.name != "names"):
         mine, theirs = getattr(first, argument), getattr(serving, argument)
         for column in sorted({*mine, *theirs}):
             if pickle.dumps(mine.get(column)) != pickle.dumps(theirs.get(column)):
                 message = f"data set {number} has {argument}={theirs.get(column)!r}, data set 0 {mine.get(column)!r}"
                 if argument == "cast":
-                    message += "; what is joined is stored as the same dtype too"
+                    message += "; joined columns must also be stored with the same dtype"
                 raise SchemaError(message, column=column, expected=repr(mine.get(column)), got=repr(theirs.get(column)))
 
 

@@ -1,6 +1,6 @@
-"""The limit of open files of this process (RLIMIT_NOFILE, `ulimit -n`): which part open shards may use, and its error.
+"""Limit of open files of this process (RLIMIT_NOFILE, `ulimit -n`): the part that open shards may use, and the error.
 
-The limit is the process's, not a data set's: several data sets, loaders and the user's own files share it.
+The limit belongs to the process: its data sets, its loaders and the user's own files share it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import contextlib
 import errno
 import resource
 
-# The soft limit is raised no further than this: some programs loop over all possible descriptors when they start a
-# child, and the hard limit is 1,048,576 in many containers.
+# Maximum to which the soft limit is raised. Some programs loop over all possible descriptors when they start a child,
+# and in many containers the hard limit is 1,048,576.
 ENOUGH = 65_536
 
 
 def _limits() -> tuple[int, int]:
-    """The soft limit, and the limit that it may be raised to."""
+    """Return the soft limit, and the value that it may be raised to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = ENOUGH if soft == resource.RLIM_INFINITY else soft
     hard = ENOUGH if hard == resource.RLIM_INFINITY else hard
@@ -23,15 +23,15 @@ def _limits() -> tuple[int, int]:
 
 
 def shard_share() -> int:
-    """Number of descriptors that all open shards of this process may hold together; the other half is the user's."""
+    """Return the number of descriptors for all open shards of this process; the other half is left to the user."""
     return _limits()[1] // 2
 
 
 def allow(n_descriptors: int) -> None:
-    """Raise the soft limit towards the hard limit if the share of open shards is smaller than n_descriptors.
+    """Raise the soft limit towards the hard limit if open shards may use fewer than n_descriptors.
 
     Many systems set a soft limit of 1,024 because select(2) cannot use larger descriptors, and leave the hard limit
-    high for programs that do not use it. Child processes inherit the limit.
+    high for programs that do not use select(2). Child processes inherit the limit.
     """
     soft, highest = _limits()
     if n_descriptors > soft // 2:
@@ -39,21 +39,21 @@ def allow(n_descriptors: int) -> None:
 
 
 def raise_limit() -> bool:
-    """Raise the soft limit towards the hard limit. False: it is as high as it may be."""
+    """Raise the soft limit towards the hard limit. Returns False if it is already as high as possible."""
     return _raise_to(*_limits())
 
 
 def _raise_to(soft: int, highest: int) -> bool:
     if soft >= highest:
         return False
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX, whatever the hard limit says
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX, whatever the hard limit is
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         return True
     return False
 
 
 def too_many_open(error: BaseException) -> str:
-    """The limits, and how to raise them, for an error at the limit of open files; "" for any other error."""
+    """Return a message with the limits and how to raise them if the error is EMFILE; "" for any other error."""
     if not isinstance(error, OSError) or error.errno != errno.EMFILE:
         return ""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

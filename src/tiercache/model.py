@@ -1,4 +1,4 @@
-"""Frozen values that cross the borders between layers, and the text forms of sizes and durations."""
+"""Frozen values that cross layer borders, and the text forms of sizes and durations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OWN_FOLDER = "_tiercache/"
-"""Folder of a data set or tier for the objects of tiercache itself: versions, segments, placements, the lock."""
+"""Folder in a data set or tier that holds tiercache's own objects: versions, segments, placements, the lock."""
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -19,17 +19,21 @@ _UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024), ("i", 1024))
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-_MOST_BYTES = 1 << 62  # what SQLite and int64 hold, with room for sums
+_MOST_BYTES = 1 << 62  # fits SQLite and int64, with room for sums
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
 def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
-    """Bytes of a size: an integer, or "8KB", "256MiB", or "80%" where whole_bytes is given.
+    """Return a size in bytes.
+
+    Args:
+        size: Number of bytes, or a text such as "8KB" or "256MiB", or "80%" if whole_bytes is given.
+        whole_bytes: Bytes that 100% stands for; None: percentages are not allowed.
 
     Raises:
-        ValueError: the text is not a size, or it is negative, above 100 %, or more than any disk holds.
-        TypeError: neither int nor str.
+        ValueError: The text is not a size, or the size is negative, above 100 % or above 4 EiB.
+        TypeError: The size is neither int nor str.
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise TypeError(f"a size is an int (bytes) or a str such as '256MiB', got {size!r}")
@@ -39,7 +43,7 @@ def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
         return _possible(size, size)
     if (match := _PERCENT.fullmatch(size)) and whole_bytes is not None:
         if float(match[1]) > 100:
-            raise ValueError(f"not a size: {size!r}; a share is 100% at most")
+            raise ValueError(f"not a size: {size!r}; a percentage is at most 100%")
         return int(whole_bytes * float(match[1]) / 100)
     match = _SIZE.fullmatch(size)
     if match is None or match[2].lower() not in _UNITS:
@@ -49,17 +53,17 @@ def parse_bytes(size: int | str, *, whole_bytes: int | None = None) -> int:
 
 
 def _possible(n_bytes: float, size: int | str) -> int:
-    """The number that a size says, if it may be one."""
+    """Return the size as an int. Raises ValueError if it is above the limit."""
     if n_bytes > _MOST_BYTES:
-        raise ValueError(f"not a size: {size!r}; no disk holds more than 4 EiB")
+        raise ValueError(f"not a size: {size!r}; the maximum is 4 EiB")
     return int(n_bytes)
 
 
 def parse_duration(text: int | float | str) -> float:
-    """Seconds of a duration: a number (seconds), or "30s", "5m", "24h", "7d".
+    """Return a duration in seconds, from a number of seconds or a text such as "30s", "5m", "24h", "7d".
 
     Raises:
-        ValueError: the text is not a duration.
+        ValueError: The text is not a duration.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         return float(text)
@@ -70,10 +74,10 @@ def parse_duration(text: int | float | str) -> float:
 
 
 def parse_bool(value: object) -> bool:
-    """A bool, or the texts true, 1, yes, on, y and their opposites, in any case.
+    """Return the truth value of a bool or of a text: true, 1, yes, on, y and their opposites, in any case.
 
     Raises:
-        ValueError: neither.
+        ValueError: The value is none of these.
     """
     text = str(value).strip().lower()
     if text in ("true", "1", "yes", "on", "y"):
@@ -84,7 +88,7 @@ def parse_bool(value: object) -> bool:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """A size for people: "1.5 MiB"."""
+    """Return a size as text for people: "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(n_bytes) < 1024 or unit == "TiB":
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -105,15 +109,23 @@ class ByteRange:
 
     @property
     def n_bytes(self) -> int:
-        """Its length."""
+        """Length of the range in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a store says of an object; None where it does not say.
+    """Metadata of an object as its store reports it; None for a field that the store does not report.
 
-    modified_s: seconds since the epoch, by the store's clock.
+    Attributes:
+        key: Key of the object.
+        n_bytes: Size of the object.
+        etag: Entity tag.
+        version: Version id of the object.
+        crc32c: Checksum of the whole object.
+        modified_s: Time of the last change by the store's clock, in seconds since the Unix epoch.
+        storage_class: Storage class.
+        restore: State of a restore from archive storage, as the store reports it.
     """
 
     key: str
@@ -128,7 +140,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class ShardIdentity:
-    """What a shard *is*, wherever it lies: the key of every copy. Ids are lower-case hex."""
+    """Identity of a shard, independent of its location; the key of every copy. Ids are lower-case hex."""
 
     dataset_id: str
     shard_id: str
@@ -138,9 +150,17 @@ class ShardIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """A row of a data set's segment: one shard. name: relative to the data set's URL; crc32c: of the whole file.
+    """One shard: a row of a segment of a data set.
 
-    stats_json: per-column statistics as JSON text: {column: {"min":, "max":, "nulls":, "bytes":, "stored":}}.
+    Attributes:
+        name: Key relative to the data set's URL.
+        shard_id: Id of the shard, lower-case hex.
+        n_records: Number of records.
+        n_bytes: Size of the file.
+        crc32c: Checksum of the whole file.
+        footer_offset: Offset of the footer in the file.
+        footer_bytes: Size of the footer.
+        stats_json: Statistics by column as JSON text: {column: {"min":, "max":, "nulls":, "bytes":, "stored":}}.
     """
 
     name: str
@@ -153,19 +173,19 @@ class ShardInfo:
     stats_json: str = "{}"
 
     def identity(self, dataset_id: str) -> ShardIdentity:
-        """The identity that the cache and the tiers key copies by."""
+        """Return the identity by which the cache and the tiers key copies of the shard."""
         return ShardIdentity(dataset_id, self.shard_id, self.n_bytes, self.crc32c)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a source reads of one data set. Equal parts, in equal order, are equal records in equal order.
+    """Records that a source reads from one data set. Equal parts in equal order are equal records in equal order.
 
     Attributes:
-        dataset_id: the same for all versions.
-        version: its number.
-        fingerprint: of the version's contents.
-        selection: hash of which records of it; None: all.
+        dataset_id: Id of the data set, the same for all its versions.
+        version: Number of the version.
+        fingerprint: Fingerprint of the version's contents.
+        selection: Hash of the selected records; None: all records.
     """
 
     dataset_id: str
@@ -175,28 +195,29 @@ class Part:
 
 
 class Keeper(Protocol):
-    """Keeps blocks of a data set that nobody reads yet."""
+    """Owner of prefetched blocks of a source; the source notifies it when the source is closed."""
 
     def forget(self) -> None:
-        """Let go of them. Repeatable, from any thread."""
+        """Release the blocks. May be called repeatedly and from any thread."""
 
 
-# A position in a ReadingPlan that is not reached as far as it looks.
+# Clock value in a ReadingPlan for a read that does not happen within the planned horizon.
 NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadingPlan:
-    """When a job reads each shard, by its own clock: stored bytes of shards read since its epoch began.
+    """When a job reads each shard, by the job's clock: stored bytes of shards read since its epoch began.
 
     Attributes:
-        owner: for people: "rank 0 of 2, epoch 3, seed 7".
-        shards: int64[m], numbers of shards, each once, rising.
-        first: int64[m], the clock when a shard is read first in this epoch; NEVER: not in this epoch.
-        last: int64[m], the clock when it has been read for the last time in this epoch; NEVER with first.
-        then: int64[m], the clock when it is read first in a later epoch; NEVER: not as far as was looked.
-        reader: the same in all epochs of a rank that others read beside: what it reads next stays known for a while
-            after its epoch, though it is gone. Empty: nothing of it stays.
+        owner: Description for people: "rank 0 of 2, epoch 3, seed 7".
+        shards: int64[m], numbers of the shards, each once, ascending.
+        first: int64[m], clock of a shard's first read in this epoch; NEVER if this epoch does not read it.
+        last: int64[m], clock at which a shard has been read for the last time in this epoch; NEVER where `first` is
+            NEVER.
+        then: int64[m], clock of a shard's first read in a later epoch; NEVER if that lies beyond the horizon.
+        reader: Id that is the same in all epochs of a rank if other ranks read the same shards: its next reads stay
+            published for a while after its epoch has ended. Empty: nothing stays published.
     """
 
     owner: str
@@ -208,10 +229,10 @@ class ReadingPlan:
 
 
 class Following(Protocol):
-    """A published ReadingPlan, which others on the machine see while its owner lives. Safe from any thread."""
+    """Published ReadingPlan, visible to other processes of the machine while its owner lives. Safe from any thread."""
 
     def advance(self, clock: int) -> None:
-        """Say how far the job is. Cheap: a write to memory."""
+        """Set the job's clock. The call is cheap: one write to memory."""
 
     def close(self) -> None:
-        """Withdraw it. Repeatable."""
+        """Withdraw the plan. May be called repeatedly."""

@@ -1,6 +1,6 @@
-"""One version of a data set, open for reading: store, cache, segments and shards joined.
+"""One version of a data set, open for reading: its stores, segments and shards.
 
-What the loader knows a data set by.
+The class `OpenedVersion` is the source through which the loader and `Dataset` read a version.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from tiercache.shard.values import ColumnValues
     from tiercache.shard.versions import Version
 
-# Footers of a group are read side by side: their time is round trips.
+# Footers of a shard group are read in parallel: their time is round trips.
 FOOTER_THREADS = 16
-# Block tables are some KiB each; a group has a few dozen shards.
+# A block table takes a few KiB; a shard group has a few dozen shards.
 MAX_TABLES = 4096
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ logger = logging.getLogger("tiercache")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What an opened version is made of: place, number, and names of the columns in order."""
+    """Spec of an opened version: its location, its number, and the names of the columns in order."""
 
     place: Place
     version: int
@@ -71,11 +71,11 @@ class Stored:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As views.Plan.versions."""
+        """See views.Plan.versions."""
         return (self.version,)
 
     def open(self, opened: dict[int, Any]) -> OpenedVersion:
-        """As views.Plan.open."""
+        """See views.Plan.open."""
         found: OpenedVersion | None = opened.get(id(self))
         if found is None:
             found = opened[id(self)] = OpenedVersion(self.place, self.version, self.columns)
@@ -83,10 +83,9 @@ class Stored:
 
 
 class OpenedVersion:
-    """One version of a data set with a choice of columns; implements load.source.Source and views.Readable.
+    """One version of a data set with some of its columns; implements load.source.Source and views.Readable.
 
-    Safe from any thread; after a fork the child opens its own shards. Nothing of a shard is read before it is asked
-    for.
+    Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
 
     def __init__(self, place: Place, version: int | None, columns: Sequence[str] | None) -> None:
@@ -98,7 +97,7 @@ class OpenedVersion:
         self.table: ShardTable = read_shards(self.store, self.manifest)
         self.n_records = int(self.table.first_record[-1])
         self._names = CopyNames(self.manifest, self.table)
-        # Of this version and others, with any columns, while somebody has them: joined views of one share what is open.
+        # Live objects of this and other versions with any columns: joined views of one version share its open shards.
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[Keeper]] = []
         if self.cache is not None:
@@ -108,14 +107,14 @@ class OpenedVersion:
     def _serve(self, columns: Sequence[str], open_shard: Callable[..., ShardReader] = Opener.open) -> None:
         self._schema = self.stored_schema.select(columns)
         self._tables: dict[int, BlockTable] = {}
-        self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns, where they are known
+        self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
         self.plan = Stored(self.place, self.version, self._schema.names)
         self._served = served_columns(self._schema, self.place.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
-        # A function of its own, not a method: a cycle would keep descriptors open until the collector comes by.
+        # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         how = {"verify": self.place.verify, "served": self._served}
         self._footers = Footers()
         opener = Opener(self.store, self.access.tiers, self.table, self.dataset_id, self._footers)
@@ -123,45 +122,45 @@ class OpenedVersion:
 
     @property
     def url(self) -> str:
-        """The data set's, without credentials."""
+        """URL of the data set, without credentials."""
         return self.inner.url
 
     @property
     def dataset_id(self) -> str:
-        """Of the data set, the same for all its versions."""
+        """Id of the data set, the same for all its versions."""
         return self.manifest.dataset_id
 
     @property
     def version(self) -> int:
-        """The version's number."""
+        """Number of the version."""
         return self.manifest.number
 
     @property
     def fingerprint(self) -> str:
-        """Of the version's contents; what resume checks against."""
+        """Fingerprint of the version's contents; a resumed run compares it."""
         return self.manifest.fingerprint
 
     @property
     def schema(self) -> Schema:
-        """The columns that are served, in order, as they are stored: what is cast has another dtype when it is read."""
+        """Served columns, in order, with their stored types; a cast column is served with another dtype."""
         return self._schema
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """This one: a version, of which all records are read."""
+        """One part: this version with all its records."""
         return (Part(self.dataset_id, self.version, self.fingerprint),)
 
     @property
     def listed(self) -> None:
-        """Records are served in stored order."""
+        """None: records are served in stored order."""
 
     @property
     def mixture(self) -> None:
-        """Nothing is mixed."""
+        """None: this is not a mixture."""
 
     @property
     def shard_records(self) -> NDArray[np.int64]:
-        """Records of each shard, int64[n_shards]."""
+        """Number of records of each shard, int64[n_shards]."""
         return self.table.n_records
 
     @property
@@ -171,25 +170,25 @@ class OpenedVersion:
 
     @property
     def first_record(self) -> NDArray[np.int64]:
-        """Number of each shard's first record, and of all records; int64[n_shards + 1]."""
+        """Number of each shard's first record, then the number of all records; int64[n_shards + 1]."""
         return self.table.first_record
 
     @property
     def is_in_stored_order(self) -> bool:
-        """Records are served as they are stored."""
+        """True: records are served in stored order."""
         return True
 
     @property
     def leaves(self) -> tuple[OpenedVersion, ...]:
-        """This one."""
+        """This version alone."""
         return (self,)
 
     def versions(self) -> list[int]:
-        """Numbers of all versions there are, oldest first."""
+        """Return the numbers of all versions of the data set, oldest first."""
         return list_versions(self.inner)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics."""
+        """See Readable.statistics."""
         text = self.table.arrow["statistics"][shard].as_py()
         try:
             return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
@@ -198,15 +197,15 @@ class OpenedVersion:
             segment = self.manifest.segments[int(np.searchsorted(ends, shard, side="right"))]
             name = self.table.names[shard].as_py()
             url = f"{self.store.url}/{segment.key}"
-            raise CorruptShard(f"its row of shard {name!r}: {error}", url=url, part="segment") from error
+            raise CorruptShard(f"invalid statistics of shard {name!r}: {error}", url=url, part="segment") from error
 
     def identity(self, shard: int) -> ShardIdentity:
-        """What the cache keeps the shard's copy by."""
+        """Return the identity by which the cache keeps the shard's copy."""
         return self.table.info(shard).identity(self.dataset_id)
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """The blocks of each of these shards, from their footers, read side by side. Raises as `load`."""
-        tables = self._tables  # which another thread may replace
+        """Return the block table of each of these shards, read from their footers in parallel. Raises as `load`."""
+        tables = self._tables  # local reference: another thread may replace the attribute
         missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
         if len(tables) + len(missing) > MAX_TABLES:
             self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
@@ -217,7 +216,7 @@ class OpenedVersion:
 
     @property
     def is_whole(self) -> bool:
-        """As Source.is_whole."""
+        """See Source.is_whole."""
         return True
 
     def stored_rows(
@@ -227,20 +226,20 @@ class OpenedVersion:
         block: NDArray[np.uint32],  # noqa: ARG002
         row: NDArray[np.uint32],
     ) -> NDArray[np.uint32]:
-        """The rows themselves: all of a block's rows are read."""
+        """Return the rows unchanged: all rows of a block are served."""
         return row
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Blocks of a shard in memory, the columns that are served.
+        """Return blocks of a shard in memory, with the served columns.
 
         Raises:
-            NotFound, StoreError: the store.
-            CorruptShard: damaged bytes, which fetching them again did not cure.
+            NotFound, StoreError: The store failed.
+            CorruptShard: Bytes are damaged, and fetching them again did not help.
         """
         return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """A block as Arrow arrays, the columns that are served, wholly checked. Raises as `load`."""
+        """Return a block as Arrow arrays of the served columns, completely checked. Raises as `load`."""
 
         def read(reader: ShardReader) -> list[pa.Array]:
             loaded = reader.load([block], self.stored_columns)
@@ -249,17 +248,24 @@ class OpenedVersion:
         return self._read(shard, read)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """A record by its number in the data set: a value by column; None: it is not mapped, ask with `values`.
+        """Return a record by its number in the data set, as a dict of values by column.
 
-        Raises IndexError for one that is not there.
+        Returns:
+            None if the record's shard is not mapped; `values` then reads it.
+
+        Raises:
+            IndexError: There is no such record.
         """
         return self._mapped.record(number)
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of records by their numbers in the data set, int64[n], by column.
+        """Return the values of records by column.
 
-        Of all shards at once where they are mapped, else shard by shard. Raises as `load`, and IndexError for a record
-        that is not there.
+        Records of mapped shards are read all at once, others shard by shard. Raises as `load`, and IndexError for a
+        record that does not exist.
+
+        Args:
+            records: int64[n], numbers of the records in the data set.
         """
         if not len(records):
             return none_of(self._schema, self._served)
@@ -271,7 +277,7 @@ class OpenedVersion:
         return join(self._take_all(shards, within), places)
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As `values`, as Arrow arrays. Each block is read once."""
+        """Return the values of records as Arrow arrays; see `values`. Each block is read once."""
         taken: list[list[pa.Array]] = []
         order: list[NDArray[np.int64]] = []
         for shard, where in zip(*self._by_shard(records), strict=True):
@@ -286,55 +292,56 @@ class OpenedVersion:
         return arrow_join(taken, order, self._schema)
 
     def _by_shard(self, records: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
-        """The shards that have these records, and which of the records each has."""
+        """Return the shards that hold these records, and for each shard the indices of its records."""
         shards = np.searchsorted(self.first_record, records, side="right") - 1
         asked: list[int] = np.unique(shards).tolist()
         return asked, [np.flatnonzero(shards == shard) for shard in asked]
 
     def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
-        """None: not all of them can be had from mapped shards; ask shard by shard."""
+        """Return the values of records if all their shards can be mapped, else None."""
         found = self._mapped.take(records)
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
-            # More than can be open at once would push each other out.
+            # More shards than may be open at once would evict each other.
             if len(shards) <= self._readers.capacity and all(map(self._readers.map, shards.tolist())):
                 found = self._mapped.take(records)
         return found
 
     def _take_all(self, shards: Sequence[int], rows: Sequence[NDArray[np.int64]]) -> list[list[ColumnValues]]:
-        """Values of some rows of each of these shards, by column."""
+        """Return values of rows of each of these shards, by column."""
         if len(shards) < 2 or isinstance(self.inner, LocalStore):
             return [self._take(shard, within) for shard, within in zip(shards, rows, strict=True)]
-        # Their time is round trips, as that of footers.
+        # In parallel: as for footers, the time is round trips.
         with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
             return list(pool.map(self._take, shards, rows))
 
     @property
     def is_cached(self) -> bool:
-        """Whether it is read through a cache."""
+        """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """See Source. The segments, which are mapped, are in use as long as it is."""
+        """See Source.publish. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
-        # Asked first: of a cache that is being closed it raises, and then nothing must have been published.
+        # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         following = self.store.publish(*self._names.planned(plan))
         return following if has_room else readers.Letting(following, self._readers, plan)
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched."""
+        """See Source.is_fetched."""
         return self.access.fetcher is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Start fetching what is served of these shards and is not here."""
+        """Start fetching the served columns of these shards where they are not on this machine."""
         fetcher = self.access.fetcher
         if fetcher is None:
             return
-        # One that is open asks for what it needs. If it was refused it is read by ranges to its end: fetched as a whole
-        # where there is room by now, what was read of it would come twice.
+        # An open shard requests what it needs itself. If the cache refused an open shard, the shard is read by ranges
+        # to its end: fetching it as a whole once there is room would transfer the part that was already read a second
+        # time.
         coming = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
         objects = self.table.objects(self.dataset_id, np.array(coming, np.int64))
         for shard, (key, identity) in zip(coming, objects, strict=True):
@@ -342,42 +349,49 @@ class OpenedVersion:
                 fetcher.fetch_ahead(key, identity, self._ranges.get(shard))
 
     def is_at_hand(self, shard: int) -> bool:
-        """Whether the shard is open, and what is served of it lies in a mapping as it is."""
+        """Whether the shard is open and its served columns are mapped in the form in which they are served."""
         return shard in self._readers and self._readers.get(shard).stays_mapped(self.stored_columns)
 
     def heal(self, shard: int) -> bool:
-        """Drop a shard's copy from the cache if it is not what the source sent; True: it was, load it again."""
+        """Verify a shard's local copy and drop it if it differs from the source. Returns True if it did: load again."""
         key, identity = self._object(shard)
         healed = self.access.distrust(key, identity)
-        self._readers.drop(shard)  # also if the copy is right: it may not be the one that was opened, but a newer one
+        self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
         if healed:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
         return healed
 
     def is_near(self, shard: int) -> bool:
-        """Whether what is served of the shard lies on this machine: in a local folder, or in the cache."""
+        """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
         key, identity = self._object(shard)
         is_open = self.is_cached and self.is_at_hand(shard)
         return is_open or self.access.is_near(key, identity, self._ranges.get(shard))
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """See Source."""
+        """See Source.make_ready."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.access.make_ready(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
     def at_versions(self, versions: Sequence[int]) -> OpenedVersion:
-        """The same choice of another version. Raises NotFound, SchemaError (a column is not there)."""
+        """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
         (number,) = versions
         names = self._schema.names
         return self._shared((number, names), lambda: OpenedVersion(self.place, number, names))
 
     def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
-        """The same version with other columns, shards of its own. Raises SchemaError (a column is not there)."""
+        """Return the same version with other columns and its own open shards.
+
+        Raises:
+            SchemaError: A column does not exist.
+        """
         return self._served_otherwise(columns, Opener.open)
 
     def scanning(self, columns: Sequence[str]) -> OpenedVersion:
-        """As `with_columns`, to be read once: what the cache has not is read past it, for it would push others out."""
+        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
+
+        Caching them would evict other shards.
+        """
         return self._served_otherwise(columns, Opener.open_past_cache)
 
     def _served_otherwise(self, columns: Sequence[str], open_shard: Callable[..., ShardReader]) -> OpenedVersion:
@@ -389,14 +403,14 @@ class OpenedVersion:
         return self._shared((tuple(columns), open_shard), make)
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
-        """What somebody has by this key already, or a new one."""
+        """Return the live object with this key, or create it."""
         found = self._kin.get(key)
         return self._kin.setdefault(key, make()) if found is None else found
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Bring what is served of shards into the cache; nothing to do for a local folder.
+        """Fetch the served columns of shards into the cache; for a local folder there is nothing to do.
 
         Raises CacheFull, StoreError, CorruptShard.
         """
@@ -406,14 +420,12 @@ class OpenedVersion:
             self.cache.warm(self.store, wanted, jobs=jobs, ranges=ranges, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
-        """requests, bytes_fetched, cache_hits, cache_misses so far, of this process."""
+        """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
         return self.access.figures()
 
     def close(self) -> None:
-        """Give shards and connections back; shards in use stay good until they are dropped."""
-        for (
-            keeper
-        ) in self._keepers:  # first: what reads ahead would open shards, and begin anew at a store that was closed
+        """Release shards and connections; shards in use stay valid until they are released."""
+        for keeper in self._keepers:  # first: a prefetching loader would open shards again, on a closed store
             found = keeper()
             if found is not None:
                 found.forget()
@@ -421,7 +433,10 @@ class OpenedVersion:
         self.access.close()
 
     def when_closed(self, keeper: Keeper) -> None:
-        """See Source. Of two threads that call it at once one may go unheard: its keeper then keeps until it goes."""
+        """See Source.when_closed.
+
+        If two threads call it at once, one registration may be lost: that loader keeps its blocks until it is deleted.
+        """
         self._keepers = [*(known for known in self._keepers if known() is not None), ref(keeper)]
 
     def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
@@ -437,14 +452,18 @@ class OpenedVersion:
         if isinstance(self.store, CachedStore) and shard not in self._readers:
             info = self.table.info(shard)
             if not self.store.is_here(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
-                # A group's order needs all its footers: some KiB each now, not each shard whole before the first batch.
+                # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
+                # fetching each shard completely before the first batch.
                 footer = read_footer_alone(self.access.placed.by_ranges, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)
 
     def _ranges_of(self, shards: Sequence[int]) -> dict[str, tuple[ByteRange, ...]]:
-        """What is served of shards, by key, where that is less than all; a request for each footer not known yet."""
+        """Return the byte ranges of the served columns by shard key, for shards that are not served whole.
+
+        Reads each footer that is not known yet.
+        """
         found: dict[str, tuple[ByteRange, ...]] = {}
         is_all = len(self.stored_columns) == len(self.stored_schema)
         for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
@@ -458,10 +477,13 @@ class OpenedVersion:
         return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """What read gives; once more where the cache's copy was to blame, or may be another than the one read."""
+        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace.
+
+        The retry is useful if the cache's copy was wrong, or if the copy differs from the one that was read.
+        """
         try:
             return read(self._readers.get(shard))
         except CorruptShard:
             if not self.heal(shard) and self.cache is None:
-                raise  # nobody replaces what was read
+                raise  # without a cache, a retry reads the same bytes
         return read(self._readers.get(shard))

@@ -51,7 +51,7 @@ class TestPack:
         assert done.err.startswith(f"tiercache: error: {data_set}: a data set exists already")
         assert tiercache("pack", tmp_path / "gone", tmp_path / "out", code=1).err.endswith("no such file or folder\n")
         assert "not a size: 'big'" in tiercache("pack", photos, tmp_path / "out", "--shard-size", "big", code=2).err
-        assert "mode is 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
+        assert "mode must be 'create'" in tiercache("pack", photos, tmp_path / "out", "--mode", "x", code=2).err
         assert "No such option" in tiercache("pack", photos, tmp_path / "out", "--shards", "1", code=2).err
 
     def test_ctrl_c_while_it_commits_does_not_say_that_nothing_was_committed(
@@ -62,7 +62,7 @@ class TestPack:
 
         monkeypatch.setattr(packing, "commit", struck)
         said = tiercache("pack", photos, tmp_path / "out", code=130).err
-        assert said.startswith("tiercache: interrupted: while it committed: look whether the version is there")
+        assert said.startswith("tiercache: interrupted: during the commit: check whether the version exists")
         assert said.count("\n") == 1
 
     def test_verbose_adds_the_traceback(self, tiercache, tmp_path):
@@ -189,7 +189,7 @@ class TestExport:
         tiercache("export", data_set, tmp_path / "out.parquet")
         tiercache("export", data_set, tmp_path / "parts")
         for target in ("out.parquet", "parts"):
-            assert "there is a file already" in tiercache("export", data_set, tmp_path / target, code=1).err
+            assert "already" in tiercache("export", data_set, tmp_path / target, code=1).err
             tiercache("export", data_set, tmp_path / target, "--overwrite")
 
     def test_parts_of_a_longer_export_are_not_left_among_those_of_this_one(self, tiercache, data_set, tmp_path):

@@ -219,7 +219,7 @@ def test_a_program_that_draws_a_picture_is_not_run(monkeypatch):
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(subprocess, "Popen", run)
-    with pytest.raises(DecodeError, match="EPS is not decoded"):
+    with pytest.raises(DecodeError, match="EPS is not supported"):
         whole(encode(picture(20, 30), "eps"))
 
 

@@ -14,21 +14,21 @@ import tiercache as tc
 
 WRONG = [
     (ValueError, {"size": 0}, "size must be 1 pixel or more, got 0"),
-    (TypeError, {"size": 2.5}, "size is in whole pixels, got 2.5"),
-    (TypeError, {"size": (3, "4")}, "size is in whole pixels, got '4'"),
+    (TypeError, {"size": 2.5}, "size must be a whole number of pixels, got 2.5"),
+    (TypeError, {"size": (3, "4")}, "size must be a whole number of pixels, got '4'"),
     (ValueError, {"size": (1, 2, 3)}, "size is an int, .* got"),
     (ValueError, {"size": "22"}, "size is an int, .* got '22'"),
-    (ValueError, {"size": 8, "crop": "middle"}, "crop is one of 'center', 'random', got 'middle'"),
-    (ValueError, {"size": 8, "dtype": "int64"}, "dtype is one of 'uint8', .* got 'int64'"),
-    (ValueError, {"size": 8, "layout": "NCHW"}, "layout is one of 'CHW', 'HWC'"),
-    (ValueError, {"size": 8, "dct": "float"}, "dct is one of 'accurate', 'fast', got 'float'"),
-    (ValueError, {"size": 8, "resize_in": "yuv"}, "resize_in is one of 'rgb', 'ycbcr', got 'yuv'"),
-    (ValueError, {"size": None, "resize_in": "ycbcr"}, "resize_in='ycbcr' needs a size: whole pictures are not"),
+    (ValueError, {"size": 8, "crop": "middle"}, "crop must be one of 'center', 'random', got 'middle'"),
+    (ValueError, {"size": 8, "dtype": "int64"}, "dtype must be one of 'uint8', .* got 'int64'"),
+    (ValueError, {"size": 8, "layout": "NCHW"}, "layout must be one of 'CHW', 'HWC'"),
+    (ValueError, {"size": 8, "dct": "float"}, "dct must be one of 'accurate', 'fast', got 'float'"),
+    (ValueError, {"size": 8, "resize_in": "yuv"}, "resize_in must be one of 'rgb', 'ycbcr', got 'yuv'"),
+    (ValueError, {"size": None, "resize_in": "ycbcr"}, "resize_in='ycbcr' needs a size"),
     (TypeError, {"size": 8, "flip": 0.5}, "flip is True or False, got 0.5"),
     (ValueError, {"size": 8, "resize": 7}, "resize must be 8 or more"),
     (ValueError, {"size": (8, 12), "resize": 10}, "resize must be 12 or more"),
-    (ValueError, {"size": 8, "resize": 9, "crop": "random"}, "resize=9 is for crop='center'"),
-    (ValueError, {"size": None, "resize": 9}, "size=None gives whole pictures"),
+    (ValueError, {"size": 8, "resize": 9, "crop": "random"}, "resize=9 applies only to crop='center'"),
+    (ValueError, {"size": None, "resize": 9}, "size=None returns whole images"),
     (ValueError, {"size": None, "crop": "random"}, "crop='random' needs a size"),
     (ValueError, {"size": 8, "scale": (0, 1)}, "scale is a pair"),
     (ValueError, {"size": 8, "scale": (0.5, 2)}, "at most 1"),
@@ -53,7 +53,7 @@ def test_equal_options_are_equal_however_they_are_given():
 def test_the_shape_of_a_result_is_known_where_there_is_a_size():
     assert tc.DecodeImage((8, 12)).batch_shape == (3, 8, 12)
     assert tc.DecodeImage((8, 12), layout="HWC").batch_shape == (8, 12, 3)
-    with pytest.raises(ValueError, match="no common size"):
+    with pytest.raises(ValueError, match="no common shape"):
         _ = tc.DecodeImage(None).shape
 
 

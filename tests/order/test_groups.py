@@ -99,7 +99,7 @@ def test_a_part_that_begins_anew_again_and_again_is_in_use_throughout(mixed: Mix
 def test_a_stream_that_there_is_not_is_refused():
     data = Shards([[(3, 10)]], [10])
     order = EpochOrder(data.layout, OrderOptions(1, True, None, None), 0)
-    with pytest.raises(ValueError, match="stream 1 of 1"):
+    with pytest.raises(ValueError, match="there is no stream 1: the order has 1"):
         order.groups(1)
     with pytest.raises(ValueError, match="stream 1"):
         ListedOrder(data.layout, np.arange(3), None).groups(1)

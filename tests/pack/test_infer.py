@@ -34,14 +34,16 @@ def test_a_list_that_is_missing_somewhere_is_nullable():
 
 
 def test_scalars_that_do_not_go_together_are_an_error_that_says_where():
-    with pytest.raises(SchemaError, match=r"column 'a': line 2: expected int64 as before, got str; say its type"):
+    with pytest.raises(
+        SchemaError, match=r"column 'a': line 2: expected int64 as in earlier records, got str; specify its type"
+    ):
         infer({"a": 1}, {"a": "x"})
-    with pytest.raises(SchemaError, match="expected bool as before, got int64"):
+    with pytest.raises(SchemaError, match="expected bool as in earlier records, got int64"):
         infer({"a": True}, {"a": None}, {"a": 1})
 
 
 def test_nothing_but_nulls_has_no_type():
-    with pytest.raises(SchemaError, match="column 'a': nothing but nulls in the first 2 records"):
+    with pytest.raises(SchemaError, match="column 'a': only nulls in the first 2 records"):
         infer({"a": None}, {})
 
 

@@ -268,7 +268,7 @@ class PackLife(VerbLife):
 
     def left(self, said: str) -> Iterator[str]:
         is_committed = self._n_records() != self._n_before
-        if is_committed and "look whether the version is there" not in said and "is committed" not in said:
+        if is_committed and "check whether the version exists" not in said and "is committed" not in said:
             yield f"it was committed, and it said {said!r}"
         files = [path for path in (self.here / "out").rglob("*") if path.is_file()]
         if not is_committed and "look" not in said and len(files) != self._n_files:

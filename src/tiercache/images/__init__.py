@@ -1,1 +1,5 @@
-"""Pictures: what to make of them, which part to cut out, and decoding into the caller's memory."""
+"""Image decoding: options, crop planning, and decoding into the caller's memory.
+
+`options` holds `DecodeImage`, `crop` plans the crop, `decoder` (with `planes`) decodes, `values` decodes columns of
+records read by index.
+"""

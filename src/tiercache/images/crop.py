@@ -1,7 +1,7 @@
-"""Which part of a picture is shown: pure, from its size, the options and some random numbers to a frozen plan.
+"""Crop planning: a pure function from an image's size, the options and random numbers to a frozen plan.
 
-Random numbers are drawn before a picture's size is known, so many for every picture whether they are needed or not: the
-numbers of position p are a function of key and p alone.
+The random numbers are drawn before the image's size is known. Each image uses the same count, needed or not, so that
+the numbers of position p depend only on the key and p.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
 
     from tiercache.images.options import DecodeImage
 
-# As torchvision's RandomResizedCrop: so many attempts at an area and a shape that fit, then the middle.
+# As in torchvision's RandomResizedCrop: number of attempts at an area and an aspect ratio that fit, before a center
+# crop.
 ATTEMPTS = 10
-# Two numbers an attempt, two for the place, one for the flip, and one that makes whole blocks of Philox (4 numbers).
+# Two numbers per attempt, two for the place, one for the flip, and one that fills up whole Philox blocks of 4 numbers.
 N_DRAWS = 24
 _PLACE, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 2
-# What libjpeg makes of a picture while it decodes it; its other scales (7/8, 5/8, ...) are slower than a full decode.
+# Scales at which libjpeg decodes faster; its other scales (7/8, 5/8, ...) are slower than a full decode.
 REDUCTIONS = (8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class CropPlan:
-    """A box of a picture, and what it becomes.
+    """Box of an image, and its size in the result.
 
-    top, left, height, width: of the box, in pixels of the picture, not always whole ones; out_height, out_width:
-    pixels that it is resized to; flip: mirror it.
+    Attributes:
+        top, left, height, width: Box in pixels of the image; the values may be fractions.
+        out_height, out_width: Size that the box is resized to, in pixels.
+        flip: Whether the result is mirrored horizontally.
     """
 
     top: float
@@ -48,28 +51,29 @@ class CropPlan:
 
     @property
     def reduction(self) -> int:
-        """By what a decoder may shrink the picture first, with the box still as large as the result: 1, 2, 4 or 8."""
+        """Factor 1, 2, 4 or 8 by which the decoder may shrink the image: the box stays as large as the result."""
         fits = (k for k in REDUCTIONS if self.height >= k * self.out_height and self.width >= k * self.out_width)
         return next(fits, 1)
 
     def pixels(self, picture: tuple[int, int], decoded: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The box as (top, bottom, left, right) of the decoded picture, whole pixels, at least one.
+        """Return the box as (top, bottom, left, right) of the decoded image, in whole pixels, at least 1 x 1.
 
         Args:
-            picture: (height, width) that the plan was made for.
-            decoded: (height, width) that the decoder made of it.
+            picture: (height, width) of the image that the plan was made for.
+            decoded: (height, width) of the decoded image.
         """
         rows = _edges(self.top, self.height, picture[0], decoded[0])
         return *rows, *_edges(self.left, self.width, picture[1], decoded[1])
 
 
 def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
-    """What of a picture of height x width pixels is shown.
+    """Return the crop of an image.
 
     Args:
-        height, width: of the picture, 1 or more.
-        options: crop, size, resize, scale, ratio, flip.
-        draws: N_DRAWS numbers in [0, 1); none are looked at where nothing is random.
+        height: Height of the image in pixels, 1 or more.
+        width: Width of the image in pixels, 1 or more.
+        options: Options of which crop, size, resize, scale, ratio and flip are used.
+        draws: N_DRAWS random numbers in [0, 1); not read if nothing is random.
     """
     flip = options.flip and draws[_FLIP] < 0.5
     if options.size is None:
@@ -87,15 +91,19 @@ def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[flo
 
 
 def draw_key(seed: int, epoch: int) -> bytes:
-    """The key of an epoch's draws."""
+    """Return the key of an epoch's random numbers."""
     return derive_key(seed, "images", epoch)
 
 
 def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]]) -> NDArray[np.float64]:
-    """float64[n, N_DRAWS] in [0, 1) of the positions of some half-open runs, in order.
+    """Return the random numbers of positions, float64[n, N_DRAWS] in [0, 1).
 
-    Philox 4x64 with the key, position p having the counters from p * N_DRAWS / 4 on. Part of what makes a run
-    repeatable: stable for ever.
+    They are Philox 4x64 numbers with the key; position p has the counters from p * N_DRAWS / 4 on. A run is repeatable
+    only if this never changes.
+
+    Args:
+        key: Key of the epoch, from draw_key().
+        runs: Half-open ranges of positions, in order.
     """
     number = int.from_bytes(key, "little")
     words = [
@@ -107,7 +115,7 @@ def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]]) -> NDArray[np.float
 
 
 def fresh_draws(n: int) -> NDArray[np.float64]:
-    """float64[n, N_DRAWS] in [0, 1) from torch's generator if torch is imported, else from numpy's global one."""
+    """Return float64[n, N_DRAWS] in [0, 1) from torch's generator if torch is imported, else from numpy's."""
     torch = sys.modules.get("torch")
     if torch is None:
         return np.random.random((n, N_DRAWS))
@@ -118,7 +126,7 @@ def fresh_draws(n: int) -> NDArray[np.float64]:
 def _random_box(
     height: int, width: int, options: DecodeImage, draws: Sequence[float]
 ) -> tuple[float, float, float, float]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop draws it."""
+    """Return (top, left, height, width) as torchvision's RandomResizedCrop draws it."""
     area = height * width
     (smallest, largest), (narrow, wide) = options.scale, options.ratio
     log_narrow, log_wide = math.log(narrow), math.log(wide)

@@ -1,7 +1,8 @@
-"""Decoding: from encoded bytes to a picture in the caller's memory.
+"""Decoder of encoded images into the caller's memory.
 
-JPEG by simplejpeg (libjpeg-turbo) or as planes by libturbojpeg, PNG and WebP by OpenCV, everything else by Pillow;
-resized by OpenCV. All of them drop the GIL. docs/design/2026-11-25-images.md has the figures that chose them.
+It decodes JPEG by simplejpeg (libjpeg-turbo) or as planes by libturbojpeg, PNG and WebP by OpenCV, other formats by
+Pillow, and resizes by OpenCV. All of them release the GIL. docs/design/2026-11-25-images.md holds the measurements
+behind this choice.
 """
 
 from __future__ import annotations
@@ -24,31 +25,34 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
 
 _LIBRARIES = {"simplejpeg": "simplejpeg", "cv2": "opencv-python-headless", "PIL.Image": "pillow"}
-# The others (CMYK, YCCK) are read by Pillow. So is every picture that the fast library refuses or warns of: Pillow
-# reads past stray bytes and some damage, as torchvision does (ImageNet has such files), and where it does not it says
-# why.
+# Pillow reads the other colour spaces (CMYK, YCCK), and every image that the fast library refuses or warns about:
+# Pillow accepts stray bytes and some damage, as torchvision does (ImageNet has such files), and reports what is wrong
+# otherwise.
 _JPEG_SPACES = ("Gray", "YCbCr", "RGB")
-# Beyond it Pillow sees a decompression bomb (or a damaged header, which would take minutes to fill with grey): it is
-# left to Pillow, whose limit a user can lift.
+# Above this size Pillow reports a decompression bomb (or the header is damaged, and filling the image with grey would
+# take minutes): such an image is left to Pillow, whose limit a user can raise.
 MAX_PIXELS = 2 * 89_478_485
-# Of scratch memory that a decoder keeps: pictures of 22 million pixels. A single one of the largest would leave half a
-# GiB in each thread.
+# Maximum scratch memory that a decoder keeps: images of 22 million pixels. One of the largest images would otherwise
+# leave 0.5 GiB in each thread.
 MAX_KEPT_BYTES = 64 << 20
-# Linear interpolation reads 2 x 2 pixels, so beyond this it skips some; INTER_AREA reads all, at 8 times the price
-# (828 against 95 us for 375 x 375 to 224 x 224 here).
+# Linear interpolation reads 2 x 2 pixels, so beyond this factor it skips pixels. INTER_AREA reads all of them, at 8
+# times the cost (828 us instead of 95 us for 375 x 375 to 224 x 224).
 MAX_LINEAR_SHRINK = 2.0
 _STORED = {"uint8": "u1", "float32": "f4", "float16": "f2", "bfloat16": "u2"}
 
 
 class DecodeError(ValueError):
-    """Bytes that are no picture, or a damaged one; the text is what the decoder said."""
+    """The bytes are not an image, or a damaged one; the text is the decoder's message."""
 
 
 class Decoder:
-    """Decodes pictures as some options say. Owns scratch memory that grows to the largest picture: one thread.
+    """Decodes images as the options say. Owns scratch memory that grows to the largest image; for use by one thread.
+
+    Args:
+        options: Options of the column.
 
     Raises:
-        ModuleNotFoundError: a library of the extra `images` is missing, or what options.resize_in needs.
+        ModuleNotFoundError: A library of the extra `images` is missing, or the library that options.resize_in needs.
     """
 
     def __init__(self, options: DecodeImage) -> None:
@@ -62,15 +66,16 @@ class Decoder:
         self._table = _table_of(options.dtype)
 
     def decode_into(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> None:
-        """Decode a picture into out.
+        """Decode an image into out.
 
         Args:
-            data: encoded bytes, any contiguous buffer; not kept.
-            draws: as plan_crop takes them.
-            out: C-contiguous options.batch_shape, of `stored_dtype(options.dtype)`, owned by the caller.
+            data: Encoded bytes, any contiguous buffer; no reference is kept.
+            draws: Random numbers, see plan_crop.
+            out: C-contiguous array of shape options.batch_shape and dtype `stored_dtype(options.dtype)`, owned by the
+                caller.
 
         Raises:
-            DecodeError: not a picture that can be decoded; out may hold anything then.
+            DecodeError: The image cannot be decoded; the contents of out are then undefined.
         """
         if self._options.resize_in == "ycbcr" and self._decode_planes(data, draws, out):
             return
@@ -78,7 +83,7 @@ class Decoder:
         self._render(picture, plan, size, out)
 
     def decode(self, data: Any, draws: Sequence[float]) -> NDArray[Any]:
-        """Decode a picture into new memory: of any size where options.size is None. Raises DecodeError."""
+        """Decode an image into new memory, of the image's own size if options.size is None. Raises DecodeError."""
         if self._options.size is not None:
             out = np.empty(self._options.batch_shape, stored_dtype(self._options.dtype))
             self.decode_into(data, draws, out)
@@ -91,7 +96,10 @@ class Decoder:
         return out
 
     def _picture(self, data: Any, draws: Sequence[float]) -> tuple[NDArray[np.uint8], CropPlan, tuple[int, int]]:
-        """(decoded picture uint8[h, w, 3], maybe reduced and in scratch memory; the plan; the picture's own size)."""
+        """Return the decoded image, its plan and its own size (height, width).
+
+        The image is uint8[h, w, 3]; it may be reduced, and may lie in scratch memory.
+        """
         if _is_jpeg(data):
             size, space = self._jpeg_header(data)
             if space in _JPEG_SPACES:
@@ -99,7 +107,7 @@ class Decoder:
                 picture = self._decode_jpeg(data, size, plan.reduction)
                 if picture is not None:
                     return picture, plan, size
-        picture = None  # from here on what is not None is whole
+        picture = None  # from here on, an image that is not None has its full size
         if 0 < declared_pixels(data) <= MAX_PIXELS:
             picture = self._decode_cv2(data)
         if picture is None:
@@ -108,15 +116,15 @@ class Decoder:
         return picture, plan_crop(*size, self._options, draws), size
 
     def _jpeg_header(self, data: Any) -> tuple[tuple[int, int], str]:
-        """((height, width), colour space); the space is "" where Pillow is to read it."""
+        """Return ((height, width), colour space); the colour space is "" if Pillow must read the image."""
         try:
             height, width, space, _ = self._jpeg.decode_jpeg_header(data, strict=False)
-        except (ValueError, KeyError):  # KeyError: the sampling
+        except (ValueError, KeyError):  # KeyError: unknown chroma subsampling
             return (0, 0), ""
         return (height, width), space if height * width <= MAX_PIXELS else ""
 
     def _decode_jpeg(self, data: Any, size: tuple[int, int], reduction: int) -> NDArray[np.uint8] | None:
-        """The picture, reduced; None where there is something wrong with it."""
+        """Return the image, reduced; None if the decoder rejects it."""
         height, width = (-(-side // reduction) for side in size)
         n_bytes = height * width * 3
         scratch = _grown(self._scratch, n_bytes)
@@ -142,7 +150,11 @@ class Decoder:
         return picture
 
     def _decode_planes(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> bool:
-        """Whether data is a JPEG whose planes can be resized before they become RGB, and was decoded into out."""
+        """Decode data into out if it is a JPEG whose planes can be resized before they become RGB.
+
+        Returns:
+            Whether out was written completely.
+        """
         if not _is_jpeg(data):
             return False
         encoded = np.frombuffer(data, np.uint8)
@@ -165,7 +177,7 @@ class Decoder:
         return True
 
     def _render(self, picture: NDArray[np.uint8], plan: CropPlan, size: tuple[int, int], out: NDArray[Any]) -> None:
-        """Cut, resize, mirror, and bring to out's layout and dtype."""
+        """Crop, resize, mirror, and convert to out's layout and dtype."""
         top, bottom, left, right = plan.pixels(size, (picture.shape[0], picture.shape[1]))
         is_direct = self._options.layout == "HWC" and self._options.dtype == "uint8"
         shown = out if is_direct else self._room(plan)
@@ -173,7 +185,7 @@ class Decoder:
         self._finish(shown, plan, out)
 
     def _room(self, plan: CropPlan) -> NDArray[np.uint8]:
-        """Scratch memory for a result before it is brought to out's layout and dtype, uint8[h, w, 3]."""
+        """Return scratch memory uint8[h, w, 3] for a result before it is converted to out's layout and dtype."""
         n_bytes = plan.out_height * plan.out_width * 3
         scaled = _grown(self._scaled, n_bytes)
         self._scaled = _kept(scaled, self._scaled)
@@ -189,17 +201,17 @@ class Decoder:
         self._cv2.resize(box, (width, height), out, interpolation=how)
 
     def _finish(self, shown: NDArray[np.uint8], plan: CropPlan, out: NDArray[Any]) -> None:
-        """Mirror, and bring to out's layout and dtype."""
+        """Mirror the result, and convert it to out's layout and dtype."""
         if plan.flip:
             self._cv2.flip(shown, 1, shown)
         if shown is not out:
             self._convert(shown, out)
 
     def _convert(self, shown: NDArray[np.uint8], out: NDArray[Any]) -> None:
-        """uint8[h, w, 3] to out's layout and dtype."""
+        """Convert uint8[h, w, 3] to out's layout and dtype."""
         cv2, source = self._cv2, shown
         if self._options.layout == "CHW":
-            # A transposed numpy copy takes 45 us where this takes 7.
+            # cv2.split takes 7 us, a transposed numpy copy 45 us.
             source = out
             if self._table is not None:
                 planes = _grown(self._planes, out.size)
@@ -212,19 +224,23 @@ class Decoder:
             return
         if out.dtype == np.float32:
             np.multiply(source, np.float32(1 / 255), out=out, dtype=np.float32)
-        else:  # 45 us here; numpy's own conversion takes 200
+        else:  # a table lookup takes 45 us, numpy's own conversion 200 us
             rows = out.shape[0] * out.shape[1]
             cv2.LUT(source.reshape(rows, -1), self._table.reshape(1, 256), out.view(np.uint16).reshape(rows, -1))
 
 
 def load_libraries(options: DecodeImage) -> tuple[Any, Any, Any]:
-    """simplejpeg, cv2, PIL.Image; what options need beside them too. Raises ModuleNotFoundError saying what to do."""
+    """Return the modules simplejpeg, cv2 and PIL.Image, and check that libturbojpeg is there if the options need it.
+
+    Raises:
+        ModuleNotFoundError: A library is missing; the message says how to install it.
+    """
     found = []
     for module, distribution in _LIBRARIES.items():
         try:
             found.append(import_module(module))
         except ModuleNotFoundError as error:
-            message = f"decoding pictures needs {distribution}, which is not installed: pip install 'tiercache[images]'"
+            message = f"decoding images needs {distribution}, which is not installed: pip install 'tiercache[images]'"
             raise ModuleNotFoundError(message, name=error.name) from error
     if options.resize_in == "ycbcr":
         load_turbojpeg()
@@ -232,10 +248,15 @@ def load_libraries(options: DecodeImage) -> tuple[Any, Any, Any]:
 
 
 def _are_planes_enough(plan: CropPlan, box: tuple[int, int, int, int]) -> bool:
-    """Whether resized planes show what the resized picture would, for less work. box: top, bottom, left, right.
+    """Return whether resizing the planes gives the same image as resizing RGB, for less work.
 
-    At a half libjpeg decodes chroma at luma's size: nothing would be left out. Where the picture is averaged chroma, of
-    which there is less, would be sampled. What is not resized has its exact pixels the usual way.
+    At a reduction of 2 or more libjpeg decodes chroma at luma's size: nothing would be saved. If the image is averaged
+    (INTER_AREA), chroma, which has fewer pixels, would be sampled instead. An image that is not resized gets its exact
+    pixels from the RGB path.
+
+    Args:
+        plan: Crop of the image.
+        box: (top, bottom, left, right) in pixels.
     """
     height, width = box[1] - box[0], box[3] - box[2]
     shrink = max(height / plan.out_height, width / plan.out_width)
@@ -248,31 +269,32 @@ def _is_jpeg(data: Any) -> bool:
 
 
 def stored_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype that elements are written as: uint16 holds the bits of bfloat16, which numpy has not."""
+    """Return the numpy dtype of the elements that are written; uint16 holds the bits of bfloat16, which numpy lacks."""
     return np.dtype(_STORED[dtype])
 
 
 def _table_of(dtype: str) -> NDArray[Any] | None:
-    """What 0, 1, ... 255 become, [256]: bits of 16-bit floats as uint16; None for uint8.
+    """Return the values of 0, 1, ... 255, [256]; 16-bit floats as uint16 bits; None for uint8.
 
-    Computed in float32 and then rounded, as torch does: equal to torchvision's ToDtype(scale=True) bit for bit.
+    Values are computed in float32 and then rounded, as torch does: they equal torchvision's ToDtype(scale=True) bit for
+    bit.
     """
     if dtype == "uint8":
         return None
     values = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
     if dtype == "float16":
         return values.astype(np.float16).view(np.uint16)
-    if dtype == "bfloat16":  # the upper half of the bits, rounded to the nearest, halves to even
+    if dtype == "bfloat16":  # the upper 16 bits, rounded to nearest even
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return values
 
 
 def _grown(memory: NDArray[np.uint8], n_bytes: int) -> NDArray[np.uint8]:
-    """Memory, or more; never on a multiple of 32.
+    """Return the memory, or new memory of at least n_bytes that does not start on a multiple of 32.
 
-    Rows that begin there libjpeg-turbo writes past the caches (vmovntdq, where there is AVX2), and they are read at
-    once: 512x384 decoded and resized to 224 took 674 us instead of 584, 256x256 232 instead of 208.
+    If rows start on a multiple of 32, libjpeg-turbo writes past the CPU caches (vmovntdq, with AVX2), although they are
+    read at once: decoding 512x384 and resizing to 224 took 674 us instead of 584 us.
     """
     if memory.size >= n_bytes:
         return memory
@@ -286,7 +308,7 @@ def _kept(memory: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.ui
 
 
 def declared_pixels(data: Any) -> int:
-    """Width times height by the header of a PNG or a WebP; 0 for what is neither, or too short to say."""
+    """Return width times height from the header of a PNG or WebP; 0 for other formats or a header that is too short."""
     head = bytes(memoryview(data)[:30])
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
         width, height = struct.unpack_from(">II", head, 16)
@@ -303,18 +325,18 @@ def declared_pixels(data: Any) -> int:
 
 
 def _decode_pillow(pillow: Any, data: Any) -> NDArray[np.uint8]:
-    # What Pillow's readers are known to raise for damaged files: they are many, and each has its own way. And its
-    # warnings, where the user has made errors of them.
+    # Exceptions that Pillow's readers raise for damaged files (each reader has its own), and Pillow's warnings if the
+    # user has turned them into errors.
     errors = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            if image.format == "EPS":  # a program: Pillow would start Ghostscript to run it
-                raise ValueError("EPS is not decoded: it is a program that draws a picture, not a picture")
-            if image.mode.startswith("I;16"):  # Pillow would clip
+            if image.format == "EPS":  # Pillow would start Ghostscript to run the program in it
+                raise ValueError("EPS is not supported: an EPS file is a program that draws an image")
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except import_module("PIL").UnidentifiedImageError as error:
         start = bytes(memoryview(data)[:12])
-        raise DecodeError(f"no picture in a format that is known here: it starts with {start!r}") from error
+        raise DecodeError(f"not an image in a supported format: it starts with {start!r}") from error
     except (*errors, Warning, pillow.DecompressionBombError) as error:
         raise DecodeError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""How pictures of a column are decoded: plain values, checked when they are given."""
+"""Options for decoding the images of a column: plain values, checked on creation."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ ResizeIn = Literal["rgb", "ycbcr"]
 
 @dataclass(frozen=True, slots=True)
 class DecodeImage:
-    """How the pictures of a column are decoded: `Dataset(url, decode={"image": tc.DecodeImage(224)})`.
+    """How the images of a column are decoded: `Dataset(url, decode={"image": tc.DecodeImage(224)})`.
 
-    A picture comes as RGB, whatever it is stored as: grey is repeated, alpha dropped, of 16 bits the upper 8 are taken,
-    CMYK is converted as Pillow does. An EXIF orientation is not applied, as torchvision and Pillow do not by default.
+    Every result is RGB: grey is repeated, alpha is dropped, the upper 8 of 16 bits are kept, and CMYK is converted as
+    Pillow does. An EXIF orientation is not applied, as by default in torchvision and Pillow.
 
-    What is random (the crop, the flip) is keyed by (seed, epoch, position in the epoch) in a loader: the same after a
-    resume and for any number of ranks and threads, and one draw for all columns of a record, so that an image and its
-    depth map are cut alike. `dataset[i]` draws from torch's generator if torch is imported, else from numpy's global
-    one.
+    In a loader, random values (of the crop and the flip) are keyed by (seed, epoch, position in the epoch): they are
+    the same after a resume and for any number of ranks and threads. All columns of a record share them, so that an
+    image and its depth map are cropped alike. `dataset[i]` draws from torch's generator if torch is imported, else from
+    numpy's global one.
 
     Attributes:
-        size: of the result, pixels: an int for a square, (height, width), or None: whole pictures of whatever size, a
-            list of tensors.
-        crop: "center": the shorter side is resized to `resize`, then the middle is cut out; "random": torchvision's
+        size: Size of the result in pixels: an int for a square, or (height, width). None: whole images of any size,
+            served as a list of tensors.
+        crop: "center": the shorter side is resized to `resize`, then the center is cut out. "random": torchvision's
             RandomResizedCrop.
-        resize: of "center", pixels; at least the longer side of `size`, which is what None means.
-        scale: of "random", smallest and largest share of the picture's area.
-        ratio: of "random", smallest and largest width by height, log-uniform.
-        flip: mirror every second picture, at random.
-        dtype: "uint8", 0 to 255; "float32", "float16" or "bfloat16", 0 to 1, as torchvision's ToDtype(scale=True).
+        resize: Shorter side before a "center" crop, in pixels; at least the longer side of `size`, which is also the
+            default (None).
+        scale: Smallest and largest fraction of the image's area for a "random" crop.
+        ratio: Smallest and largest width / height for a "random" crop, log-uniform.
+        flip: Whether to mirror images horizontally with probability 0.5.
+        dtype: "uint8" for values 0 to 255; "float32", "float16" or "bfloat16" for 0 to 1, as torchvision's
+            ToDtype(scale=True).
         layout: "CHW" or "HWC".
-        dct: libjpeg-turbo's transform of a JPEG: "accurate" (JDCT_ISLOW), as Pillow and torchvision take; "fast"
-            (JDCT_IFAST), as FFCV takes, and TensorFlow by default: less work, for pixels that differ by 1 of 255 on
-            average, by more at qualities above 90. JPEGs that are left to Pillow (CMYK, damaged ones) are decoded
-            accurately. At a half, a quarter or an eighth of its size a JPEG has other transforms, which "fast" does not
-            change but for the colours of 4:2:0 at a half.
-        resize_in: what of a JPEG is resized: "rgb", the decoded picture; "ycbcr", its planes as they are stored, which
-            become RGB at the size of the result: less work wherever chroma is stored at less than luma (nearly
-            everywhere), for pixels that differ by less than 1 of 255 on average. Crops are then widened to whole pixels
-            of chroma, by 1 pixel at most in 4:2:0. Needs the system's libturbojpeg; what is no such JPEG, or is decoded
-            at a half of its size or less, or not resized at all, comes as by "rgb".
+        dct: Inverse DCT of libjpeg-turbo for JPEGs: "accurate" (JDCT_ISLOW), as in Pillow and torchvision; "fast"
+            (JDCT_IFAST), as in FFCV and by default in TensorFlow: less work, with pixels that differ by 1 of 255 on
+            average, and by more at qualities above 90. JPEGs that Pillow reads (CMYK, damaged ones) are decoded
+            accurately. JPEGs decoded at a half, a quarter or an eighth of their size use other transforms, which "fast"
+            does not change, except for the colours of 4:2:0 at a half.
+        resize_in: Form in which a JPEG is resized: "rgb": the decoded image. "ycbcr": its planes as stored, which are
+            converted to RGB at the size of the result: less work if chroma has a lower resolution than luma (nearly
+            always), with pixels that differ by less than 1 of 255 on average. Crops are then widened to whole chroma
+            pixels, by at most 1 pixel in 4:2:0. Needs the system's libturbojpeg. Other images, and images that are
+            decoded at a half of their size or less or are not resized, are the same as with "rgb".
 
     Raises:
-        ValueError, TypeError: naming the argument, what it takes and what was given.
+        ValueError, TypeError: An argument is invalid; the message names it, the expected and the given value.
     """
 
     size: int | tuple[int, int] | None
@@ -64,7 +66,7 @@ class DecodeImage:
     resize_in: ResizeIn = "rgb"
 
     def __post_init__(self) -> None:
-        """Check the values and bring them to one form: size as (height, width), dtype as a str."""
+        """Check the values and normalise them: size to (height, width), dtype to a str."""
         _choice("crop", self.crop, get_args(Crop))
         _choice("layout", self.layout, get_args(Layout))
         _choice("dct", self.dct, get_args(Dct))
@@ -77,19 +79,19 @@ class DecodeImage:
         object.__setattr__(self, "scale", _span("scale", self.scale))
         object.__setattr__(self, "ratio", _span("ratio", self.ratio))
         if self.scale[1] > 1:
-            raise ValueError(f"scale is a share of the picture's area, at most 1, got {self.scale}")
+            raise ValueError(f"scale is a fraction of the image's area, at most 1, got {self.scale}")
         self._check_resize()
 
     def _check_resize(self) -> None:
         if self.size is None and self.crop == "random":
-            raise ValueError("crop='random' needs a size: a crop of any size is resized to it")
+            raise ValueError("crop='random' needs a size: every crop is resized to it")
         if self.size is None and self.resize_in != "rgb":
-            raise ValueError(f"resize_in={self.resize_in!r} needs a size: whole pictures are not resized")
+            raise ValueError(f"resize_in={self.resize_in!r} needs a size: with size=None images are not resized")
         if self.resize is None:
             return
         if self.size is None or self.crop == "random":
-            why = "size=None gives whole pictures" if self.size is None else "crop='random' resizes what it cuts out"
-            raise ValueError(f"resize={self.resize!r} is for crop='center': {why}")
+            why = "size=None returns whole images" if self.size is None else "crop='random' resizes the crop to size"
+            raise ValueError(f"resize={self.resize!r} applies only to crop='center': {why}")
         object.__setattr__(self, "resize", _pixels("resize", self.resize))
         if self.resize < max(self.shape):
             least = max(self.shape)
@@ -97,38 +99,38 @@ class DecodeImage:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width) of every result. Raises ValueError where size is None."""
+        """(height, width) of every result. Raises ValueError if size is None."""
         if not isinstance(self.size, tuple):
-            raise ValueError("whole pictures have no common size")
+            raise ValueError("size=None: whole images have no common shape")
         return self.size
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """Shape of every result in its layout. Raises ValueError where size is None."""
+        """Shape of every result in its layout. Raises ValueError if size is None."""
         height, width = self.shape
         return (3, height, width) if self.layout == "CHW" else (height, width, 3)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Number of bytes of an element."""
         return {"uint8": 1, "float32": 4}.get(self.dtype, 2)
 
     @property
     def is_random(self) -> bool:
-        """Whether a result follows from more than the picture."""
+        """Whether the result depends on random numbers."""
         return self.flip or self.crop == "random"
 
 
 def _choice(name: str, given: object, allowed: tuple[str, ...]) -> None:
     if given not in allowed:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, got {given!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
 
 
 def _pixels(name: str, given: Any) -> int:
     try:
         pixels = operator.index(given)
     except TypeError as error:
-        raise TypeError(f"{name} is in whole pixels, got {given!r}") from error
+        raise TypeError(f"{name} must be a whole number of pixels, got {given!r}") from error
     if pixels < 1 or isinstance(given, bool):
         raise ValueError(f"{name} must be 1 pixel or more, got {given!r}")
     return pixels

@@ -1,8 +1,8 @@
-"""A JPEG's planes as they are stored, and their colours at another size, by the system's libturbojpeg.
+"""Decoding of a JPEG into its stored planes, and conversion to RGB at another size, by the system's libturbojpeg.
 
-What a decoder does last, bringing chroma to the size of luma and making RGB of both, is left until the planes have been
-resized: work for the result's pixels instead of the picture's. No library that comes as a wheel gives the planes, so
-this is an option, and the functions are those that both libturbojpeg 2 and 3 have. Figures and what else was looked at:
+The usual last steps of decoding, upsampling chroma and converting to RGB, happen after the planes have been resized:
+work for the result's pixels instead of the image's. No library on PyPI exposes the planes, so this is an option, and
+the code uses only functions that libturbojpeg 2 and 3 both have. Measurements and alternatives:
 docs/design/2026-11-25-images.md.
 """
 
@@ -30,59 +30,60 @@ if TYPE_CHECKING:
 
 _MISSING = (
     "resize_in='ycbcr' needs libturbojpeg, which was not found: it is the package libturbojpeg0 (Debian), libturbojpeg "
-    "(Ubuntu), turbojpeg (Fedora) or libjpeg-turbo (conda); resize_in='rgb' does without"
+    "(Ubuntu), turbojpeg (Fedora) or libjpeg-turbo (conda); or use resize_in='rgb', which does not need it"
 )
 _NAME = "libturbojpeg.so.0"
-# Of turbojpeg.h: TJFLAG_FASTDCT and TJFLAG_ACCURATEDCT, TJCS_YCbCr, TJSAMP_444, TJPF_RGB.
+# Values from turbojpeg.h: TJFLAG_FASTDCT and TJFLAG_ACCURATEDCT, TJCS_YCbCr, TJSAMP_444, TJPF_RGB.
 _FLAGS = {"fast": 2048, "accurate": 4096}
 _YCBCR, _WHOLE_CHROMA, _RGB = 1, 0, 0
-# (down, across) that a pixel of chroma covers, by TJSAMP: 4:2:2, 4:2:0, 4:4:0. Of 4:4:4 there is nothing to upsample;
-# 4:1:1 libjpeg repeats where it interpolates these, so that the pictures would differ by too much.
+# (down, across): luma pixels that a chroma pixel covers, by TJSAMP: 4:2:2, 4:2:0, 4:4:0. 4:4:4 needs no upsampling. For
+# 4:1:1 libjpeg repeats pixels instead of interpolating, so the images would differ by too much.
 _STEPS = {1: (1, 2), 2: (2, 2), 4: (2, 1)}
-# All steps divide it: a plane is never more than so much longer than its picture.
+# All steps divide this value: a plane is never longer than its image rounded up to a multiple of it.
 _PAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Subsampled:
-    """A JPEG with half its chroma, or a quarter, by its header.
+    """Header of a JPEG whose chroma has half or a quarter of luma's pixels.
 
     Attributes:
-        size: (height, width), pixels.
-        steps: (down, across), pixels of luma that one of chroma covers.
+        size: (height, width) in pixels.
+        steps: (down, across), luma pixels that a chroma pixel covers.
     """
 
     size: tuple[int, int]
     steps: tuple[int, int]
 
     def boxes(self, box: tuple[int, int, int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """A box (top, bottom, left, right) of the picture as (rows, columns) of luma and of chroma.
+        """Return a box (top, bottom, left, right) of the image as (rows, columns) of luma and of chroma.
 
-        Widened to whole pixels of chroma, so that both show the same; but the last one of an odd side, which covers
-        luma beyond the picture, is left out unless it is all that there is.
+        The box is widened to whole chroma pixels, so that both planes show the same area. The last chroma pixel of an
+        odd side, which covers luma beyond the image, is left out unless it is the only one.
         """
         rows, columns = (_whole(box[2 * axis], box[2 * axis + 1], self.size[axis], self.steps[axis]) for axis in (0, 1))
         return (rows[0], columns[0]), (rows[1], columns[1])
 
 
 def _whole(first: int, stop: int, side: int, step: int) -> tuple[slice, slice]:
-    """(of luma, of chroma) along one axis."""
+    """Return (luma slice, chroma slice) along one axis."""
     begin = first // step
     end = min(-(-stop // step), max(side // step, begin + 1))
     return slice(begin * step, min(end * step, side)), slice(begin, end)
 
 
 class _Handle:
-    """A decoder of TurboJPEG, for one picture.
+    """TurboJPEG decoder for one image.
 
-    From picture to picture it would keep tables, which a damaged JPEG without its own would be decoded by; and after an
-    error in a header version 2 goes on in the middle of it. Making one takes 0.4 us. Raises MemoryError.
+    A decoder that is reused keeps tables, by which a damaged JPEG without its own tables would be decoded; and after an
+    error in a header, version 2 continues in the middle of that header. Creating a decoder takes 0.4 us. Raises
+    MemoryError.
     """
 
     def __init__(self, tj: Any) -> None:
         self._destroy, self.at = tj.tjDestroy, tj.tjInitDecompress()
         if not self.at:
-            raise MemoryError("libturbojpeg has no memory for a decoder")
+            raise MemoryError("libturbojpeg could not allocate a decoder")
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and getattr(self, "at", None):
@@ -90,14 +91,14 @@ class _Handle:
 
 
 class PlaneReader:
-    """Reads JPEGs as planes, one after the other: look, read, to_rgb. Owns scratch memory: one thread.
+    """Reads JPEGs as planes, one after the other: look(), read(), to_rgb(). Owns scratch memory; for use by one thread.
 
     Args:
-        options: dct, and size, which must be one.
-        max_kept_bytes: of scratch memory that is kept from picture to picture.
+        options: Options with dct and size; size must not be None.
+        max_kept_bytes: Maximum scratch memory that is kept between images.
 
     Raises:
-        ModuleNotFoundError: there is no libturbojpeg.
+        ModuleNotFoundError: libturbojpeg is missing.
     """
 
     def __init__(self, options: DecodeImage, max_kept_bytes: int) -> None:
@@ -105,11 +106,11 @@ class PlaneReader:
         self._handle = _Handle(self._tj)
         self._header = c_int(), c_int(), c_int(), c_int()
         self._memory = np.empty(0, np.uint8)
-        self.resized = np.empty((3, *options.shape), np.uint8)  # Y, Cb and Cr of a result, for the caller to fill
+        self.resized = np.empty((3, *options.shape), np.uint8)  # Y, Cb and Cr of a result; the caller fills it
         self._resized_at = _pointers(self.resized)
 
     def look(self, data: NDArray[np.uint8]) -> Subsampled | None:
-        """What its header says of a JPEG; None for one in 4:4:4, 4:1:1, grey or another kind of colours."""
+        """Return the header of a JPEG; None if it is 4:4:4, 4:1:1, grey or of another colour space."""
         self._handle = _Handle(self._tj)
         if self._tj.tjDecompressHeader3(self._handle.at, data.ctypes.data, data.size, *self._header):
             return None
@@ -118,9 +119,9 @@ class PlaneReader:
         return Subsampled((height, width), steps) if steps and space == _YCBCR else None
 
     def read(self, data: NDArray[np.uint8], found: Subsampled) -> Planes | None:
-        """Y, Cb and Cr, in scratch memory that is good until the next call; None where something is wrong with it."""
-        # Each has room for a whole picture, and the size is named: should the library read another header this time, it
-        # does not write beyond all of it.
+        """Return Y, Cb and Cr, valid until the next call, in scratch memory; None if the decoder rejects the image."""
+        # Each plane has room for a whole image, and the size is passed explicitly: even if the library reads a
+        # different header this time, it does not write outside this memory.
         (height, width), (down, across) = found.size, found.steps
         shape = 3, -(-height // _PAD) * _PAD, -(-width // _PAD) * _PAD
         n_bytes = math.prod(shape)
@@ -138,9 +139,13 @@ class PlaneReader:
         return y[:height, :width], cb[chroma], cr[chroma]
 
     def to_rgb(self, out: NDArray[np.uint8]) -> bool:
-        """Make RGB of what stands in `resized`, by JFIF's equations. out: C-contiguous [h, w, 3], the caller's.
+        """Convert the planes in `resized` to RGB by JFIF's equations.
 
-        False: it was not made; the library has limits to a side, 65,500 pixels, and memory.
+        Args:
+            out: C-contiguous uint8[h, w, 3], owned by the caller.
+
+        Returns:
+            False if the library failed: it limits a side to 65,500 pixels, and may lack memory.
         """
         height, width = out.shape[:2]
         args = _WHOLE_CHROMA, out.ctypes.data, width, 0, height, _RGB, 0
@@ -149,7 +154,11 @@ class PlaneReader:
 
 @cache
 def load_turbojpeg() -> Any:
-    """The library, its functions declared. Raises ModuleNotFoundError saying whence to get it."""
+    """Return the library with its functions declared.
+
+    Raises:
+        ModuleNotFoundError: The library is missing; the message says how to install it.
+    """
     for name in (_NAME, str(Path(sys.prefix, "lib", _NAME)), find_library("turbojpeg")):
         try:
             library = CDLL(name) if name else None
@@ -161,7 +170,7 @@ def load_turbojpeg() -> Any:
 
 
 def _declared(library: CDLL) -> CDLL:
-    encoded: list[Any] = [c_void_p, c_void_p, c_ulong]  # handle, bytes, how many
+    encoded: list[Any] = [c_void_p, c_void_p, c_ulong]  # handle, pointer to the bytes, number of bytes
     library.tjInitDecompress.restype = c_void_p
     library.tjDestroy.argtypes = [c_void_p]
     library.tjDecompressHeader3.argtypes = [*encoded, *[POINTER(c_int)] * 4]
@@ -171,6 +180,6 @@ def _declared(library: CDLL) -> CDLL:
 
 
 def _pointers(planes: NDArray[np.uint8]) -> Any:
-    """Those of [3, h, w], C-contiguous, for C."""
+    """Return C pointers to the planes of a C-contiguous [3, h, w] array."""
     first, n_bytes = planes.ctypes.data, planes.shape[1] * planes.shape[2]
     return (c_void_p * 3)(first, first + n_bytes, first + 2 * n_bytes)

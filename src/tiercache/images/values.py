@@ -1,4 +1,4 @@
-"""Pictures of records that were read by index: columns of encoded bytes to columns of arrays."""
+"""Decoding of image columns of records read by index: columns of encoded bytes to columns of arrays."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
 
 Explain = Callable[[str, int, str], Exception]
-"""(column, number of the record among those read, what the decoder said) to the error to raise."""
+"""Function of (column, index among the records that were read, decoder's message) that returns the error to raise."""
 
 
 def decode_columns(
     columns: Sequence[ColumnValues], decode: Mapping[str, DecodeImage], explain: Explain
 ) -> list[ColumnValues]:
-    """The columns, those of decode as pictures: an array [n, ...], zero for a null, or a list where sizes differ.
+    """Return the columns, with the image columns decoded.
 
-    What is random is drawn from torch's generator if torch is imported, else from numpy's global one.
+    A decoded column is an array [n, ...], zero for a null, or a list if sizes differ. Random numbers come from torch's
+    generator if torch is imported, else from numpy's global one.
+
+    Args:
+        columns: Columns of the records that were read.
+        decode: Mapping from an image column to its options.
+        explain: Function that returns the error for an image that cannot be decoded.
 
     Raises:
-        Exception: what explain gives, for a picture that cannot be decoded.
-        SchemaError: bfloat16 without torch.
+        Exception: The result of explain, for an image that cannot be decoded.
+        SchemaError: dtype is bfloat16 and torch is not imported.
     """
     is_random = any(options.is_random for options in decode.values())
     n = len(columns[0].values) if columns else 0
@@ -60,11 +66,11 @@ def _decoded(
 
 
 def _typed(stored: Any, options: DecodeImage, column: str) -> Any:
-    """Stored elements as elements of the dtype."""
+    """Return stored elements as elements of the dtype of the options."""
     if options.dtype != "bfloat16":
         return stored
     torch = sys.modules.get("torch")
     if torch is None:
-        message = "pictures of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
+        message = "images of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
         raise SchemaError(message, column=column, expected="torch", got="no torch")
     return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)

@@ -1,4 +1,8 @@
-"""The reading order as a function: keyed permutations, streams, groups, windows and ranks; pure, no torch, no I/O."""
+"""Reading order of an epoch, as pure functions: keyed permutations, streams, shard groups, windows, mixtures and ranks.
+
+An order maps a position of the epoch to a record; a `RankPlan` maps a batch of a rank to positions. No module here
+knows torch or does I/O, except through `Layout.blocks`, the caller's function that reads footers.
+"""
 
 from tiercache.order.contract import Order, Stretch
 from tiercache.order.epoch import EpochOrder

@@ -1,4 +1,4 @@
-"""What an order is to those who read by it: streams, and in each stretches of positions with the windows they need."""
+"""Interfaces of an order: `Order` has streams; a stream has sections of positions, with the windows that they need."""
 
 from __future__ import annotations
 
@@ -13,77 +13,77 @@ if TYPE_CHECKING:
 
 
 class Stretch(Protocol):
-    """Consecutive positions of one stream, over which the windows do not change. Immutable.
+    """Section: consecutive positions of one stream that are served from the same windows. Immutable.
 
-    A `Window` is one by itself: its own windows are (itself,).
+    A `Window` is a section by itself: its `windows` are (itself,).
     """
 
     @property
     def start(self) -> int:
-        """The first position in the stream."""
+        """First position in the stream."""
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """Position after the last one."""
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """What its records are taken from."""
+        """Windows that hold the section's records."""
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Places of positions [lo, hi), counted from start.
+        """Return the block and the row of the records at positions [lo, hi), counted from `start`.
 
         Returns:
-            block: uint32[hi - lo], counted through the blocks of the windows one after the other; row: uint32[hi - lo],
-            the row inside its block.
+            block: uint32[hi - lo], index into the blocks of all windows, concatenated. row: uint32[hi - lo], row inside
+            the block.
 
         Raises:
-            ValueError: positions outside the stretch.
+            ValueError: The positions are outside the section.
         """
 
 
 class Order(Protocol):
-    """The order of one epoch. Position p of it is record p // n_streams of stream p % n_streams.
+    """Order of one epoch. Position p is record p // n_streams of stream p % n_streams.
 
-    Methods may be called from any thread.
+    All methods may be called from any thread.
     """
 
     @property
     def n_records(self) -> int:
-        """Records of the epoch."""
+        """Number of records of the epoch."""
 
     @property
     def n_streams(self) -> int:
-        """Streams; 1 without shuffle. Some have no records where the epoch has fewer than streams."""
+        """Number of streams; 1 without shuffle. Some are empty if the epoch has fewer records than streams."""
 
     def stream_records(self, stream: int) -> int:
-        """Records of a stream: ceil((n_records - stream) / n_streams)."""
+        """Return the number of records of a stream: ceil((n_records - stream) / n_streams)."""
 
     def stretch_at(self, stream: int, position: int) -> Stretch:
-        """The stretch that holds a position of a stream. May read footers of what it needs, never of what lies behind.
+        """Return the section that holds a position of a stream. It may read the footers that this section needs.
 
         Raises:
-            ValueError: the position is outside the stream.
+            ValueError: The position is outside the stream.
         """
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Shards that are read from a position of a stream on, in reading order. Reads no footers.
+        """Return the shards that are read from a position of a stream on, in reading order. Reads no footers.
 
         Args:
-            stream: of n_streams.
-            position: in the stream; its end is one too.
-            n_bytes: stored bytes that the shards shall hold together; None: all to the end of the stream.
+            stream: Number of the stream.
+            position: Position in the stream; the end of the stream is allowed.
+            n_bytes: Stored bytes that the shards hold together; None: all shards to the end of the stream.
 
         Returns:
-            int64[m] of data-set indices; none at the end of the stream.
+            int64[m], shard numbers in the data set; empty at the end of the stream.
 
         Raises:
-            ValueError: the position is outside the stream.
+            ValueError: The position is outside the stream.
         """
 
     def groups(self, stream: int) -> Groups:
-        """Which shards a stream reads over which of its positions. Reads no footers.
+        """Return the shard groups of a stream, with the positions over which each one is read. Reads no footers.
 
         Raises:
-            ValueError: there is no such stream.
+            ValueError: There is no such stream.
         """

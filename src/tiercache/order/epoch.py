@@ -1,4 +1,4 @@
-"""The order of one epoch: streams, groups of shards, blocks of a group, windows of blocks, rows of a window."""
+"""Order of one epoch of a data set: streams, shard groups, blocks of a group, windows of blocks, rows of a window."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ _Number = TypeVar("_Number", np.int32, np.int64, np.uint32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """Blocks of a group in reading order.
+    """Blocks of a shard group in reading order.
 
-    first: positions of the blocks, from the group's start; row_start: the first row of each that belongs to the stream,
-    None for 0 everywhere; cuts: the first block of each window, and the end.
+    Attributes:
+        index: Number of the group in its stream.
+        start: Position of the group's first record in the stream.
+        shards: int32[k], shard of each block.
+        blocks: int32[k], number of each block in its shard.
+        first: int64[k + 1], cumulative rows of the blocks.
+        raw_bytes: int64[k], decoded bytes of each block.
+        row_start: int64[k], first row of each block that belongs to the stream; None: 0 for all blocks.
+        cuts: First block of each window, and the end.
     """
 
     index: int
@@ -42,7 +49,7 @@ class _Group:
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of a stream: its shards, and the group and window that were used last."""
+    """Cached state of a stream: its shards, and the group and window that were used last."""
 
     stream: Stream
     group_starts: NDArray[np.int64] = field(init=False)
@@ -54,16 +61,21 @@ class _Kept:
 
 
 class EpochOrder:
-    """The order of one epoch of a data set.
+    """Order of one epoch of a data set.
 
-    It costs O(shards) to make, and reads footers (`layout.blocks`) of one group of one stream at a time. Immutable but
-    for each stream's last group and window, which are kept: threads may share it, and at worst two of them build the
-    same ones.
+    Creating it costs O(shards). It reads footers (`layout.blocks`) of one group of one stream at a time. It is
+    immutable except for the last group and window of each stream, which are cached: threads may share it, and at worst
+    two of them build the same group.
+
+    Args:
+        layout: Sizes of the shards, and access to their blocks.
+        options: Options of the order.
+        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
-            raise ValueError(f"an epoch is 0 or more, got {epoch}")
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout
         self.options = options
         self.epoch = epoch
@@ -72,25 +84,30 @@ class EpochOrder:
 
     @property
     def n_records(self) -> int:
-        """Records of the epoch: all of the data set."""
+        """Number of records of the epoch: all records of the data set."""
         return self._split.n_records
 
     @property
     def n_streams(self) -> int:
-        """Streams: as the options say; 1 without shuffle."""
+        """Number of streams, as the options say; 1 without shuffle."""
         return self._split.n_streams
 
     def stream_records(self, stream: int) -> int:
-        """Records of a stream: ceil((n_records - stream) / n_streams). Raises ValueError if there is no such stream."""
+        """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
+
+        Raises:
+            ValueError: There is no such stream.
+        """
         return self._split.stream_records(stream)
 
     def stretch_at(self, stream: int, position: int) -> Window:
-        """The window that holds a position of a stream.
+        """Return the window that holds a position of a stream.
 
-        It reads the footers of its group, unless that group was the last one used in the stream.
+        It reads the footers of the window's group, unless that group was the last one used in the stream.
 
         Raises:
-            ValueError: the position is outside the stream, or a footer and the layout differ in records.
+            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
+                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
@@ -109,10 +126,10 @@ class EpochOrder:
         return window
 
     def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
-        """Windows from the one that holds a position to the end of a stream; none at the end.
+        """Yield the windows of a stream from the one that holds a position; nothing at the end of the stream.
 
         Raises:
-            ValueError: as `stretch_at`.
+            ValueError: See `stretch_at`.
         """
         while position != self.stream_records(stream):
             window = self.stretch_at(stream, position)
@@ -120,16 +137,9 @@ class EpochOrder:
             position = window.stop
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Shards that are read from a position of a stream on, in reading order.
+        """See Order.shards_ahead.
 
-        The first ones that hold n_bytes (stored) together; None: all to the end of the stream. With shuffle a group is
-        read as a whole, so its shards all count from its start. Reads no footers.
-
-        Returns:
-            int64[m] of data-set indices; none at the end of the stream.
-
-        Raises:
-            ValueError: the position is outside the stream.
+        With shuffle a group is read as a whole, so its shards count from the start of the group.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
@@ -147,8 +157,8 @@ class EpochOrder:
         return shards[begin : max(int(np.searchsorted(stored, wanted)), begin + 1)]
 
     def groups(self, stream: int) -> Groups:
-        """See Order.groups. Without shuffle each shard is a group: it is let go of where its own records end."""
-        self.stream_records(stream)  # raises
+        """See Order.groups. Without shuffle each shard is a group, so that it is released at its last record."""
+        self.stream_records(stream)  # raises ValueError
         found = self._keep(stream).stream
         if not self.options.shuffle:
             return each_alone(found.rows[:-1], found.rows[1:], found.shards, np.diff(found.stored))
@@ -198,14 +208,14 @@ class EpochOrder:
         for shard, table in zip(members.tolist(), tables, strict=True):
             found, expected = int(table.records.sum()), int(self.layout.records[shard])
             if found != expected:
-                raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
+                raise ValueError(f"shard {shard}: its footer holds {found} records, but the version lists {expected}")
         return tables
 
     def _first_limits(self, stream: Stream, index: int, group_raw_bytes: int) -> tuple[int, ...]:
-        """Sizes of the group's first windows: a ramp at the start of a long stream.
+        """Return the sizes of the first windows of a group: a ramp at the start of a long stream, else nothing.
 
-        Only this group's footers are known, so the stream's raw bytes are taken to be to its stored bytes as the
-        group's are.
+        Only this group's footers are known. The estimate assumes that the stream has the same ratio of raw bytes to
+        stored bytes as the group.
         """
         window_bytes, group_stored_bytes = self.options.window_bytes, int(stream.stored[stream.cuts[1]])
         if index > 0 or window_bytes is None or group_stored_bytes == 0:
@@ -235,7 +245,7 @@ class EpochOrder:
 
 
 def _rows_of(stream: Stream, run: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First row, and the one after the last, of each shard of a run that belong to the stream."""
+    """Return, for each shard of a group, the first row that belongs to the stream, and the row after the last one."""
     row_start = stream.row_start[run]
     return row_start, row_start + np.diff(stream.rows[run.start : run.stop + 1])
 
@@ -243,16 +253,16 @@ def _rows_of(stream: Stream, run: slice) -> tuple[NDArray[np.int64], NDArray[np.
 def _own_rows(
     records: NDArray[np.int64], rows: tuple[NDArray[np.int64], NDArray[np.int64]], n_blocks: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The part of each block that lies in its shard's rows: its first row, and how many (0: none).
+    """Return the part of each block that belongs to the stream: its first row, and its number of rows (0: none).
 
     Args:
-        records: int64[k] of the blocks, shard after shard.
-        rows: first row of each shard, and the one after the last.
-        n_blocks: of each shard.
+        records: int64[k], records of the blocks, shard after shard.
+        rows: First row of each shard that belongs to the stream, and the row after the last one.
+        n_blocks: Number of blocks of each shard.
     """
     ends = np.cumsum(records)
     shard_ends = np.cumsum(n_blocks)
-    before = sums(records)[shard_ends - n_blocks]  # rows of the shards before
+    before = sums(records)[shard_ends - n_blocks]  # rows of the preceding shards
     ends -= np.repeat(before, n_blocks)
     starts = ends - records
     first, last = (np.repeat(bound, n_blocks) for bound in rows)

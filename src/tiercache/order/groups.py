@@ -1,4 +1,4 @@
-"""Which shards a stream reads over which of its positions: known without footers, so that a cache can look ahead."""
+"""Shard groups of a stream and the positions over which each is read: known without footers, for prefetching."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """What a stream reads, group of shards by group. Immutable.
+    """Shard groups that a stream reads. Immutable.
 
-    Every record of the stream lies in a shard of a group that has its position. Iterating gives (start, stop, shards).
+    Every record of the stream lies in a shard of a group whose positions include the record's position. Iteration
+    yields (start, stop, shards).
 
     Attributes:
-        starts, stops: int64[g], positions [start, stop) of the stream over which the shards of each group are in use;
-            groups may overlap, none is empty.
-        cuts: int64[g + 1]: group i reads shards[cuts[i]:cuts[i + 1]].
-        shards: int64[m], by data-set index, in reading order.
-        stored_bytes: int64[g], of what the stream reads of each group.
+        starts, stops: int64[g], positions [start, stop) of the stream over which the shards of each group are in use.
+            Groups may overlap; none is empty.
+        cuts: int64[g + 1], group i reads shards[cuts[i]:cuts[i + 1]].
+        shards: int64[m], shard numbers in the data set, in reading order.
+        stored_bytes: int64[g], stored bytes that the stream reads of each group.
     """
 
     starts: NDArray[np.int64]
@@ -46,9 +47,10 @@ class Groups:
             yield start, stop, self.shards[first:last]
 
     def where(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Groups:
-        """The same groups over other positions, with their share of the bytes; those that have none left are dropped.
+        """Return the groups over other positions, with proportional bytes; groups that become empty are dropped.
 
-        starts, stops: int64[g], numbers in a sequence that takes some of the stream's records.
+        Args:
+            starts, stops: int64[g], new positions of each group.
         """
         kept = np.flatnonzero(stops > starts)
         share = (stops[kept] - starts[kept]) / (self.stops[kept] - self.starts[kept])
@@ -67,12 +69,12 @@ class Groups:
 def each_alone(
     starts: NDArray[np.int64], stops: NDArray[np.int64], shards: NDArray[np.int64], stored_bytes: NDArray[np.int64]
 ) -> Groups:
-    """Groups of one shard each, int64[m] all."""
+    """Return groups of one shard each; all arguments are int64[m]."""
     return Groups(starts, stops, np.arange(len(shards) + 1), shards, stored_bytes)
 
 
 def together(parts: Sequence[Groups]) -> Groups:
-    """Groups of several, one after the other."""
+    """Return the groups of several sequences, one sequence after the other."""
     if len(parts) == 1:
         return parts[0]
     nothing = np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""Records in an order that a sampler or a selection says: where each lies, and windows that hold them."""
+"""Records in an explicit order, given by a sampler or a selection: their locations, and windows that hold them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 
     from tiercache.order.options import Layout
 
-# A window's places are found and kept at 24 bytes a row: so many rows are found in some 20 ms.
+# Record locations of a window take 24 bytes a row; this many are located in about 20 ms.
 MAX_WINDOW_ROWS = 1 << 18
-# Where blocks are more than so many times the records, sorting the records costs less than a mark for each block.
+# If there are more blocks than this many times the records, sorting the records is cheaper than a flag for each block.
 _DENSE = 16
-# Blocks are guessed by ranges of as many records as a block has, and stepped to: where blocks differ much, from a range
-# that many begin in, which are then searched.
+# A block is guessed from the record's range (one range per average block), then corrected step by step. If blocks
+# differ much in size, more steps than this are needed, and a binary search is used.
 _MAX_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """Where n records lie: a table of blocks, in stored order, and which of them each record is in.
+    """Locations of n records: a table of blocks in stored order, and for each record its block in the table.
 
-    shards, blocks (inside their shards): int32[k]; block_bytes: int64[k], raw bytes of the whole block, all columns;
-    at: int64[n], number in the table; row (inside its block): uint32[n].
+    Attributes:
+        shards: int32[k], shard of each block.
+        blocks: int32[k], number of each block inside its shard.
+        block_bytes: int64[k], raw bytes of the whole block, all columns.
+        at: int64[n], index of each record's block in the table.
+        row: uint32[n], row of each record inside its block.
     """
 
     shards: NDArray[np.int32]
@@ -41,11 +45,11 @@ class Places:
     row: NDArray[np.uint32]
 
     def cut(self, start: int, stop: int) -> Places:
-        """Those of records [start, stop)."""
+        """Return the locations of records [start, stop)."""
         return Places(self.shards, self.blocks, self.block_bytes, self.at[start:stop], self.row[start:stop])
 
     def touched(self) -> NDArray[np.int64]:
-        """Which blocks of the table the records lie in, rising."""
+        """Return the indices of the blocks that hold any of the records, ascending."""
         if len(self.shards) > _DENSE * len(self.at):
             return np.unique(self.at)
         is_touched = np.zeros(len(self.shards), np.bool_)
@@ -55,10 +59,15 @@ class Places:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Blocks of the shards that are known, in stored order: Places' table, and which records each has.
+    """Blocks of the shards that are known, in stored order, with their records.
 
-    starts, ends: int64[n_blocks], a block's first record, and the next block's; guesses: int64[.], which block the
-    first record of each range of 2**shift records is in, from record `base` on.
+    Attributes:
+        shards, blocks, block_bytes: See `Places`.
+        starts: int64[k], first record of each block.
+        ends: int64[k], first record of the next block.
+        guesses: int64[.], block that holds the first record of each range of 2**shift records, from record `base` on.
+        base: First record of the ranges.
+        shift: Binary logarithm of the length of a range.
     """
 
     shards: NDArray[np.int32]
@@ -71,7 +80,7 @@ class _Table:
     shift: int
 
     def number_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which block each record is in, int64[n]: some 30 ns a record, where a search by halves takes 67."""
+        """Return the index of each record's block, int64[n]. About 30 ns a record; a binary search takes 67 ns."""
         at: NDArray[np.int64] = self.guesses[(numbers - self.base) >> self.shift]
         for _ in range(_MAX_STEPS):
             behind = self.ends[at] <= numbers
@@ -82,32 +91,36 @@ class _Table:
 
 
 class Locator:
-    """Finds records by their numbers. It keeps 24 bytes for each block of the shards that it was asked for.
+    """Locates records by their numbers. It keeps 24 bytes for each block of the shards that it has looked up.
 
     Threads may share it: at worst two of them read the same footers.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._first_record = sums(layout.records)
-        self._n_filled = int(np.count_nonzero(layout.records))  # shards that have records
+        self._n_filled = int(np.count_nonzero(layout.records))  # number of non-empty shards
         self._blocks = layout.blocks
         self._known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._table = _join({}, 0)
 
     @property
     def n_records(self) -> int:
-        """Of the data set."""
+        """Number of records of the data set."""
         return int(self._first_record[-1])
 
     def shards(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The shard of each record, int64[n]; reads no footers. numbers: 0 <= number < n_records."""
+        """Return the shard of each record, int64[n]. Reads no footers.
+
+        Args:
+            numbers: int64[n], record numbers, 0 <= number < n_records.
+        """
         return np.searchsorted(self._first_record, numbers, side="right") - 1
 
     def find(self, numbers: NDArray[np.int64]) -> Places:
-        """Where the records lie; reads the footers of shards that were not asked for before.
+        """Return the locations of records; reads the footers of shards that were not looked up before.
 
         Args:
-            numbers: int64[n], 0 <= number < n_records, in any order, some more than once.
+            numbers: int64[n], record numbers, 0 <= number < n_records, in any order, with repetitions.
         """
         if len(self._known) < self._n_filled:
             self._learn(np.unique(self.shards(numbers)).tolist())
@@ -117,7 +130,7 @@ class Locator:
         return Places(table.shards, table.blocks, table.block_bytes, at, row)
 
     def find_all(self) -> Places:
-        """Every block, and no records; reads all footers that were not read before."""
+        """Return the table of all blocks, with no records; reads all footers that were not read before."""
         return self.find(self._first_record[:-1][np.diff(self._first_record) > 0]).cut(0, 0)
 
     def _learn(self, shards: Sequence[int]) -> None:
@@ -128,15 +141,17 @@ class Locator:
             first = sums(table.records)
             found, expected = int(first[-1]), int(self._first_record[shard + 1] - self._first_record[shard])
             if found != expected:
-                raise ValueError(f"shard {shard}: its footer holds {found} records, the version {expected}")
+                raise ValueError(f"shard {shard}: its footer holds {found} records, but the version lists {expected}")
             self._known[shard] = first[:-1] + self._first_record[shard], table.raw_bytes
         self._table = _join(dict(sorted(self._known.items())), int(self._first_record[max(self._known) + 1]))
 
 
 def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop: int) -> _Table:
-    """The table of shards by their numbers, which rise, from (first records, raw bytes) of their blocks.
+    """Return the block table of the known shards.
 
-    stop: the record after the last.
+    Args:
+        known: For each shard, ascending by number, the first records and the raw bytes of its blocks.
+        stop: Record after the last one.
     """
     counts = [len(starts) for starts, _ in known.values()]
     nothing = np.empty(0, np.int64)
@@ -158,9 +173,13 @@ def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ListedWindow:
-    """Blocks that hold listed records [start, stop). Has a `Window`'s attributes, and is a `Stretch` by itself.
+    """Blocks that hold the records at positions [start, stop) of an explicit order. Has the attributes of `Window`.
 
-    block (into shards and blocks), row: uint32[stop - start].
+    It is a section (`Stretch`) by itself.
+
+    Attributes:
+        block: uint32[stop - start], index of each record's block in shards and blocks.
+        row: uint32[stop - start], row of each record inside its block.
     """
 
     start: int
@@ -178,28 +197,33 @@ class ListedWindow:
 
     @property
     def raw_bytes(self) -> int:
-        """Of its blocks, all columns, decoded."""
+        """Decoded bytes of its blocks, all columns."""
         return int(self.block_bytes.sum())
 
     @property
     def is_in_order(self) -> bool:
-        """False: whoever listed them may have meant any order."""
+        """False: an explicit order may be any order."""
         return False
 
     @property
     def windows(self) -> tuple[ListedWindow, ...]:
-        """Itself."""
+        """This window alone."""
         return (self,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """As Window.rows. Raises ValueError: positions outside the window."""
+        """See Stretch.rows. Raises ValueError if the positions are outside the window."""
         if not 0 <= lo <= hi <= len(self.row):
             raise ValueError(f"positions [{lo}, {hi}) are outside a window of {len(self.row)}")
         return self.block[lo:hi].copy(), self.row[lo:hi].copy()
 
 
 def listed_window(start: int, places: Places) -> ListedWindow:
-    """A window of the blocks that these records lie in, and no others, in stored order. start: of the first record."""
+    """Return a window of exactly the blocks that hold these records, in stored order.
+
+    Args:
+        start: Position of the first record.
+        places: Locations of the records.
+    """
     touched = places.touched()
     if len(places.shards) > _DENSE * len(places.at):
         block = np.searchsorted(touched, places.at)
@@ -219,18 +243,20 @@ def listed_window(start: int, places: Places) -> ListedWindow:
 
 
 def whole_window(places: Places) -> ListedWindow:
-    """A window of all the blocks of the table, for the records of any pieces: `at` is the number of a block in it."""
+    """Return a window of all blocks of the table; `at` of any records of the table is then an index into its blocks."""
     nothing = np.empty(0, np.uint32)
     return ListedWindow(0, 0, places.shards, places.blocks, places.block_bytes, nothing, nothing)
 
 
 def count_fitting(places: Places, limit_bytes: int | None, free_shards: Sequence[int] = ()) -> int:
-    """How many of the first records lie in blocks that fit limit_bytes together, each block counted once; at least one.
+    """Return how many of the first records lie in blocks of at most limit_bytes together; at least one.
+
+    Each block is counted once.
 
     Args:
-        places: of one record or more.
-        limit_bytes: None: no limit.
-        free_shards: whose blocks cost nothing.
+        places: Locations of one record or more.
+        limit_bytes: Limit of the raw bytes; None: no limit.
+        free_shards: Shards whose blocks are not counted.
     """
     n = len(places.at)
     touched = places.touched()
@@ -244,12 +270,13 @@ def count_fitting(places: Places, limit_bytes: int | None, free_shards: Sequence
 
 
 class ListedOrder:
-    """An order (`order.Order`) of one stream that serves records as they are listed. Nothing is shuffled.
+    """Order (`order.Order`) of one stream that serves records in an explicit order, without shuffle.
 
     Args:
-        layout: of the records that are numbered.
-        numbers: int64[n], 0 <= number < records of the layout, in served order, some more than once; kept.
-        window_bytes: raw bytes of the blocks of a window; None: no limit.
+        layout: Layout of the shards whose records are numbered.
+        numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the layout. The
+            object keeps a reference to the array.
+        window_bytes: Raw bytes of the blocks of a window; None: no limit.
     """
 
     n_streams = 1
@@ -261,23 +288,25 @@ class ListedOrder:
         self._window_bytes = window_bytes
         self._last: ListedWindow | None = None
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._locator.n_records:
-            raise ValueError(f"records [{numbers.min()}, {numbers.max()}] of a layout of {self._locator.n_records}")
+            raise ValueError(
+                f"record numbers {numbers.min()} to {numbers.max()} exceed {self._locator.n_records} records"
+            )
 
     @property
     def n_records(self) -> int:
-        """Of the epoch."""
+        """Number of records of the epoch."""
         return len(self._numbers)
 
     def stream_records(self, stream: int) -> int:
-        """All of them. Raises ValueError for another stream than 0."""
+        """Return the number of all records. Raises ValueError for a stream other than 0."""
         self._check(stream, 0)
         return self.n_records
 
     def stretch_at(self, stream: int, position: int) -> ListedWindow:
-        """The window that holds a position: the last one that was made, or one that begins there.
+        """Return the window that holds a position: the last window that was built, or a new one that starts there.
 
         Raises:
-            ValueError: the position is outside the stream.
+            ValueError: The position is outside the stream.
         """
         self._check(stream, position)
         if position == self.n_records:
@@ -290,7 +319,7 @@ class ListedOrder:
         return last
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """See Order.shards_ahead. With a limit it looks MAX_WINDOW_ROWS ahead at most."""
+        """See Order.shards_ahead. With a limit it looks at most MAX_WINDOW_ROWS positions ahead."""
         self._check(stream, position)
         stop = self.n_records if n_bytes is None else position + MAX_WINDOW_ROWS
         found, first = np.unique(self._locator.shards(self._numbers[position:stop]), return_index=True)
@@ -300,14 +329,14 @@ class ListedOrder:
         return shards[: max(int(np.searchsorted(np.cumsum(self._stored_bytes[shards]), n_bytes)) + 1, 1)]
 
     def groups(self, stream: int) -> Groups:
-        """See Order.groups: each shard is one, from its first record to its last, 50 ns a record."""
+        """See Order.groups. Each shard is a group, from its first record to its last one; takes 50 ns a record."""
         self._check(stream, 0)
         n_shards = len(self._stored_bytes)
         first, last = np.full(n_shards, self.n_records), np.full(n_shards, -1)
         for start in range(0, self.n_records, MAX_WINDOW_ROWS):
             shards = self._locator.shards(self._numbers[start : start + MAX_WINDOW_ROWS])
             at = np.arange(start, start + len(shards))
-            last[shards] = at  # the last of equal ones holds
+            last[shards] = at  # numpy keeps the last assignment to an index
             begins = np.empty(n_shards, np.int64)
             begins[shards[::-1]] = at[::-1]
             first[shards] = np.minimum(first[shards], begins[shards])

@@ -1,6 +1,6 @@
-"""Memory for the rows of pieces: lent, and lent again once nothing refers to it any more.
+"""Reused memory for row numbers: arrays that return to a pool when nothing refers to them any more.
 
-As `load.memory.BatchMemory` does for decoded pictures; that is a loader's, and counted, and orders know no loader.
+`load.memory.BatchMemory` does the same for decoded images; it belongs to a loader and is counted.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Of the arrays that are lent: two for each of the pieces that are planned, pushed and served at a time.
+# Size of a pooled array in rows. Six arrays are pooled: two for each of the pieces that are planned, pushed and served
+# at a time.
 MOST_ROWS = 1 << 18
 _MOST_KEPT = 6
-_LEAST_ROWS = 1 << 14  # fewer are malloc's, whose pages stay
+_LEAST_ROWS = 1 << 14  # malloc reuses the pages of smaller arrays itself
 
-# Appended and popped from any thread, finalisers included, by single operations: no lock.
+# Any thread, and finalisers, append and pop by single atomic operations; no lock is needed.
 _free: deque[NDArray[np.uint32]] = deque(maxlen=_MOST_KEPT)
 
 
 def empty_rows(n: int) -> NDArray[np.uint32]:
-    """uint32[n], of any content.
+    """Return a uint32[n] array with undefined contents.
 
-    A fresh page takes 1.5 us in a virtual machine: finding 131,072 rows in the stored order takes 360 us into new
-    arrays and 29 into used ones. So up to 6 MiB stay with the process.
+    A fresh page costs 1.5 us in a virtual machine: locating 131,072 rows in stored order takes 360 us with new arrays
+    and 29 us with reused ones. The process therefore keeps up to 6 MiB.
     """
     if not _LEAST_ROWS <= n <= MOST_ROWS:
         return np.empty(n, np.uint32)
@@ -37,5 +38,6 @@ def empty_rows(n: int) -> NDArray[np.uint32]:
         memory = np.empty(MOST_ROWS, np.uint32)
     lent = memory[:n]
     weakref.finalize(lent, _free.append, memory).atexit = False
-    # Arrays made of this one refer to the memoryview, and so to `lent`; numpy's own views would refer to `memory`.
+    # Slices of the returned array refer to the memoryview, and thereby to `lent`; slices of `lent` would refer to
+    # `memory`.
     return np.frombuffer(lent.data, np.uint32)

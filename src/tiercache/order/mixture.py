@@ -1,4 +1,4 @@
-"""Several data sets mixed in exact shares: a pure function of epoch and position, as the order of one data set is."""
+"""Mixture of several data sets in exact shares: a pure function of epoch and position, like any other order."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ if TYPE_CHECKING:
 
 
 def exact_weight(weight: Real | Fraction | float) -> Fraction:
-    """A weight as the fraction that was written: 0.7 is 7/10, not the binary number next to it.
+    """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number.
 
     Raises:
-        ValueError: it is not a number above 0.
-        TypeError: it is no real number.
+        ValueError: The weight is not a positive finite number.
+        TypeError: The weight is not a real number.
     """
     if isinstance(weight, bool | np.bool_) or not isinstance(weight, Real):
-        raise TypeError(f"a weight is a number above 0, got {weight!r}")
+        raise TypeError(f"a weight must be a number above 0, got {weight!r}")
     if not isinstance(weight, Rational) and not math.isfinite(weight):
-        raise ValueError(f"a weight is a number above 0, got {weight!r}")
+        raise ValueError(f"a weight must be a number above 0, got {weight!r}")
     exact = Fraction(weight) if isinstance(weight, Rational) else Fraction(str(weight))
     if exact <= 0:
-        raise ValueError(f"a weight is a number above 0, got {weight!r}; leave the part out instead")
+        raise ValueError(f"a weight must be a number above 0, got {weight!r}; leave out a part of weight 0")
     return exact
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureSpec:
-    """How parts are mixed. Plain values: equal specs of equal parts give equal mixtures, and it is JSON-able.
+    """How the parts of a mixture are mixed. Plain JSON-able values: equal specs of equal parts are equal mixtures.
 
     Attributes:
-        first_shards: of each part in the joined numbering; the first is 0.
-        weights: of each part, in records; kept as the smallest whole numbers in their ratio, given as any real numbers
-            (a float stands for its decimal digits: 0.7 is 7/10).
-        stop: "first": an epoch ends before any part would be repeated in it; "all": when every part was served whole.
+        first_shards: Number of each part's first shard in the joined numbering; the first one is 0.
+        weights: Weight of each part in records. Any positive real numbers are accepted (a float stands for its decimal
+            digits: 0.7 is 7/10) and stored as the smallest integers of the same ratio.
+        stop: End of an epoch: "first": before any part would repeat a record; "all": when every part has been served
+            completely.
     """
 
     first_shards: tuple[int, ...]
@@ -57,16 +58,16 @@ class MixtureSpec:
     stop: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
-        """Check and reduce the values.
+        """Check the values, and reduce the weights.
 
         Raises:
-            ValueError: a weight is not above 0, there is not one for each part, or another value is out of range.
-            TypeError: a weight is no number.
+            ValueError: A weight is not positive, the number of weights is wrong, or another value is out of range.
+            TypeError: A weight is not a number.
         """
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
         if len(self.weights) != len(self.first_shards) or not self.weights:
-            raise ValueError(f"{len(self.first_shards)} parts need as many weights, got {len(self.weights)}")
+            raise ValueError(f"{len(self.first_shards)} parts need one weight each, got {len(self.weights)} weights")
         if self.first_shards[0] != 0 or any(np.diff(self.first_shards) < 0):
             raise ValueError(f"first_shards must rise from 0, got {self.first_shards}")
         exact = [exact_weight(weight) for weight in self.weights]
@@ -77,26 +78,30 @@ class MixtureSpec:
         object.__setattr__(self, "weights", tuple(weight // divisor for weight in whole))
 
     def shards_of(self, part: int, n_shards: int) -> slice:
-        """A part's shards among n_shards of all parts."""
+        """Return the slice of a part's shards among the n_shards shards of all parts."""
         ends = (*self.first_shards[1:], n_shards)
         return slice(self.first_shards[part], ends[part])
 
     def part_records(self, shard_records: NDArray[np.int64]) -> tuple[int, ...]:
-        """Records of each part, from those of all shards.
+        """Return the number of records of each part.
+
+        Args:
+            shard_records: int64[n_shards], records of the shards of all parts.
 
         Raises:
-            ValueError: a part has none.
+            ValueError: A part has no records.
         """
         parts = range(len(self.weights))
         found = tuple(int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in parts)
         if 0 in found:
-            raise ValueError(f"part {found.index(0)} of the mixture has no records, so it can have no share of them")
+            raise ValueError(f"part {found.index(0)} of the mixture has no records; leave it out")
         return found
 
     def epoch_records(self, part_records: Sequence[int]) -> int:
-        """Records of an epoch: the most that repeat no part ("first"), or the fewest that serve each whole ("all").
+        """Return the number of records of an epoch, which is len() of the mixture.
 
-        It depends on the parts' sizes and weights alone, not on streams or ranks: len() of the mixture.
+        For "first" it is the largest number that repeats no record; for "all" the smallest that serves each part
+        completely. It depends only on the sizes and weights of the parts, not on streams or ranks.
         """
         total = sum(self.weights)
         if self.stop == "first":
@@ -104,14 +109,14 @@ class MixtureSpec:
         return max(-(-n * total // weight) for n, weight in zip(part_records, self.weights, strict=True))
 
     def epoch_shares(self, part_records: Sequence[int]) -> tuple[int, ...]:
-        """Records of each part in an epoch: its share of them, exact to one record."""
+        """Return the number of records of each part in an epoch: its exact share, rounded to one record."""
         return apportion(self.epoch_records(part_records), self.weights)
 
 
 class StoredMixture:
-    """A mixture without shuffle, as records by number: record p is what an unshuffled epoch serves at position p.
+    """Mixture without shuffle, by record number: record p is at position p of an unshuffled epoch. Immutable.
 
-    Parts are taken in stored order, from their start again where they end. Immutable.
+    Each part is taken in stored order, and again from its start after its end.
     """
 
     def __init__(self, spec: MixtureSpec, part_records: Sequence[int]) -> None:
@@ -122,10 +127,10 @@ class StoredMixture:
         return self._shares.n_records
 
     def locate(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where records are: part int64[n], and the record's number in that part int64[n].
+        """Return the part of each record, int64[n], and its number in that part, int64[n].
 
         Raises:
-            IndexError: a number is outside [0, len).
+            IndexError: A number is outside [0, len).
         """
         numbers = np.asarray(numbers, np.int64)
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
@@ -137,11 +142,13 @@ class StoredMixture:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixedStretch:
-    """Positions [start, stop) of a mixture's stream over which no part's window changes. Immutable.
+    """Section of a mixture's stream: positions [start, stop) over which no part's window changes. Immutable.
 
-    windows: one for each part that it draws from, or drew from before and will again, in the order of the parts: the
-    same object in all stretches that it goes through. Its shards are in the joined numbering, its stream, start and
-    stop are the part's own.
+    Attributes:
+        start, stop: Positions in the mixture's stream.
+        windows: Windows in the order of the parts: one for each part that the section draws from, or that both earlier
+            and later sections draw from. A window is the same object in all sections that use it. Its shards have
+            joined numbers; its stream, start and stop are those of the part.
     """
 
     start: int
@@ -151,17 +158,9 @@ class MixedStretch:
     _runs: dict[int, Run] = field(repr=False)  # by part, in the order of windows
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Places of positions [lo, hi), counted from start.
-
-        Returns:
-            block: uint32[hi - lo], counted through the blocks of the windows one after the other; row: uint32[hi - lo],
-            the row inside its block.
-
-        Raises:
-            ValueError: positions outside the stretch.
-        """
+        """See Stretch.rows. Raises ValueError if the positions are outside the section."""
         if not 0 <= lo <= hi <= self.stop - self.start:
-            raise ValueError(f"positions [{lo}, {hi}) are no range inside a stretch of {self.stop - self.start}")
+            raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
         block, row = empty_rows(hi - lo), empty_rows(hi - lo)
         drawn = self._shares.drawn(self.start + lo)
         places = self._shares.places(self.start + lo, self.start + hi)
@@ -178,7 +177,7 @@ class MixedStretch:
 
 @dataclass(slots=True)
 class _Stream:
-    """What is kept of a stream: its shares, its way through each part, and the stretch that was used last."""
+    """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
 
     shares: StreamShares
     lanes: list[Lane]
@@ -186,22 +185,29 @@ class _Stream:
 
 
 class MixtureOrder:
-    """The order of one epoch of a mixture: each part's own order, interleaved in exact shares.
+    """Order of one epoch of a mixture: the orders of the parts, interleaved in exact shares.
 
-    Stream s is made of one stream of each part. A part's records run on without end: a part that is larger than its
-    share of an epoch goes on in the next one where it stopped, a smaller one begins its next own epoch, in another
-    order. Nothing is counted: epoch and position alone say which record comes. Without shuffle every epoch is the same:
-    parts in stored order, position p is record p of the mixture.
+    Stream s of the mixture consists of one stream of each part. A part's records continue endlessly: a part that is
+    larger than its share of an epoch continues in the next epoch where it stopped; a smaller one starts its next part
+    epoch, in another order. There are no counters: epoch and position alone determine the record. Without shuffle every
+    epoch is the same: parts are in stored order, and position p is record p of the mixture.
 
-    Over any stretch of the sequence of an epoch each part's records are its share of it: with one stream to less than
-    5 records; with S streams to 5 + 2 sqrt(S) (measured: 24 with 256), and over the epoch to less than one.
+    In any range of an epoch's positions, the number of records of each part differs from its exact share by less than 5
+    with one stream, and by at most 5 + 2 sqrt(S) with S streams (measured: 24 with 256); over the whole epoch by less
+    than 1.
 
-    Immutable but for the last windows, which are kept as in `EpochOrder`; threads may share it.
+    It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
+
+    Args:
+        layout: Shards of all parts, in the joined numbering.
+        spec: Parts and weights.
+        options: Options of the order.
+        epoch: Number of the epoch, 0 or more.
     """
 
     def __init__(self, layout: Layout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
-            raise ValueError(f"an epoch is 0 or more, got {epoch}")
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self.layout = layout
         self.spec = spec
         self.options = options
@@ -216,27 +222,32 @@ class MixtureOrder:
 
     @property
     def n_records(self) -> int:
-        """Records of the epoch, those that come more than once counted each time."""
+        """Number of records of the epoch; a record that occurs several times counts each time."""
         return sum(self._deal.totals)
 
     @property
     def n_streams(self) -> int:
-        """Streams: as the options say; 1 without shuffle."""
+        """Number of streams, as the options say; 1 without shuffle."""
         return self._deal.n_streams
 
     def stream_records(self, stream: int) -> int:
-        """Records of a stream: ceil((n_records - stream) / n_streams). Raises ValueError if there is no such stream."""
+        """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
+
+        Raises:
+            ValueError: There is no such stream.
+        """
         if not 0 <= stream < self.n_streams:
-            raise ValueError(f"stream {stream} of {self.n_streams}")
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return stream_records(self.n_records, self.n_streams, stream)
 
     def stretch_at(self, stream: int, position: int) -> MixedStretch:
-        """The stretch that holds a position of a stream: to where the first of the parts' windows ends.
+        """Return the section that holds a position of a stream. It ends where the first of the parts' windows ends.
 
-        It reads the footers of one group of each part that the stream still draws from.
+        It reads the footers of one shard group of each part that the stream still draws from.
 
         Raises:
-            ValueError: the position is outside the stream, or a footer and the layout differ in records.
+            ValueError: The position is outside the stream, or a footer and the layout disagree on the number of
+                records.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position < n_records:
@@ -254,23 +265,16 @@ class MixtureOrder:
             if draw > 0:
                 start = max(start, shares.position_of(part, draw - 1) + 1)
         drawn = shares.drawn(stop)
-        runs = {part: run for part, run in runs.items() if run.start < drawn[part]}  # the others have not begun
+        runs = {
+            part: run for part, run in runs.items() if run.start < drawn[part]
+        }  # drop the draw ranges that start after the section
         kept.stretch = found = MixedStretch(start, stop, tuple(run.window for run in runs.values()), shares, runs)
         return found
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Shards that are read from a position of a stream on, by the parts' shares, about in reading order.
+        """See Order.shards_ahead. Shards have joined numbers.
 
-        Args:
-            stream: of n_streams.
-            position: in the stream; its end is one too.
-            n_bytes: stored bytes that the shards shall hold together; None: all to the end of the stream.
-
-        Returns:
-            int64[m] in the joined numbering; none at the end of the stream. Reads no footers.
-
-        Raises:
-            ValueError: the position is outside the stream.
+        The parts alternate by their shares, so the reading order is approximate.
         """
         n_records = self.stream_records(stream)
         if not 0 <= position <= n_records:
@@ -279,13 +283,13 @@ class MixtureOrder:
         lists = [
             lane.shards_ahead(draw, n_bytes) for lane, draw in zip(kept.lanes, kept.shares.drawn(position), strict=True)
         ]
-        # All lists are read side by side, each to its end.
+        # The parts' lists are read in parallel, each to its end: merge them by relative position.
         when = np.concatenate([(np.arange(len(shards)) + 0.5) / max(len(shards), 1) for shards in lists])
         return np.concatenate(lists)[np.argsort(when, kind="stable")]
 
     def groups(self, stream: int) -> Groups:
-        """See Order.groups: those of each part, one part after the other."""
-        self.stream_records(stream)  # raises
+        """See Order.groups. The groups of each part follow those of the part before."""
+        self.stream_records(stream)  # raises ValueError
         kept = self._keep(stream)
         found = []
         for part, lane in enumerate(kept.lanes):

@@ -1,4 +1,4 @@
-"""A part of a mixture: its records as a sequence without end, own epoch after own epoch, for each stream."""
+"""One part of a mixture: for each stream an endless sequence of its records, part epoch after part epoch."""
 
 from __future__ import annotations
 
@@ -25,44 +25,47 @@ if TYPE_CHECKING:
     from tiercache.order.shares import Deal
     from tiercache.order.window import Window
 
-# A part with fewer records a stream than this, in all or in an epoch, is one sequence at which all streams take turns.
-# A stream of its own would be too short, or have no record; and a record more or less than in the next stream changes
-# how often its records come, of 1,024 by 0.1 %.
+# Minimum records of a part per stream, in all and in an epoch, for the part to have its own streams; a smaller part is
+# one sequence from which all streams draw in turn. A stream of a smaller part could be empty, and one record more or
+# less than in the next stream would change the frequency of its records noticeably (of 1,024 by 0.1 %).
 OWN_STREAM_RECORDS = 1024
 
-# A part that begins anew more often than so in one epoch of the mixture has all its shards in use throughout.
+# A part that restarts more often than this in one epoch of the mixture has all its shards in use throughout the epoch.
 MAX_TURNS = 8
 
-_KEPT_EPOCHS = 4  # streams of a part are in the same own epoch or in neighbouring ones
+_KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neighbouring ones
 
 
 class Run(Protocol):
-    """Draws [start, stop) of a lane that one window serves."""
+    """Draws [start, stop) of one stream from one part that are served from one window."""
 
     @property
     def start(self) -> int:
-        """The first draw."""
+        """First draw."""
 
     @property
     def stop(self) -> int:
-        """The draw after the last."""
+        """Draw after the last one."""
 
     @property
     def window(self) -> Window:
-        """What they are taken from, in the joined numbering."""
+        """Window that holds the drawn records, with joined shard numbers."""
 
     def rows(self, draw: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Places of n draws from one on, n above 0: block in the window and row in it, uint32[n] each."""
+        """Return the block and the row of n draws, n > 0, from a draw on; uint32[n] each.
+
+        A block is an index into the blocks of the window; a row is counted from the start of the block.
+        """
 
 
 class MixedPart:
-    """One part: its own orders by own epoch, the last few kept. Threads may share it, as an EpochOrder.
+    """One part of a mixture: its orders by part epoch; the last few are cached. Threads may share it, as an EpochOrder.
 
     Args:
-        layout: of all parts, joined.
-        shards: the part's own in it.
-        options: for the part; its streams are those of the mixture.
-        n_drawn: records that an epoch of the mixture takes.
+        layout: Shards of all parts, in the joined numbering.
+        shards: Slice of the part's shards.
+        options: Options of the part, with the mixture's number of streams.
+        n_drawn: Number of records that an epoch of the mixture draws from the part.
     """
 
     def __init__(self, layout: Layout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
@@ -79,11 +82,11 @@ class MixedPart:
 
     @property
     def n_streams(self) -> int:
-        """Its own streams: as many as the mixture has, or one."""
+        """Number of the part's own streams: as many as the mixture has, or one."""
         return self.options.streams if self.options.shuffle else 1
 
     def order(self, own_epoch: int) -> EpochOrder:
-        """The part's order of one of its own epochs."""
+        """Return the part's order of one part epoch."""
         found = self._orders.get(own_epoch)
         if found is None:
             found = EpochOrder(self.layout, self.options, own_epoch)
@@ -91,7 +94,7 @@ class MixedPart:
         return found
 
     def window(self, own_epoch: int, stream: int, position: int) -> Window:
-        """The window at a position of a stream of an own epoch, in the joined numbering; the last one is kept."""
+        """Return the window at a position of a stream of a part epoch, with joined shard numbers; cached."""
         own = self.order(own_epoch).stretch_at(stream, position)
         kept = self._windows.get(stream)
         if kept is None or kept[0] is not own:
@@ -101,14 +104,14 @@ class MixedPart:
         return kept[1]
 
     def whole(self) -> Window | None:
-        """The window that is the whole part, if there is one: then every own epoch has the same blocks."""
+        """Return the window that holds the whole part, if there is one: then every part epoch has the same blocks."""
         if self.n_streams > 1:
             return None
         window = self.window(0, 0, 0)
         return window if window.stop == self.n_records else None
 
     def key(self, own_epoch: int) -> bytes | None:
-        """Of the order of the rows of the whole part in an own epoch; None without shuffle."""
+        """Return the key of the row order of the whole part in a part epoch; None without shuffle."""
         return derive_key(self.options.seed, "whole", own_epoch) if self.options.shuffle else None
 
     def _blocks(self, shards: Sequence[int]) -> Sequence[BlockTable]:
@@ -117,10 +120,18 @@ class MixedPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lane:
-    """What one stream of one epoch of the mixture draws from a part: draws 0 to quota, each a place of its sequence.
+    """Draws of one stream of one epoch of the mixture from one part.
 
-    Draw d is number base + d * step of the sequence of the part's own stream, which runs through own epochs of
-    `length` records each.
+    Draws are numbered 0 to quota. Draw d is record base + d * step of the sequence of the part's own stream, which
+    passes through part epochs of `length` records each.
+
+    Attributes:
+        part: Part that is drawn from.
+        stream: Number of the part's own stream.
+        base: Number in the sequence of draw 0.
+        step: Distance in the sequence between two draws.
+        quota: Number of draws.
+        length: Number of records of the part's own stream in a part epoch.
     """
 
     part: MixedPart
@@ -133,15 +144,23 @@ class Lane:
 
     @staticmethod
     def of(part: MixedPart, deal: Deal, turned: int, quota: int, epoch: int) -> Lane:
-        """The lane of a stream of the mixture in an epoch; turned: the stream's number as the part counts them."""
+        """Return the draws of a stream of the mixture in an epoch.
+
+        Args:
+            part: Part that is drawn from.
+            deal: Allocation of the epoch's records to streams.
+            turned: Number of the stream in the part's own rotation of the streams.
+            quota: Number of draws.
+            epoch: Number of the mixture's epoch.
+        """
         if part.n_streams == deal.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return Lane(part, turned, epoch * quota, 1, quota, length, [])
         return Lane(part, 0, epoch * part.n_drawn + turned, deal.n_streams, quota, part.n_records, [])
 
     def run_at(self, draw: int) -> Run:
-        """The run that holds a draw; the last one is kept."""
-        for run in self._last:  # one, or none yet; another thread may put its own there meanwhile
+        """Return the draw range that holds a draw; the last one is cached."""
+        for run in self._last:  # at most one; another thread may replace it meanwhile
             if run.start <= draw < run.stop:
                 return run
         run = self._run(draw)
@@ -149,7 +168,12 @@ class Lane:
         return run
 
     def shards_ahead(self, draw: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Shards read from a draw on, in reading order, that hold so many stored bytes; None: for all draws left."""
+        """Return the shards that are read from a draw on, in reading order.
+
+        Args:
+            draw: Number of the draw.
+            n_bytes: Stored bytes that the shards hold together; None: the shards of all remaining draws.
+        """
         left = self.quota - draw
         if left <= 0:
             return np.empty(0, np.int64)
@@ -160,7 +184,7 @@ class Lane:
         elif group_bytes is None:
             wanted = self.part.n_stored_bytes
         else:
-            wanted += group_bytes  # shards count from their group's start, behind this draw
+            wanted += group_bytes  # shards count from the start of their group, which lies before this draw
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
         found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted).copy()
         wanted -= int(self.part.layout.stored_bytes[found].sum())
@@ -172,7 +196,7 @@ class Lane:
         return found
 
     def groups(self) -> Groups:
-        """Groups of the part's shards, in the joined numbering, over the draws that they serve."""
+        """Return the part's shard groups, with joined shard numbers, over the draws that they serve."""
         if not self.quota:
             return together([])
         first_epoch, last_epoch = (n // self.length for n in (self.base, self.base + (self.quota - 1) * self.step))
@@ -205,13 +229,13 @@ class Lane:
         return _WindowRun(window, start, stop, self)
 
     def _draws_before(self, number: int) -> int:
-        """How many draws come before a number of the sequence."""
+        """Return the number of draws that come before a number of the sequence."""
         return min(max(0, -((self.base - number) // self.step)), self.quota)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WindowRun:
-    """Draws from one window of one own epoch."""
+    """Draws from one window of one part epoch."""
 
     window: Window
     start: int
@@ -227,9 +251,9 @@ class _WindowRun:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WholeRun:
-    """Draws from a part that is one window: its blocks stay the same, own epochs turn inside it with keys of their own.
+    """Draws from a part that is one window: the blocks stay the same, and each part epoch has its own key.
 
-    So a part of a few records that comes again and again does not end a stretch each time.
+    A part of a few records that is repeated often therefore does not end a section with each repetition.
     """
 
     window: Window
@@ -255,15 +279,15 @@ class _WholeRun:
 def part_options(
     options: OrderOptions, weights: Sequence[int], shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> list[OrderOptions]:
-    """Each part's options: a seed of its own, and its share of the sizes, by the stored bytes that it brings.
+    """Return the options of each part: its own seed, and a share of the sizes by the stored bytes that it contributes.
 
-    So the sizes hold for the mixture as a whole, but for parts that bring little: each has at least half of an equal
-    share, else a part of 1 % would be mixed over windows of a hundredth.
+    The sizes therefore hold for the mixture as a whole. A part gets at least half of an equal share: otherwise a part
+    of 1 % would be mixed over windows of a hundredth of the size.
 
     Args:
-        options: of the mixture.
-        weights: of each part, in records.
-        shards: of each part the records and the stored bytes of its shards, int64[m] each.
+        options: Options of the mixture.
+        weights: Weight of each part, in records.
+        shards: For each part the records and the stored bytes of its shards, int64[m] each.
     """
     brings = [
         Fraction(weight * max(int(stored_bytes.sum()), 1), int(records.sum()))

@@ -1,4 +1,4 @@
-"""What a rank takes of the global order: positions of its batches, as functions of their number."""
+"""Which positions of the global order a rank serves, as functions of the batch number."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """Batches of one rank from an offset to the end of an epoch. Nothing is kept per batch.
+    """Batches of one rank from an offset to the end of an epoch. It stores nothing per batch.
 
-    A global batch is world_size * batch_size consecutive positions; position p belongs to stream p % n_streams. Its
-    positions are listed by stream, then by position, and rank r takes slots [r * batch_size, (r + 1) * batch_size) of
-    that list, in order of position: so each rank has streams of its own, or ranks share one. Where n_streams does not
-    divide the global batch, a rank's streams would change from batch to batch; then rank r takes the r-th run of
-    batch_size positions, whatever their streams.
+    A global batch is world_size * batch_size consecutive positions; position p belongs to stream p % n_streams. The
+    positions of a global batch are sorted by stream, then by position. Rank r takes slots [r * batch_size, (r + 1) *
+    batch_size) of this list, and serves them in order of position. Each rank therefore has its own streams, or several
+    ranks share a stream. If n_streams does not divide the global batch, the streams of a rank would change from batch
+    to batch; then rank r takes the r-th run of batch_size positions, from all streams.
 
-    Every rank has the same number of batches. What is left after the last full global batch, counted from the offset,
-    is dropped with drop_last; otherwise it makes one more global batch, listed the same way and split evenly (shares
-    differ by one at most), or so that the first ranks have full shares and a later one the rest. A rank that it leaves
-    empty-handed takes the record at the start of its first stream: padding, no part of the global sequence.
+    Every rank has the same number of batches. The positions after the last full global batch, counted from the offset,
+    are dropped with drop_last. Otherwise they form one more global batch, sorted in the same way and divided evenly
+    (shares differ by at most one), or, with fills_first, so that the first ranks have full shares. A rank without a
+    share serves the record at the start of its first stream as padding, which is not part of the global sequence.
 
     Attributes:
-        offset: records of the epoch that were served before.
-        world_size, rank: 0 <= rank < world_size.
-        batch_size: of one rank.
-        drop_last: as above.
-        n_records: of the epoch.
-        n_streams: of the order.
-        fills_first: what is left fills the first ranks, each with as many records as the longest even share has: who
-            makes all shares of that size by repeating records has all repeated ones behind the last rank's own.
+        offset: Number of records of the epoch that have already been served.
+        world_size: Number of ranks.
+        rank: Number of this rank, 0 <= rank < world_size.
+        batch_size: Records per batch of one rank.
+        drop_last: Whether the positions after the last full global batch are dropped.
+        n_records: Number of records of the epoch.
+        n_streams: Number of streams of the order.
+        fills_first: Whether the first ranks take the remaining positions, each as many as the longest even share. A
+            caller that pads all shares to this size by repeating records then has the repeated records only after the
+            last rank's own.
     """
 
     offset: int
@@ -49,86 +51,88 @@ class RankPlan:
     fills_first: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError naming the one that is out of range."""
+        """Check the values. Raises ValueError naming the value that is out of range."""
         if self.world_size < 1 or self.batch_size < 1:
-            raise ValueError(f"world_size and batch_size are 1 or more, got {self.world_size} and {self.batch_size}")
+            raise ValueError(
+                f"world_size and batch_size must be 1 or more, got {self.world_size} and {self.batch_size}"
+            )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}")
         if not 0 <= self.offset <= self.n_records:
             raise ValueError(f"offset must be in [0, {self.n_records}], got {self.offset}")
         if self.n_streams < 1:
-            raise ValueError(f"n_streams is 1 or more, got {self.n_streams}")
+            raise ValueError(f"n_streams must be 1 or more, got {self.n_streams}")
 
     @property
     def global_batch(self) -> int:
-        """Records of a full global batch."""
+        """Number of records of a full global batch."""
         return self.world_size * self.batch_size
 
     @property
     def n_full(self) -> int:
-        """Full global batches."""
+        """Number of full global batches."""
         return (self.n_records - self.offset) // self.global_batch
 
     @property
     def n_left(self) -> int:
-        """Records after the last full global batch that are served (0 with drop_last)."""
+        """Number of records that are served after the last full global batch (0 with drop_last)."""
         return 0 if self.drop_last else (self.n_records - self.offset) % self.global_batch
 
     @property
     def n_batches(self) -> int:
-        """Batches of this rank, the same for all ranks."""
+        """Number of batches of this rank, the same for all ranks."""
         return self.n_full + (self.n_left > 0)
 
     @property
     def padded(self) -> int:
-        """Records of this rank that are padding: 0, or 1 in its last batch."""
+        """Number of padding records of this rank: 0, or 1 in its last batch."""
         start, stop = self._last_share
         return int(self.n_left > 0 and start == stop)
 
     @property
     def n_served(self) -> int:
-        """Records of all this rank's batches, padding included."""
+        """Number of records in all batches of this rank, including padding."""
         return self.n_full * self.batch_size + self._n_last
 
     @property
     def ignores_streams(self) -> bool:
-        """Whether the ranks take runs of positions whatever their streams: blocks are then read by several of them."""
+        """Whether ranks take runs of positions from all streams; several ranks then read the same blocks."""
         return self.world_size > 1 and self.global_batch % self.n_streams != 0
 
     @property
     def streams(self) -> range:
-        """Streams that this rank reads in full global batches: neighbours."""
+        """Streams that this rank reads in full global batches: a range of neighbours."""
         if self.global_batch % self.n_streams:
             return range(self.n_streams)
-        length = self.global_batch // self.n_streams  # of a stream in a global batch
+        length = self.global_batch // self.n_streams  # records of a stream in a global batch
         start = self.rank * self.batch_size
         return range(start // length, (start + self.batch_size - 1) // length + 1)
 
     def positions(self, i: int) -> NDArray[np.int64]:
-        """Positions in the epoch of batch i, in served order: rising.
+        """Return the positions in the epoch of batch i, in served order, which is ascending.
 
         Returns:
-            int64[n], at most batch_size of them, at least one.
+            int64[n], 1 <= n <= batch_size.
 
         Raises:
-            IndexError: there is no such batch.
+            IndexError: There is no such batch.
         """
         if not 0 <= i < self.n_batches:
-            raise IndexError(f"batch {i} of {self.n_batches}")
+            raise IndexError(f"there is no batch {i}: the rank has {self.n_batches} batches")
         start = i * self.batch_size
         return self.positions_between(start, min(start + self.batch_size, self.n_served))
 
     def positions_between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Positions in the epoch of rows [start, stop) of this rank's batches one after the other, in served order.
+        """Return the positions in the epoch of rows [start, stop) of this rank's concatenated batches, in served order.
 
         Returns:
-            int64[stop - start], rising but for padding at the end.
+            int64[stop - start], ascending except for padding at the end.
 
         Raises:
-            IndexError: there are no such rows.
+            IndexError: The rows do not exist.
         """
         if not 0 <= start <= stop <= self.n_served:
-            raise IndexError(f"rows [{start}, {stop}) of {self.n_served}")
+            raise IndexError(f"rows [{start}, {stop}) are not within the rank's {self.n_served} rows")
         full_stop = self.n_full * self.batch_size
         if start == stop:
             return np.zeros(0, np.int64)
@@ -139,16 +143,17 @@ class RankPlan:
         return found
 
     def rising_between(self, start: int, stop: int) -> range | NDArray[np.int64]:
-        """As positions_between(); a range where they follow one another, which costs nothing however many they are."""
+        """Return positions_between(), as a range if possible, which takes no memory however many rows there are."""
         if self.world_size == 1 and 0 <= start <= stop <= self.n_served:
             return range(self.offset + start, self.offset + stop)
         run = self.run_between(start, stop)
         return self.positions_between(start, stop) if run is None else run
 
     def run_between(self, start: int, stop: int) -> range | None:
-        """As positions_between(), where the rows follow one another in one stream; None: they do not, or are none.
+        """Return positions_between() as a range if the rows follow one another in one stream; else None.
 
-        Of several ranks only rows of full global batches: what a rank has of the last one may lie in any streams.
+        None also stands for no rows. With several ranks, only rows of full global batches qualify: a rank's rows of the
+        last global batch may lie in any streams.
         """
         if not 0 <= start < stop <= self.n_served or len(self.streams) > 1:
             return None
@@ -157,11 +162,18 @@ class RankPlan:
         if stop > self.n_full * self.batch_size:
             return None
         first, last = (int(self.positions_between(row, row + 1)[0]) for row in (start, stop - 1))
-        # Rising numbers of one stream lie n_streams apart at least.
+        # Ascending positions of one stream differ by at least n_streams.
         return range(first, last + 1, self.n_streams) if last - first == (stop - 1 - start) * self.n_streams else None
 
     def owns(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether this rank serves positions (padding apart). positions: int64[n], from offset on. Returns bool[n]."""
+        """Return whether this rank serves positions, except as padding.
+
+        Args:
+            positions: int64[n], positions in the epoch from the offset on.
+
+        Returns:
+            bool[n].
+        """
         left_start = self._left_start
         owned = np.zeros(len(positions), np.bool_)
         if self.n_full:
@@ -177,23 +189,23 @@ class RankPlan:
         return owned
 
     def offset_after(self, n_batches: int) -> int:
-        """The epoch's offset once every rank has served so many batches of this plan: where a resumed run begins.
+        """Return the epoch's offset after every rank has served n_batches of this plan; a resumed run starts there.
 
         Raises:
-            ValueError: there are not so many batches.
+            ValueError: The plan has fewer batches.
         """
         if not 0 <= n_batches <= self.n_batches:
-            raise ValueError(f"{n_batches} batches of {self.n_batches}")
+            raise ValueError(f"n_batches is {n_batches}, but the rank has {self.n_batches} batches")
         return min(self.offset + n_batches * self.global_batch, self.n_records)
 
     @property
     def _left_start(self) -> int:
-        """The position after the last full global batch."""
+        """Position after the last full global batch."""
         return self.offset + self.n_full * self.global_batch
 
     @property
     def _last_share(self) -> tuple[int, int]:
-        """This rank's slots [start, stop) of what is left; none where it pads."""
+        """Slots [start, stop) of this rank in the last, incomplete global batch; empty if the rank pads."""
         if self.fills_first:
             share = -(-self.n_left // self.world_size)
             return min(self.rank * share, self.n_left), min((self.rank + 1) * share, self.n_left)
@@ -203,7 +215,7 @@ class RankPlan:
 
     @property
     def _n_last(self) -> int:
-        """Records of the last batch, if there is one beside the full ones."""
+        """Number of records of the last, incomplete batch, if there is one."""
         start, stop = self._last_share
         return stop - start if stop > start else self.padded
 
@@ -214,7 +226,7 @@ class RankPlan:
         return self._slots(self._left_start, self.n_left)
 
     def _slots(self, start: int, n: int) -> Slots:
-        # Where streams are ignored they are one.
+        # If streams are ignored, all positions are one stream.
         return stream_slots(start, n, 1 if self.global_batch % self.n_streams else self.n_streams)
 
     def _full_positions(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -223,8 +235,8 @@ class RankPlan:
             return np.arange(self.offset + start, self.offset + stop, dtype=np.int64)
         first = self.rank * size
         taken = self._full_slots().take(first, first + size)
-        begin, end = -(-start // size), stop // size  # the whole batches between
-        if begin > end:  # inside one batch
+        begin, end = -(-start // size), stop // size  # whole batches [begin, end)
+        if begin > end:  # the rows lie inside one batch
             return taken.places(start % size, stop - end * size) + (self.offset + end * step)
         parts = []
         if start < begin * size:

@@ -1,4 +1,4 @@
-"""Exact shares of a mixture: which part each position of a stream takes, by whole numbers alone; no counters."""
+"""Exact shares of a mixture: which part each position of a stream takes, in closed form by integer arithmetic."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Streams start each split at another phase, else all of them take the same part at once (256 streams were off by 400
-# records together, with these phases by 24). Radical inverses in these bases, by depth: splits below each other need
-# phases that do not go together (the golden ratio for all of them: off by 200).
+# Each stream starts each split at its own phase; otherwise all streams take the same part at once (256 streams deviated
+# by 400 records together, with these phases by 24). The phases are radical inverses in these bases, by depth: splits
+# below each other need phases that are not correlated (the golden ratio for all of them: deviation 200).
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19)
 
-MAX_RECORDS = 1 << 42  # of a stream: 2**20 places times this stay inside 63 bits
+MAX_RECORDS = 1 << 42  # per stream: 2**20 positions times this fit 63 bits
 _CHUNK_PLACES = 1 << 20
 
 
 def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """Shares of n records by weights, n together: rounded down or up, up those with the largest remainders.
+    """Return the shares of n records by weights, by the largest-remainder method; the shares add up to n.
 
-    A part of n_k records never gets more than n_k if n <= n_k / share, nor fewer if n >= n_k / share.
+    Every share is its exact value rounded down or up. Therefore a part of n_k records gets at most n_k if n <= n_k /
+    share, and at least n_k if n >= n_k / share.
+
+    Args:
+        n: Number of records to share out.
+        weights: Positive weights of the parts.
     """
     total = sum(weights)
     shares = [n * weight // total for weight in weights]
@@ -38,38 +43,39 @@ def apportion(n: int, weights: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """An epoch's records dealt to streams: rows of a table whose sums are those of the parts and those of the streams.
+    """Allocation of an epoch's records to streams: a table whose sums are those of the parts and those of the streams.
 
-    Stream s of the epoch holds ceil((n - s) / S) records. The records that a part has beyond a multiple of S go to
-    neighbouring streams, and the next part's follow them: so every stream gets the same of a part but for one record.
+    Stream s of the epoch holds ceil((n - s) / S) records. The records of a part beyond a multiple of S go to
+    neighbouring streams, and those of the next part to the streams after them: therefore the streams' records of a part
+    differ by at most one.
 
     Attributes:
-        totals: records of each part in the epoch.
-        n_streams: S.
+        totals: Number of records of each part in the epoch.
+        n_streams: Number of streams, S.
     """
 
     totals: tuple[int, ...]
     n_streams: int
 
     def turns(self, stream: int) -> tuple[int, ...]:
-        """The stream's number as each part counts them: 0 is the first to get a record more than others."""
+        """Return the stream's number in each part's rotation; number 0 is the first to get an extra record."""
         before = accumulate(self.totals[:-1], initial=0)
         return tuple((stream - n_records) % self.n_streams for n_records in before)
 
     def quotas(self, stream: int) -> tuple[int, ...]:
-        """Records that a stream takes of each part in an epoch; together ceil((n - stream) / S)."""
+        """Return the number of records that a stream takes of each part; their sum is ceil((n - stream) / S)."""
         of_parts = zip(self.totals, self.turns(stream), strict=True)
         return tuple(stream_records(total, self.n_streams, turned) for total, turned in of_parts)
 
 
 def stream_records(n_records: int, n_streams: int, stream: int) -> int:
-    """ceil((n - s) / S): records of one stream."""
+    """Return the number of records of one stream: ceil((n_records - stream) / n_streams)."""
     return max(0, -((stream - n_records) // n_streams))
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A node of the tree: which of its items go left. Nodes are numbered parts first, then splits."""
+    """Node of the tree: it decides which of its items go left. Nodes are numbered parts first, then splits."""
 
     node: int
     left: int
@@ -79,25 +85,30 @@ class _Split:
     phase: int
 
     def left_before(self, items: int) -> int:
-        """How many of the first items go left; all of n_left at the end."""
+        """Return how many of the first `items` items go left; n_left for all items."""
         return (items * self.n_left + self.phase) // self.n_items if self.n_items else 0
 
     def item_of(self, child: int, number: Any) -> Any:
-        """Which item the child's item of a number is: an integer, or an array of them."""
+        """Return the index of the item that is the child's item of a number: an integer, or an array of integers."""
         if child == self.left:
             return -((self.phase - (number + 1) * self.n_items) // self.n_left) - 1
         return (number * self.n_items + self.phase) // (self.n_items - self.n_left)
 
 
 class StreamShares:
-    """One stream of an epoch as a function: position to part and number of the draw, and back, in O(parts).
+    """One stream of an epoch as a function from position to part and draw number, and back, in O(parts).
 
-    Parts are split in two again and again, the two smallest joined first (Huffman's tree). Of its first q items a split
-    sends floor((q * n_left + phase) / n_items) left, so each split is off by less than one record, of which a part
-    deeper down gets its share: over any stretch of the stream a part is off by less than 4 records from its quota's
-    share, however many parts there are, since only a last split gives one side more than two thirds.
+    The parts are the leaves of a binary tree that joins the two smallest nodes first (Huffman's tree). Of its first q
+    items a split sends floor((q * n_left + phase) / n_items) left, so each split deviates by less than one record, of
+    which a part deeper in the tree gets its share. In any range of the stream a part deviates from its quota's share by
+    less than 4 records, however many parts there are, since only the last split of a path gives one side more than two
+    thirds.
 
-    Immutable; shared freely between threads.
+    Immutable; threads may share it.
+
+    Args:
+        deal: Allocation of the epoch's records.
+        stream: Number of the stream.
     """
 
     def __init__(self, deal: Deal, stream: int) -> None:
@@ -109,7 +120,7 @@ class StreamShares:
         self._above = {child: split for split in self._splits for child in (split.left, split.right)}
 
     def drawn(self, position: int) -> list[int]:
-        """Records of each part among the first positions."""
+        """Return the number of records of each part among the first `position` positions."""
         items = [0] * (2 * len(self.quotas) - 1)
         items[-1] = position
         for split in self._splits:
@@ -118,22 +129,22 @@ class StreamShares:
         return items[: len(self.quotas)]
 
     def position_of(self, part: int, draw: int) -> int:
-        """The position of a part's draw; draws count from 0 and are fewer than its quota."""
+        """Return the position of a part's draw; draws count from 0 and are fewer than its quota."""
         node, number = part, draw
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
         return int(number)
 
     def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`position_of` of many draws, int64[n]."""
+        """Return `position_of` of many draws, int64[n]."""
         node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
         return number.astype(np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Part and number of the draw of any positions, int64[n] each."""
-        # Products of two counts: Python's integers where they need more than 63 bits.
+        """Return the part and the draw number of any positions, int64[n] each."""
+        # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
         whole = np.int64 if self.n_records < 1 << 31 else object
         parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         items = {2 * len(self.quotas) - 2: (np.arange(len(positions)), np.asarray(positions).astype(whole))}
@@ -148,9 +159,12 @@ class StreamShares:
         return parts, draws
 
     def places(self, start: int, stop: int) -> list[NDArray[np.int64]]:
-        """By part, where among positions [start, stop) its draws are: rising int64[m], counted from start.
+        """Return where each part's draws are among positions [start, stop).
 
-        The first of them is the part's draw of number drawn(start)[part], the others follow it.
+        The first of them is the part's draw drawn(start)[part]; the others follow it.
+
+        Returns:
+            For each part ascending int64[m], counted from start.
         """
         chunks = [self._places(at, min(at + _CHUNK_PLACES, stop), start) for at in range(start, stop, _CHUNK_PLACES)]
         if len(chunks) == 1:
@@ -175,7 +189,7 @@ class StreamShares:
 
 
 def _tree(totals: Sequence[int], quotas: Sequence[int], stream: int) -> tuple[_Split, ...]:
-    """The splits of a stream, from the root down. Its shape is that of the whole epoch: the same for all streams."""
+    """Return the splits of a stream, from the root down. All streams of the epoch have the same tree."""
     waiting = [(total, part) for part, total in enumerate(totals)]
     heapq.heapify(waiting)
     joined: list[tuple[int, int]] = []
@@ -198,7 +212,7 @@ def _tree(totals: Sequence[int], quotas: Sequence[int], stream: int) -> tuple[_S
 
 
 def _radical_inverse(number: int, base: int) -> tuple[int, int]:
-    """The number's digits mirrored at the point, as a fraction below one: numerator, denominator."""
+    """Return the number with its digits mirrored at the point, a fraction below one, as (numerator, denominator)."""
     numerator, denominator = 0, 1
     while number:
         number, digit = divmod(number, base)

@@ -1,4 +1,4 @@
-"""The list of a global batch by stream and position, and runs of it back in order of position: all closed forms."""
+"""Slots of a global batch: its positions sorted by stream, and ranges of slots in order of position; closed forms."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slots:
-    """Places of a global batch (positions counted from its start), listed by stream, then by place.
+    """Offsets of a global batch (positions counted from its start), sorted by stream, then by offset.
 
-    Place p belongs to the stream whose first place is p % n_streams, and is that stream's number p // n_streams.
+    Offset p belongs to the stream whose first offset is p % n_streams; it is that stream's number p // n_streams.
 
     Attributes:
-        n_streams: of the order.
-        first: int64[n_streams], the first place of each stream; one beyond the batch where the stream has none.
-        starts: int64[n_streams + 1], the slot at which each stream's places begin.
+        n_streams: Number of streams of the order.
+        first: int64[n_streams], first offset of each stream; beyond the batch if the stream has none.
+        starts: int64[n_streams + 1], slot at which each stream's offsets begin.
     """
 
     n_streams: int
@@ -29,7 +29,7 @@ class Slots:
     starts: NDArray[np.int64]
 
     def number(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Slots of places: int64[n] to int64[n]."""
+        """Return the slots of offsets, int64[n]."""
         if self.n_streams == 1:
             return places
         by_place = np.empty(self.n_streams, np.int64)
@@ -38,7 +38,7 @@ class Slots:
         return by_place[first] + rounds
 
     def take(self, start: int, stop: int) -> Taken:
-        """The places in slots [start, stop), in order. start < stop."""
+        """Return the offsets in slots [start, stop), ascending; start < stop."""
         begin = int(np.searchsorted(self.starts, start, side="right")) - 1
         end = int(np.searchsorted(self.starts, stop, side="left"))
         lo = np.maximum(start - self.starts[begin:end], 0)
@@ -48,7 +48,13 @@ class Slots:
 
 
 def stream_slots(start: int, n: int, n_streams: int) -> Slots:
-    """The list of a global batch: of n positions from start on, of an order of n_streams."""
+    """Return the slots of a global batch.
+
+    Args:
+        start: First position of the batch.
+        n: Number of positions.
+        n_streams: Number of streams of the order.
+    """
     first = (np.arange(n_streams, dtype=np.int64) - start % n_streams) % n_streams
     rounds, longer = divmod(n, n_streams)
     starts = np.zeros(n_streams + 1, np.int64)
@@ -58,9 +64,9 @@ def stream_slots(start: int, n: int, n_streams: int) -> Slots:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rounds:
-    """Rows [start, stop) of a taking: from round `first` on, one place of each of some streams a round.
+    """Rows [start, stop) of the offsets taken: one offset of each of some streams per round, from round `first` on.
 
-    columns: int64[m], first places of those streams, rising.
+    columns: int64[m], first offsets of those streams, ascending.
     """
 
     start: int
@@ -71,17 +77,17 @@ class _Rounds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taken:
-    """Places that a rank takes of a global batch, rising; any run of them at once.
+    """Offsets of a global batch that a rank takes, ascending; any range of them is computed at once.
 
-    All streams but the first and the last are taken whole, so there are few parts, whatever the batch: between two
-    numbers at which a stream begins or ends to be taken, every round takes the same streams.
+    All streams but the first and the last are taken completely, so there are few parts, whatever the size of the batch:
+    the set of streams changes only at a round at which a stream begins or ends.
     """
 
     n_streams: int
     parts: tuple[_Rounds, ...]
 
     def places(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rows [start, stop) of what is taken: int64[stop - start] of places."""
+        """Return rows [start, stop) of the offsets taken, int64[stop - start]."""
         found = []
         for part in self.parts:
             lo, hi = max(start, part.start), min(stop, part.stop)
@@ -97,7 +103,13 @@ class Taken:
 
 
 def _taken(first: NDArray[np.int64], rounds: tuple[NDArray[np.int64], NDArray[np.int64]], n_streams: int) -> Taken:
-    """first: int64[m], the first place of each stream; rounds: from which round of each to which it is taken."""
+    """Return the offsets that a rank takes.
+
+    Args:
+        first: int64[m], first offset of each stream.
+        rounds: First round of each stream that is taken, and the round after the last one.
+        n_streams: Number of streams of the order.
+    """
     turn = np.argsort(first)
     first, lo, hi = first[turn], rounds[0][turn], rounds[1][turn]
     parts, start = [], 0

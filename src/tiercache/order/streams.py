@@ -1,4 +1,4 @@
-"""Streams: the permuted list of shards cut into equal runs of records, and each run's shards in reading order."""
+"""Streams: the permuted list of shards cut into runs of equally many records, each in its reading order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from tiercache.order.options import Layout, OrderOptions
 
-# A group's footers are read before its first batch. Of 25,000 shards of a few kilobytes a group of 4 GiB would be all.
+# All footers of a group are read before its first batch. Without this limit, a group of 4 GiB would hold 25,000 shards
+# of a few kilobytes.
 MAX_GROUP_SHARDS = 1024
 
 
@@ -25,13 +26,13 @@ class Stream:
     """Shards of one stream in the reading order of an epoch, cut into groups.
 
     Attributes:
-        index: its number.
-        shards: int64[k], by data-set index; a shard stands in a stream once.
-        row_start: int64[k], the first row of each shard that belongs to the stream.
-        rows: int64[k + 1], cumulative rows of the shards, those of the stream only.
-        stored: int64[k + 1], cumulative stored bytes; of a shard that is cut the part that its rows are of it.
-        cuts: int64[m + 1]: group i is shards [cuts[i], cuts[i + 1]).
-        is_cut: whether a shard of it belongs to the stream in part.
+        index: Number of the stream.
+        shards: int64[k], shard numbers in the data set; each shard occurs once in a stream.
+        row_start: int64[k], first row of each shard that belongs to the stream.
+        rows: int64[k + 1], cumulative rows of the shards that belong to the stream.
+        stored: int64[k + 1], cumulative stored bytes; of a shard that is cut, in proportion to its rows.
+        cuts: int64[m + 1], group i is shards [cuts[i], cuts[i + 1]).
+        is_cut: Whether a shard belongs to the stream only in part.
     """
 
     index: int
@@ -44,23 +45,23 @@ class Stream:
 
     @property
     def n_records(self) -> int:
-        """Records of the stream."""
+        """Number of records of the stream."""
         return int(self.rows[-1])
 
     @property
     def group_shards(self) -> int:
-        """Shards that a group has, on average; the last one does not count, unless it is the only one."""
+        """Average number of shards of a group; the last group does not count, unless it is the only one."""
         n_groups = max(len(self.cuts) - 2, 1)
         return int(self.cuts[n_groups]) // n_groups if len(self.cuts) > 1 else 0
 
     @property
     def group_starts(self) -> NDArray[np.int64]:
-        """int64[m + 1], positions at which groups begin, and the stream's end."""
+        """int64[m + 1], positions at which the groups begin, and the end of the stream."""
         return self.rows[self.cuts]
 
 
 class Split:
-    """How the shards of an epoch are shared out among its streams. Immutable; O(shards) to make."""
+    """Division of an epoch's shards among its streams. Immutable; creating it costs O(shards)."""
 
     def __init__(self, layout: Layout, options: OrderOptions, epoch: int) -> None:
         self._layout = layout
@@ -76,17 +77,21 @@ class Split:
 
     @property
     def n_records(self) -> int:
-        """Records of all streams."""
+        """Number of records of all streams."""
         return int(self._ends[-1])
 
     def stream_records(self, stream: int) -> int:
-        """Records of a stream. Raises ValueError if there is no such stream."""
+        """Return the number of records of a stream. Raises ValueError if there is no such stream."""
         if not 0 <= stream < self.n_streams:
-            raise ValueError(f"stream {stream} of {self.n_streams}")
+            raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return -(-(self.n_records - stream) // self.n_streams)
 
     def stream(self, index: int) -> Stream:
-        """One stream's shards in the reading order of the epoch. Raises ValueError if there is no such stream."""
+        """Return a stream with its shards in the epoch's reading order.
+
+        Raises:
+            ValueError: There is no such stream.
+        """
         n_records = self.stream_records(index)
         share, longer = divmod(self.n_records, self.n_streams)
         start = index * share + min(index, longer)
@@ -95,8 +100,8 @@ class Split:
         row_start = np.maximum(start - self._ends[first:last], 0)
         row_stop = np.minimum(start + n_records, self._ends[first + 1 : last + 1]) - self._ends[first:last]
         shards = self._shards[first:last]
-        # In data-set order first: what is inside a stream depends on the split by its shards alone, and the one stream
-        # of an order without streams is the whole data set's.
+        # Sort by shard number first: the order inside a stream then depends only on the set of its shards, and the
+        # single stream of an order without streams equals the stored order of the data set.
         turn = np.argsort(shards)
         stream = self._cut(index, shards[turn], row_start[turn], row_stop[turn])
         if not self._options.shuffle:
@@ -110,8 +115,8 @@ class Split:
     ) -> Stream:
         n_rows, whole = row_stop - row_start, self._layout.records[shards]
         stored_bytes = self._layout.stored_bytes[shards]
-        parts = np.flatnonzero(n_rows != whole).tolist()  # the first and the last of the run, at most
-        for part in parts:  # Python's integers: the product may need more than 64 bits
+        parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
+        for part in parts:  # Python integers: the product may exceed 64 bits
             stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
         group_bytes = self._options.group_bytes
         max_shards = None if group_bytes is None else MAX_GROUP_SHARDS

@@ -1,4 +1,4 @@
-"""Windows: runs of blocks whose rows are mixed together, and how runs are cut."""
+"""Windows: runs of blocks whose rows are shuffled together, and how items are cut into runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# A stream of so many windows starts with small ones, 1/64 of a whole one and doubling: its first batch needs few
-# blocks, and what is mixed less is one window's worth.
+# A stream of at least this many windows starts with small ones, from 1/64 of a full window, doubling: the first batch
+# then needs few blocks, and the small windows together are about one full window.
 RAMP_MIN_WINDOWS = 8
 RAMP_SHIFTS = (6, 5, 4, 3, 2, 1)
 
 
 class RowRun(NamedTuple):
-    """n_rows of a window in served order, from position `start` of it on: where each lies is found as it is needed."""
+    """Run of n_rows rows of a window in served order, from position `start` on. Rows are located when needed."""
 
     finder: RowFinder
     start: int
     n_rows: int
 
     def find(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Places of the run's rows [lo, hi): block and row, uint32[hi - lo] each. ValueError outside the window."""
+        """Return the block and the row of rows [lo, hi) of the run, uint32[hi - lo] each.
+
+        Raises:
+            ValueError: The rows are outside the window.
+        """
         if hi < lo:
-            raise ValueError(f"rows [{lo}, {hi}) are no range")
+            raise ValueError(f"rows [{lo}, {hi}) end before they start")
         block, row = empty_rows(hi - lo), empty_rows(hi - lo)
         self.finder.find(self.start + lo, block, row)
         return block, row
@@ -39,20 +43,20 @@ class RowRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """One window of the order: positions [start, stop) of a stream. Immutable, shared freely between threads.
+    """Window of an order: positions [start, stop) of a stream. Immutable; threads may share it.
 
     Attributes:
-        group: number of the group of shards it lies in.
-        index: its number inside the group.
-        start, stop: positions in the stream.
-        raw_bytes: of its blocks, all columns, decoded; of a block that is cut between streams the whole.
-        shards: int32[k], shard of each block, by data-set index.
-        blocks: int32[k], the block inside its shard.
+        group: Number of the window's shard group.
+        index: Number of the window in its group.
+        start, stop: Positions in the stream.
+        raw_bytes: Decoded bytes of its blocks, all columns; a block that is cut between streams counts completely.
+        shards: int32[k], shard number of each block in the data set.
+        blocks: int32[k], number of each block in its shard.
         block_bytes: int64[k], raw bytes of each block, all columns.
-        first: int64[k + 1], cumulative rows of the blocks, those of the stream only; first[k] == stop - start.
-        key: of the permutation of its rows; None when they are not shuffled.
-        stream: number of the stream.
-        row_start: uint32[k], the first row of each block that belongs to the stream; None: each block's first.
+        first: int64[k + 1], cumulative rows of the blocks that belong to the stream; first[k] == stop - start.
+        key: Key of the permutation of its rows; None if they are not shuffled.
+        stream: Number of the stream.
+        row_start: uint32[k], first row of each block that belongs to the stream; None: row 0 of every block.
     """
 
     group: int
@@ -74,37 +78,37 @@ class Window:
 
     @property
     def windows(self) -> tuple[Window, ...]:
-        """Itself: a window is a `Stretch` of an order whose stretches have one window each."""
+        """This window alone: a window is a `Stretch` of an order whose sections have one window each."""
         return (self,)
 
     @property
     def is_in_order(self) -> bool:
-        """Whether its rows are served as they are stored."""
+        """Whether its rows are served in stored order."""
         return self.key is None
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Places of positions [lo, hi), counted from the window's start.
+        """Return the block and the row of the records at positions [lo, hi), counted from the window's start.
 
         Returns:
-            block: uint32[hi - lo], indices into shards and blocks; row: uint32[hi - lo], the row inside its block.
+            block: uint32[hi - lo], index into shards and blocks. row: uint32[hi - lo], row inside the block.
 
         Raises:
-            ValueError: positions outside the window.
+            ValueError: The positions are outside the window.
         """
         return self.run(lo, hi).find(0, hi - lo)
 
     def run(self, lo: int, hi: int) -> RowRun:
-        """Positions [lo, hi), counted from the window's start, which are some of its own."""
+        """Return the run of positions [lo, hi), counted from the window's start; they must lie in the window."""
         return RowRun(self._finder, lo, hi - lo)
 
 
 def ramp(window_bytes: int) -> tuple[int, ...]:
-    """Sizes of the first windows of a long stream, in bytes: 1/64, 1/32, ... 1/2 of a whole one."""
+    """Return the sizes in bytes of the first windows of a long stream: 1/64, 1/32, ... 1/2 of a full window."""
     return tuple(window_bytes >> shift for shift in RAMP_SHIFTS)
 
 
 def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cumulative sums from 0: int64[n + 1]."""
+    """Return the cumulative sums from 0, int64[n + 1]."""
     found = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, out=found[1:])
     return found
@@ -116,16 +120,16 @@ def cut(
     first_limits: Sequence[int] = (),
     max_items: int | None = None,
 ) -> NDArray[np.int64]:
-    """Cut items into consecutive runs: as many whole items as fit limit_bytes together, at least one.
+    """Cut items into consecutive runs, each with as many whole items as fit limit_bytes together, at least one.
 
     Args:
         sizes: int64[n], bytes of each item.
-        limit_bytes: of a run; None: all items are one run.
-        first_limits: limits of the first runs, one each, before limit_bytes holds.
-        max_items: of a run after those; None: any number.
+        limit_bytes: Limit of a run; None: all items are one run.
+        first_limits: Limits of the first runs, one for each; limit_bytes holds for the runs after them.
+        max_items: Maximum number of items of a run after the first ones; None: no maximum.
 
     Returns:
-        int64[m + 1]: run i is items [cuts[i], cuts[i + 1]); [0] when there are no items.
+        int64[m + 1]: run i is items [cuts[i], cuts[i + 1]); [0] if there are no items.
     """
     n = len(sizes)
     if limit_bytes is None or n == 0:
@@ -136,7 +140,8 @@ def cut(
         if cuts[-1] < n:
             end = int(np.searchsorted(total, total[cuts[-1]] + limit, side="right")) - 1
             cuts.append(max(end, cuts[-1] + 1))
-    # Where a run from each item would end, all at once: the loop over runs (10^5 of them and more) then has no search.
+    # Compute the end of a run from every item at once: the loop over the runs (10^5 of them and more) then needs no
+    # search.
     ends = np.searchsorted(total, total[:-1] + min(limit_bytes, int(total[-1])), side="right") - 1
     ends = np.maximum(ends, np.arange(1, n + 1))
     following = (ends if max_items is None else np.minimum(ends, np.arange(n) + max_items)).tolist()

@@ -1,4 +1,4 @@
-"""The way out: a data set as Parquet, in one file or a folder of one file a shard."""
+"""Export of a data set to Parquet: one file, or a folder with one file per shard."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export.
 
     Attributes:
-        columns: which, in which order; None: all.
-        jobs: files written side by side (a folder).
-        overwrite: replace files that are there.
-        compression: of Parquet: "none", "snappy", "gzip", "brotli", "lz4" or "zstd".
+        columns: Names of the columns, in order; None: all columns.
+        jobs: Number of files written in parallel (folder).
+        overwrite: Whether existing files are replaced.
+        compression: Compression of Parquet: "none", "snappy", "gzip", "brotli", "lz4" or "zstd".
     """
 
     columns: Sequence[str] | None = None
@@ -45,14 +45,21 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.compression not in _CODECS:
-            raise ValueError(f"Parquet's compression is one of {', '.join(_CODECS)}, got {self.compression!r}")
+            raise ValueError(f"compression must be one of {', '.join(_CODECS)}, got {self.compression!r}")
         if self.jobs < 1:
-            raise ValueError(f"jobs is 1 or more, got {self.jobs}")
+            raise ValueError(f"jobs must be 1 or more, got {self.jobs}")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A version of a data set, and where it goes."""
+    """Export of one version of a data set.
+
+    Attributes:
+        source: Store of the data set.
+        version: Version to export.
+        target: Store that receives the files.
+        options: Options of the export.
+    """
 
     source: Store
     version: Version
@@ -60,28 +67,37 @@ class Export:
     options: ExportOptions = field(default_factory=ExportOptions)
 
     def to_file(self, key: str, on_progress: Callable[[int], None] | None = None) -> int:
-        """Write all records to one Parquet file; it is visible once it is whole. Returns records written.
+        """Write all records to one Parquet file, which is visible once it is complete.
 
-        on_progress: called with the stored bytes of each shard that is done.
+        Args:
+            key: Key of the file in the target store.
+            on_progress: Function called with the stored bytes of each finished shard.
+
+        Returns:
+            Number of records written.
 
         Raises:
-            StoreError: the file is there already and is not to be overwritten, or a store failed.
-            CorruptShard: damage in the data set.
+            StoreError: The file exists and overwrite is False, or a store failed.
+            CorruptShard: The data set is damaged.
         """
         shards = read_shards(self.source, self.version)
         return self._write(key, shards, range(len(shards)), on_progress)
 
     def to_folder(self, on_progress: Callable[[int], None] | None = None) -> int:
-        """Write `part-00000.parquet`, ...: one file a shard (one in any case), options.jobs side by side. As to_file().
+        """Write `part-00000.parquet`, ...: one file per shard, at least one, options.jobs in parallel. See to_file().
 
-        Parts of a longer export that is overwritten are deleted at the end, for they would be read as part of this one.
+        Files of a longer export that is overwritten are deleted at the end, because they would be read as part of this
+        one.
         """
         shards = read_shards(self.source, self.version)
         n_files = max(1, len(shards))
         parts = filter(None, (_PART_NAME.fullmatch(info.key) for info in self.target.list()))
         stale = sorted(part[0] for part in parts if int(part[1]) >= n_files)
         if stale and not self.options.overwrite:
-            raise StoreError("there is another export's file; say overwrite", url=f"{self.target.url}/{stale[0]}")
+            raise StoreError(
+                "the folder holds a file of another export; choose another folder, or overwrite",
+                url=f"{self.target.url}/{stale[0]}",
+            )
 
         def write(part: int) -> int:
             chosen = range(part, min(part + 1, len(shards)))
@@ -95,7 +111,7 @@ class Export:
 
     @property
     def schema(self) -> Schema:
-        """The columns that are written."""
+        """Schema of the exported columns."""
         schema = self.version.schema
         return schema if self.options.columns is None else schema.select(self.options.columns)
 
@@ -114,11 +130,13 @@ class Export:
                         on_progress(int(shards.n_bytes[shard]))
             sink.finish()
             if upload.complete(if_absent=not self.options.overwrite) is None:
-                raise StoreError("there is a file already; say overwrite", url=f"{self.target.url}/{key}")
+                raise StoreError(
+                    "the file already exists; choose another name, or overwrite", url=f"{self.target.url}/{key}"
+                )
         return n_records
 
     def _row_groups(self, shards: ShardTable, shard: int) -> Iterator[pa.Table]:
-        """A shard's records in tables of about a row group each."""
+        """Yield a shard's records in tables of about a row group each."""
         info, names = shards.info(shard), self.schema.names
         identity = info.identity(self.version.dataset_id)
         with ShardReader(self.source, info.name, info=info, identity=identity) as reader:
@@ -141,7 +159,7 @@ def _is_row_group(batches: Sequence[pa.RecordBatch]) -> bool:
 
 
 class _UploadFile(io.RawIOBase):
-    """An upload as a file that is written from start to end. finish() hands on what is left."""
+    """Sequential writable file over an upload. finish() uploads the remaining bytes."""
 
     def __init__(self, upload: Upload, part_bytes: int) -> None:
         self._upload, self._part_bytes = upload, part_bytes

@@ -1,4 +1,4 @@
-"""The files that are packed: a local file, folder or glob, or the same below a store's URL."""
+"""Files of a source: a local file, folder or glob, or the same below a store's URL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a source. path: below the source's root, with "/"."""
+    """File of a source.
+
+    Attributes:
+        path: Path below the source's root, with "/".
+        n_bytes: Size of the file.
+    """
 
     path: str
     n_bytes: int
@@ -31,42 +36,51 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A file of a source that is not packed, although nothing excludes it. path: below the source's root, with "/"."""
+    """File of a source that is skipped although no option excludes it.
+
+    Attributes:
+        path: Path below the source's root, with "/".
+        reason: Reason for people.
+    """
 
     path: str
     reason: str
 
 
 class Files(Protocol):
-    """Where the files lie. Picklable, so that each process of a parallel pack opens its own."""
+    """Location of a source's files. Picklable: each process of a parallel pack opens its own."""
 
     def list(self) -> Iterator[SourceFile | LeftOut]:
-        """All files in no promised order, but hidden ones and those in hidden folders; and what is left out."""
+        """Yield all files in any order, except hidden ones and those in hidden folders; also the skipped files."""
 
     def open(self, path: str) -> BinaryIO:
-        """A file for reading, seekable; the caller closes it."""
+        """Open a file for reading, seekable; the caller closes it."""
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """Whole small files, in the order of paths."""
+        """Return the contents of small files, in the order of paths."""
 
     def place(self, path: str) -> str:
-        """What a person calls the file."""
+        """Return the name of a file for messages."""
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files below a local folder. Links are followed: folders of images are often made of them."""
+    """Files below a local folder. Symbolic links are followed, because image folders often consist of links.
+
+    Attributes:
+        root: Path of the folder.
+    """
 
     root: str
 
     def list(self) -> Iterator[SourceFile | LeftOut]:
-        """Every file. Left out: links to nothing or to a folder above them; what is neither file nor folder."""
+        """See Files.list. Skipped: dangling links, links to a parent folder, and anything but files and folders."""
         pending: list[tuple[str, frozenset[str]]] = [("", frozenset())]
         while pending:
             folder, above = pending.pop()
             real = os.path.realpath(Path(self.root, folder))
             if real in above:
-                yield LeftOut(folder, "a link to a folder that it lies in")
+                yield LeftOut(folder, "a link to one of its parent folders")
                 continue
             with os.scandir(real) as entries:
                 for entry in entries:
@@ -78,69 +92,74 @@ class LocalFiles:
                     elif entry.is_file():
                         yield SourceFile(path, entry.stat().st_size)
                     elif entry.is_symlink() and not Path(entry.path).exists():
-                        yield LeftOut(path, f"a link to {str(Path(entry.path).readlink())!r}, where nothing is")
+                        yield LeftOut(path, f"a link to {str(Path(entry.path).readlink())!r}, which does not exist")
                     else:
-                        yield LeftOut(path, "a pipe, socket or device, and no file")
+                        yield LeftOut(path, "a pipe, socket or device")
 
     def open(self, path: str) -> BinaryIO:
-        """The file."""
+        """See Files.open."""
         return Path(self.root, path).open("rb", buffering=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """One after the other: reading from the page cache gains nothing from threads."""
+        """See Files.read_many. One file after the other: threads do not speed up reads from the page cache."""
         return [Path(self.root, path).read_bytes() for path in paths]
 
     def place(self, path: str) -> str:
-        """Its path."""
+        """See Files.place: the file's path."""
         return str(Path(self.root, path))
 
 
 @dataclass(frozen=True)
 class StoreFiles:
-    """Files below a store's URL; the store is opened when it is first needed, in each process anew."""
+    """Files below a store's URL; each process opens the store on first use.
+
+    Attributes:
+        root: URL.
+        storage_options: Options of the store.
+    """
 
     root: str
     storage_options: Mapping[str, Any]
 
     @cached_property
     def store(self) -> Store:
-        """The open store."""
+        """Opened store."""
         return open_store(self.root, **self.storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoreFiles, (self.root, self.storage_options)
 
     def list(self) -> Iterator[SourceFile | LeftOut]:
-        """What the store lists."""
+        """See Files.list: the objects that the store lists."""
         for info in self.store.list():
             if not any(map(is_hidden, info.key.split("/"))):
                 yield SourceFile(info.key, info.n_bytes)
 
     def open(self, path: str) -> BinaryIO:
-        """The object, read by ranges of at least a MiB."""
+        """See Files.open. The object is read by ranges of at least 1 MiB."""
         info = self.store.head(path)
         return io.BufferedReader(StoreFile(self.store, path, info.n_bytes, info.etag), buffer_size=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """Sixteen requests at a time."""
+        """See Files.read_many, with 16 parallel requests."""
         with ThreadPoolExecutor(_PARALLEL_READS) as pool:
             return list(pool.map(self.store.get, paths))
 
     def place(self, path: str) -> str:
-        """Its redacted URL."""
+        """See Files.place: the file's URL without credentials."""
         return f"{self.store.url.rstrip('/')}/{path}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is never packed: ".x", and what belongs to a data set that lies in the source."""
+    """Return whether a file or folder is never packed: ".x", and the parts of a data set that lies in the source."""
     return name.startswith(".") or name == "_tiercache" or name.endswith(".tcs")
 
 
 def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether a path passes the globs: one of include (if there are any) and none of exclude.
+    """Return whether a path matches one of the include globs (if there are any) and none of the exclude globs.
 
-    A glob without "/" is matched with each part of the path ("*.jpg", "drafts"), one with "/" with the whole path;
-    there "*" crosses "/" too.
+    A glob without "/" is matched with each part of the path ("*.jpg", "drafts"), a glob with "/" with the whole path,
+    where "*" also matches "/".
     """
 
     def matches(glob: str) -> bool:
@@ -152,13 +171,15 @@ def selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 def find_files(
     source: str | os.PathLike[str], storage_options: Mapping[str, Any]
 ) -> tuple[Files, list[SourceFile], list[LeftOut]]:
-    """Where source's files lie, which they are in order of their paths, and what is left out.
+    """Return the location of a source's files, the files in order of their paths, and the skipped files.
 
-    source: one file, a folder, or a glob.
+    Args:
+        source: Path or URL of a file or a folder, or a glob.
+        storage_options: Options of the source's store.
 
     Raises:
-        NotFound: nothing is there.
-        ValueError: not a path or URL.
+        NotFound: There is no such file.
+        ValueError: The source is not a path or URL.
     """
     place = Location.parse(source)
     remote = bool(place.scheme)
@@ -170,7 +191,7 @@ def find_files(
         raise NotFound("no such file or folder", url=text)
     files: Files = StoreFiles(root, storage_options) if remote else LocalFiles(os.path.abspath(root))  # noqa: PTH100
     listed = [f for f in files.list() if not globs or _matches(f.path.split("/"), globs)]
-    # By the parts of the path: a folder's files stay together although "-" and "." sort before "/".
+    # Sort by the parts of the path: the files of a folder stay together although "-" and "." sort before "/".
     listed.sort(key=lambda f: f.path.split("/"))
     found = [f for f in listed if isinstance(f, SourceFile)]
     left_out = [f for f in listed if isinstance(f, LeftOut)]
@@ -182,7 +203,7 @@ def find_files(
 
 
 def _split_glob(text: str) -> tuple[str, list[str]]:
-    """The root before the first part with a wildcard, and the parts from there."""
+    """Return the root before the first part with a wildcard, and the parts from there on."""
     scheme, _, rest = text.rpartition("://")
     parts = rest.split("/")
     wild = next((i for i, part in enumerate(parts) if _WILD & set(part)), len(parts))
@@ -191,7 +212,7 @@ def _split_glob(text: str) -> tuple[str, list[str]]:
 
 
 def _matches(parts: Sequence[str], globs: Sequence[str]) -> bool:
-    """Whether a path's parts match globs, one each; "**" matches any number of parts."""
+    """Return whether a path's parts match the globs, one each; "**" matches any number of parts."""
     if not globs:
         return not parts
     if globs[0] == "**":
@@ -211,5 +232,5 @@ def _single_file(
         root, key = split_url(text)
         files = StoreFiles(root, options)
         return files, [SourceFile(key, files.store.head(key).n_bytes)], []
-    except (NotFound, ValueError):  # ValueError: a bucket's root, which is no object
+    except (NotFound, ValueError):  # ValueError: the root of a bucket is not an object
         return None

@@ -1,4 +1,4 @@
-"""Formats of other libraries, recognised by names and first bytes: pack() refuses them instead of misreading them."""
+"""Formats of other libraries, recognised by names and first bytes: pack() refuses instead of misreading them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _LITDATA_INDEX = re.compile(rb'\s*\{\s*"chunks"\s*:\s*\[')
 
 
 def format_by_name(path: str) -> str | None:
-    """Return what a file of another format is, as its name says; None: no format that is known here."""
+    """Return the description of the foreign format that a file's name indicates; None if there is none."""
     name = _NUMBERED.sub("", path.rsplit("/", 1)[-1].lower())
     if name.endswith(".tgz"):
         return _BY_SUFFIX[".tar"]
@@ -58,7 +58,7 @@ def format_by_name(path: str) -> str | None:
 
 
 def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
-    """Raise SchemaError for a folder of MosaicML Streaming or LitData: its index would be packed as a JSON record."""
+    """Raise SchemaError for a folder of MosaicML Streaming or LitData; its index would be packed as a JSON record."""
     for file in found:
         if file.path.rsplit("/", 1)[-1] == _INDEX:
             start = _start(files, file.path)
@@ -71,7 +71,7 @@ def refuse_foreign_index(files: Files, found: Sequence[SourceFile]) -> None:
 
 
 def refuse_foreign_files(files: Files, found: Sequence[SourceFile]) -> None:
-    """Raise SchemaError for the first file of another format by its name; a single file's first bytes count too."""
+    """Raise SchemaError for a file in a foreign format, by its name; for a single file also by its first bytes."""
     for file in found:
         format_name = format_by_name(file.path)
         if format_name is None and len(found) == 1:
@@ -89,6 +89,6 @@ def _start(files: Files, path: str) -> bytes:
 
 def _refused(files: Files, path: str, what: str, remedy: str) -> SchemaError:
     return SchemaError(
-        f"{files.place(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines: write the records "
+        f"{files.place(path)}: this is {what}. pack takes folders of images, Parquet and JSON lines. Write the records "
         f"of other formats with tiercache.Writer, or {remedy}"
     )

@@ -1,4 +1,4 @@
-"""Whether a file is a whole image: its header and its end, without decoding it."""
+"""Check that a file is a complete image, by its header and its end, without decoding it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PNG_CHUNK_BYTES = 12  # length, type, checksum
 
 
 def sniff(data: bytes) -> str | None:
-    """Return the encoding that the first bytes of an image say; None: no encoding that is known here."""
+    """Return the encoding that the first bytes of an image indicate; None if they match no supported encoding."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((encoding for start, encoding in _STARTS.items() if data.startswith(start)), None)
 
 
 def damage_of(data: bytes, encoding: str) -> str | None:
-    """Return what is wrong with an image; None: its header has a size in pixels, and its end is there.
+    """Return what is wrong with an image; None if its header has a size in pixels and its end is present.
 
     Bytes after the end are accepted, as decoders accept them. Pixels are not decoded and checksums are not compared.
 
@@ -63,11 +63,11 @@ def _check_png(data: bytes) -> str | None:
 def _check_jpeg(data: bytes) -> str | None:
     at = 2
     damage: str | None = "it has no frame header"
-    while (at := data.find(0xFF, at)) >= 0:  # decoders pass over bytes between segments, too
+    while (at := data.find(0xFF, at)) >= 0:  # decoders also skip bytes between segments
         marker = data[at + 1]
         if marker == _JPEG_SCAN:
-            # Inside a scan 0xff is followed by 0x00 or a restart marker, so an end marker there is a true one. The end
-            # markers of thumbnails stand before the scan.
+            # Inside a scan, 0xff is followed by 0x00 or a restart marker, so an end marker after this point is a real
+            # one. The end markers of thumbnails precede the scan.
             has_end = data.rfind(b"\xff\xd9", at) >= 0
             return damage or (None if has_end else "it is cut off: its end marker is missing")
         if marker in _JPEG_BARE:
@@ -76,7 +76,7 @@ def _check_jpeg(data: bytes) -> str | None:
         (n_bytes,) = struct.unpack_from(">H", data, at + 2)
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
-            damage = _size_damage(width, height or 1)  # a height of 0 is given after the first scan
+            damage = _size_damage(width, height or 1)  # height 0: the height follows the first scan
         at += 2 + n_bytes
     return "it is cut off: it has no scan"
 
@@ -131,7 +131,7 @@ def _check_tiff(data: bytes) -> str | None:
 
 
 def _tiff_numbers(data: bytes, order: str, field: tuple[int, int, int]) -> tuple[int, ...]:
-    """The values of a field of 16-bit or 32-bit numbers; up to four bytes of them stand in the field itself."""
+    """Return the values of a field of 16-bit or 32-bit numbers; up to four bytes are stored in the field itself."""
     kind, n, offset = field
     letter, each_bytes = ("H", 2) if kind == 3 else ("I", 4)
     if n * each_bytes <= 4:

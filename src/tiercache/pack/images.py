@@ -1,4 +1,4 @@
-"""A folder of images with one sub-folder a class: columns image (undecoded bytes), label, path."""
+"""A folder of images with one sub-folder per class, as columns image (encoded bytes), label and path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ _BATCH_FILES = 256
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images by class. classes: names in sorted order; a record's label is its class's index in them."""
+    """Images by class; implements pack.source.Source.
+
+    Attributes:
+        files: Location of the files.
+        images: Files in order.
+        classes: Class names in order; a record's label is the index of its class.
+        encoding: Encoding of all images.
+    """
 
     files: Files
     images: tuple[SourceFile, ...]
@@ -49,16 +56,16 @@ class ImageFolder:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Runs of files."""
+        """Splits of consecutive files."""
         starts = range(0, len(self.images), _PART_FILES)
         runs = [(start, min(start + _PART_FILES, len(self.images))) for start in starts]
         return tuple(Part("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
-        """The files of a run, as they are.
+        """Yield the files of a split, unchanged.
 
         Raises:
-            SchemaError: a file that is not an image of the column's encoding.
+            SchemaError: A file is not an image of the column's encoding.
         """
         labels = {name: label for label, name in enumerate(self.classes)}
         for run in _runs(self.images[part.start : part.end], batch_bytes):
@@ -81,50 +88,53 @@ class ImageFolder:
         if encoding is None:
             what = f"starts with {image[:8]!r}" if image else "is empty"
             raise SchemaError(
-                f"{self.files.place(path)}: not an image that is known here: it {what}; {_leave_out(path)}"
+                f"{self.files.place(path)}: not an image in a supported format: it {what}; {_leave_out(path)}"
             )
         if encoding != self.encoding:
             raise SchemaError(
-                f"{self.files.place(path)}: this is a {encoding}, the others are {self.encoding}; "
+                f"{self.files.place(path)}: this is a {encoding}, but the others are {self.encoding}; "
                 f"a column holds one encoding: convert it, or {_leave_out(path)}"
             )
         damage = damage_of(image, encoding)
         if damage is not None:
-            raise SchemaError(f"{self.files.place(path)}: not a whole {encoding}: {damage}; {_leave_out(path)}")
+            raise SchemaError(f"{self.files.place(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
 
 
 def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Look at a folder's files by their names, and at the first one's bytes.
+    """Return the images of a folder, checked by their names and the first file's bytes.
 
     Args:
-        files: where they lie.
-        found: which they are.
-        classes: class names whose order is fixed already (appending to a data set); None: those found, sorted.
+        files: Location of the files.
+        found: Files of the folder.
+        classes: Class names with a fixed order (when appending to a data set); None: the names of the sub-folders,
+            sorted.
 
     Raises:
-        SchemaError: a file outside a class's folder, one that is no image by its name, more than one encoding, or a
-            class that classes does not have.
+        SchemaError: A file lies outside a class folder or is not an image by its name; there are several encodings; or
+            a class is not in `classes`.
     """
     for file in found:
         suffix = _suffix(file.path)
         if suffix and suffix not in SUFFIXES:
-            raise SchemaError(f"{files.place(file.path)}: not an image by its name; {_leave_out(file.path)}")
+            raise SchemaError(f"{files.place(file.path)}: its name is not that of an image; {_leave_out(file.path)}")
         if "/" not in file.path:
-            raise SchemaError(f"{files.place(file.path)}: an image must lie in a sub-folder with its class's name")
+            raise SchemaError(
+                f"{files.place(file.path)}: an image must lie in a sub-folder that is named after its class"
+            )
     first = {SUFFIXES[_suffix(f.path)]: f.path for f in reversed(found) if _suffix(f.path)}
     if len(first) > 1:
         examples = ", ".join(f"{encoding} ({path})" for encoding, path in sorted(first.items()))
         raise SchemaError(
-            f"several image encodings: {examples}; a column holds one: choose with include, as in '*.png'"
+            f"several image encodings: {examples}; a column holds one encoding: select with include, as in '*.png'"
         )
     names = sorted({f.path.split("/")[0] for f in found})
     if classes is not None and (new := sorted(set(names) - set(classes))):
         raise SchemaError(
-            f"class {new[0]!r} is not among the data set's {len(classes)} classes; a label must keep its meaning"
+            f"class {new[0]!r} is not among the data set's {len(classes)} classes; appending cannot add classes"
         )
     encoding = next(iter(first), None) or sniff(files.read_many([found[0].path])[0])
     if encoding is None:
-        raise SchemaError(f"{files.place(found[0].path)}: not an image that is known here")
+        raise SchemaError(f"{files.place(found[0].path)}: not an image in a supported format")
     return ImageFolder(files, tuple(found), tuple(names if classes is None else classes), encoding)
 
 

@@ -1,4 +1,4 @@
-"""Column types of JSON records, guessed from the first of them. Pure."""
+"""Inference of column types from the first JSON records. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _SCALARS = {bool: "bool", int: "int64", float: "float64", str: "str"}
 
 
 def type_of(value: object) -> str | None:
-    """Kind of a JSON value: a scalar's type, "[int64]" or "[float64]" for a list of them, else "json"; null: None."""
+    """Return the type of a JSON value; None for null.
+
+    It is a scalar type, "[int64]" or "[float64]" for a list of numbers, or "json" for anything else.
+    """
     if value is None:
         return None
     if isinstance(value, list):
@@ -24,7 +27,7 @@ def type_of(value: object) -> str | None:
 
 
 def join(first: str, second: str) -> str | None:
-    """The kind that holds values of both; None where there is none."""
+    """Return the type that holds the values of both types; None if there is none."""
     kinds = {first, second}
     if len(kinds) == 1:
         return first
@@ -38,12 +41,17 @@ def join(first: str, second: str) -> str | None:
 
 
 def infer_types(records: Iterable[Mapping[str, Any]], place: Callable[[int], str]) -> dict[str, UserType]:
-    """Types of the columns of records, in the order in which they first appear. place: where record i stands.
+    """Return the types of the columns of records, in the order in which the columns first appear.
 
-    A column is nullable where a record has null or lacks it. Lists of numbers are Ragged, other lists and objects json.
+    A column is nullable if a record has null or lacks it. Lists of numbers are Ragged, other lists and objects are
+    json.
+
+    Args:
+        records: Records to inspect.
+        place: Function that returns the location of record i, for messages.
 
     Raises:
-        SchemaError: scalars of types that do not go together, or a column with nothing but nulls.
+        SchemaError: The scalars of a column have incompatible types, or a column has only nulls.
     """
     kinds: dict[str, str | None] = {}
     n_values: dict[str, int] = {}
@@ -59,12 +67,13 @@ def infer_types(records: Iterable[Mapping[str, Any]], place: Callable[[int], str
                     kinds[name] = join(known, kind)
                     if kinds[name] is None:
                         raise SchemaError(
-                            f"{place(index)}: expected {known} as before, got {kind}; {say_type(name)}", column=name
+                            f"{place(index)}: expected {known} as in earlier records, got {kind}; {say_type(name)}",
+                            column=name,
                         )
     types: dict[str, UserType] = {}
     for name, kind in kinds.items():
         if kind is None:
-            raise SchemaError(f"nothing but nulls in the first {n_records} records; {say_type(name)}", column=name)
+            raise SchemaError(f"only nulls in the first {n_records} records; {say_type(name)}", column=name)
         nullable = n_values[name] < n_records
         if kind.startswith("["):
             types[name] = Ragged(kind.strip("[]"), (None,), nullable=nullable)
@@ -74,5 +83,5 @@ def infer_types(records: Iterable[Mapping[str, Any]], place: Callable[[int], str
 
 
 def say_type(name: str) -> str:
-    """The advice to give a column's type."""
-    return f"say its type, as in schema={{{name!r}: 'str?'}} or --column '{name}=str?'"
+    """Return the advice to specify a column's type."""
+    return f"specify its type, as in schema={{{name!r}: 'str?'}} or --column '{name}=str?'"

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: one object a line, columns as the first records have them."""
+"""JSON lines, plain or gzipped: one object per line; columns are inferred from the first records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ _BATCH_RECORDS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line's record. start, end: its bytes in the file as it is when unpacked."""
+    """Record of a line.
+
+    Attributes:
+        start, end: Byte range of the line in the file after unpacking.
+        record: Parsed object.
+    """
 
     start: int
     end: int
@@ -36,7 +41,7 @@ class Line:
 
 @dataclass(slots=True)
 class _Run:
-    """Lines that become one batch."""
+    """Lines of one batch."""
 
     start: int
     lines: list[Line] = field(default_factory=list)
@@ -48,10 +53,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Files of JSON lines.
+    """Files of JSON lines; implements pack.source.Source.
 
-    parts: ranges of plain files (a line belongs to the range that it starts in), gzipped files whole.
-    partitions: columns that the files' folders name.
+    Attributes:
+        files: Location of the files.
+        schema: Schema of the records.
+        parts: Splits: byte ranges of plain files (a line belongs to the range in which it starts), and whole gzipped
+            files.
+        partitions: Columns named by the files' folders.
     """
 
     files: Files
@@ -60,10 +69,10 @@ class JsonLines:
     partitions: Partitions
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
-        """The records of a part.
+        """Yield the records of a split.
 
         Raises:
-            SchemaError: what is not a JSON object of these columns, naming file and line.
+            SchemaError: A line is not a JSON object of these columns; the message names the file and the line.
         """
         run = _Run(part.start)
         for line in read_lines(self.files, part):
@@ -81,22 +90,27 @@ class JsonLines:
             if not line.record.keys() <= set(names):
                 new = next(name for name in line.record if name not in names)
                 place = line_place(self.files, path, line.start)
-                raise SchemaError(f"{place}: a column that earlier records do not have; {say_type(new)}", column=new)
+                raise SchemaError(f"{place}: a column that the schema lacks; {say_type(new)}", column=new)
         columns = {name: [line.record.get(name, constants.get(name)) for line in run.lines] for name in names}
         starts = [line.start for line in run.lines]
         return Batch(columns, len(starts), run.n_bytes, lambda i: line_place(self.files, path, starts[i]))
 
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
-    """Look at the first 1000 records. given: the types of some columns; the others are inferred.
+    """Return the JSON lines of a source, with the schema of the first 1000 records.
+
+    Args:
+        files: Location of the files.
+        found: Files of the source.
+        given: Types of some columns; the others are inferred.
 
     Raises:
-        SchemaError: a line that is not a JSON object, types that do not go together, or no record at all.
+        SchemaError: A line is not a JSON object, types are incompatible, or there is no record.
     """
     parts = split_files(found)
     sample = list(islice(((p.path, line) for p in parts for line in read_lines(files, p)), SAMPLE_RECORDS))
     if not sample:
-        raise SchemaError(f"{files.place(found[0].path)}: no record, so no schema can be inferred")
+        raise SchemaError(f"{files.place(found[0].path)}: the source has no record, so no schema can be inferred")
     records = [{n: v for n, v in line.record.items() if n not in given} for _, line in sample]
     inferred = infer_types(records, lambda i: line_place(files, sample[i][0], sample[i][1].start))
     stored = dict.fromkeys(name for _, line in sample for name in line.record)
@@ -107,7 +121,7 @@ def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, Us
 
 
 def split_files(found: Sequence[SourceFile]) -> tuple[Part, ...]:
-    """Ranges of plain files, gzipped files whole."""
+    """Return the splits of files: byte ranges of plain files, and whole gzipped files."""
     return tuple(part for file in found for part in _split(file))
 
 
@@ -125,15 +139,15 @@ def _split(file: SourceFile) -> Iterator[Part]:
 
 
 def read_lines(files: Files, part: Part) -> Iterator[Line]:
-    """The lines that start in a part; empty ones are passed over.
+    """Yield the lines that start in a split, without empty lines.
 
     Raises:
-        SchemaError: a line that is not a JSON object, or a damaged gzip file.
+        SchemaError: A line is not a JSON object, or a gzip file is damaged.
     """
     with _opened(files, part.path) as file:
         whole = _is_gzipped(part.path)
         at = 0
-        if part.start:  # the line that reaches into this part belongs to the one before
+        if part.start:  # a line that began before this split belongs to the previous one
             file.seek(part.start - 1)
             at = part.start - 1 + len(file.readline())
         while whole or at < part.end:
@@ -173,7 +187,7 @@ def _parsed(text: bytes, place: Any) -> dict[str, Any]:
 
 
 def line_place(files: Files, path: str, offset: int) -> str:
-    """What a person calls the line that starts at offset: its number is counted only when it is asked for."""
+    """Return the name and line number of the line at a byte offset, for messages; it reads the file up to there."""
     n_lines, left = 1, offset
     with _opened(files, path) as file:
         while left and (block := file.read(min(left, 1 << 20))):

@@ -1,4 +1,4 @@
-"""What can be said about packing."""
+"""Options and progress of packing."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ KINDS: tuple[Kind, ...] = ("images", "parquet", "jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """How to pack.
+    """Options of packing.
 
     Attributes:
-        kind: "images", "parquet" or "jsonl"; None: as the files' names say.
-        schema: a mapping gives types of some columns, the others are as the source has them; an Arrow schema (or a
-            Schema) gives all columns, and no others are packed. Not for images.
-        mode: "create", "append" or "overwrite".
-        shard_size, block_size: bytes, or texts such as "128MiB".
-        compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping by column.
-        jobs: processes; 0: as many as there are CPUs.
-        include, exclude: globs over the paths below the source: a file is packed that matches one of include (if there
-            are any) and none of exclude.
-        storage_options: for the data set's URL. source_options: for the source's URL.
+        kind: Kind of the source: "images", "parquet" or "jsonl"; None: decided by the files' names.
+        schema: Mapping from column names to types, which overrides the types of these columns; or an Arrow schema (or a
+            Schema) with all columns to pack. Not for images.
+        mode: "create" for a new data set, "append" or "overwrite".
+        shard_size: Target size of a shard in bytes, or a text such as "128MiB".
+        block_size: Target size of a block in bytes, or a text such as "1MiB".
+        compression: "auto", "none", "zstd" or "zstd:LEVEL", or a mapping from columns to these.
+        jobs: Number of processes; 0: one per CPU.
+        include: Globs over the paths below the source; only files that match one of them are packed. Empty: all files.
+        exclude: Globs of files that are not packed.
+        storage_options: Options of the data set's store.
+        source_options: Options of the source's store.
     """
 
     kind: Kind | None = None
@@ -46,21 +48,27 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
-            raise ValueError(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.mode not in ("create", "append", "overwrite"):
-            raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {self.mode!r}")
+            raise ValueError(f"mode must be 'create', 'append' or 'overwrite', got {self.mode!r}")
         if type(self.jobs) is not int or self.jobs < 0:
-            raise ValueError(f"jobs is a number of processes, 0 for one a CPU, got {self.jobs!r}")
+            raise ValueError(f"jobs must be a number of processes, or 0 for one per CPU, got {self.jobs!r}")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} is a sequence of globs, got the str {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a sequence of globs, got the str {getattr(self, name)!r}")
         if min(parse_bytes(self.shard_size), parse_bytes(self.block_size)) == 0:
             raise ValueError("shard_size and block_size cannot be 0")
 
 
 @dataclass(frozen=True, slots=True)
 class PackProgress:
-    """How far packing is. n_bytes, total_bytes: of the source."""
+    """Progress of packing.
+
+    Attributes:
+        n_records: Number of records packed.
+        n_bytes: Bytes of the source that are packed.
+        total_bytes: Bytes of the whole source.
+    """
 
     n_records: int
     n_bytes: int

@@ -1,4 +1,4 @@
-"""Packs a source: parts into shards, in this process or several, then one commit."""
+"""Packing of a source: writes its splits as shards, in this process or in several, then commits once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ from tiercache.shard.writer import ShardOptions, ShardWriter, shard_key
 from tiercache.store import MemoryStore, Store, open_store, redact
 
 _SHOWN_LEFT_OUT = 5
-_COMMITTING = "while it committed: look whether the version is there before you run the same command again"
+_COMMITTING = "during the commit: check whether the version exists before you run the command again"
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What packing will do.
+    """Plan of a packing. Nothing has been written.
 
-    Nothing has been written. parent: the version that is appended to or overwritten, else None. left_out: files of the
-    source that are not packed, although neither include nor exclude says so.
+    Attributes:
+        source: Source to pack.
+        url: URL of the data set.
+        options: Options of the packing.
+        shares: Splits by task; each task writes its own shards.
+        n_processes: Number of processes.
+        parent: Version that is appended to or overwritten; None for a new data set.
+        left_out: Files of the source that are skipped although neither include nor exclude says so.
     """
 
     source: Source
@@ -47,13 +53,13 @@ class PackPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of source."""
+        """Bytes of the source."""
         return sum(part.n_bytes for share in self.shares for part in share)
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One process's work: neighbouring parts, into shards of their own."""
+    """Task of one process: neighbouring splits, written to their own shards."""
 
     source: Source
     parts: tuple[Part, ...]
@@ -64,13 +70,18 @@ class _Share:
 
 
 def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions) -> PackPlan:
-    """Look at source and url, and decide what packing will do.
+    """Inspect source and url, and return a plan of the packing.
+
+    Args:
+        source: File, folder, glob or URL to pack.
+        url: URL of the data set.
+        options: Options of the packing.
 
     Raises:
-        NotFound: no file in the source, or no data set to append to.
-        CommitConflict: a data set is there already (mode "create").
-        SchemaError: files that cannot be packed together, or not into the data set that is appended to.
-        ValueError: the kind of source cannot be told, or an option does not fit.
+        NotFound: The source has no file, or there is no data set to append to.
+        CommitConflict: The data set exists already (mode "create").
+        SchemaError: The files cannot be packed together, or not into the data set that is appended to.
+        ValueError: The kind of the source cannot be determined, or an option does not apply.
     """
     with closing(open_store(url, **options.storage_options)) as store:
         parent = find_latest(store)
@@ -80,7 +91,7 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
             raise nothing_to_append_to(store)
         jobs = options.jobs or config.available_cpus()
         if jobs > 1 and isinstance(store, MemoryStore):
-            raise ValueError(f"{store.url}: lives in the memory of one process; pack it with jobs=1")
+            raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
     there = parent.schema if parent is not None and options.mode == "append" else None
     found, left_out = find_source(source, options, classes=_classes(there))
     if there is not None:
@@ -91,16 +102,23 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
 
 
 def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None = None) -> Version:
-    """Write the shards, then commit them; until then no reader sees anything. on_progress is called in this thread.
+    """Write the shards, then commit them; until the commit no reader sees anything.
 
-    Left by an exception, Ctrl-C included, it deletes the shards that it has finished. A process that is killed leaves
-    them: no version names them, and nothing needs to be cleaned up before packing again. Ctrl-C during the commit
-    itself leaves them too, for they may belong to a version by then: the KeyboardInterrupt says so.
+    After an exception, Ctrl-C included, it deletes the shards that it has finished. A killed process leaves them
+    behind: no version names them, and nothing needs to be cleaned up before packing again. Ctrl-C during the commit
+    also leaves them, because they may already belong to a version: the message of the KeyboardInterrupt says so.
+
+    Args:
+        plan: Plan of plan_pack().
+        on_progress: Function called in this thread with the progress.
+
+    Returns:
+        The committed version.
 
     Raises:
-        SchemaError: a record that does not fit, naming where in the source it stands.
-        CommitConflict: somebody else committed first.
-        StoreError: of the source or of the data set.
+        SchemaError: A record does not fit the schema; the message names its location in the source.
+        CommitConflict: Another writer committed first.
+        StoreError: The store of the source or of the data set failed.
     """
     options, progress = plan.options, PackProgress(0, 0, plan.total_bytes)
 
@@ -129,7 +147,7 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
 
 
 def _write_shares(plan: PackPlan, tasks: Sequence[_Share], report: Report) -> list[ShardInfo]:
-    """All shards, in the order of the source."""
+    """Write all shards and return them in the order of the source."""
     finished: dict[int, list[ShardInfo]] = {}
     if plan.n_processes == 1:
         finished.update((i, write_share(task, report)) for i, task in enumerate(tasks))
@@ -151,8 +169,8 @@ def _tasks(plan: PackPlan) -> list[_Share]:
 
 
 def _delete_shards(store: Store, tasks: Iterable[_Share]) -> None:
-    """Delete what was finished of shares; also by processes that were killed, or ended before anybody heard of it."""
-    with suppress(StoreError):  # an unnamed shard does no harm, and the first error is what counts
+    """Delete the finished shards of all tasks, also those of processes that were killed or did not report."""
+    with suppress(StoreError):  # an unnamed shard is harmless; the first error must stay visible
         for task in tasks:
             for key in (shard_key(task.writer_id, number) for number in count()):
                 try:
@@ -163,9 +181,11 @@ def _delete_shards(store: Store, tasks: Iterable[_Share]) -> None:
 
 
 def write_share(share: _Share, report: Report) -> list[ShardInfo]:
-    """Write one share's records as shards; nothing is left of them when it raises.
+    """Write the records of one task as shards; after an exception nothing is left of them.
 
-    report gets a PackProgress a batch.
+    Args:
+        share: Task to carry out.
+        report: Function called with a PackProgress for each batch.
     """
     with closing(open_store(share.url, **share.storage_options)) as store:
         n_records = 0
@@ -179,7 +199,7 @@ def write_share(share: _Share, report: Report) -> list[ShardInfo]:
 
 
 def _write(writer: ShardWriter, batch: Batch, first_record: int) -> None:
-    """Write a batch; where a record does not fit, the error says where in the source it stands."""
+    """Write a batch; if a record does not fit, the error names its location in the source."""
     try:
         writer.write_batch(batch.columns)
     except SchemaError as error:
@@ -192,7 +212,7 @@ def _write(writer: ShardWriter, batch: Batch, first_record: int) -> None:
 
 
 def _classes(schema: Schema | None) -> tuple[str, ...] | None:
-    """The class names of the data set that is appended to, where it has any."""
+    """Return the class names of the data set that is appended to, if it has any."""
     return next((c.classes for c in schema.columns if c.classes), None) if schema is not None else None
 
 
@@ -212,18 +232,19 @@ def pack(
         tiercache.pack("part-*.parquet", "s3://bucket/table", schema={"image": tiercache.Image("jpeg")})
 
     Args:
-        source: a file, folder, glob, or URL. Of a folder the files below it, but hidden ones, in the order of their
-            paths.
-        url: where the data set goes.
-        options: how; fields: PackOptions's attributes by name, instead or in addition.
-        on_progress: called in this thread now and then.
+        source: File, folder, glob or URL to pack. Of a folder, all files below it are packed in the order of their
+            paths, except hidden files.
+        url: URL of the data set.
+        options: Options of the packing.
+        on_progress: Function called in this thread with a PackProgress from time to time.
+        fields: Attributes of PackOptions by name (kind, schema, mode, shard_size, block_size, compression, jobs,
+            include, exclude, storage_options, source_options); they override those of `options`.
 
     Returns:
-        The version that was committed. A UserWarning names files of the source that were left out, such as links that
-        lead nowhere.
+        The committed version. A UserWarning names files of the source that were skipped, such as dangling links.
 
     Raises:
-        NotFound, CommitConflict, SchemaError, ValueError: see plan_pack() and run_pack().
+        NotFound, CommitConflict, SchemaError, ValueError: See plan_pack() and run_pack().
     """
     plan = plan_pack(source, url, replace(options or PackOptions(), **fields))
     if plan.left_out:

@@ -1,4 +1,4 @@
-"""Parquet files: their Arrow schema, row group by row group."""
+"""Parquet files with a common Arrow schema, read by row group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ _BATCH_ROWS = 65536
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What planning needs of a file. with_nulls: columns in which its statistics do not rule nulls out."""
+    """Facts about a file that planning needs.
+
+    Attributes:
+        path: Path of the file.
+        schema: Arrow schema.
+        with_nulls: Columns for which the statistics do not rule out nulls.
+        row_group_bytes: Size of each row group in bytes.
+    """
 
     path: str
     schema: pa.Schema
@@ -35,7 +42,14 @@ class Footer:
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files of one schema. parts: one a row group; partitions: columns that the files' folders name."""
+    """Parquet files with one schema; implements pack.source.Source.
+
+    Attributes:
+        files: Location of the files.
+        schema: Schema of the records.
+        parts: Splits, one per row group.
+        partitions: Columns named by the files' folders.
+    """
 
     files: Files
     schema: Schema
@@ -43,7 +57,7 @@ class ParquetFiles:
     partitions: Partitions
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
-        """The rows of a row group, dictionaries replaced by their values. Raises SchemaError for a damaged file."""
+        """Yield the rows of a row group, with dictionaries decoded. Raises SchemaError for a damaged file."""
         place, first_row = self.files.place(part.path), 0
         constants = self.partitions.values(part.path, self.schema)
         names = [name for name in self.schema.names if name not in constants]
@@ -58,7 +72,7 @@ class ParquetFiles:
                 yield Batch(self._columns(batch, constants), len(batch), n_bytes, where)
 
     def _columns(self, batch: pa.RecordBatch, constants: Mapping[str, object]) -> pa.RecordBatch:
-        """The columns of a batch in the order of the schema: stored ones, and partition columns."""
+        """Return the columns of a batch in the order of the schema: stored columns and partition columns."""
         columns = []
         for column in self.schema.columns:
             if column.name not in constants:
@@ -71,14 +85,18 @@ class ParquetFiles:
 
 
 def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ParquetFiles:
-    """Look at the footers of Parquet files. A column is nullable where the statistics do not rule nulls out.
+    """Return the Parquet files of a source, with the schema from their footers.
 
-    Columns that Hive partitions name (``year=2024/``) come after the files' own.
+    A column is nullable if the statistics do not rule out nulls. Columns that Hive partitions name (``year=2024/``)
+    follow the stored columns.
 
-    given: the types of some columns; the others are as the files have them.
+    Args:
+        files: Location of the files.
+        found: Files of the source.
+        given: Types of some columns; the others are as stored.
 
     Raises:
-        SchemaError: a file that is not Parquet, or whose columns differ from the first one's; given names no column.
+        SchemaError: A file is not Parquet or has other columns than the first file, or `given` names an unknown column.
     """
     with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
         footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
@@ -99,7 +117,7 @@ def _read_footer(files: Files, path: str) -> Footer:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise SchemaError(f"{files.place(path)}: two columns have this name", column=twice)
+            raise SchemaError(f"{files.place(path)}: the file has two columns with this name", column=twice)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         with_nulls: set[str] = set()
         for group in groups:
@@ -112,7 +130,7 @@ def _read_footer(files: Files, path: str) -> Footer:
 
 
 def _top_name(path: str, schema: pa.Schema) -> str:
-    """The top column of a leaf's dotted path; column names may have dots themselves."""
+    """Return the top-level column of a leaf's dotted path; column names may contain dots themselves."""
     parts = path.split(".")
     names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return next(name for name in names if name in schema.names)
@@ -137,7 +155,7 @@ def _next(batches: Iterator[pa.RecordBatch], place: str) -> pa.RecordBatch | Non
 
 
 def _damaged(place: str, error: Exception) -> SchemaError:
-    return SchemaError(f"{place}: not Parquet that can be read: {str(error).strip().splitlines()[0]}")
+    return SchemaError(f"{place}: not a readable Parquet file: {str(error).strip().splitlines()[0]}")
 
 
 def _row_place(place: str, row_group: int, first_row: int, row: int) -> str:
@@ -151,7 +169,7 @@ def _plain(column: pa.Array) -> pa.Array:
 def _check_same(place: str, schema: pa.Schema, first_place: str, first: pa.Schema) -> None:
     if sorted(schema.names) != sorted(first.names):
         differ = sorted(set(schema.names) ^ set(first.names)) or schema.names
-        raise SchemaError(f"{place}: its columns are not those of {first_place}: {', '.join(differ)}")
+        raise SchemaError(f"{place}: its columns differ from those of {first_place}: {', '.join(differ)}")
     for field in schema:
         expected = first.field(field.name).type
         if field.type != expected:

@@ -1,4 +1,4 @@
-"""Hive partitions: columns whose values stand in the names of folders, as in ``table/year=2024/part-0.parquet``."""
+"""Hive partitions: columns whose values are in folder names, as in ``table/year=2024/part-0.parquet``."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Partitions:
 
 
 def _pairs(path: str) -> dict[str, str | None]:
-    """The partition columns in a path, and their texts."""
+    """Return the partition columns in a path, and their texts."""
     pairs = {}
     for folder in path.split("/")[:-1]:
         name, is_pair, text = folder.partition("=")

@@ -1,4 +1,4 @@
-"""Decides what a source is and how its parts are shared out. Pure but for looking at the source's files."""
+"""Planning of a packing: the kind of the source, its splits, and their division into tasks. Only reads the source."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "parquet": parquet.SUFFIXES,
     "jsonl": jsonl.SUFFIXES,
 }
-# More shares than processes even out their speeds; each ends with a shard that is not full, so none is below four.
+# More tasks than processes balance the load. Each task ends with a partly filled shard, so there are more tasks than
+# processes only if each has at least four shards' worth of data.
 _SHARES_A_JOB = 4
 _SHARDS_A_SHARE = 4
 
 
 def kind_of(paths: Sequence[str]) -> Kind:
-    """The one kind that the names of files say; what no kind knows is not counted.
+    """Return the kind that the files' names indicate; files that match no kind are ignored.
 
     Raises:
-        ValueError: none or several.
+        ValueError: The names indicate no kind, or several.
     """
     found = {kind for kind in KINDS for path in paths if path.lower().endswith(_SUFFIXES[kind])}
     if len(found) == 1:
@@ -38,46 +39,54 @@ def kind_of(paths: Sequence[str]) -> Kind:
     what = (
         f"files of several kinds ({', '.join(sorted(found))})"
         if found
-        else "no file of a kind that is known by its name"
+        else "no file name indicates the kind of the source"
     )
-    raise ValueError(f"{what}; say kind: {', '.join(KINDS)}")
+    raise ValueError(f"{what}; specify kind: {', '.join(KINDS)}")
 
 
 def find_source(
     source: str | os.PathLike[str], options: PackOptions, *, classes: Sequence[str] | None = None
 ) -> tuple[Source, list[LeftOut]]:
-    """Look at a source: which files, their kind, the schema, the parts; and which files are left out.
+    """Inspect a source and return it with its kind, schema and splits, and the skipped files.
 
-    classes: of the data set that is appended to, for images.
+    Args:
+        source: File, folder, glob or URL.
+        options: Options of the packing.
+        classes: Class names of the data set that is appended to, for images.
 
     Raises:
-        NotFound: no file.
-        ValueError: the kind cannot be told.
-        SchemaError: files that cannot be packed together, or files of another library's format.
+        NotFound: There is no file.
+        ValueError: The kind cannot be determined.
+        SchemaError: The files cannot be packed together, or are in another library's format.
     """
     files, found, left_out = find_files(source, options.source_options)
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
     left_out = [f for f in left_out if selected(f.path, options.include, options.exclude)]
     if not chosen:
-        raise NotFound(f"none of {len(found)} files passes include and exclude", url=files.place(""))
+        raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.place(""))
     refuse_foreign_index(files, chosen)
     if options.kind is None:
         refuse_foreign_files(files, chosen)
     kind = options.kind or kind_of([f.path for f in chosen])
     if kind == "images":
         if options.schema is not None:
-            raise SchemaError("a folder of images has a schema of its own: image, label, path")
+            raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema")
         return images.find_images(files, chosen, classes=classes), left_out
-    # A folder of tables has other files too (README.md, Spark's _SUCCESS); a file that was named itself counts always.
+    # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always
+    # counts.
     known = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
     if known:
         taken = set(known)
-        left_out += [LeftOut(f.path, f"not {kind} by its name") for f in chosen if f not in taken and not _is_marker(f)]
+        left_out += [
+            LeftOut(f.path, f"its name is not that of a {kind} file")
+            for f in chosen
+            if f not in taken and not _is_marker(f)
+        ]
     return _find_table(kind, files, known or chosen, options), left_out
 
 
 def _is_marker(file: SourceFile) -> bool:
-    """Whether a file holds no records by convention: Spark and pyarrow pass over names that begin with "_"."""
+    """Return whether a file holds no records by convention: Spark and pyarrow skip names that begin with "_"."""
     return file.path.rsplit("/", 1)[-1].startswith("_")
 
 
@@ -88,19 +97,19 @@ def _find_table(kind: Kind, files: Files, found: Sequence[SourceFile], options: 
         return find(files, found, given or {})
     if kind == "parquet":
         whole = parquet.find_parquet(files, found, {})
-        whole.schema.select(Schema.of(given).names)  # each must be there
+        whole.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
         return replace(whole, schema=Schema.of(given))
     partitions = Partitions.find(files, found)
     return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), partitions)
 
 
 def fitted(source: Source, there: Schema) -> Source:
-    """The source with the schema of the data set that it is appended to.
+    """Return the source with the schema of the data set that it is appended to.
 
-    Where a table has its columns, each value decides whether it fits, and not what was guessed of the types.
+    If a table has the data set's columns, its inferred types are ignored: each value is checked when it is written.
 
     Raises:
-        SchemaError: other columns, or images of other classes or encodings.
+        SchemaError: The columns differ, or the images have other classes or encodings.
     """
     names = set(source.schema.names)
     if isinstance(source, jsonl.JsonLines) and names <= set(there.names):
@@ -112,7 +121,15 @@ def fitted(source: Source, there: Schema) -> Source:
 
 
 def share_out(parts: Sequence[Part], jobs: int, shard_bytes: int) -> list[tuple[Part, ...]]:
-    """Runs of neighbouring parts, in order, of about equal bytes: one for one job, else one to four for each job."""
+    """Return the splits divided into tasks of neighbouring splits with about equal bytes, in order.
+
+    One job has one task; several jobs have one to four tasks each.
+
+    Args:
+        parts: Splits in order.
+        jobs: Number of processes.
+        shard_bytes: Target size of a shard.
+    """
     total = sum(part.n_bytes for part in parts)
     n_shares = 1
     if jobs > 1:

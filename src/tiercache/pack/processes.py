@@ -1,7 +1,7 @@
-"""Runs tasks in processes of their own.
+"""Runs tasks in separate processes.
 
-Each process has one pipe to this one, and no lock is shared: a process that is killed can neither hold up the others
-nor be mistaken for a slow one, because its pipe ends. A process whose parent is gone finds its pipe closed at its
+Each process has its own pipe to this process, and there are no shared locks: a killed process cannot block the others
+and is not mistaken for a slow one, because its pipe ends. A process whose parent has died finds its pipe closed at its
 next message.
 """
 
@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 from tiercache.errors import TierCacheError
 
 Report: TypeAlias = Callable[[Any], None]
-# To end a batch and abort its upload; a process that takes longer is killed, which leaves no more than an abort does.
+# Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than
+# an abort does.
 _STOP_S = 10.0
 
 
@@ -37,14 +38,20 @@ def run_in_processes(
     report: Report,
     keep: Callable[[int, Any], None],
 ) -> None:
-    """Run work(task, report) for each task in n_processes.
+    """Run work(task, report) for each task in n_processes processes.
 
-    report, and keep(task's index, result), are called in this thread. work: a function of a module; tasks, results
-    and reports are pickled. Processes are spawned: forked ones would inherit the threads and clients of stores, which
-    do not live through it.
+    Processes are spawned: forked ones would inherit the threads and clients of stores, which do not survive a fork.
+
+    Args:
+        work: Function of a module. Tasks, results and reports are pickled.
+        tasks: Arguments of work.
+        n_processes: Number of processes.
+        report: Function called in this thread with each value that work reports.
+        keep: Function called in this thread with the index of a task and its result.
 
     Raises:
-        TierCacheError: a process died. What work raises is raised here; the other processes have been stopped by then.
+        TierCacheError: A process died. An exception of work is raised here, after the other processes have been
+            stopped.
     """
     context = get_context("spawn")
     workers: list[_Worker] = []
@@ -87,8 +94,8 @@ def _receive(worker: _Worker) -> tuple[str, Any]:
     except (EOFError, OSError) as error:
         worker.process.join(_STOP_S)
         code = worker.process.exitcode
-        hint = "; it may have been killed for its memory" if code == -signal.SIGKILL else ""
-        raise TierCacheError(f"a process died (exit code {code}){hint}; nothing was committed") from error
+        hint = "; the system may have killed it for lack of memory" if code == -signal.SIGKILL else ""
+        raise TierCacheError(f"a worker process died (exit code {code}){hint}; nothing was committed") from error
     return message
 
 
@@ -105,13 +112,13 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 def _serve(connection: Connection, work: Callable[[Any, Report], Any]) -> None:
-    """A worker's whole life: tasks in, reports and one result each out, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what is to end
+    """Run a worker process: receive tasks, send reports and one result each, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
     with connection, suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             task = connection.recv()
             try:
                 answer = ("done", work(task, lambda value: connection.send(("report", value))))
-            except Exception as error:  # noqa: BLE001 - the top of a process: the error goes to the consumer
+            except Exception as error:  # noqa: BLE001 - top-level function of a process: the error goes to the parent
                 answer = ("failed", error)
             connection.send(answer)

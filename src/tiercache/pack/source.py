@@ -1,4 +1,4 @@
-"""What a source gives: its schema, its parts in order, and a part's records in small batches."""
+"""Interface of a source of records: its schema, its splits in order, and the records of a split in small batches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from tiercache.shard.types import Schema
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a source that one process reads: [start, end) of path, in files, row groups or bytes.
+    """Split of a source, read by one process: [start, end) of path, counted in files, row groups or bytes.
 
-    n_bytes: how much source that is, to share the work out and to show progress.
+    Attributes:
+        path: Path of the file below the source's root; "" for a split of several files.
+        start, end: Half-open range.
+        n_bytes: Size of the split, for load balancing and progress.
     """
 
     path: str
@@ -26,7 +29,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some records of a part, as columns. place: where in the source record i of the batch stands, for errors."""
+    """Some records of a split, as columns.
+
+    Attributes:
+        columns: Values by column name, or a record batch.
+        n_records: Number of records.
+        n_bytes: Bytes of the source.
+        place: Function that returns the location in the source of record i of the batch, for messages.
+    """
 
     columns: Mapping[str, Sequence[Any]] | pa.RecordBatch
     n_records: int
@@ -35,19 +45,23 @@ class Batch:
 
 
 class Source(Protocol):
-    """A source that has been looked at and can be read. Picklable."""
+    """Source that has been inspected and can be read. Picklable."""
 
     @property
     def schema(self) -> Schema:
-        """The schema of all its records."""
+        """Schema of all its records."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Its parts; their order, and the order inside each, is the order of the data set."""
+        """Splits; their order, and the order inside each of them, is the order of the data set."""
 
     def read(self, part: Part, batch_bytes: int) -> Iterator[Batch]:
-        """A part's records, in batches of about batch_bytes. Memory is bounded by a few batches.
+        """Yield the records of a split in batches of about batch_bytes. Only a few batches are in memory at a time.
+
+        Args:
+            part: Split to read.
+            batch_bytes: Target size of a batch.
 
         Raises:
-            SchemaError: a record that cannot be read, naming where it stands.
+            SchemaError: A record cannot be read; the message names its location.
         """

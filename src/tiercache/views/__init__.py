@@ -1,4 +1,8 @@
-"""Views: some records of a data set, and data sets joined or mixed; sources that the loader and `Dataset` read by."""
+"""Views, joined data sets and mixtures: sources over other sources, which the loader and `Dataset` read.
+
+`choosing` holds the selection methods of `Dataset`, `steps` and `filtering` evaluate them to a `Selection`, `view`,
+`joined` and `mixed` are the sources, and `contract` holds their interface.
+"""
 
 from tiercache.views.choosing import Choosing, record_numbers
 from tiercache.views.contract import Plan, Readable

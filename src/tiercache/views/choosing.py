@@ -1,4 +1,4 @@
-"""The methods by which a data set gives fewer of its records."""
+"""Methods by which a data set returns a selection of its records."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ if TYPE_CHECKING:
 
 
 class Choosing:
-    """Views of a data set: the same records, columns and serving, fewer of them.
+    """Mixin with the selection methods of a data set. They return views: fewer records with the same output options.
 
-    A view is a data set in every way: any loader takes it, by the native path too, it can be pickled, resumed and
-    viewed again. It costs nothing per record where it is a range of them, else some bytes; shards and blocks without
-    chosen records are never read.
+    A view is a data set in every respect: any loader reads it, `tiercache.DataLoader` by its native path; it can be
+    pickled, resumed and selected from again. A range of records costs nothing per record, other selections some bytes.
+    Shards and blocks without selected records are never read.
     """
 
     @property
     @abstractmethod
     def source(self) -> Readable:
-        """What is read."""
+        """Opened source of the data set."""
 
     @abstractmethod
     def _derive(self, source: Readable) -> Self:
-        """The same data set over another source."""
+        """Return the same data set over another source."""
 
     def select(self, chosen: Any) -> Self:
-        """The records of these numbers, in this order; or those for which a mask is true.
+        """Return the records with these numbers, in this order; or the records for which a mask is true.
+
+        With shuffle=False a loader keeps the order of the numbers; with shuffle=True it shuffles the records as usual.
 
         Args:
-            chosen: integers (any sequence, array or tensor; negative ones count from the end; a number may come more
-                than once), or len() booleans. With shuffle=False a loader follows their order, with shuffle=True it
-                shuffles them as any records.
+            chosen: Record numbers (a sequence, array or tensor of integers; negative ones count from the end;
+                repetitions are allowed), or a mask of len() booleans.
 
         Raises:
-            IndexError: a record that is not there.
-            ValueError: a mask of another length.
-            TypeError: neither numbers nor a mask.
+            IndexError: A record does not exist.
+            ValueError: The mask has the wrong length.
+            TypeError: The argument is neither numbers nor a mask.
         """
         n = self.source.n_records
         if isinstance(chosen, pc.Expression) or callable(chosen):
@@ -61,22 +62,23 @@ class Choosing:
             raise TypeError(f"select() takes a list or array of record numbers or a mask, got {found}")
         if given.dtype == np.bool_:
             if len(given) != n:
-                raise ValueError(f"a mask of {len(given)} for {n} records: it needs one value a record")
+                raise ValueError(f"the mask has {len(given)} values for {n} records; it needs one value per record")
             return self._choose(Select(Selection.of(np.flatnonzero(given))))
         return self._choose(Select(Selection.of(record_numbers(given, n))))
 
     def filter(self, expression: pc.Expression) -> Self:
-        """The records for which an expression is true (null is not true), in their order.
+        """Return the records for which an expression is true, in their order; null is not true.
 
-        The columns that it names are read now, block by block in little memory, through all shards whose least and
-        greatest numbers do not rule them out; they need not be among the columns that are served.
+        The columns of the expression are read now, block by block in bounded memory. Shards whose minimum and maximum
+        rule out a match are not read. The columns need not be among the served columns.
 
         Args:
-            expression: such as `pyarrow.compute.field("label") == 3`. Images and JSON are bytes and text to it.
+            expression: Expression such as `pyarrow.compute.field("label") == 3`. It sees images and JSON as bytes and
+                text.
 
         Raises:
-            SchemaError: a column that is not there; something that is no condition over the columns.
-            TypeError: not an expression.
+            SchemaError: A column does not exist, or the expression is not a condition over the columns.
+            TypeError: The argument is not an expression.
         """
         if not isinstance(expression, pc.Expression):
             raise TypeError(
@@ -86,10 +88,14 @@ class Choosing:
         return self._choose(Filter(expression))
 
     def shard(self, num_shards: int, index: int) -> Self:
-        """Part `index` of `num_shards` runs of consecutive records, whose lengths differ by one at most.
+        """Return part `index` of `num_shards` runs of consecutive records, whose lengths differ by at most one.
+
+        Args:
+            num_shards: Number of runs, 1 or more.
+            index: Number of the run, 0 <= index < num_shards.
 
         Raises:
-            ValueError: num_shards below 1, or an index outside [0, num_shards).
+            ValueError: num_shards is below 1, or index is outside [0, num_shards).
         """
         num_shards, index = operator.index(num_shards), operator.index(index)
         if num_shards < 1:
@@ -99,34 +105,53 @@ class Choosing:
         return self._choose(Shard(num_shards, index))
 
     def take(self, n: int) -> Self:
-        """The first n records, or all if there are fewer. Raises ValueError below 0."""
+        """Return the first n records, or all records if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
         return self._choose(Span(0, _count(n)))
 
     def skip(self, n: int) -> Self:
-        """All but the first n records; none if there are fewer. Raises ValueError below 0."""
+        """Return all records except the first n; none if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
         return self._choose(Span(_count(n), None))
 
     def _choose(self, step: Step) -> Self:
         source = self.source
         if source.mixture is not None:
-            raise ValueError("a mixture goes on from epoch to epoch, and has no part: choose from what it is mixed of")
+            raise ValueError("cannot select from a mixture: select from the data sets before mix()")
         return self._derive(choose(source, step))
 
 
 def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
-    """Record numbers, int64[.], 0 <= number < n, negative ones counted from the end. Raises IndexError, TypeError."""
+    """Return record numbers as int64[n], 0 <= number < n, with negative ones counted from the end.
+
+    Raises:
+        IndexError: A record does not exist.
+        TypeError: A number is not an integer.
+    """
     rows = np.asarray(indices)
     if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
-        hints = {"O": ": one is missing, or has more than 64 bits"}
+        hints = {"O": ": a number is missing or has more than 64 bits"}
         hints["U"] = f" ({indices!r:.60}): columns are chosen by select_columns([...])"
-        raise TypeError(f"records are chosen by integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
+        raise TypeError(f"record numbers must be integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
     if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
         raise IndexError(f"record {int(rows.max())} of a data set of {n}")
     return wrapped(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
 
 
 def _of_range(chosen: range, n: int) -> Selection:
-    """The numbers of a range that has any number of them, without making those that are not there."""
+    """Return the selection of a range, without an array if the range is contiguous."""
     if not chosen:
         return Selection.span(0, 0)
     for end in (chosen[0], chosen[-1]):
@@ -134,12 +159,12 @@ def _of_range(chosen: range, n: int) -> Selection:
             raise IndexError(f"record {end} of a data set of {n}")
     if chosen.step == 1 and chosen.start >= 0:
         return Selection.span(chosen.start, chosen.stop)
-    # 100 times faster than from the range itself.
+    # np.arange is 100 times faster than converting the range object.
     return Selection.of(record_numbers(np.arange(chosen.start, chosen.stop, chosen.step), n))
 
 
 def _count(n: int) -> int:
     n = operator.index(n)
     if n < 0:
-        raise ValueError(f"a number of records is 0 or more, got {n}")
+        raise ValueError(f"the number of records must be 0 or more, got {n}")
     return n

@@ -1,4 +1,4 @@
-"""What a view is made over: a Source that can also be read record by record, scanned, and opened again elsewhere."""
+"""Interface of the sources that views are built on: a Source that is also read by index, scanned, and reopened."""
 
 from __future__ import annotations
 
@@ -19,103 +19,117 @@ if TYPE_CHECKING:
 
 
 class Plan(Protocol):
-    """All that a source is made of, and nothing that is open: picklable, and small."""
+    """Small picklable spec of a source: everything needed to open it, and nothing that is open."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns that are served, in order."""
+        """Names of the served columns, in order."""
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """Of each data set that is read."""
+        """Version number of each data set that is read."""
 
     def open(self, opened: dict[int, Any]) -> Readable:
-        """The source. opened: what the same call has opened by now, by id() of its plan, to be shared."""
+        """Open the source.
+
+        Args:
+            opened: Sources that this call has already opened, by id() of their specs. They are shared.
+        """
 
 
 @runtime_checkable
 class Leaf(Protocol):
-    """What a source says of one opened version below it: where its figures are counted."""
+    """One opened version below a source, where its counters are kept."""
 
     @property
     def url(self) -> str:
-        """The data set's, without credentials."""
+        """URL of the data set, without credentials."""
 
     @property
     def cache(self) -> Cache | None:
-        """What it is read through."""
+        """Cache that the version is read through; None: no cache."""
 
     def figures(self) -> Mapping[str, float]:
-        """As Readable.figures."""
+        """See Source.figures."""
 
     def versions(self) -> list[int]:
-        """Numbers of all versions there are, oldest first."""
+        """Return the numbers of all versions of the data set, oldest first."""
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
 
 
 class Readable(Source, Protocol):
-    """A Source, and what reading by index, filters and warming need. Methods are for any thread."""
+    """Source with what reading by index, filters and warming need. All methods may be called from any thread."""
 
     def at_versions(self, versions: Sequence[int]) -> Readable:
-        """As Source.at_versions."""
+        """See Source.at_versions."""
 
     @property
     def plan(self) -> Plan:
-        """What opens it again."""
+        """Spec that opens the source again."""
 
     @property
     def n_records(self) -> int:
-        """How many records are served."""
+        """Number of records that are served."""
 
     @property
     def first_record(self) -> NDArray[np.int64]:
-        """int64[n_shards + 1]: number of each shard's first record in stored order, and of all records."""
+        """int64[n_shards + 1]: number of each shard's first record in stored order, then the number of all records."""
 
     @property
     def is_in_stored_order(self) -> bool:
-        """Whether record i as served is record i of the shards, counted one after the other."""
+        """Whether served record i is record i of the concatenated shards."""
 
     @property
     def stored_schema(self) -> Schema:
-        """All columns that there are, served or not."""
+        """All stored columns, served or not."""
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The opened versions below, each once."""
+        """Opened versions below the source, each once."""
 
     def statistics(self, shard: int) -> Facts:
-        """What the version says of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
+        """Return the statistics of a shard's columns: {column: {"nulls", "bytes", "stored", "min", "max"}}.
 
-        Any of them may be missing; those that are there can be true.
+        Any entry may be missing. Entries have been checked for plausibility.
 
         Raises:
-            CorruptShard: a value that cannot be; it names the segment, the shard, the column and the field.
+            CorruptShard: A value is impossible; the message names the segment, the shard, the column and the field.
         """
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """A whole stored block as Arrow arrays, the columns that are served, wholly checked."""
+        """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """A record as served: a value by column; None: it is not mapped, ask with `values`. Raises IndexError."""
+        """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
+
+        Raises:
+            IndexError: There is no such record.
+        """
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Values of records by their numbers as served, int64[n], by column. Raises as `load`, and IndexError."""
+        """Return the values of served records, int64[n], by column. Raises as `load`, and IndexError."""
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As `values`, as Arrow arrays."""
+        """Return the values of records as Arrow arrays; see `values`."""
 
     def with_columns(self, columns: Sequence[str]) -> Readable:
-        """The same records with other columns of the stored schema. Raises SchemaError."""
+        """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
 
     def scanning(self, columns: Sequence[str]) -> Readable:
-        """As with_columns, to be read once from end to end: shards that are not in the cache are read past it."""
+        """Return a source as `with_columns` does, for a single pass: shards that are not cached bypass the cache."""
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Bring shards into the cache."""
+        """Fetch the served columns of shards into the cache.
+
+        Args:
+            shards: Numbers of the shards.
+            jobs: Number of shards fetched in parallel.
+            on_progress: Function called after each shard.
+        """
 
     def close(self) -> None:
-        """Give shards and connections back; it may be used again."""
+        """Release shards and connections. The source may be used again afterwards."""

@@ -1,4 +1,4 @@
-"""Evaluating a filter: the columns it names, shard by shard, in bounded memory; not the shards that cannot match."""
+"""Evaluation of a filter: reads the columns of the expression in bounded memory, and skips shards that cannot match."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     Runs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-# Raw bytes of the blocks (all columns) whose named columns are in memory at a time, in each thread.
+# Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
 CHUNK_BYTES = 32 << 20
-# Shards of a store are read side by side, for their time is round trips; evaluation itself takes what cores there are.
+# Number of shards read in parallel: their time is round trips. Evaluation uses the cores that are free.
 THREADS = 8
 
-# Arrow takes casts for rising where they turn over, and NaN for a number among others: `~(x <= NaN)`, which is true,
-# would rule out every shard.
+# Expressions for which Arrow's pruning by statistics is wrong: it assumes that casts are monotonic even if they
+# overflow, and it treats NaN like any number. `~(x <= NaN)`, which is true, would rule out every shard.
 _WEIGHED_WRONG = re.compile(r"\bnan\b|allow_int_overflow=true")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -42,15 +42,15 @@ R = TypeVar("R")
 
 
 def matching(source: Readable, expression: pc.Expression) -> Selection:
-    """Which records make an expression true (null is not true): their places as served.
+    """Return which records make an expression true (null is not true), as a selection of served records.
 
     Raises:
-        SchemaError: a column that is not there, an expression that cannot be evaluated over its columns or their
-            values, or is no condition.
-        CorruptShard, StoreError: as reading.
+        SchemaError: A column does not exist; the expression cannot be evaluated over its columns or their values; or it
+            is not a condition.
+        CorruptShard, StoreError: Reading failed.
     """
     names = columns_of(source.stored_schema, expression)
-    if not names:  # a constant; Arrow evaluates it over the rows of some column
+    if not names:  # a constant: Arrow needs some column to know the number of rows
         names = [source.schema.names[0]]
     scanned = source.scanning(names)
     shards = _may_match(scanned, expression, np.flatnonzero(scanned.shard_records).tolist())
@@ -66,9 +66,11 @@ def matching(source: Readable, expression: pc.Expression) -> Selection:
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
-    """The columns of a schema that an expression names. Raises SchemaError as `matching`."""
+    """Return the columns of a schema that an expression names. Raises SchemaError as `matching`."""
     if re.search(r"\bFieldPath\(\d", _QUOTED.sub("", str(expression))):
-        raise _cannot(schema, expression, "columns are named, pyarrow.compute.field('label'), not counted")
+        raise _cannot(
+            schema, expression, "name columns, as in pyarrow.compute.field('label'), instead of numbering them"
+        )
     empty = _empty(schema.columns)
     with _explained(schema, expression):
         _evaluate(empty, expression)
@@ -76,7 +78,7 @@ def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
 
 
 def _can_do_without(empty: pa.Table, expression: pc.Expression, name: str) -> bool:
-    # Arrow does not say which fields an expression names: those without which it cannot be bound (0.1 ms each).
+    # Arrow does not report which fields an expression names: they are those without which binding fails (0.1 ms each).
     try:
         _evaluate(empty.drop_columns([name]), expression)
     except pa.ArrowException:
@@ -86,7 +88,7 @@ def _can_do_without(empty: pa.Table, expression: pc.Expression, name: str) -> bo
 
 @contextmanager
 def _explained(schema: Schema, expression: pc.Expression) -> Iterator[None]:
-    """What Arrow says against an expression, or against its values (a division by zero), as our error."""
+    """Convert Arrow's errors about an expression or its values (a division by zero) into SchemaError."""
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError) as error:
@@ -100,7 +102,7 @@ def _cannot(schema: Schema, expression: pc.Expression, said: str) -> SchemaError
         message = f"filter: there is no such column; there are {names}"
         return SchemaError(message, column=unknown[1], expected=names, got=unknown[1])
     first_line = said.partition("\n")[0]
-    message = f"filter: {expression} cannot be evaluated over the columns, or is no condition: {first_line}"
+    message = f"filter: cannot evaluate {expression} as a condition over the columns: {first_line}"
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
 
@@ -110,7 +112,7 @@ def _empty(columns: Iterable[Column]) -> pa.Table:
 
 
 def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
-    """bool[n]: for which rows it is true. Raises ArrowException; TypeError: it is no condition."""
+    """Return bool[n]: whether the expression is true for each row. Raises ArrowException, or TypeError."""
     from pyarrow import acero
 
     plan = acero.Declaration.from_sequence(
@@ -121,20 +123,21 @@ def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     )
     found = plan.to_table(use_threads=False)["found"]
     if not pa.types.is_boolean(found.type):
-        raise TypeError(f"it gives {found.type}, not true or false")
-    # Not to_numpy(): Arrow then imports pandas, if there is one, which takes 110 ms.
+        raise TypeError(f"its type is {found.type}, not bool")
+    # Not to_numpy(): Arrow then imports pandas if it is installed, which takes 110 ms.
     flags = pc.fill_null(found, fill_value=False).cast(pa.uint8())
     parts = [np.frombuffer(c.buffers()[1], np.bool_, len(c), c.offset) for c in flags.chunks if len(c)]
     return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
 def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int]) -> list[int]:
-    """The shards in which some record may match, by what the version says of each: least and greatest numbers.
+    """Return the shards in which a record may match, judged by the minimum and maximum of each column.
 
-    Arrow weighs the expression against what is known of a fragment before it would open its file; there are no files.
-    Only integers are known well enough: a NaN is in nobody's least and greatest, and makes `!=` true.
+    Arrow evaluates the expression against the partition expression of a dataset fragment before it would open the
+    fragment's file; there are no files here. Only integers are used: minimum and maximum of floats ignore NaN, which
+    makes `!=` true.
     """
-    # Here, and not above: it imports pandas, if there is one; 40 MB and 0.2 s of each process that only reads.
+    # Imported here: pyarrow.dataset imports pandas if it is installed, 40 MB and 0.2 s in each process that only reads.
     import pyarrow.dataset as pds
     from pyarrow import fs
 
@@ -150,12 +153,12 @@ def _may_match(source: Readable, expression: pc.Expression, shards: Sequence[int
     weighed = pds.FileSystemDataset(fragments, schema, form, nowhere)
     try:
         return [int(fragment.path) for fragment in weighed.get_fragments(filter=expression)]
-    except pa.ArrowInvalid:  # such as a limit beyond 2^63 weighed as a float: nothing is known, and nothing ruled out
+    except pa.ArrowInvalid:  # such as a bound beyond 2^63 compared as a float: rule out nothing
         return list(shards)
 
 
 def _known(numbers: dict[str, Column], facts: Facts) -> pc.Expression:
-    """What is true of every record of a shard."""
+    """Return an expression that is true for every record of a shard."""
     known = pc.scalar(True)
     for name, column in numbers.items():
         fact = facts.get(name, {})
@@ -168,7 +171,7 @@ def _known(numbers: dict[str, Column], facts: Facts) -> pc.Expression:
 
 
 def _runs_of_shard(source: Readable, expression: pc.Expression, shard: int) -> Runs:
-    """(starts, lengths) of the matching records of a shard, as places in stored order."""
+    """Return (starts, lengths) of the runs of matching records of a shard, as record numbers in stored order."""
     (table,) = source.block_tables([shard])
     first = np.r_[0, np.cumsum(table.records)] + source.first_record[shard]
     kept = []
@@ -180,14 +183,14 @@ def _runs_of_shard(source: Readable, expression: pc.Expression, shard: int) -> R
         before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
         block = np.repeat(np.arange(len(blocks)), table.records[blocks])
         matches = np.flatnonzero(found[before[block] + rows])
-        kept.append(matches + first[blocks[0]])  # blocks between them have no records of the source
+        kept.append(matches + first[blocks[0]])  # blocks in between hold no records of the source
     places = np.concatenate([np.empty(0, np.int64), *kept])
     heads = np.flatnonzero(np.r_[True, np.diff(places) != 1]) if len(places) else np.empty(0, np.int64)
     return places[heads], np.diff(np.r_[heads, len(places)])
 
 
 def _rows(source: Readable, shard: int, blocks: NDArray[np.int64], table: BlockTable) -> NDArray[np.uint32]:
-    """Rows of blocks of a shard that are the source's, one block after the other."""
+    """Return the rows of blocks of a shard that belong to the source, one block after the other."""
     counts = table.records[blocks]
     block = np.repeat(np.arange(len(blocks), dtype=np.uint32), counts)
     row = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -197,7 +200,7 @@ def _rows(source: Readable, shard: int, blocks: NDArray[np.int64], table: BlockT
 
 def _table(columns: Sequence[Column], blocks: Sequence[Sequence[pa.Array]]) -> pa.Table:
     def stored(array: pa.Array) -> pa.Array:
-        # Compute functions know no extension types: of an image they see its bytes.
+        # Compute functions do not support extension types: they see the bytes of an image.
         return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
 
     names = [column.name for column in columns]
@@ -207,7 +210,7 @@ def _table(columns: Sequence[Column], blocks: Sequence[Sequence[pa.Array]]) -> p
 
 
 def _chunks(table: BlockTable) -> Iterator[NDArray[np.int64]]:
-    """Blocks with records of the source, some at a time: CHUNK_BYTES, at least one."""
+    """Yield blocks that hold records of the source, in chunks of CHUNK_BYTES or of one block."""
     chosen = np.flatnonzero(table.records)
     begin = 0
     sums = np.cumsum(table.raw_bytes[chosen])
@@ -219,7 +222,7 @@ def _chunks(table: BlockTable) -> Iterator[NDArray[np.int64]]:
 
 
 def _ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Work done on items by threads, in their order, a few ahead: what waits for its turn is bounded too."""
+    """Yield the results of work(item) in the order of the items; threads compute a bounded number ahead."""
     if len(items) < 2:
         yield from map(work, items)
         return

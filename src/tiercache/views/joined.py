@@ -1,4 +1,4 @@
-"""Sources joined: one after the other, or mixed; their shards are numbered through."""
+"""Joined sources: several sources, one after the other, with consecutively numbered shards and records."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ if TYPE_CHECKING:
     from tiercache.shard.values import ColumnValues
     from tiercache.views.contract import Leaf, Plan, Readable
 
-# Footers of several data sets are asked for side by side, as those of one are.
+# Number of threads that read footers of several sources in parallel.
 _THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What joined sources are made of."""
+    """Spec of joined sources."""
 
     below: tuple[Plan, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """As Plan.columns."""
+        """See Plan.columns."""
         return self.below[0].columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As Plan.versions."""
+        """See Plan.versions."""
         return tuple(version for plan in self.below for version in plan.versions)
 
     def open(self, opened: dict[int, Any]) -> Joined:
-        """As Plan.open."""
+        """See Plan.open."""
         return Joined([plan.open(opened) for plan in self.below])
 
 
 class Joined:
-    """Several sources as one; implements Readable. Shards and records of a source come after those of the one before.
+    """Several sources as one; implements Readable. Shards and records of a source follow those of the one before.
 
     Safe from any thread.
 
     Raises:
-        SchemaError: their columns differ; names the first difference.
+        SchemaError: The sources' columns differ; the message names the first difference.
     """
 
     def __init__(self, below: Sequence[Readable]) -> None:
         schemas = {id(source.schema): (source.schema, number) for number, source in reversed(list(enumerate(below)))}
-        for schema, number in schemas.values():  # views of one data set have one, and a sum of them has many views
+        for schema, number in schemas.values():  # many views of one data set share one schema: check it once
             _check_same(below[0].schema, schema, number)
         self.below = tuple(below)
         counts = [len(source.shard_records) for source in below]
@@ -77,49 +77,49 @@ class Joined:
 
     @property
     def plan(self) -> Plan:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Joint(tuple(source.plan for source in self.below))
 
     @property
     def url(self) -> str:
-        """The first one's."""
+        """URL of the first source."""
         return self.below[0].url
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of all of them."""
+        """Parts of all sources."""
         return tuple(part for source in self.below for part in source.parts)
 
     @property
     def schema(self) -> Schema:
-        """The columns that are served, in order: the same everywhere."""
+        """Served columns, in order, which are the same in all sources."""
         return self.below[0].schema
 
     @cached_property
     def stored_schema(self) -> Schema:
-        """The columns that all of them have with the same type."""
+        """Columns that all sources have with the same type."""
         others = [{c.name: c for c in source.stored_schema.columns} for source in self.below[1:]]
         kept = [c for c in self.below[0].stored_schema.columns if all(str(o.get(c.name)) == str(c) for o in others)]
         return Schema(kept)
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The opened versions below, each once."""
+        """Opened versions below all sources, each once."""
         return tuple({id(leaf): leaf for source in self.below for leaf in source.leaves}.values())
 
     @property
     def is_in_stored_order(self) -> bool:
-        """Whether none is listed."""
+        """Whether no source has an explicit order."""
         return self.listed is None
 
     @property
     def mixture(self) -> MixtureSpec | None:
-        """How they are mixed: not."""
+        """None: joined sources are not mixed."""
         return None
 
     @cached_property
     def listed(self) -> NDArray[np.int64] | None:
-        """Places in stored order as they are served, int64[n], where some source is listed."""
+        """Explicit order, int64[n]: place of each served record in stored order. None if no source has one."""
         if all(source.listed is None for source in self.below):
             return None
         runs = []
@@ -129,12 +129,12 @@ class Joined:
         return np.concatenate(runs)
 
     def of_shard(self, shard: int) -> tuple[Readable, int]:
-        """The source that has a shard, and its number there."""
+        """Return the source that has a shard, and the shard's number in that source."""
         part = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
         return self.below[part], shard - int(self._first_shard[part])
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """As Source.block_tables."""
+        """See Source.block_tables."""
         places = np.array(shards, np.int64)
         groups = self._by_part(self._first_shard, places)
         tables: list[Any] = [None] * len(places)
@@ -155,13 +155,13 @@ class Joined:
 
     @property
     def is_whole(self) -> bool:
-        """As Source.is_whole."""
+        """See Source.is_whole."""
         return all(source.is_whole for source in self.below)
 
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """As Source.stored_rows."""
+        """See Source.stored_rows."""
         groups = self._by_part(self._first_shard, shards.astype(np.int64))
         if len(groups) == 1:
             part = groups[0][0]
@@ -177,29 +177,29 @@ class Joined:
         return out
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """As Source.load."""
+        """See Source.load."""
         source, number = self.of_shard(shard)
         return source.load(number, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """As Readable.arrays."""
+        """See Readable.arrays."""
         source, number = self.of_shard(shard)
         return source.arrays(number, block)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics."""
+        """See Readable.statistics."""
         source, number = self.of_shard(shard)
         return source.statistics(number)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
         part = int(np.searchsorted(self._first_number, number, side="right")) - 1
         return self.below[part].record(number - int(self._first_number[part]))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         if not len(records):
             return self.below[0].values(records)
         groups = self.of_parts(records)
@@ -207,22 +207,22 @@ class Joined:
         return join(found, [where for _, where in groups])
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         groups = self.of_parts(records)
         found = [self.below[part].take_arrow(records[where] - self._first_number[part]) for part, where in groups]
         return arrow_join(found, [where for _, where in groups], self.schema)
 
     def of_parts(self, records: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """(part, which of the records are its own), for each part that has any."""
+        """Return (source index, indices of its records) for each source that has any of the records."""
         return self._by_part(self._first_number, records)
 
     @property
     def is_cached(self) -> bool:
-        """As Source.is_cached: any of them."""
+        """See Source.is_cached; true if it is true of any source."""
         return any(source.is_cached for source in self.below)
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """As Source.publish; one plan for all views of one source, which may be many."""
+        """See Source.publish. All views of one source share one plan, because there may be many views."""
         plans: dict[int, tuple[Readable, list[ReadingPlan]]] = {}
         for part, where in self._by_part(self._first_shard, plan.shards):
             own = part_of(plan, where, int(self._first_shard[part]))
@@ -234,13 +234,13 @@ class Joined:
                 one = root.publish(merged(of_root))
                 if one is not None:
                     found.append(one)
-        except BaseException:  # nobody else knows of those: they would say what is read as long as the error is kept
+        except BaseException:  # the plans published so far have no other owner that could withdraw them
             Followings(tuple(found)).close()
             raise
         return Followings(tuple(found))
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """As Source.make_ready; of each source its own, views of one source together."""
+        """See Source.make_ready. Views of one source are prepared together."""
         places = shards.astype(np.int64)
         of_root: dict[int, tuple[Readable, list[NDArray[np.int64]]]] = {}
         for part, where in self._by_part(self._first_shard, places):
@@ -251,32 +251,32 @@ class Joined:
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched, of any of them."""
+        """See Source.is_fetched; true if it is true of any source."""
         return any(source.is_fetched for source in self.below)
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """As Source.prefetch; of each source its own."""
+        """See Source.prefetch; each source prefetches its own shards."""
         places = np.array(shards, np.int64)
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].prefetch((places[where] - self._first_shard[part]).tolist())
 
     def is_at_hand(self, shard: int) -> bool:
-        """As Source.is_at_hand."""
+        """See Source.is_at_hand."""
         source, number = self.of_shard(shard)
         return source.is_at_hand(number)
 
     def is_near(self, shard: int) -> bool:
-        """As Source.is_near."""
+        """See Source.is_near."""
         source, number = self.of_shard(shard)
         return source.is_near(number)
 
     def heal(self, shard: int) -> bool:
-        """As Source.heal."""
+        """See Source.heal."""
         source, number = self.of_shard(shard)
         return source.heal(number)
 
     def at_versions(self, versions: Sequence[int]) -> Joined:
-        """The same sources of other versions."""
+        """Return the same sources at other versions, joined in the same way."""
         found, start = [], 0
         for source in self.below:
             stop = start + len(source.parts)
@@ -285,15 +285,15 @@ class Joined:
         return self._of(found)
 
     def with_columns(self, columns: Sequence[str]) -> Joined:
-        """The same records with other columns."""
+        """Return the same records with other columns."""
         return self._of([source.with_columns(columns) for source in self.below])
 
     def scanning(self, columns: Sequence[str]) -> Joined:
-        """As Readable.scanning."""
+        """See Readable.scanning."""
         return self._of([source.scanning(columns) for source in self.below])
 
     def figures(self) -> Mapping[str, float]:
-        """As Source.figures: of all sources, what they have in common counted once."""
+        """See Source.figures: sums over all versions; counters of a shared cache count once."""
         sums: dict[str, float] = {}
         caches: set[int] = set()
         for leaf in self.leaves:
@@ -306,7 +306,7 @@ class Joined:
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """As Readable.warm; one source after the other, each with its own progress."""
+        """See Readable.warm. Sources are warmed one after the other, each with its own progress."""
         places = np.array(shards, np.int64)
         for part, where in self._by_part(self._first_shard, places):
             self.below[part].warm(
@@ -314,21 +314,26 @@ class Joined:
             )
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
         for leaf in self.leaves:
             leaf.close()
 
     def when_closed(self, keeper: Keeper) -> None:
-        """As Source.when_closed: of any of the sources."""
+        """See Source.when_closed: the listener is notified when any source is closed."""
         for source in self.below:
             source.when_closed(keeper)
 
     def _of(self, below: Sequence[Readable]) -> Joined:
-        """Other sources, joined in the same way."""
+        """Return other sources, joined in the same way."""
         return Joined(below)
 
     def _by_part(self, first: NDArray[np.int64], numbers: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-        """(part, which of the numbers are its own), for each part that has any. first: each part's first number."""
+        """Return (source index, indices of its numbers) for each source that has any of the numbers.
+
+        Args:
+            first: First number of each source.
+            numbers: int64[n], shard or record numbers.
+        """
         parts = np.searchsorted(first, numbers, side="right") - 1
         return [(part, np.flatnonzero(parts == part)) for part in np.unique(parts).tolist()]
 
@@ -337,7 +342,7 @@ def _check_same(first: Schema, other: Schema, number: int) -> None:
     """Raise SchemaError for the first difference between the columns of data set 0 and data set `number`."""
     if set(first.names) == set(other.names) and first.names != other.names:
         message = (
-            f"data set {number} has the same columns in another order: select_columns({list(first.names)}) it first"
+            f"data set {number} has the same columns in another order: call select_columns({list(first.names)}) first"
         )
         raise SchemaError(message, expected=str(list(first.names)), got=str(list(other.names)))
     for mine, theirs in zip(first.columns, other.columns, strict=False):
@@ -345,7 +350,7 @@ def _check_same(first: Schema, other: Schema, number: int) -> None:
             message = f"data set {number} has {theirs.name!r}: {theirs} where data set 0 has {mine.name!r}: {mine}"
             raise SchemaError(message, column=mine.name, expected=str(mine), got=str(theirs))
         if mine.classes and theirs.classes and mine.classes != theirs.classes:
-            message = f"data set {number} has other names for the numbers of its labels than data set 0"
+            message = f"data set {number} has other class names for its labels than data set 0"
             raise SchemaError(message, column=mine.name, expected=str(mine.classes), got=str(theirs.classes))
     if len(first) != len(other):
         longer = (first if len(first) > len(other) else other).names[min(len(first), len(other))]

@@ -1,4 +1,4 @@
-"""Sources mixed in exact shares; by number they are what an epoch without shuffle serves."""
+"""Mixed sources: several sources in exact shares. By number, records are in the order of an unshuffled epoch."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ Stop = Literal["first", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Blend(Joint):
-    """What a mixture is made of."""
+    """Spec of mixed sources."""
 
     weights: tuple[Any, ...]
     stop: Stop
 
     def open(self, opened: dict[int, Any]) -> Mixed:
-        """As Plan.open."""
+        """See Plan.open."""
         return Mixed([plan.open(opened) for plan in self.below], self.weights, self.stop)
 
 
 class Mixed(Joined):
-    """Several sources mixed; implements Readable. Shards are those of all sources, one after the other.
+    """Several sources mixed; implements Readable. Shards are those of all sources, one source after the other.
 
-    Record i is the one that an epoch without shuffle has at position i: each source in stored order, from its start
-    again where it ends. n_records counts those that come twice each time, and none that no epoch comes to.
+    Record i is the record at position i of an unshuffled epoch: each source is taken in stored order, and again from
+    its start after its end. n_records counts a record as often as an epoch serves it.
 
     Raises:
-        SchemaError: their columns differ.
-        ValueError: a source without records; weights that are none.
+        SchemaError: The sources' columns differ.
+        ValueError: A source has no records, or the weights are invalid.
     """
 
     def __init__(self, below: Sequence[Readable], weights: Sequence[Any], stop: Stop) -> None:
-        # A list of numbers has an order of its own, and a mixture another one.
+        # A mixture decides the order itself: explicit orders of the sources are dropped.
         super().__init__([source if source.listed is None else choose(source, InStoredOrder()) for source in below])
         self._weights, self._stop = tuple(weights), stop
         self._spec = MixtureSpec(tuple(self._first_shard[:-1].tolist()), self._weights, stop)
@@ -57,42 +57,42 @@ class Mixed(Joined):
 
     @property
     def plan(self) -> Blend:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Blend(tuple(source.plan for source in self.below), self._weights, self._stop)
 
     @property
     def mixture(self) -> MixtureSpec:
-        """How they are mixed."""
+        """Parts and weights of the mixture."""
         return self._spec
 
     def unmixed(self) -> Joined:
-        """The parts one after the other: a shuffled epoch serves records that have no number in the mixture."""
+        """Return the sources joined: a shuffled epoch may serve records that have no number in the mixture."""
         return Joined(self.below)
 
     @property
     def is_in_stored_order(self) -> bool:
-        """Parts alternate."""
+        """False: the sources alternate."""
         return False
 
     @cached_property
     def listed(self) -> NDArray[np.int64]:
-        """Places in stored order, int64[n], as an unshuffled epoch serves them: samplers name records by that order.
+        """Explicit order of an unshuffled epoch, int64[n]: place of each record in stored order.
 
-        The native path asks the mixture instead, which lists nothing.
+        Samplers number records by it. The native path does not use this array; it computes the order from the mixture.
         """
         return self._joined_numbers(np.arange(self.n_records))
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         part, within = self._records.locate(np.array([number]))
         return self.below[int(part[0])].record(int(within[0]))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         return super().values(self._joined_numbers(records))
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         return super().take_arrow(self._joined_numbers(records))
 
     def _joined_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Reading plans of joined sources: each source's own part of one, and one for all that share shards."""
+"""Read plans of joined sources: the part of a plan for each source, and one plan for sources that share shards."""
 
 from __future__ import annotations
 
@@ -26,32 +26,35 @@ class Followings:
     every: tuple[Following, ...]
 
     def advance(self, clock: int) -> None:
-        """As Following.advance, of each."""
+        """See Following.advance; advances all of them."""
         for one in self.every:
             one.advance(clock)
 
     def close(self) -> None:
-        """As Following.close, of each, also where one raises."""
+        """See Following.close; closes all of them, even if one raises."""
         with ExitStack() as closing:
             for one in reversed(self.every):
                 closing.callback(one.close)
 
 
 def root_of(source: Readable) -> Readable:
-    """What a view is made over, whose numbers its shards have; another source itself."""
+    """Return the source below a view, which has the same shard numbers; any other source is returned itself."""
     while isinstance(source, View):
         source = source.below
     return source
 
 
 def part_of(plan: ReadingPlan, where: NDArray[np.int64], first_shard: int) -> ReadingPlan:
-    """Rows of a plan, with shards counted from first_shard. The clock stays the job's."""
+    """Return some rows of a plan, with shards counted from first_shard. The clock stays that of the job."""
     first, last, then = plan.first[where], plan.last[where], plan.then[where]
     return replace(plan, shards=plan.shards[where] - first_shard, first=first, last=last, then=then)
 
 
 def merged(plans: Sequence[ReadingPlan]) -> ReadingPlan:
-    """Plans of one job for the same source as one: a shard of several is in use from its first to its last use."""
+    """Return the plans of one job for the same source as one.
+
+    A shard of several plans is in use from its first to its last use.
+    """
     if len(plans) == 1:
         return plans[0]
     every = np.concatenate([plan.shards for plan in plans])

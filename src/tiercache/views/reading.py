@@ -1,4 +1,4 @@
-"""Reading a source from end to end, as it is served: by runs of record numbers, and as Arrow batches."""
+"""Reading of a source from end to end in served order: as ranges of record numbers, and as Arrow batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from tiercache.views.contract import Readable
 
-# Of a list of numbers, whose neighbours lie anywhere: each block that they touch is opened once for so many.
+# Records per range of a source with an explicit order. Neighbours lie anywhere: within a range, each block is read
+# once.
 LISTED_RECORDS = 4096
 
 
 def spans(source: Readable) -> Iterator[tuple[int, int]]:
-    """Record numbers [start, stop), in order: block by block where the source is in stored order."""
+    """Yield ranges of record numbers [start, stop), in order; one per block if the source is in stored order."""
     if not source.is_in_stored_order:
         for start in range(0, source.n_records, LISTED_RECORDS):
             yield start, min(start + LISTED_RECORDS, source.n_records)
@@ -32,7 +33,10 @@ def spans(source: Readable) -> Iterator[tuple[int, int]]:
 
 
 def arrow_batches(source: Readable) -> Iterator[pa.RecordBatch]:
-    """Record batches in order: over the blocks' own memory where a block's records are one run, else copies."""
+    """Yield record batches in order.
+
+    A batch refers to the block's memory if its records are one run of the block; otherwise it is a copy.
+    """
     schema = source.schema.arrow
     if not source.is_in_stored_order:
         for start, stop in spans(source):

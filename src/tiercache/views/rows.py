@@ -1,4 +1,4 @@
-"""Where a selection's rows lie in stored blocks: kept for the blocks that are being read."""
+"""Mapping of a selection's rows to rows of stored blocks, cached for the blocks that are being read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
     from tiercache.views.selection import Selection
 
-# Tables of so many sets of blocks are kept: the window that is served, and the one that is read ahead.
+# Number of cached sets of blocks: the window that is served, and the one that is prefetched.
 KEPT_TABLES = 2
-# Rows are laid out so many at a time: it takes 40 bytes a row for a moment.
+# Rows laid out at a time; each takes 40 bytes meanwhile.
 LAID_OUT_ROWS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Blocks, and what a selection has of them; int64[k] each.
+    """Blocks, and a selection's records in them; int64[k] each.
 
-    stored: number of the block's first record; place: how many of the selection's records are before it; n_rows: how
-    many of them are in it.
+    Attributes:
+        stored: Number of the block's first record.
+        place: Number of the selection's records before the block.
+        n_rows: Number of the selection's records in the block.
     """
 
     stored: NDArray[np.int64]
@@ -39,9 +41,9 @@ class Spans:
 class RowTables:
     """Translates rows of a selection to rows of their blocks. Safe from any thread, and after a fork.
 
-    Where each block's chosen rows are one run, as with ranges, a row is moved by what is left out before it. Else the
-    rows of all the blocks are laid out once (4 bytes each), and looked up from then on: a search for each row would
-    cost a cache miss for every halving.
+    If the selected rows of each block are one run, as with ranges, a row is shifted by the number of omitted rows
+    before it. Otherwise the rows of all the blocks are laid out once (4 bytes each) and then looked up: a binary search
+    per row would cost a cache miss per step.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -52,13 +54,13 @@ class RowTables:
     def rows(
         self, key: bytes, spans: Callable[[], Spans], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """Rows in the stored blocks, uint32[n].
+        """Return the rows in the stored blocks, uint32[n].
 
         Args:
-            key: what names the blocks, and their order.
-            spans: of these blocks, asked for if they are new.
-            block: uint32[n], which of them each row is of.
-            row: uint32[n], its number among the selection's rows of that block.
+            key: Key that identifies the blocks and their order.
+            spans: Function that returns the spans of these blocks; called if the key is new.
+            block: uint32[n], index of each row's block.
+            row: uint32[n], number of each row among the selection's rows of its block.
         """
         if not len(block):
             return row
@@ -86,7 +88,7 @@ class RowTables:
 
 
 def _lay_out(selection: Selection, spans: Spans) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None]:
-    """(how far each block's rows are moved, None), or (where each block's rows begin in the layout, the layout)."""
+    """Return (shift of each block's rows, None), or (start of each block's rows in the layout, the layout)."""
     filled = spans.n_rows > 0
     place, n_rows, stored = spans.place[filled], spans.n_rows[filled], spans.stored[filled]
     shift = np.zeros(len(filled), np.int64)

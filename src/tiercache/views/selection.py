@@ -1,4 +1,4 @@
-"""Which records of a source a view has: runs of record numbers, and the order they are served in. Pure."""
+"""Selection: the records of a source that a view has, as runs of record numbers, and their served order. Pure."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from tiercache.views.spool import Spool, restore
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# A pickled view stays a few hundred bytes long: what takes more goes by a file.
+# Arrays above this size are pickled as a reference to a file, so that a pickled view stays a few hundred bytes long.
 INLINE_BYTES = 256
 
 
 class Selection:
-    """Record numbers of a source, each 0 or more, in served order; a number may come more than once. Immutable.
+    """Record numbers of a source, each 0 or more, in served order; numbers may be repeated. Immutable.
 
-    Stored order is the numbers sorted; in it they are runs of consecutive numbers, so that a range costs the same
-    whatever its length: 16 bytes a run, and 8 a record where the served order is another one.
+    The sorted numbers (stored order) are kept as runs of consecutive numbers, so that a range costs the same whatever
+    its length: 16 bytes per run, and 8 bytes per record if the served order differs from stored order.
 
-    starts: int64[k], first number of each run; first: int64[k + 1], numbers in the runs before it; order: int64[n],
-    the place in stored order of each record as served, or None where that is the stored order itself. All read-only.
+    Attributes:
+        starts: int64[k], first number of each run; read-only.
+        first: int64[k + 1], count of numbers in the runs before each run; read-only.
+        order: int64[n], place in stored order of each served record; read-only. None: the served order is the stored
+            order.
     """
 
     def __init__(self, starts: NDArray[np.int64], first: NDArray[np.int64], order: NDArray[np.int64] | None) -> None:
@@ -35,14 +38,18 @@ class Selection:
 
     @staticmethod
     def span(start: int, stop: int) -> Selection:
-        """The numbers [start, stop); none where that is empty."""
+        """Return the selection of the numbers [start, stop); empty if stop <= start."""
         if stop <= start:
             return Selection(np.empty(0, np.int64), np.zeros(1, np.int64), None)
         return Selection(np.array([start], np.int64), np.array([0, stop - start], np.int64), None)
 
     @staticmethod
     def of(numbers: NDArray[np.int64]) -> Selection:
-        """These numbers in this order. numbers: int64[n], each 0 or more."""
+        """Return the selection of these numbers in this order.
+
+        Args:
+            numbers: int64[n], record numbers, each 0 or more.
+        """
         if len(numbers) < 2 or bool((numbers[1:] >= numbers[:-1]).all()):
             return Selection(*_runs_of(numbers), None)
         by_number = np.argsort(numbers, kind="stable")
@@ -52,7 +59,12 @@ class Selection:
 
     @staticmethod
     def of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Selection:
-        """Runs of numbers, one after the other, none empty, starts never falling; neighbours become one run."""
+        """Return the selection of runs of numbers. Adjacent runs are merged.
+
+        Args:
+            starts: int64[k], first number of each run, never descending.
+            lengths: int64[k], length of each run, 1 or more.
+        """
         if not len(starts):
             return Selection.span(0, 0)
         heads = np.flatnonzero(np.r_[True, starts[1:] != (starts + lengths)[:-1]])
@@ -64,12 +76,12 @@ class Selection:
 
     @property
     def n_bytes(self) -> int:
-        """Of its arrays."""
+        """Size of its arrays in bytes."""
         return self.starts.nbytes + self.first.nbytes + (0 if self.order is None else self.order.nbytes)
 
     @property
     def stop(self) -> int:
-        """One more than the largest number; 0 for none."""
+        """Largest number plus one; 0 if the selection is empty."""
         return int(self.starts[-1] + self.first[-1] - self.first[-2]) if len(self) else 0
 
     @cached_property
@@ -82,22 +94,22 @@ class Selection:
         return found.hexdigest()[:32]
 
     def is_all(self, n: int) -> bool:
-        """Whether it is every one of n records, in their order."""
+        """Return whether the selection is all of n records, in their order."""
         return len(self) == n and self.order is None and (n == 0 or (len(self.starts) == 1 and self.starts[0] == 0))
 
     def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the records served at these places, int64[n] below len()."""
+        """Return the record numbers at served places, int64[n], each below len()."""
         return self.stored_numbers(places if self.order is None else self.order[places])
 
     def number(self, place: int) -> int:
-        """The number of the record served at a place below len(): as `numbers`, 2 us where that takes 6."""
+        """Return the record number at one served place below len(): takes 2 us, `numbers` 6 us."""
         if self.order is not None:
             place = int(self.order[place])
         run = int(self.first.searchsorted(place, "right")) - 1
         return int(self.starts[run]) + place - int(self.first[run])
 
     def stored_numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers at these places of the stored order, int64[n] below len()."""
+        """Return the record numbers at places of the stored order, int64[n], each below len()."""
         if len(self.starts) == 1:
             run: Any = 0
         else:
@@ -106,7 +118,7 @@ class Selection:
         return numbers
 
     def n_below(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many of the selection's numbers are below each of these, int64[m]: their places in stored order."""
+        """Return how many of the selection's numbers are below each number, int64[m]: its place in stored order."""
         if not len(self.starts):
             return np.zeros(len(numbers), np.int64)
         run = np.searchsorted(self.starts, numbers, side="left") - 1
@@ -116,14 +128,18 @@ class Selection:
         return np.where(run < 0, 0, self.first[before] + inside)
 
     def compose(self, chosen: Selection) -> Selection:
-        """The selection of a selection. chosen: places of this one, as served."""
+        """Return the selection of a selection.
+
+        Args:
+            chosen: Selection of places of this selection, in its served order.
+        """
         if self.order is None and chosen.order is None:
             return self._cut(chosen) if len(chosen.starts) == 1 else self._compose_runs(chosen)
         places = chosen.numbers(np.arange(len(chosen)))
         return Selection.of(self.numbers(places))
 
     def _cut(self, chosen: Selection) -> Selection:
-        """Of one run of places: a piece of the arrays (of 50 million runs 0.2 s, where `_compose_runs` takes 10)."""
+        """Return the selection of one run of places, by slicing (50 million runs: 0.2 s; `_compose_runs`: 10 s)."""
         low, high = int(chosen.starts[0]), chosen.stop
         begin, end = (np.searchsorted(self.first, [low, high - 1], side="right") - 1).tolist()
         starts = self.starts[begin : end + 1].copy()
@@ -131,7 +147,7 @@ class Selection:
         return Selection(starts, np.clip(self.first[begin : end + 2], low, high) - low, None)
 
     def _compose_runs(self, chosen: Selection) -> Selection:
-        """A run of places may lie over several runs of numbers: it is cut where they end."""
+        """Return the selection of several runs of places. A run of places is cut where it crosses a run of numbers."""
         if not len(chosen):
             return chosen
         lengths = np.diff(chosen.first)
@@ -146,9 +162,10 @@ class Selection:
         return Selection.of_runs(self.starts[run] + (start - self.first[run]), stop - start)
 
     def pack(self) -> tuple[Any, ...]:
-        """What `unpack` makes it of again: its arrays where they are small, else the file that they are in.
+        """Return plain values from which `unpack` restores the selection: its arrays, or a file reference.
 
-        The file belongs to this object, and goes when it goes or its process ends: whoever unpacks has it mapped.
+        Large arrays are written to a file. It belongs to this object and is removed with it or at the end of its
+        process; a process that has unpacked it keeps the mapping.
         """
         if self.n_bytes > INLINE_BYTES:
             ticket = self._spool.ticket((self.starts, self.first, self.order))
@@ -159,13 +176,17 @@ class Selection:
 
     @staticmethod
     def unpack(packed: tuple[Any, ...]) -> Selection:
-        """The selection of `pack`, of this or another process of the machine. Raises NotFound: its file is gone."""
+        """Return the selection of `pack`, in this or another process of the machine.
+
+        Raises:
+            NotFound: The file of the selection is gone.
+        """
         if isinstance(packed[0], str):
             starts, first, order = restore(packed)
         else:
             starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in packed)
         if starts is None or first is None:
-            raise ValueError("not a packed selection")
+            raise ValueError("not a packed selection: its arrays are missing")
         return Selection(starts, first, order)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -179,7 +200,7 @@ class Selection:
 
 
 def _runs_of(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, first) of numbers that never fall."""
+    """Return (starts, first) of numbers that never descend."""
     if not len(numbers):
         return np.empty(0, np.int64), np.zeros(1, np.int64)
     heads = np.flatnonzero(np.r_[True, np.diff(numbers) != 1])

@@ -1,8 +1,8 @@
-"""Large arrays for other processes of this machine: a file in the temporary folder, owned by who made it.
+"""Large arrays passed to other processes of this machine by a file in the temporary folder.
 
-A pickle names the file, and whoever reads the pickle maps it, so that worker processes share its pages. Who made the
-file holds a shared flock on it, and removes it when the arrays go or the process ends. A process that was killed
-leaves its file behind without the lock, which is how the next one that makes such a file knows that it may go.
+A pickle names the file, and each process that reads the pickle maps the file, so that worker processes share its pages.
+The process that wrote the file holds a shared flock on it, and removes it when the arrays are deleted or the process
+ends. A killed process leaves its file behind without a lock; the next process that writes such a file then removes it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    global _lock  # a thread that the fork has left behind may hold it for ever
+    global _lock  # a thread of the parent may hold it for ever
     _lock = threading.Lock()
 
 
@@ -43,17 +43,20 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Spool:
-    """The file of some arrays, made when its ticket is first asked for; it goes with this object. For any thread."""
+    """File of some arrays, written on the first request for its ticket and removed with this object. Thread-safe."""
 
     def __init__(self) -> None:
         self._file: _File | None = None
 
     def ticket(self, arrays: Arrays) -> tuple[Any, ...] | None:
-        """What `restore` finds the arrays by, plain values; None: no file can be written.
+        """Return plain values by which `restore` finds the arrays; None if no file can be written.
 
-        arrays: the same ones each time. A forked child makes a file of its own: its parent's may go at any time.
+        A forked child writes its own file, because the parent may remove its file at any time.
+
+        Args:
+            arrays: Arrays to pass on; the same ones in each call.
         """
-        with _lock:  # of two threads that pickle at once the second takes the file of the first
+        with _lock:  # two threads that pickle at once share one file
             if self._file is None or self._file.pid != os.getpid():
                 _sweep()
                 try:
@@ -64,7 +67,7 @@ class Spool:
 
 
 class _File:
-    """A file that this process has made, and removes."""
+    """File that this process has written and removes."""
 
     def __init__(self, path: Path, fd: int, ticket: tuple[Any, ...]) -> None:
         self.ticket = ticket
@@ -73,10 +76,10 @@ class _File:
 
 
 def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
-    """The arrays that a ticket stands for, mapped read-only; they stay good when the file goes.
+    """Return the arrays of a ticket, mapped read-only; they stay valid after the file is removed.
 
     Raises:
-        NotFound: the file is gone, or is another one.
+        NotFound: The file is gone, or another file has its name.
     """
     path, token, lengths = ticket
     try:
@@ -101,8 +104,8 @@ def restore(ticket: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
 def _gone(path: str, lengths: Sequence[int | None]) -> NotFound:
     n_records = lengths[-1] or "many"
     return NotFound(
-        f"the file of a pickled selection of {n_records} records is gone: it lives as long as the data set that was "
-        "pickled, and on its machine; keep that one until its pickle has been read, or pickle what it is made of",
+        f"the file of a pickled selection of {n_records} records is gone: it exists on one machine, while the pickled "
+        "data set exists. Keep that data set until its pickle has been read, or pickle its URL and record numbers",
         url=path,
     )
 
@@ -113,7 +116,7 @@ def _write(arrays: Arrays) -> _File:
         path, token = Path(name), secrets.token_bytes(_TOKEN_BYTES)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
-            is_here = path.exists()  # else it was swept between being made and being locked
+            is_here = path.exists()  # False: another process swept it before it was locked
             with open(fd, "wb", closefd=False) as file:
                 file.write(token)
                 for array in arrays if is_here else ():
@@ -128,17 +131,17 @@ def _write(arrays: Arrays) -> _File:
 
 
 def _remove(path: Path, fd: int, pid: int) -> None:
-    """Let go of the file; a forked child closes its descriptor only, for the file is its parent's."""
+    """Close and remove the file; a forked child only closes its descriptor, because the file belongs to its parent."""
     os.close(fd)
     if pid == os.getpid():
         path.unlink(missing_ok=True)
 
 
 def _sweep() -> None:
-    """Remove the files of processes that were killed: nobody holds a lock on them."""
+    """Remove the files of killed processes: no process holds a lock on them."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another user's, gone meanwhile, or in use
-            # Whatever lies there by that name: a pipe would be waited for.
+        with suppress(OSError):  # another user's, already gone, or in use
+            # O_NONBLOCK: opening a pipe of that name would block.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

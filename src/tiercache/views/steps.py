@@ -1,4 +1,4 @@
-"""Steps of a view's recipe: each says, of the records before it, which ones stay. Frozen and picklable."""
+"""Steps of a view: each one selects from the records of the step before. Frozen and picklable."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
-    """One step, evaluated anew on whatever version it is asked of."""
+    """One step of a view, evaluated anew on each version."""
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it chooses by place alone, so that it can be worked into a list of records before it."""
+        """Whether it selects by place alone, so that it can be merged into a list of records before it."""
 
     def choose(self, source: Readable) -> Selection:
-        """Which of the source's records stay: their places as served."""
+        """Return which of the source's records stay, as served places."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Records [start, stop); stop None: to the end. take(n) and skip(n)."""
+    """Records [start, stop), for take(n) and skip(n); stop None: to the end."""
 
     start: int
     stop: int | None
 
     @property
     def is_fixed(self) -> bool:
-        """By place alone."""
+        """True: it selects by place."""
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         n = source.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of n_shards runs of records, whose lengths differ by one at most, the longer ones first."""
+    """One of n_shards runs of records, whose lengths differ by at most one; the longer runs come first."""
 
     n_shards: int
     index: int
 
     @property
     def is_fixed(self) -> bool:
-        """By place alone."""
+        """True: it selects by place."""
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         length, n_longer = divmod(source.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
@@ -67,35 +67,35 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Records by their numbers. Raises IndexError in choose(): another version has fewer records."""
+    """Records by their numbers. choose() raises IndexError if another version has fewer records."""
 
     selection: Selection
 
     @property
     def is_fixed(self) -> bool:
-        """By place alone."""
+        """True: it selects by place."""
         return True
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         if self.selection.stop > source.n_records:
             raise IndexError(
-                f"select() names record {self.selection.stop - 1}, and {source.url} gives {source.n_records} here"
+                f"select() names record {self.selection.stop - 1}, but {source.url} has only {source.n_records} records"
             )
         return self.selection
 
 
 @dataclass(frozen=True, slots=True)
 class InStoredOrder:
-    """All records, sorted as they are stored: what a list of numbers is inside a mixture."""
+    """All records, sorted in stored order; mix() applies it to sources with an explicit order."""
 
     @property
     def is_fixed(self) -> bool:
-        """By the order of those before it."""
+        """False: it depends on the order of the records before it."""
         return False
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose."""
+        """See Step.choose."""
         listed = source.listed
         return Selection.span(0, source.n_records) if listed is None else Selection.of(np.argsort(listed))
 
@@ -108,15 +108,17 @@ class Filter:
 
     @property
     def is_fixed(self) -> bool:
-        """By what the records hold."""
+        """False: it depends on the contents of the records."""
         return False
 
     def choose(self, source: Readable) -> Selection:
-        """As Step.choose. Raises SchemaError for an unknown column, and as reading."""
+        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
         return matching(source, self.expression)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _filter, (zlib.compress(pickle.dumps(self.expression), 9),)  # 0.6 KB; uncompressed 2.2, most of it zeros
+        return _filter, (
+            zlib.compress(pickle.dumps(self.expression), 9),
+        )  # 0.6 KB instead of 2.2 KB, most of which are zeros
 
 
 def _filter(compressed: bytes) -> Filter:

@@ -1,4 +1,4 @@
-"""A view: some records of a source, in the source's stored order or listed; itself a source."""
+"""View: some records of a source, in the source's stored order or in an explicit order; itself a source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ _NO_BLOCKS = BlockTable(np.empty(0, np.int64), np.empty(0, np.int64))
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a view is made of. selection: what the steps choose; None: find out when it is opened."""
+    """Spec of a view.
+
+    Attributes:
+        below: Spec of the source below.
+        steps: Steps that select the records.
+        selection: Result of the steps; None: evaluate them when the view is opened.
+    """
 
     below: Plan
     steps: tuple[Step, ...]
@@ -41,20 +47,20 @@ class Chosen:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """As Plan.columns."""
+        """See Plan.columns."""
         return self.below.columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """As Plan.versions."""
+        """See Plan.versions."""
         return self.below.versions
 
     def open(self, opened: dict[int, Any]) -> View:
-        """As Plan.open."""
+        """See Plan.open."""
         return View.of(self.below.open(opened), self.steps, self.selection)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A list of numbers says it itself.
+        # A single Select step contains the selection itself.
         unsaid = self.selection is not None and self.steps != (Select(self.selection),)
         packed = self.selection.pack() if self.selection is not None and unsaid else None
         return _chosen, (self.below, self.steps, packed)
@@ -64,20 +70,25 @@ def _chosen(below: Plan, steps: tuple[Step, ...], packed: tuple[Any, ...] | None
     try:
         selection = None if packed is None else Selection.unpack(packed)
     except NotFound:
-        selection = None  # the steps say it again; what they cannot say, a list of numbers, has a file of its own
+        selection = None  # the steps are evaluated again; a list of record numbers has its own file
     return Chosen(below, steps, selection)
 
 
 class View:
-    """Some records of a source; implements Readable. Shards keep their numbers and count the view's records only.
+    """Some records of a source; implements Readable. Shards keep their numbers and count only the view's records.
 
-    Shards and blocks without such records are never read, nor are their footers. Safe from any thread.
+    Shards and blocks without selected records are never read, nor are their footers. Safe from any thread.
+
+    Args:
+        below: Source that the view selects from.
+        steps: Steps that led to the selection, for other versions.
+        selection: Selected records, as served places of `below`.
     """
 
     def __init__(self, below: Readable, steps: tuple[Step, ...], selection: Selection) -> None:
         if selection.stop > below.n_records:
             raise ObjectChanged(
-                "the selection is of more records than there are",
+                "the selection names records beyond the end of the data set",
                 url=below.url,
                 expected=selection.stop,
                 found=below.n_records,
@@ -86,7 +97,8 @@ class View:
         self.steps = steps
         self.selection = selection
         self.n_records = len(selection)
-        # Where what is below is listed itself, its numbers as served are not those that its shards are counted in.
+        # If the source below has an explicit order, its served numbers differ from the stored numbers that shards
+        # count.
         listed = below.listed
         served = selection if listed is None else Selection.of(listed[selection.numbers(np.arange(len(selection)))])
         self._stored = served
@@ -95,7 +107,13 @@ class View:
 
     @staticmethod
     def of(below: Readable, steps: Sequence[Step], selection: Selection | None = None) -> View:
-        """The view that steps make, one after the other. selection: what they choose, where that is known."""
+        """Return the view that steps make, one after the other.
+
+        Args:
+            below: Source to select from.
+            steps: One or more steps.
+            selection: Result of the steps if it is known.
+        """
         if selection is not None:
             return View(below, tuple(steps), selection)
         view = choose(below, steps[0])
@@ -105,17 +123,17 @@ class View:
 
     @property
     def plan(self) -> Chosen:
-        """As Readable.plan."""
+        """See Readable.plan."""
         return Chosen(self.below.plan, self.steps, self.selection)
 
     @property
     def url(self) -> str:
-        """Of what is below."""
+        """URL of the source below."""
         return self.below.url
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """Those below, with the hash of what is chosen of them."""
+        """Parts of the source below, with the hash of the selection."""
         if self.selection.is_all(self.below.n_records):
             return self.below.parts
         return tuple(
@@ -124,27 +142,27 @@ class View:
 
     @property
     def schema(self) -> Schema:
-        """The columns that are served, in order."""
+        """Served columns, in order."""
         return self.below.schema
 
     @property
     def stored_schema(self) -> Schema:
-        """All columns that there are."""
+        """All stored columns."""
         return self.below.stored_schema
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The opened versions below."""
+        """Opened versions below."""
         return self.below.leaves
 
     @property
     def first_record(self) -> NDArray[np.int64]:
-        """int64[n_shards + 1]: the view's records before each shard, in stored order, and all of them."""
+        """int64[n_shards + 1]: the view's records before each shard, in stored order, then all its records."""
         return self._places
 
     @cached_property
     def shard_records(self) -> NDArray[np.int64]:
-        """The view's records in each shard, int64[n_shards]."""
+        """Number of the view's records in each shard, int64[n_shards]."""
         return np.diff(self._places)
 
     @property
@@ -154,130 +172,133 @@ class View:
 
     @property
     def listed(self) -> NDArray[np.int64] | None:
-        """Places in stored order, int64[n], as they are served; None: in stored order."""
+        """Explicit order, int64[n]: place of each served record in stored order. None: stored order."""
         return self._stored.order
 
     @property
     def is_in_stored_order(self) -> bool:
-        """Whether it is not listed."""
+        """Whether the view has no explicit order."""
         return self.listed is None
 
     @property
     def mixture(self) -> None:
-        """Nothing is mixed."""
+        """None: a view is not a mixture."""
 
     def block_tables(self, shards: Sequence[int]) -> list[BlockTable]:
-        """The view's records in each block, and raw bytes of the whole block; shards without records have no blocks."""
+        """Return for each shard the view's records in each block, and the raw bytes of the whole block.
+
+        Shards without selected records have no blocks.
+        """
         chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
         found = dict(zip(chosen, self.below.block_tables(chosen), strict=True))
         return [self._counted(shard, found[shard]) if shard in found else _NO_BLOCKS for shard in shards]
 
     @property
     def is_whole(self) -> bool:
-        """It is a choice."""
+        """False: a view is a selection."""
         return False
 
     def stored_rows(
         self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """Where the view's rows lie in their stored blocks, uint32[n]."""
+        """Return the rows of the stored blocks at which the view's rows lie, uint32[n]."""
         key = shards.tobytes() + blocks.tobytes()
         rows = self._tables.rows(key, lambda: self._spans(shards, blocks), block, row)
         return self.below.stored_rows(shards, blocks, block, rows)
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """As Source.load."""
+        """See Source.load."""
         return self.below.load(shard, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """As Readable.arrays: the whole block."""
+        """See Readable.arrays. It returns the whole block."""
         return self.below.arrays(shard, block)
 
     def statistics(self, shard: int) -> Facts:
-        """As Readable.statistics: of the whole shard."""
+        """See Readable.statistics. They describe the whole shard."""
         return self.below.statistics(shard)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """As Readable.record."""
+        """See Readable.record."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
         return self.below.record(self.selection.number(number))
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """As Readable.values."""
+        """See Readable.values."""
         return self.below.values(self.selection.numbers(records))
 
     def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """As Readable.take_arrow."""
+        """See Readable.take_arrow."""
         return self.below.take_arrow(self.selection.numbers(records))
 
     @property
     def is_cached(self) -> bool:
-        """As Source.is_cached."""
+        """See Source.is_cached."""
         return self.below.is_cached
 
     def publish(self, plan: ReadingPlan) -> Following | None:
-        """As Source.publish; shards keep their numbers."""
+        """See Source.publish; shards keep their numbers."""
         return self.below.publish(plan)
 
     def make_ready(self, shards: NDArray[np.int64]) -> None:
-        """As Source.make_ready, of those that have records."""
+        """See Source.make_ready; only shards with selected records count."""
         self.below.make_ready(shards[self.shard_records[shards] > 0])
 
     @property
     def is_fetched(self) -> bool:
-        """As Source.is_fetched."""
+        """See Source.is_fetched."""
         return self.below.is_fetched
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """As Source.prefetch, of those that have records."""
+        """See Source.prefetch; only shards with selected records are fetched."""
         self.below.prefetch([shard for shard in shards if self.shard_records[shard]])
 
     def is_at_hand(self, shard: int) -> bool:
-        """As Source.is_at_hand."""
+        """See Source.is_at_hand."""
         return self.below.is_at_hand(shard)
 
     def is_near(self, shard: int) -> bool:
-        """As Source.is_near."""
+        """See Source.is_near."""
         return self.below.is_near(shard)
 
     def heal(self, shard: int) -> bool:
-        """As Source.heal."""
+        """See Source.heal."""
         return self.below.heal(shard)
 
     def at_versions(self, versions: Sequence[int]) -> View:
-        """The same steps, evaluated on other versions."""
+        """Return the same steps, evaluated on other versions."""
         return View.of(self.below.at_versions(versions), self.steps)
 
     def with_columns(self, columns: Sequence[str]) -> View:
-        """The same records with other columns."""
+        """Return the same records with other columns."""
         return View(self.below.with_columns(columns), self.steps, self.selection)
 
     def scanning(self, columns: Sequence[str]) -> View:
-        """As Readable.scanning."""
+        """See Readable.scanning."""
         return View(self.below.scanning(columns), self.steps, self.selection)
 
     def figures(self) -> Mapping[str, float]:
-        """As Source.figures."""
+        """See Source.figures."""
         return self.below.figures()
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """As Readable.warm, of those that have records."""
+        """See Readable.warm; only shards with selected records are fetched."""
         chosen = [shard for shard in shards if self.shard_records[shard]]
         self.below.warm(chosen, jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
-        """As Readable.close."""
+        """See Readable.close."""
         self.below.close()
 
     def when_closed(self, keeper: Keeper) -> None:
-        """As Source.when_closed."""
+        """See Source.when_closed."""
         self.below.when_closed(keeper)
 
     def _spans(self, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> Spans:
-        """Of k blocks, by shard and number in it."""
+        """Return the spans of k blocks, given by shard and number in the shard."""
         first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
         named = np.unique(shards)
         for shard, table in zip(named.tolist(), self.below.block_tables(named.tolist()), strict=True):
@@ -294,7 +315,7 @@ class View:
 
 
 def choose(source: Readable, step: Step) -> View:
-    """The view that a step makes of a source. Views of views become one, and so do lists of numbers."""
+    """Return the view that a step makes of a source. Views of views, and lists of numbers, are merged."""
     chosen = step.choose(source)
     if not isinstance(source, View):
         return View(source, (step,), chosen)
