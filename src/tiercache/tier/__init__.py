@@ -1,1 +1,6 @@
-"""Placement, rules, plans and the mover: what lies where, what should, and how it gets there; nothing is ever lost."""
+"""Tiering: moves shards, checkpoints and files between hot, standard and archive storage by rules.
+
+A run takes an inventory of all tiers (listing, layouts, copies, metrics, usage), applies the policy to it, writes a
+plan with every object, executes the plan, and records placements that lead readers to the moved objects. Each copy is
+verified before its source is deleted.
+"""
