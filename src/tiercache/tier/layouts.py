@@ -1,8 +1,8 @@
 """Recognises checkpoints by the names of their objects: which keys belong together, and to which run and step.
 
-Also tells whether the names show that a checkpoint is complete. All functions are pure. The layouts are those of the libraries' sources (torch filesystem.py, Lightning
-model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM training/checkpointing.py, DeepSpeed engine.py,
-transformers trainer.py)::
+Also tells whether the names show that a checkpoint is complete. All functions are pure. The layouts are those of the
+libraries' sources (torch filesystem.py, Lightning model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM
+training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
 
     step-100/{__0_0.distcp, .metadata}                    torch.distributed.checkpoint; .metadata is renamed last
     checkpoint-100/{model.safetensors, trainer_state.json}  Hugging Face Trainer; trainer_state.json is written late

@@ -116,7 +116,7 @@ def deletions_wait(missing: Mapping[str, str]) -> str:
     found = next(((name, why) for name, why in missing.items() if why), None)
     if found is None:
         return ""
-    return f"nothing is deleted while tier {found[0]} is unavailable: {found[1]}"
+    return f"nothing is deleted while tier {found[0]} cannot be seen: {found[1]}"
 
 
 def was_seen(store: Store) -> str:
@@ -136,4 +136,4 @@ def no_folder(tier: Tier) -> str:
     path = Path(Location.parse(tier.url).path)
     if not tier.is_local or path.exists():
         return ""
-    return f"tiers.{tier.name}: folder {path} does not exist: the tier counts as empty"
+    return f"tiers.{tier.name}: there is no folder {path}: it counts as empty"

@@ -67,7 +67,7 @@ def decide(
     """
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
-            raise ValueError(f"{name}: expected one per tier ({len(file.tiers)}), got {len(values)}")
+            raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
     return _Deciding(View.of(snapshot, file, prices), capacity_bytes, missing or {}).all()
 
 

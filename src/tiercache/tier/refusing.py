@@ -26,7 +26,7 @@ from tiercache.tier.wishes import COPY, DELETE, DROP, MOVE, RECLASS, Texts, Wish
 
 Dollars = NDArray[np.float64]
 
-_NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of them"
+_NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of the two"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
