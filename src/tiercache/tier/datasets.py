@@ -168,7 +168,7 @@ class _Reader:
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
         # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
-        # day of the first rules. A marker without a date was written by an early release, long enough ago.
+        # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
         since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
         shards = Shards(
             keys=_below(self._folder, table.names),

@@ -277,7 +277,7 @@ def _objects(
     )
 
 
-# -- what is said of them -------------------------------------------------------------------------------------------
+# -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
 def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: float) -> NDArray[np.bool_]:

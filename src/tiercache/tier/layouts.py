@@ -59,7 +59,7 @@ LACKS = (
     "the end of a save: there is a .metadata.tmp",
 )
 
-# -- names --------------------------------------------------------------------------------------------------------
+# -- patterns of names -----------------------------------------------------------------------------------------------
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
 DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
@@ -152,7 +152,7 @@ def recognise(keys: pa.Array) -> Layout:
     )
 
 
-# -- checkpoints by their names -------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------------------------
 
 _NAMES = ("parent", "prefix", "word", "rest", "suffix")
 _KNOWN = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
@@ -412,7 +412,7 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-# -- whether they are whole -------------------------------------------------------------------------------------------
+# -- completeness ----------------------------------------------------------------------------------------------------
 
 
 class _Members:

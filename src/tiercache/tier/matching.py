@@ -89,7 +89,7 @@ def _patterns(globs: tuple[str, ...]) -> _Patterns:
     return {rf"\A(?:{of_folder})\z": rf"\A(?:{'|'.join(some)})\z" for of_folder, some in names.items()}
 
 
-# -- one glob --------------------------------------------------------------------------------------------------------
+# -- translation of one glob -----------------------------------------------------------------------------------------
 
 
 def _marked(glob: str) -> str:

@@ -51,7 +51,7 @@ class Columns(Protocol):
         """Return the objects of each group's copy in the tier at the same index."""
 
 
-# -- making ----------------------------------------------------------------------------------------------------------
+# -- making a plan ---------------------------------------------------------------------------------------------------
 
 
 def planned(decisions: Decisions, inventory: Stock, file: TierFile, prices: Sequence[Prices | None]) -> Plan:
@@ -109,7 +109,7 @@ def _id(made_s: float, rules_sha256: str, moves: Moves) -> str:
     return f"{datetime.fromtimestamp(made_s, UTC):%Y%m%dT%H%M%SZ}-{digest.hexdigest()[:12]}"
 
 
-# -- what lies where -------------------------------------------------------------------------------------------------
+# -- totals of tiers -------------------------------------------------------------------------------------------------
 
 
 def holdings(

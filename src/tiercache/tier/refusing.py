@@ -100,7 +100,7 @@ def _stays_s(view: View, wishes: Wishes) -> NDArray[np.float64]:
     return np.asarray(np.maximum(by_rule - view.age_s[wishes.group], 0.0), np.float64)
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
+# -- rejections ------------------------------------------------------------------------------------------------------
 
 
 def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wishes:

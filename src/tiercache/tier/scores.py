@@ -150,7 +150,7 @@ def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[st
             column[group] = metrics[name]
 
 
-# -- metrics that are not found ---------------------------------------------------------------------------------------
+# -- missing metrics -------------------------------------------------------------------------------------------------
 
 _MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
 _SHOWN = 10

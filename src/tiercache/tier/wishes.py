@@ -98,7 +98,7 @@ def column(wishes: int, value: int, dtype: type[np.signedinteger[Any]]) -> NDArr
     return np.full(wishes, value, dtype)
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- reasons ---------------------------------------------------------------------------------------------------------
 
 
 def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
@@ -147,7 +147,7 @@ def ago(n_hours: int) -> str:
     return f"{n_hours} hours" if n_hours < 48 else f"{n_hours // 24} days"
 
 
-# -- a copy from here to there -----------------------------------------------------------------------------------------
+# -- moves between two tiers -----------------------------------------------------------------------------------------
 
 
 def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
@@ -228,7 +228,7 @@ def _why_stuck(view: View, stuck: Wishes) -> Texts:
     return out
 
 
-# -- what rules ask for ------------------------------------------------------------------------------------------------
+# -- proposals of a rule ---------------------------------------------------------------------------------------------
 
 
 def asked(view: View, rule: Rule, number: int) -> Asked:
