@@ -124,10 +124,8 @@ def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> 
     """Return the copies that the objects form.
 
     A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
-    copies
-    that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their present
-    state,
-    and the objects with the same keys in other tiers are known to be equal.
+    copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
+    present state, and the objects with the same keys in other tiers are known to be equal.
 
     Args:
         listed: Listing of the tiers.

@@ -54,8 +54,7 @@ def billed_bytes(prices: Prices, sizes: Sizes) -> NDArray[np.int64]:
 
     The result is exact for copies of one object. For several objects only the sum and the smallest size are known; the
     result is then a lower bound: the larger of (all objects at min_bytes) and (the smallest raised to min_bytes, the
-    others
-    unchanged).
+    others unchanged).
     """
     raised = sizes.n_bytes + np.maximum(prices.min_bytes - sizes.smallest_bytes, 0)
     return np.maximum(raised, sizes.n_objects * prices.min_bytes) + sizes.n_objects * prices.overhead_bytes
@@ -99,9 +98,8 @@ def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, stream
         sizes: Sizes of the copies.
         leaves: Whether the bytes leave the provider's region.
         streams: Whether the bytes pass through this machine. Then each part costs a GET and a PUT, and an object of
-            several
-            parts one request each to begin and to complete the upload. Otherwise the store copies each object by one
-            request.
+            several parts one request each to begin and to complete the upload. Otherwise the store copies each object
+            by one request.
     """
     per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
     return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb

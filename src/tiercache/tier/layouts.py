@@ -205,8 +205,7 @@ def _number_folders(
     """Yield (folder, path of its checkpoint) for folders inside a checkpoint folder whose name is only a number.
 
     A numbered folder is a checkpoint if it has a numbered sibling and both contain files with names of weights: folders
-    are
-    numbered by class, day and part too.
+    are numbered by class, day and part too.
     """
     numbered = matches(folders, _IN_NUMBER) & ~named & ~matches(folders, _TEMPORARY)
     if not numbered.any():
@@ -262,8 +261,7 @@ def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np
     """Parse each template of names once.
 
     The number of a digit run, from 1, replaces each run, so that the parsed step tells which run it is. Names whose
-    series
-    contains digits outside of counters, and templates of few names, are parsed one by one.
+    series contains digits outside of counters, and templates of few names, are parsed one by one.
 
     Returns:
         The parsed templates; the row of each template in this table, -1: not parsed; the templates to parse name by
@@ -307,8 +305,7 @@ def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
     """Return step and series of checkpoints from the parts of their names: _NAMES and number.
 
     A step in the rest of the name has precedence over an epoch before it. The series is the part of the name that is
-    equal
-    for all checkpoints of a run.
+    equal for all checkpoints of a run.
     """
     rest, word = columns["rest"], pc.utf8_lower(columns["word"])
     inner = pc.extract_regex(rest, _STEP_IN_REST)

@@ -1,9 +1,8 @@
 """Finds lost objects: objects that should exist and of which no tier has a copy.
 
 Three sources tell what should exist: versions of data sets name their shards; the home tier's placement leads readers
-to
-moved files and checkpoints; this machine's catalog lists the copies that moves have verified. An object does not count
-as lost if its last known tier is unavailable, if a rule may have deleted it, or if the rule file lists it as gone
+to moved files and checkpoints; this machine's catalog lists the copies that moves have verified. An object does not
+count as lost if its last known tier is unavailable, if a rule may have deleted it, or if the rule file lists it as gone
 (`[tiering] gone`).
 """
 

@@ -83,8 +83,8 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
     4. The disk is mounted and hides the copies.
 
     gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
-    folder
-    may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises StoreError.
+    folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
+    StoreError.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
         return absence(tier, store, catalog)

@@ -1,8 +1,7 @@
 """Frozen values of tiering: the snapshot of all copies, decisions and refusals, and the plan with its moves.
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
-*copy*
-is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
+*copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Snapshot:
         last_use_s: float64[n_groups], time of the last use; the date of the oldest copy if no use is known.
         uses: int64[n_groups], number of known uses.
         counted_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
-            managed
-            by tiers; for other groups: since the last use through a cache of this machine. inf: uses are not recorded.
+            managed by tiers; for other groups: since the last use through a cache of this machine. inf: uses are not
+            recorded.
         unreported: bool[n_groups], whether a machine that may have used the group has not reported, so that the group
             does not count as idle.
         in_use: bool[n_groups], whether a job is reading the group now.

@@ -1,8 +1,7 @@
 """Reads and writes the file of a plan, with strict checks. docs/reference/tiers.md describes its keys.
 
 The mover must execute exactly the plan that people have reviewed: the last line contains the SHA-256 of all lines
-before
-it, so that a truncated or changed file is rejected.
+before it, so that a truncated or changed file is rejected.
 """
 
 from __future__ import annotations

@@ -57,13 +57,11 @@ def decide(
         prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
         capacity_bytes: Capacity of each tier in bytes; None: unlimited.
         missing: Name of each tier that may not be mounted, and the reason (see marks.py). The policy moves nothing to
-            such
-            a tier, and deletes nothing while there is one.
+            such a tier, and deletes nothing while there is one.
 
     Raises:
         ValueError: The snapshot has other tiers than the file, prices or capacities do not have one entry per tier, or
-            a
-            glob is malformed.
+            a glob is malformed.
     """
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):

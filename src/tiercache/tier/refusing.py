@@ -130,8 +130,7 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     """Reject moves that would remove the newest complete checkpoint of a run.
 
     The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
-    later
-    plan drops the source once the new copy is known to be verified.
+    later plan drops the source once the new copy is known to be verified.
     """
     of_newest = view.newest[wishes.group]
     lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
@@ -197,8 +196,7 @@ def costly(view: View, wishes: Wishes, refused: list[Wishes]) -> tuple[Wishes, B
     """Reject moves that do not pay back within max_break_even, or before their rule deletes the group.
 
     The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
-    exempt.
-    The policy does not apply this check to moves of a watermark, whose purpose is room.
+    exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
     """
     dollars = bill(view, wishes)
     limit_s = view.file.tiering.max_break_even_s

@@ -79,8 +79,7 @@ class Stores:
         Args:
             file: Rule file.
             stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an
-                archive
-                only if `archives` contains one.
+                archive only if `archives` contains one.
             archives: Tier name to its archive, likewise.
         """
         self.file = file

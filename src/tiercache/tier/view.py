@@ -47,8 +47,7 @@ class View:
             class.
         leaves: bool[n_tiers, n_tiers], whether a copy between the tiers leaves the provider's region.
         streams: bool[n_tiers, n_tiers], whether a copy between the tiers passes through this machine; otherwise the
-            store
-            copies the objects itself.
+            store copies the objects itself.
     """
 
     snapshot: Snapshot

@@ -190,9 +190,8 @@ def droppable(view: View, rows: Rows, src: int, dst: int) -> Flags:
     """Return whether the copy in src may be dropped because dst holds the same data; bool[n_rows].
 
     The copy in dst must be whole and verified. An unverified copy in src must not be newer than it: somebody has
-    written to
-    src since dst received its copy, and the group is copied again. Shards are immutable, so that this does not apply to
-    them.
+    written to src since dst received its copy, and the group is copied again. Shards are immutable, so that this does
+    not apply to them.
     """
     found = view.whole[src, rows] & view.ok[dst, rows]
     some = rows[found]
