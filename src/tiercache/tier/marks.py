@@ -57,7 +57,12 @@ def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Colle
     """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
 
     A local tier that this machine has never used and whose folder does not exist is not included; see no_folder().
-    but: Names of tiers that are not checked.
+
+    Args:
+        file: Rule file.
+        stores: Stores of its tiers.
+        catalog: Catalog of this machine.
+        but: Names of tiers that are not checked.
     """
     found = {}
     for tier in file.tiers:
@@ -73,7 +78,7 @@ def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Colle
 
 
 def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
-    """As absence(); on first use, create the marker of a local tier and remember it in the catalog.
+    """Return what absence() returns; on first use, create the marker of a local tier and remember it in the catalog.
 
     The race that the marker prevents:
 
@@ -82,9 +87,15 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
     3. The mover drops the sources.
     4. The disk is mounted and hides the copies.
 
-    gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
-    folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk. Raises
-    StoreError.
+    Args:
+        tier: Tier of the rule file.
+        store: Store of the tier.
+        catalog: Catalog of this machine.
+        gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
+            folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk.
+
+    Raises:
+        StoreError: The store fails, or the marker cannot be written although the mover is about to copy into the tier.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
         return absence(tier, store, catalog)
@@ -107,11 +118,15 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
 
 
 def deletions_wait(missing: Mapping[str, str]) -> str:
-    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is. missing: Reason, or "", by tier.
+    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is.
 
-    The race: 1. A group has a copy in an unmounted tier and one elsewhere. 2. A rule deletes the group from all tiers.
-    3. Its tags, its use and whether it is the newest were computed without the unmounted copy. So no deletion is
-    allowed.
+    The race that this prevents:
+
+    1. A group has a copy in an unmounted tier and a copy elsewhere.
+    2. A rule deletes the group from all tiers.
+    3. Its tags, its use and whether it is the newest were computed without the unmounted copy.
+
+    missing: Reason, or "", by tier.
     """
     found = next(((name, why) for name, why in missing.items() if why), None)
     if found is None:
