@@ -60,7 +60,8 @@ class Inventory:
             - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
             - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that
               no tier has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid
-              keys), `differing` (objects that differ between two tiers), `unread` (checkpoints with unreadable metrics).
+              keys), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be
+              read).
             - `incomplete`: number of incomplete checkpoints, by what they lack.
             - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
             - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and the time when
