@@ -109,7 +109,7 @@ class TestReading:
         assert load_tiers().path == tmp_path / "tiercache.toml"
 
     def test_where_there_is_no_file_it_says_what_to_do(self, tmp_path):
-        with pytest.raises(ValueError, match=rf"no tiercache\.toml from {tmp_path} upwards.*\[tiers\.NAME\].*--rules"):
+        with pytest.raises(ValueError, match=rf"no tiercache\.toml in {tmp_path}.*\[tiers\.NAME\].*--rules"):
             load_tiers(start=tmp_path)
 
     def test_a_file_that_is_not_there_is_named(self, tmp_path):
@@ -151,7 +151,7 @@ class TestTiers:
         text = '[tiers.hot]\nurl = "/a"\ncapacity = {}\nhigh = "80%"\nlow = 0.5'
         tier = read(text.format('"50%"')).tiers[0]
         assert (tier.capacity_bytes(1000), tier.high, tier.low) == (500, 0.8, 0.5)
-        with pytest.raises(ValueError, match=r"tiers\.hot\.capacity: 50% of a disk whose size is not known"):
+        with pytest.raises(ValueError, match=r"tiers\.hot\.capacity: .*disk.*50%"):
             tier.capacity_bytes(None)
         assert read(text.format('"2KB"')).tiers[0].capacity_bytes(None) == 2000
         assert read(text.format("2000")).tiers[0].capacity_bytes(None) == 2000
@@ -165,10 +165,10 @@ class TestTiers:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "tiers: there is none; write [tiers.NAME] with role and url, the fastest first"),
+            ("", "tiers: no tier is given; write [tiers.NAME]"),
             ("tiers = 3", "tiers: expected a table, got 3"),
             ("[tiers]\nhot = 3", "tiers.hot: expected a table, got 3"),
-            ('[tiers.nvme]\nurl = "/a"', "tiers.nvme.role: is missing: hot, standard, archive"),
+            ('[tiers.nvme]\nurl = "/a"', "tiers.nvme.role: is missing"),
             (
                 '[tiers.a]\nrole = "warm"\nurl = "/a"',
                 "tiers.a.role: Input should be 'hot', 'standard' or 'archive'",
@@ -176,14 +176,17 @@ class TestTiers:
             ("[tiers.hot]", "tiers.hot.url: is missing"),
             ("[tiers.hot]\nurl = 5", "tiers.hot.url: Input should be a valid string"),
             ('[tiers.hot]\nurl = ""', "tiers.hot.url: a tier needs a URL or path"),
-            ('[tiers.hot]\nurl = "/a\\u0000b"', "tiers.hot.url: no URL or path has a NUL"),
-            ('[tiers.hot]\nurl = "s3://key:hush@b/x"', "tiers.hot.url: credentials belong into the environment"),
+            ('[tiers.hot]\nurl = "/a\\u0000b"', "tiers.hot.url: a URL or path cannot contain a NUL"),
+            ('[tiers.hot]\nurl = "s3://key:hush@b/x"', "tiers.hot.url: a URL must not contain credentials"),
             ('[tiers.hot]\nurl = "/a"\nurll = "/b"', "tiers.hot.urll: no such key; did you mean 'url'?"),
             ('[tiers.hot]\nurl = "/a"\nname = "x"', "tiers.hot.name: no such key; "),
-            ('[tiers."a b"]\nurl = "/a"', "tiers.a b: a tier's name has letters, digits, '_' and '-'"),
+            ('[tiers."a b"]\nurl = "/a"', "tiers.a b: the name of a tier must consist of"),
             ('[tiers.hot]\nurl = "/a"\ncapacity = "big"', "tiers.hot.capacity: not a size: 'big'"),
-            ('[tiers.hot]\nurl = "s3://a"\ncapacity = "5%"', "tiers.hot.capacity: a share is one of a local disk"),
-            ('[tiers.hot]\nurl = "/a"\nhigh = "110%"', "tiers.hot.high: expected a share such as '90%' or 0.9, got"),
+            (
+                '[tiers.hot]\nurl = "s3://a"\ncapacity = "5%"',
+                "tiers.hot.capacity: only a local tier may have a percentage",
+            ),
+            ('[tiers.hot]\nurl = "/a"\nhigh = "110%"', "tiers.hot.high: expected a fraction such as"),
             ('[tiers.hot]\nurl = "/a"\nlow = 0.95', "tiers.hot.low: must be below high, got 95% and 90%"),
             ('[tiers.hot]\nurl = "/a"\nprices = "aws:x"', "tiers.hot.prices: no prices are called 'aws:x'"),
             ('[tiers.hot]\nurl = "/a"\nprices = 7', "tiers.hot.prices: expected a name of the price table or a table"),
@@ -202,20 +205,22 @@ class TestTiers:
 
     def test_a_colder_tier_before_a_faster_one_is_refused(self, complaint):
         message = complaint('[tiers.archive]\nurl = "/a"\n[tiers.hot]\nurl = "/b"')
-        assert message.startswith("tiers.hot: stands after tiers.archive, which is colder")
+        assert message.startswith("tiers.hot: stands after the colder tier tiers.archive")
 
     def test_two_tiers_may_have_one_url_if_their_classes_differ(self, read, complaint):
         text = '[tiers.standard]\nurl = "s3://b/x/"\n[tiers.archive]\nurl = "s3://b/x"\n'
         assert len(read(text + 'storage_class = "GLACIER"').tiers) == 2
-        assert complaint(text).startswith("tiers.archive.url: is that of tiers.standard: two tiers with one URL need")
-        assert complaint(text + 'storage_class = "STANDARD"').startswith("tiers.archive.url: is that of")
+        assert complaint(text).startswith("tiers.archive.url: tiers.standard has the same URL")
+        assert complaint(text + 'storage_class = "STANDARD"').startswith(
+            "tiers.archive.url: tiers.standard has the same URL"
+        )
 
     @pytest.mark.parametrize(
         ("first", "second"), [("/a", "/a/cold"), ("file:///a/b%20c/d", "/a/b c"), ("s3://b", "s3://b/x"), ("/", "/a")]
     )
     def test_a_tier_inside_another_is_refused(self, complaint, first, second):
         message = complaint(f'[tiers.hot]\nurl = "{first}"\n[tiers.archive]\nurl = "{second}"')
-        assert message == "tiers.archive.url: one of it and tiers.hot.url lies inside the other"
+        assert message == "tiers.archive.url: must not lie inside tiers.hot.url, nor contain it"
 
     def test_a_folder_whose_name_begins_alike_is_another(self, read):
         assert len(read('[tiers.hot]\nurl = "/a"\n[tiers.archive]\nurl = "/a-cold"').tiers) == 2
@@ -296,11 +301,11 @@ class TestRules:
         ("text", "message"),
         [
             ("", "rules[1].match: is missing"),
-            ("match = []", "rules[1].match: expected one or more, got an empty list"),
-            ('match = "/a"', "rules[1].match: a glob is of paths below a tier's URL"),
-            ('match = "a[b"', "rules[1].match: a '[' or '{' is not closed in 'a[b'"),
-            ('match = "a{b,c"', "rules[1].match: a '[' or '{' is not closed"),
-            ('match = "*"\nexcept = 3', "rules[1].except: expected a text or a list of texts"),
+            ("match = []", "rules[1].match: expected one or more"),
+            ('match = "/a"', "rules[1].match: a glob matches paths below a tier's URL"),
+            ('match = "a[b"', "rules[1].match: '[' or '{' is not closed in 'a[b'"),
+            ('match = "a{b,c"', "rules[1].match: '[' or '{' is not closed"),
+            ('match = "*"\nexcept = 3', "rules[1].except: expected a string or a list of strings"),
             ('match = "*"\nexcepted = "a"', "rules[1].excepted: no such key; did you mean 'except'?"),
             ('match = "*"\nkeep = {}', "rules[1].keep: no such key"),
             (
@@ -310,37 +315,37 @@ class TestRules:
             ('match = "*"\nto = "archive"\nidle = "soon"', "rules[1].idle: not a duration: 'soon'"),
             (
                 'match = "*"\nto = "archive"\nidle = -5',
-                "rules[1].idle: a duration has an end, within 10,000 years",
+                "rules[1].idle: expected a duration from 0 to 10,000 years",
             ),
-            ('match = "*"\nto = "archive"\nage = inf', "rules[1].age: a duration has an end"),
+            ('match = "*"\nto = "archive"\nage = inf', "rules[1].age: expected a duration from 0 to"),
             ('match = "*"\nto = "archive"\nage = true', "rules[1].age: expected a duration such as '30d'"),
             (
                 'match = "*"\nto = "archive"\nuses_below = "3"',
                 "rules[1].uses_below: Input should be a valid integer",
             ),
             ('match = "*"\nlarger_than = "x"', "rules[1].larger_than: not a size: 'x'"),
-            ('match = "*"\nlarger_than = 5\nsmaller_than = 5', "rules[1].larger_than: nothing is larger than 5 and"),
+            ('match = "*"\nlarger_than = 5\nsmaller_than = 5', "rules[1].larger_than: must be below smaller_than"),
             (
                 'match = "*"\nto = "cold"',
                 "rules[1].to: no tier is called 'cold' or has that role; there are hot",
             ),
-            ('match = "*"\nto = "hot"', "rules[1].to: no tier stands before 'hot'"),
-            ('match = "*"\nto = "standard"\nfrom = "archive"', "rules[1].from: tier 'archive' does not stand before"),
-            ('match = "*"\nidle = "5d"', "rules[1].idle: is a condition of `to`, which is not given"),
+            ('match = "*"\nto = "hot"', "rules[1].to: 'hot' is the first tier"),
+            ('match = "*"\nto = "standard"\nfrom = "archive"', "rules[1].from: tier 'archive' must stand before"),
+            ('match = "*"\nidle = "5d"', "rules[1].idle: is a condition of `to`"),
             (
                 'match = "*"\npromote = "always"',
                 "rules[1].promote: Input should be 'never' or 'on_access'",
             ),
-            ('match = "*"\nthen = "archive"', "rules[1].then: goes with a keep list"),
-            ('match = "*"\nkeep_hot = {last = 1}\nafter = "1d"', "rules[1].after: says when `then` holds"),
-            ('match = "*"\nkeep_hot = {last = 1}\nto = "archive"', "rules[1].to: a rule has either keep lists or `to`"),
-            ('match = "*"\nkeep_hot = {last = 1}\nidle = 5', "rules[1].idle: a rule has either keep lists or `to`"),
-            ('match = "*"\nkeep_hot = {last = 1}\nkind = "file"', "rules[1].kind: keep lists are for checkpoints"),
+            ('match = "*"\nthen = "archive"', "rules[1].then: needs a keep list"),
+            ('match = "*"\nkeep_hot = {last = 1}\nafter = "1d"', "rules[1].after: needs `then`"),
+            ('match = "*"\nkeep_hot = {last = 1}\nto = "archive"', "rules[1].to: cannot be combined with keep lists"),
+            ('match = "*"\nkeep_hot = {last = 1}\nidle = 5', "rules[1].idle: cannot be combined with keep lists"),
+            ('match = "*"\nkeep_hot = {last = 1}\nkind = "file"', "rules[1].kind: keep lists apply to checkpoints"),
             ('match = "*"\nkeep_warm = {last = 1}', "rules[1].keep_warm: no tier is called 'warm' or has that role"),
             ('match = "*"\nkeep_hot = 3', "rules[1].keep_hot: expected a table, got 3"),
-            ('match = "*"\nkeep_hot = {}', "rules[1].keep_hot: names nothing to keep; there are best, every"),
-            ('match = "*"\nkeep_hot = {best = []}', "rules[1].keep_hot.best: expected one or more, got an empty list"),
-            ('match = "*"\nkeep_hot = {tags = []}', "rules[1].keep_hot.tags: expected one or more, got an empty list"),
+            ('match = "*"\nkeep_hot = {}', "rules[1].keep_hot: is empty; its keys are best, every"),
+            ('match = "*"\nkeep_hot = {best = []}', "rules[1].keep_hot.best: expected one or more"),
+            ('match = "*"\nkeep_hot = {tags = []}', "rules[1].keep_hot.tags: expected one or more"),
             (
                 'match = "*"\nkeep_hot = {last = 0}',
                 "rules[1].keep_hot.last: Input should be greater than or equal to 1, got 0",
@@ -365,7 +370,7 @@ class TestRules:
         archive = '\nrole = "archive"\nurl = '
         tiers = f'[tiers.hot]\nurl = "/a"\n[tiers.x]{archive}"/b"\n[tiers.y]{archive}"/c"\n'
         message = complaint(tiers + '[[rules]]\nmatch = "*"\nto = "archive"')
-        assert message == "rules[1].to: several tiers have the role 'archive': say which of x, y"
+        assert message == "rules[1].to: several tiers have the role 'archive': name one of x, y"
 
     def test_a_tier_has_one_keep_list(self, complaint):
         tiers = '[tiers.nvme]\nrole = "hot"\nurl = "/a"\n[tiers.archive]\nurl = "/b"\n'
@@ -404,7 +409,10 @@ class TestTheRest:
 
     @pytest.mark.parametrize(
         ("tags", "says"),
-        [('[[tags]]\nmatch = "a"\ntags = ["release", "paper"]\n', "did you mean 'release'?"), ("", "there are none")],
+        [
+            ('[[tags]]\nmatch = "a"\ntags = ["release", "paper"]\n', "did you mean 'release'?"),
+            ("", "there is no [[tags]] table"),
+        ],
     )
     def test_a_keep_list_with_a_tag_that_no_table_gives_is_refused(self, read, tags, says):
         rule = '[[rules]]\nmatch = "*"\nkeep_standard = {tags = ["paper", "releese"]}\ndelete_after = "5d"\n'
@@ -434,12 +442,12 @@ class TestTheRest:
             ('[[tags]]\nmatch = "a"\ntags = []', "tags[1].tags: expected one or more"),
             ('[tiering]\ngrace = "x"', "tiering.grace: not a duration: 'x'"),
             ("[tiering]\njobs = 0", "tiering.jobs: Input should be greater than or equal to 1, got 0"),
-            ("[tiering]\nrate = 0", "tiering.rate: expected 1 byte a second or more, got 0"),
+            ("[tiering]\nrate = 0", "tiering.rate: expected a rate of at least 1 byte"),
             ('[tiering]\nsmall = "move"', "tiering.small: it was removed: a move must pay back within max_break_even"),
             ('[tiering]\nearly = "pay"', "tiering.early: it was removed: a move must pay back within max_break_even"),
             ('[tiering]\nuncounted = "idle"', 'tiering.uncounted: it was removed: write idle_by = "mtime"'),
-            ('[[rules]]\nmatch = "*"\nto = "archive"\nidle_by = "mtime"', "rules[1].idle_by: says by what `idle`"),
-            ('[[rules]]\nmatch = "*"\neven_if_dearer = true', "rules[1].even_if_dearer: is about moves"),
+            ('[[rules]]\nmatch = "*"\nto = "archive"\nidle_by = "mtime"', "rules[1].idle_by: needs `idle`"),
+            ('[[rules]]\nmatch = "*"\neven_if_dearer = true', "rules[1].even_if_dearer: needs `to`"),
             (
                 '[tiering]\nmax_break_even = "9d"',
                 "tiering.max_break_even: tiers.archive.prices: not given",

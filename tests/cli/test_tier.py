@@ -445,7 +445,7 @@ class TestApply:
 
     def test_what_is_no_plan_is_an_error(self, tiercache, root):
         (root / "plan.jsonl").write_text("{}\n")
-        assert "this is no plan" in tiercache("tier", "apply", root / "plan.jsonl", "--yes", code=2).err
+        assert "this is not a plan" in tiercache("tier", "apply", root / "plan.jsonl", "--yes", code=2).err
         assert "gone.jsonl" in tiercache("tier", "apply", root / "gone.jsonl", code=1).err
 
 

@@ -268,11 +268,11 @@ def test_files_have_no_series():
         (("s/step-1/m/.metadata", "s/step-1/m/__0_0.distcp", "s/step-1/o/__0_0.distcp"),
          "a .metadata beside each .distcp"),
         (("s/step-1/.metadata", "s/step-1/.metadata.tmp", "s/step-1/__0_0.distcp"),
-         "the end of a save: a .metadata.tmp lies there"),
+         "the end of a save: there is a .metadata.tmp"),
         (("s/checkpoint-1/model.safetensors", "s/checkpoint-1/training_args.bin"), "trainer_state.json"),
         (("s/checkpoint-1/optimizer.pt", "s/checkpoint-1/trainer_state.json"), "weights"),
         (("s/step-1/.metadata", "s/step-1/rng.json"), "weights"),
-        (("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"), "all shards that their names count"),
+        (("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"), "some of the shards that their names count"),
     ],
 )  # fmt: skip
 def test_what_names_promise_and_is_not_there_is_lacking(keys, missing):
@@ -293,7 +293,7 @@ def test_folders_called_checkpoint_n_by_others_need_no_mark_of_trainer():
 def test_shards_that_are_counted_in_several_folders_are_counted_apart():
     keys = [f"s/step-1/{part}/m-0000{n}-of-00002.bin" for part in ("a", "b") for n in (1, 2)]
     assert lacks(*keys) == {"s/step-1": ""}
-    assert lacks(*keys[:3]) == {"s/step-1": "all shards that their names count"}
+    assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
 
 
 def test_what_makes_a_checkpoint_whole_has_the_highest_rank():

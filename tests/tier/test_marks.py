@@ -180,7 +180,7 @@ def test_a_tier_without_a_mark_that_had_copies_and_is_empty_is_missing(tiers):
         Stores(file) as stores,
     ):
         for gets in (True, False):
-            assert "hot is empty, and copies were seen there" in recognised(
+            assert "hot is empty, although it held copies" in recognised(
                 file.tier("hot"), stores.store("hot"), catalog, gets=gets
             )
         (tiers.root / "hot" / "_tiercache").mkdir()

@@ -114,7 +114,7 @@ def test_the_deletion_of_a_checkpoint_without_the_metric_of_its_run_says_so():
     groups.append(checkpoint(0, 4, {"standard": BIG}, days=400.0, metrics={"val_los": 9.0}))
     (move,), _ = planned(groups, BEST)
     assert (groups[move.group].step, move.action) == (3, "delete")
-    assert "without 'val_los', which others of its run have" in move.reason
+    assert "it lacks 'val_los'" in move.reason
 
 
 def test_a_checkpoint_whose_metrics_cannot_be_read_is_not_deleted():
@@ -152,7 +152,7 @@ def test_what_nobody_counts_uses_of_is_not_idle_unless_the_rule_says_that_its_da
     assert 'idle_by = "mtime"' in why
     by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
     (move,), _ = planned([uncounted], by_mtime)
-    assert move.reason == 'not written for 100 days, nobody counts its use (idle = 30 days, idle_by = "mtime")'
+    assert move.reason == 'not written for 100 days, its uses are not recorded (idle = 30 days, idle_by = "mtime")'
 
 
 def test_a_use_that_is_known_counts_whatever_the_rule_says_of_dates():
@@ -300,7 +300,7 @@ def test_the_newest_checkpoint_of_a_run_is_copied_and_goes_only_when_that_copy_c
     both = checkpoint(0, 9, {"standard": BIG, "archive": BIG}, days=100.0)
     assert moves_of([both], TO_ARCHIVE) == [(both.path, "drop", "standard", "archive")]
     frozen = checkpoint(0, 9, {"standard": BIG, "archive": replace(BIG, state=ARCHIVED)}, days=100.0)
-    assert "never deleted, nor its last readable copy given up" in refusal_of([frozen], TO_ARCHIVE)
+    assert "is never deleted" in refusal_of([frozen], TO_ARCHIVE)
 
 
 def test_the_newest_checkpoint_does_not_change_its_class_in_place():
@@ -612,7 +612,7 @@ def test_what_must_be_restored_to_be_promoted_is_refused_with_the_command():
 
 def test_a_snapshot_of_other_tiers_is_refused():
     snapshot = snapshot_of([], tiers=("hot", "standard"))
-    with pytest.raises(ValueError, match="take it again"):
+    with pytest.raises(ValueError, match="the snapshot has tiers"):
         decide(snapshot, tier_file(), PRICES, capacity_bytes=(None, None, None))
 
 

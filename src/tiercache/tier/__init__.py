@@ -1,5 +1,7 @@
-"""Data tiering: a rule file says where data should be, a plan lists the moves, and the mover makes them.
+"""Tiering: moves shards, checkpoints and files between hot, standard and archive storage by rules.
 
-The data path of one `tier run` is inventory -> policy -> plan -> mover -> catalog and placement. Readers follow the
-placement. A move never deletes the last verified copy of an object, unless a `delete` rule asks for that.
+A run takes an inventory of all tiers (listing, layouts, copies, metrics, usage), applies the policy to it, writes a
+plan with every object, executes the plan, and records placements that lead readers to the moved objects. Each copy is
+verified before its source is deleted, and a move never deletes the last verified copy of an object unless a `delete`
+rule asks for it.
 """

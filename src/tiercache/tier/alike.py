@@ -1,4 +1,4 @@
-"""Names that are alike but for their digits: what is a counter or a metric never depends on which digits they are."""
+"""Groups names into templates that differ only in digits, so that counters and metrics are parsed once per template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tiercache.tier.columns import numbers, text_of
 
-# The longest that fits into an int64 whatever it is.
+# Every number with so many digits fits into an int64.
 MOST_DIGITS = 18
 
 _ZERO, _NINE = ord("0"), ord("9")
@@ -18,12 +18,12 @@ _ZERO, _NINE = ord("0"), ord("9")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alike:
-    """Names by their shapes.
+    """Names, grouped by template.
 
     Attributes:
-        shapes: large_string[k], names with one 0 for each run of digits, each once.
-        shape: int64[n], of each name.
-        is_long: bool[n], it has a run of more than MOST_DIGITS digits.
+        shapes: large_string[k], distinct templates: names with one 0 for each run of digits.
+        shape: int64[n], template of each name.
+        is_long: bool[n], whether the name has a run of more than MOST_DIGITS digits.
     """
 
     shapes: pa.Array
@@ -36,13 +36,13 @@ class Alike:
 
     @classmethod
     def of(cls, names: pa.Array) -> Alike:
-        """Look at names: large_string, without nulls; they are kept."""
+        """Find the templates of names: large_string without nulls, which the object keeps."""
         ends, text = text_of(names)
         digit = (text >= _ZERO) & (text <= _NINE)
         starts_run, ends_run = digit.copy(), digit.copy()
         starts_run[1:] &= ~digit[:-1]
         ends_run[:-1] &= ~digit[1:]
-        # Where a name begins, a run does, though the one before ends with digits.
+        # A run of digits does not extend from the end of one name to the start of the next.
         begins = ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < len(text))]
         starts_run[begins] = digit[begins]
         ends_run[begins - 1] = digit[begins - 1]
@@ -56,10 +56,15 @@ class Alike:
         return cls(encoded.dictionary, shape, is_long, text, run_start, run_end, first_run)
 
     def number(self, rows: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What stands in a run of digits of each row, counted from 1. rows: rising, not long, with so many runs."""
+        """Return the number in one digit run of each row.
+
+        Args:
+            rows: Names: ascending, without is_long, with enough runs.
+            run: Digit run of each row, counted from 1.
+        """
         at = self._first_run[rows] + run - 1
         cuts = np.stack([self._run_start[at], self._run_end[at]], axis=1).ravel()
-        # What lies between two of them is a text too.
+        # Every second text is the gap between two runs, and is dropped.
         texts = pa.LargeStringArray.from_buffers(max(len(cuts) - 1, 0), pa.py_buffer(cuts), pa.py_buffer(self._text))
         return numbers(texts.take(pa.array(np.arange(0, len(texts), 2))).cast(pa.int64()), np.int64)
 
@@ -67,7 +72,7 @@ class Alike:
 def _short(
     text: NDArray[np.uint8], ends: NDArray[np.int64], digit: NDArray[np.bool_], starts_run: NDArray[np.bool_]
 ) -> pa.Array:
-    """The texts with one 0 for each run of digits."""
+    """Replace each run of digits in the texts by one 0."""
     kept = starts_run | ~digit
     short = np.where(digit, np.uint8(_ZERO), text)[kept]
     short_ends = np.concatenate([[0], np.cumsum(kept)])[ends]

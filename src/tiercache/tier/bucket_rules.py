@@ -1,6 +1,6 @@
-"""What a bucket does by itself with the objects of a tier: lifecycle rules, versioning, object lock. Pure.
+"""Evaluates the settings of a bucket that affect a tier's objects: lifecycle rules, versioning and object lock. Pure.
 
-A lifecycle rule deletes or moves objects and tells nobody: a tier's last copies may expire.
+A lifecycle rule deletes or moves objects without notice, so that the last copies of a tier may expire.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Kind: TypeAlias = Literal["expiration", "transition", "versions", "object_lock",
 
 @dataclass(frozen=True, slots=True)
 class BucketFinding:
-    """Something that a bucket does with a tier's objects.
+    """An effect of a bucket's settings on a tier's objects.
 
     Attributes:
-        tier: the tier.
-        kind: what it is about; "unread": a setting that could not be read.
-        lifecycle_rule: ID of the lifecycle rule; None: the finding is not about one.
-        is_danger: objects are deleted, or become unreadable, without tiercache.
-        text: for people.
+        tier: Name of the tier.
+        kind: Kind of the setting; "unread": a setting that could not be read.
+        lifecycle_rule: ID of the lifecycle rule; None: another setting.
+        is_danger: Whether objects are deleted, or become unreadable, without tiercache.
+        text: Message for people.
     """
 
     tier: str
@@ -37,13 +37,13 @@ class BucketFinding:
 
 
 def bucket_findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -> tuple[BucketFinding, ...]:
-    """What a bucket does with the objects of a tier.
+    """Return the effects of a bucket's settings on the objects of a tier.
 
     Args:
-        tier: its name.
-        folder: the prefix of all its keys in the bucket, "" or ending in "/".
-        class_of: the storage class of its copies.
-        settings: the bucket's.
+        tier: Name of the tier.
+        folder: Prefix of all its keys in the bucket; "" or ending in "/".
+        class_of: Storage class of its copies.
+        settings: Settings of the bucket.
     """
     return tuple(_findings(tier, folder, class_of, settings))
 
@@ -76,7 +76,7 @@ def _findings(tier: str, folder: str, class_of: str, settings: BucketSettings) -
 
 
 def _versions(versioning: str, rules: Sequence[Mapping[str, Any]]) -> str:
-    """What becomes of what tiercache deletes."""
+    """Describe what happens to versions that tiercache deletes."""
     state = "the bucket keeps versions" if versioning == "Enabled" else "the bucket has kept versions"
     days = [
         one["NoncurrentDays"]
@@ -89,7 +89,7 @@ def _versions(versioning: str, rules: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _applies(rule: Mapping[str, Any], folder: str) -> bool:
-    """Whether a lifecycle rule that is on is about objects of the folder: about all, or about some below it."""
+    """Return whether an enabled lifecycle rule affects objects in the folder, or some below it."""
     prefix = _prefix(rule)
     return rule.get("Status") == "Enabled" and (folder.startswith(prefix) or prefix.startswith(folder))
 
@@ -97,11 +97,11 @@ def _applies(rule: Mapping[str, Any], folder: str) -> bool:
 def _prefix(rule: Mapping[str, Any]) -> str:
     given = rule.get("Filter", {})
     found = given.get("And", given).get("Prefix")
-    return str(rule.get("Prefix", "") if found is None else found)  # rules of before 2016 have no Filter
+    return str(rule.get("Prefix", "") if found is None else found)  # rules older than 2016 have no Filter
 
 
 def _conditions(rule: Mapping[str, Any]) -> list[str]:
-    """What else than the prefix objects must have, for people."""
+    """Return the conditions of a rule other than the prefix, for people."""
     given = rule.get("Filter", {})
     both = given.get("And", given)
     tags = [*both.get("Tags", ()), *([given["Tag"]] if "Tag" in given else [])]
@@ -114,13 +114,13 @@ def _conditions(rule: Mapping[str, Any]) -> list[str]:
 
 
 def _of(rule: Mapping[str, Any]) -> str:
-    """The objects that a rule is about, for people."""
+    """Describe the objects that a rule affects, for people."""
     facts = [f"prefix {_prefix(rule)!r}" if _prefix(rule) else "the whole bucket", *_conditions(rule)]
     return f" ({', '.join(facts)})"
 
 
 def _when(action: Mapping[str, Any]) -> str:
-    """When an action of a rule comes; "": it does not (an expiration of delete markers alone)."""
+    """Describe when an action of a rule takes effect; "": never (it expires delete markers only)."""
     if "Days" in action:
         return f"{action['Days']} days after they were written"
     return f"on {action['Date']:%Y-%m-%d}" if "Date" in action else ""

@@ -1,4 +1,7 @@
-"""Copies of groups from the objects that were listed: what is in them, whether they are whole, and verified. Pure."""
+"""Builds the copies of groups from the listed objects: their contents, and whether they are whole and verified.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ from tiercache.tier.model import ARCHIVED, HERE, RESTORED, RESTORING
 if TYPE_CHECKING:
     from tiercache.tier.listing import Listed
 
-# Key -> (n_bytes, etag, crc32c, verified, written_s).
+# Known checksums of a tier: key -> (n_bytes, etag, crc32c, verified, written_s).
 Book: TypeAlias = Mapping[str, tuple[int, str | None, int | None, bool, float | None]]
 
-# A copy is as hard to read as the hardest of its objects.
+# The state of a copy is the state of its least readable object.
 _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([HERE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
-_TIERS = 256  # more than a number of a tier can be
+_TIERS = 256  # above every tier number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,13 +39,15 @@ class Objects:
     """The listed objects that belong to groups. Row i of every column is one object.
 
     Attributes:
-        row: int64[m], in the listing.
-        key: int64[m], a number for each key, in the order of keys.
-        group: int32[m]; rank: uint8[m], see layouts.Layout.
-        is_shard: bool[m], its size and checksum are known from a manifest.
-        n_bytes, crc32c: int64[m], what the manifest says of a shard; unused where it is none.
-        unfinished: bool[m], somebody may be writing it, by its name.
-        on_top: bool[m], directly in the group's folder.
+        row: int64[m], row in the listing.
+        key: int64[m], number of the key, in sorted order.
+        group: int32[m].
+        rank: uint8[m], see layouts.Layout.
+        is_shard: bool[m], whether a manifest gives size and checksum.
+        n_bytes: int64[m], size of a shard in the manifest; unused for other objects.
+        crc32c: int64[m], checksum of a shard in the manifest; unused for other objects.
+        unfinished: bool[m], whether the name says that the object is still being written.
+        on_top: bool[m], whether the object lies directly in the group's folder.
     """
 
     row: NDArray[np.int64]
@@ -58,17 +63,17 @@ class Objects:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
-    """Copies of groups. Rows of the first columns are copies, by group and tier; see model.Snapshot for most of them.
+    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot.
 
     Attributes:
-        written_s: float64[n], when what is its youngest object was written first, whatever copy that was.
-        marked_s: float64[n], when its youngest mark was written; -inf: it has none that counts.
-        rest_s: float64[n], when the youngest of all else was written.
-        unfinished: bool[n], it has an object that somebody may be writing.
-        start: int64[n + 1], its objects in the columns below.
-        row: int64[m], in the listing; by copy, what makes it whole last.
-        crc32c: int64[m], of each object where it is known; NO_CRC.
-        differing: int64[k], rows of `row` whose key has another size or checksum in another tier.
+        written_s: float64[n], latest first-write time of its objects, preserved across moves.
+        marked_s: float64[n], time when its newest final object was written; -inf: it has none.
+        rest_s: float64[n], time when the newest of its other objects was written.
+        unfinished: bool[n], whether it has an object that is still being written.
+        start: int64[n + 1], offsets of each copy's objects in the columns below.
+        row: int64[m], row in the listing; by copy, its final object last.
+        crc32c: int64[m], checksum of each object; NO_CRC where it is unknown.
+        differing: int64[k], positions in `row` of objects that have another size or checksum in another tier.
     """
 
     group: NDArray[np.int32]
@@ -91,7 +96,7 @@ class Copies:
     differing: NDArray[np.int64]
 
     def find(self, group: int, tier: int) -> int | None:
-        """The number of the copy that a group has in a tier; None: it has none."""
+        """Return the number of a group's copy in a tier; None: there is none."""
         first, last = np.searchsorted(self.group, [group, group + 1])
         at = int(first) + int(np.searchsorted(self.tier[first:last], tier))
         return at if at < last and self.tier[at] == tier else None
@@ -100,11 +105,13 @@ class Copies:
 def copies_at(
     group: NDArray[np.int32], tier: NDArray[np.int8], groups: NDArray[np.int64], tiers: NDArray[np.int8]
 ) -> NDArray[np.int64]:
-    """The number of each group's copy in the tier beside it; -1: it has none. int64[len(groups)].
+    """Return the number of each group's copy in the tier at the same index; -1: none. int64[len(groups)].
 
     Args:
-        group, tier: of copies, by group and tier.
-        groups, tiers: what is asked.
+        group: Group of each copy, ascending.
+        tier: Tier of each copy, ascending within a group.
+        groups: Groups to look up.
+        tiers: Tier to look up for each of them.
     """
     known = group.astype(np.int64) * _TIERS + tier
     asked = groups.astype(np.int64) * _TIERS + tiers
@@ -114,16 +121,16 @@ def copies_at(
 
 
 def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> Copies:
-    """The copies that these objects make.
+    """Return the copies that the objects form.
 
-    A copy is whole if it has every key that any copy of its group has, and each with the size that it has everywhere;
-    of two copies that differ neither is. It is verified if the books say so of each of its objects as it is now, and
-    what lies under the same keys elsewhere is known to be the same.
+    A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
+    copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
+    present state, and the objects with the same keys in other tiers are known to be equal.
 
     Args:
-        listed: what lies in the tiers.
-        objects: those of them that belong to groups.
-        book: of a tier, what is known of its objects; asked for one tier after another.
+        listed: Listing of the tiers.
+        objects: Objects that belong to groups.
+        book: Function that returns the known checksums of a tier; called for one tier after another.
     """
     order = np.lexsort((objects.key, objects.rank, listed.tier[objects.row], objects.group))
     row, key, group = objects.row[order], objects.key[order], objects.group[order]
@@ -159,11 +166,13 @@ def copies_of(listed: Listed, objects: Objects, book: Callable[[int], Book]) -> 
 
 
 class _Facts:
-    """What is known of each object, in the given order.
+    """Properties of each object, in the given order.
 
-    crc32c: int64[m]; differs: bool[m], from what it should be, or from what lies under its key elsewhere; verified:
-    bool[m], by the books, and so is what lies under its key elsewhere; written_s: float64[m], by the books, inf where
-    they do not say.
+    Attributes:
+        crc32c: int64[m].
+        differs: bool[m], whether it differs from the manifest, or from the object with the same key in another tier.
+        verified: bool[m], whether the catalog says so, and the object with the same key in other tiers is equal.
+        written_s: float64[m], time of the first write in the catalog; inf: unknown.
     """
 
     def __init__(self, listed: Listed, objects: Objects, order: NDArray[np.int64], book: Callable[[int], Book]) -> None:
@@ -180,7 +189,7 @@ class _Facts:
                 self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
         stated = objects.crc32c[order]
         wrong = is_shard & ((n_bytes != objects.n_bytes[order]) | ((crc32c != NO_CRC) & (crc32c != stated)))
-        # A shard is what its size and checksum say it is, wherever it lies and whatever wrote it there.
+        # The manifest's checksum identifies a shard in every tier, regardless of who wrote it.
         crc32c = np.where(is_shard & ~wrong, stated, crc32c)
         n_keys = int(key.max(initial=-1)) + 1
         free = ~is_shard
@@ -198,9 +207,9 @@ class _Facts:
 def _look_up(
     listed: Listed, row: NDArray[np.int64], at: NDArray[np.int64], known: Book
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """Which of a tier's objects have the size and ETag that they are known by, and what is known of each; in parts.
+    """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
 
-    at: the tier's, in the order of their keys: so a part is looked for among those of the books that lie in its range.
+    at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
     if not known or not len(at):
         return
@@ -215,7 +224,7 @@ def _look_up(
         part = book.slice(first, bisect_right(places, keys[-1].as_py(), key=name) - first)
         hit = find(keys, part["key"])
         some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
-        # Where a store gives no ETag one cannot see that an object was written anew.
+        # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
         etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
         same_etag = pc.equal(found["etag"], etags).fill_null(False)
         same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[some]] == found["n_bytes"].to_numpy())
@@ -227,12 +236,12 @@ def _is_rising(keys: pa.ChunkedArray) -> bool:
 
 
 def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The group of each key that there is, once."""
+    """Return the group of each distinct key."""
     return group[np.unique(key, return_index=True)[1]]
 
 
 def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> NDArray[np.bool_]:
-    """Whether a key has two values; bool[n_keys]."""
+    """Return whether each key has two different values; bool[n_keys]."""
     least, most = np.full(n_keys, np.iinfo(np.int64).max), np.full(n_keys, -1, np.int64)
     np.minimum.at(least, key, value)
     np.maximum.at(most, key, value)
@@ -240,12 +249,12 @@ def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> ND
 
 
 def _reduced(what: np.ufunc, column: NDArray[np.generic], first: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
-    """The column reduced over the objects of each copy."""
+    """Reduce the column over the objects of each copy."""
     return what.reduceat(column, first) if len(first) else column[:0]
 
 
 def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The largest object of each copy, the first of equals: its class is the copy's."""
+    """Return the largest object of each copy, the first among equals: the copy has its storage class."""
     if not len(first):
         return first
     most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)

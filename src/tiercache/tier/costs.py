@@ -1,8 +1,8 @@
-"""What it costs to keep copies, to move them, and to let go of them too early: dollars, by columns, from price tables.
+"""Cost formulas in US dollars, by columns: storage, moves, restores and early-deletion fees, from price tables.
 
-GB of 2^30 bytes, months of 30 days, as docs/reference/tiers.md has them. Prices differ by region and time, the formulas
-do not; they are those of the providers' price pages (AWS: "Amazon S3 pricing", "Storage & requests" and its footnotes;
-the example in "Amazon S3 FAQs", Billing, divides byte-hours by 1,073,741,824).
+A GB is 2^30 bytes and a month is 30 days, as docs/reference/tiers.md states. The formulas are those of the providers'
+price pages (AWS: "Amazon S3 pricing", "Storage & requests" and its footnotes; the example in "Amazon S3 FAQs", Billing,
+divides byte-hours by 1,073,741,824); only the prices differ by region and time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ if TYPE_CHECKING:
 DAY_S = 86400.0
 MONTH_DAYS = 30.0
 PROMOTION_DAYS = 3
-"""How long a restored copy stays that is to be copied home: time for the copy to be made, and made again."""
+"""Lifetime in days of a restored copy that is copied home: long enough to repeat a failed copy."""
 
 Dollars = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sizes:
-    """Of some copies: int64[n] each. smallest_bytes: of its smallest object."""
+    """Sizes of some copies; int64[n] each.
+
+    Attributes:
+        n_objects: Number of objects.
+        n_bytes: Total size.
+        smallest_bytes: Size of the smallest object.
+    """
 
     n_objects: NDArray[np.int64]
     n_bytes: NDArray[np.int64]
@@ -37,24 +43,25 @@ class Sizes:
 
     @classmethod
     def of(cls, snapshot: Snapshot, copies: NDArray[np.int64]) -> Sizes:
-        """Those of copies, by their numbers."""
+        """Return the sizes of the copies with these numbers."""
         return cls(
             snapshot.n_objects[copies].astype(np.int64), snapshot.n_bytes[copies], snapshot.smallest_bytes[copies]
         )
 
 
 def billed_bytes(prices: Prices, sizes: Sizes) -> NDArray[np.int64]:
-    """Bytes that are paid for: each object counts min_bytes at least, and overhead_bytes stand beside each.
+    """Return the billed bytes: each object counts at least min_bytes, plus overhead_bytes per object; int64[n].
 
-    Exact for copies of one object. Of several only the sum and the smallest are known: then it is what they cost at
-    least, the larger of (all at min_bytes) and (the smallest raised to it, the others as they are).
+    The result is exact for copies of one object. For several objects only the sum and the smallest size are known; the
+    result is then a lower bound: the larger of (all objects at min_bytes) and (the smallest raised to min_bytes, the
+    others unchanged).
     """
     raised = sizes.n_bytes + np.maximum(prices.min_bytes - sizes.smallest_bytes, 0)
     return np.maximum(raised, sizes.n_objects * prices.min_bytes) + sizes.n_objects * prices.overhead_bytes
 
 
 def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
-    """What keeping them for a month costs: billed GB x store_gb_month, and the bytes that are billed as standard.
+    """Return the storage cost per month: billed GB x store_gb_month, plus the overhead billed as standard storage.
 
     AWS ("Amazon S3 pricing", footnote on S3 Glacier Flexible Retrieval and Deep Archive): for each archived object 32
     KB are charged at the rate of its class, and 8 KB, its name and other metadata, at the rate of S3 Standard.
@@ -64,12 +71,12 @@ def month_dollars(prices: Prices, sizes: Sizes) -> Dollars:
 
 
 def early_days(prices: Prices, age_s: NDArray[np.float64]) -> Dollars:
-    """Days of the class's minimum that copies of this age have not lain yet."""
+    """Return the days that remain of the storage class's minimum duration for copies of this age."""
     return np.maximum(prices.min_days - np.maximum(age_s, 0.0) / DAY_S, 0.0)
 
 
 def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> Dollars:
-    """The early-deletion fee: storage for what is left of min_days, pro rata.
+    """Return the early-deletion fee: the storage cost of the remaining part of min_days.
 
     AWS: "objects that are deleted, overwritten or transitioned before the minimum are charged a pro-rated fee equal to
     the storage charge for the remaining days".
@@ -78,15 +85,21 @@ def early_dollars(prices: Prices, sizes: Sizes, age_s: NDArray[np.float64]) -> D
 
 
 def copy_dollars(src: Prices, dst: Prices, sizes: Sizes, *, leaves: bool, streams: bool) -> Dollars:
-    """What reading them from src and writing them to dst costs: requests, retrieval, egress.
-
-    leaves: they leave the provider's region. streams: through this machine, in parts, each of which is a GET and a PUT,
-    and begun and completed by a request each where there are several; else the store copies each object by one request.
+    """Return the cost to read copies from src and to write them to dst: requests, retrieval and egress.
 
     AWS ("Amazon S3 User Guide", "Multipart upload and pricing"): of an upload into S3 Glacier Flexible Retrieval or
     Deep Archive, CreateMultipartUpload and UploadPart are billed at the rates of S3 Standard, and only
-    CompleteMultipartUpload at that of the class. Of copies of several objects the number of parts is the most that
-    there can be.
+    CompleteMultipartUpload at the rate of the class. For copies of several objects the number of parts is an upper
+    bound.
+
+    Args:
+        src: Prices of the source tier.
+        dst: Prices of the destination tier.
+        sizes: Sizes of the copies.
+        leaves: Whether the bytes leave the provider's region.
+        streams: Whether the bytes pass through this machine. Then each part costs a GET and a PUT, and an object of
+            several parts one request each to begin and to complete the upload. Otherwise the store copies each object
+            by one request.
     """
     per_gb = src.retrieve_gb + (src.egress_gb if leaves else 0.0)
     return _requests_dollars(src, dst, sizes, streams=streams) + sizes.n_bytes / GB * per_gb
@@ -97,25 +110,25 @@ def _requests_dollars(src: Prices, dst: Prices, sizes: Sizes, *, streams: bool) 
         return sizes.n_objects * (src.get_1000 + dst.put_1000) / 1000
     n_more = np.maximum(sizes.n_bytes - 1, 0) // PART_BYTES  # parts beyond the first of each object
     n_large = np.minimum(sizes.n_objects, n_more)  # objects of several parts
-    n_begun = np.where(n_large > 0, n_more + 2 * n_large, 0)  # begins, and parts, of these
+    n_begun = np.where(n_large > 0, n_more + 2 * n_large, 0)  # requests that begin uploads or upload parts
     reads = (sizes.n_objects + n_more) * src.get_1000
     return np.asarray((reads + sizes.n_objects * dst.put_1000 + n_begun * dst.part_1000) / 1000, np.float64)
 
 
 def restore_dollars(archive: Prices, speed: RestorePrice, n_bytes: NDArray[np.int64], days: float) -> Dollars:
-    """What having each object back for some days costs: its retrieval, and a temporary copy in the standard class.
+    """Return the cost to restore each object for some days: the retrieval, and a temporary copy in the standard class.
 
     AWS ("Restoring an archived object"): the retrieval makes a temporary copy in S3 Standard and leaves the archived
-    object; both are paid for.
+    object; both are billed.
     """
     per_gb = speed.gb + archive.temporary_gb_month * days / MONTH_DAYS
     return n_bytes / GB * per_gb + speed.per_1000 / 1000
 
 
 def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
-    """What changing their class in place costs: a transition an object, and retrieval: it is a copy within the store.
+    """Return the cost to change the storage class in place: one transition per object, and the retrieval.
 
-    AWS: a COPY is priced as a PUT into the class that it writes, and reads from the one it reads.
+    AWS bills a COPY as a PUT into the class that it writes, plus the retrieval from the class that it reads.
     """
     return sizes.n_objects * dst.transition_1000 / 1000 + sizes.n_bytes / GB * src.retrieve_gb
 
@@ -123,9 +136,11 @@ def reclass_dollars(src: Prices, dst: Prices, sizes: Sizes) -> Dollars:
 def restored_home_dollars(
     archive: Prices, speed: RestorePrice, home: Prices, n_bytes: NDArray[np.int64], *, urls: tuple[str, str]
 ) -> Dollars:
-    """What copying each archived object home costs: its restore for PROMOTION_DAYS, and the copy or change of class.
+    """Return the cost to copy each archived object home.
 
-    urls: of the archive and of home. Where they are equal, only the class is changed.
+    The cost includes a restore for PROMOTION_DAYS, and the copy or the change of class.
+
+    urls: URLs of the archive tier and of the home tier. If they are equal, only the storage class changes.
     """
     sizes = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes)
     dollars = restore_dollars(archive, speed, n_bytes, PROMOTION_DAYS)
@@ -136,9 +151,9 @@ def restored_home_dollars(
 
 
 def leaves_and_streams(src_url: str, dst_url: str, src: Prices | None, dst: Prices | None) -> tuple[bool, bool]:
-    """Of a copy between two tiers: whether it leaves the provider's region, and whether it passes through this machine.
+    """Return whether copies between two tiers leave the provider's region, and whether they pass through this machine.
 
-    Where prices name no region, a copy leaves it unless both tiers are in one bucket. A local disk is outside every
+    If the prices name no region, a copy leaves it unless both tiers are in one bucket. A local disk is outside every
     region. Only S3 copies objects itself.
     """
     if src is None or dst is None:
@@ -160,7 +175,7 @@ def _bucket(url: str) -> str:
 
 
 def break_even_days(once: Dollars, saving_month: Dollars) -> Dollars:
-    """Days until what was paid once is earned back; inf: never; 0 where nothing is paid and nothing lost."""
+    """Return the days until the one-time cost is earned back; inf: never; 0 where nothing is paid and nothing lost."""
     days = np.full(len(once), np.inf)
     np.divide(once * MONTH_DAYS, saving_month, out=days, where=saving_month > 0)
     days[(once <= 0) & (saving_month == 0)] = 0.0
@@ -168,5 +183,5 @@ def break_even_days(once: Dollars, saving_month: Dollars) -> Dollars:
 
 
 def region_of(prices: Prices) -> str:
-    """Provider and region of a name of the price table ("aws:us-east-1"); "" of any other name."""
+    """Return provider and region of a name in the price table ("aws:us-east-1"); "" for any other name."""
     return prices.name.rpartition(":")[0]

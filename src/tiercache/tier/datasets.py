@@ -1,4 +1,4 @@
-"""Data sets among the tiers' objects: their live shards with size and checksum, and what machines said of their use."""
+"""Data sets among the listed objects: their live shards with size and checksum, and the reported uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
 SHARD_KEY = r"\.tcs$"
 
 _VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0-9]{{20}})\.json$"
-# Round trips bound the reading of many small versions.
+# Round trips dominate the time to read many small versions.
 _THREADS = 16
 
 
@@ -41,13 +41,13 @@ class DataSet:
     """A data set that was found.
 
     Attributes:
-        folder: "" or ending in "/", below the URL of a tier.
-        tier: the name of the one that its versions were read from.
-        n_versions: that are there, all of which count.
-        n_shards: that any of them names.
-        is_adopted: tiers look after it.
-        problem: why it is left alone; "": it is not.
-        elsewhere: shards that lie where no tier is, by its placement: URL -> how many.
+        folder: Folder below the URL of a tier; "" or ending in "/".
+        tier: Name of the tier from which its versions were read.
+        n_versions: Number of versions, all of which are live.
+        n_shards: Number of shards that any version names.
+        is_adopted: Whether tiers manage the data set.
+        problem: Reason why the data set is left alone; "": there is none.
+        elsewhere: URL that is not a tier's, and the number of shards that the placement puts there.
     """
 
     folder: str
@@ -61,17 +61,20 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shards:
-    """The live shards of all data sets. Row i of every column is one; a name that several have comes once.
+    """The live shards of all data sets. Row i of every column is one; keys are unique.
 
     Attributes:
         keys: large_string[n], below the URL of a tier.
-        n_bytes, crc32c: int64[n], as the manifests have them.
-        last_use_s: float64[n], NaN where nobody has reported a use.
+        n_bytes: int64[n], from the manifests.
+        crc32c: int64[n], from the manifests.
+        last_use_s: float64[n], NaN where no use was reported.
         uses: int64[n].
-        in_use, unreported: bool[n].
-        named_s: float64[n], when the first version that names it was committed, seconds since the epoch; NaN: unknown.
-        elsewhere: bool[n], its placement leads to a URL that is no tier's.
-        counted_since_s: float64[n], from when on machines report their use; inf: they do not yet.
+        in_use: bool[n].
+        unreported: bool[n], whether a machine that may read the data set has not reported.
+        named_s: float64[n], commit time of the first version that names the shard, in seconds since the epoch; NaN:
+            unknown.
+        elsewhere: bool[n], whether the placement leads to a URL that is not a tier's.
+        counted_since_s: float64[n], time since which machines report uses; inf: they do not yet.
     """
 
     keys: pa.Array
@@ -106,17 +109,17 @@ _NONE = Shards(
 def read_datasets(
     file: TierFile, stores: Stores, listed: Listed, own: pa.Array, *, now_s: float
 ) -> tuple[Shards, tuple[DataSet, ...]]:
-    """All data sets whose versions are among the listed objects.
+    """Read all data sets whose versions are among the listed objects.
 
     Args:
-        file: the rule file.
-        stores: of its tiers.
-        listed: what lies in them.
-        own: int64[m], rows of what lies in some _tiercache/.
-        now_s: seconds since the epoch.
+        file: Rule file.
+        stores: Stores of its tiers.
+        listed: Listing of the tiers.
+        own: int64[m], rows of tiercache's own objects (in a _tiercache/ folder).
+        now_s: Current time, in seconds since the epoch.
 
     Raises:
-        StoreError: of the store.
+        StoreError: A store fails.
     """
     shards, found = [], []
     own_keys = listed.keys.take(own)
@@ -129,7 +132,7 @@ def read_datasets(
 
 
 def _versions_of(file: TierFile, listed: Listed, own: pa.Array, own_keys: pa.Array) -> dict[tuple[str, int], list[int]]:
-    """(folder, tier) of each data set -> numbers of its versions: those at home, or else in the first tier with any."""
+    """Return the version numbers of each data set by (folder, tier): from the home tier, or else the first with any."""
     parts = pc.extract_regex(own_keys, _VERSION_KEY)
     rows = np.flatnonzero(np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), np.bool_))
     parts = parts.take(pa.array(rows, pa.int64()))
@@ -153,7 +156,7 @@ class _Reader:
         self._store = below(stores.store(tier), folder)
 
     def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[Shards, DataSet]:
-        """Its shards, and what else is to be said of it."""
+        """Return the shards of the data set, and its description."""
         try:
             versions = self._versions(numbers)
             table, named_s = self._table(versions)
@@ -164,8 +167,8 @@ class _Reader:
         found = usage.read_reports(self._store) if reports else []
         used = usage.merge(found, table.names, now_s=now_s, silence_s=self._file.tiering.silence_s)
         urls, elsewhere = self._elsewhere(table.names) if has_mark else ((), np.zeros(len(table), np.bool_))
-        # Before the mark nobody reports: who reads it daily is not to find it archived on the day of the first rules.
-        # A mark without a date was written by an early release: its uses have been counted for long.
+        # Without the adoption marker, readers do not report: a data set that is read daily must not be archived on the
+        # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
         since_s = (placement.adopted_s(self._store) or 0.0) if has_mark else np.inf
         shards = Shards(
             keys=_below(self._folder, table.names),
@@ -182,7 +185,7 @@ class _Reader:
         return shards, DataSet(self._folder, self._tier, len(versions), len(table), is_adopted=has_mark, elsewhere=urls)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
-        """Those of them that are still there."""
+        """Return the versions with these numbers that still exist."""
 
         def read(number: int) -> Version | None:
             try:
@@ -198,9 +201,9 @@ class _Reader:
         return [version for version in found if version is not None]
 
     def _table(self, versions: Sequence[Version]) -> tuple[ShardTable, NDArray[np.float64]]:
-        """All shards that any version names, each once, and when the first such version was committed.
+        """Return all shards that any version names, and the commit time of the first version that names each.
 
-        Segments that versions share are read once.
+        Each shard occurs once. Segments that versions share are read once.
         """
         refs: dict[tuple[str, str], SegmentRef] = {}
         first_s: dict[tuple[str, str], float] = {}
@@ -223,7 +226,7 @@ class _Reader:
         return ShardTable([table.arrow.take(pa.array(first))]), since_s[first]
 
     def _elsewhere(self, names: pa.ChunkedArray) -> tuple[tuple[tuple[str, int], ...], NDArray[np.bool_]]:
-        """How many of its shards are placed at a URL that is no tier's, by URL; and which: bool[n]."""
+        """Return the shards that are placed at a URL that is not a tier's: their number by URL, and bool[n]."""
         placed = placement.read(self._store)
         if placed is None or not len(placed):
             return (), np.zeros(len(names), np.bool_)
@@ -238,7 +241,7 @@ class _Reader:
 
 
 def _seconds(created: str) -> float:
-    """Seconds since the epoch of what a version says of its making; NaN where that is no time."""
+    """Return the creation time of a version in seconds since the epoch; NaN if it is not a time."""
     try:
         return datetime.fromisoformat(created).timestamp()
     except (ValueError, OverflowError):
@@ -250,14 +253,14 @@ def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _below(folder: str, names: pa.ChunkedArray) -> pa.Array:
-    """Names with the folder before each, as one array."""
+    """Return the names with the folder prepended, as one array."""
     texts = pa.concat_arrays([pa.array([], pa.large_string()), *names.chunks])
     large = pa.large_string()
     return pc.binary_join_element_wise(pa.scalar(folder, large), texts, pa.scalar("", large))
 
 
 def _joined(shards: Sequence[Shards]) -> Shards:
-    """All of them; of a key that two have, the first."""
+    """Concatenate the shards of all data sets; of duplicate keys, the first is kept."""
     every = [_NONE, *shards]
     keys = pa.concat_arrays([one.keys for one in every])
     rows = np.flatnonzero(find(keys, keys) == np.arange(len(keys)))

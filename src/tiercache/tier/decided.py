@@ -1,4 +1,4 @@
-"""What the policy decided, in columns: a million moves are 50 MB here, and ten times that as objects."""
+"""The policy's decisions as columns: a million moves take 50 MB here, and ten times as much as objects."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ FREE = Money(break_even_days=0.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ways:
-    """What is moved or refused; row i of every column is one.
+    """Columns of moves or refusals; row i of every column is one.
 
     Attributes:
-        group: int64[n].
-        action: int8[n], numbers of ACTIONS.
-        src, dst: int8[n], tiers; dst: -1: none.
-        rule: int16[n], numbers in rules, from the end where negative.
-        text: object[n], why.
-        rules: names of what may ask for a move.
+        group: int64[n], number of the group.
+        action: int8[n], indices of ACTIONS.
+        src: int8[n], source tier.
+        dst: int8[n], destination tier; -1: none.
+        rule: int16[n], indices of `rules`; negative: counted from the end.
+        text: object[n], reason.
+        rules: Names of rules and watermarks.
     """
 
     group: Rows
@@ -43,7 +44,7 @@ class Ways:
 
     @classmethod
     def of(cls, some: Sequence[Chosen] | Sequence[Declined]) -> Ways:
-        """The columns of these, as they are kept or made of them."""
+        """Return the columns of a sequence of decisions, without a copy if it is kept as columns."""
         if isinstance(some, Choices | Refused):
             return some.ways
         names = sorted({one.rule for one in some})
@@ -60,7 +61,7 @@ class Ways:
         )
 
     def named(self, start: int, end: int) -> Iterator[tuple[int, Action, int, int | None, str, str]]:
-        """(group, action, src, dst, rule, reason) of each row from start to end."""
+        """Yield (group, action, src, dst, rule, reason) of each row from start to end."""
         part = slice(start, end)
         return zip(
             self.group[part].tolist(),
@@ -75,8 +76,11 @@ class Ways:
     def worded(
         self, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]
     ) -> Iterator[tuple[Kind, Action, str, str | None, str, str]]:
-        """(kind, action, src, dst, rule, reason) of each row of a part, for people. kind: of these rows."""
-        rows, names = slice(*part), (*tiers, None)  # -1 is none, the last
+        """Yield (kind, action, src, dst, rule, reason) of each row of a part, with tiers by name.
+
+        kind: Kind of the groups of these rows.
+        """
+        rows, names = slice(*part), (*tiers, None)  # dst -1 (none) indexes the last entry
         return zip(
             [KINDS[number] for number in kind.tolist()],
             [ACTIONS[number] for number in self.action[rows].tolist()],
@@ -90,21 +94,27 @@ class Ways:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dollars:
-    """What moves cost once and save a month, and days until that is earned back (inf: never); float64[n] each."""
+    """Costs of moves; float64[n] each.
+
+    Attributes:
+        once: One-time cost, in US dollars.
+        saving_month: Savings per month, in US dollars.
+        days: Days until break-even; inf: never.
+    """
 
     once: NDArray[np.float64]
     saving_month: NDArray[np.float64]
     days: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        """What costs and saves nothing is earned back at once."""
+        """Set all columns to zero for moves without cost and savings: they break even at once."""
         free = (self.once == 0) & (self.saving_month == 0)
         for name, column in (("once", self.once), ("saving_month", self.saving_month), ("days", self.days)):
             object.__setattr__(self, name, np.where(free, 0.0, column))
 
     @classmethod
     def of(cls, moves: Sequence[Chosen]) -> Dollars:
-        """The columns of these, as they are kept or made of them."""
+        """Return the columns of a sequence of decisions, without a copy if it is kept as columns."""
         if isinstance(moves, Choices):
             return moves.dollars
         days = [np.inf if one.money.break_even_days is None else one.money.break_even_days for one in moves]
@@ -112,18 +122,18 @@ class Dollars:
         return cls(*(np.array(column, np.float64) for column in columns))
 
     def rows(self, start: int, end: int) -> Iterator[tuple[float, float, float | None]]:
-        """(once, saving_month, days; None: never) of each row from start to end."""
+        """Yield (once, saving_month, days) of each row from start to end; days None: never."""
         days = [None if day == np.inf else day for day in self.days[start:end].tolist()]
         return zip(self.once[start:end].tolist(), self.saving_month[start:end].tolist(), days, strict=True)
 
     def made(self, start: int, end: int) -> Iterator[Money]:
-        """The objects of rows from start to end."""
+        """Yield the costs of rows from start to end as objects."""
         return (Money(*row) if row[0] or row[1] else FREE for row in self.rows(start, end))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Choices(Made[Chosen]):
-    """Moves."""
+    """A sequence of decided moves over columns."""
 
     ways: Ways
     dollars: Dollars
@@ -132,14 +142,14 @@ class Choices(Made[Chosen]):
         return len(self.ways)
 
     def made(self, start: int, end: int) -> Iterator[Chosen]:
-        """Those from start to end."""
+        """See Made.made."""
         for columns, money in zip(self.ways.named(start, end), self.dollars.made(start, end), strict=True):
             yield Chosen(*columns, money)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Refused(Made[Declined]):
-    """Moves that are asked for and not made."""
+    """A sequence of rejected moves over columns."""
 
     ways: Ways
 
@@ -147,5 +157,5 @@ class Refused(Made[Declined]):
         return len(self.ways)
 
     def made(self, start: int, end: int) -> Iterator[Declined]:
-        """Those from start to end."""
+        """See Made.made."""
         return (Declined(*columns) for columns in self.ways.named(start, end))

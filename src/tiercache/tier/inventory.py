@@ -1,12 +1,12 @@
-"""The inventory: what lies in all tiers, as groups and their copies in columns, for the planner and the mover.
+"""The inventory: all objects of all tiers as groups and copies in columns, for the planner and the mover.
 
 ::
 
-    list all tiers side by side -> read the data sets' manifests -> recognise checkpoints among what is left
-        -> copies of groups, whole or not, verified or not -> complete or not -> metrics that rules ask for
+    list all tiers in parallel -> read the manifests of data sets -> recognise checkpoints among the other objects
+        -> copies of groups, whole or not, verified or not -> complete or not -> metrics that rules use
 
-What nobody can be sure of is left out or called incomplete, and said in `facts`: shards that no version names, objects
-that somebody is still writing, data sets that cannot be read.
+Uncertain objects are left out or marked incomplete, and reported in `facts`: shards that no version names, objects that
+are still being written, and data sets that cannot be read.
 """
 
 from __future__ import annotations
@@ -36,30 +36,36 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
     from tiercache.tierfile import TierFile
 
-# Names that facts give of what there may be many of.
+# Number of example names that a fact contains.
 _MANY = 10
 
 
 class Known(Protocol):
-    """What the catalog knows of copies."""
+    """The catalog's knowledge of copies."""
 
     def checksums(self, tier: str, /) -> Mapping[str, tuple[int, str | None, int | None, bool, float | None]]:
-        """Of each object of a tier: size, ETag, CRC-32C, whether its bytes were verified, when it was written first."""
+        """Return, by key: size, ETag, CRC-32C, whether the bytes were verified, and the time of the first write."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inventory:
-    """What there is. Immutable; safe from any thread.
+    """The content of all tiers. Immutable; safe from any thread.
 
     Attributes:
-        snapshot: as the planner sees it.
-        facts: for people and the mover: `datasets` (tuple of DataSet), `missed` (tiers that were not listed),
-            `emptied` (local tiers that have nothing, and of which the catalog knows copies), `n_objects`, `n_own`, and
-            what was left alone, each a count with some names: `orphans` (shards that no version names), `missing`
-            (shards that lie nowhere), `unfinished`, `no_keys`, `differing` (objects that are not the same in two
-            tiers), `incomplete` (checkpoints, by what they lack), `unread` (metrics). `in_files`: group -> names of the
-            metrics in its files, of those that were read; `missing_shards`: keys of all shards that are in no tier, and
-            not placed elsewhere, and when each was first named (seconds since the epoch).
+        snapshot: Snapshot for the planner.
+        facts: Further findings, by name:
+
+            - `datasets`: tuple of DataSet.
+            - `missed`: tiers that were not listed.
+            - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
+            - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that
+              no tier has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid
+              keys), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be
+              read).
+            - `incomplete`: number of incomplete checkpoints, by what they lack.
+            - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
+            - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and the time when
+              each was first named, in seconds since the epoch.
     """
 
     snapshot: Snapshot
@@ -68,9 +74,9 @@ class Inventory:
     _copies: Copies = field(repr=False)
 
     def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
-        """The objects of a group's copy in a tier, those that make it whole last; empty: it has none there.
+        """Return the objects of a group's copy in a tier; empty: there is no such copy. The final objects come last.
 
-        Their crc32c is what the store, the manifest or the catalog says of them as they are now.
+        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object.
         """
         copy = self._copies.find(group, tier)
         if copy is None:
@@ -79,11 +85,14 @@ class Inventory:
         return self._listed.objects(self._copies.row[start:end], self._copies.crc32c[start:end])
 
     def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
-        """Whether an object of each of these keys was listed in any tier; bool[len(keys)]."""
+        """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
         return find(keys, self._listed.keys) >= 0
 
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
-        """The objects of each group's copy in the tier beside it, as objects() has them."""
+        """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
+
+        See objects().
+        """
         listed, copies = self._listed, self._copies
         copy = copies_at(copies.group, copies.tier, groups, tiers)
         n_objects = np.where(copy < 0, 0, np.append(copies.n_objects, 0)[copy]).astype(np.int64)
@@ -102,19 +111,19 @@ def take_inventory(
     on_progress: Progress | None = None,
     may_miss: Collection[str] = (),
 ) -> Inventory:
-    """What lies in all tiers by now.
+    """List all tiers and return their content.
 
     Args:
-        file: the rule file.
-        stores: of its tiers.
-        known: the catalog.
-        now_s: seconds since the epoch.
-        on_progress: hears (tier, objects listed by now), from several threads.
-        may_miss: tiers that may be left out where they cannot be listed; `facts["missed"]` names them.
+        file: Rule file.
+        stores: Stores of its tiers.
+        known: Catalog.
+        now_s: Current time, in seconds since the epoch.
+        on_progress: Callback that receives (tier, number of objects listed so far), from several threads.
+        may_miss: Tiers that are left out if they cannot be listed; `facts["missed"]` names them.
 
     Raises:
-        StoreError: a tier cannot be listed, or what decides cannot be read from it now.
-        ValueError: a tier's store cannot be.
+        StoreError: A tier cannot be listed, or an object that decides about moves cannot be read now.
+        ValueError: The URL or the options of a tier's store are invalid.
     """
     listed = list_tiers(file, stores, now_s=now_s, on_progress=on_progress, may_miss=may_miss)
     give_back()
@@ -149,7 +158,20 @@ def take_inventory(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grouped:
-    """All groups, by path. shard: int64[n_groups], its row among the shards; -1. of: int64[n_groups], in the layout."""
+    """All groups, sorted by path.
+
+    Attributes:
+        paths: Paths of the groups.
+        kind: uint8[n_groups].
+        shard: int64[n_groups], row of the group in `shards`; -1: no shard.
+        of: int64[n_groups], number of the group in `layout`; -1: a shard.
+        layout: Files and checkpoints.
+        shards: Live shards of all data sets.
+        objects: Objects that belong to groups.
+        orphans: Keys of shards that no version names.
+        unfinished: Keys that are still being written.
+        no_keys: Names that are not valid keys.
+    """
 
     paths: pa.Array
     kind: NDArray[np.uint8]
@@ -163,7 +185,7 @@ class _Grouped:
     no_keys: pa.Array
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
-        """A column of the layout's groups as one of all groups."""
+        """Expand a column of the layout's groups to all groups."""
         found = np.full(len(self.kind), otherwise, column.dtype)
         found[self.of >= 0] = column[self.of[self.of >= 0]]
         return found
@@ -179,7 +201,7 @@ def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped
     layout = recognise(taken(keys, others))
     give_back()
     is_shard = np.flatnonzero(shard >= 0)
-    # A folder that is a checkpoint and a shard of the same name: never seen, and the snapshot wants names but once.
+    # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
     is_shard = is_shard[find(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
     order = rising(paths)
@@ -212,7 +234,7 @@ def _grouped(listed: Listed, own: NDArray[np.bool_], shards: Shards) -> _Grouped
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """Of each key its group and its row among the shards; and which keys the layout is of."""
+    """Columns by key: the group and the row among the shards; and the keys that the layout covers."""
 
     group: NDArray[np.int64]
     shard: NDArray[np.int64]
@@ -220,7 +242,7 @@ class _Columns:
 
 
 def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """The keys, each once and sorted, and the number of each."""
+    """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = rising(encoded.dictionary)
     place = np.empty(len(order), np.int64)
@@ -255,14 +277,14 @@ def _objects(
     )
 
 
-# -- what is said of them -------------------------------------------------------------------------------------------
+# -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
 def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: float) -> NDArray[np.bool_]:
-    """Checkpoints that are whole in some tier: their names say so, and nobody writes them any more.
+    """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
-    That is so if the copy was verified, for only what is complete is moved; if its mark is there and nothing of it is
-    younger; or if nothing of it has changed for settle_s.
+    A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
+    object is newer, or if no object has changed for settle_s.
     """
     settled = now_s - copies.modified_s >= settle_s
     closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
@@ -276,9 +298,9 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, settle_s: floa
 
 
 def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray[np.bool_]:
-    """Of groups whose metrics cannot be read, those that no mover has put where they lie.
+    """Return the groups whose metrics cannot be read, without those that the mover has put where they are.
 
-    What a mover has put there was not among the best when its metrics could be read.
+    A checkpoint that the mover has moved was not among the best while its metrics were readable.
     """
     found = np.zeros(n_groups, np.bool_)
     found[groups] = True
@@ -287,15 +309,15 @@ def _unread(groups: NDArray[np.int64], copies: Copies, n_groups: int) -> NDArray
 
 
 def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copies: Copies) -> dict[int, str]:
-    """Copy -> a symbolic link in its tier that leads to it, or to something in it."""
+    """Return, by copy, a symbolic link in its tier that points to the copy or into it."""
     found: dict[int, str] = {}
     for number in listed.tiers:
         store = stores.store(file.tiers[number].name)
         if not isinstance(store, LocalFolder):
             continue
-        # The group itself, or the folder above that is one.
+        # The target may be the group, or lie in a folder that is one.
         pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
-        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # it would go with it
+        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # moves with the group
         rows = find(pa.array([above for _, above in pairs], pa.large_string()), paths)
         for (link, _), row in zip(pairs, rows.tolist(), strict=True):
             copy = copies.find(row, number) if row >= 0 else None
@@ -305,25 +327,25 @@ def _links(file: TierFile, stores: Stores, listed: Listed, paths: pa.Array, copi
 
 
 def _with_folders(key: str) -> list[str]:
-    """The key, and the folders that it lies in."""
+    """Return the key and the folders that contain it."""
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Used:
-    """What the logs of caches on this machine say of the use of each group; last_s: NaN where they say nothing."""
+    """Uses of each group, from the read logs of caches on this machine. last_s: NaN if the logs have none."""
 
     last_s: NDArray[np.float64]
     uses: NDArray[np.int64]
 
     @classmethod
     def of(cls, file: TierFile, listed: Listed, grouped: _Grouped) -> _Used:
-        """A group is used when any of its objects is, wherever that lies."""
+        """Aggregate the logs: the use of any object, in any tier, is a use of its group."""
         n_groups = len(grouped.kind)
         last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
         try:
             known = read_log.read()
-        except (OSError, ValueError):  # no state folder can be had: then nothing is known
+        except (OSError, ValueError):  # there is no usable state folder, so that no use is known
             known = {}
         for number in listed.tiers if known else ():
             found = read_log.below(known, file.tiers[number].url)
@@ -343,7 +365,7 @@ def _snapshot(
 ) -> Snapshot:
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
-    # What was restored in place is not idle at once: where nothing is known of its use, its oldest copy's date counts.
+    # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
     n_uses, in_use, unreported = used.uses.copy(), np.zeros_like(of_shard), np.zeros_like(of_shard)
@@ -406,5 +428,5 @@ def _facts(
 
 
 def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:
-    """How many there are, and the first of them."""
+    """Return the number of keys, and the first few."""
     return len(keys), tuple(keys.slice(0, _MANY).to_pylist())

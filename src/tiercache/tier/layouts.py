@@ -1,8 +1,8 @@
-"""Layouts: which keys are a checkpoint together, of which run, at which step; and whether their names say it is whole.
+"""Recognises checkpoints by the names of their objects: which keys belong together, and to which run and step.
 
-All here is pure and goes by names. What libraries write, as their sources have it (torch filesystem.py, Lightning
-model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM training/checkpointing.py, DeepSpeed engine.py,
-transformers trainer.py)::
+Also tells whether the names show that a checkpoint is complete. All functions are pure. The layouts are those of the
+libraries' sources (torch filesystem.py, Lightning model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM
+training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
 
     step-100/{__0_0.distcp, .metadata}                    torch.distributed.checkpoint; .metadata is renamed last
     checkpoint-100/{model.safetensors, trainer_state.json}  Hugging Face Trainer; trainer_state.json is written late
@@ -11,7 +11,7 @@ transformers trainer.py)::
     iter_0000100/mp_rank_00/model_optim_rng.pt            Megatron-LM; with torch_dist .metadata, then metadata.json
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
 
-The outermost folder with such a name is the checkpoint: global_step100 inside of checkpoint-100 is a part of it.
+The outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from tiercache.tier.model import NO_SERIES, NO_STEP
 
 NO_GROUP = -1
 
-# Fewer names that are alike but for their digits are not worth a look at what they have in common.
+# Minimum number of names that differ only in digits for which their common template is parsed once.
 _FEW = 8
 
-# Ranks of a group's objects, by which they are sorted: what makes it whole comes last.
+# Copy order of a group's objects: the object that marks it complete comes last.
 MEMBER, INDEX, MARK = range(3)
 
-# What a checkpoint lacks to be complete, as far as names go.
+# What a checkpoint lacks to be complete, judged by names.
 NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE = range(6)
 LACKS = (
     "",
     "a .metadata beside each .distcp",
     "trainer_state.json",
     "weights",
-    "all shards that their names count",
-    "the end of a save: a .metadata.tmp lies there",
+    "some of the shards that their names count",
+    "the end of a save: there is a .metadata.tmp",
 )
 
-# -- names --------------------------------------------------------------------------------------------------------
+# -- patterns of names -----------------------------------------------------------------------------------------------
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
 DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
 WORD = r"global[-_]?step|step|iter(?:ation)?|ckpt|checkpoint|epoch"
 _METRIC = rf"[a-z][\w@.]*?(?:={NUMBER}|[-_]?{DECIMAL})"
-# Behind the number may stand other counters, metrics, and Lightning's -v1 for a name that was taken.
+# After the number: other counters, metrics, and Lightning's -v1, which it adds if the name exists already.
 _REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*"
 _HEAD = rf"(?P<prefix>(?:[^/]*?[-_.])??)(?P<word>{WORD})[-_=]?(?P<number>[0-9]{{1,18}})"
 SUFFIXES = r"(?:\.(?:pt|pth|ckpt|bin|safetensors|tar|npz))"
@@ -75,10 +75,10 @@ _IN_FOLDER = (
 )
 _IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
-# What differs between the checkpoints of one run.
+# The parts of a name that differ between the checkpoints of one run.
 _VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})"
 
-# What a writer has not finished, whatever it is of. The last: Orbax writes to such a folder and renames it.
+# Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
     rf"(?:^|/)(?:{TEMP_PREFIX.replace('.', '[.]')}|tmp-checkpoint-)"
     r"|\.(?:tmp|part|partial|incomplete)(?:/|$)|[-_]tmp/|\.orbax-checkpoint-tmp"
@@ -87,7 +87,7 @@ _NO_KEY = r"^/|/$|//|(?:^|/)\.\.?(?:/|$)|\\|\x00|://|^$"
 
 _WEIGHTS = r"(?i)\.(?:pt|pth|ckpt|bin|safetensors|distcp|msgpack|h5)$"
 _NO_WEIGHTS = r"^(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)[^/]*$"
-# What a folder that is called by a number must hold: of data one may have x/0/17.pt and x/1/17.bin.
+# Names of which a numbered folder must contain one to be a checkpoint: data may lie in x/0/17.pt and x/1/17.bin too.
 _HOLDS_STATE = (
     r"(?i)^(?:[a-z]+_)*(?:model|optim|state|weights|checkpoint|ckpt|trainer)[^/]*\.(?:pt|pth|ckpt|bin|safetensors|msgpack)$"
     r"|\.(?:distcp|ocdbt)$|^\.metadata$|^_CHECKPOINT_METADATA$"
@@ -100,19 +100,19 @@ _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What keys are, together. Row g of a column of groups is group g, row k of a column of keys is key k.
+    """Groups of keys. Row g of a group column is group g, row k of a key column is key k.
 
     Attributes:
-        paths: large_string[n_groups], sorted, no two alike.
-        checkpoint: bool[n_groups]; all else are files.
-        step: int64[n_groups]; NO_STEP.
-        series: int32[n_groups], the same for what one run writes under one name; NO_SERIES.
-        lacks: uint8[n_groups], numbers of LACKS.
-        marked: bool[n_groups], it has an object that is written when all else is there.
-        group: int32[n_keys]; NO_GROUP: of what nobody has finished writing, and what is no key.
+        paths: large_string[n_groups], sorted, unique.
+        checkpoint: bool[n_groups]; the other groups are files.
+        step: int64[n_groups]; NO_STEP for files.
+        series: int32[n_groups], equal for the checkpoints that one run writes under one name; NO_SERIES for files.
+        lacks: uint8[n_groups], indices of LACKS.
+        marked: bool[n_groups], whether the group has an object that its writer writes last.
+        group: int32[n_keys]; NO_GROUP for unfinished objects and for names that are not valid keys.
         rank: uint8[n_keys], MEMBER, INDEX or MARK.
-        unfinished: bool[n_keys], by its name.
-        on_top: bool[n_keys], it lies directly in the folder that its group is.
+        unfinished: bool[n_keys], by the name.
+        on_top: bool[n_keys], whether the object lies directly in the folder of its group.
     """
 
     paths: pa.Array
@@ -128,7 +128,7 @@ class Layout:
 
 
 def recognise(keys: pa.Array) -> Layout:
-    """Which groups these keys make. keys: string or large_string, no two alike, without nulls."""
+    """Return the groups that these keys form. keys: string or large_string, unique, without nulls."""
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
     in_folder = _checkpoint_folders(folders, folder, names)
@@ -152,7 +152,7 @@ def recognise(keys: pa.Array) -> Layout:
     )
 
 
-# -- checkpoints by their names -------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------------------------
 
 _NAMES = ("parent", "prefix", "word", "rest", "suffix")
 _KNOWN = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
@@ -160,7 +160,7 @@ _KNOWN = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), p
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InFolders:
-    """Checkpoints that are folders. table: as _KNOWN, and path; row: int64[n_folders], in it, -1."""
+    """Checkpoints that are folders. table: _KNOWN and path; row: int64[n_folders], row in the table; -1: none."""
 
     table: pa.Table
     row: NDArray[np.int64]
@@ -170,7 +170,7 @@ def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.
     whole = pc.extract_regex(folders, _IN_FOLDER)
     named = pc.is_valid(whole)
     if len(folders):
-        # Who writes there has not finished: its folder gets another name when it has.
+        # A temporary folder is still being written; the writer renames it at the end.
         named = pc.and_(named, pc.invert(pc.match_substring_regex(folders, _TEMPORARY)))
     by_name = np.flatnonzero(numbers(named, np.int64))
     found = whole.take(pa.array(by_name))
@@ -191,7 +191,7 @@ def _checkpoint_folders(folders: pa.Array, folder: NDArray[np.int64], names: pa.
 
 
 def _first_of_each(rows: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
-    """The first row of each path, and the number among them of every row."""
+    """Return the first row of each distinct path, and for every row the number of its path."""
     encoded = rows["path"].combine_chunks().dictionary_encode() if len(rows) else None
     if encoded is None:
         return rows, np.empty(0, np.int64)
@@ -202,9 +202,10 @@ def _first_of_each(rows: pa.Table) -> tuple[pa.Table, NDArray[np.int64]]:
 def _number_folders(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.bool_]
 ) -> Iterator[tuple[int, str]]:
-    """(folder, path of its checkpoint) of folders in one whose name is a number and that stands beside its like.
+    """Yield (folder, path of its checkpoint) for folders inside a checkpoint folder whose name is only a number.
 
-    Only such as hold something that is called like weights: folders are numbered by class, day and part too.
+    A numbered folder is a checkpoint if it has a numbered sibling and both contain files with names of weights: folders
+    are numbered by class, day and part too.
     """
     numbered = matches(folders, _IN_NUMBER) & ~named & ~matches(folders, _TEMPORARY)
     if not numbered.any():
@@ -224,7 +225,7 @@ def _number_folders(
 
 
 def _numbered_above(folder: str) -> Iterator[str]:
-    """The folder and those above it whose name is a number, from the outermost."""
+    """Yield the ancestors of the folder, and itself, whose name is a number; the outermost first."""
     end = 0
     while (end := folder.find("/", end + 1)) >= 0:
         name = folder[folder.rfind("/", 0, end) + 1 : end]
@@ -235,7 +236,7 @@ def _numbered_above(folder: str) -> Iterator[str]:
 def _checkpoint_files(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, left: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """Of the keys `left` those that are a checkpoint each: their places in it, and what is known of them; in parts."""
+    """Yield, in parts, the keys in `left` that are a checkpoint each: positions in `left`, with step and series."""
     for start in range(0, len(left), ROWS_AT_A_TIME):
         some = left[start : start + ROWS_AT_A_TIME]
         texts, of = names.take(pa.array(some)), folder[some]
@@ -251,16 +252,20 @@ def _checkpoint_files(
 
 
 def _columns_of(found: pa.Array, rows: NDArray[np.int64], parents: pa.Array) -> dict[str, pa.Array]:
-    """The parts of names that _known_of() wants, of rows of what was found by _FILE_NAME."""
+    """Return the parts of names that _known_of() takes, for rows of the matches of _FILE_NAME."""
     found = found.take(pa.array(rows))
     return {name: pc.struct_field(found, name) for name in (*_NAMES[1:], "number")} | {"parent": parents}
 
 
 def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.bool_]]:
-    """What is known of names by their shapes: the row of each shape in the table, -1; and those to be read one by one.
+    """Parse each template of names once.
 
-    The step is the number of a run of digits, from 1, for each run is read as its number. Digits that a series has are
-    those of what no counter is: of such names, and of a few alike, each is read.
+    The number of a digit run, from 1, replaces each run, so that the parsed step tells which run it is. Names whose
+    series contains digits outside of counters, and templates of few names, are parsed one by one.
+
+    Returns:
+        The parsed templates; the row of each template in this table, -1: not parsed; the templates to parse name by
+        name.
     """
     is_one = matches(alike.shapes, _FILE_NAME)
     many = np.bincount(alike.shape, minlength=len(is_one)) >= _FEW
@@ -277,7 +282,7 @@ def _known_shapes(alike: Alike) -> tuple[pa.Table, NDArray[np.int64], NDArray[np
 
 
 def _counted(shape: str) -> str:
-    """The shape with 1, 2 and so on for its runs of digits."""
+    """Replace the digit runs of a template by 1, 2 and so on."""
     first, *rest = shape.split("0")
     return first + "".join(f"{number}{text}" for number, text in enumerate(rest, start=1))
 
@@ -285,7 +290,7 @@ def _counted(shape: str) -> str:
 def _known_together(
     alike: Alike, rows: NDArray[np.int64], shapes: pa.Table, folders: pa.Array, folder: NDArray[np.int64]
 ) -> pa.Table:
-    """What is known of rows of names from what is known of the shape of each. folder: of all names, in folders."""
+    """Return step and series of the names in rows, from their parsed templates. folder: Folder of every name."""
     series = _one(shapes["series"])
     n_series = len(series.dictionary)
     code = folder[rows] * n_series + numbers(series.indices, np.int64)
@@ -297,9 +302,10 @@ def _known_together(
 
 
 def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
-    """Step and series of checkpoints from the parts of their names, which are _NAMES and number.
+    """Return step and series of checkpoints from the parts of their names: _NAMES and number.
 
-    A step in the rest counts more than an epoch before it. A series is what is the same in all names of a run.
+    A step in the rest of the name has precedence over an epoch before it. The series is the part of the name that is
+    equal for all checkpoints of a run.
     """
     rest, word = columns["rest"], pc.utf8_lower(columns["word"])
     inner = pc.extract_regex(rest, _STEP_IN_REST)
@@ -313,7 +319,7 @@ def _known_of(columns: dict[str, pa.Array]) -> pa.Table:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Known:
-    """Of groups: whether each is a checkpoint, its step, and the number of its series."""
+    """Group columns: whether the group is a checkpoint, its step, and the number of its series."""
 
     checkpoint: NDArray[np.bool_]
     step: NDArray[np.int64]
@@ -326,9 +332,9 @@ def _known_groups(
     place: NDArray[np.int64],
     n_groups: int,
 ) -> _Known:
-    """What is known of groups. place: int64[n], the group of each folder (-1: it is none), then of each file."""
+    """Return what is known of each group. place: int64[n], group of each folder (-1: none), then of each file."""
     groups, steps, series = [], [], []
-    # Folders last, so that they count: a file and a folder of one name are the folder.
+    # Folders come last and overwrite: a file and a folder with one name count as the folder.
     files = ((len(in_folder) + rows, table) for rows, table in in_files)
     for rows, table in chain(files, [(np.flatnonzero(place[: len(in_folder)] >= 0), in_folder)]):
         groups.append(place[rows])
@@ -345,7 +351,7 @@ def _known_groups(
 
 
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers for codes, in the order in which they come."""
+    """Number the codes in order of first appearance."""
     _, first, number = np.unique(codes, return_index=True, return_inverse=True)
     place = np.empty(len(first), np.int64)
     place[np.argsort(first)] = np.arange(len(first))
@@ -355,13 +361,18 @@ def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _numbered(
     keys: pa.Array, row: NDArray[np.int64], folders: pa.ChunkedArray, left: NDArray[np.int64], no_key: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], pa.Array, NDArray[np.int64]]:
-    """The group of each key; the paths of groups, sorted; the group of each folder (-1: none), then of each in left."""
+    """Assign keys to groups.
+
+    Returns:
+        The group of each key; the sorted paths of groups; the group of each folder (-1: none), then of each key in
+        left.
+    """
     inside, n_folders = np.flatnonzero((row >= 0) & ~no_key), len(folders)
-    is_used = np.zeros(n_folders + 1, np.bool_)  # the last is for -1: of none
+    is_used = np.zeros(n_folders + 1, np.bool_)  # index -1 (no folder) is the last entry
     is_used[row[inside]] = True
     used = np.flatnonzero(is_used)
     of_folders, of_keys = _one(folders), taken(keys, left)
-    # The group of a key that is called as a folder is, is the folder, though nothing else be in it.
+    # A key with the name of a checkpoint folder belongs to that folder's group, even if the folder is otherwise empty.
     same = find(of_keys, of_folders)
     alone, to_folder = np.flatnonzero(~is_used[same]), np.flatnonzero(is_used[same])
     paths = taken(of_keys, alone)
@@ -384,8 +395,8 @@ def _numbered(
 def _on_top(
     folders: pa.Array, folder: NDArray[np.int64], paths: pa.Array, group: NDArray[np.int32]
 ) -> NDArray[np.bool_]:
-    """Whether a key lies directly in the folder that its group is."""
-    group_bytes = np.append(numbers(pc.binary_length(paths), np.int64), NO_GROUP)  # of no group: none is as long
+    """Return whether each key lies directly in the folder of its group; bool[n_keys]."""
+    group_bytes = np.append(numbers(pc.binary_length(paths), np.int64), NO_GROUP)  # entry -1 matches no length
     folder_bytes = numbers(pc.binary_length(folders), np.int64)
     return np.asarray((group != NO_GROUP) & (folder_bytes[folder] == group_bytes[group] + 1), np.bool_)
 
@@ -398,11 +409,11 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-# -- whether they are whole -------------------------------------------------------------------------------------------
+# -- completeness ----------------------------------------------------------------------------------------------------
 
 
 class _Members:
-    """The objects of groups by their names. What is asked of checkpoints alone is not looked for in other files."""
+    """The objects of groups, by name. Patterns that apply only to checkpoints are not searched in other files."""
 
     def __init__(
         self,
@@ -422,39 +433,39 @@ class _Members:
         self.metadata, self.trainer_state = self.called(".metadata"), self.called("trainer_state.json")
 
     def called(self, name: str) -> NDArray[np.bool_]:
-        """Whether a member has this name; bool[n_keys]."""
+        """Return whether each key belongs to a group and has this name; bool[n_keys]."""
         return np.asarray(pc.equal(self.names, name).to_numpy(zero_copy_only=False), np.bool_) & self._is_in
 
     def named(self, pattern: str) -> NDArray[np.bool_]:
-        """Whether the pattern is found in a checkpoint's member's name; bool[n_keys]."""
+        """Return whether each key belongs to a checkpoint and its name contains the pattern; bool[n_keys]."""
         found = np.zeros(len(self.names), np.bool_)
         found[self._rows[matches(self._names, pattern)]] = True
         return found
 
     def groups_with(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Whether a group has one of them; bool[n_groups]."""
+        """Return whether each group has one of the members; bool[n_groups]."""
         has = np.zeros(self._n_groups, np.bool_)
         has[self.group[members]] = True
         return has
 
     def beside(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Whether a folder has one of them directly in it; bool[n_folders]."""
+        """Return whether each folder directly contains one of the members; bool[n_folders]."""
         has = np.zeros(self._n_folders, np.bool_)
         has[self.folder[members]] = True
         return has
 
     def marks(self) -> NDArray[np.bool_]:
-        """What is written when all else is there; bool[n_keys]."""
+        """Return the objects that a writer writes last; bool[n_keys]."""
         return self.metadata | self.trainer_state
 
     def ranks(self) -> NDArray[np.uint8]:
-        """MEMBER, INDEX or MARK; uint8[n_keys]."""
+        """Return MEMBER, INDEX or MARK for each key; uint8[n_keys]."""
         rank = np.where(matches(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
         rank[self.marks()] = MARK
         return rank
 
     def count_wrong(self) -> NDArray[np.bool_]:
-        """Groups in which shards are missing of those that names such as model-00001-of-00004.bin count."""
+        """Return the groups that miss shards according to names such as model-00001-of-00004.bin; bool[n_groups]."""
         at = np.flatnonzero(self.named(_COUNTED))
         found = pc.extract_regex(self.names.take(pa.array(at)), _COUNTED)
         columns = {name: pc.struct_field(found, name) for name in ("stem", "total", "suffix", "number")}
@@ -467,15 +478,15 @@ class _Members:
 
 
 def _lacking(seen: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """What each group lacks, numbers of LACKS; of files it says nothing."""
+    """Return what each group lacks, as indices of LACKS; meaningless for files."""
     lacks = np.full(len(series), NOTHING, np.uint8)
     weights = seen.named(_WEIGHTS) & ~seen.named(_NO_WEIGHTS)
-    # Trainer is known by two files of its own in any checkpoint of the run: others write checkpoint-N without them.
+    # Either of two files in any checkpoint of the run identifies Trainer: other libraries write checkpoint-N too.
     trainer = seen.groups_with(seen.trainer_state)
     trainers = np.unique(series[trainer | seen.groups_with(seen.named(r"^training_args\.bin$"))])
     is_trainer = np.isin(series, trainers[trainers != NO_SERIES])
     lacks[seen.count_wrong()] = SHARDS
-    # A .metadata that is left alone (its .distcp were deleted by hand) would be taken for the newest that is whole.
+    # A lone .metadata, whose .distcp files were deleted by hand, must not count as the newest complete checkpoint.
     lacks[seen.groups_with(seen.metadata & ~seen.beside(weights)[seen.folder])] = WEIGHTS
     lacks[is_trainer & ~seen.groups_with(weights)] = WEIGHTS
     lacks[is_trainer & ~trainer] = TRAINER_STATE

@@ -1,12 +1,12 @@
-"""Scores in Lightning's checkpoints, which are torch's zip files with a pickle: the pickle is read and never executed.
+"""Scores in Lightning's checkpoints: torch's zip files with a pickle, which is interpreted and never executed.
 
-`ModelCheckpoint` writes into a checkpoint, under `callbacks`, the metric that it monitors and the scores of the best
-checkpoints by their paths, this checkpoint's among them. `current_score` is not used: it may be the score of an earlier
-checkpoint where several callbacks save. A score is a number, or a tensor whose number is in a record of the zip file.
-A checkpoint that was renamed is not found among the paths, and has no score.
+`ModelCheckpoint` stores in a checkpoint, under `callbacks`, the metric that it monitors and the scores of the best
+checkpoints by path, including this checkpoint. `current_score` is not used: with several callbacks it may belong to an
+earlier checkpoint. A score is a number, or a tensor whose value is in a record of the zip file. A renamed checkpoint is
+not found among the paths, and has no score.
 
-An interpreter of a few opcodes makes dicts, tuples, texts and numbers of the pickle. It imports and calls nothing: what
-any other opcode makes is a placeholder, and functions that the pickle names are texts.
+The interpreter supports the few opcodes that create dicts, tuples, strings and numbers. It imports and calls nothing:
+other opcodes produce placeholders, and functions that the pickle names stay strings.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from tiercache.store import StoreFile
 if TYPE_CHECKING:
     from tiercache.store import Store
 
-# Of one checkpoint: the directory of the zip file, the pickle, and the scores.
+# Limits for the bytes read from one checkpoint: zip directory, pickle and scores.
 _MAX_PICKLE_BYTES, _MAX_READ_BYTES = 32 << 20, 64 << 20
 _BLOCK_BYTES = 256 << 10
 _ZIP_SIGN = b"PK\x03\x04"
 _SEPARATORS = re.compile(r"[/\\]")
 _FORMATS = {"FloatStorage": "f", "DoubleStorage": "d", "HalfStorage": "e", "LongStorage": "q", "IntStorage": "i"}
-# What a file that is no checkpoint of torch, or is damaged, makes zipfile, pickletools and the interpreter raise.
+# Exceptions of zipfile, pickletools and the interpreter for a damaged file, or one that is not a torch checkpoint.
 _NO_CHECKPOINT = (
     zipfile.BadZipFile,
-    ValueError,  # with UnicodeDecodeError
+    ValueError,  # includes UnicodeDecodeError
     LookupError,
     TypeError,
     struct.error,
     EOFError,
     NotImplementedError,
     OverflowError,
-    RuntimeError,  # zipfile says so of an encrypted record
+    RuntimeError,  # zipfile: an encrypted record
 )
 
 
 def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
-    """Metric -> score of the checkpoint that an object holds; nothing where it is something else.
+    """Return the scores of a checkpoint by metric; empty if the object is not a Lightning checkpoint.
 
     Args:
-        store: where the object lies.
-        key: of the object.
-        n_bytes: its size, as it was listed.
-        name: of the checkpoint's file or folder, by which its scores are found.
+        store: Store of the object.
+        key: Key of the object.
+        n_bytes: Size of the object, as listed.
+        name: Name of the checkpoint's file or folder, by which its scores are found.
 
     Raises:
-        NotFound: the object is gone.
-        StoreError: it cannot be read, or has changed since it was listed.
+        NotFound: The object no longer exists.
+        StoreError: The object cannot be read, or has changed since it was listed.
     """
     if n_bytes < len(_ZIP_SIGN):
         return {}
@@ -72,7 +72,7 @@ def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str,
 
 
 class _Blocks(StoreFile):
-    """An object that is read by blocks, which are kept: at most _MAX_READ_BYTES of them."""
+    """An object that is read in blocks, which are cached: at most _MAX_READ_BYTES of them."""
 
     def __init__(self, store: Store, key: str, n_bytes: int) -> None:
         super().__init__(store, key, n_bytes)
@@ -86,7 +86,7 @@ class _Blocks(StoreFile):
 
     def _fetch(self, numbers: list[int]) -> None:
         if (len(self._blocks) + len(numbers)) * _BLOCK_BYTES > _MAX_READ_BYTES:
-            raise ValueError("a directory or a pickle that is too large to hold scores alone")
+            raise ValueError("the zip directory and the pickle are too large for a checkpoint of torch")
         ranges = [ByteRange(n * _BLOCK_BYTES, min((n + 1) * _BLOCK_BYTES, self.n_bytes)) for n in numbers]
         buffers = [bytearray(one.n_bytes) for one in ranges]
         if buffers:
@@ -99,7 +99,7 @@ class _Blocks(StoreFile):
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor's first number: its storage's class and record, and its place there."""
+    """The first number of a tensor: class and record of its storage, and the offset in it."""
 
     kind: str
     record: str
@@ -107,7 +107,7 @@ class _Tensor:
 
 
 def _scores(records: zipfile.ZipFile, name: str) -> Iterator[tuple[str, float]]:
-    """Metric and score by each callback that has the checkpoint of this name among its best ones."""
+    """Yield metric and score of each callback that has the checkpoint of this name among its best."""
     pickles = [one for one in records.namelist() if one.endswith("/data.pkl")]
     start = pickles[0].removesuffix("data.pkl")
     body = _Interpreter().run(_record(records, f"{start}data.pkl", _MAX_PICKLE_BYTES))
@@ -131,7 +131,7 @@ def _number(records: zipfile.ZipFile, start: str, score: object) -> float | None
         return None
     order = ">" if f"{start}byteorder" in records.NameToInfo and _order(records, start) == b"big" else "<"
     data = _record(records, f"{start}data/{score.record}", _BLOCK_BYTES)
-    if score.kind == "BFloat16Storage":  # the upper half of a float
+    if score.kind == "BFloat16Storage":  # the upper half of a float32
         (half,) = struct.unpack_from(f"{order}H", data, 2 * score.offset)
         return float(struct.unpack(">f", struct.pack(">I", half << 16))[0])
     code = f"{order}{_FORMATS[score.kind]}"
@@ -143,7 +143,7 @@ def _order(records: zipfile.ZipFile, start: str) -> bytes:
 
 
 def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
-    """A record as torch stores it. Raises ValueError where it is compressed or too large."""
+    """Return a record of a torch file. Raises ValueError if it is compressed or too large."""
     info = records.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > most_bytes:
         raise ValueError(f"{name}: expected at most {most_bytes} bytes, not compressed")
@@ -152,7 +152,7 @@ def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
 
 # -- the pickle -------------------------------------------------------------------------------------------------------
 
-# What opcodes that are not interpreted make.
+# The placeholder for results of opcodes that are not interpreted.
 _OTHER = object()
 _MARK = object()
 
@@ -193,7 +193,7 @@ _PUSHES_OTHER = frozenset(
         "NEXT_BUFFER",
     ]
 )
-# Opcodes that take so many values from the stack and leave one of no interest.
+# Opcodes that pop this number of values and push a placeholder.
 _TAKES = {"NEWOBJ": 2, "NEWOBJ_EX": 3}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _DROPS_TO_MARK = frozenset(["APPENDS", "ADDITEMS", "POP_MARK"])
@@ -203,7 +203,7 @@ _WITHOUT_EFFECT = frozenset(["PROTO", "FRAME", "READONLY_BUFFER"])
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A function or class that the pickle names. It is never looked up."""
+    """The name of a function or class in the pickle. It is never looked up."""
 
     text: str
 
@@ -215,9 +215,9 @@ class _Storage:
 
 
 class _Interpreter:
-    """Makes values of a pickle: dicts with their texts as keys, tuples, texts, numbers, tensors' places in records.
+    """Interprets a pickle: dicts with string keys, tuples, strings, numbers, and the positions of tensors in records.
 
-    Every value is made once and then referred to, so that it takes no more memory than a few times the pickle.
+    Each value is created once and then shared, so that memory is at most a few times the size of the pickle.
     """
 
     def __init__(self) -> None:
@@ -225,7 +225,7 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """The value. Raises ValueError, LookupError or TypeError where the data is no pickle."""
+        """Return the value of the pickle. Raises ValueError, LookupError or TypeError if the data is not a pickle."""
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
@@ -246,7 +246,7 @@ class _Interpreter:
             self._make(name, argument)
 
     def _make(self, name: str, argument: Any) -> None:
-        """An opcode that makes dicts, tuples, or what torch makes of them."""
+        """Run an opcode that creates dicts or tuples, or pass it on to _call()."""
         stack = self._stack
         if name == "MARK":
             stack.append(_MARK)
@@ -265,7 +265,7 @@ class _Interpreter:
             self._call(name, argument)
 
     def _call(self, name: str, argument: Any) -> None:
-        """An opcode that names a function or class, or would call one."""
+        """Run an opcode that names a function or class, or would call it."""
         stack = self._stack
         if name == "GLOBAL":
             stack.append(_Name(argument))
@@ -281,7 +281,7 @@ class _Interpreter:
             self._skip(name)
 
     def _skip(self, name: str) -> None:
-        """An opcode of no interest; what it leaves on the stack is a placeholder."""
+        """Run an opcode whose result is not needed: it leaves a placeholder on the stack."""
         stack = self._stack
         if name in _TAKES:
             self._last(_TAKES[name])
@@ -298,34 +298,34 @@ class _Interpreter:
         elif name == "PERSID":
             stack.append(_OTHER)
         elif name not in _WITHOUT_EFFECT:
-            raise ValueError(f"an opcode that no pickle of torch has: {name}")
+            raise ValueError(f"an opcode that torch does not write: {name}")
 
     def _last(self, n: int) -> list[Any]:
         if len(self._stack) < n:
-            raise ValueError("a pickle that takes more than it has made")
+            raise ValueError("the pickle pops more values than are on the stack")
         taken = self._stack[len(self._stack) - n :]
         del self._stack[len(self._stack) - n :]
         return taken
 
     def _to_mark(self) -> list[Any]:
-        """What lies above the last mark, which goes too."""
+        """Pop and return the values above the last mark, and the mark."""
         n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
         if n is None:
-            raise ValueError("a pickle without the mark that it refers to")
+            raise ValueError("the pickle refers to a mark that is not on the stack")
         taken = self._last(n)
         self._stack.pop()
         return taken
 
 
 def _with(target: Any, items: list[Any]) -> Any:
-    """The dict with these keys and values; keys that are no texts are passed over, as is what is no dict."""
+    """Add keys and values to the dict; keys that are not strings, and targets that are not dicts, are ignored."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str))
     return target
 
 
 def _storage(identity: object) -> object:
-    """What torch writes of a storage: ("storage", its class, its record, its device, its length)."""
+    """Return the storage that torch identifies as ("storage", its class, its record, its device, its length)."""
     match identity:
         case ("storage", _Name(text), str(record), _, _):
             return _Storage(text.rpartition(" ")[2], record)
@@ -333,7 +333,7 @@ def _storage(identity: object) -> object:
 
 
 def _called(function: object, arguments: object) -> object:
-    """What torch's own call of a function makes, as far as a score needs it."""
+    """Return the result of a function that torch calls in a pickle, if a score needs it."""
     match function, arguments:
         case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(kind, record), int(offset), *_) if offset >= 0:
             return _Tensor(kind, record, offset)

@@ -1,4 +1,4 @@
-"""What lies in the tiers, listed side by side into columns: 1,000,000 objects take about 150 MB."""
+"""Lists all tiers in parallel into columns: 1,000,000 objects take about 150 MB."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
     from tiercache.tierfile import TierFile
 
-# Tier, and how many of its objects are listed by now. Called from several threads.
+# Callback (tier, number of its objects listed so far), called from several threads.
 Progress: TypeAlias = Callable[[str, int], None]
 
 NO_CRC = -1
-# Rows that are Python objects at a time: few enough to stay in the processor's cache. 16,384 took half as long again.
+# Rows that are Python objects at a time, few enough for the processor's cache: 16,384 took 1.5 times as long.
 _BATCH = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listed:
-    """Objects of all tiers. Row i of every column is one object.
+    """The objects of all tiers. Row i of every column is one object.
 
     Attributes:
-        tiers: numbers of the tiers that were listed.
-        missed: names of those that could not be.
-        classes: names of storage classes; "" is the store's own.
-        keys: large_string[n]; etags: large_string[n], null where the store says none.
-        tier: int8[n]; n_bytes: int64[n].
-        modified_s: float64[n]; where the store does not say, the time of the listing: it is not older than is known.
-        crc32c: int64[n], NO_CRC.
-        word: int32[n], in words: what the store says of class and restoring.
-        words: (storage class, restore state) as the stores say them.
-        class_of, state_of: int16 and uint8 of each word.
+        tiers: Numbers of the tiers that were listed.
+        missed: Names of the tiers that could not be listed.
+        classes: Names of storage classes; "" is the store's default.
+        keys: large_string[n].
+        etags: large_string[n], null where the store gives none.
+        tier: int8[n].
+        n_bytes: int64[n].
+        modified_s: float64[n]; where the store gives none, the time of the listing, the latest time possible.
+        crc32c: int64[n], NO_CRC where it is unknown.
+        word: int32[n], indices of `words`: storage class and restore state.
+        words: Distinct pairs (storage class, restore state), as the stores give them.
+        class_of: int16, index of `classes` for each of `words`.
+        state_of: uint8, state (HERE and so on) for each of `words`.
     """
 
     tiers: tuple[int, ...]
@@ -63,7 +66,7 @@ class Listed:
         return len(self.keys)
 
     def objects(self, rows: NDArray[np.int64], crc32c: NDArray[np.int64]) -> tuple[ObjectInfo, ...]:
-        """These rows as the stores said them, with these checksums (NO_CRC: none)."""
+        """Return these rows as ObjectInfo, with these checksums (NO_CRC: none)."""
         taken = pa.array(rows)
         return tuple(
             ObjectInfo(key, n_bytes, etag, None, None if crc == NO_CRC else crc, modified_s, *self.words[word])
@@ -87,17 +90,17 @@ def list_tiers(
     on_progress: Progress | None = None,
     may_miss: Collection[str] = (),
 ) -> Listed:
-    """List all tiers; those with one URL by one listing.
+    """List all tiers; tiers with the same URL share one listing.
 
     Args:
-        file: the rule file.
-        stores: of its tiers.
-        now_s: seconds since the epoch.
-        on_progress: see Progress.
-        may_miss: tiers that may be left out where they cannot be listed; of any other that is an error.
+        file: Rule file.
+        stores: Stores of its tiers.
+        now_s: Current time, in seconds since the epoch.
+        on_progress: See Progress.
+        may_miss: Tiers that are left out if they cannot be listed.
 
     Raises:
-        StoreError: a tier cannot be listed.
+        StoreError: A tier that is not in may_miss cannot be listed.
     """
     work = _Work(file, stores, now_s, on_progress or _say_nothing, frozenset(may_miss))
     places = [shared for shared in map(stores.sharing, (tier.name for tier in file.tiers)) if shared]
@@ -108,7 +111,7 @@ def list_tiers(
 
 
 def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
-    """Their keys, large_string. File names that are no UTF-8 get backslashes, which no key has."""
+    """Return the keys as large_string. File names that are not UTF-8 get backslashes, which no valid key contains."""
     keys = [info.key for info in infos]
     try:
         return pa.array(keys, pa.large_string())
@@ -117,8 +120,8 @@ def keys_of(infos: Sequence[ObjectInfo]) -> pa.Array:
 
 
 def give_back() -> None:
-    """Hand memory that is free to the system: Arrow and the C library keep what was freed, to be used again."""
-    # What one stage used the next cannot always: 200 MB a million objects lie idle after some. The last trims malloc.
+    """Return free memory to the system: Arrow and the C library keep freed memory for reuse."""
+    # The next stage cannot reuse all of it: 200 MB per million objects stayed idle. The second call trims malloc.
     pa.default_memory_pool().release_unused()
     pa.system_memory_pool().release_unused()
 
@@ -128,7 +131,7 @@ def _say_nothing(tier: str, n_objects: int) -> None:
 
 
 class _Words:
-    """What stores say of class and restoring, each once. The lock guards the table."""
+    """Distinct pairs of storage class and restore state. The lock guards the table."""
 
     def __init__(self, now_s: float) -> None:
         self._lock, self._now_s = Lock(), now_s
@@ -149,7 +152,7 @@ class _Words:
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """Columns of one place, a chunk each batch."""
+    """Columns of one location, one chunk per batch."""
 
     tiers: tuple[int, ...]
     columns: list[tuple[pa.Array, pa.Array, NDArray[np.int8], NDArray[np.int64], NDArray[np.float64]]]
@@ -157,7 +160,7 @@ class _Part:
 
 
 class _Work:
-    """One listing of all places. Every place is a thread's own; words has a lock."""
+    """One listing of all locations. Each location is listed by one thread; `words` has a lock."""
 
     def __init__(
         self, file: TierFile, stores: Stores, now_s: float, on_progress: Progress, may_miss: frozenset[str]
@@ -168,7 +171,7 @@ class _Work:
         self._stop = Event()
 
     def place(self, names: tuple[str, ...]) -> _Part | None:
-        """List the place of these tiers; None: it could not be, and need not."""
+        """List the location of these tiers; None: it could not be listed and may be left out."""
         try:
             return self._listed(names)
         except StoreError:

@@ -1,9 +1,9 @@
-"""Objects that are lost: something says that they are there, and no tier has a copy.
+"""Finds lost objects: objects that should exist and of which no tier has a copy.
 
-What there should be is known from three sources: versions of data sets name their shards; the home's placement leads
-readers to files and checkpoints that were moved; and this machine's catalog has the copies that moves have verified. An
-object is not lost, as far as is known, if a tier that cannot be seen now is where it was last, if the rules may have
-deleted it, or if the rule file says that it is gone (`[tiering] gone`).
+Three sources tell what should exist: versions of data sets name their shards; the home tier's placement leads readers
+to moved files and checkpoints; this machine's catalog lists the copies that moves have verified. An object does not
+count as lost if its last known tier is unavailable, if a rule may have deleted it, or if the rule file lists it as gone
+(`[tiering] gone`).
 """
 
 from __future__ import annotations
@@ -35,16 +35,22 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
     from tiercache.tierfile import TierFile
 
-# Losses that are asked for once more, one HEAD a tier each: a mover may have been at work while tiers were listed.
+# Number of losses that are confirmed, by one HEAD per tier: a mover may have moved objects during the listing.
 _CONFIRMED = 1000
 _THREADS = 16
-# No shard, and nothing of tiercache's own: versions say which shards there are.
+# Keys that only versions account for (shards), and keys of tiercache's own objects.
 _NO_FILE = rf"{SHARD_KEY}|{OWN_KEY}"
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """An object without any copy. tiers: where it was last, as far as is known; known_by: what says that it was."""
+    """A lost object.
+
+    Attributes:
+        path: Path below the tier's URL.
+        tiers: Tiers that held it last, as far as is known.
+        known_by: The source that says that it should exist.
+    """
 
     path: str
     tiers: tuple[str, ...]
@@ -52,7 +58,7 @@ class Loss:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The message for people."""
         where = f" in {', '.join(self.tiers)}" if self.tiers else ""
         return f"{self.path}: expected a copy{where} ({self.known_by}), found none in any tier"
 
@@ -60,17 +66,17 @@ class Loss:
 def find_losses(
     inventory: Inventory, file: TierFile, stores: Stores, catalog: TierCatalog, *, now_s: float
 ) -> tuple[Loss, ...]:
-    """All that is lost, by path. Nothing is changed.
+    """Return all lost objects, by path. Changes nothing.
 
     Args:
-        inventory: what lies in the tiers.
-        file: the rule file.
-        stores: of its tiers.
-        catalog: of this machine.
-        now_s: seconds since the epoch.
+        inventory: Inventory of the tiers.
+        file: Rule file.
+        stores: Stores of its tiers.
+        catalog: Catalog of this machine.
+        now_s: Current time, in seconds since the epoch.
 
     Raises:
-        StoreError: a store cannot be asked now.
+        StoreError: A store cannot be reached now.
     """
     hidden = {*absences(file, stores, catalog), *inventory.facts["missed"]}
     known = _Expected()
@@ -94,7 +100,7 @@ def find_losses(
 
 @dataclass(slots=True)
 class _Known:
-    """An object that no tier has. written_s: latest time at which it can have been written; NaN: unknown."""
+    """An object that no tier has. written_s: Latest time at which it can have been written; NaN: unknown."""
 
     tiers: set[str]
     written_s: float
@@ -102,7 +108,7 @@ class _Known:
 
 
 class _Expected:
-    """Objects that should be there and were not listed, by path."""
+    """Objects that should exist and were not listed, by path."""
 
     def __init__(self) -> None:
         self.by_path: dict[str, _Known] = {}
@@ -125,7 +131,7 @@ def _add_from_catalog(known: _Expected, inventory: Inventory, file: TierFile, ca
             mask = pa.array(lacking)
             written_s = book["written_s"].fill_null(np.nan).filter(mask).to_numpy()
             known.add(keys.filter(mask), written_s, tier.name, "a move has verified it")
-    # Of shards the catalog only says where they were last.
+    # For shards, the catalog only adds the tiers that held them last.
     _add_tiers_of_shards(known, file, catalog)
 
 
@@ -140,13 +146,13 @@ def _add_tiers_of_shards(known: _Expected, file: TierFile, catalog: TierCatalog)
 
 
 def _add_from_placement(known: _Expected, inventory: Inventory, file: TierFile, stores: Stores) -> None:
-    """What readers are led to: files and checkpoints that were moved away from home."""
+    """Add files and checkpoints that the home tier's placement leads readers to."""
     if not inventory.lies(pa.array([placement.MARK_KEY], pa.large_string()))[0]:
         return
     try:
         placed = placement.read(stores.store(file.home.name))
     except (CorruptShard, UnsupportedFormat):
-        return  # the mover says so, and moves nothing
+        return  # the mover reports the damaged placement, and moves nothing
     if placed is None or not len(placed):
         return
     keys = pa.concat_arrays([pa.array([], pa.large_string()), *placed.rows["key"].cast(pa.large_string()).chunks])
@@ -167,20 +173,20 @@ def _said_gone(paths: pa.Array, file: TierFile) -> Flags:
 
 
 def _may_be_deleted(paths: pa.Array, age_s: NDArray[np.float64], file: TierFile) -> Flags:
-    """Whether a rule deletes what is so old: another machine's mover may have done so, which knows it alone."""
+    """Return whether a rule deletes objects of this age: another machine's mover may have done so; bool[n]."""
     is_shard = matches(paths, SHARD_KEY)
     found = np.zeros(len(paths), np.bool_)
     for rule in file.rules:
         if rule.delete_after_s is not None:
             fits = is_shard if rule.kind == "shard" else ~is_shard if rule.kind else np.ones(len(paths), np.bool_)
-            # A glob may name the folder of a checkpoint, and these are paths of objects in it.
+            # A glob may match the folder of a checkpoint; these paths are of objects in the folder.
             globs = rule.match + tuple(f"{glob}/**" for glob in rule.match if not glob.endswith("**"))
             found |= fits & (age_s >= rule.delete_after_s) & (first_match(paths, [(globs, rule.excepted)]) >= 0)
     return found
 
 
 def _there_after_all(paths: Sequence[str], tiers: Collection[str], stores: Stores) -> set[str]:
-    """Those of the paths that a tier has now."""
+    """Return the paths that exist in a tier now."""
 
     def is_there(path: str) -> bool:
         for tier in tiers:

@@ -1,4 +1,4 @@
-"""Sequences of what is kept as columns: an element is made when somebody looks at it, and forgotten with them."""
+"""Sequences that create their elements from columns on access, so that a million elements need no object each."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
 
-# Elements that are there at a time while all are walked; more are no faster.
+# Number of elements that an iteration creates at a time; a larger number is not faster.
 AT_A_TIME = 1 << 14
 
 
 class Made(Sequence[T], Generic[T]):
-    """A tuple but for its memory: equal to any sequence of equal elements. Immutable; safe from any thread."""
+    """A sequence that behaves as a tuple and creates its elements on access. Immutable; safe from any thread."""
 
     __slots__ = ()
     __hash__ = None  # type: ignore[assignment]
 
     @abstractmethod
     def made(self, start: int, end: int) -> Iterator[T]:
-        """The elements from start to end, which are in range."""
+        """Create the elements from start to end; both are in range."""
 
     @overload
     def __getitem__(self, at: int) -> T: ...
@@ -30,7 +30,7 @@ class Made(Sequence[T], Generic[T]):
 
     def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
         if not isinstance(at, slice):
-            place = range(len(self))[at]  # numpy's integers too, as of a tuple
+            place = range(len(self))[at]  # accepts numpy integers and negative indices, as a tuple does
             return next(self.made(place, place + 1))
         start, end, step = at.indices(len(self))
         if step == 1:
@@ -42,7 +42,7 @@ class Made(Sequence[T], Generic[T]):
             yield from self.made(start, end)
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """All of it, a part at a time."""
+        """Yield (start, end) of successive parts that cover the sequence."""
         for start in range(0, len(self), AT_A_TIME):
             yield start, min(start + AT_A_TIME, len(self))
 

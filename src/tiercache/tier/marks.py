@@ -1,4 +1,4 @@
-"""What tells a local tier from an empty folder of its name, whose disk is not mounted."""
+"""Mount markers: an object that tells a local tier from the empty mount point of a disk that is not mounted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK_KEY = "_tiercache/tier.id"
 
 
 def read_mark(store: Store) -> str | None:
-    """The mark of a tier's store; None: it has none. Raises StoreError."""
+    """Return the content of a tier's mount marker; None: there is none. Raises StoreError."""
     try:
         return store.get(MARK_KEY).decode(errors="replace").strip()
     except NotFound:
@@ -28,20 +28,20 @@ def read_mark(store: Store) -> str | None:
 
 
 def unlike(tier: str, store: Store, found: str | None, before: str | None) -> str:
-    """Why a tier is not the one that was used before, by its marks then and now; "": it is, or was never used."""
+    """Return why a tier's marker differs from the remembered one; "": it is the same, or none was remembered."""
     at = f"{store.url}/{MARK_KEY}"
     if before is None or found == before:
         return ""
     if found is None:
         return (
-            f"{at}: expected {before}, found nothing: is the disk of tier {tier} mounted? If it is a new one, "
-            f"write that text there"
+            f"{at}: expected {before}, found no such object: is the disk of tier {tier} mounted? If the disk is new, "
+            f"write that text into the object"
         )
     return f"{at}: expected {before}, found {found}: another disk is mounted for tier {tier}"
 
 
 def absence(tier: Tier, store: Store, catalog: TierCatalog) -> str:
-    """Why a local tier may not be the one that was used before; "": it is, or was never used. Writes nothing.
+    """Return why a local tier may be unmounted or another disk; "": it is as before, or was never used. Writes nothing.
 
     Raises StoreError.
     """
@@ -54,10 +54,15 @@ def absence(tier: Tier, store: Store, catalog: TierCatalog) -> str:
 
 
 def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Collection[str] = ()) -> dict[str, str]:
-    """The tiers of which absence() says why, and those that cannot be asked, by name. Writes nothing.
+    """Return the reason for each tier that may be unmounted, or that cannot be reached, by name. Writes nothing.
 
-    A local tier whose folder is not there and that this machine has never used is not among them: no_folder().
-    but: names of tiers that are not asked.
+    A local tier that this machine has never used and whose folder does not exist is not included; see no_folder().
+
+    Args:
+        file: Rule file.
+        stores: Stores of its tiers.
+        catalog: Catalog of this machine.
+        but: Names of tiers that are not checked.
     """
     found = {}
     for tier in file.tiers:
@@ -73,13 +78,24 @@ def absences(file: TierFile, stores: Stores, catalog: TierCatalog, *, but: Colle
 
 
 def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) -> str:
-    """As absence(); and a local tier that is used for the first time gets a mark, which is remembered.
+    """Return what absence() returns; on first use, create the marker of a local tier and remember it in the catalog.
 
-    1. The disk of /mnt/archive is not mounted, and the folder is there. 2. Copies go into it, and are verified.
-    3. Their sources are dropped. 4. The disk is mounted, and hides the copies. So each has a mark, which is known.
+    The race that the marker prevents:
 
-    gets: copies go into it now. Else, where nothing lies in it, or nothing can be written, there is no mark: an empty
-    folder may be one whose disk is not mounted, and a mark in it would be of the wrong disk. Raises StoreError.
+    1. The disk of /mnt/archive is not mounted, but the mount point exists.
+    2. The mover copies groups into the mount point, and verifies the copies.
+    3. The mover drops the sources.
+    4. The disk is mounted and hides the copies.
+
+    Args:
+        tier: Tier of the rule file.
+        store: Store of the tier.
+        catalog: Catalog of this machine.
+        gets: Whether the mover is about to copy into the tier. Otherwise an empty or read-only tier gets no marker: the
+            folder may be the mount point of an unmounted disk, and a marker in it would identify the wrong disk.
+
+    Raises:
+        StoreError: The store fails, or the marker cannot be written although the mover is about to copy into the tier.
     """
     if not tier.is_local or catalog.mark(tier.name) is not None:
         return absence(tier, store, catalog)
@@ -95,17 +111,22 @@ def recognised(tier: Tier, store: Store, catalog: TierCatalog, *, gets: bool) ->
         except StoreError:
             if gets:
                 raise
-        found = read_mark(store)  # another's, where two came at once
+        found = read_mark(store)  # another process may have created it first
     if found is not None:
         catalog.remember_mark(tier.name, found)
     return ""
 
 
 def deletions_wait(missing: Mapping[str, str]) -> str:
-    """Why no last copy is deleted while a tier may lack what lies in it; "": none may. missing: by tier, why or "".
+    """Return why nothing may be deleted while a tier may be unmounted; "": no tier is.
 
-    1. A group lies in a tier whose disk is not mounted, and elsewhere. 2. A rule deletes it, "from all tiers".
-    3. What was asked, whether it is tagged, the newest, or used, was asked of what can be seen. So nothing goes.
+    The race that this prevents:
+
+    1. A group has a copy in an unmounted tier and a copy elsewhere.
+    2. A rule deletes the group from all tiers.
+    3. Its tags, its use and whether it is the newest were computed without the unmounted copy.
+
+    missing: Reason, or "", by tier.
     """
     found = next(((name, why) for name, why in missing.items() if why), None)
     if found is None:
@@ -114,9 +135,9 @@ def deletions_wait(missing: Mapping[str, str]) -> str:
 
 
 def was_seen(store: Store) -> str:
-    """What is to be said of a tier without a mark that has nothing by now, and had something."""
+    """Return the message for a tier without a marker that is empty although copies in it are known."""
     return (
-        f"{store.url} is empty, and copies were seen there: is its disk mounted? If it is, write any text to "
+        f"{store.url} is empty, although it held copies before: is its disk mounted? If it is, write any text to "
         f"{store.url}/{MARK_KEY}"
     )
 
@@ -126,7 +147,7 @@ def _is_empty(store: Store) -> bool:
 
 
 def no_folder(tier: Tier) -> str:
-    """What is to be said of a local tier whose folder is not there: it is listed as if it had nothing."""
+    """Return the message for a local tier whose folder does not exist, and which is listed as empty; "": it exists."""
     path = Path(Location.parse(tier.url).path)
     if not tier.is_local or path.exists():
         return ""

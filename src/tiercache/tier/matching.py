@@ -1,7 +1,7 @@
-"""Which rule's globs a path matches first: globs become one RE2 expression a rule, run by Arrow over whole columns.
+"""Matches globs against columns of paths: each rule's globs become one RE2 expression, which Arrow evaluates.
 
-`*` and `?` stay within a segment, `**` alone in its segment stands for any number of segments, `[a-z]` and `[!a-z]` for
-one character but `/`, `{a,b}` for either. There is no escape: `[*]` is a star.
+`*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and `[!a-z]`
+match one character except `/`; `{a,b}` matches either. There is no escape character: `[*]` matches a star.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from numpy.typing import NDArray
 
 from tiercache.tier.columns import ROWS_AT_A_TIME, matches, split_keys, taken
 
-# Alternatives of one glob when its braces are written out.
+# Limit for the globs that one glob with braces expands to.
 _MOST_ALTERNATIVES = 1000
 _MOST_BRACES = 100
 _SLASH, _LAST_CODE = ord("/"), 0x10FFFF
-# Stands for `**` while braces are written out: `*{,x}*` holds two stars, not one of these. No key has a NUL.
+# Replaces `**` before braces are expanded: `*{,x}*` must yield two stars and not `**`. No key contains a NUL.
 _DEEP = "\0"
-_NOT_ALONE = "'**' stands alone between slashes; within a name write '*'"
+_NOT_ALONE = "'**' must be a whole path segment; within a name write '*'"
 _NOTHING = rf"[^\x{{0}}-\x{{{_LAST_CODE:X}}}]"
 
 
 def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> NDArray[np.int16]:
-    """The first rule that each path matches; -1: none.
+    """Return the number of the first rule that matches each path; -1: none.
 
     Args:
-        paths: strings without nulls.
-        globs: of each rule, those that match and those that do not match after all.
+        paths: Strings without nulls.
+        globs: For each rule, the globs that match, and the globs of exceptions.
 
     Returns:
         int16[n].
 
     Raises:
-        ValueError: what is not a glob; it says which, and what is wrong with it.
+        ValueError: A glob is malformed; the message names the glob and the error.
     """
     rules = [(_patterns(match), _patterns(excepted)) for match, excepted in globs]
     found = np.full(len(paths), -1, np.int16)
@@ -56,18 +56,18 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
     return found
 
 
-# Expressions of folders (with the last slash), and of the last segments in them.
+# Expression of a folder (with the final slash) to the expression of the last segments in it.
 _Patterns: TypeAlias = Mapping[str, str]
 
 
 class _Paths:
-    """Some paths, cut at their last slash: of a million files in a thousand folders a thousand are looked at."""
+    """Paths cut at their last slash, so that a folder expression runs once per folder and not once per file."""
 
     def __init__(self, paths: pa.Array) -> None:
         self.folders, self.folder, self.names = split_keys(paths.cast(pa.large_string()))
 
     def hits(self, rows: NDArray[np.int64], patterns: _Patterns) -> NDArray[np.bool_]:
-        """Which of the rows match; bool[len(rows)], the caller's own."""
+        """Return which rows match; bool[len(rows)], owned by the caller."""
         hit = np.zeros(len(rows), np.bool_)
         for of_folder, of_name in patterns.items():
             near = np.flatnonzero(~hit & matches(self.folders, of_folder)[self.folder[rows]])
@@ -77,7 +77,7 @@ class _Paths:
 
 
 def _patterns(globs: tuple[str, ...]) -> _Patterns:
-    """What paths match that match any of the globs."""
+    """Return the expressions that together match what any of the globs matches."""
     names: dict[str, list[str]] = defaultdict(list)
     for glob in globs:
         try:
@@ -89,13 +89,13 @@ def _patterns(globs: tuple[str, ...]) -> _Patterns:
     return {rf"\A(?:{of_folder})\z": rf"\A(?:{'|'.join(some)})\z" for of_folder, some in names.items()}
 
 
-# -- one glob --------------------------------------------------------------------------------------------------------
+# -- translation of one glob -----------------------------------------------------------------------------------------
 
 
 def _marked(glob: str) -> str:
-    """The glob with _DEEP for `**`."""
+    """Return the glob with _DEEP in place of each `**`."""
     if _DEEP in glob:
-        raise ValueError("no path has a NUL")
+        raise ValueError("a path cannot contain a NUL character")
     out, runs, n_braces = [], "", 0
     for at, sign in _signs(glob):
         n_braces += sign == "{"
@@ -113,7 +113,7 @@ def _marked(glob: str) -> str:
 
 
 def _without_braces(glob: str) -> list[str]:
-    """The globs that a glob with braces stands for."""
+    """Expand the braces of a glob to a list of globs without braces."""
     opened = closed = depth = 0
     commas: list[int] = []
     for at, sign in _signs(glob):
@@ -125,7 +125,7 @@ def _without_braces(glob: str) -> list[str]:
         elif sign == "}":
             depth -= 1
             if depth < 0:
-                raise ValueError("a '}' closes nothing; write '[}]' for the character")
+                raise ValueError("a '}' has no matching '{'; write '[}]' for the character")
             if depth == 0:
                 closed = at
                 break
@@ -138,17 +138,17 @@ def _without_braces(glob: str) -> list[str]:
     for start, end in pairwise(ends):
         found += _without_braces(glob[:opened] + glob[start + 1 : end] + glob[closed + 1 :])
         if len(found) > _MOST_ALTERNATIVES:
-            raise ValueError(f"its braces stand for more than {_MOST_ALTERNATIVES} globs")
+            raise ValueError(f"its braces expand to more than {_MOST_ALTERNATIVES} globs")
     return found
 
 
 def _signs(glob: str) -> Iterator[tuple[int, str]]:
-    """Places and characters outside of classes; a class is one sign, with its brackets."""
+    """Yield (position, token) of each token: a character, or a whole character class with its brackets."""
     at = 0
     while at < len(glob):
         end = at + 1
         if glob[at] == "[":
-            # A bracket that comes first stands for itself.
+            # A closing bracket right after the opening one is literal.
             end = glob.find("]", at + (3 if glob[at + 1 : at + 2] in ("!", "^") else 2)) + 1
             if not end:
                 raise ValueError("a '[' is not closed; write '[[]' for the character")
@@ -159,11 +159,11 @@ def _signs(glob: str) -> Iterator[tuple[int, str]]:
 
 
 def _cut(glob: str) -> Iterator[tuple[str, str]]:
-    """Expressions of folder and last segment that both fit where a glob without braces does."""
+    """Yield pairs of expressions, for folder and last segment, that together match the glob without braces."""
     end = max((at + 1 for at, sign in _signs(glob) if sign == "/"), default=0)
     folder, name = _translated(glob[:end]), glob[end:]
     if name == _DEEP:
-        # Segments of `**` stand in the folder too. A path that ends with a slash has no last one.
+        # `**` may match folders too. A path that ends with a slash has an empty last segment.
         yield rf"{folder}(?s:.*)", "(?s:.+)"
         yield rf"{folder}(?s:.+)", ""
     else:
@@ -171,11 +171,11 @@ def _cut(glob: str) -> Iterator[tuple[str, str]]:
 
 
 def _translated(glob: str) -> str:
-    """RE2's expression of a glob without braces."""
+    """Translate a glob without braces to RE2."""
     out: list[str] = []
     skipped = -1
     for at, sign in _signs(glob):
-        if at == skipped:  # the slash after `**/`, which went with it
+        if at == skipped:  # the slash of `**/`, translated together with it
             continue
         if sign == "*":
             out.append("[^/]*")
@@ -194,7 +194,7 @@ def _translated(glob: str) -> str:
 
 
 def _class(sign: str) -> str:
-    """RE2's class of a glob's. The slash is in none."""
+    """Translate a character class to RE2. No class matches the slash."""
     body = sign[1:-1]
     negated = body[:1] in ("!", "^")
     body = body[1:] if negated else body
@@ -203,7 +203,7 @@ def _class(sign: str) -> str:
         ranged = body[at + 1 : at + 2] == "-" and at + 2 < len(body)
         first, last = ord(body[at]), ord(body[at + 2 if ranged else at])
         if first > last:
-            raise ValueError(f"{body[at : at + 3]!r} runs backwards")
+            raise ValueError(f"the range {body[at : at + 3]!r} is reversed")
         ranges.append((first, last))
         at += 3 if ranged else 1
     if negated:

@@ -1,4 +1,4 @@
-"""Metrics of checkpoints: from a name, from small JSON files in the folder, and from Lightning's own file."""
+"""Metrics of a checkpoint: from its name, from small JSON files in its folder, and from Lightning's file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
     from tiercache.store import Store
 
-# Later ones count more where two of them have a metric.
-# The first is Orbax's: a file "metrics" in a folder "metrics".
+# In ascending precedence. The first is Orbax's: a file "metrics" in a folder "metrics".
 FILES = ("metrics/metrics", "metadata.json", "trainer_state.json", "metrics.json")
-# Trainer's log of a long run has some MiB.
+# The Trainer log of a long run has some MiB.
 MAX_BYTES = 16 << 20
-# Lightning's checkpoints: a file, or a folder that FSDP has written with such a file in it.
+# Lightning's checkpoints: a file, or (FSDP) a folder that contains such a part.
 _LIGHTNING_FILE, _LIGHTNING_PART = ".ckpt", "meta.pt"
-# The keys of objects that read_metrics() reads; the path of their checkpoint is not looked at.
+# Matches the keys of objects that read_metrics() may read, without regard to the checkpoint's path.
 MAY_HOLD = (
     rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|{re.escape(_LIGHTNING_FILE)}(?:/{re.escape(_LIGHTNING_PART)})?$"
 )
@@ -34,14 +33,14 @@ _METRIC = re.compile(
     rf"(?i)(?:^|(?<=[-_]))(?P<name>[a-z][\w@.]*?)(?:=(?P<number>{NUMBER})|[-_]?(?P<decimal>{DECIMAL}))(?=$|[-_])"
 )
 _SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
-# Of a line of Trainer's log: where it was written, not how good the model was.
+# Keys of a Trainer log line that describe progress and are not metrics.
 _NO_METRICS = ("step", "epoch", "total_flos")
 
 
 def metrics_of(name: str) -> dict[str, float]:
-    """Metrics that a file or folder is named by: "val_loss=1.9", "val_loss-1.9", "val_loss1.9".
+    """Return the metrics in the name of a file or folder: "val_loss=1.9", "val_loss-1.9", "val_loss1.9".
 
-    Counters (epoch, step and the like) are none; without "=" a value has a decimal point.
+    Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
     """
     found: dict[str, float] = {}
     for (name_start, name_end), (start, end) in spans_of(name):
@@ -50,7 +49,7 @@ def metrics_of(name: str) -> dict[str, float]:
 
 
 def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """(start, end) of each metric in a name, and of the number behind it."""
+    """Yield the (start, end) of each metric in a name, and of its number."""
     start, text = 0, _SUFFIX.sub("", name)
     ends = [(counter.start(), counter.end()) for counter in _COUNTER.finditer(text)]
     for end, next_start in [*ends, (len(text), len(text))]:
@@ -61,9 +60,9 @@ def spans_of(name: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
-    """Those that may hold metrics of the checkpoint that these objects are, in the order of FILES.
+    """Return the objects of a checkpoint that may hold metrics, in the order of FILES.
 
-    Of two with one name the one nearest to the top; none above MAX_BYTES.
+    Of two with the same name, the one nearest to the top is used; objects above MAX_BYTES are left out.
     """
     found: dict[str, ObjectInfo] = {}
     for one in objects:
@@ -74,24 +73,24 @@ def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
 
 
 def _file_name(key: str) -> str:
-    """The name of FILES that a key ends with, or else its last part."""
+    """Return the entry of FILES that the key ends with, or else its last segment."""
     parts = key.split("/")
     name = "/".join(parts[-2:])
     return name if name in FILES else parts[-1]
 
 
 def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
-    """Metrics in the small files among a checkpoint's objects; what cannot be understood has none.
+    """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
 
-    Reads at most four objects of at most MAX_BYTES each, and some blocks of one that Lightning has written.
+    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file.
 
     Args:
-        store: where they lie.
-        objects: the checkpoint's.
-        path: the checkpoint's.
+        store: Store of the checkpoint.
+        objects: Objects of the checkpoint.
+        path: Path of the checkpoint.
 
     Raises:
-        StoreError: a file is there and cannot be read now: what is best is not known then.
+        StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
     """
     found: dict[str, float] = {}
     for one in objects:
@@ -102,7 +101,7 @@ def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict
     for one in files_of(objects):
         try:
             data, info = store.read_tail(one.key, MAX_BYTES)
-        except NotFound:  # gone since it was listed
+        except NotFound:  # deleted since it was listed
             continue
         if info.n_bytes <= MAX_BYTES:
             found |= parse_metrics(_file_name(one.key), data)
@@ -110,7 +109,7 @@ def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict
 
 
 def parse_metrics(name: str, data: bytes) -> dict[str, float]:
-    """Metrics in the text of a file of this name; none where it is something else."""
+    """Return the metrics in the content of a file with this name; empty if it cannot be parsed."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -121,7 +120,7 @@ def parse_metrics(name: str, data: bytes) -> dict[str, float]:
 
 
 def _of_trainer(body: Mapping[str, Any]) -> dict[str, float]:
-    """What Trainer logged at the step of the checkpoint. best_metric is that of the best so far, and left alone."""
+    """Return what Trainer logged at the step of the checkpoint. best_metric is ignored: it is the best value so far."""
     step, log = body.get("global_step"), body.get("log_history")
     found: dict[str, float] = {}
     for line in log if isinstance(log, list) else ():
@@ -131,7 +130,7 @@ def _of_trainer(body: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and numbers of a table, and of tables in it as "table/name", but for `metrics`, whose names are its own."""
+    """Yield names and numbers of a table, and of nested tables as "table/name"; names in `metrics` get no prefix."""
     for name, value in body.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         for key, one in inner:
@@ -141,7 +140,7 @@ def _numbers(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _finite(name: str, value: float) -> dict[str, float]:
-    """The metric; none where it is no number that others can be compared with, or too large to be one."""
+    """Return the metric as a dict; empty if the value is not finite or too large."""
     try:
         number = float(value)
     except OverflowError:

@@ -1,7 +1,7 @@
-"""Frozen values of tiering: what there is (Snapshot), what should be done (Move, Refusal), and a plan of it.
+"""Frozen values of tiering: the snapshot of all copies, decisions and refusals, and the plan with its moves.
 
-A *group* is what is moved as one: a file, a shard, a checkpoint. Its path is relative to the URLs of the tiers; a copy
-is a group in one tier. Tiers and groups are numbers in the columns, names in what people see.
+A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
+*copy* is a group in one tier. Columns refer to tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FILE, SHARD, CHECKPOINT = range(3)
 
 Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
 
-# Of a copy. HERE can be read; ARCHIVED must be restored first; RESTORING is on its way; RESTORED can be read a while.
+# States of a copy. HERE: readable; ARCHIVED: must be restored first; RESTORING: a restore is in progress;
+# RESTORED: readable until the restored copy expires.
 HERE, ARCHIVED, RESTORING, RESTORED = range(4)
 
 NO_STEP = -1
@@ -31,38 +32,42 @@ NO_SERIES = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """What there is, as the planner sees it. Nothing in it is changed; row g of a column of groups is group g.
+    """The input of the policy: all groups and their copies. Immutable; row g of a group column is group g.
 
     Attributes:
-        now_s: when it was taken, seconds since the epoch.
-        tiers: names, from the fastest to the coldest, as the rule file has them.
-        classes: names of storage classes that copies have; "" is the store's own.
-        paths: pa.StringArray or LargeStringArray[n_groups], no two alike.
-        kind: uint8[n_groups], numbers of KINDS.
-        step: int64[n_groups], of checkpoints; NO_STEP.
-        series: int32[n_groups], a number for each run that checkpoints belong to; NO_SERIES for all else.
-        complete: bool[n_groups], a checkpoint that is whole in some tier; True for all else.
-        created_s: float64[n_groups], when it was written first, wherever that was: a move makes nothing younger.
-        last_use_s: float64[n_groups], when it was used last; where nothing is known of it, the date of its oldest copy.
-        uses: int64[n_groups], how often, as far as is known.
-        counted_since_s: float64[n_groups], from when on its uses are known: of a shard, since tiers look after its data
-            set; of anything else, since its last use through a cache of this machine. inf: nobody counts them.
-        unreported: bool[n_groups], a machine that may have used it has not reported: it is not idle.
-        in_use: bool[n_groups], somebody reads it now.
-        metrics: name -> float64[n_groups], NaN where a checkpoint has not got it.
-        unread: bool[n_groups], a checkpoint with files that may hold metrics, none of which can be read, where no mover
-            has put it there.
-        tags: group -> its tags, of those that have some.
-        group: int32[n_copies], rising: whose copy; row c of the columns below is copy c.
-        tier: int8[n_copies], rising within a group.
-        n_objects: int32[n_copies]; n_bytes: int64[n_copies], of all its objects together.
-        smallest_bytes: int64[n_copies], its smallest object.
-        modified_s: float64[n_copies], when its youngest object was written, by the store's clock.
-        storage_class: int16[n_copies], numbers of `classes`.
-        state: uint8[n_copies], HERE and so on.
-        whole: bool[n_copies], all objects of the group are in this copy, with the sizes they have elsewhere.
-        links: copy -> a symbolic link in its tier that leads to it, of those that have one: it would lead nowhere.
-        verified: bool[n_copies], its bytes were compared with checksums when it was made, and it has not changed since.
+        now_s: Time of the snapshot, in seconds since the epoch.
+        tiers: Names of the tiers, from the fastest to the coldest, as in the rule file.
+        classes: Names of the storage classes of copies; "" is the store's default.
+        paths: pa.StringArray or LargeStringArray[n_groups], unique.
+        kind: uint8[n_groups], indices of KINDS.
+        step: int64[n_groups], training step of a checkpoint; NO_STEP for other groups.
+        series: int32[n_groups], number of the run that a checkpoint belongs to; NO_SERIES for other groups.
+        complete: bool[n_groups], whether a checkpoint is whole in some tier; True for other groups.
+        created_s: float64[n_groups], time when the group was first written, in any tier; a move does not change it.
+        last_use_s: float64[n_groups], time of the last use; the date of the oldest copy if no use is known.
+        uses: int64[n_groups], number of known uses.
+        counted_since_s: float64[n_groups], time since which uses are recorded. For a shard: since its data set is
+            managed by tiers; for other groups: since the last use through a cache of this machine. inf: uses are not
+            recorded.
+        unreported: bool[n_groups], whether a machine that may have used the group has not reported, so that the group
+            does not count as idle.
+        in_use: bool[n_groups], whether a job is reading the group now.
+        metrics: Name to float64[n_groups], NaN where a checkpoint does not have the metric.
+        unread: bool[n_groups], whether a checkpoint has files that may hold metrics, none of which can be read, and was
+            not put where it lies by the mover.
+        tags: Group to its tags, for groups that have tags.
+        group: int32[n_copies], ascending, the group of each copy; row c of this and the following columns is copy c.
+        tier: int8[n_copies], ascending within a group.
+        n_objects: int32[n_copies], number of objects of the copy.
+        n_bytes: int64[n_copies], total size of its objects.
+        smallest_bytes: int64[n_copies], size of its smallest object.
+        modified_s: float64[n_copies], time when its newest object was written, by the store's clock.
+        storage_class: int16[n_copies], indices of `classes`.
+        state: uint8[n_copies], HERE, ARCHIVED, RESTORING or RESTORED.
+        whole: bool[n_copies], whether the copy has all objects of the group, with the same sizes as the other copies.
+        verified: bool[n_copies], whether its bytes were compared with checksums and have not changed since.
+        links: Copy to a symbolic link in its tier that points to the copy or into it, for copies that have such a link:
+            it would dangle without the copy.
     """
 
     now_s: float
@@ -96,21 +101,23 @@ class Snapshot:
 
     @property
     def n_groups(self) -> int:
-        """How many groups there are."""
+        """Number of groups."""
         return len(self.kind)
 
     @property
     def n_copies(self) -> int:
-        """How many copies there are of them."""
+        """Number of copies of all groups."""
         return len(self.group)
 
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """What a move costs and brings, in dollars.
+    """The cost of a move and its effect on the monthly cost, in US dollars.
 
-    once: requests, retrieval, egress, early-deletion fee; saving_month: what keeping costs less in a month from then on
-    (negative: more); break_even_days: until `once` is earned back; None: never.
+    Attributes:
+        once: One-time cost: requests, retrieval, egress and early-deletion fee.
+        saving_month: Storage cost saved per month; negative: the move makes storage dearer.
+        break_even_days: Days until the savings exceed `once`; None: never.
     """
 
     once: float = 0.0
@@ -120,10 +127,16 @@ class Money:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A move as the policy decides it: of a group by its number, tiers by theirs.
+    """A move that the policy decided, with the group and the tiers as numbers.
 
-    src: the tier that it is read from, or dropped from; dst: the tier that gets it, or (drop) has it; None: delete.
-    reason: for people, with the figures that decided it.
+    Attributes:
+        group: Number of the group.
+        action: Action.
+        src: Tier that is read, or from which the copy is dropped.
+        dst: Tier that receives the copy, or (drop) holds the other copy; None: delete.
+        rule: Name of the rule, or of the watermark.
+        reason: Reason for people, with the figures behind the decision.
+        money: Cost and savings.
     """
 
     group: int
@@ -137,7 +150,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """A move that a rule asks for and that is not made, with the reason."""
+    """A move that a rule proposes and that the policy rejects, with the reason."""
 
     group: int
     action: Action
@@ -149,7 +162,12 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What the policy says of a snapshot. Moves in the order in which they are to be made; a group has one at most."""
+    """The output of the policy for one snapshot.
+
+    Attributes:
+        moves: Moves in execution order; at most one per group.
+        refusals: Rejected moves; at most one per group, and none for groups that are moved.
+    """
 
     moves: Sequence[Chosen] = ()
     refusals: Sequence[Declined] = ()
@@ -157,9 +175,14 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class PlannedObject:
-    """An object of a move, as it was seen: what is no longer so is not moved.
+    """An object of a move, as it was listed. The mover does not move an object that has changed since.
 
-    key: relative to the tier's URL. crc32c: where the manifest or the catalog knows it.
+    Attributes:
+        key: Key relative to the tier's URL.
+        n_bytes: Size.
+        etag: ETag of the store; None: the store gives none.
+        modified_s: Modification time, in seconds since the epoch.
+        crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
     """
 
     key: str
@@ -171,9 +194,20 @@ class PlannedObject:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A move as a plan has it: with names, and every object that it is about, those that make it whole last.
+    """A move of a plan, with names and with every object, the objects that complete the group last.
 
-    number: within the plan; objects: of the copy in src; seconds: about how long.
+    Attributes:
+        number: Number within the plan, from 1.
+        path: Path of the group.
+        kind: Kind of the group.
+        action: Action.
+        src: Name of the source tier.
+        dst: Name of the destination tier; None: delete.
+        rule: Name of the rule, or of the watermark.
+        reason: Reason for people.
+        objects: Objects of the copy in src.
+        money: Cost and savings.
+        seconds: Estimated duration.
     """
 
     number: int
@@ -190,13 +224,13 @@ class Move:
 
     @property
     def n_bytes(self) -> int:
-        """Of all its objects."""
+        """Total size of the objects."""
         return sum(one.n_bytes for one in self.objects)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A move that is asked for and not planned, with the reason."""
+    """A move that a rule proposes and that is not planned, with the reason. n_bytes: Size of the copy in src."""
 
     path: str
     kind: Kind
@@ -210,7 +244,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTier:
-    """A tier as a plan was made for it: apply stops where the rule file says otherwise by now."""
+    """A tier as it was when the plan was made: `tier apply` stops if the rule file has changed it since."""
 
     name: str
     role: str
@@ -221,7 +255,7 @@ class PlannedTier:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What lies in a tier."""
+    """Totals of one tier: bytes, objects and monthly cost in US dollars."""
 
     n_bytes: int = 0
     n_objects: int = 0
@@ -230,9 +264,18 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done, exactly; see docs/reference/tiers.md for its file.
+    """The exact moves to execute. docs/reference/tiers.md describes the plan file.
 
-    made_s: seconds since the epoch; rules: the rule file's path, rules_sha256: of its bytes; before, after: by tier.
+    Attributes:
+        id: Identifier, computed from the content.
+        made_s: Time of the snapshot, in seconds since the epoch.
+        rules: Path of the rule file.
+        rules_sha256: SHA-256 of the rule file, in hex.
+        tiers: Tiers of the rule file.
+        moves: Moves in execution order.
+        refusals: Rejected moves.
+        before: Tier name to its totals before the plan is executed.
+        after: Tier name to its totals afterwards.
     """
 
     id: str
@@ -246,6 +289,6 @@ class Plan:
     after: Mapping[str, Holding] = field(default_factory=dict)
 
     def of(self, numbers: Sequence[int]) -> tuple[Move, ...]:
-        """The moves of these numbers, in the plan's order."""
+        """Return the moves with these numbers, in the plan's order."""
         wanted = set(numbers)
         return tuple(move for move in self.moves if move.number in wanted)

@@ -1,4 +1,4 @@
-"""A plan's moves and refusals in columns, over what was listed: each is made an object when somebody looks at it."""
+"""The moves and refusals of a plan as columns over the listing; an object is created for a move only on access."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from tiercache.tier.made import AT_A_TIME, Made
 from tiercache.tier.model import KINDS, Action, Kind, Move, PlannedObject, Refusal
 from tiercache.tier.wishes import COPY, MOVE
 
-# How long a move takes is a guess for people: many objects at once.
+# For the estimated duration of a move only, which people read; assumes many objects in parallel.
 _OBJECTS_A_SECOND = 100.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """The objects of some copies, as rows of columns that have others too.
+    """The objects of some copies, as row numbers of columns that contain other objects too.
 
     Attributes:
-        start: int64[n + 1], of each copy, in the columns of m.
-        row: int64[m], in the columns below.
-        crc32c: int64[m], NO_CRC where nobody knows it.
-        keys: large_string[k]; etags: large_string[k], null where there is none.
+        start: int64[n + 1], offsets of each copy's objects in row and crc32c.
+        row: int64[m], row of each object in the columns below.
+        crc32c: int64[m], NO_CRC where it is unknown.
+        keys: large_string[k].
+        etags: large_string[k], null where there is none.
         n_bytes: int64[k].
-        modified_s: float64[k], NaN where nobody says.
+        modified_s: float64[k], NaN where it is unknown.
     """
 
     start: NDArray[np.int64]
@@ -45,7 +46,7 @@ class Pieces:
 
     @classmethod
     def of(cls, copies: Sequence[Sequence[ObjectInfo]]) -> Pieces:
-        """The columns of these."""
+        """Return the columns of these objects, given per copy."""
         infos = [info for copy in copies for info in copy]
         return cls(
             start=np.cumsum([0, *map(len, copies)]),
@@ -58,12 +59,12 @@ class Pieces:
         )
 
     def bytes_of_copies(self) -> NDArray[np.int64]:
-        """Of all objects of each; int64[n]."""
+        """Return the total size of each copy's objects; int64[n]."""
         sums = np.concatenate([[0], np.cumsum(self.n_bytes[self.row])])
         return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
 
     def named(self, start: int, end: int) -> Iterator[tuple[str, int, str | None, float | None, int | None]]:
-        """(key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
+        """Yield (key, n_bytes, etag, modified_s, crc32c) of each object of the copies from start to end."""
         part = slice(*self.start[[start, end]].tolist())
         row = self.row[part]
         return zip(
@@ -81,7 +82,7 @@ Named: TypeAlias = tuple[str, Kind, Action, str, str | None, str, str]
 
 
 class Sums(NamedTuple):
-    """Of moves."""
+    """Totals of some moves: bytes, and costs in US dollars."""
 
     n_bytes: int
     once: float
@@ -93,12 +94,14 @@ class Moves(Made[Move]):
     """The moves of a plan, numbered from 1.
 
     Attributes:
-        ways, dollars: as they were decided.
-        pieces: the objects of each, of its copy in src.
-        n_bytes: int64[n], of them.
-        paths, kind: of all groups.
-        tiers: names.
-        rate_bytes_s: at which is copied, about.
+        ways: Decisions, as columns.
+        dollars: Costs, as columns.
+        pieces: Objects of each move's copy in src.
+        n_bytes: int64[n], total size of the objects.
+        paths: Paths of all groups.
+        kind: Kinds of all groups.
+        tiers: Names of the tiers.
+        rate_bytes_s: Assumed copy rate, in bytes per second.
     """
 
     ways: Ways
@@ -114,7 +117,7 @@ class Moves(Made[Move]):
         return len(self.ways)
 
     def made(self, start: int, end: int) -> Iterator[Move]:
-        """Those from start to end."""
+        """See Made.made."""
         objects = self.pieces.named(start, end)
         n_objects, seconds = np.diff(self.pieces.start[start : end + 1]).tolist(), self.seconds(start, end).tolist()
         columns = self.named(start, end), self.dollars.made(start, end), n_objects, seconds
@@ -123,17 +126,17 @@ class Moves(Made[Move]):
             yield Move(number, *named, some, money, one_s)
 
     def named(self, start: int, end: int) -> Iterator[Named]:
-        """Those from start to end."""
+        """Yield the columns of moves from start to end, with names."""
         return _named(self.ways, self.paths, self.kind, self.tiers, (start, end))
 
     def seconds(self, start: int, end: int) -> NDArray[np.float64]:
-        """About how long those from start to end take, each."""
+        """Return the estimated duration of each move from start to end, in seconds; float64[n]."""
         part, n_objects = slice(start, end), np.diff(self.pieces.start[start : end + 1])
         copied = np.where(np.isin(self.ways.action[part], (MOVE, COPY)), self.n_bytes[part], 0)
         return np.round(copied / self.rate_bytes_s + n_objects / _OBJECTS_A_SECOND, 3)
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """All of them, so many at a time that their objects are not too many, or one."""
+        """Yield (start, end) of successive parts; each has a limited number of objects, or a single move."""
         start = 0
         while start < len(self):
             most = np.searchsorted(self.pieces.start, self.pieces.start[start] + AT_A_TIME, side="right")
@@ -142,18 +145,18 @@ class Moves(Made[Move]):
             start = end
 
     def is_finite(self) -> bool:
-        """Whether all figures are numbers that JSON has."""
+        """Whether all figures are finite or absent, so that JSON can represent them."""
         dollars, times = self.dollars, self.pieces.modified_s[self.pieces.row]
         finite = np.isfinite(dollars.once).all() and np.isfinite(dollars.saving_month).all()
         return bool(finite and not np.isnan(dollars.days).any() and not np.isinf(times).any())
 
     def paths_of(self, kind: int) -> pa.Array:
-        """The paths of those that are of a kind (FILE and so on)."""
+        """Return the paths of the moves of one kind (FILE, SHARD or CHECKPOINT)."""
         group = self.ways.group
         return self.paths.take(pa.array(group[self.kind[group] == kind]))
 
     def digest(self) -> str:
-        """SHA-256, in hex, of what they move, and of what it is known by."""
+        """Return the SHA-256, in hex, of the moves and of the identity of their objects."""
         digest = hashlib.sha256()
         for start, end in self.parts():
             ways, rows = slice(start, end), slice(*self.pieces.start[[start, end]].tolist())
@@ -173,7 +176,10 @@ class Moves(Made[Move]):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Refusals(Made[Refusal]):
-    """The refusals of a plan. n_bytes: int64[n], of the copy in src; 0: there is none; else as Moves."""
+    """The refusals of a plan. Columns as in Moves.
+
+    n_bytes: int64[n], size of the copy in src; 0: there is none.
+    """
 
     ways: Ways
     n_bytes: NDArray[np.int64]
@@ -185,19 +191,19 @@ class Refusals(Made[Refusal]):
         return len(self.ways)
 
     def made(self, start: int, end: int) -> Iterator[Refusal]:
-        """Those from start to end."""
+        """See Made.made."""
         sizes = self.n_bytes[start:end].tolist()
         return (Refusal(*one, n_bytes) for one, n_bytes in zip(self.named(start, end), sizes, strict=True))
 
     def named(self, start: int, end: int) -> Iterator[Named]:
-        """Those from start to end."""
+        """Yield the columns of refusals from start to end, with names."""
         return _named(self.ways, self.paths, self.kind, self.tiers, (start, end))
 
 
 def sums(moves: Sequence[Move]) -> Sums:
-    """Bytes and dollars of all moves."""
+    """Return the total bytes and costs of all moves."""
     if isinstance(moves, Moves):
-        # Added as one adds a list: to the last digit what the sum of the objects is.
+        # Summed in order, so that the result equals the sum over the objects to the last digit.
         dollars = (sum(column.tolist()) for column in (moves.dollars.once, moves.dollars.saving_month))
         return Sums(int(moves.n_bytes.sum()), *dollars)
     once, saving_month = (sum(getattr(move.money, name) for move in moves) for name in ("once", "saving_month"))
@@ -205,14 +211,14 @@ def sums(moves: Sequence[Move]) -> Sums:
 
 
 def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, Sums]]:
-    """How many there are of each (rule, action, src, dst), and their sums; in the order in which they come first."""
+    """Return count and totals for each (rule, action, src, dst), in order of first appearance."""
     if not isinstance(moves, Moves):
         found: dict[tuple[str, str, str, str | None], list[Move]] = {}
         for move in moves:
             found.setdefault((move.rule, move.action, move.src, move.dst), []).append(move)
         return {way: (len(some), sums(some)) for way, some in found.items()}
     ways, dollars = moves.ways, moves.dollars
-    # A rule may be called as a watermark is: then they are one, as for people.
+    # A rule may have the name of a watermark; both count as one then.
     number_of = np.array([ways.rules.index(name) for name in ways.rules], np.int64)
     code = ((number_of[ways.rule] * 256 + ways.action) * 256 + ways.src) * 256 + ways.dst
     _, first, number, count = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
@@ -227,7 +233,7 @@ def sums_by_way(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None],
 
 
 def paths_of(moves: Sequence[Move], kind: int) -> pa.Array:
-    """The paths of the moves that are of a kind (FILE and so on)."""
+    """Return the paths of the moves of one kind (FILE, SHARD or CHECKPOINT)."""
     if isinstance(moves, Moves):
         return moves.paths_of(kind)
     return pa.array([move.path for move in moves if move.kind == KINDS[kind]], pa.large_string())
@@ -242,7 +248,7 @@ def _named(
 
 
 def _content(texts: pa.Array) -> Iterator[bytes | memoryview]:
-    """What texts are, as bytes that no others have: which there are, how long each is, and all of them together."""
+    """Yield bytes that identify the texts: the validity of each, the lengths, and all bytes."""
     whole = texts.fill_null("").cast(pa.large_string())
     yield np.asarray(texts.is_valid().to_numpy(zero_copy_only=False), np.bool_).tobytes()
     _, offsets, data = whole.buffers()

@@ -1,4 +1,4 @@
-"""Metrics in the names of many checkpoints at once: names that are alike but for their digits are read together."""
+"""Metrics in the names of many checkpoints: names that differ only in digits are parsed together."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from tiercache.tier.alike import Alike
 from tiercache.tier.metrics import metrics_of, spans_of
 
-# Fewer names of one template are not worth an expression of their own.
+# Minimum number of names of one template for which an expression is built.
 _FEW = 8
 _DIGITS = re.compile("[0-9]+")
 
 
 def metrics_in(names: pa.Array, wanted: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """What metrics.metrics_of() gives of each name, for the wanted metrics: float64[n] each, NaN where there is none.
+    """Return the wanted metrics of each name as metrics.metrics_of() does; float64[n] each, NaN where there is none.
 
-    names: large_string, file or folder names, without nulls.
+    Args:
+        names: large_string, names of files or folders, without nulls.
+        wanted: Names of the metrics.
     """
     found = {name: np.full(len(names), np.nan) for name in wanted}
     if not len(names):
@@ -42,7 +44,7 @@ _Place = tuple[str, tuple[int, int], tuple[int, int]]
 
 
 def _places(template: str, wanted: Sequence[str]) -> list[_Place]:
-    """Where the template may have a wanted metric: its name, (start, end) of that, and of its number."""
+    """Return where the template may have a wanted metric: the metric, and (start, end) of its name and its number."""
     spans = [(name, number, template[slice(*name)]) for name, number in spans_of(template)]
     alike = [(metric, _DIGITS.sub("0", metric)) for metric in wanted]
     return [(metric, name, number) for name, number, text in spans for metric, like in alike if like == text]
@@ -52,7 +54,7 @@ def _read(
     found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], names: pa.Array, of: tuple[str, list[_Place]]
 ) -> None:
     template, places = of
-    # A metric that a name has twice counts as it stands there last, if that is a number.
+    # For a metric that occurs twice in a name, the last finite value counts; only the parser for one name knows that.
     if len(rows) < _FEW or len({metric for metric, _, _ in places}) < len(places):
         _one_by_one(found, rows, names)
         return
@@ -68,7 +70,10 @@ def _one_by_one(found: dict[str, NDArray[np.float64]], rows: NDArray[np.int64], 
 
 
 def _values(names: pa.Array, template: str, place: _Place) -> list[float]:
-    """The numbers that stand in names where the template has one; NaN for what cannot be compared, or is another's."""
+    """Return the number at the template's position in each name.
+
+    NaN: the number is not finite, or the name has another metric there.
+    """
     metric, (name_start, name_end), (start, end) = place
     parts = template[:name_start], template[name_end:start], template[start:end], template[end:]
     before, between, number, after = (re.escape(part).replace("0", "[0-9]+") for part in parts)

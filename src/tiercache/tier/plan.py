@@ -1,6 +1,6 @@
-"""Plans: what the policy decided, with names and every object, and what lies where before and after.
+"""Makes a plan from decisions: names, every object of each move, and the totals of each tier before and after.
 
-plan_file.py has the file that a plan stands in.
+plan_file.py reads and writes the file of a plan.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 
 __all__ = ["Stock", "holdings", "plan_lines", "planned", "read_plan", "write_plan"]
 
-# How long a move takes is a guess for people: of one machine and its network.
+# For the estimated duration of a move only, which people read; one machine and its network.
 _BYTES_A_SECOND = 200e6
 
 
 class Stock(Protocol):
-    """What there is (inventory.py): the snapshot, and the objects of its copies."""
+    """The inventory as the planner uses it (inventory.py)."""
 
     @property
     def snapshot(self) -> Snapshot:
-        """What was decided upon."""
+        """The snapshot behind the decisions."""
 
     def objects(self, group: int, tier: int) -> tuple[ObjectInfo, ...]:
-        """Of a copy, those that make it whole last."""
+        """Return the objects of a copy, the objects that complete it last."""
 
 
 @runtime_checkable
 class Columns(Protocol):
-    """A Stock that has the objects of many copies at once."""
+    """A Stock that returns the objects of many copies as columns."""
 
     def pieces(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> Pieces:
-        """Of each group's copy in the tier beside it."""
+        """Return the objects of each group's copy in the tier at the same index."""
 
 
-# -- making ----------------------------------------------------------------------------------------------------------
+# -- making a plan ---------------------------------------------------------------------------------------------------
 
 
 def planned(decisions: Decisions, inventory: Stock, file: TierFile, prices: Sequence[Prices | None]) -> Plan:
-    """The plan of what was decided upon an inventory. Its id comes from its contents: the same of the same.
+    """Return the plan for decisions about an inventory. Deterministic: the id is computed from the content.
 
-    Its moves and refusals are made of columns when they are looked at; the plan keeps what the inventory has listed.
+    Moves and refusals stay columns, whose elements are created on access; the plan keeps the inventory's listing alive.
     """
     snapshot = inventory.snapshot
     moves = _moves(decisions, inventory, file)
@@ -99,7 +99,7 @@ def _moves(decisions: Decisions, inventory: Stock, file: TierFile) -> Moves:
 
 
 def _bytes_in(snapshot: Snapshot, ways: Ways) -> NDArray[np.int64]:
-    """Bytes of each way's copy in src; 0: it has none there."""
+    """Return the size of each decision's copy in src; 0: there is no copy. int64[n]."""
     at = copies_at(snapshot.group, snapshot.tier, ways.group, ways.src)
     return np.where(at < 0, 0, np.append(snapshot.n_bytes, 0)[at])
 
@@ -109,15 +109,15 @@ def _id(made_s: float, rules_sha256: str, moves: Moves) -> str:
     return f"{datetime.fromtimestamp(made_s, UTC):%Y%m%dT%H%M%SZ}-{digest.hexdigest()[:12]}"
 
 
-# -- what lies where -------------------------------------------------------------------------------------------------
+# -- totals of tiers -------------------------------------------------------------------------------------------------
 
 
 def holdings(
     snapshot: Snapshot, prices: Sequence[Prices | None], decisions: Decisions | None = None
 ) -> Mapping[str, Holding]:
-    """What lies in each tier, by name, and what it costs a month: now, or when all that was decided is done.
+    """Return the totals of each tier by name: at present, or after the decisions are executed.
 
-    prices: of each tier; what has none costs nothing.
+    prices: Prices of each tier; a tier without prices costs nothing.
     """
     copies, tiers = np.arange(snapshot.n_copies), snapshot.tier
     if decisions is not None:
@@ -131,7 +131,7 @@ def holdings(
 
 
 def _afterwards(snapshot: Snapshot, moves: Sequence[Chosen]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Copies, and the tier of each, when moves are done. A copy in a new tier is what its source was."""
+    """Return the copies after the moves, and the tier of each. A new copy has the properties of its source."""
     at = np.full((len(snapshot.tiers), snapshot.n_groups), -1, np.int32)
     at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
     ways = Ways.of(moves)

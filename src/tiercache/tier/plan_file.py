@@ -1,7 +1,7 @@
-"""The file that a plan stands in: written whole, read with every doubt said. docs/reference/tiers.md has its keys.
+"""Reads and writes the file of a plan, with strict checks. docs/reference/tiers.md describes its keys.
 
-A plan is applied as people have read it: its last line has the sum of all lines before, so that a file which was cut or
-changed is not taken for one.
+The mover must execute exactly the plan that people have reviewed: the last line contains the SHA-256 of all lines
+before it, so that a truncated or changed file is rejected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiercache.tier.plan_lines import HEAD_KEYS, lines_of_moves, lines_of_refusa
 FORMAT, VERSION = "tiercache-plan", 1
 
 _WRITE_BYTES = 1 << 20
-_TOO_LARGE = 1 << 63  # of an integer, for the journal
+_TOO_LARGE = 1 << 63  # the journal stores int64
 _TIER_KEYS = ("url", "role", "storage_class", "prices")
 _MOVE_KEYS = ("path", *HEAD_KEYS)
 _REFUSAL_KEYS = (*_MOVE_KEYS, "n_bytes")
@@ -37,13 +37,13 @@ T = TypeVar("T")
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The lines of a plan's file, without line ends."""
+    """Yield the lines of a plan's file, without line ends."""
     for block in _blocks(plan):
         yield from bytes(block).decode().splitlines()
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write a plan to a file, which appears whole, in place of what the file was. Raises OSError."""
+    """Write a plan to a file, which replaces an existing file atomically. Raises OSError."""
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
         new = NewFile(folder_fd)
         try:
@@ -60,7 +60,7 @@ def write_plan(plan: Plan, path: Path) -> None:
 
 
 def _blocks(plan: Plan) -> Iterator[bytes | memoryview]:
-    """The file's bytes, whole lines at a time."""
+    """Yield the bytes of the file, in blocks of whole lines."""
     digest = hashlib.sha256()
     for block in chain([_line(_header(plan))], _lines_of_moves(plan.moves), _lines_of_refusals(plan.refusals)):
         digest.update(block)
@@ -83,7 +83,7 @@ def _header(plan: Plan) -> dict[str, Any]:
 
 
 def _lines_of_moves(moves: Sequence[Move]) -> Iterator[bytes | memoryview]:
-    # What is no JSON raises where it is written as an object.
+    # Figures that JSON cannot represent take the slow path, where json.dumps() raises for them.
     if isinstance(moves, Moves) and moves.is_finite():
         return lines_of_moves(moves)
     return (_line(_move_row(move)) for move in moves)
@@ -134,19 +134,19 @@ def _summary(plan: Plan) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a file.
+    """Read the plan from a file.
 
     Raises:
-        ValueError: no plan, one of another version, one that was cut or changed, or a line that does not fit; it says
-            which line, what was expected and what was found.
-        OSError: it cannot be read.
+        ValueError: The file is not a plan, has another version, was truncated or changed, or has an invalid line. The
+            message contains the line, what was expected and what was found.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         return _Reader(path).plan(file)
 
 
 class _Reader:
-    """Reads the lines of one file. number: of the line it is at."""
+    """Reads the lines of one file. number: Number of the current line."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.number = path, 0
@@ -169,15 +169,15 @@ class _Reader:
             else:
                 raise self.wrong(f'expected "line" to be "move", "refused" or "summary", got {what!r}')
         raise ValueError(
-            f"{self.path}: the plan ends at line {self.number} without its summary: it was cut; make it anew"
+            f"{self.path}: the plan ends at line {self.number} without its summary: it was cut; make a new plan"
         )
 
     def header(self, raw: bytes) -> Mapping[str, Any]:
         row = self.row(raw)
         if row.get("format") != FORMAT:
-            raise self.wrong(f'expected "format": "{FORMAT}", got {row.get("format")!r}: this is no plan')
+            raise self.wrong(f'expected "format": "{FORMAT}", got {row.get("format")!r}: this is not a plan')
         if row.get("version") != VERSION:
-            raise self.wrong(f"expected a plan of version {VERSION}, got {row.get('version')!r}: make it anew")
+            raise self.wrong(f"expected a plan of version {VERSION}, got {row.get('version')!r}: make a new plan")
         return row
 
     def whole(
@@ -189,10 +189,10 @@ class _Reader:
     ) -> Plan:
         row, sha256, more = end
         if more:
-            raise self.wrong("expected the summary to be the last line: the plan was changed; make it anew")
+            raise self.wrong("expected the summary to be the last line: the plan was changed; make a new plan")
         if row.get("sha256") != sha256:
             found = f"its lines have SHA-256 {sha256}, and its summary says {row.get('sha256')!r}"
-            raise ValueError(f"{self.path}: the plan was changed since it was made: {found}; make it anew")
+            raise ValueError(f"{self.path}: the plan was changed since it was made: {found}; make a new plan")
         if self.field(row, "n_moves", int) != len(moves) or len({move.number for move in moves}) != len(moves):
             raise self.wrong(f"expected {row['n_moves']} moves with a number each, got {len(moves)}")
         return Plan(
@@ -213,7 +213,7 @@ class _Reader:
             row = json.loads(raw, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise self.wrong(
-                f"expected a JSON object, got {raw[:60]!r}: it was cut or changed; make it anew"
+                f"expected a JSON object, got {raw[:60]!r}: it was cut or changed; make a new plan"
             ) from error
         return self.table(row)
 
@@ -230,11 +230,11 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (float, int) if kind is float else kind):
             raise self.wrong(f"{key}: expected {kind.__name__}, got {value!r}")
         if isinstance(value, int) and kind is int and not 0 <= value < _TOO_LARGE:
-            raise self.wrong(f"{key}: expected a number that is not negative and has 63 bits at most, got {value}")
+            raise self.wrong(f"{key}: expected an integer from 0 to 2^63 - 1, got {value}")
         try:
             return kind(value)  # type: ignore[call-arg]
         except OverflowError as error:
-            raise self.wrong(f"{key}: expected {kind.__name__}, got a number that is larger than any") from error
+            raise self.wrong(f"{key}: expected {kind.__name__}, got a number that is too large") from error
 
     def maybe(self, row: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
         return None if row.get(key) is None else self.field(row, key, kind)
@@ -268,15 +268,18 @@ class _Reader:
         kind, action = self.one_of(row, "kind", KINDS), self.one_of(row, "action", get_args(Action))
         dst = self.maybe(row, "dst", str)
         if (dst is None) != (action == "delete"):
-            raise self.wrong(f"dst: expected a tier, and none of a delete; got {dst!r} of a {action}")
+            raise self.wrong(f"dst: expected a tier, or null for a delete, got {dst!r} for a {action}")
         return self.key("path", self.field(row, "path", str)), kind, action, self.field(row, "src", str), dst
 
     def key(self, where: str, text: str) -> str:
-        """A key of a tier, that none of tiercache's own is. Half a surrogate pair is no text: encode() says so."""
+        """Return the text as a key of a tier.
+
+        Raises ValueError for tiercache's own keys, and for text that UTF-8 cannot encode.
+        """
         try:
             text.encode()
             if OWN_FOLDER in f"{text}/":
-                raise ValueError(f"{text!r} is tiercache's own, and never moved")
+                raise ValueError(f"{text!r} belongs to tiercache itself and is never moved")
             return check_key(text)
         except ValueError as error:
             raise self.wrong(f"{where}: {error}") from error
@@ -300,7 +303,7 @@ class _Reader:
             raise self.wrong(f"objects: expected {said}, got {len(move.objects)} of {move.n_bytes}")
         for one in move.objects:
             if one.key != move.path and not one.key.startswith(f"{move.path}/"):
-                raise self.wrong(f"objects: expected {move.path} or what is in it, got {one.key}")
+                raise self.wrong(f"objects: expected {move.path} or a key below it, got {one.key}")
         return move
 
     def object(self, values: object) -> PlannedObject:
@@ -321,5 +324,5 @@ class _Reader:
 
 
 def _no_number(name: str) -> NoReturn:
-    """JSON has no NaN and no infinity, Python's reader does."""
-    raise ValueError(f"{name} is no number")
+    """Reject NaN and infinity, which Python's parser accepts and JSON does not have."""
+    raise ValueError(f"{name} is not a number in JSON")

@@ -1,6 +1,6 @@
-"""Lines of a plan's file made of columns by Arrow, whole parts at a time: a million moves without an object of each.
+"""Formats the lines of a plan's file from columns with Arrow, so that a million moves need no Python object each.
 
-What each line holds is plan_file.py's; these say the same, though a number may be spelt in another way (1 for 1.0).
+plan_file.py defines the content of the lines. The lines are equal except for the spelling of numbers (1 for 1.0).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tiercache.tier.moves import Moves, Refusals
 
 HEAD_KEYS = ("kind", "action", "src", "dst", "rule", "reason")
 
-# What json.dumps() writes by its number: all but printable ASCII.
+# Characters that json.dumps() escapes by number: all except printable ASCII.
 _ESCAPED = "[^ -~]"
 _MOST_HEADS = 10_000
 _LARGE = pa.large_string()
 
 
 def lines_of_moves(moves: Moves) -> Iterator[memoryview]:
-    """Whole lines, with their ends; each part of them is the caller's."""
+    """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in moves.parts():
         yield _bytes(_move_lines(moves, start, end, heads))
 
 
 def lines_of_refusals(refusals: Refusals) -> Iterator[memoryview]:
-    """Whole lines, with their ends; each part of them is the caller's."""
+    """Yield blocks of whole lines, with line ends; the caller owns each block."""
     heads = _Heads()
     for start, end in refusals.parts():
         group = refusals.ways.group[start:end]
@@ -78,7 +78,7 @@ def _move_lines(moves: Moves, start: int, end: int, heads: _Heads) -> pa.Array:
 
 
 def _objects(moves: Moves, start: int, end: int) -> pa.Array:
-    """The objects of moves from start to end, each as a list."""
+    """Format the objects of moves from start to end, each as a JSON list."""
     pieces, part = moves.pieces, slice(*moves.pieces.start[[start, end]].tolist())
     row, crc32c = pieces.row[part], pieces.crc32c[part]
     modified_s = pieces.modified_s[row]
@@ -98,7 +98,7 @@ def _objects(moves: Moves, start: int, end: int) -> pa.Array:
 
 
 class _Heads(dict[tuple[Any, ...], str]):
-    """What lines have between path and figures, by the values of HEAD_KEYS: many lines have the same."""
+    """Cache of the part of a line between path and figures, by the values of HEAD_KEYS, which many lines share."""
 
     def __missing__(self, values: tuple[Any, ...]) -> str:
         if len(self) > _MOST_HEADS:
@@ -107,7 +107,7 @@ class _Heads(dict[tuple[Any, ...], str]):
         return found
 
     def column(self, ways: Ways, kind: NDArray[np.uint8], tiers: tuple[str, ...], part: tuple[int, int]) -> pa.Array:
-        """Those of the ways of a part."""
+        """Return the column for the decisions of a part."""
         return pa.array([self[values] for values in ways.worded(kind, tiers, part)], _LARGE)
 
 
@@ -117,9 +117,9 @@ def _joined(*columns: pa.Array | str) -> pa.Array:
 
 
 def _quoted(texts: pa.Array) -> pa.Array:
-    """Texts as JSON has them; null where there is none."""
+    """Format texts as JSON strings; null for missing texts."""
     texts = texts.cast(_LARGE)
-    # ETags have quotes, every one.
+    # Every ETag contains quotes, so quotes are escaped here and not in the slow path below.
     plain = pc.replace_substring(pc.replace_substring(texts, "\\", r"\\"), '"', r"\"")
     quoted = _joined('"', plain, '"').fill_null("null")
     escaped = pc.match_substring_regex(texts, _ESCAPED).fill_null(False)
@@ -130,7 +130,7 @@ def _quoted(texts: pa.Array) -> pa.Array:
 
 
 def _numbers(column: NDArray[Any], none: NDArray[np.bool_] | None = None) -> pa.Array:
-    """Finite numbers as JSON has them; null where none is."""
+    """Format finite numbers as JSON; null where `none` is true."""
     return pa.array(column, mask=none).cast(_LARGE).fill_null("null")
 
 

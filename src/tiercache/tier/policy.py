@@ -1,12 +1,13 @@
-"""The policy: what there is, rules, prices and capacities in; what is to be done, and what is refused, out.
+"""The policy: a pure function from a snapshot, rules, prices and capacities to moves and refusals.
 
-Pure, and by columns: a million groups are sorted and compared, never walked. docs/reference/tiers.md says what rules
-mean. In this order, and a group gets one move at most:
+The policy works on columns, so that it sorts and compares a million groups without a loop over them.
+docs/reference/tiers.md defines the rules. A group gets at most one move. Steps, in this order:
 
-1. what each rule asks for (wishes.py), without what is untouchable, too costly (refusing.py) or has no room;
-2. tiers that would still be over `high` of their capacity send down the least recently used until `low` is reached;
-3. what was used since it lies in a colder tier is copied up where its rule promotes and there is room below `low`:
-   below, so that it does not push out what the watermark has just left there.
+1. Each rule proposes moves (wishes.py). Moves of protected groups, unprofitable moves and moves without room are
+   rejected (refusing.py).
+2. A tier that would still be above `high` of its capacity sends its least recently used groups down until `low`.
+3. Groups that were used since they came to a colder tier are copied up where their rule promotes and the hot tier has
+   room below `low`; a higher limit would evict what the watermark has just left there.
 """
 
 from __future__ import annotations
@@ -48,18 +49,19 @@ def decide(
     capacity_bytes: Sequence[int | None],
     missing: Mapping[str, str] | None = None,
 ) -> Decisions:
-    """What is to be done with what there is. The same of the same.
+    """Return the moves and refusals for a snapshot. Deterministic: equal inputs give equal decisions.
 
     Args:
-        snapshot: what there is; its tiers are the file's.
-        file: tiers, rules, pins, tags.
-        prices: of each tier; None: unknown, and then dollars decide nothing about it.
-        capacity_bytes: of each tier; None: no limit.
-        missing: tiers that may lack what lies in them, and why: marks.py. Nothing goes there, and nothing is deleted.
+        snapshot: Snapshot of the tiers of the rule file.
+        file: Rule file, for its tiers, rules, pins and tags.
+        prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
+        capacity_bytes: Capacity of each tier in bytes; None: unlimited.
+        missing: Name of each tier that may not be mounted, and the reason (see marks.py). The policy moves nothing to
+            such a tier, and deletes nothing while there is one.
 
     Raises:
-        ValueError: the snapshot is of other tiers than the file, prices or capacities are not one a tier, or a glob is
-            none.
+        ValueError: The snapshot has other tiers than the file, prices or capacities do not have one entry per tier, or
+            a glob is malformed.
     """
     for name, values in (("prices", prices), ("capacity_bytes", capacity_bytes)):
         if len(values) != len(file.tiers):
@@ -68,7 +70,7 @@ def decide(
 
 
 class _Deciding:
-    """The moves of one plan as they come together. moving: bool[n_groups], those that have one."""
+    """Collects the moves of one plan. moving: bool[n_groups], whether the group has a move already."""
 
     def __init__(self, view: View, capacity_bytes: Sequence[int | None], missing: Mapping[str, str]) -> None:
         self.view, self.room, self.missing = view, Room(view, capacity_bytes), missing
@@ -77,7 +79,7 @@ class _Deciding:
         self.refused: list[Wishes] = []
 
     def all(self) -> Decisions:
-        """All three steps."""
+        """Run the three steps of the policy."""
         rules = [asked(self.view, rule, number) for number, rule in enumerate(self.view.file.rules)]
         for rule in rules:
             self.refused.append(held(self.view, rule.refused, self.refused))
@@ -113,14 +115,18 @@ class _Deciding:
         dollars = bill(self.view, wishes)
         freed = np.cumsum(np.where(self.room.fitting(wishes), bytes_of(self.view, wishes), 0))
         n = int(np.searchsorted(freed, used - int(limit * what.low))) + 1
-        # Of those that cannot go, the ones that would have been among them.
+        # Report only those rejected groups that the watermark would have chosen: unused for at least as long.
         last_s = self.view.unused_s[wishes.group[n - 1]] if n <= len(wishes) else -np.inf
         over = Wishes.all(passed)
         self.refused.append(over.take(self.view.unused_s[over.group] >= last_s))
         self._make(wishes.take(np.arange(len(wishes))[:n]), dollars.take(np.arange(len(wishes))[:n]))
 
     def _may_go(self, tier: int, rules: Sequence[Asked]) -> Rows:
-        """Groups with a copy there that nothing holds there: no move of its own, pin, use, run or keep list."""
+        """Return the groups whose copy in the tier the watermark may send down.
+
+        A move of its own, a pin, a reader, an incomplete or newest checkpoint, a symbolic link and a keep list hold a
+        copy.
+        """
         view = self.view
         held = self.moving | view.snapshot.in_use | (view.pin >= 0) | (view.at[tier] < 0)
         held |= (view.snapshot.kind == CHECKPOINT) & (~view.snapshot.complete | view.newest)
@@ -132,7 +138,7 @@ class _Deciding:
         return np.flatnonzero(~held)
 
     def _sent_down(self, tier: int, rows: Rows, full: str) -> tuple[Wishes, Wishes]:
-        """Dropped where a verified copy lies further down, else sent to the next tier."""
+        """Propose to drop copies that a lower tier holds verified, and to move the others to the next tier."""
         dst = column(len(rows), tier + 1, np.int8)
         for lower in range(self.view.n_tiers - 1, tier, -1):
             dst[droppable(self.view, rows, tier, lower)] = lower
@@ -143,7 +149,10 @@ class _Deciding:
     # -- promotion ---------------------------------------------------------------------------------------------------
 
     def _promote(self, hot: int, rule: Asked, number: int) -> None:
-        """Copy up what was used since it came where it lies, the last used first, unless its rule sends it down."""
+        """Copy up the groups that were used since they came to a lower tier, unless a rule sends them down.
+
+        The most recently used groups come first.
+        """
         view = self.view
         rows = rule.rows[rule.stays & ~self.moving[rule.rows] & (view.pin[rule.rows] < 0) & ~view.has(hot, rule.rows)]
         rows = rows[view.snapshot.complete[rows] & ~view.snapshot.in_use[rows]]
@@ -178,7 +187,7 @@ class _Deciding:
 
     def _ways(self, wishes: Wishes) -> Ways:
         rules = [rule.name for rule in self.view.file.rules]
-        # Watermarks are -1 - tier: the last names, from the end.
+        # The rule number of a watermark is -1 - tier, so that the names of watermarks are indexed from the end.
         rules += [f"tiers.{name}.high" for name in reversed(self.view.snapshot.tiers)]
         return Ways(wishes.group, wishes.action, wishes.src, wishes.dst, wishes.rule, wishes.text, rules)
 
@@ -188,6 +197,6 @@ def _dollars(dollars: Bill) -> Dollars:
 
 
 def _copies(wishes: Wishes) -> Wishes:
-    """What moves up leaves its copy below. A class that changes in place has no copy to leave."""
+    """Turn moves into copies: a promotion leaves the lower copy. A change of class within one URL stays as it is."""
     action = np.where(wishes.action == MOVE, COPY, wishes.action).astype(np.int8)
     return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, wishes.text)

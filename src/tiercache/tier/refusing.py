@@ -1,4 +1,4 @@
-"""What is not done although a rule asks for it, with the reason and its figures, and what the rest costs."""
+"""Rejects proposed moves that a constraint forbids, with the reason and its figures, and computes costs."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies diff
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bill:
-    """Of wishes, a row each: paid once, saved a month."""
+    """Costs of proposed moves in US dollars; one row per move: one-time cost, and savings per month."""
 
     once: Dollars
     saving_month: Dollars
 
     @property
     def break_even_days(self) -> Dollars:
-        """inf: never."""
+        """Days until break-even of each move; inf: never."""
         return break_even_days(self.once, self.saving_month)
 
     @classmethod
     def all(cls, parts: Iterable[Bill]) -> Bill:
-        """One after the other."""
+        """Concatenate the parts."""
         parts = [cls(*(np.zeros(0) for _ in cls.__slots__)), *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
     def take(self, chosen: NDArray[Any]) -> Bill:
-        """Those of a mask, or of numbers in their order."""
+        """Return the rows that a boolean mask, or an array of row numbers, selects."""
         return Bill(self.once[chosen], self.saving_month[chosen])
 
 
 def bill(view: View, wishes: Wishes) -> Bill:
-    """What wishes cost and bring; nothing where a tier has no prices."""
+    """Return the costs of proposed moves; zero where a tier has no prices."""
     out = Bill(np.zeros(len(wishes)), np.zeros(len(wishes)))
     stays_s = _stays_s(view, wishes)
     code = (wishes.action.astype(np.int64) * 256 + wishes.src) * 256 + (wishes.dst + 1)
@@ -71,7 +71,7 @@ def bill(view: View, wishes: Wishes) -> Bill:
 def _add(
     view: View, wishes: Wishes, out: Bill, rows: NDArray[np.int64], way: tuple[int, int, int], stays_s: Dollars
 ) -> None:
-    """Add what one way costs to some rows of the bill. stays_s: of all wishes, until they are deleted."""
+    """Add the costs of one (action, src, dst) to rows of the bill. stays_s: See _stays_s(), for all proposed moves."""
     action, src, dst = way
     copies = view.at[src, wishes.group[rows]].astype(np.int64)
     sizes = Sizes.of(view.snapshot, copies)
@@ -83,7 +83,7 @@ def _add(
         out.saving_month[rows] += month_dollars(old, sizes)
     if new is not None:
         out.saving_month[rows] -= month_dollars(new, sizes)
-        # What its rule deletes before the minimum of days in dst is over pays for the rest of them then.
+        # The rule may delete the group before the minimum storage duration of dst ends, which costs the early fee.
         out.once[rows] += early_dollars(new, sizes, stays_s[rows])
         if action == RECLASS:
             out.once[rows] += reclass_dollars(old, new, sizes)
@@ -93,18 +93,18 @@ def _add(
 
 
 def _stays_s(view: View, wishes: Wishes) -> NDArray[np.float64]:
-    """Seconds from now until the rule that asks for a wish deletes its group; inf: never."""
+    """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
     limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in view.file.rules]
     by_rule = np.array([*limits, np.inf])[np.where(wishes.rule < 0, len(limits), wishes.rule)]
-    by_rule[view.newest[wishes.group] | view.tagged[wishes.group]] = np.inf  # these are never deleted
+    by_rule[view.newest[wishes.group] | view.tagged[wishes.group]] = np.inf  # never deleted
     return np.asarray(np.maximum(by_rule - view.age_s[wishes.group], 0.0), np.float64)
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
+# -- rejections ------------------------------------------------------------------------------------------------------
 
 
 def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wishes:
-    """The wishes without those of mask, which are refused; text: of each of these."""
+    """Reject the proposed moves of a mask, and return the others. text: Reason of each rejected move."""
     if not mask.any():
         return wishes
     refused.append(wishes.take(mask).saying(text))
@@ -112,7 +112,7 @@ def sift(wishes: Wishes, refused: list[Wishes], mask: Flags, text: Texts) -> Wis
 
 
 def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
-    """Without what is pinned, in use, not complete yet, or tagged and to be deleted."""
+    """Reject moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
     whys = [f": {pin.why}" if pin.why else "" for pin in view.file.pins]
     pinned = view.pin[wishes.group]
     text = say(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
@@ -127,15 +127,15 @@ def held(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
 
 
 def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
-    """Without what would take the newest complete checkpoint of a run away.
+    """Reject moves that would remove the newest complete checkpoint of a run.
 
-    It may be copied, and dropped where another copy of it can be read: a move of it becomes a copy, so that a later
-    plan finds that other copy verified.
+    The checkpoint may be copied, and dropped where another copy is readable. A move of it becomes a copy, so that a
+    later plan drops the source once the new copy is known to be verified.
     """
     of_newest = view.newest[wishes.group]
     lasts = of_newest & ((wishes.action == DELETE) | (wishes.action == RECLASS))
     lasts |= of_newest & (wishes.action == DROP) & ~_readable_elsewhere(view, wishes)
-    what = "the newest complete checkpoint of its run is never deleted, nor its last readable copy given up"
+    what = "the newest complete checkpoint of a run is never deleted, and keeps at least one readable copy"
     wishes = sift(wishes, refused, lasts, one_text(what, lasts))
     becomes = view.newest[wishes.group] & (wishes.action == MOVE)
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
@@ -144,11 +144,11 @@ def newest_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
 
 
 def linked_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
-    """Without what would take away a copy that a symbolic link leads to: a move of it becomes a copy."""
+    """Reject moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
     links = view.snapshot.links
     if not links:
         return wishes
-    has_link = np.zeros(view.snapshot.n_copies + 1, np.bool_)  # the last is for -1: no copy
+    has_link = np.zeros(view.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
     has_link[[*links]] = True
     takes = has_link[view.at[wishes.src, wishes.group]]
     deletes = wishes.action == DELETE
@@ -157,16 +157,16 @@ def linked_stays(view: View, wishes: Wishes, refused: list[Wishes]) -> Wishes:
     text = np.empty(int(stays.sum()), np.object_)
     for row, group in enumerate(wishes.group[stays].tolist()):
         link = next(links[copy] for copy in view.at[:, group].tolist() if copy in links)
-        text[row] = f"the symbolic link {link} leads to it: it would lead nowhere"
+        text[row] = f"the symbolic link {link} points to it and would dangle"
     wishes, takes = sift(wishes, refused, stays, text), takes[~stays]
     becomes = takes & (wishes.action == MOVE)
     action = np.where(becomes, COPY, wishes.action).astype(np.int8)
-    text = ending(wishes.text, becomes, "; copied only: a symbolic link leads to it")
+    text = ending(wishes.text, becomes, "; copied only: a symbolic link points to it")
     return Wishes(wishes.group, action, wishes.src, wishes.dst, wishes.rule, text)
 
 
 def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping[str, str]) -> Wishes:
-    """Without what goes to a tier that may not be there, and without deletions while any may not: marks.py."""
+    """Reject moves to tiers that may not be mounted, and all deletions while there is such a tier (see marks.py)."""
     if why := deletions_wait(missing):
         deletes = wishes.action == DELETE
         wishes = sift(wishes, refused, deletes, one_text(why, deletes))
@@ -177,7 +177,7 @@ def in_sight(view: View, wishes: Wishes, refused: list[Wishes], missing: Mapping
 
 
 def _readable_elsewhere(view: View, wishes: Wishes) -> Flags:
-    """Whether a verified copy that can be read for good lies in another tier than src."""
+    """Return whether another tier than src holds a verified copy that stays readable; bool[n_rows]."""
     found = np.zeros(len(wishes), np.bool_)
     for tier in range(view.n_tiers):
         copies = view.at[tier, wishes.group]
@@ -193,10 +193,10 @@ def _tagged(view: View, wishes: Wishes) -> Texts:
 
 
 def costly(view: View, wishes: Wishes, refused: list[Wishes]) -> tuple[Wishes, Bill]:
-    """Without moves that do not pay back within max_break_even, or before their rule deletes what they move.
+    """Reject moves that do not pay back within max_break_even, or before their rule deletes the group.
 
-    Minimum sizes and days, overheads, requests and fees are counted. A rule may say even_if_dearer = true. Moves for a
-    watermark are not asked: they are about room.
+    The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
+    exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
     """
     dollars = bill(view, wishes)
     limit_s = view.file.tiering.max_break_even_s
@@ -209,7 +209,10 @@ def costly(view: View, wishes: Wishes, refused: list[Wishes]) -> tuple[Wishes, B
 
 
 def _earns(view: View, wishes: Wishes) -> Flags:
-    """Moves that are about dollars: where keeping it in src costs some. Room on a disk of one's own has no price."""
+    """Return whether each move is about cost: storage in src has a price.
+
+    A local disk has none, and costs are not compared.
+    """
     paid = np.array([price is not None and price.store_gb_month > 0 for price in view.prices], np.bool_)
     known = np.array([price is not None for price in view.prices], np.bool_)
     moves = (wishes.action == MOVE) | (wishes.action == RECLASS)
@@ -233,7 +236,7 @@ def _too_late(dollars: Bill, limit_s: float, stays_s: NDArray[np.float64]) -> Te
 
 
 def figures(values: NDArray[Any]) -> Dollars:
-    """Three figures that count of each: so many texts are alike."""
+    """Round to three significant digits, so that more rows share one text."""
     values = np.asarray(values, np.float64)
     finite = np.isfinite(values) & (values != 0)
     scale = np.ones(len(values))
@@ -243,13 +246,16 @@ def figures(values: NDArray[Any]) -> Dollars:
 
 
 def money(dollars: float) -> str:
-    """For people."""
+    """Format US dollars for people."""
     sign = "-" if dollars < 0 else ""
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
 class Room:
-    """Bytes in each tier: what is there, what comes, what goes. What goes is gone only when grace is over."""
+    """Bytes in each tier: present, arriving and leaving.
+
+    Leaving bytes still occupy the tier until the grace period is over.
+    """
 
     def __init__(self, view: View, capacity_bytes: Sequence[int | None]) -> None:
         snapshot = view.snapshot
@@ -259,7 +265,7 @@ class Room:
         self.coming, self.going = np.zeros_like(self.there), np.zeros_like(self.there)
 
     def fitting(self, wishes: Wishes, share: float = 1.0) -> Flags:
-        """Which of wishes have room, the first first. share: of the capacity that may be used."""
+        """Return which proposed moves fit, in their order; bool[n]. share: Usable fraction of the capacity."""
         fits = np.ones(len(wishes), np.bool_)
         for tier, limit in enumerate(self.limits):
             rows = np.flatnonzero((wishes.dst == tier) & (wishes.action >= RECLASS))
@@ -269,7 +275,7 @@ class Room:
         return fits
 
     def admit(self, wishes: Wishes, refused: list[Wishes], share: float = 1.0) -> Flags:
-        """Which of wishes have room, as fitting() says; they are counted, the others refused."""
+        """Return which proposed moves fit, as fitting(). Counts these, and rejects the others."""
         fits = self.fitting(wishes, share)
         full = [f"no room in {name}: its capacity is {format_bytes(limit or 0)}" for name, limit in self._limits()]
         sift(wishes, refused, ~fits, np.array([*full, ""], np.object_)[wishes.dst[~fits]])
@@ -290,12 +296,12 @@ class Room:
 
 
 def bytes_of(view: View, wishes: Wishes) -> NDArray[np.int64]:
-    """Of the copy in src."""
+    """Return the size in bytes of each move's copy in src; int64[n]."""
     return view.snapshot.n_bytes[view.at[wishes.src, wishes.group]]
 
 
 def _fits(n_bytes: NDArray[np.int64], left_bytes: int) -> Flags:
-    """The first that fit, and of the others those that still do."""
+    """Return which sizes fit into left_bytes, in order; a size that does not fit is skipped."""
     if int(n_bytes.sum()) <= left_bytes:
         return np.ones(len(n_bytes), np.bool_)
     fits = []

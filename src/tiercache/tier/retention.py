@@ -1,10 +1,10 @@
-"""Which checkpoints keep lists name. Pure, by columns: each question is a sort of all series together.
+"""Evaluates keep lists: which checkpoints each keep list keeps. Pure, with one sort over all runs for each key.
 
-Steps are compared as numbers; of equal steps the one that was written later is the higher, then the later row. What is
-not complete is named by its tags and its youth alone: it takes nobody's place.
+Steps are compared as numbers. Among equal steps, the checkpoint that was written later ranks higher, and then the later
+row. An incomplete checkpoint is kept only by its tags and its age, so that it does not displace a complete one.
 
-A `best` whose metric no checkpoint of a run has cannot tell the checkpoints of that run apart, so the keep list keeps
-all of them: the name may be misspelt, or the metrics may lie where they cannot be read.
+If no checkpoint of a run has the metric of a `best`, the keep list keeps all checkpoints of that run, because the name
+of the metric may be misspelt or its files unreadable.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ _Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """What a keep list keeps of some groups; bool[n_rows] each, in their order.
+    """The result of a keep list for some groups; bool[n_rows] each, in the order of the rows.
 
-    named: its keys name the group; unscored: `best` cannot tell whether the group is among the best. Both are kept.
-    without: the group lacks a metric of `best` that another of its run has, so that it is not among the best.
-    unscored_by, without_by: the metrics of each `best` for which any group is unscored, or without.
+    Attributes:
+        named: Whether the list keeps the group.
+        unscored: Whether `best` cannot be evaluated for the group, so that the group is kept.
+        without: Whether the group lacks a metric of `best` that another group of its run has, so that `best` ignores
+            it.
+        unscored_by: Metrics of each `best` for which any group is unscored.
+        without_by: Metrics of each `best` that any group lacks.
     """
 
     named: _Flags
@@ -42,12 +46,12 @@ class Kept:
 
 
 def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
-    """Which of these groups a keep list keeps, in each series of its own.
+    """Return which of the groups a keep list keeps, evaluated per run.
 
     Args:
-        snapshot: where they stand; metrics and tags are its.
-        rows: numbers of groups that are checkpoints, no two alike, in any order.
-        keep: what it names is the union of what its keys name.
+        snapshot: Snapshot, for its columns, metrics and tags.
+        rows: Group numbers of checkpoints, unique, in any order.
+        keep: Keep list; it keeps the union of what its keys keep.
     """
     named, unscored, without = (np.zeros(snapshot.n_groups, np.bool_) for _ in range(3))
     complete = rows[snapshot.complete[rows]]
@@ -79,9 +83,11 @@ def kept(snapshot: Snapshot, rows: _Rows, keep: Keep) -> Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BestScores:
-    """The metric that a `best` goes by, of some groups: float64[n_rows], NaN where there is none.
+    """Values of the metric of a `best`.
 
-    is_unscored: bool[n_rows], no group of its series has any of the metrics.
+    Attributes:
+        values: float64[n_rows], NaN where the group has no value.
+        is_unscored: bool[n_rows], whether no group of the run has any of the metrics.
     """
 
     values: NDArray[np.float64]
@@ -89,7 +95,10 @@ class BestScores:
 
 
 def scores_of(snapshot: Snapshot, complete: _Rows, best: Best) -> BestScores:
-    """Of complete checkpoints the first of the metrics that any of their series has: two metrics are not compared."""
+    """Return the metric of complete checkpoints: per run, the first metric that any of its checkpoints has.
+
+    One metric is used per run, because values of two metrics cannot be compared.
+    """
     _, run = np.unique(snapshot.series[complete], return_inverse=True)
     values = np.full(len(complete), np.nan)
     has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
@@ -103,7 +112,7 @@ def scores_of(snapshot: Snapshot, complete: _Rows, best: Best) -> BestScores:
 
 
 def newest(snapshot: Snapshot) -> _Flags:
-    """bool[n_groups]: the newest complete checkpoint of its series."""
+    """Return whether each group is the newest complete checkpoint of its run; bool[n_groups]."""
     found = np.zeros(snapshot.n_groups, np.bool_)
     rows = _sorted(snapshot, np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete))
     found[rows[_from_end(snapshot.series[rows]) == 0]] = True
@@ -111,20 +120,20 @@ def newest(snapshot: Snapshot) -> _Flags:
 
 
 def _sorted(snapshot: Snapshot, rows: _Rows) -> _Rows:
-    """By series and step."""
+    """Sort rows by run and step."""
     columns = (rows, snapshot.created_s[rows], snapshot.step[rows], snapshot.series[rows])
     return rows[np.lexsort(columns)]
 
 
 def _begins(*columns: NDArray[np.generic]) -> _Flags:
-    """Whether each row differs from the one before, in any column."""
+    """Return whether each row differs from the previous row in any column; bool[n]."""
     begins = np.ones(len(columns[0]), np.bool_)
     begins[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return begins
 
 
 def _from_start(series: NDArray[np.int32]) -> NDArray[np.int64]:
-    """How many of its series stand before each row of a sorted column."""
+    """Return, for each row of a sorted column, the number of earlier rows of its run; int64[n]."""
     starts = np.flatnonzero(_begins(series))
     places = np.arange(len(series))
     return places - np.repeat(starts, np.diff(np.append(starts, len(series))))
@@ -148,7 +157,7 @@ def _first_of_stretches(snapshot: Snapshot, rows: _Rows, every_s: float) -> _Row
 
 
 def _best(snapshot: Snapshot, rows: _Rows, values: NDArray[np.float64], best: Best) -> _Rows:
-    """Of equal values the higher step is the better. values: of each row."""
+    """Return the best rows of each run. Among equal values, the higher step is better. values: Value of each row."""
     rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
     worse = values if best.mode == "min" else -values
     rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.series[rows]))]

@@ -1,4 +1,7 @@
-"""The metrics of checkpoints that rules ask for: from names, and for the rest from small files, read side by side."""
+"""The metrics of checkpoints that rules use: from names, and otherwise from small files, read in parallel.
+
+Also reports metrics that a keep list uses and that no checkpoint of a run, or only some checkpoints, have.
+"""
 
 from __future__ import annotations
 
@@ -34,39 +37,42 @@ _MAY_SAY = r"=|\d\.\d"
 
 
 def wanted_metrics(file: TierFile) -> tuple[tuple[str, ...], ...]:
-    """What keep lists of the file ask for: names of a metric, of which the first that a run has counts; sorted."""
+    """Return the metrics that keep lists use, sorted.
+
+    Each is a tuple of names; a run uses the first name that any of its checkpoints has.
+    """
     keeps = [keep for rule in file.rules for keep in rule.keep.values()]
     return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
 
 
 class Scores:
-    """Finds metrics of checkpoints.
+    """Finds the metrics of checkpoints.
 
-    Attributes, after of():
-        unread: groups with files that may hold metrics, none of which can be read; rising.
-        in_files: group -> names of all metrics that its files have, of groups whose files were read.
+    Attributes (valid after of()):
+        unread: int64[k], ascending: groups with files that may hold metrics, none of which can be read.
+        in_files: Group to the names of all metrics in its files, for groups whose files were read.
     """
 
     def __init__(self, stores: Stores, tiers: Sequence[str], listed: Listed, copies: Copies) -> None:
         self._stores, self._tiers, self._listed, self._copies = stores, tiers, listed, copies
         self.unread = np.empty(0, np.int64)
         self.in_files: dict[int, frozenset[str]] = {}
-        self._names: dict[frozenset[str], frozenset[str]] = {}  # each once: a million checkpoints have the same
+        self._names: dict[frozenset[str], frozenset[str]] = {}  # interned: a million checkpoints have equal sets
 
     def of(
         self, wanted: Sequence[Sequence[str]], paths: pa.Array, checkpoints: NDArray[np.int64]
     ) -> dict[str, NDArray[np.float64]]:
-        """float64[n_groups] of each name that is wanted, NaN where there is no such metric.
+        """Return each wanted metric as float64[n_groups], NaN where there is none.
 
-        Nothing is read where no rule asks for a metric, or a checkpoint's name has the first of each.
+        No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric.
 
         Args:
-            wanted: as wanted_metrics() has them.
-            paths: of all groups.
-            checkpoints: int64[m], groups.
+            wanted: Result of wanted_metrics().
+            paths: Paths of all groups.
+            checkpoints: int64[m], group numbers.
 
         Raises:
-            StoreError: a file is there and cannot be read now; what is best is not known then.
+            StoreError: A file exists and cannot be read now, so that the best checkpoints are unknown.
         """
         names = sorted({name for some in wanted for name in some})
         found = {name: np.full(len(paths), np.nan) for name in names}
@@ -83,7 +89,7 @@ class Scores:
         return found
 
     def _read(self, found: dict[str, NDArray[np.float64]], paths: pa.Array, groups: NDArray[np.int64]) -> None:
-        """Read what is lacking, from the fastest tier whose copy has a file and can be read."""
+        """Read the missing metrics of each group from the fastest tier with a readable copy that has a metrics file."""
         asked = self._asked(groups)
         unread = [group for group, copy in asked.items() if copy is None]
         readable = [(group, copy, paths[group].as_py()) for group, copy in asked.items() if copy is not None]
@@ -99,7 +105,7 @@ class Scores:
         self.unread = np.array(sorted(unread), np.int64)
 
     def _asked(self, groups: NDArray[np.int64]) -> dict[int, int | None]:
-        """Groups that have a file with metrics -> the copy to read it from; None: it cannot be read."""
+        """Return the groups that have a metrics file, each with the copy to read; None: no such copy is readable."""
         copies = self._copies
         wanted = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
         wanted[groups] = True
@@ -114,7 +120,7 @@ class Scores:
         return asked
 
     def _holding(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the rows of copies' objects that may hold metrics."""
+        """Return the rows of objects that may hold metrics."""
         return rows[matches(self._listed.keys.take(pa.array(self._copies.row[rows])), MAY_HOLD)]
 
     def _one(self, readable: tuple[int, int, str]) -> Mapping[str, float] | None:
@@ -132,36 +138,37 @@ class Scores:
 
 
 def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """The rows, so many at a time that what is taken of them stays small."""
+    """Yield the rows in parts, so that temporary arrays stay small."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         yield rows[start : start + ROWS_AT_A_TIME]
 
 
 def _fill(found: dict[str, NDArray[np.float64]], group: int, metrics: Mapping[str, float]) -> None:
-    """Note those of the metrics that are asked for and not known yet: a name says more than a file."""
+    """Record the wanted metrics that are still missing; a metric in the name has precedence over one in a file."""
     for name, column in found.items():
         if name in metrics and np.isnan(column[group]):
             column[group] = metrics[name]
 
 
-# -- metrics that are not found ---------------------------------------------------------------------------------------
+# -- missing metrics -------------------------------------------------------------------------------------------------
 
-_MOST_NAMES = 200  # checkpoints of a run whose names are looked at for the metrics that the run has
+_MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
 _SHOWN = 10
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
 class MetricGap:
-    """A metric that a keep list asks for and that no complete checkpoint of a run has: the keep list keeps all of them.
+    """A metric of a keep list that no complete checkpoint of a run has, so that the list keeps all of the run.
 
     Attributes:
-        rule, tiers: whose keep lists ask.
-        metrics: the names that are asked for.
-        run: its checkpoints, as a glob.
-        n_checkpoints: how many complete ones the run has.
-        found: the metrics that the run has.
-        likely: the one of them that is probably meant; None: none is like it.
+        rule: Name of the rule.
+        tiers: Tiers whose keep lists use the metric.
+        metrics: Names of the metric in the keep list.
+        run: Checkpoints of the run, as a glob.
+        n_checkpoints: Number of complete checkpoints of the run.
+        found: Metrics that the run has.
+        likely: Metric of the run with the most similar name; None: there is no similar name.
     """
 
     rule: str
@@ -174,14 +181,14 @@ class MetricGap:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The message for people."""
         lists = ", ".join(f"keep_{tier}" for tier in self.tiers)
         asked = " or ".join(map(repr, self.metrics))
         if self.found:
             more = ", ..." if len(self.found) > _SHOWN else ""
-            there = f"found there: {', '.join(self.found[:_SHOWN])}{more}"
+            there = f"found: {', '.join(self.found[:_SHOWN])}{more}"
         else:
-            there = "no metric at all is found there, in names or in files that can be read"
+            there = "no metric was found, neither in names nor in readable files"
         meant = f"; did you mean {self.likely!r}?" if self.likely else ""
         return (
             f"{self.rule}: no checkpoint of {self.run} has the metric {asked}, so that {lists} keeps all "
@@ -191,9 +198,14 @@ class MetricGap:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """Complete checkpoints without a metric that others of their runs have: `best` does not keep them.
+    """Complete checkpoints without a metric that others of their runs have, so that `best` does not keep them.
 
-    paths: some of them.
+    Attributes:
+        rule: Name of the rule.
+        metrics: Names of the metric in the keep list.
+        n_checkpoints: Number of such checkpoints.
+        n_runs: Number of their runs.
+        paths: Paths of the first few.
     """
 
     rule: str
@@ -204,24 +216,24 @@ class PassedOver:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The message for people."""
         asked = " or ".join(map(repr, self.metrics))
         more = ", ..." if self.n_checkpoints > len(self.paths) else ""
         return (
-            f"{self.rule}: {self.n_checkpoints:,} checkpoints have no metric {asked}, which others of their run have: "
-            f"`best` does not keep them: {', '.join(self.paths)}{more}"
+            f"{self.rule}: {self.n_checkpoints:,} checkpoints lack the metric {asked}, which others of their run have, "
+            f"so that `best` does not keep them: {', '.join(self.paths)}{more}"
         )
 
 
 def metric_gaps(
     snapshot: Snapshot, file: TierFile, in_files: Mapping[int, frozenset[str]]
 ) -> tuple[tuple[MetricGap, ...], tuple[PassedOver, ...]]:
-    """What keep lists ask for and do not find: in whole runs, and in some checkpoints of a run.
+    """Return the metrics that keep lists use and that are missing: in whole runs, and in some checkpoints of a run.
 
     Args:
-        snapshot: what there is.
-        file: its rules.
-        in_files: group -> names of the metrics that its files have.
+        snapshot: Snapshot.
+        file: Rule file.
+        in_files: Group to the names of the metrics in its files.
     """
     gaps: list[MetricGap] = []
     passed: list[PassedOver] = []
@@ -252,7 +264,7 @@ def metric_gaps(
 
 
 def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int, frozenset[str]]) -> tuple[str, ...]:
-    """All metrics that checkpoints of a run have, sorted."""
+    """Return the names of all metrics of a run's checkpoints, sorted."""
     found: set[str] = set()
     for group in run.tolist():
         found |= in_files.get(group, frozenset())
@@ -262,13 +274,13 @@ def _names_in(snapshot: Snapshot, run: NDArray[np.int64], in_files: Mapping[int,
 
 
 def _run_name(snapshot: Snapshot, run: NDArray[np.int64]) -> str:
-    """The checkpoints of a run as a glob: "checkpoints/run7/step-*"."""
+    """Return the checkpoints of a run as a glob: "checkpoints/run7/step-*"."""
     folder, slash, name = snapshot.paths[int(run[0])].as_py().rpartition("/")
     return f"{folder}{slash}{re.sub('[0-9]+', '*', name)}"
 
 
 def _likely(metrics: Sequence[str], found: Sequence[str]) -> str | None:
-    """The one of the metrics found that is most like one of those asked for; None: none is like it."""
+    """Return the found metric whose name is most similar to one of the wanted names; None: there is no similar name."""
     plain = {_NO_WORD.sub("_", name.lower()): name for name in reversed(found)}
     for metric in metrics:
         near = get_close_matches(_NO_WORD.sub("_", metric.lower()), plain, n=1)

@@ -1,4 +1,4 @@
-"""The stores of a rule file's tiers, opened once and listed with classes and restore states; and a copy's state."""
+"""The stores of a rule file's tiers, opened on first use, and the state (readable, archived, ...) of a copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tiercache.tierfile import Tier, TierFile
 
 STANDARD = "STANDARD"
-# What must be restored before it can be read. Of INTELLIGENT_TIERING only what has sunk: `restore` says so.
+# Classes whose objects must be restored before a read. For INTELLIGENT_TIERING, the object's restore field tells.
 RESTORED_FIRST = ("GLACIER", "DEEP_ARCHIVE")
 
 _ONGOING = re.compile(r'ongoing-request="(true|false)"')
@@ -30,13 +30,14 @@ _EXPIRY = re.compile(r'expiry-date="([^"]+)"')
 
 
 def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
-    """HERE, ARCHIVED, RESTORING or RESTORED: the one place where what a store says becomes a state.
+    """Return HERE, ARCHIVED, RESTORING or RESTORED for an object of a store.
 
-    The store's word on restoring (`x-amz-restore`) counts, the class alone only where there is no such word.
+    The store's restore field (`x-amz-restore`) decides; the storage class decides only without such a field.
 
     Args:
-        info: of a store's head() or list().
-        now_s: seconds since the epoch; a restored copy that has expired by then is ARCHIVED. None: as it was said.
+        info: Result of a store's head() or list().
+        now_s: Current time, in seconds since the epoch, at which an expired restored copy is ARCHIVED; None: ignore
+            expiry.
     """
     said = info.restore or ""
     if (ongoing := _ONGOING.search(said)) is not None:
@@ -50,7 +51,7 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
 
 
 def restored_until(info: ObjectInfo) -> float | None:
-    """When a restored copy goes, in seconds since the epoch; None where nothing is said of it."""
+    """Return the expiry of a restored copy, in seconds since the epoch; None: the store gives none."""
     match = _EXPIRY.search(info.restore or "")
     if match is None:
         return None
@@ -61,9 +62,9 @@ def restored_until(info: ObjectInfo) -> float | None:
 
 
 class Stores:
-    """The stores of a rule file's tiers, by name; each is opened when it is first asked for. Safe from any thread.
+    """The stores of a rule file's tiers, by name, each opened on first use. Safe from any thread.
 
-    Use as a context manager, or close(). The lock guards the tables; opening asks nothing of a store.
+    Use it as a context manager, or call close(). The lock guards the tables; opening a store sends no request.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class Stores:
         stores: Mapping[str, Store] | None = None,
         archives: Mapping[str, ArchiveStore] | None = None,
     ) -> None:
-        """Nothing is opened yet.
+        """Open no store yet.
 
         Args:
-            file: the rule file.
-            stores: tier -> a store to take in place of opening its URL; it is not closed here. Such a tier has an
-                archive only where `archives` has one.
-            archives: tier -> its archive, likewise.
+            file: Rule file.
+            stores: Tier name to a store that replaces the one at its URL; the caller closes it. Such a tier has an
+                archive only if `archives` contains one.
+            archives: Tier name to its archive, likewise.
         """
         self.file = file
         self._given, self._given_archives = dict(stores or {}), dict(archives or {})
@@ -95,7 +96,7 @@ class Stores:
         self.close()
 
     def close(self) -> None:
-        """Close what was opened here. The stores may be used again after it."""
+        """Close the stores that were opened here. The object can be used again afterwards."""
         with self._lock:
             opened: list[Store | S3Archive] = [*self._stores.values()]
             opened += [archive for archive in self._archives.values() if archive is not None]
@@ -105,10 +106,10 @@ class Stores:
             store.close()
 
     def store(self, name: str) -> Store:
-        """The store of a tier.
+        """Return the store of a tier.
 
         Raises:
-            ValueError: no such tier, or a URL that cannot be.
+            ValueError: There is no such tier, or its URL is invalid.
         """
         given = self._given.get(name)
         if given is not None:
@@ -121,10 +122,10 @@ class Stores:
             return store
 
     def archive(self, name: str) -> ArchiveStore | None:
-        """What does classes, restores and batches in a tier; None where it is not S3, or boto3 is missing.
+        """Return the client for storage classes, restores and batches of a tier; None: not S3, or boto3 is missing.
 
         Raises:
-            ValueError: the tier has a storage class, and is not S3 or boto3 is missing.
+            ValueError: The tier has a storage class, but is not S3 or boto3 is missing.
         """
         if name in self._given or name in self._given_archives:
             return self._given_archives.get(name)
@@ -135,14 +136,17 @@ class Stores:
             return self._archives[name]
 
     def head(self, name: str, key: str) -> ObjectInfo:
-        """What an object is, with its class, restore state and checksum where the store says them. Raises NotFound."""
+        """Return an object's info with storage class, restore state and checksum, where the store has them.
+
+        Raises NotFound.
+        """
         archive = self.archive(name)
         return self.store(name).head(key) if archive is None else archive.head(key)
 
     def listing(self, name: str, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects of a tier below a folder ("": all), with class and restore state; in no promised order.
+        """List the objects of a tier below a folder ("": all), with storage class and restore state; unordered.
 
-        Of tiers that share a URL, each lists those of its own class only: see tier_of().
+        If tiers share a URL, each lists only the objects of its own class; see tier_of().
         """
         archive = self.archive(name)
         found = self.store(name).list(prefix) if archive is None else archive.list(prefix)
@@ -152,32 +156,32 @@ class Stores:
         return (info for info in found if self.tier_of(sharing, info) == name)
 
     def sharing(self, name: str) -> tuple[str, ...]:
-        """Names of the tiers that have this tier's URL, itself among them, in the file's order."""
+        """Return the names of the tiers with this tier's URL, including itself, in the file's order."""
         return tuple(tier.name for tier in self.file.tiers if tier.name == name or self.same_place(tier.name, name))
 
     def tier_of(self, sharing: Sequence[str], info: ObjectInfo) -> str:
-        """Which of the tiers with one URL an object is in: the one of its class.
+        """Return which of the tiers with one URL an object belongs to: the tier with its storage class.
 
-        Where none has its class: the one without a class of its own, else the first.
+        If none has its class, it belongs to the tier without a class of its own, or else to the first.
         """
         by_class = {self.class_of(name): name for name in reversed(sharing)}
         return by_class.get(info.storage_class or STANDARD) or by_class.get(STANDARD) or sharing[0]
 
     def class_of(self, name: str) -> str:
-        """The class that copies in a tier have: "STANDARD" where the file names none."""
+        """Return the storage class of a tier's copies: "STANDARD" if the file names none."""
         return self.file.tier(name).storage_class or STANDARD
 
     def same_place(self, first: str, second: str) -> bool:
-        """Whether two tiers have one URL: a move between them changes the class, and copies nothing."""
+        """Return whether two tiers have one URL: a move between them changes the class and copies no bytes."""
         return first == second or self._known_place(first) == self._known_place(second)
 
     def same_endpoint(self, first: str, second: str) -> bool:
-        """Whether the server itself can copy from the first tier to the second."""
+        """Return whether the server itself can copy from the first tier to the second."""
         src, dst = self.archive(first), self.archive(second)
         return src is not None and dst is not None and dst.can_copy_from(src)
 
     def _known_place(self, name: str) -> tuple[str, ...]:
-        """Asked for every object that is copied, and the same for all."""
+        """Return the cached location of a tier: the mover needs it for every object."""
         place = self._places.get(name)
         if place is None:
             place = self._places[name] = self._place(name)
@@ -192,7 +196,7 @@ class Stores:
         return ("other", Location.parse(self.file.tier(name).url).full.rstrip("/"))
 
     def capacity(self, name: str) -> int | None:
-        """Bytes that may lie in a tier; None: no limit. A share is of the disk that a local path is on."""
+        """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
         tier = self.file.tier(name)
         place = Location.parse(tier.url)
         if tier.capacity is None or place.scheme:
@@ -204,23 +208,23 @@ def _archive(tier: Tier, store: Store) -> S3Archive | None:
     where = f"tiers.{tier.name}"
     if not isinstance(store, CloudStore) or store.cloud != "s3":
         if tier.storage_class is not None:
-            raise ValueError(f"{where}.storage_class: only S3 has storage classes, {tier.url!r} is none")
+            raise ValueError(f"{where}.storage_class: only S3 has storage classes, and {tier.url!r} is not S3")
         return None
     if not has_boto3():
         if tier.storage_class is not None:
             raise ValueError(
-                f"{where}.storage_class: boto3 changes classes and is not installed: pip install 'tiercache[archive]'"
+                f"{where}.storage_class: needs boto3, which is not installed: pip install 'tiercache[archive]'"
             )
         return None
     return S3Archive.of(store)
 
 
 def _disk_bytes(path: str) -> int:
-    """Size of the disk that a path is on, or will be on."""
+    """Return the size of the disk of a path, which need not exist yet."""
     folder = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would fail where a folder may not be read
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
         return shutil.disk_usage(folder).total
     except OSError as error:
-        raise StoreError(f"the size of its disk cannot be had ({error.strerror})", url=path) from error
+        raise StoreError(f"the size of its disk cannot be read ({error.strerror})", url=path) from error

@@ -1,4 +1,4 @@
-"""The snapshot as the policy looks at it: copies by tier and group, and what the rule file says of each group."""
+"""The snapshot indexed by tier and group, with the rule, the pin and the derived flags of each group."""
 
 from __future__ import annotations
 
@@ -26,21 +26,28 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """What is asked of a snapshot again and again. Tiers are rows, groups columns.
+    """The snapshot indexed for the policy. In two-dimensional columns, tiers are rows and groups are columns.
 
     Attributes:
-        at: int32[n_tiers, n_groups], the number of the copy there; -1: none.
-        readable: bool[n_tiers, n_groups], a copy that can be read now.
-        whole, ok: of copies, likewise; ok: whole and verified.
-        rule: int16[n_groups], the rule that holds for it; -1: none.
-        pin: int16[n_groups], the first pin that matches and holds; -1: none.
-        newest: bool[n_groups], the newest complete checkpoint of its run.
-        tagged: bool[n_groups].
-        age_s, unused_s: float64[n_groups], since it was written, and since anybody used it.
-        group_bytes: int64[n_groups], of its largest copy.
-        same_place: bool[n_tiers, n_tiers], tiers with one URL: a move between them changes the class.
-        leaves: bool[n_tiers, n_tiers], bytes that are copied from one to the other leave the provider's region.
-        streams: bool[n_tiers, n_tiers], such bytes pass through this machine; else the store copies them itself.
+        snapshot: Snapshot, with the tags of the rule file.
+        file: Rule file.
+        prices: Prices of each tier; None: unknown.
+        at: int32[n_tiers, n_groups], number of the group's copy in the tier; -1: none.
+        readable: bool[n_tiers, n_groups], whether the copy can be read now.
+        whole: bool[n_tiers, n_groups], whether the copy is whole.
+        ok: bool[n_tiers, n_groups], whether the copy is whole and verified.
+        rule: int16[n_groups], number of the rule that applies to the group; -1: none.
+        pin: int16[n_groups], number of the first pin in force that matches the group; -1: none.
+        newest: bool[n_groups], whether the group is the newest complete checkpoint of its run.
+        tagged: bool[n_groups], whether the group has a tag.
+        age_s: float64[n_groups], seconds since the group was written.
+        unused_s: float64[n_groups], seconds since its last use, or since it was written if that is later.
+        group_bytes: int64[n_groups], size of the largest copy.
+        same_place: bool[n_tiers, n_tiers], whether the tiers share a URL: a move between them changes the storage
+            class.
+        leaves: bool[n_tiers, n_tiers], whether a copy between the tiers leaves the provider's region.
+        streams: bool[n_tiers, n_tiers], whether a copy between the tiers passes through this machine; otherwise the
+            store copies the objects itself.
     """
 
     snapshot: Snapshot
@@ -63,10 +70,10 @@ class View:
 
     @classmethod
     def of(cls, snapshot: Snapshot, file: TierFile, prices: Sequence[Prices | None]) -> View:
-        """Look at a snapshot. Raises ValueError where its tiers are not the file's."""
+        """Index a snapshot. Raises ValueError if its tiers differ from those of the rule file."""
         names = tuple(tier.name for tier in file.tiers)
         if snapshot.tiers != names:
-            raise ValueError(f"the snapshot is of tiers {snapshot.tiers}, and {file.path} has {names}: take it again")
+            raise ValueError(f"the snapshot has tiers {snapshot.tiers}, and {file.path} has {names}: take a new one")
         snapshot = with_tags(snapshot, file)
         shape = len(names), snapshot.n_groups
 
@@ -80,7 +87,7 @@ class View:
         tagged = np.zeros(snapshot.n_groups, np.bool_)
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
-        # The mover knows the objects of a group, and `run/step-10/**` names them; here its path stands for them.
+        # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
         pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
 
         def way(a: int, b: int) -> tuple[bool, bool]:
@@ -108,25 +115,25 @@ class View:
 
     @property
     def n_tiers(self) -> int:
-        """How many tiers there are."""
+        """Number of tiers."""
         return len(self.at)
 
     @property
     def hot(self) -> int | None:
-        """The tier that what is read is promoted to: the first hot one."""
+        """Number of the tier that groups are promoted to: the first hot tier; None: there is none."""
         return next((i for i, tier in enumerate(self.file.tiers) if tier.role == "hot"), None)
 
     def name(self, tier: int) -> str:
-        """Of a tier."""
+        """Return the name of a tier."""
         return self.snapshot.tiers[tier]
 
     def has(self, tier: int, rows: Rows) -> Flags:
-        """Whether these groups have a copy there."""
+        """Return whether each of the groups has a copy in the tier; bool[n_rows]."""
         return np.asarray(self.at[tier, rows] >= 0)
 
 
 def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
-    """The rule that holds for each group: the first whose match, except and kind fit; -1: none."""
+    """Return the number of the first rule whose globs and kind match each group; -1: none. int16[n_groups]."""
     if all(rule.kind is None for rule in file.rules):
         return first_match(snapshot.paths, [(rule.match, rule.excepted) for rule in file.rules])
     found = np.full(snapshot.n_groups, -1, np.int16)
@@ -140,7 +147,7 @@ def rules_of(snapshot: Snapshot, file: TierFile) -> NDArray[np.int16]:
 
 
 def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
-    """Whether groups of so many bytes are as large, and as small, as a rule asks for."""
+    """Return whether groups of these sizes satisfy larger_than and smaller_than of a rule; bool[n]."""
     fits = np.ones(len(n_bytes), np.bool_)
     if rule.larger_than_bytes is not None:
         fits &= n_bytes > rule.larger_than_bytes
@@ -150,14 +157,14 @@ def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
 
 
 def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
-    """Bytes of each group's largest copy."""
+    """Return the size in bytes of each group's largest copy; int64[n_groups]."""
     n_bytes = np.zeros(snapshot.n_groups, np.int64)
     np.maximum.at(n_bytes, snapshot.group, snapshot.n_bytes)
     return n_bytes
 
 
 def with_tags(snapshot: Snapshot, file: TierFile) -> Snapshot:
-    """The snapshot with the tags that the file gives to checkpoints, beside those that they have."""
+    """Return the snapshot with the tags of the rule file added to those that its checkpoints have."""
     if not file.tags:
         return snapshot
     checkpoints = np.flatnonzero(snapshot.kind == CHECKPOINT)
@@ -179,5 +186,5 @@ def _folder(tier: Tier) -> str:
 
 
 def _folders(globs: Sequence[str]) -> tuple[str, ...]:
-    """The folders of which globs name all that is in them."""
+    """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")

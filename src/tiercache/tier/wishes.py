@@ -1,4 +1,4 @@
-"""What each rule asks for, by columns, before anything is refused: where its groups should go, from where, and why."""
+"""Proposed moves as columns: for each rule the groups that it moves, from which tier to which, and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiercache.tier.view import Flags, Rows, View, fits_size
 if TYPE_CHECKING:
     from tiercache.tierfile import Rule
 
-# In the order in which they are made: what gives room comes first, and of those what costs no bytes.
+# In execution order: actions that free room come first, and of these the ones that transfer no bytes.
 ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
 DELETE, DROP, RECLASS, MOVE, COPY = range(5)
 
@@ -27,9 +27,15 @@ Texts = NDArray[np.object_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wishes:
-    """Moves that are asked for, or (with the reason why not) that are refused; each column has a row for each.
+    """Proposed moves, or rejected ones with the reason for the rejection as text; row i of each column is one.
 
-    rule: its number, or -1 - tier for the watermark of a tier; dst: -1: none; text: why.
+    Attributes:
+        group: int64[n], number of the group.
+        action: int8[n], indices of ACTIONS.
+        src: int8[n], source tier.
+        dst: int8[n], destination tier; -1: none.
+        rule: int16[n], number of the rule, or -1 - tier for the watermark of a tier.
+        text: object[n], reason.
     """
 
     group: Rows
@@ -43,16 +49,16 @@ class Wishes:
         return len(self.group)
 
     def take(self, chosen: NDArray[Any]) -> Wishes:
-        """Those of a mask, or of numbers in their order."""
+        """Return the rows that a boolean mask, or an array of row numbers, selects."""
         return Wishes(*(getattr(self, name)[chosen] for name in Wishes.__slots__))
 
     def saying(self, text: Texts) -> Wishes:
-        """The same with another reason."""
+        """Return the same moves with other reasons."""
         return Wishes(self.group, self.action, self.src, self.dst, self.rule, text)
 
     @classmethod
     def all(cls, parts: Iterable[Wishes]) -> Wishes:
-        """One after the other."""
+        """Concatenate the parts."""
         parts = [NOTHING, *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
@@ -69,10 +75,15 @@ NOTHING = Wishes(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Asked:
-    """What one rule asks for.
+    """The proposals of one rule.
 
-    rows: its groups; stays: bool[n_rows], a copy in the hot tier would not be sent down again; kept: bool[n_tiers,
-    n_rows], what keep lists name in each tier.
+    Attributes:
+        rows: Groups that the rule applies to and does not delete.
+        wanted: Proposed moves.
+        refused: Moves that the rule implies and that are rejected already.
+        stays: bool[n_rows], whether the rule would leave a copy in the hot tier there.
+        kept: bool[n_tiers, n_rows], whether the keep list of the tier keeps the group; None: the rule has no keep
+            lists.
     """
 
     rows: Rows
@@ -83,15 +94,15 @@ class Asked:
 
 
 def column(wishes: int, value: int, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
-    """One value, so often."""
+    """Return a constant column with one row for each proposal."""
     return np.full(wishes, value, dtype)
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- reasons ---------------------------------------------------------------------------------------------------------
 
 
 def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
-    """words(figure, ...) of each row: said once for rows with the same figures, which then share the text."""
+    """Return words(figure, ...) of each row. Rows with equal figures share one text object, which is formatted once."""
     code = np.zeros(len(figures[0]), np.int64)
     for figure in figures:
         values, inverse = np.unique(figure, return_inverse=True)
@@ -103,12 +114,12 @@ def say(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
 
 
 def one_text(text: str, mask: Flags) -> Texts:
-    """The text, once for each row of mask."""
+    """Return the text once for each True in the mask."""
     return np.full(int(mask.sum()), text, np.object_)
 
 
 def ending(texts: Texts, mask: Flags, end: str) -> Texts:
-    """The texts, those of mask with an end. What was one text in many rows stays one."""
+    """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
     known: dict[str, str] = {}
     out = texts.copy()
     out[mask] = [known.setdefault(text, text + end) for text in texts[mask].tolist()]
@@ -116,13 +127,13 @@ def ending(texts: Texts, mask: Flags, end: str) -> Texts:
 
 
 def hours(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whole hours, and from two days on whole days in hours: as fine as people want it."""
+    """Round down to whole hours, and from two days on to whole days (in hours): the precision that reasons show."""
     whole = np.floor(np.maximum(seconds, 0.0) / 3600).astype(np.int64)
     return np.where(whole < 48, whole, whole // 24 * 24)
 
 
 def span(seconds: float) -> str:
-    """A time for people: "45 days", "36 hours", "10 minutes", "5 s"."""
+    """Format a duration for people: "45 days", "36 hours", "10 minutes", "5 s"."""
     for unit_s, name, least in ((86400, "days", 2), (3600, "hours", 2), (60, "minutes", 2)):
         if seconds >= unit_s * least:
             return f"{seconds / unit_s:.4g} {name}"
@@ -130,26 +141,27 @@ def span(seconds: float) -> str:
 
 
 def ago(n_hours: int) -> str:
-    """What hours() gave, for people."""
+    """Format a result of hours() for people."""
     if n_hours == 1:
         return "1 hour"
     return f"{n_hours} hours" if n_hours < 48 else f"{n_hours // 24} days"
 
 
-# -- a copy from here to there -----------------------------------------------------------------------------------------
+# -- moves between two tiers -----------------------------------------------------------------------------------------
 
 
 def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
-    """How groups get from any of their sources to dst: wanted, and refused because nothing there can be read.
+    """Propose how groups get from any of their source tiers to dst. Returns (proposed, rejected).
 
-    A copy goes where dst has a verified one already, else it moves, from where that costs least.
+    A copy is dropped where dst has a verified copy already; otherwise it is moved, from the source tier with the lowest
+    cost. A group is rejected if none of its source copies can be read.
 
     Args:
-        view: where all lies.
-        rows: groups that have a copy in one of their sources.
-        sources: bool[n_tiers, n_rows], copies that may go; not in dst.
-        dst: a tier.
-        why: number of the rule, and text of each row.
+        view: Indexed snapshot.
+        rows: Groups that have a copy in at least one source tier.
+        sources: bool[n_tiers, n_rows], copies that may be moved; none in dst.
+        dst: Destination tier.
+        why: Number of the rule, and the reason of each row.
     """
     rule, text = why
     src, action = np.full(len(rows), -1, np.int8), column(len(rows), MOVE, np.int8)
@@ -175,10 +187,11 @@ def send(view: View, rows: Rows, sources: Flags, dst: int, why: tuple[int, Texts
 
 
 def droppable(view: View, rows: Rows, src: int, dst: int) -> Flags:
-    """Whether the copy in src may go because dst has the same: whole, verified, and not older than a src of our own.
+    """Return whether the copy in src may be dropped because dst holds the same data; bool[n_rows].
 
-    What somebody has written in src since dst got its copy is newer than that: it is copied again. Shards are never
-    written again.
+    The copy in dst must be whole and verified. An unverified copy in src must not be newer than it: somebody has
+    written to src since dst received its copy, and the group is copied again. Shards are immutable, so that this does
+    not apply to them.
     """
     found = view.whole[src, rows] & view.ok[dst, rows]
     some = rows[found]
@@ -214,11 +227,11 @@ def _why_stuck(view: View, stuck: Wishes) -> Texts:
     return out
 
 
-# -- what rules ask for ------------------------------------------------------------------------------------------------
+# -- proposals of a rule ---------------------------------------------------------------------------------------------
 
 
 def asked(view: View, rule: Rule, number: int) -> Asked:
-    """What a rule asks for, of the groups that it holds for."""
+    """Return the proposals of a rule for the groups that it applies to."""
     rows = np.flatnonzero(view.rule == number)
     rows = rows[fits_size(rule, view.group_bytes[rows])]
     if rule.keep:
@@ -242,32 +255,35 @@ def asked(view: View, rule: Rule, number: int) -> Asked:
     return Asked(left, Wishes.all([deletes, wanted]), Wishes.all([refused, unknown]), ~fits | unsure)
 
 
-_UNREPORTED = "its use is not known yet: no machine that may have used it has reported"
+_UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
 def _uncounted(rule: Rule, view: View, waiting: Wishes) -> Texts:
-    """Why a rule that asks for use says nothing of what nobody counts uses of."""
+    """Explain why a rule on idle time does not move groups whose uses are not recorded."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
     def words(is_shard: bool) -> str:
         if is_shard:
-            how = "machines report it from the first `tier apply` or `tier run` on"
+            how = "machines report uses only after the first `tier apply` or `tier run`"
         else:
-            how = "it was never read through tiercache here, and other programs do not report what they read"
-        return f'its use is not known: {how}; if its date of writing is enough for {key}, write idle_by = "mtime"'
+            how = "it was never read through tiercache here, and other programs do not report their reads"
+        return f'its use is not known: {how}; to use its modification time for {key}, write idle_by = "mtime"'
 
     return say(words, view.snapshot.kind[waiting.group] == SHARD)
 
 
 def _left(view: View, rows: Rows, deletes: Wishes) -> Rows:
-    """The rows that will not be deleted. The newest of a run and what is tagged never are, and are moved as ever."""
+    """Return the rows that will not be deleted.
+
+    The newest checkpoint of a run and tagged groups are never deleted, so that the rule moves them as it does others.
+    """
     out = np.zeros(view.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
     return rows[~out[rows] | view.newest[rows] | view.tagged[rows]]
 
 
 def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
-    """Whether conditions hold as far as is known; and of these, whether it may have been used without a report."""
+    """Return whether the conditions hold, and for which of these groups an unreported use may contradict them."""
     fits = np.ones(len(rows), np.bool_)
     if rule.age_s is not None:
         fits &= view.age_s[rows] >= rule.age_s
@@ -275,13 +291,16 @@ def _fits(view: View, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
         fits &= _unused_s(view, rule, rows) >= rule.idle_s
     if rule.uses_below is not None:
         fits &= view.snapshot.uses[rows] < rule.uses_below
-    asks_use = bool(rule.idle_s) or rule.uses_below is not None  # after no time at all everything is idle
+    asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
     uncounted = np.isposinf(view.snapshot.counted_since_s[rows]) & (rule.idle_by == "use")
     return fits, fits & (view.snapshot.unreported[rows] | uncounted) & asks_use
 
 
 def _unused_s(view: View, rule: Rule, rows: Rows) -> NDArray[np.float64]:
-    """For how long nobody has used the rows, as the rule counts it: not longer than uses have been counted."""
+    """Return the idle time of each row in seconds, at most the time since which uses are recorded.
+
+    A rule with idle_by = "mtime" uses the time since the last write or use instead.
+    """
     unused_s, since_s = view.unused_s[rows], view.snapshot.counted_since_s[rows]
     if rule.idle_by == "mtime":
         return unused_s
@@ -293,7 +312,7 @@ def _why(view: View, rule: Rule, rows: Rows) -> Texts:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
             limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
-            parts.append(f"not written for {ago(unused)}, nobody counts its use ({limit})")
+            parts.append(f"not written for {ago(unused)}, its uses are not recorded ({limit})")
         elif rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
         if rule.age_s is not None:
@@ -311,7 +330,7 @@ def _why(view: View, rule: Rule, rows: Rows) -> Texts:
 
 
 def _deletes(view: View, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> Wishes:
-    """Of the rows that no keep list names, those that are old enough."""
+    """Propose to delete the rows that are old enough and that no keep list keeps."""
     limit_s = rule.delete_after_s
     if limit_s is None:
         return NOTHING
@@ -331,7 +350,7 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
     without_by: list[tuple[str, ...]] = []
     for name, keep in rule.keep.items():
         found = kept(view.snapshot, rows, keep)
-        # The newest of a run is always among them.
+        # Each keep list keeps the newest checkpoint of a run.
         named[view.file.index(name)] = found.named | found.unscored | view.newest[rows]
         by_keys = by_keys | found.named
         without[rows] |= found.without
@@ -339,9 +358,9 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
         without_by += found.without_by
     anywhere = np.asarray(named.any(axis=0), np.bool_)
     deletes = _deletes(view, rule, number, rows, anywhere)
-    says = f"; without {_worded(without_by)}, which others of its run have"
+    says = f"; it lacks {_worded(without_by)}, which other checkpoints of its run have"
     deletes = deletes.saying(ending(deletes.text, without[deletes.group], says))
-    # What would be deleted, had `best` only found nothing.
+    # Checkpoints that only the unknown result of `best` saves from deletion: reported as rejected deletions.
     unscored = _deletes(view, rule, number, rows[anywhere], by_keys[anywhere])
     where = "found in no checkpoint of its run, or only in files that cannot be read"
     text = f"it may be the best by {_worded(unscored_by)}, which is {where}"
@@ -365,12 +384,12 @@ def _by_keep_lists(view: View, rule: Rule, number: int, rows: Rows) -> Asked:
 
 
 def _worded(metrics: Iterable[tuple[str, ...]]) -> str:
-    """The metrics of some `best`, for people."""
+    """Format the metrics of several `best` keys for people."""
     return ", ".join(dict.fromkeys(" or ".join(map(repr, names)) for names in metrics))
 
 
 def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wishes]:
-    """What no keep list names, once it is old enough, goes from wherever it lies."""
+    """Propose to move what no keep list keeps to the tier of `then`, from any tier, once it is old enough."""
     if rule.then is None:
         return NOTHING, NOTHING
     dst = view.file.index(rule.then)
@@ -383,9 +402,11 @@ def _then(view: View, rule: Rule, number: int, rows: Rows) -> tuple[Wishes, Wish
 
 
 def _down(view: View, rows: Rows, tier: int, named: Flags, number: int) -> tuple[Wishes, Wishes]:
-    """What the tier's keep list does not name goes to the next, unless a verified copy lies further down already.
+    """Propose to send down what the tier's keep list does not keep.
 
-    named: bool[n_tiers, n_rows]: what the next tier's keep list names shall lie there.
+    A copy is dropped if a lower tier holds a verified copy, and otherwise moved to the next tier.
+
+    named: bool[n_tiers, n_rows]: a group that the keep list of the next tier keeps must get a copy in that tier.
     """
     if tier + 1 == view.n_tiers:
         return NOTHING, NOTHING
@@ -398,7 +419,7 @@ def _down(view: View, rows: Rows, tier: int, named: Flags, number: int) -> tuple
 
 
 def send_each(view: View, rows: Rows, src: int, dst: NDArray[np.int8], why: tuple[int, Texts]) -> tuple[Wishes, Wishes]:
-    """As send(), from one tier, and to a tier of each row's own."""
+    """As send(), from one source tier, with a destination tier for each row."""
     parts = []
     for tier in np.unique(dst).tolist():
         to = dst == tier

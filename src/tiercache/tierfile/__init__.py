@@ -1,7 +1,10 @@
-"""The rule file: tiers, rules, pins, tags and how things are moved; checked, and frozen once it is read.
+"""The rule file: its tiers, rules, pins, tags and mover options, checked when it is read and frozen afterwards.
 
-They stand in ``tiercache.toml`` beside the settings, or in a file that is named; ``docs/reference/tiers.md`` lists all
-keys. Every message names file and key, and the line where the file is no TOML.
+The tables stand in ``tiercache.toml`` beside the settings, or in a file that the caller names.
+``docs/reference/tiers.md`` lists all keys. Each error message names the file and the key; a TOML syntax error names the
+line.
+
+``models`` holds the frozen tables, ``reading`` finds and checks the file, ``values`` converts single values.
 """
 
 from tiercache.tierfile.models import ROLES, Best, Keep, Kind, Pin, Role, Rule, Tag, Tier, TierFile, Tiering

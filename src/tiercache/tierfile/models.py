@@ -1,6 +1,6 @@
-"""What a rule file says, frozen. Durations in seconds, sizes in bytes, lists as tuples; tiers by name, never by role.
+"""The frozen content of a rule file: durations in seconds, sizes in bytes, lists as tuples, tiers by name.
 
-The attributes are named for what they hold, the keys of the file are their aliases: `idle = "30d"` is idle_s.
+An attribute's name states its unit; the key of the file is its alias: `idle = "30d"` becomes `idle_s`.
 """
 
 from __future__ import annotations
@@ -47,30 +47,39 @@ Share: TypeAlias = Annotated[float, BeforeValidator(read_share)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
 Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(some)]
 
-MOST = 1 << 62  # of what is counted: planners hold int64
+MOST = 1 << 62  # largest count in a rule file: the planner stores counts as int64
 
 _BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P<mode>min|max)\s*)?")
-# Of a rule: attribute, and its key in messages.
+# Attributes of a rule that are conditions of `to`, and their keys in messages.
 _CONDITIONS = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
 _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
 
 
 class Table(BaseModel):
-    """A table of the file."""
+    """Base class of the tables of a rule file: frozen, and without unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         strict=True,
         populate_by_name=True,
-        hide_input_in_errors=True,  # storage options may hold a key
+        hide_input_in_errors=True,  # storage options may contain a secret
     )
 
 
 class Tier(Table):
-    """A place that copies lie in.
+    """A storage location that holds copies: a local folder or a URL.
 
-    capacity: as written; None: no limit. high, low: shares of it. storage_options: never shown.
+    Attributes:
+        name: Name in the rule file.
+        role: "hot", "standard" or "archive".
+        url: URL or absolute path below which the tier's objects lie.
+        storage_class: S3 storage class of new copies; None: the store's default class.
+        prices: Name in the price table, or a table of prices; None: not given.
+        capacity: Size, or percentage of the disk, as written in the file; None: unlimited.
+        high: Fraction of the capacity above which the planner sends copies down.
+        low: Fraction of the capacity at which the planner stops.
+        storage_options: Options of the store; never shown, since they may contain secrets.
     """
 
     name: str
@@ -85,20 +94,27 @@ class Tier(Table):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder of a file system that this machine has mounted."""
+        """Whether the tier is a folder of a file system that is mounted on this machine."""
         return "://" not in self.url or self.url.lower().startswith("file://")
 
     @property
     def is_share(self) -> bool:
-        """Whether its capacity is a share of a disk."""
+        """Whether the capacity is a percentage of a disk."""
         return self.capacity is not None and self.capacity.strip().endswith("%")
 
     def capacity_bytes(self, disk_bytes: int | None) -> int | None:
-        """Bytes that may lie in it; None: no limit. disk_bytes: of its whole disk. Raises ValueError without it."""
+        """Return the capacity in bytes; None: unlimited.
+
+        Args:
+            disk_bytes: Size of the whole disk, for a capacity in percent.
+
+        Raises:
+            ValueError: The capacity is a percentage and disk_bytes is None.
+        """
         if self.capacity is None:
             return None
         if self.is_share and disk_bytes is None:
-            raise ValueError(f"tiers.{self.name}.capacity: {self.capacity} of a disk whose size is not known")
+            raise ValueError(f"tiers.{self.name}.capacity: the size of the disk is unknown, got {self.capacity}")
         return parse_bytes(self.capacity, whole_bytes=disk_bytes)
 
     @field_validator("prices", mode="before")
@@ -118,10 +134,10 @@ class Tier(Table):
         if not url:
             raise ValueError("a tier needs a URL or path")
         if "\0" in url:
-            raise ValueError("no URL or path has a NUL")
+            raise ValueError("a URL or path cannot contain a NUL character")
         user, found, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
         if ":" in user or (found and url.lower().startswith(_URLS_WITHOUT_USERS)):
-            raise ValueError("credentials belong into the environment, not into a URL")
+            raise ValueError("a URL must not contain credentials: put them into the environment")
         return url
 
     @model_validator(mode="after")
@@ -129,14 +145,19 @@ class Tier(Table):
         if self.low >= self.high:
             raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
         if self.is_share and not self.is_local:
-            raise ValueError(f"capacity: a share is one of a local disk; here a size is needed, got {self.capacity!r}")
+            raise ValueError(
+                f"capacity: only a local tier may have a percentage; expected a size, got {self.capacity!r}"
+            )
         return self
 
 
 class Best(Table):
-    """The n checkpoints with the lowest ("min") or the highest values of a metric.
+    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric.
 
-    metrics: names of it, of which the first that a run has counts for that run.
+    Attributes:
+        metrics: Names of the metric; the first name that any checkpoint of a run has is used for that run.
+        n: Number of checkpoints to keep.
+        mode: Whether the lowest or the highest values are the best.
     """
 
     metrics: Annotated[Texts, AfterValidator(some)] = Field(validation_alias="metric")
@@ -145,7 +166,7 @@ class Best(Table):
 
 
 def read_bests(value: object) -> tuple[object, ...]:
-    """Of "val_loss:2", "accuracy:1:max", a table of Best's keys, or a list of these. Raises ValueError."""
+    """Parse "val_loss:2", "accuracy:1:max", a table with the keys of Best, or a list of these. Raises ValueError."""
     return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
 
 
@@ -172,7 +193,7 @@ def _best_of(given: dict[str, object]) -> Best:
 
 
 class Keep(Table):
-    """Which checkpoints stay in a tier: those that any of these names."""
+    """A keep list: the checkpoints that stay in a tier. It keeps a checkpoint that any of its keys selects."""
 
     last: int | None = Field(default=None, ge=1, le=MOST)
     every_steps: int | None = Field(default=None, ge=1, le=MOST)
@@ -183,10 +204,13 @@ class Keep(Table):
 
 
 class Rule(Table):
-    """Where what it matches belongs.
+    """A rule: to which tier the objects that it matches belong.
 
-    sources: tiers whose copies `to` is about; keep: by tier, from the fastest; idle_by: "mtime": where nobody counts
-    uses, the date of writing stands for the last use; even_if_dearer: its moves need not pay back.
+    Attributes:
+        sources: Names of the tiers from which `to` takes copies.
+        keep: Keep list of each tier, the fastest tier first.
+        idle_by: "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
+        even_if_dearer: Whether the rule's moves may cost more than they save.
     """
 
     name: str = Field(min_length=1)
@@ -210,31 +234,37 @@ class Rule(Table):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
-        """`to` with conditions, or keep lists with `then`; never both, and no key that would do nothing."""
+        """Check that the rule has `to` with conditions, or keep lists with `then`, and no key without effect."""
         conditions = [key for name, key in _CONDITIONS.items() if getattr(self, name)]
         if self.keep and (self.to is not None or conditions):
             key = "to" if self.to is not None else conditions[0]
-            raise ValueError(f"{key}: a rule has either keep lists or `to` with conditions: write two rules")
+            raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
         if self.keep and self.kind not in (None, "checkpoint"):
-            raise ValueError(f"kind: keep lists are for checkpoints, and this rule is for kind {self.kind!r}")
+            raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
         if self.to is None and conditions:
-            raise ValueError(f"{conditions[0]}: is a condition of `to`, which is not given")
+            raise ValueError(f"{conditions[0]}: is a condition of `to`, and the rule has no `to`")
         if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
-            raise ValueError("idle_by: says by what `idle` and `uses_below` are known, and neither is given")
+            raise ValueError("idle_by: needs `idle` or `uses_below`, and the rule has neither")
         if self.even_if_dearer and self.to is None and not self.keep:
-            raise ValueError("even_if_dearer: is about moves, and this rule makes none")
+            raise ValueError("even_if_dearer: needs `to` or a keep list: this rule moves nothing")
         if self.then is not None and not self.keep:
-            raise ValueError("then: goes with a keep list; without one there are `to` and `age`")
+            raise ValueError("then: needs a keep list; without one, write `to` and `age`")
         if self.after_s is not None and self.then is None:
-            raise ValueError("after: says when `then` holds, which is not given")
+            raise ValueError("after: needs `then`, and the rule has no `then`")
         larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
         if larger is not None and smaller is not None and larger >= smaller:
-            raise ValueError(f"larger_than: nothing is larger than {larger} and smaller than {smaller} bytes")
+            raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
         return self
 
 
 class Pin(Table):
-    """What stays where it is, against every rule. until_s: seconds since the epoch; None: for good."""
+    """Globs of objects that no rule may move.
+
+    Attributes:
+        match: Globs of paths.
+        until_s: End of the pin, in seconds since the epoch; None: the pin does not expire.
+        why: Reason, for people.
+    """
 
     match: Globs
     until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
@@ -242,14 +272,14 @@ class Pin(Table):
 
 
 class Tag(Table):
-    """Names for checkpoints."""
+    """Tags for the checkpoints that match the globs."""
 
     match: Globs
     tags: Annotated[Texts, AfterValidator(some)]
 
 
 class Tiering(Table):
-    """How things are moved. state_dir: None: config.state_folder()."""
+    """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
     settle_s: Seconds = Field(default=600.0, validation_alias="settle")
@@ -262,7 +292,17 @@ class Tiering(Table):
 
 
 class TierFile(Table):
-    """A rule file. tiers: from the fastest to the coldest; sha256: of its bytes."""
+    """A rule file.
+
+    Attributes:
+        path: Path of the file.
+        sha256: SHA-256 of the file's bytes, in hex.
+        tiers: Tiers, the fastest first.
+        rules: Rules, in the order of the file; the first that matches an object applies.
+        pins: Pins.
+        tags: Tags of checkpoints.
+        tiering: Options of the planner and the mover.
+    """
 
     path: Path
     sha256: str
@@ -273,11 +313,11 @@ class TierFile(Table):
     tiering: Tiering = Tiering()
 
     def tier(self, name: str) -> Tier:
-        """The tier of this name. Raises ValueError, which says what there is."""
+        """Return the tier of this name. Raises ValueError, which lists the names of all tiers."""
         return self.tiers[self.index(name)]
 
     def index(self, name: str) -> int:
-        """Its number, 0 for the fastest. Raises ValueError, which says what there is."""
+        """Return the number of a tier, 0 for the fastest. Raises ValueError, which lists the names of all tiers."""
         names = [tier.name for tier in self.tiers]
         if name not in names:
             raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
@@ -285,5 +325,8 @@ class TierFile(Table):
 
     @property
     def home(self) -> Tier:
-        """Where versions of data sets, placement and the lock lie: the first standard tier, else the first."""
+        """The home tier: the first standard tier, or else the first tier.
+
+        It holds the versions of data sets, the placements and the lock.
+        """
         return next((tier for tier in self.tiers if tier.role == "standard"), self.tiers[0])

@@ -1,4 +1,4 @@
-"""From the file to its models: finds it, names what is wrong, and resolves roles, paths and defaults."""
+"""Reads a rule file: finds it, builds its models, and resolves roles, paths and defaults. Each error names its key."""
 
 from __future__ import annotations
 
@@ -23,30 +23,35 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
-# Keys of earlier releases, and what replaced them.
+# Keys of earlier releases, and how to replace them.
 _REPLACED = {
-    "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule for which the date of writing is'
-    " enough where nobody counts uses",
-    "tiering.small": "it was removed: a move must pay back within max_break_even, minimum sizes counted; write"
-    " even_if_dearer = true into a rule whose moves need not",
-    "tiering.early": "it was removed: a move must pay back within max_break_even, early-deletion fees counted; write"
-    " even_if_dearer = true into a rule whose moves need not",
+    "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule that may use the modification time'
+    " of objects whose uses are not recorded",
+    "tiering.small": "it was removed: a move must pay back within max_break_even, which includes minimum sizes;"
+    " to allow other moves, write even_if_dearer = true into the rule",
+    "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
+    " to allow other moves, write even_if_dearer = true into the rule",
 }
-# Messages that show the value by themselves, or where there is none.
+# Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
 
 def load_tiers(path: Path | None = None, *, start: Path | None = None) -> TierFile:
-    """The rule file at path; else the tiercache.toml that holds for folder start (the working folder).
+    """Read a rule file.
+
+    Args:
+        path: Path of the file; None: the tiercache.toml that applies to start.
+        start: Folder in which the search begins; None: the working folder.
 
     Raises:
-        ValueError: there is none, it is no TOML, or something in it does not fit; names file, key, for syntax the line.
+        ValueError: There is no file, it is not TOML, or it has a wrong key or value. The message names the file and the
+            key, or the line of a syntax error.
     """
     here = Path.cwd() if start is None else start.absolute()
     found = config.find_file(here) if path is None else path.absolute()
     if found is None:
         raise ValueError(
-            f"no {config.FILE_NAME} from {here} upwards, and none in the user's configuration folder:"
+            f"no {config.FILE_NAME} in {here}, in a folder above it or in the user's configuration folder:"
             " write one with [tiers.NAME] tables, or name a file with --rules"
         )
     data = config.read_bytes(found)
@@ -63,7 +68,7 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> TierFile:
         if key not in known:
             raise ValueError(f"{key}: {_unknown(key, known)}")
     if not tables.get("tiers"):
-        raise ValueError("tiers: there is none; write [tiers.NAME] with role and url, the fastest first")
+        raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with role and url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)
     tags = tuple(_built(Tag, given, where) for where, given in _list(tables, "tags"))
     rules: list[Rule] = []
@@ -100,10 +105,12 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
     for name, table in _table(given, "tiers").items():
         where = f"tiers.{name}"
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{where}: a tier's name has letters, digits, '_' and '-'")
+            raise ValueError(f"{where}: the name of a tier must consist of letters, digits, '_' and '-'")
         values = dict(_table(table, where))
         if "role" not in values and name not in ROLES:
-            raise ValueError(f"{where}.role: is missing: {', '.join(ROLES)}; a tier of such a name needs none")
+            raise ValueError(
+                f"{where}.role: is missing: write one of {', '.join(ROLES)}, or use one as the tier's name"
+            )
         values.setdefault("role", name)
         tier = _built(Tier, values, where, name=name)
         tier = tier.model_copy(update={"url": _resolved(tier, folder)})
@@ -111,12 +118,12 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
         _check_place(found, tier)
         found.append(tier)
     if len(found) > _MOST_TIERS:
-        raise ValueError(f"tiers: {_MOST_TIERS} at most, got {len(found)}")
+        raise ValueError(f"tiers: expected at most {_MOST_TIERS}, got {len(found)}")
     return tuple(found)
 
 
 def _resolved(tier: Tier, folder: Path) -> str:
-    """The URL; a relative path counts from the file's folder."""
+    """Return the tier's URL; a relative path is resolved against the folder of the rule file."""
     if "://" in tier.url:
         return tier.url
     return os.path.normpath(folder / Path(tier.url).expanduser())
@@ -126,24 +133,24 @@ def _check_order(before: Sequence[Tier], tier: Tier) -> None:
     for other in before:
         if ROLES.index(other.role) > ROLES.index(tier.role):
             raise ValueError(
-                f"tiers.{tier.name}: stands after tiers.{other.name}, which is colder ({other.role}):"
-                " tiers stand in the file from the fastest to the coldest"
+                f"tiers.{tier.name}: stands after the colder tier tiers.{other.name} ({other.role}):"
+                " write the tiers in order, from the fastest to the coldest"
             )
 
 
 def _check_place(before: Sequence[Tier], tier: Tier) -> None:
-    """Refuse a tier inside another: each would see the other's objects as its own."""
+    """Raise ValueError where one tier lies inside another: each would list the other's objects as its own."""
     place = _place(tier)
     for other in before:
         elsewhere = _place(other)
         if place == elsewhere:
             if (tier.storage_class or "STANDARD") == (other.storage_class or "STANDARD"):
                 raise ValueError(
-                    f"tiers.{tier.name}.url: is that of tiers.{other.name}:"
+                    f"tiers.{tier.name}.url: tiers.{other.name} has the same URL:"
                     " two tiers with one URL need different storage classes"
                 )
         elif place.startswith(elsewhere.rstrip("/") + "/") or elsewhere.startswith(place.rstrip("/") + "/"):
-            raise ValueError(f"tiers.{tier.name}.url: one of it and tiers.{other.name}.url lies inside the other")
+            raise ValueError(f"tiers.{tier.name}.url: must not lie inside tiers.{other.name}.url, nor contain it")
 
 
 def _place(tier: Tier) -> str:
@@ -163,9 +170,9 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
         if not _table(table, f"{where}.{key}"):
-            raise ValueError(f"{where}.{key}: names nothing to keep; there are {', '.join(sorted(_keys(Keep)))}")
+            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(Keep)))}")
         if empty := [inner for inner, value in table.items() if value == []]:
-            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more, got an empty list")
+            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
         keep[name] = _built(Keep, table, f"{where}.{key}")
         _check_tags(keep[name].tags, f"{where}.{key}", tags)
     values.setdefault("name", where)
@@ -183,29 +190,29 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
 
 
 def _check_tags(names: Sequence[str], where: str, tags: Sequence[Tag]) -> None:
-    """Refuse a tag that no [[tags]] table gives: the keep list would keep nothing by it, and the rule may delete."""
+    """Raise ValueError for a tag that no [[tags]] table defines: the rule would delete what the tag was to keep."""
     given = sorted({name for tag in tags for name in tag.tags})
     for name in names:
         if name not in given:
-            known = _near(name, given) if given else "there are none: write [[tags]] with match and tags"
-            raise ValueError(f"{where}.tags: no [[tags]] table gives the tag {name!r}; {known}")
+            known = _near(name, given) if given else "there is no [[tags]] table: write one with match and tags"
+            raise ValueError(f"{where}.tags: no [[tags]] table defines the tag {name!r}; {known}")
 
 
 def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
     names = [tier.name for tier in tiers]
     before = names[: names.index(to)]
     if not before:
-        raise ValueError(f"{where}.to: no tier stands before {to!r} that anything could come from")
+        raise ValueError(f"{where}.to: {to!r} is the first tier, so that there is no tier to move from")
     if not given:
         return tuple(before)
     chosen = {name for one in given for name in _some_tiers(one, f"{where}.from", tiers)}
     for name in chosen.difference(before):
-        raise ValueError(f"{where}.from: tier {name!r} does not stand before {to!r}, where `to` sends it")
+        raise ValueError(f"{where}.from: tier {name!r} must stand before {to!r}, the tier in `to`")
     return tuple(name for name in before if name in chosen)
 
 
 def _some_tiers(given: str, where: str, tiers: Sequence[Tier]) -> list[str]:
-    """Names of the tier that is called so, or else of those that have the role."""
+    """Return the tier of this name, or else all tiers of this role."""
     names = [tier.name for tier in tiers]
     found = [name for name in names if name == given] or [tier.name for tier in tiers if tier.role == given]
     if not found:
@@ -216,12 +223,12 @@ def _some_tiers(given: str, where: str, tiers: Sequence[Tier]) -> list[str]:
 def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
     found = _some_tiers(given, where, tiers)
     if len(found) > 1:
-        raise ValueError(f"{where}: several tiers have the role {given!r}: say which of {', '.join(found)}")
+        raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
     return found[0]
 
 
 def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:
-    """(place, table) of each [[section]], places counted from 1: rules[1]."""
+    """Return the tables of a section, each with its position in messages, counted from 1: ("rules[1]", table)."""
     given = tables.get(section, [])
     if not isinstance(given, list):
         raise ValueError(f"{section}: expected [[{section}]] tables, in double brackets")
@@ -235,13 +242,16 @@ def _table(given: object, where: str) -> Mapping[str, Any]:
 
 
 def _keys(model: type[Table]) -> dict[str, str]:
-    """Key in the file -> attribute."""
+    """Return a dict from each key of the file to the attribute of the model."""
     fields = model.model_fields.items()
     return {(f.validation_alias if isinstance(f.validation_alias, str) else name): name for name, f in fields}
 
 
 def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
-    """The model of a table, with values that are no keys of it. Raises ValueError, which names the key."""
+    """Build a model from a table and from values that are not keys of the table.
+
+    Raises ValueError, which names the key.
+    """
     values = _table(given, where)
     keys = [key for key in _keys(model) if key not in resolved]
     for key in values:
@@ -256,7 +266,7 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
 def _message(error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
     text = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:  # of the whole table: the text begins with the key
+    if not first["loc"]:  # an error about the whole table: its text begins with the key
         return f"{where}.{text}"
     key = str(first["loc"][0])
     if first["type"] == "missing":
