@@ -49,7 +49,8 @@ def verify_copies(output: Output, cache: Cache, asked: CopiesAsked) -> None:
     """Verify the copies and print each damaged one.
 
     Raises:
-        typer.Exit: With CORRUPT if a damaged copy is still in the cache, with PARTLY if one was removed but not repaired.
+        typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTLY if one was removed but not
+            repaired.
     """
     of_scope = in_scope(asked.url, asked.storage_options)
     entries = [e for e in cache.entries() if of_scope(e) and passes(e, asked.include, asked.exclude)]

