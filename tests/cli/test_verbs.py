@@ -189,7 +189,7 @@ class TestExport:
         tiercache("export", data_set, tmp_path / "out.parquet")
         tiercache("export", data_set, tmp_path / "parts")
         for target in ("out.parquet", "parts"):
-            assert "there is a file already" in tiercache("export", data_set, tmp_path / target, code=1).err
+            assert "already" in tiercache("export", data_set, tmp_path / target, code=1).err
             tiercache("export", data_set, tmp_path / target, "--overwrite")
 
     def test_parts_of_a_longer_export_are_not_left_among_those_of_this_one(self, tiercache, data_set, tmp_path):

@@ -114,5 +114,8 @@ def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
 def _text(plan: Plan, applied: Applied, grace_s: float) -> str:
     text = f"{applied.done:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     if applied.waiting_drops:
-        text += f"; {count(applied.waiting_drops, 'deletion')} due after {span(grace_s)} of grace, by `tier run --once`"
+        text += (
+            f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({span(grace_s)}), "
+            "by `tier run --once`"
+        )
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")

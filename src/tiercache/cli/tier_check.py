@@ -32,11 +32,11 @@ from tiercache.tierfile import Rule, Tier, TierFile
 _NO_RULE = "(no rule)"
 # Facts of an inventory, and why no plan touches the objects that they count.
 _LEFT_ALONE = {
-    "orphans": "no version of their data set contains these shards",
-    "missing": "a version contains these shards, but no tier has them: a rule deleted them, or they are elsewhere",
-    "unfinished": "they are still being written",
-    "no_keys": "their names are not valid keys",
-    "differing": "their copies in two tiers differ",
+    "orphans": "shards that no version of their data set contains",
+    "missing": "shards that a version contains but no tier has: a rule deleted them, or they are elsewhere",
+    "unfinished": "still being written",
+    "no_keys": "names that are not valid keys",
+    "differing": "different copies in two tiers",
 }
 _SHOWN = 3
 _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
@@ -165,10 +165,10 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection
             names = tuple(key for key in names if key not in lost)
         if n:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
-            text = f"{count(n, 'object')} left alone, because {what}: {shown}"
+            text = f"{count(n, 'object')} left alone, {what}: {shown}"
             output.event("left_alone", {"why": name, "objects": n, "names": list(names)}, f"note: {text}")
     for lack, n in facts.get("incomplete", {}).items():
-        text = f"{count(n, 'checkpoint')} incomplete: {lack} missing"
+        text = f"{count(n, 'checkpoint')} incomplete, lacking {lack}"
         output.event("incomplete", {"without": lack, "checkpoints": n}, f"note: {text}")
     for found in facts.get("datasets", ()):
         if found.problem:
