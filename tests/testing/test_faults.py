@@ -168,7 +168,7 @@ def test_a_gate_that_nobody_reaches_or_opens_fails_the_test(inner):
     gate.timeout_s = 0.01
     with pytest.raises(AssertionError, match="nobody reached before_get"):
         gate.wait_reached()
-    with pytest.raises(AssertionError, match="nobody opened"):
+    with pytest.raises(AssertionError, match="was not opened within"):
         store.get("a")
     assert gate.is_reached
     with pytest.raises(ValueError, match="point"):
