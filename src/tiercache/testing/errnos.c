@@ -1,6 +1,6 @@
-/* A library for LD_PRELOAD in which the n-th system call of a kind below one folder fails. errnos.py builds and uses it.
+/* A library for LD_PRELOAD in which the n-th system call of a kind below one folder fails. Built and used by errnos.py.
  *
- * It overrides libc's functions, so it also affects SQLite's calls. Nothing happens before tc_errno_arm(). A call counts
+ * It overrides functions of libc, so it also affects SQLite's calls. Nothing happens before tc_errno_arm(). A call counts
  * if its path, or the file of its descriptor, is below the folder. The path of a descriptor is read from /proc/self/fd,
  * which also knows duplicated and inherited descriptors, and deleted files.
  */

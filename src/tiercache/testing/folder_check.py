@@ -43,7 +43,7 @@ class Expected:
 
 
 def allocated_bytes(folder: Path) -> int:
-    """Return the bytes of disk of the files directly in a folder, by the file system's count; 0 if there is no folder."""
+    """Return the disk space, in bytes, of the files directly in a folder; 0 if the folder does not exist."""
     return _bytes_of(_files_now(folder))
 
 
@@ -234,8 +234,8 @@ class FolderCheck:
     def taken(self) -> tuple[int, int | None]:
         """Return the bytes of copies, partial copies and reservations, and the limit; (0, None) without a catalog.
 
-        A process that opens the folder charges what it finds there, so the growth of a partial copy may count twice until
-        its fetcher charges it. Each name is therefore counted for at most a whole copy with its map.
+        A process that opens the folder charges what it finds there, so the growth of a partial copy may count twice
+        until its fetcher charges it. Each name is therefore counted for at most a whole copy with its map.
         """
         books = _read_books(self.root)
         return (0, None) if books is None else (self._taken_bytes(books), books.limit)
@@ -256,7 +256,7 @@ class FolderCheck:
         return set() if books is None else set(books.recorded) - pins - set(held)
 
     def reserved(self) -> dict[str, int]:
-        """Return the reserved bytes by name, without those of quarantined copies that await comparison or are held."""
+        """Return the reserved bytes by name, without those of quarantined copies that await comparison, or are held."""
         books = _read_books(self.root)
         waiting = {path.stem for path in (self.root / "quarantine").glob("*.bad")}
         held = {f"{inode:x}" for inode in self.expected.held_inodes}
