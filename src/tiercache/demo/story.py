@@ -102,9 +102,7 @@ def _look(stage: Stage) -> Iterator[Event]:
             names = [info.key for info in store.list("")]
             findings = list(verify_dataset(store))
         shards = sum(1 for key in names if key.endswith(".tcs"))
-        yield Note(
-            f"{stage.url(name)}: {len(names)} objects, of which {shards} are shards and the others describe its versions"
-        )
+        yield Note(f"{stage.url(name)}: {len(names)} objects: {shards} shards, and the files of its versions")
         yield Claim(
             f"{name} contains what was written", not findings, "; ".join(map(str, findings)) or "no damage found"
         )

@@ -94,7 +94,7 @@ class Trainer:
         )
 
     def read(self, *, epoch: int) -> Epoch:
-        """Read the batches of an epoch without training, repeatedly for READ_S seconds: the speed of the loader alone."""
+        """Read the batches of an epoch without training, repeatedly for READ_S seconds: the loader's own speed."""
         started_s, n_samples = time.perf_counter(), 0
         while time.perf_counter() - started_s < READ_S:
             n_samples += sum(len(next(iter(batch.values()))) for batch in self.start(epoch))
@@ -144,7 +144,7 @@ class Trainer:
         return new
 
     def _keep(self, *, loss: float) -> None:
-        """Write a checkpoint, CHECKPOINTS_AN_EPOCH times per epoch, to a folder named by the step, as many scripts do."""
+        """Write a checkpoint to a folder named by the step, CHECKPOINTS_AN_EPOCH times per epoch."""
         if self._step % (len(self.loader) // CHECKPOINTS_AN_EPOCH):
             return
         folder = self._checkpoints / f"step-{self._step}"
