@@ -36,11 +36,12 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Demonstrate tiercache on this machine: S3 server, packing, training cold and warm, resume, eviction, tiers.
+    """Demonstrate tiercache on this machine in one to three minutes.
 
-    The demo trains two small models from a local S3 server and checks what tiercache promises. It works in a temporary
-    folder, which it removes at the end, and takes one to three minutes. It needs pip install 'tiercache[demo]'. The
-    exit code is 1 if a promise did not hold.
+    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
+    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
+    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
+    needs pip install 'tiercache[demo]'.
     """
     output = Output(as_json)
     started_s = time.monotonic()

@@ -110,9 +110,9 @@ def evict(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Delete cached copies, least recently used first. Pinned copies and copies in use stay.
+    """Delete cached copies, least recently used first.
 
-    The store is never changed: deleted copies can be fetched again.
+    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again.
     """
     output = Output(as_json, quiet)
     if everything == (url is not None):
@@ -192,7 +192,7 @@ def unpin(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Unpin cached copies: they stay in the cache, and may be evicted when space is needed."""
+    """Unpin cached copies, so that eviction may delete them."""
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")

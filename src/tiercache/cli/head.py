@@ -27,7 +27,10 @@ def head(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Show records: images as their size, arrays by their first elements. Only the needed bytes are read."""
+    """Show some records of a data set.
+
+    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
+    """
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         data_set = open_data_set(store, at)

@@ -28,7 +28,7 @@ def ls(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """List the shards of a data set in the order of their records, or its versions."""
+    """List the shards of a data set in record order, or its versions."""
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         if versions:

@@ -75,7 +75,11 @@ def pack(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Convert a folder of images (one sub-folder per class), Parquet files or JSON lines into a data set."""
+    """Convert images, Parquet files or JSON lines into a data set.
+
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
+    commits nothing.
+    """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
         schema=parse_types(column) or None,

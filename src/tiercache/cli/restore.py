@@ -57,10 +57,11 @@ def restore(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Restore archived objects: show cost and duration, ask, request the restores, and copy restored objects home.
+    """Restore archived objects and copy them to the home tier.
 
-    The exit code is 5 while restores are in progress; the same command then shows their progress and continues. The
-    archived copies stay until a rule deletes them.
+    The command shows cost and duration, asks, and requests the restores. The exit code is 5 while restores are in
+    progress; the same command then shows their progress and continues. The archived copies stay until a rule deletes
+    them.
     """
     output = Output(as_json, quiet)
     manner = _Manner(wait, yes, dry_run)

@@ -122,9 +122,10 @@ def simulate(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Simulate caches of several sizes: hit ratio, bytes fetched, dollars and time per epoch, by eviction policy.
+    """Simulate caches of several sizes: hits, bytes, dollars, time.
 
-    A training's read order is replayed, or a recorded trace. No record is read, only the list of shards.
+    The read order of a training is replayed, or a recorded trace, with each eviction policy. No record is read, only
+    the list of shards.
     """
     output = Output(as_json, quiet)
     policies, question = _policies(policy), _question(egress, request, rate, train_rate)

@@ -31,7 +31,7 @@ def status(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Show the cache: its data sets, the processes that use it, damage found in it, and its size."""
+    """Show what the cache holds, who uses it, and damage found in it."""
     output = Output(as_json, quiet)
     with existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()

@@ -13,9 +13,7 @@ from tiercache.cli.tier_ls import ls
 from tiercache.cli.tier_plan import plan
 from tiercache.cli.tier_run import run
 
-tier = typer.Typer(
-    help="Move shards, checkpoints and files between hot, standard and archive storage, by rules.", no_args_is_help=True
-)
+tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
 
 _AGAIN = "nothing was changed; run the same command again"
 _GOES_ON = "finished moves stay, nothing was lost; the same command continues from there"

@@ -34,12 +34,12 @@ def apply(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Make the moves of a stored plan, and no others. A move whose objects or tiers have changed since is stopped.
+    """Make the moves of a stored plan, and no others.
 
-    Data sets whose shards the plan moves or refuses are tracked from then on: machines report which shards they use.
-
-    The sources of the moves are deleted later, by `tiercache tier run --once` after the grace period. Without --rules,
-    the rule file is the one that the plan was made with.
+    A move whose objects or tiers have changed since is stopped. Data sets whose shards the plan moves or refuses are
+    tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
+    `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
+    with.
     """
     output = Output(as_json, quiet)
     stored = read_plan(plan)

@@ -52,10 +52,11 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Check the rule file, try to reach each tier, and print what each rule matches. Nothing is changed.
+    """Check the rule file and its tiers, and print what rules match.
 
-    The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is not mounted). It is
-    3 if an object is lost: a data set version, the placement or this machine's catalog names it, but no tier has it.
+    Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
+    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
+    but no tier has it.
     """
     output = Output(as_json, quiet)
     if prices:

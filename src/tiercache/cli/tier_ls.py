@@ -35,7 +35,10 @@ def ls(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """List shards, checkpoints and files: their tiers and states, last use, and dollars per month."""
+    """List shards, checkpoints and files with their tiers and costs.
+
+    Each line shows the states of the copies, the last use and the dollars per month.
+    """
     output = Output(as_json, quiet)
     with opened_tiers(rules) as tiers:
         wanted = "" if path is None else path_of(tiers.file, path)

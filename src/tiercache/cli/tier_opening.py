@@ -35,7 +35,7 @@ Rules: TypeAlias = Annotated[
     typer.Option(
         "--rules",
         metavar="FILE",
-        help="Rule file; default: the tiercache.toml of this folder or the nearest parent folder.",
+        help="Rule file; default: the nearest tiercache.toml, from this folder upwards.",
     ),
 ]
 

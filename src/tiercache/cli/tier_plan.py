@@ -34,9 +34,10 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Show what would be moved, why, what it costs and saves, and which moves are refused. Nothing is moved.
+    """Show what would be moved, why, and what it costs and saves.
 
-    With --json, all moves and refusals are printed, whatever --limit says.
+    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
+    --limit says.
     """
     output = Output(as_json, quiet)
     with opened_tiers(rules) as tiers:

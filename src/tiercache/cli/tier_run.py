@@ -25,11 +25,12 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Do all work that is due: finish interrupted moves, plan, move, and delete sources after the grace period.
+    """Plan and make all moves that are due; for schedulers.
 
-    For cron, Airflow or Kubernetes; it asks no questions. With --json, the last line is the summary. Exit codes: 0
-    done; 1 failed; 3 some moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a
-    disk that is not mounted); 5 restores are in progress.
+    It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
+    Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
+    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
+    mounted); 5 restores are in progress.
     """
     if not once:
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")

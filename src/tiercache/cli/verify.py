@@ -64,9 +64,10 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Check every byte of a data set version (manifest, segments, shards), or of copies in the cache.
+    """Check every byte of a data set, or of copies in the cache.
 
-    The exit code is 4 if something is damaged and was not repaired.
+    Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
+    is damaged and was not repaired.
     """
     output = Output(as_json, quiet)
     jobs = jobs or config.available_cpus()

@@ -215,10 +215,10 @@ def warm(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Copy a data set, or a part of it, from its store into the cache. The exit code is 0 only if all is cached.
+    """Copy a data set, or a part of it, from its store into the cache.
 
-    With --seed, the shards are fetched in the order in which a training reads them: --rank selects the ranks, and
-    --first or --minutes the amount.
+    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
+    reads them: --rank selects the ranks, and --first or --minutes the amount.
     """
     output = Output(as_json, quiet)
     order = OrderFlags(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
@@ -256,7 +256,11 @@ def pin(
     quiet: Quiet = False,
     verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Copy a data set, or a part of it, into the cache, and keep the copies there until `tiercache unpin`."""
+    """Copy a data set into the cache, and keep the copies until unpin.
+
+    Pinned copies are not evicted. --share, --first, --include, --exclude and --files-from select a part of the data
+    set.
+    """
     output = Output(as_json, quiet)
     part, size = PartFlags(share, first).limits()
     choice = Choice(include, exclude, read_names(files_from), share=part, first_bytes=size)
