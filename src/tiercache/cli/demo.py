@@ -170,7 +170,7 @@ def _tiers(held: Sequence[Held]) -> Table:
     table = Table(title="\nTiers, before and after the rules were applied", title_justify="left")
     table.add_column("tier")
     for when in ("before", "after"):
-        for name in ("objects", "bytes", "$ a month"):
+        for name in ("objects", "bytes", "$ per month"):
             table.add_column(f"{name} {when}", justify="right")
     for tier in dict.fromkeys(one.tier for one in held):
         cells = [

@@ -214,7 +214,7 @@ def _training(
 def _print(output: Output, cases: Sequence[Case], data_bytes: int, scene: _Scene) -> None:
     rows = [asdict(case) | {"share": case.size_bytes / max(data_bytes, 1)} for case in cases]
     has_dollars, has_times = any(case.dollars for case in cases), any(case.epoch_s is not None for case in cases)
-    fetched = "fetched an epoch" if scene.is_training else "fetched"
+    fetched = "fetched per epoch" if scene.is_training else "fetched"
     texts = []
     for case, row in zip(cases, rows, strict=True):
         text = {

@@ -105,8 +105,6 @@ class FolderCheck:
         """Return violations of what must hold wherever a process died, before any recovery."""
         return [*self.wrong_bytes(), *self.unfinished(), *self.lost_pinned(), *self.lost_foreign()]
 
-    # -- bytes ------------------------------------------------------------------------------------------------------
-
     def wrong_bytes(self) -> Iterator[str]:
         """Yield published copies with wrong bytes, and units of partial copies that are marked present but wrong."""
         for path in self._files():
@@ -138,8 +136,6 @@ class FolderCheck:
                 yield f"part {path.name[:8]}: unit {unit} is said to be here, but {_difference(data[here], part[here])}"
             elif int(sums[unit]) != crc32c(data[here]):
                 yield f"part {path.name[:8]}: the checksum of unit {unit} is not that of its bytes"
-
-    # -- files ------------------------------------------------------------------------------------------------------
 
     def strays(self) -> Iterator[str]:
         """Yield files without an owner, which a crash left behind and a sweep did not remove."""
@@ -222,8 +218,6 @@ class FolderCheck:
 
     def _files(self) -> list[Path]:
         return sorted(self.copies.iterdir()) if self.copies.is_dir() else []
-
-    # -- books ------------------------------------------------------------------------------------------------------
 
     def breaches(self) -> Iterator[str]:
         """Yield a problem if the catalog's accounts exceed the size limit."""
