@@ -10,7 +10,11 @@ _EDGES_S = tuple(10 ** (exponent / 10) for exponent in range(-60, 31))
 
 
 class Counters:
-    """Named sums. All methods may be called from any thread; each holds the lock for one addition or one copy."""
+    """Named sums. All methods may be called from any thread; each holds the lock for one addition or one copy.
+
+    Args:
+        names: Names of the sums that exist from the start; add() creates others.
+    """
 
     def __init__(self, *names: str) -> None:
         self._lock = threading.Lock()

@@ -270,6 +270,9 @@ class GateStore(WrapperStore):
     """A store whose calls stop at gates.
 
     For example, `gate = store.stop_at("before_read_into")`, then `gate.wait_reached()` and `gate.open()`.
+
+    Args:
+        inner: Store that makes the calls.
     """
 
     def __init__(self, inner: Store) -> None:
@@ -307,6 +310,9 @@ class GateStore(WrapperStore):
 
 class CountingStore(WrapperStore):
     """A store that records every call.
+
+    Args:
+        inner: Store that makes the calls.
 
     Attributes:
         calls: Verb and key of each call, in order.
