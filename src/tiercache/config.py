@@ -1,9 +1,9 @@
-"""Settings, and everything else that is asked of the environment: this file alone reads it.
+"""Settings, and the only reader of the environment.
 
-A setting comes from ``tiercache.toml``, then from ``TIERCACHE_<SETTING>`` in the environment, then from arguments; the
-later wins. The file is the first one found upwards from the working folder, else the one in the user's configuration
-folder. ``docs/reference/configuration.md`` lists all. (``TIERCACHE_KERNEL`` is not a setting: the native modules read
-it once, when they are imported.)
+A setting comes from ``tiercache.toml``, then from the environment variable ``TIERCACHE_<SETTING>``, then from an
+argument; a later source overrides an earlier one. The file is the first one found upwards from the working folder, or
+else the one in the user's configuration folder. ``docs/reference/configuration.md`` lists all settings.
+(``TIERCACHE_KERNEL`` is not a setting: the native modules read it once, at import.)
 """
 
 from __future__ import annotations
@@ -21,42 +21,45 @@ from tiercache.model import parse_bool, parse_bytes
 
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
-# Tables of the same file that tiers are made of: tierfile/ reads them.
+# Tables of the same file that define tiers; tierfile/ reads them.
 TIER_SECTIONS = ("tiers", "rules", "pins", "tags", "tiering")
-_NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number just below 2^63
+_NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number just below 2^63
 
 
 def _user_folder(variable: str, below_home: str) -> Path | None:
-    """The XDG folder that variable names, for tiercache; None for a user without a home.
+    """Return the XDG folder for tiercache, or None if the user has no home folder.
 
-    A relative value counts as unset, as XDG has it.
+    Args:
+        variable: Environment variable that names the XDG base folder. A relative value counts as unset, as in XDG.
+        below_home: Default base folder, relative to the home folder.
     """
     given = Path(os.environ.get(variable, ""))
     if given.is_absolute():
         return given / "tiercache"
     try:
         return Path.home() / below_home / "tiercache"
-    except RuntimeError:  # a container run under a user id that nobody has
+    except RuntimeError:  # a container that runs under a user id without an account
         return None
 
 
 def _default_cache_dir() -> Path:
     folder = _user_folder("XDG_CACHE_HOME", ".cache")
     if folder is None:
-        raise ValueError(f"this user has no home folder for a cache: set {PREFIX}CACHE_DIR")
+        raise ValueError(f"the user has no home folder for the cache: set {PREFIX}CACHE_DIR")
     return folder
 
 
 class Settings(BaseModel):
-    """All settings, checked.
+    """All settings, validated.
 
     Attributes:
-        cache_dir: folder of the default cache.
-        cache_size: its budget ("200GB", "80%"); None: the cache decides.
-        cache_policy: what it gives up first when it is full.
-        cache_shared: "group": others of the folder's group may read it, and a folder of theirs is read; None: nobody.
-        cache_trace: file to which every opening of a copy is appended, for `tiercache simulate`; None: none.
-        state_dir: folder of what this machine must not lose, such as its journal of moves; None: see state_folder().
+        cache_dir: Folder of the default cache.
+        cache_size: Size limit of the default cache ("200GB", or "80%" of its disk); None: the cache decides.
+        cache_policy: Eviction policy of the default cache.
+        cache_shared: "group": members of the folder's group may read the cache, and this user reads caches of group
+            members. None: the cache is private.
+        cache_trace: File to which each open of a cached copy is appended, for `tiercache simulate`; None: no trace.
+        state_dir: Folder of state that must not be lost, such as the journal of moves; None: see state_folder().
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,26 +77,31 @@ class Settings(BaseModel):
         if size is None:
             return None
         if isinstance(size, bool) or not isinstance(size, int | str):
-            raise ValueError(f"a size is a number of bytes or a text such as '200GB' or '80%', got {size!r}")
+            raise ValueError(f"a size must be a number of bytes or a text such as '200GB' or '80%', got {size!r}")
         parse_bytes(size, whole_bytes=1)
         return str(size)
 
 
 def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Settings:
-    """Settings as they hold in folder start (the working folder): file, then environment, then overrides but None.
+    """Return the settings that apply in a folder.
 
-    A relative path in the file counts from the file's folder, elsewhere from the working folder; "~" is home.
+    A relative path in the file is relative to the file's folder; elsewhere it is relative to the working folder. "~" is
+    the home folder.
+
+    Args:
+        start: Folder from which the file is searched upwards; None: the working folder.
+        overrides: Settings as arguments; None is ignored.
 
     Raises:
-        ValueError: a file that is no TOML, an unknown setting, or a value that does not fit; it names the file (and for
-            syntax the line), variable or argument.
+        ValueError: The file is not TOML, or a setting is unknown or has an invalid value. The message names the file
+            (and the line of a syntax error), the environment variable or the argument.
     """
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
 
     def add(name: str, value: object, origin: str, folder: Path) -> None:
         if name not in Settings.model_fields:
-            raise ValueError(f"{origin}: no setting is called {name!r}; {_suggestion(name)}")
+            raise ValueError(f"{origin}: unknown setting {name!r}; {_suggestion(name)}")
         is_path = Settings.model_fields[name].annotation in (Path, Path | None)
         values[name] = folder / Path(value).expanduser() if is_path and isinstance(value, str | os.PathLike) else value
         origins[name] = origin
@@ -118,27 +126,32 @@ def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Se
 
 
 def find_file(start: Path) -> Path | None:
-    """The tiercache.toml that holds for folder start: the nearest upwards, else the user's own, else None."""
+    """Return the tiercache.toml that applies in folder start: the nearest upwards, else the user's own, else None."""
     for folder in (start, *start.parents, _user_folder("XDG_CONFIG_HOME", ".config")):
-        if folder is not None and os.access(folder / FILE_NAME, os.F_OK):  # False where it is closed to us, too
+        if folder is not None and os.access(folder / FILE_NAME, os.F_OK):  # also False if we have no access
             return folder / FILE_NAME
     return None
 
 
 def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
-    """Folder of what this machine must not lose: the setting state_dir, else the user's state folder. Not made here.
+    """Return the folder of state that this machine must not lose. The folder is not created.
+
+    It is the setting state_dir, or else the user's state folder.
+
+    Args:
+        start: Folder whose settings apply, see load().
 
     Raises:
-        ValueError: a user without a home who has not said where; or as load().
+        ValueError: The user has no home folder and state_dir is not set; or as load().
     """
     folder = load(start).state_dir or _user_folder("XDG_STATE_HOME", ".local/state")
     if folder is None:
-        raise ValueError(f"this user has no home folder for state: set {PREFIX}STATE_DIR")
+        raise ValueError(f"the user has no home folder for state: set {PREFIX}STATE_DIR")
     return folder
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file of settings or rules holds. Raises ValueError, which names it."""
+    """Return the content of a settings or rule file. Raises ValueError, which names the file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -146,7 +159,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_toml(path: Path, data: bytes) -> dict[str, Any]:
-    """The tables of a file's bytes. Raises ValueError, which names file, line and column."""
+    """Return the tables in a TOML file's bytes. Raises ValueError, which names file, line and column."""
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -154,10 +167,11 @@ def parse_toml(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Settings given by TIERCACHE_* variables. An empty one counts as unset.
+    """Return the settings that TIERCACHE_* variables give. An empty variable counts as unset.
 
-    A variable that is no setting is an error only when it looks like one misspelt: Kubernetes gives every pod
-    TIERCACHE_SERVICE_HOST and TIERCACHE_PORT when a service is called "tiercache", and those must not stop a job.
+    A variable that names no setting is an error only if it looks like a misspelt setting: Kubernetes sets
+    TIERCACHE_SERVICE_HOST and TIERCACHE_PORT in every pod if a service is called "tiercache", and those must not stop a
+    job.
     """
     found: dict[str, str] = {}
     for variable, value in os.environ.items():
@@ -174,17 +188,19 @@ def _suggestion(name: str) -> str:
     near += get_close_matches(name, TIER_SECTIONS, n=1, cutoff=0.75)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return "there are " + ", ".join(sorted(Settings.model_fields)) + "; tables: " + ", ".join(TIER_SECTIONS)
+    return (
+        "the settings are " + ", ".join(sorted(Settings.model_fields)) + "; the tables are " + ", ".join(TIER_SECTIONS)
+    )
 
 
 def distributed_environment() -> tuple[int, int, int, int] | None:
-    """(rank, world size, local rank, local world size) as torchrun and other launchers set them.
+    """Return rank, world size, local rank and local world size, as torchrun and other launchers set them.
 
-    None without RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE (DeepSpeed sets LOCAL_SIZE) each rank counts as alone on
-    its machine.
+    None without RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE (DeepSpeed sets LOCAL_SIZE), each rank counts as the only
+    rank of its machine.
 
     Raises:
-        ValueError: a variable that is not a number, or a rank that is not below its world size.
+        ValueError: A variable is not a number, or a rank is not below its world size.
     """
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return None
@@ -197,7 +213,7 @@ def distributed_environment() -> tuple[int, int, int, int] | None:
     for name, member, size_name, size in ranks:
         if not 0 <= member < size:
             given = f"{name}={member} and {size_name}={size}"
-            raise ValueError(f"environment variables {given}: a rank is from 0 to its world size - 1")
+            raise ValueError(f"environment variables {given}: a rank must be from 0 to its world size - 1")
     return rank, world_size, local_rank, local_world_size
 
 
@@ -210,9 +226,9 @@ def _number(variable: str, default: int) -> int:
 
 
 def aws_profile() -> str | None:
-    """The profile of the user's AWS files that AWS clients would use here, None where the environment gives keys.
+    """Return the AWS profile that AWS clients would use here; None if the environment gives keys.
 
-    That is AWS_PROFILE, or "default" where there is one of the files.
+    It is AWS_PROFILE, or "default" if one of the user's AWS files exists.
     """
     named = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
     if named:
@@ -226,21 +242,21 @@ def aws_profile() -> str | None:
 
 
 def aws_files() -> tuple[Path, Path]:
-    """The user's AWS files: of configuration, and of credentials. They need not exist."""
+    """Return the paths of the user's AWS configuration and credentials files, which need not exist."""
     places = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
     config, credentials = (os.path.expanduser(os.environ.get(v) or default) for v, default in places.items())  # noqa: PTH111
     return Path(config), Path(credentials)
 
 
 def aws_keys() -> tuple[str, str, str | None] | None:
-    """Access key, secret key and session token of the environment as it is now; None without the first two."""
+    """Return access key, secret key and session token from the current environment; None without the first two."""
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     token = os.environ.get("AWS_SESSION_TOKEN") or os.environ.get("AWS_SECURITY_TOKEN")
     return (key, secret, token or None) if key and secret else None
 
 
 def aws_web_identity() -> dict[str, str]:
-    """What the environment says of a role that is taken on by a token's file, in the names of storage options."""
+    """Return the environment's settings of a role assumed with a token file, under the names of storage options."""
     names = {
         "role_arn": "AWS_ROLE_ARN",
         "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -251,14 +267,15 @@ def aws_web_identity() -> dict[str, str]:
 
 
 def aws_ca_bundle() -> str | None:
-    """Path of the file of certificates that AWS clients trust here, None: the system's."""
+    """Return the path of the certificate file that AWS clients trust here; None: the system's certificates."""
     return os.environ.get("AWS_CA_BUNDLE") or None
 
 
 def aws_reach() -> dict[str, Any]:
-    """How AWS clients reach S3 here, in obstore's names: what the environment says, which boto3 reads by other names.
+    """Return how AWS clients reach S3 here, from the environment, under obstore's option names.
 
-    A client that asked another server than the store does would change, or delete, objects of the same names there.
+    boto3 reads the same settings from other variables. A client that addressed another server than the store does would
+    change, or delete, objects of the same names there.
     """
     names = {
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
@@ -272,7 +289,7 @@ def aws_reach() -> dict[str, Any]:
 
 
 def _flag(variable: str, *true: str) -> bool | None:
-    """What a variable says, None where it is not set or empty. true: further texts that mean true."""
+    """Return the boolean value of a variable; None if it is unset or empty. true: Further texts that mean true."""
     text = os.environ.get(variable, "")
     try:
         return None if not text else text.lower() in true or parse_bool(text)
@@ -281,7 +298,11 @@ def _flag(variable: str, *true: str) -> bool | None:
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """CPUs this process may use: its affinity, cut to its cgroup's quota (rounded up). root: above /proc and /sys."""
+    """Return the CPUs that this process may use: its affinity, limited by its cgroup quota (rounded up).
+
+    Args:
+        root: Folder that contains /proc and /sys.
+    """
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [n_cpus]
     for folder in _cgroup_folders(root, "cpu"):
@@ -297,7 +318,11 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Memory this process may use: the smallest limit of its cgroup and those above it (v1, v2), else the machine's."""
+    """Return the memory that this process may use: the smallest limit of its cgroups (v1, v2), or the machine's memory.
+
+    Args:
+        root: Folder that contains /proc and /sys.
+    """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -308,9 +333,13 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 
 def private_bytes(root: Path = Path("/")) -> int:
-    """Memory of this process that is not pages of files; 0 where the system does not say. root: above /proc."""
+    """Return the memory of this process without pages of files; 0 if the system does not report it.
+
+    Args:
+        root: Folder that contains /proc.
+    """
     try:
-        with (root / "proc/self/statm").open("rb", buffering=0) as file:  # asked for each window: 5 us, as text 35
+        with (root / "proc/self/statm").open("rb", buffering=0) as file:  # once per window: 5 us; in text mode 35 us
             words = file.read().split()
     except OSError:
         return 0
@@ -318,10 +347,10 @@ def private_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroups for controller and of those above them.
+    """Return the folders of this process's cgroups for controller, and of their parent cgroups.
 
-    Inside a container the path in /proc/self/cgroup may be the host's and not exist here; the walk upwards then ends at
-    the mounted root, which is the container's own.
+    Inside a container, the path in /proc/self/cgroup may be the host's and not exist here; the walk upwards then ends
+    at the mounted root, which is the container's own.
     """
     folders: list[Path] = []
     for line in _lines(root / "proc/self/cgroup"):

@@ -1,20 +1,20 @@
-"""The error tree.
+"""All exceptions of tiercache.
 
 ::
 
     TierCacheError
-    ├── StoreError            a store did not do what it was asked; .retryable says whether trying again can help
-    │   ├── NotFound          (also FileNotFoundError)
-    │   └── ObjectChanged     the object is no longer the one that was opened; a changed data set under a resumed run
-    ├── CorruptShard          bytes are not what was written (shard, segment or version); exit code 4
-    ├── SchemaError           (also ValueError) a schema, or a value that does not fit it
-    ├── CommitConflict        somebody else committed first
-    ├── CacheFull             what was asked to be cached has no room; exit code 6
-    ├── ArchivedShards        shards that must be restored before they can be read; exit code 5
-    └── UnsupportedFormat     written by a newer release than this
+    ├── StoreError            a store request failed; .retryable says whether a retry can help
+    │   ├── NotFound          (also FileNotFoundError) the object does not exist
+    │   └── ObjectChanged     the object, or the data set under a resumed run, is not the one that was opened
+    ├── CorruptShard          the bytes of a shard, segment or version differ from those written; exit code 4
+    ├── SchemaError           (also ValueError) an invalid schema, or a value that does not match the schema
+    ├── CommitConflict        another writer committed first
+    ├── CacheFull             the cache has not enough space for the request; exit code 6
+    ├── ArchivedShards        shards must be restored before they can be read; exit code 5
+    └── UnsupportedFormat     the data was written by a newer release
 
-An error takes facts, keeps them as attributes and writes its own message: what was expected, what was found, where,
-and what to do. Wrong arguments are plain ``ValueError`` and ``TypeError``, as in the standard library.
+An exception takes facts as arguments, keeps them as attributes and builds its own message: what was expected, what was
+found, where, and what to do. Wrong arguments raise plain ``ValueError`` or ``TypeError``, as in the standard library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from typing import Any, ClassVar
 
 
 class TierCacheError(Exception):
-    """Base of all errors of tiercache; exit_code is what the command ends with."""
+    """Base class of all exceptions of tiercache.
+
+    Args:
+        message: The message.
+        facts: Facts about the error, which become attributes of the exception.
+
+    Attributes:
+        exit_code: Exit code of the command when this exception ends it.
+    """
 
     exit_code: ClassVar[int] = 1
 
@@ -43,7 +51,7 @@ class TierCacheError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders (workers, `pack -j`): keep class, text and facts.
+        # Errors are pickled between processes (loader workers, `pack -j`): keep class, message and facts.
         return _rebuild, (type(self), self.message, self.facts)
 
 
@@ -56,9 +64,14 @@ def _rebuild(cls: type[TierCacheError], message: str, facts: dict[str, Any]) -> 
 
 
 class StoreError(TierCacheError):
-    """A store failed.
+    """A store request failed.
 
-    url: redacted; retryable: whether the same call may succeed later; status: HTTP status or None.
+    Args:
+        message: What happened.
+        url: URL of the object, without credentials.
+        retryable: Whether the same request may succeed later.
+        status: HTTP status; None if there is none.
+        facts: Further facts.
     """
 
     def __init__(
@@ -68,14 +81,28 @@ class StoreError(TierCacheError):
 
 
 class NotFound(StoreError, FileNotFoundError):
-    """No such object."""
+    """The object does not exist.
+
+    Args:
+        message: What happened.
+        url: URL of the object, without credentials.
+        facts: Further facts, see StoreError.
+    """
 
     def __init__(self, message: str = "no such object", *, url: str, **facts: Any) -> None:
         super().__init__(message, url=url, **facts)
 
 
 class ObjectChanged(StoreError):
-    """The object (or data set) is not the one that was opened. expected, found: ETag, size or fingerprint."""
+    """The object (or data set) is not the one that was opened.
+
+    Args:
+        message: What happened; "": the object changed while it was being read.
+        url: URL of the object, without credentials.
+        expected: ETag, size or fingerprint of the object that was opened.
+        found: ETag, size or fingerprint of the object that was found.
+        facts: Further facts, see StoreError.
+    """
 
     def __init__(
         self, message: str = "", *, url: str, expected: object = None, found: object = None, **facts: Any
@@ -87,7 +114,16 @@ class ObjectChanged(StoreError):
 
 
 class CorruptShard(TierCacheError):
-    """Bytes are not what was written. url; part: what is damaged; block, column where known; reason: all else."""
+    """The bytes of a shard, segment or version differ from those that were written.
+
+    Args:
+        message: What is wrong; kept as the attribute reason.
+        url: URL of the object, without credentials.
+        part: Damaged part of the object, e.g. "footer" or "segment"; "" if unknown.
+        block: Number of the damaged block; None if unknown.
+        column: Name of the damaged column; None if unknown.
+        facts: Further facts.
+    """
 
     exit_code = 4
 
@@ -108,7 +144,14 @@ class CorruptShard(TierCacheError):
 
 
 class SchemaError(TierCacheError, ValueError):
-    """A schema that cannot be, or a value that does not fit. column, record: where; expected, got: what."""
+    """A schema is invalid, or a value does not match the schema.
+
+    Args:
+        message: What was expected and what was found.
+        column: Name of the column; None if the error has no column.
+        record: Index of the record; None if the error has no record.
+        facts: Further facts, e.g. expected and got.
+    """
 
     def __init__(self, message: str, *, column: str | None = None, record: int | None = None, **facts: Any) -> None:
         places = ["" if column is None else f"column {column!r}", "" if record is None else f"record {record}"]
@@ -117,14 +160,29 @@ class SchemaError(TierCacheError, ValueError):
 
 
 class CommitConflict(TierCacheError):
-    """Another writer committed first. url, number: the version that was lost."""
+    """Another writer committed first.
+
+    Args:
+        message: What happened.
+        url: URL of the data set, without credentials.
+        number: Version number that the other writer took; None if unknown.
+        facts: Further facts.
+    """
 
     def __init__(self, message: str, *, url: str, number: int | None = None, **facts: Any) -> None:
         super().__init__(f"{url}: {message}", url=url, number=number, **facts)
 
 
 class CacheFull(TierCacheError):
-    """No room in the local cache. need_bytes, freeable_bytes, limit_bytes."""
+    """The local cache has not enough space.
+
+    Args:
+        message: What happened.
+        need_bytes: Bytes that the request needs.
+        freeable_bytes: Bytes that eviction could free.
+        limit_bytes: Size limit of the cache.
+        facts: Further facts.
+    """
 
     exit_code = 6
 
@@ -135,7 +193,13 @@ class CacheFull(TierCacheError):
 
 
 class ArchivedShards(TierCacheError):
-    """Shards that must be restored first. names: which."""
+    """Shards are in archive storage and must be restored before they can be read.
+
+    Args:
+        message: What happened and what to do.
+        names: Names of the shards.
+        facts: Further facts.
+    """
 
     exit_code = 5
 
@@ -144,7 +208,15 @@ class ArchivedShards(TierCacheError):
 
 
 class UnsupportedFormat(TierCacheError):
-    """Written in a format that this release does not read. found, supported: versions."""
+    """The data has a format version that this release cannot read.
+
+    Args:
+        message: What happened; kept as the attribute reason.
+        url: URL of the object, without credentials.
+        found: Format version of the data.
+        supported: Newest format version that this release reads.
+        facts: Further facts.
+    """
 
     def __init__(self, message: str, *, url: str, found: int, supported: int, **facts: Any) -> None:
         super().__init__(f"{url}: {message}", url=url, found=found, supported=supported, reason=message, **facts)

@@ -1,8 +1,8 @@
-"""Named points in code that must survive being killed, or failing, exactly there.
+"""Named points in the code at which crash tests kill the process or inject a failure.
 
-`reach(name)` stands between two steps that a crash may part. It does nothing (31 ns) unless a test has set a hook,
-which then kills the process, raises, or counts. `testing.kill_points` lists every name in the source; a test fails if
-one of them was never struck.
+`reach(name)` is called between two steps that a crash may separate. It does nothing (31 ns) unless a test has set a
+hook, which then kills the process, raises or counts. `testing.kill_points` lists every name in the source; a test
+fails if one of them was never used for a kill.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ _hook: Callable[[str], object] | None = None
 
 
 def reach(name: str) -> None:
-    """Say that this point was reached. name: "area.step", a literal, once in the source."""
+    """Report that the code reached a point.
+
+    Args:
+        name: Name of the point, a literal "area.step" that occurs once in the source.
+    """
     if _hook is not None:
         _hook(name)
 
 
 def set_hook(hook: Callable[[str], object] | None) -> Callable[[str], object] | None:
-    """Have hook(name) called at every point, here and in processes forked from here; returns the hook before."""
+    """Set the function that is called at every point, in this process and its forks, and return the previous one."""
     global _hook
     before, _hook = _hook, hook
     return before

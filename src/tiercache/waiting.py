@@ -1,7 +1,7 @@
-"""The clock, and the only poll of the code base; everything inside a process waits on conditions instead.
+"""The clock, and the only function that polls: inside a process, threads wait on conditions instead.
 
-What another process, a file lock or a store must be asked about goes through wait_for(); the time between two attempts
-goes through pause(). Both take the clock as an argument, so tests run them without waiting.
+Code that queries another process, a file lock or a store repeatedly uses wait_for(). Retries use pause() between two
+attempts. Both take the clock as an argument, so tests run them without waiting.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ LONGEST_POLL_S = 0.050
 
 
 class Clock(Protocol):
-    """Monotonic time and a way to let it pass. testing.FakeClock is one that does not wait."""
+    """Monotonic time and a way to let it pass. testing.FakeClock is an implementation that does not wait."""
 
     def monotonic(self) -> float:
-        """Seconds since some fixed moment."""
+        """Return the seconds since a fixed moment."""
 
     def sleep(self, duration_s: float, cancel: Event | None = None) -> None:
-        """Let duration_s pass, less when cancel is set meanwhile."""
+        """Return after duration_s seconds, or when cancel is set."""
 
 
 class SystemClock:
-    """The clock of the machine."""
+    """Clock of the machine."""
 
     def monotonic(self) -> float:
-        """Seconds since some fixed moment."""
+        """See Clock.monotonic."""
         return time.monotonic()
 
     def sleep(self, duration_s: float, cancel: Event | None = None) -> None:
-        """Let duration_s pass, less when cancel is set meanwhile."""
+        """See Clock.sleep."""
         if cancel is not None:
             cancel.wait(max(duration_s, 0.0))
         else:
@@ -53,17 +53,18 @@ def wait_for(
     longest_poll_s: float = LONGEST_POLL_S,
     cancel: Event | None = None,
 ) -> T:
-    """Ask condition until it is true: its value then, or its last (false) value when time is up or cancel is set.
+    """Call condition until its result is true; return its last result.
 
-    The pause between two questions grows from 1 ms to longest_poll_s (50 ms; stores are asked less often). condition is
-    asked at least once, and once more when the deadline has passed: a late scheduler never turns success into failure.
+    The result is false if the deadline passed or cancel was set. The pause between two calls grows from 1 ms to
+    longest_poll_s. condition is called at least once, and once more after the deadline, so that a late scheduler never
+    turns success into failure.
 
     Args:
-        condition: the question; what it raises passes through.
-        deadline_s: seconds from now, None for ever.
-        clock: whose time it is.
-        longest_poll_s: the longest pause in seconds.
-        cancel: ends the wait early when set.
+        condition: Function without arguments; its exceptions pass through.
+        deadline_s: Seconds from now; None: no deadline.
+        clock: Clock that measures and waits.
+        longest_poll_s: Longest pause in seconds; stores are polled less often than the default of 50 ms.
+        cancel: Event that ends the wait early.
     """
     end_s = None if deadline_s is None else clock.monotonic() + deadline_s
     poll_s = SHORTEST_POLL_S
@@ -78,6 +79,6 @@ def wait_for(
 
 
 def pause(duration_s: float, clock: Clock = SYSTEM_CLOCK, cancel: Event | None = None) -> bool:
-    """Let duration_s pass between two attempts; returns False at once when cancel is set."""
+    """Wait duration_s seconds between two attempts. Return False, without further waiting, if cancel is set."""
     clock.sleep(duration_s, cancel)
     return cancel is None or not cancel.is_set()

@@ -133,13 +133,13 @@ class TestFlags:
             OrderFlags(**flags).training()
 
     def test_an_order_that_cannot_be_is_an_error(self):
-        with pytest.raises(ValueError, match="--placement is sticky or global, got 'here'"):
+        with pytest.raises(ValueError, match="--placement must be sticky or global, got 'here'"):
             OrderFlags(1, placement="here").training()
         with pytest.raises(ValueError, match="not a size"):
             OrderFlags(1, group="big").training()
         with pytest.raises(ValueError, match="streams must be"):
             Choice(training=Training(1, streams=-1)).shards(table([100]))
-        with pytest.raises(ValueError, match="a rank is from 0 to 1 of 2"):
+        with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
 
     def test_how_much_is_said_in_one_way(self):
@@ -147,12 +147,12 @@ class TestFlags:
         assert PartFlags(share="25%").limits() == (0.25, None)
         assert PartFlags(first="3KB").limits() == (1.0, 3000)
         assert PartFlags(minutes=2, rate="1MB/s").limits() == (1.0, 120e6)
-        with pytest.raises(ValueError, match="--share and --first say the same thing"):
+        with pytest.raises(ValueError, match="--share and --first cannot be combined"):
             PartFlags(share="1%", first="1KB").limits()
 
     @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
     def test_minutes_and_rate_go_together(self, flags):
-        with pytest.raises(ValueError, match="--minutes and --rate go together"):
+        with pytest.raises(ValueError, match="--minutes and --rate must be given together"):
             PartFlags(**flags).limits()
 
     @pytest.mark.parametrize(("minutes", "rate"), [(-1.0, "1MB"), (1.0, "0"), (1.0, "fast"), (float("nan"), "1MB")])

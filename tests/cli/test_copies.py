@@ -134,7 +134,7 @@ class TestStatus:
         done = tiercache("status", *cache, "--json").events[-1]
         assert done["hits"] >= 2 * (len(warmed) - 1)
         assert 0 < done["hit_ratio"] <= 1
-        assert " found their copy here, " in tiercache("status", *cache).out
+        assert " were hits, " in tiercache("status", *cache).out
 
     def test_the_summary_names_what_is_wrong(self):
         facts = {
@@ -157,9 +157,9 @@ class TestStatus:
             "network_file_system": "nfs",
         }
         assert summary_of(facts) == (
-            "/c: 5 B of 10 B, 0 B pinned; 2 B on the way; 75.0% of 4 opens found their copy here, 7 B fetched; "
-            "2 evicted too early; 1 quarantined; it cannot be written and only serves what it holds; its disk has "
-            "failed and it is passed by for now; it lies on nfs"
+            "/c: 5 B of 10 B, 0 B pinned; 2 B being fetched; 75.0% of 4 opens were hits, 7 B fetched; "
+            "2 evicted too early; 1 quarantined; the folder is read-only, so the cache only serves the copies that it "
+            "holds; the cache is bypassed for now, because its disk failed; the folder is on nfs"
         )
 
     def test_who_reads_is_named_with_what_he_holds(self, data_set, cache, warmed, tmp_path):
@@ -231,5 +231,5 @@ class TestVerify:
             assert tiercache("verify", "memory://test-cli-verify", flag, "--json").events[-1]["copies"] == 2
 
     def test_flags_of_the_other_verify_are_wrong_usage(self, tiercache, data_set, cache):
-        assert "verify takes a URL, or --cached" in tiercache("verify", code=2).err
-        assert "--sample and --at are for data sets" in tiercache("verify", *cache, "--sample", "5%", code=2).err
+        assert "verify needs a URL, or --cached" in tiercache("verify", code=2).err
+        assert "--sample and --at apply to data sets" in tiercache("verify", *cache, "--sample", "5%", code=2).err

@@ -28,7 +28,9 @@ def struck(monkeypatch, where):
     return reports_failures(verb, how_to_go_on="nothing was committed")
 
 
-@pytest.mark.parametrize(("where", "said"), [("in it", "nothing was committed"), ("after it", "all was done before")])
+@pytest.mark.parametrize(
+    ("where", "said"), [("in it", "nothing was committed"), ("after it", "everything was already done")]
+)
 def test_ctrl_c_says_what_to_do_and_of_a_verb_that_is_done_that_it_is(monkeypatch, capsys, where, said):
     with pytest.raises(typer.Exit) as ended:
         struck(monkeypatch, where)()

@@ -58,7 +58,7 @@ def test_column_types_may_have_an_equals_sign_in_the_name():
 def test_shares_columns_and_sizes():
     assert [parse_share(t) for t in ("25%", "0.5", "100%", "0")] == [0.25, 0.5, 1.0, 0.0]
     for text in ("101%", "-1", "half", "nan"):
-        with pytest.raises(ValueError, match="a share is from 0% to 100%"):
+        with pytest.raises(ValueError, match="from 0% to 100%"):
             parse_share(text)
     assert parse_columns("a, b") == ["a", "b"]
     with pytest.raises(ValueError, match="--columns takes names"):

@@ -57,7 +57,7 @@ def test_a_warming_that_is_stopped_says_how_to_go_on_and_goes_on_there(data_set,
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert errors == (
-            "tiercache: interrupted: what was fetched stays in the cache; the same command goes on from there\n"
+            "tiercache: interrupted: fetched shards stay in the cache; the same command continues from there\n"
         )
         server.when(lambda _method, _path: None)
         server.release()

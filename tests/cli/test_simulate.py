@@ -66,9 +66,9 @@ class TestTraces:
             assert (read[0] == read[1]) is same
 
     def test_ranks_that_nodes_cannot_share_evenly_are_an_error(self):
-        with pytest.raises(ValueError, match="3 ranks cannot be shared evenly by 2 nodes"):
+        with pytest.raises(ValueError, match="3 ranks cannot be divided evenly among 2 nodes"):
             accesses(Training(1, world_size=3), Cluster(2, 1))
-        with pytest.raises(ValueError, match="--nodes and --epochs are 1 or more"):
+        with pytest.raises(ValueError, match="--nodes and --epochs must be 1 or more"):
             Cluster(0, 1)
 
 
@@ -179,13 +179,13 @@ class TestVerb:
         for flags, message in (
             ([], "simulate takes a URL, or --trace FILE"),
             ([data_set, "--trace", "x"], "simulate takes a URL, or --trace FILE"),
-            ([data_set, "--policy", "mru"], "--policy: there are plan, resident, s3fifo, lru and bound, got 'mru'"),
+            ([data_set, "--policy", "mru"], "--policy must be one of plan, resident, s3fifo, lru or bound, got 'mru'"),
             ([data_set, "--size", "big"], "--size: not a size"),
-            ([data_set, "--egress", "-1"], "--egress and --request are dollars"),
-            ([data_set, "--rate", "0"], "--rate must be 1 byte a second or more"),
-            ([data_set, "--ranks", "3", "--nodes", "2"], "cannot be shared evenly"),
-            ([data_set, "--plot", "a.txt"], "--plot takes a file that ends in .svg, .png, .pdf"),
-            ([data_set, "--plot", "/gone/a.svg"], "--plot: there is no folder /gone"),
+            ([data_set, "--egress", "-1"], "--egress and --request must be dollars"),
+            ([data_set, "--rate", "0"], "--rate must be at least 1 byte per second"),
+            ([data_set, "--ranks", "3", "--nodes", "2"], "cannot be divided evenly"),
+            ([data_set, "--plot", "a.txt"], "ends in .svg, .png, .pdf, got 'a.txt'"),
+            ([data_set, "--plot", "/gone/a.svg"], "--plot: the folder /gone does not exist"),
             (["--trace", tmp_path / "trace"], "line 1"),
         ):
             assert message in tiercache("simulate", *flags, code=2).err

@@ -305,31 +305,31 @@ class TestCheck:
     def test_what_nobody_can_be_sure_of_is_told(self, tiercache, root):
         (root / "store/datasets/photos/shards/0123456789abcdef-000000.tcs").write_bytes(b"of a commit that never came")
         out = tiercache("tier", "check").out
-        assert "note: 1 object left alone, shards that no version of their data set names: datasets/" in out
+        assert "note: 1 object left alone, shards that no version of their data set contains: datasets/" in out
 
     def test_a_file_name_that_is_no_text_is_left_alone_and_stops_nothing(self, tiercache, root):
         (root / "nvme" / "runs" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"from an old archive")
         assert (
-            "note: 1 object left alone, their names cannot be keys: runs/caf\\udce9.txt\n"
+            "note: 1 object left alone, names that are not valid keys: runs/caf\\udce9.txt\n"
             in tiercache("tier", "check").out
         )
         assert tiercache("tier", "run", "--once", "--json").events[-1]["stopped"] == []
         assert steps(root, "cold") == ["step-10", "step-9"]
-        assert tiercache("restore", "runs", "--dry-run").out == "nothing is to be restored: all of it can be read\n"
+        assert tiercache("restore", "runs", "--dry-run").out == "nothing to restore: all objects can be read\n"
 
     def test_offline_no_tier_is_asked(self, tiercache, tmp_path):
         rules = tmp_path / "rules.toml"
         rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nstorage_class = "STANDARD_IA"\n')
         out = tiercache("tier", "check", "--offline", "--rules", rules).out
         assert "not asked" in out
-        assert "note: tiers.standard has no prices: plans count no dollars for it" in out
+        assert "note: tiers.standard has no prices, so plans contain no dollars for it" in out
 
     def test_prices_of_another_class_than_is_written_are_doubted(self, tiercache, tmp_path):
         rules = tmp_path / "rules.toml"
         rules.write_text('[tiers.standard]\nurl = "s3://nobody/x"\nprices = "aws:us-east-1:GLACIER"\n')
         events = tiercache("tier", "check", "--offline", "--rules", rules, "--json").events
         assert [event["text"] for event in events if event["event"] == "doubt"] == [
-            "tiers.standard writes class STANDARD and has the prices of GLACIER"
+            "tiers.standard writes storage class STANDARD, but has the prices of GLACIER"
         ]
 
     def test_a_rule_that_does_not_fit_ends_with_2_and_names_file_and_key(self, tiercache, root):
@@ -371,7 +371,7 @@ class TestPlan:
 
     def test_people_see_the_first_moves_with_sums_and_a_summary(self, tiercache, root):
         note, *lines = tiercache("tier", "plan", "--limit", "1").out.splitlines()
-        assert note.startswith("note: datasets/photos: its use is not counted yet; ")
+        assert note.startswith("note: datasets/photos: its use is not tracked yet; ")
         assert lines[0].split() == ["rule", "does", "from", "to", "moves", "size", "cost", "saves/month"]
         n = len(shards(root, "store")) + 2
         assert f"... and {n - 1} moves more: --limit 0 shows all" in lines
@@ -426,7 +426,7 @@ class TestApply:
         assert steps(root, "cold") == ["step-10"]
 
     def test_nobody_to_ask_is_an_error(self, tiercache, root, plan):
-        assert tiercache("tier", "apply", plan, code=2).err.endswith("not a terminal; say --yes\n")
+        assert tiercache("tier", "apply", plan, code=2).err.endswith("not a terminal; give --yes\n")
         assert not any((root / "cold").iterdir())
 
     def test_a_dry_run_shows_the_plan_and_moves_nothing(self, tiercache, root, plan):
@@ -479,15 +479,15 @@ class TestLs:
         for verb in ("ls", "check"):
             left = [one for one in tiercache("tier", verb, "--json").events if one["event"] == "left"]
             assert left == [{"event": "left", "home": f"{root}/store", "moves": n_moves}], verb
-        assert f"moves of another home, {root}/store, wait in the catalog" in tiercache("tier", "ls").out
+        assert f"moves of another home tier, {root}/store, in the catalog" in tiercache("tier", "ls").out
         (root / "tiercache.toml").write_text(rules)
         assert [one for one in tiercache("tier", "ls", "--json").events if one["event"] == "left"] == []
         assert tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"] == n_moves
 
     def test_what_is_not_there_is_an_error(self, tiercache, root):
-        assert "nothing is called so or matches it" in tiercache("tier", "ls", "runs/b", code=1).err
+        assert "no object has this name or matches it" in tiercache("tier", "ls", "runs/b", code=1).err
         done = tiercache("tier", "ls", "/elsewhere", code=2)
-        assert f"/elsewhere: lies in none of the tiers of {root}/tiercache.toml: {root}/nvme" in done.err
+        assert f"/elsewhere: not in any tier of {root}/tiercache.toml: {root}/nvme" in done.err
 
 
 class TestRun:
@@ -511,7 +511,7 @@ class TestRun:
         n = len(shards(root, "cold")) + 2
         assert [line.split()[0] for line in lines[:4]] == ["tier", "hot", "standard", "archive"]
         assert lines[-1].startswith(f"{n} of {n} moves done, ")
-        assert lines[-1].endswith("; 1 data set looked after from now on")
+        assert lines[-1].endswith("; 1 data set tracked from now on")
 
     def test_a_dry_run_plans_and_changes_nothing(self, tiercache, root):
         *rows, summary = tiercache("tier", "run", "--once", "--dry-run", "--json").events
@@ -535,7 +535,7 @@ class TestRun:
         assert not any((root / "cold").iterdir())
 
     def test_without_once_it_says_that_nothing_stays_resident(self, tiercache, root):
-        assert "say --once" in tiercache("tier", "run", code=2).err
+        assert "give --once" in tiercache("tier", "run", code=2).err
 
     def test_a_rule_file_can_be_named(self, tiercache, root, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

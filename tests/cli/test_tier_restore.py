@@ -124,13 +124,13 @@ def test_what_is_restored_is_copied_home_and_the_archived_copy_stays(tiercache, 
     assert (summary["objects"], summary["copied"], summary["stopped"], summary["pending"]) == (1, 1, 0, 0)
     assert bucket.get("standard", "runs/a/data.bin") == b"a" * 1000
     assert bucket.keys("cold") == [f"runs/{n}/data.bin" for n in "abc"]
-    assert tiercache("restore", "runs/a").out == "nothing is to be restored: all of it can be read\n"
+    assert tiercache("restore", "runs/a").out == "nothing to restore: all objects can be read\n"
 
 
 def test_what_is_on_its_way_ends_with_5_and_the_same_command_goes_on(tiercache, bucket, restores_take):
     restores_take(6)
     done = tiercache("restore", "runs/a", "--yes", code=5)
-    assert done.out == "1 object on the way, up to 5 h (standard); the same command with --wait waits and copies home\n"
+    assert done.out == "1 object being restored, up to 5 h (standard); give --wait to wait and to copy them home\n"
     assert bucket.keys("standard") == ["notes.txt"]
     summary = tiercache("restore", "runs/a", "--wait", "--json").events[-1]
     assert (summary["started"], summary["running"], summary["copied"]) == (0, 1, 1)
@@ -160,13 +160,13 @@ def test_a_glob_chooses(tiercache, bucket):
 def test_a_faster_or_cheaper_way_has_its_own_price(tiercache, bucket):
     summary = tiercache("restore", "runs", "--speed", "bulk", "--dry-run", "--json").events[-1]
     assert (summary["cost"], summary["hours"]) == (pytest.approx(COPIED_HOME), 12.0)
-    assert "no such speed: 'slow'; there are expedited" in tiercache("restore", "runs", "--speed", "slow", code=2).err
+    assert "--speed: 'slow' is not one of expedited" in tiercache("restore", "runs", "--speed", "slow", code=2).err
 
 
 def test_dollars_are_not_spent_without_asking(tiercache, bucket):
-    assert tiercache("restore", "runs", code=2).err.endswith("not a terminal; say --yes\n")
+    assert tiercache("restore", "runs", code=2).err.endswith("not a terminal; give --yes\n")
     assert "Restore" not in bucket.head("cold", "runs/a/data.bin")
 
 
 def test_what_is_not_there_is_an_error(tiercache, bucket):
-    assert "nothing is called so or matches it" in tiercache("restore", "runs/z", code=1).err
+    assert "no object has this name or matches it" in tiercache("restore", "runs/z", code=1).err

@@ -84,9 +84,9 @@ class TestWhatATrainingReads:
         [
             (["--rank", "0/2"], "--rank needs --seed"),
             (["--seed", "1", "--rank", "2/2"], "--rank takes RANK/RANKS"),
-            (["--minutes", "3"], "--minutes and --rate go together"),
-            (["--share", "5%", "--first", "1GB"], "say the same thing"),
-            (["--seed", "1", "--placement", "far"], "--placement is sticky or global"),
+            (["--minutes", "3"], "--minutes and --rate must be given together"),
+            (["--share", "5%", "--first", "1GB"], "--share and --first cannot be combined"),
+            (["--seed", "1", "--placement", "far"], "--placement must be sticky or global"),
         ],
     )
     def test_flags_that_do_not_fit_are_wrong_usage(self, tiercache, data_set, cache, flags, message):
@@ -166,7 +166,7 @@ def test_an_object_that_is_bad_at_its_source_ends_with_4_and_is_named_by_status(
         assert str(bad) in tiercache("warm", data_set, *cache, "-j", "1", code=4).err
     poisoned = [e for e in tiercache("status", *cache, "--json").events if e["event"] == "poisoned"]
     assert [e["url"] for e in poisoned] == [str(bad)]
-    assert f"poisoned: {bad}: wrong at its source" in tiercache("status", *cache).out
+    assert f"poisoned: {bad}: damaged in its store" in tiercache("status", *cache).out
     n_shards = len(list(bad.parent.iterdir()))
     assert tiercache("warm", data_set, *cache, "--exclude", bad.name, "--json").events[-1]["objects"] == n_shards
 
@@ -175,7 +175,7 @@ def test_a_dry_run_says_whether_there_is_room(tiercache, data_set, tmp_path):
     small = "--cache", str(tmp_path / "small"), "--cache-size", "20KB"
     would = tiercache("warm", data_set, *small, "--dry-run", "--json").events[-1]
     assert (would["fits"], would["fetched"]) == (False, would["objects"])
-    assert "; the cache has no room for them\n" in tiercache("warm", data_set, *small, "--dry-run").out
+    assert "; the cache has not enough space for them\n" in tiercache("warm", data_set, *small, "--dry-run").out
 
 
 def test_what_is_in_the_cache_already_is_not_asked_for_again_after_an_interrupted_run(tiercache, data_set, cache):

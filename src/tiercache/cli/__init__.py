@@ -1,4 +1,4 @@
-"""The command: one verb a job. Parses, calls, prints."""
+"""The command ``tiercache``: each verb parses its arguments, calls the library and prints the result."""
 
 from __future__ import annotations
 

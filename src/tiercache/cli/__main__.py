@@ -1,4 +1,4 @@
-"""``python -m tiercache.cli``: the command, where its script is not on the path."""
+"""Run the command as ``python -m tiercache.cli``, where its script is not on the PATH."""
 
 from __future__ import annotations
 

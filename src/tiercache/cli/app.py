@@ -1,4 +1,4 @@
-"""Puts the verbs together."""
+"""The application: all verbs, the options of the command itself, and shell completion."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from tiercache.cli.warm import pin, warm
 from tiercache.version import __version__
 
 _NAME = "tiercache"
-_COMPLETE = "_TIERCACHE_COMPLETE"  # the environment variable by which a shell's script asks for completions
+_COMPLETE = "_TIERCACHE_COMPLETE"  # environment variable with which a shell's completion script requests completions
 
 app = typer.Typer(
     name=_NAME,
-    help="Shards, a local cache and a DataLoader for training data that lives in object stores.",
+    help="Pack training data into shards, cache it on local disks, and move it between storage tiers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    # Typer's own options guess the shell from the parent process, and fail where that is sh (make, containers).
+    # Typer's own completion options guess the shell from the parent process. They fail if it is sh (make, containers).
     add_completion=False,
 )
 
-# Each verb, and what to do after Ctrl-C.
+# Each verb, and the advice that follows Ctrl-C.
 _AGAIN = "nothing was changed; run the same command again"
 _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (pack, "nothing was committed and nothing needs to be cleaned up; run the same command again"),
     (ls, _AGAIN),
     (info, _AGAIN),
     (head, _AGAIN),
-    (verify, "what was repaired is repaired, nothing else was changed; run the same command again"),
-    (warm, "what was fetched stays in the cache; the same command goes on from there"),
-    (evict, "what was evicted is gone from the cache, nothing else; the same command goes on from there"),
-    (pin, "what was pinned stays pinned; the same command goes on from there"),
-    (unpin, "what was unpinned stays so; the same command goes on from there"),
+    (verify, "repaired copies stay repaired, nothing else was changed; run the same command again"),
+    (warm, "fetched shards stay in the cache; the same command continues from there"),
+    (evict, "evicted copies are gone from the cache, nothing else changed; the same command continues from there"),
+    (pin, "pinned copies stay pinned; the same command continues from there"),
+    (unpin, "unpinned copies stay unpinned; the same command continues from there"),
     (status, _AGAIN),
-    (restore, "what was asked for is on its way, what was copied is copied; the same command goes on from there"),
+    (restore, "requested restores go on, finished copies stay; the same command continues from there"),
     (simulate, _AGAIN),
-    (demo, "everything it made is gone; run it again"),
-    (export, "a file that is not whole is not left behind; run the same command again with --overwrite"),
+    (demo, "the demo removed everything that it created; run it again"),
+    (export, "no incomplete file was left behind; run the same command again with --overwrite"),
 )
 for _verb, _how_to_go_on in _VERBS:
     app.command()(reports_failures(_verb, how_to_go_on=_how_to_go_on))
@@ -67,8 +67,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# Typer's functions for completion are not public. They are looked up when they are needed, so that a release of typer
-# that moves them breaks completion alone.
+# Typer's functions for completion are not public. They are looked up on use, so that a typer release that moves them
+# breaks only completion.
 
 
 class _Shell(StrEnum):
@@ -95,7 +95,7 @@ def _install_completion(shell: _Shell | None) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     show_completion: Annotated[
         _Shell | None,
@@ -103,7 +103,7 @@ def _options(
             "--show-completion",
             callback=_show_completion,
             is_eager=True,
-            help="Print the completion script of a shell.",
+            help="Print the completion script for a shell, and exit.",
         ),
     ] = None,
     install_completion: Annotated[
@@ -112,7 +112,7 @@ def _options(
             "--install-completion",
             callback=_install_completion,
             is_eager=True,
-            help="Install the completion script for a shell.",
+            help="Install the completion script for a shell, and exit.",
         ),
     ] = None,
 ) -> None:
@@ -120,7 +120,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command with the arguments of this process, and exit; print completions if a shell asks for them."""
+    """Run the command with this process's arguments, and exit. Prints completions if a shell requests them."""
     with suppress(ImportError, AttributeError):
         import_module("typer._completion_classes").completion_init()
     app(prog_name=_NAME)

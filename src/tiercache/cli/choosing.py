@@ -1,4 +1,4 @@
-"""Which shards of a data set a verb is about, in which order: globs, a list, a share, what a training reads first."""
+"""Selection of the shards that a verb works on, and their order: globs, a list, a fraction, a training's read order."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ _RANKS = re.compile(r"(\d+)(?:-(\d+))?/(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Shards, as the flags say it; None: not said. Of the parts of it each leaves fewer, in the order that they have.
+    """Shards of a data set that the options of a verb select; None: the option was not given. All options must match.
 
-    share: the first so many bytes of what else is chosen; first_bytes: the same, as a size; files: names of shards,
-    whose order holds where there is no training.
+    Attributes:
+        include: Globs over shard names, of which one must match.
+        exclude: Globs over shard names, of which none may match.
+        files: Names of shards. Their order is kept if there is no training.
+        training: Training whose read order is used instead of the stored order.
+        share: Fraction of the selected bytes to keep, counted from the first shard.
+        first_bytes: Number of the selected bytes to keep, counted from the first shard.
     """
 
     include: Sequence[str] | None = None
@@ -39,10 +44,10 @@ class Choice:
     first_bytes: float | None = None
 
     def shards(self, table: ShardTable) -> NDArray[np.int64]:
-        """The chosen shards, int64[m].
+        """Return the numbers of the selected shards, in order: int64[m].
 
         Raises:
-            ValueError: a name that the data set has not, or an order that cannot be.
+            ValueError: A name is not in the data set, or the training's order has invalid options.
         """
         names = table.names.to_pylist() if self.include or self.exclude or self.files is not None else []
         shards = self._in_order(table, names)
@@ -66,7 +71,7 @@ class Choice:
 
 
 def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Numbers of shards by their names, each once."""
+    """Return the numbers of the named shards, without duplicates."""
     known = {name: i for i, name in enumerate(names)}
     missing = [name for name in files if name not in known]
     if missing:
@@ -76,7 +81,7 @@ def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class OrderFlags:
-    """The flags of a training's order, as they were given."""
+    """The command-line options that describe a training's read order, as given."""
 
     seed: int | None = None
     epoch: int | None = None
@@ -87,10 +92,10 @@ class OrderFlags:
     batch_size: int | None = None
 
     def training(self) -> Training | None:
-        """The training that they name; None: none of them was given.
+        """Return the training that the options describe; None if no option was given.
 
         Raises:
-            ValueError: one that means nothing without --seed, or cannot be.
+            ValueError: An option was given without --seed, or has an invalid value.
         """
         given = {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
         if not given:
@@ -110,26 +115,26 @@ class OrderFlags:
 
 
 def parse_placement(text: str | None) -> Literal["sticky", "global"]:
-    """The placement that a flag names. Raises ValueError."""
+    """Return the placement that a --placement value names; None means "sticky". Raises ValueError."""
     if text in (None, "sticky"):
         return "sticky"
     if text == "global":
         return "global"
-    raise ValueError(f"--placement is sticky or global, got {text!r}")
+    raise ValueError(f"--placement must be sticky or global, got {text!r}")
 
 
 def parse_group(text: str | None) -> int | None:
-    """Bytes of --shuffle-group, None for "all". Raises ValueError."""
+    """Return the bytes of a --shuffle-group value; None for "all". Raises ValueError."""
     if text is None:
         return GROUP_BYTES
     return None if text == "all" else parse_size("--shuffle-group", text)
 
 
 def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
-    """Ranks and their number in all, from "3/8" or "0-3/8", each text's ranks after the other.
+    """Return the ranks that "3/8" or "0-3/8" texts name, in the order of the texts, and the world size.
 
     Raises:
-        ValueError: no such form, or of different numbers of ranks.
+        ValueError: A text has another form, or the texts name different world sizes.
     """
     ranks: list[int] = []
     sizes: set[int] = set()
@@ -137,17 +142,17 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
         match = _RANKS.fullmatch(text.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if match is None or not first <= last < int(match[3]):
-            raise ValueError(f"--rank takes RANK/RANKS, as in 3/8, or some: 0-3/8; got {text!r}")
+            raise ValueError(f"--rank takes RANK/RANKS, e.g. 3/8 or 0-3/8, got {text!r}")
         ranks += range(first, last + 1)
         sizes.add(int(match[3]))
     if len(sizes) != 1:
-        raise ValueError(f"--rank: all must be of the same number of ranks, got {sorted(sizes)}")
+        raise ValueError(f"--rank: all values must have the same number of ranks, got {sorted(sizes)}")
     return tuple(dict.fromkeys(ranks)), sizes.pop()
 
 
 @dataclass(frozen=True, slots=True)
 class PartFlags:
-    """The flags that say how much of what is chosen, as they were given."""
+    """The command-line options that limit how many of the selected bytes are fetched, as given."""
 
     share: str | None = None
     first: str | None = None
@@ -155,26 +160,28 @@ class PartFlags:
     rate: str | None = None
 
     def limits(self) -> tuple[float, float | None]:
-        """The share, and the size.
+        """Return the fraction to fetch, and the number of bytes to fetch or None.
 
         Raises:
-            ValueError: two of them at once, one that cannot be, or minutes without a rate.
+            ValueError: Two limits are given, a value is invalid, or only one of --minutes and --rate is given.
         """
         given = [f"--{n}" for n in ("share", "first", "minutes") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same thing in two ways: give one of them")
+            raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
         if (self.minutes is None) != (self.rate is None):
-            raise ValueError("--minutes and --rate go together: so many minutes of reading at so many bytes a second")
+            raise ValueError(
+                "--minutes and --rate must be given together: the minutes of reading, and the bytes per second"
+            )
         if self.minutes is not None and self.rate is not None:
             if not 0 <= self.minutes < float("inf"):
-                raise ValueError(f"--minutes is 0 or more, got {self.minutes}")
+                raise ValueError(f"--minutes must be 0 or more, got {self.minutes}")
             return 1.0, self.minutes * 60 * parse_rate("--rate", self.rate)
         share = 1.0 if self.share is None else parse_share(self.share)
         return share, None if self.first is None else parse_size("--first", self.first)
 
 
 def read_names(path: str | None) -> list[str] | None:
-    """Names from a file, one a line, "-" for standard input; None for None. Empty lines do not count."""
+    """Return the names in a file, one per line, without empty lines; "-" is standard input, None returns None."""
     if path is None:
         return None
     text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")

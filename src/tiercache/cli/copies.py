@@ -1,4 +1,4 @@
-"""Cached copies checked, and repaired: what verify does in a cache."""
+"""Verification and repair of cached copies, for the verb verify."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CopiesAsked:
-    """Which copies are checked, and how. url: of their data set, None: all copies; repair: fetch bad ones again."""
+    """The copies to verify, and how.
+
+    Attributes:
+        url: URL of the data set whose copies are verified; None: all copies.
+        include: Globs over names inside the data set, of which one must match; None: all names.
+        exclude: Globs over names inside the data set, of which none may match.
+        repair: Whether damaged copies are fetched again.
+        jobs: Number of copies that are read at a time.
+        storage_options: KEY=VALUE options of the stores that damaged copies are fetched from.
+    """
 
     url: str | None
     include: Sequence[str] | None
@@ -37,7 +46,12 @@ class CopiesAsked:
 
 
 def verify_copies(output: Output, cache: Cache, asked: CopiesAsked) -> None:
-    """Read the copies and say what is wrong. Ends with CORRUPT where something is, and was not repaired."""
+    """Verify the copies and print each damaged one.
+
+    Raises:
+        typer.Exit: With CORRUPT if a damaged copy is still in the cache; with PARTLY if one was removed but not
+            repaired.
+    """
     of_scope = in_scope(asked.url, asked.storage_options)
     entries = [e for e in cache.entries() if of_scope(e) and passes(e, asked.include, asked.exclude)]
     checked: list[Checked] = []
@@ -55,7 +69,7 @@ def verify_copies(output: Output, cache: Cache, asked: CopiesAsked) -> None:
 
 
 def _batches(entries: Sequence[Entry], asked: CopiesAsked) -> Iterator[tuple[list[str], Store | None]]:
-    """Names of copies, with the store that bad ones are fetched from again; None: nobody fetches them now."""
+    """Yield names of copies, each list with the store to fetch damaged ones from; None if they cannot be fetched."""
     if not asked.repair:
         yield [entry.name for entry in entries], None
         return
@@ -69,14 +83,14 @@ def _batches(entries: Sequence[Entry], asked: CopiesAsked) -> Iterator[tuple[lis
 
 
 def store_url(entry: Entry) -> str:
-    """URL of the store that an entry came from: its data set, or the folder of its object; "" where unknown."""
+    """Return the URL of the store that a copy came from, its data set or its object's folder; "" if unknown."""
     url = data_set_url(entry.source)
     return url if entry.dataset_id is not None or not url else url.rpartition("/")[0]
 
 
 @contextmanager
 def _source(url: str, storage_options: Sequence[str] | None) -> Iterator[Store | None]:
-    """The store of a URL that is on record, without credentials; None where it cannot be opened."""
+    """Yield the store of a recorded URL, which contains no credentials; None if it cannot be opened."""
     with ExitStack() as stack:
         store = None
         if url:
@@ -117,7 +131,7 @@ def _finish(output: Output, checked: Sequence[Checked], n_asked: int) -> None:
     said = f"{len(wrong):,} damaged" if wrong else "nothing is damaged"
     said += f", {repaired:,} of them repaired" if repaired else ""
     said += f", {removed - repaired:,} removed" if removed > repaired else ""
-    said += f", {unknown:,} of which nothing is known" if unknown else ""
+    said += f", {unknown:,} that could not be verified: no checksum is known for them" if unknown else ""
     output.summary(facts, f"checked {count(len(checked), 'copy', 'copies')}, {format_bytes(facts['bytes'])}: {said}")
     if removed < len(wrong):
         raise typer.Exit(CORRUPT)

@@ -1,4 +1,4 @@
-"""`tiercache demo`: tells the story of `tiercache.demo` and prints its table."""
+"""The verb demo: runs the story of `tiercache.demo` and prints its events and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tiercache.model import format_bytes
 
 Keep = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and leave it there afterwards."),
+    typer.Option("--keep", metavar="DIR", help="Work in this new or empty folder, and keep it afterwards."),
 ]
 SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
 
@@ -34,12 +34,14 @@ SHOWN = ("cold", "warm", "loader only", "whole", "stopped", "resumed", "moved")
 def demo(
     keep: Keep = None,
     as_json: Json = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Tell the whole story on this machine: an S3 server, two data sets, two small models, cold, warm, resumed, tiered.
+    """Demonstrate tiercache on this machine in one to three minutes.
 
-    Everything is made in a temporary folder and removed at the end. Takes one to three minutes; needs
-    pip install 'tiercache[demo]'. Ends with 1 if a promise did not hold.
+    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
+    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
+    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
+    needs pip install 'tiercache[demo]'.
     """
     output = Output(as_json)
     started_s = time.monotonic()
@@ -76,10 +78,10 @@ def _finish(output: Output, claims: Sequence[Claim], *, elapsed_s: float, kept: 
 
 @contextmanager
 def _work_folder(keep: Path | None) -> Iterator[Path]:
-    """The folder that keep names, or one that vanishes.
+    """Yield the folder keep, which is created if needed, or a temporary folder, which is removed at the end.
 
     Raises:
-        TierCacheError: something lies in it.
+        TierCacheError: The folder keep is not empty.
     """
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="tiercache-demo-", ignore_cleanup_errors=True) as name:
@@ -93,7 +95,7 @@ def _work_folder(keep: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as an exception, so that server, processes and folder go with it."""
+    """Make SIGTERM raise SystemExit inside the block, so that the server, processes and folder are cleaned up."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -106,7 +108,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _facts(event: Event) -> dict[str, object]:
-    """An event for programs; digests are for the comparison and stay out."""
+    """Return an event for JSON output; digests serve only the comparison and are left out."""
     facts = asdict(event)
     if isinstance(event, Epoch):
         facts["hit_ratio"] = event.hit_ratio
@@ -115,7 +117,7 @@ def _facts(event: Event) -> dict[str, object]:
 
 
 def _text(event: Event) -> str | None:
-    """An event as a line for people."""
+    """Return an event as a line for people; None: no line."""
     match event:
         case Step(title):
             return title
@@ -129,20 +131,20 @@ def _text(event: Event) -> str | None:
             )
         case Epoch():
             loss = "" if event.loss is None else f", loss {event.loss:.3f}"
-            accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} right on held-out images"
+            accuracy = "" if event.accuracy is None else f", {event.accuracy:.1%} accuracy on held-out images"
             return (
                 f"  {event.task}, epoch {event.epoch} {event.how}: {count(event.n_samples, 'sample')} in "
                 f"{event.elapsed_s:.1f} s, {format_bytes(event.fetched_bytes)} fetched{loss}{accuracy}"
             )
         case Held():
-            return None  # in the table of tiers
+            return None  # the table of tiers shows it
         case Claim():
             return f"  {'holds' if event.holds else 'FAILS'}: {event.text} ({event.found})"
 
 
 def _table(epochs: Sequence[Epoch]) -> Table:
-    """All passes, by task."""
-    table = Table(title="\nEpoch by epoch; training is part of the time but for 'loader only'", title_justify="left")
+    """Return the table of all epochs, by task."""
+    table = Table(title="\nEpochs; the time includes training, except for 'loader only'", title_justify="left")
     for name in ("model", "epoch", "read"):
         table.add_column(name)
     for name in ("samples/s", "MB/s", "waited", "fetched", "hit ratio", "loss", "accuracy"):
@@ -164,11 +166,11 @@ def _table(epochs: Sequence[Epoch]) -> Table:
 
 
 def _tiers(held: Sequence[Held]) -> Table:
-    """Bytes and dollars by tier, before and after."""
-    table = Table(title="\nTier by tier, before and after the rules were applied", title_justify="left")
+    """Return the table of objects, bytes and dollars per tier, before and after the moves."""
+    table = Table(title="\nTiers, before and after the rules were applied", title_justify="left")
     table.add_column("tier")
     for when in ("before", "after"):
-        for name in ("objects", "bytes", "$ a month"):
+        for name in ("objects", "bytes", "$ per month"):
             table.add_column(f"{name} {when}", justify="right")
     for tier in dict.fromkeys(one.tier for one in held):
         cells = [

@@ -1,4 +1,4 @@
-"""The verbs that let cached copies go: evict and unpin."""
+"""The verbs evict and unpin, and the matching of cached copies against a verb's options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,15 @@ from tiercache.store import Store, redact
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
-    """What evict is about: of the scope's copies those that pass all of these. Sizes in bytes, ages in seconds."""
+    """The copies that evict selects; a copy must pass all conditions.
+
+    Attributes:
+        of_scope: Whether a copy belongs to the data set that the verb is about.
+        include: Globs over names inside the data set, of which one must match; None: all names.
+        exclude: Globs over names inside the data set, of which none may match.
+        older_than_s: Seconds since the last use that a copy must exceed.
+        larger_than_bytes: Bytes that a copy's size must exceed.
+    """
 
     of_scope: Callable[[Entry], bool] = lambda _entry: True
     include: Sequence[str] | None = None
@@ -48,7 +56,7 @@ class Doomed:
     larger_than_bytes: int | None = None
 
     def takes(self, entry: Entry, now_s: float) -> bool:
-        """Whether the copy passes, pinned or not."""
+        """Return whether the copy passes all conditions, pinned or not. now_s: Time now, in seconds since the epoch."""
         if not self.of_scope(entry) or not passes(entry, self.include, self.exclude):
             return False
         if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
@@ -57,7 +65,7 @@ class Doomed:
 
 
 def least_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
-    """The first of these, least recently used first, without which no more than target_bytes are used; None: all."""
+    """Return the least recently used entries whose eviction leaves at most target_bytes in use; None: all entries."""
     if target_bytes is None:
         return list(entries)
     chosen = []
@@ -70,19 +78,28 @@ def least_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | No
 
 
 def evict(
-    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="The data set whose copies go.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: all copies.")] = False,
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="Data set whose cached copies are deleted.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Instead of a URL: delete copies of all data sets.")
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="AGE", help="Only what nobody has read for so long: 7d.")
+        str | None,
+        typer.Option("--older-than", metavar="AGE", help="Only copies that were not read for this time, e.g. 7d."),
     ] = None,
     larger_than: Annotated[
-        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only larger copies: 100MB.")
+        str | None, typer.Option("--larger-than", metavar="SIZE", help="Only copies larger than this, e.g. 100MB.")
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="SIZE", help="No more than needed for the cache to hold this: 200GB, or 50%."),
+        typer.Option(
+            "--to",
+            metavar="SIZE",
+            help="Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit).",
+        ),
     ] = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
@@ -91,11 +108,11 @@ def evict(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Delete cached copies, least recently used first. Pinned ones, and those that are being read, stay.
+    """Delete cached copies, least recently used first.
 
-    A store is never touched: what goes here can be fetched again.
+    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again.
     """
     output = Output(as_json, quiet)
     if everything == (url is not None):
@@ -121,7 +138,7 @@ class _Manner:
 
 
 def _evict(output: Output, cache: Cache, doomed: Doomed, target_bytes: int | None, manner: _Manner) -> int:
-    """Evict, or say what would go; returns how many copies stayed that should have gone."""
+    """Evict, or print what would be evicted; return how many copies should have been evicted but are in use."""
     now_s = time.time()
     found = [entry for entry in cache.entries() if doomed.takes(entry, now_s)]
     free = [entry for entry in found if not entry.pinned]
@@ -156,15 +173,15 @@ def _evict(output: Output, cache: Cache, doomed: Doomed, target_bytes: int | Non
 
 
 def _left(free: Sequence[Entry], gone: Sequence[Entry], here: Mapping[str, int], target_bytes: int | None) -> int:
-    """How many copies stayed that should have gone; none where the target is reached without them."""
+    """Return the number of copies that stayed although they were selected; 0 if the target size was reached."""
     if target_bytes is not None and sum(here.values()) <= target_bytes:
         return 0
     return len(free) - len(gone)
 
 
 def unpin(
-    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="The data set whose copies are let go.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: all pinned copies.")] = False,
+    url: Annotated[str | None, typer.Argument(metavar="[URL]", help="Data set whose copies are unpinned.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Instead of a URL: unpin all copies.")] = False,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -173,9 +190,9 @@ def unpin(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Let pinned copies go: they stay in the cache until their room is needed."""
+    """Unpin cached copies, so that eviction may delete them."""
     output = Output(as_json, quiet)
     if everything == (url is not None):
         raise ValueError("unpin takes a URL or --all")
@@ -188,7 +205,7 @@ def unpin(
 
 
 def entry_facts(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON has it."""
+    """Return an entry for JSON output."""
     return {
         "source": entry.source,
         "bytes": entry.n_bytes,
@@ -201,9 +218,10 @@ def entry_facts(entry: Entry) -> dict[str, Any]:
 
 
 def in_scope(url: str | None, storage_options: Sequence[str] | None) -> Callable[[Entry], bool]:
-    """Whether an entry belongs to the data set at url: by its id where that can be asked for, else by its source.
+    """Return a predicate: whether an entry belongs to the data set at url, by data set id or by source URL.
 
-    A copy of the same data set that came from a mirror is found by the id; a data set that is gone, by the URL.
+    The id finds copies of the same data set that came from a mirror. The source URL finds copies of a data set that no
+    longer exists.
     """
     if url is None:
         return lambda _entry: True
@@ -221,15 +239,15 @@ def _dataset_id(store: Store) -> str | None:
 
 
 def passes(entry: Entry, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    """Whether the copy's path inside its data set passes the globs."""
+    """Return whether the copy's path inside its data set matches the globs."""
     path = entry.source.removeprefix(data_set_url(entry.source)).lstrip("/")
     return selected(path, include or (), exclude or ())
 
 
 def _ask(question: str) -> None:
-    """Go on only if a person at the terminal agrees. Raises ValueError where there is nobody to ask."""
+    """Ask at the terminal whether to continue, and exit if not. Raises ValueError if standard input is no terminal."""
     if not sys.stdin.isatty():
-        raise ValueError("nobody to ask: standard input is not a terminal; say --yes")
+        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
     if not typer.confirm(question, err=True):
         typer.echo("tiercache: nothing was evicted", err=True)
         raise typer.Exit(1)

@@ -33,24 +33,33 @@ from tiercache.store import Store, open_store, redact, split_url
 def export(
     url: Url,
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A file that ends in .parquet, or a folder: then one file a shard.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Output: one file that ends in .parquet, or a folder, which gets one file per shard."
+        ),
     ],
     columns: Columns = None,
     at: Version = None,
     jobs: Jobs = 1,
-    compression: Annotated[str, typer.Option(metavar="CODEC", help="Of the Parquet files.")] = "zstd",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression of the Parquet files, e.g. zstd, snappy or none.")
+    ] = "zstd",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     storage_option: StorageOptions = None,
     target_option: Annotated[
         list[str] | None,
-        typer.Option("--target-option", metavar="KEY=VALUE", help="For the target's store; may be given again."),
+        typer.Option(
+            "--target-option",
+            metavar="KEY=VALUE",
+            help="Option of the target's store, e.g. region=eu-central-1. May be repeated.",
+        ),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Write a data set as Parquet, with Arrow types that any reader knows. Pictures stay as they were packed."""
+    """Write a data set as Parquet files with standard Arrow types. Images keep their encoding."""
     output = Output(as_json, quiet)
     options = ExportOptions(
         columns=parse_columns(columns),
@@ -83,16 +92,16 @@ def export(
 
 
 def _refuse_existing(store: Store, key: str) -> None:
-    """Raise StoreError if the file is there: better now than when it is written."""
+    """Raise StoreError if the file exists: before the export, not after it."""
     try:
         store.head(key)
     except NotFound:
         return
-    raise StoreError("there is a file already; say --overwrite to replace it", url=f"{store.url}/{key}")
+    raise StoreError("the file exists already; give --overwrite to replace it", url=f"{store.url}/{key}")
 
 
 class _Sum:
-    """Adds up what threads have done. add() holds the lock, so the bar moves only forward."""
+    """Sum of the bytes that threads have exported. add() holds the lock, so the bar only moves forward."""
 
     def __init__(self, advance: Advance, total: int) -> None:
         self._advance, self._total, self._done = advance, total, 0

@@ -1,4 +1,4 @@
-"""How a verb ends: one line for an error, and the exit code that says what kind it was."""
+"""End of a verb: one line for an error, and an exit code that tells the kind of the error."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ PARTLY = 3
 CORRUPT = 4
 PENDING = 5
 INTERRUPTED = 130
-_DONE = "all was done before"
+_DONE = "everything was already done"
 
 
 def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callable[P, None]:
-    """The verb, with its errors printed as one line on standard error (and, with --verbose, the traceback before it).
+    """Wrap a verb so that its errors become one line on standard error and an exit code.
 
-    Other exceptions than those that tell of the world are bugs: they keep their traceback, which a report needs.
+    With --verbose, the traceback precedes the line. Exceptions other than TierCacheError, ValueError, TypeError,
+    OSError and KeyboardInterrupt are bugs and keep their traceback, which a bug report needs.
+
+    Args:
+        verb: The verb's function.
+        how_to_go_on: Advice that is printed after Ctrl-C.
     """
 
     @wraps(verb)
@@ -40,8 +45,8 @@ def reports_failures(verb: Callable[P, object], *, how_to_go_on: str) -> Callabl
                 warnings.showwarning = _show_warning
                 is_done = verb(*args, **kwargs) is None
         except BrokenPipeError:
-            raise  # the reader of a pipe has seen enough: typer ends quietly
-        except KeyboardInterrupt as error:  # Python's own says nothing; one of ours knows better what to do
+            raise  # the reader of the pipe closed it, e.g. head: typer ends without a message
+        except KeyboardInterrupt as error:  # has a text only if our own code raised it: that advice is more precise
             _say(f"interrupted: {_said(error) or (_DONE if is_done else how_to_go_on)}")
             raise typer.Exit(INTERRUPTED) from None
         except (TierCacheError, ValueError, TypeError, OSError) as error:
@@ -60,7 +65,7 @@ class _LogToStderr(logging.Handler):
 
 @contextmanager
 def _shown_log() -> Iterator[None]:
-    """Show warnings of the library's log, such as that of a long wait, as those of Python are shown."""
+    """Print warnings of the library's log, e.g. of a long wait, in the same form as Python warnings."""
     handler, logger = _LogToStderr(logging.WARNING), logging.getLogger("tiercache")
     logger.addHandler(handler)
     try:
@@ -70,7 +75,7 @@ def _shown_log() -> Iterator[None]:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Exit code of an error: its class's own, usage for wrong arguments, else failed."""
+    """Return the exit code of an error: that of its class, USAGE for wrong arguments, else FAILED."""
     if isinstance(error, TierCacheError):
         return error.exit_code
     return USAGE if isinstance(error, ValueError | TypeError) else FAILED

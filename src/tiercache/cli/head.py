@@ -16,16 +16,21 @@ from tiercache.shard.reader import ShardReader
 
 def head(
     url: Url,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="How many records.")] = 5,
-    start: Annotated[int, typer.Option("--start", min=0, metavar="I", help="From this record on.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Number of records to show.")] = 5,
+    start: Annotated[
+        int, typer.Option("--start", min=0, metavar="I", help="Index of the first record to show, counted from 0.")
+    ] = 0,
     columns: Columns = None,
     at: Version = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Show records: pictures as their size, arrays by their first elements. Reads no more than it needs."""
+    """Show some records of a data set.
+
+    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
+    """
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         data_set = open_data_set(store, at)
@@ -37,7 +42,7 @@ def head(
 
 
 def print_records(output: Output, data_set: OpenDataSet, rows: range, names: list[str]) -> int:
-    """Print the records rows; returns how many there were."""
+    """Print the records in rows; return the number of records printed."""
     first = data_set.shards.first_record
     n_shown = 0
     for shard in range(int(np.searchsorted(first, rows.start, side="right")) - 1, len(data_set.shards)):

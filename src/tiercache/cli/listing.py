@@ -17,16 +17,18 @@ from tiercache.store import Store
 
 def ls(
     url: Url,
-    versions: Annotated[bool, typer.Option("--versions", help="List the versions instead of the shards.")] = False,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="List the versions of the data set instead of its shards.")
+    ] = False,
     at: Version = None,
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """List a data set's shards in the order of their records, or its versions."""
+    """List the shards of a data set in record order, or its versions."""
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         if versions:
@@ -84,9 +86,9 @@ def info(
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Say what a data set is: its version, size, columns and class names."""
+    """Show a data set's version, size, columns and class names."""
     output = Output(as_json, quiet)
     with opened_store(url, storage_option) as store:
         data_set = open_data_set(store, at)
@@ -109,7 +111,7 @@ def info(
 
 
 def info_of(data_set: OpenDataSet) -> dict[str, Any]:
-    """All facts about a version."""
+    """Return all facts about a version."""
     columns: list[dict[str, Any]] = []
     for column in data_set.version.schema.columns:
         columns.append({"name": column.name, "type": str(column)})

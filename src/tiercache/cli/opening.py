@@ -1,4 +1,4 @@
-"""Opens what a URL names."""
+"""Opening of the data set that a URL names."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from tiercache.tier.placed import placed
 
 @dataclass(frozen=True)
 class OpenDataSet:
-    """A version of a data set, and the store that it is in."""
+    """A version of a data set with its shard table, and the store that holds it."""
 
     store: Store
     version: Version
     shards: ShardTable
 
     def select(self, include: Sequence[str] | None, exclude: Sequence[str] | None = None) -> list[int]:
-        """Numbers of the shards whose names pass the globs."""
+        """Return the numbers of the shards whose names match the globs."""
         names = self.shards.names.to_pylist()
         return [i for i, name in enumerate(names) if selected(name, include or (), exclude or ())]
 
 
 @contextmanager
 def opened_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
-    """The store of a data set's URL, which finds shards that were moved to another tier; closed at the end."""
+    """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers."""
     options = parse_storage_options(storage_options)
     with closing(placed(open_store(url, **options), options)) as store:
         yield store
 
 
 def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
-    """A version of the data set in store, None for the newest. Raises NotFound, CorruptShard, StoreError."""
+    """Return the version of the data set in store with this number; None: the newest.
+
+    Raises:
+        NotFound, StoreError: The version or a segment cannot be read.
+        CorruptShard: The version or a segment is damaged.
+    """
     version = latest(store) if number is None else read_version(store, number)
     return OpenDataSet(store, version, read_shards(store, version))

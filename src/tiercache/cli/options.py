@@ -1,4 +1,4 @@
-"""The flags that verbs share, and how their texts are read."""
+"""Options that several verbs share, and the parsers of option values."""
 
 from __future__ import annotations
 
@@ -12,70 +12,112 @@ import typer
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.shard.types import Image, Ragged, Tensor, UserType
 
-Url: TypeAlias = Annotated[str, typer.Argument(metavar="URL", help="The data set: a local path or any store's URL.")]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
-Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="A failure's traceback too.")]
-DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-Jobs: TypeAlias = Annotated[int, typer.Option("--jobs", "-j", min=0, help="How many at a time; 0: one a CPU.")]
+Url: TypeAlias = Annotated[
+    str, typer.Argument(metavar="URL", help="Data set: a local path, or a URL such as s3://bucket/name.")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor a summary.")]
+Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Also print the traceback of a failure.")]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
+Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+Jobs: TypeAlias = Annotated[
+    int, typer.Option("--jobs", "-j", min=0, help="Number of shards to process at a time; 0: one per CPU.")
+]
 Include: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--include", metavar="GLOB", help="Only what matches; may be given again.")
+    list[str] | None,
+    typer.Option(
+        "--include", metavar="GLOB", help="Only names that match, e.g. '*.jpg' or 'train/**'. May be repeated."
+    ),
 ]
 Exclude: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not what matches; may be given again.")
+    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Skip names that match. May be repeated.")
 ]
-Version: TypeAlias = Annotated[int | None, typer.Option("--at", metavar="VERSION", help="A version by number.")]
+Version: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--at", metavar="VERSION", help="Number of the data set version to use; default: the newest."),
+]
 Columns: TypeAlias = Annotated[
-    str | None, typer.Option("--columns", metavar="A,B", help="Only these columns, in this order.")
+    str | None,
+    typer.Option("--columns", metavar="A,B", help="Names of the columns to use, in this order; default: all."),
 ]
 StorageOptions: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--storage-option", metavar="KEY=VALUE", help="For the URL's store; may be given again."),
+    typer.Option(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        help="Option of the URL's store, e.g. region=eu-central-1. May be repeated.",
+    ),
 ]
 CacheDir: TypeAlias = Annotated[
-    str | None, typer.Option("--cache", metavar="DIR", help="The cache's folder, instead of the configured one.")
+    str | None, typer.Option("--cache", metavar="DIR", help="Folder of the cache; default: the configured folder.")
 ]
 CacheSize: TypeAlias = Annotated[
-    str | None, typer.Option("--cache-size", metavar="SIZE", help="Its budget: 200GB, or 80% of the disk.")
+    str | None,
+    typer.Option("--cache-size", metavar="SIZE", help="Size limit of the cache, e.g. 200GB, or 80% (of its disk)."),
 ]
 FilesFrom: TypeAlias = Annotated[
     str | None,
-    typer.Option("--files-from", "-f", metavar="FILE", help="Only those named in FILE, one a line; -: standard input."),
+    typer.Option(
+        "--files-from", "-f", metavar="FILE", help="Only shards named in FILE, one name per line; -: standard input."
+    ),
 ]
 Seed: TypeAlias = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Of the training's shuffled order, as LoaderOptions has it.")
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N)."),
 ]
 Placement: TypeAlias = Annotated[
-    str | None, typer.Option("--placement", metavar="HOW", help="Of the training: sticky (the default) or global.")
+    str | None,
+    typer.Option(
+        "--placement",
+        metavar="HOW",
+        help="The training's assignment of shards to ranks, as in LoaderOptions: sticky (default) or global.",
+    ),
 ]
 Streams: TypeAlias = Annotated[
-    int | None, typer.Option("--streams", metavar="N", help="Of the training; by default one for each rank.")
+    int | None,
+    typer.Option(
+        "--streams",
+        metavar="N",
+        help="Number of the training's shuffle streams, as in LoaderOptions; default: one per rank.",
+    ),
 ]
 ShuffleGroup: TypeAlias = Annotated[
-    str | None, typer.Option("--shuffle-group", metavar="SIZE", help="Of the training, or all; by default 4GiB.")
+    str | None,
+    typer.Option(
+        "--shuffle-group",
+        metavar="SIZE",
+        help="Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
+    ),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, metavar="N", help="Of one rank, where it is no multiple of the streams."),
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="The training's batch size per rank; needed only if --streams does not divide the global batch size.",
+    ),
 ]
 
 _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
 
 
 def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """KEY=VALUE texts as a mapping. true, false and {JSON objects} are read as such, all else stays text.
+    """Return the options that KEY=VALUE texts give. true, false and {JSON objects} are parsed; other values stay text.
 
-    Numbers stay text because a key or an account may look like one; back ends read numbers from texts.
+    Numbers stay text, because a key or an account name may look like a number; back ends parse numbers from text.
+
+    Args:
+        pairs: Texts of the form KEY=VALUE, or None.
 
     Raises:
-        ValueError: no "=", or no JSON between braces.
+        ValueError: A text has no "=" or no key, or a value in braces is not JSON.
     """
     options: dict[str, Any] = {}
     for pair in pairs or ():
         key, found, text = pair.partition("=")
         if not found or not key:
-            raise ValueError("--storage-option takes KEY=VALUE, as in region=eu-central-1")
+            raise ValueError("--storage-option takes KEY=VALUE, e.g. region=eu-central-1")
         options[key] = text
         if text in ("true", "false") or text.startswith("{"):
             try:
@@ -86,37 +128,40 @@ def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def parse_columns(text: str | None) -> list[str] | None:
-    """Names from "a,b"; None for None. Raises ValueError for an empty name."""
+    """Return the column names in "a,b", or None for None. Raises ValueError for an empty name."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ValueError(f"--columns takes names with commas between them, got {text!r}")
+        raise ValueError(f"--columns takes names separated by commas, got {text!r}")
     return names
 
 
 def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
-    """Column types from NAME=TYPE texts; see parse_type(). Raises ValueError or SchemaError."""
+    """Return column types by name from NAME=TYPE texts; see parse_type(). Raises ValueError or SchemaError."""
     types: dict[str, UserType] = {}
     for pair in pairs or ():
         name, found, text = pair.rpartition("=")
         if not found or not name:
-            raise ValueError(f"--column takes NAME=TYPE, as in label=int64 or caption=str?, got {pair!r}")
+            raise ValueError(f"--column takes NAME=TYPE, e.g. label=int64 or caption=str?, got {pair!r}")
         types[name] = parse_type(text)
     return types
 
 
 def parse_type(text: str) -> UserType:
-    """A column's type as `info` prints it: "int64", "str?", "image<jpeg>", "float32[3, 64, 64]", "float32[*, 4]?".
+    """Return the column type that a text names, in the form that `info` prints.
+
+    Args:
+        text: Such as "int64", "str?", "image<jpeg>", "float32[3, 64, 64]" or "float32[*, 4]?".
 
     Raises:
-        ValueError: not of these forms.
-        SchemaError: no such type.
+        ValueError: The text has another form.
+        SchemaError: There is no such type.
     """
     match = _TYPE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"not a column type: {text!r}; there are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
+            f"not a column type: {text!r}; examples are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
         )
     nullable = bool(match["nullable"])
     if match["encoding"] is not None and match["name"] == "image":
@@ -126,7 +171,7 @@ def parse_type(text: str) -> UserType:
     try:
         shape = tuple(None if d.strip() == "*" else int(d) for d in match["shape"].split(","))
     except ValueError as error:
-        raise ValueError(f"a shape has numbers, and * where the size varies, got {text!r}") from error
+        raise ValueError(f"a shape consists of numbers, and * for a size that varies, got {text!r}") from error
     fixed = tuple(d for d in shape if d is not None)
     if len(fixed) == len(shape):
         return Tensor(match["name"], fixed, nullable=nullable)
@@ -134,18 +179,18 @@ def parse_type(text: str) -> UserType:
 
 
 def parse_share(text: str) -> float:
-    """A share of a whole, 0 to 1, from "25%" or "0.25". Raises ValueError."""
+    """Return the fraction, 0 to 1, that "25%" or "0.25" names. Raises ValueError."""
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(f"a share is from 0% to 100%, got {text!r}")
+        raise ValueError(f"a fraction is from 0% to 100%, got {text!r}")
     return share
 
 
 def check_size(option: str, text: str | None) -> str | None:
-    """The size as it was given, once it is known to be one. Raises ValueError naming the option."""
+    """Return text unchanged if it is a valid size, or None for None. Raises ValueError, which names the option."""
     if text is not None:
         try:
             parse_bytes(text, whole_bytes=1)
@@ -155,18 +200,24 @@ def check_size(option: str, text: str | None) -> str | None:
 
 
 def parse_rate(option: str, text: str) -> int:
-    """Bytes a second of "200MB/s" or "200MB". Raises ValueError naming the option."""
+    """Return the bytes per second that "200MB/s" or "200MB" names. Raises ValueError, which names the option."""
     try:
         rate = parse_bytes(text.strip().removesuffix("/s"))
     except ValueError as error:
-        raise ValueError(f"{option}: {error}, and /s after it if you like") from error
+        raise ValueError(f"{option}: {error}, optionally followed by /s") from error
     if rate < 1:
-        raise ValueError(f"{option} must be 1 byte a second or more, got {text!r}")
+        raise ValueError(f"{option} must be at least 1 byte per second, got {text!r}")
     return rate
 
 
 def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
-    """Bytes of a size. Raises ValueError naming the option."""
+    """Return the bytes of a size such as "200GB". Raises ValueError, which names the option.
+
+    Args:
+        option: Name of the option, for the error message.
+        text: The size.
+        whole_bytes: Bytes that 100% stands for; None: percentages are errors.
+    """
     try:
         return parse_bytes(text, whole_bytes=whole_bytes)
     except ValueError as error:
@@ -174,7 +225,7 @@ def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int
 
 
 def parse_age(option: str, text: str) -> float:
-    """Seconds of "7d". Raises ValueError naming the option."""
+    """Return the seconds of a duration such as "7d". Raises ValueError, which names the option."""
     try:
         return parse_duration(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a verb prints: rows and a summary on standard output, progress on standard error."""
+"""Output of a verb: results and a summary on standard output, progress on standard error."""
 
 from __future__ import annotations
 
@@ -23,34 +23,45 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-# Line ends, what terminals obey, and what turns the direction of writing: names of files may hold them.
+# Line ends, control characters and text direction marks: file names may contain them, and a terminal would obey them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Advance: TypeAlias = Callable[[int, int], None]
-"""Called with what is done and the total."""
+"""Callback of a progress bar; its arguments are the amount done and the total."""
 
 
 def printable(text: str) -> str:
-    """The text in one line, with escapes for what a terminal would not show but do."""
+    """Return text as one line, with escapes for control characters and text direction marks."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Prints for people, or as JSON for programs: one object a line, with `event` saying what it is."""
+    """Prints results for people, or as JSON objects for programs, one per line, each with its kind in `event`.
+
+    Args:
+        as_json: Whether results are printed as JSON.
+        quiet: Whether progress and the summary are left out.
+    """
 
     as_json: bool = False
     quiet: bool = False
 
     def event(self, event: str, facts: Mapping[str, Any], text: str | None = None) -> None:
-        """One result: facts as JSON; text for people as one line, without control characters (None: no line)."""
+        """Print one result.
+
+        Args:
+            event: Kind of the result, for JSON.
+            facts: The result, for JSON.
+            text: The result as one line, for people; control characters are escaped. None: people see no line.
+        """
         if self.as_json:
             typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False, default=str))
         elif text is not None:
             typer.echo(printable(text))
 
     def table(self, event: str, rows: Sequence[Mapping[str, Any]], texts: Sequence[Mapping[str, str]]) -> None:
-        """Results of one kind: rows as JSON objects, texts as a table with their keys as its head."""
+        """Print results of one kind: rows as JSON objects, or texts as a table whose head is their keys."""
         if self.as_json:
             for row in rows:
                 self.event(event, row)
@@ -59,16 +70,16 @@ class Output:
                 typer.echo(line)
 
     def summary(self, facts: Mapping[str, Any], text: str) -> None:
-        """The last line."""
+        """Print the last line: facts as JSON, or text for people unless quiet."""
         if self.as_json or not self.quiet:
             self.event("summary", facts, text)
 
     def progress(self, doing: str) -> AbstractContextManager[Advance]:
-        """A bar on standard error while the block runs, if that is a terminal and nobody asked for quiet. Of bytes."""
+        """Show a progress bar of bytes on standard error while the block runs, if that is a terminal and not quiet."""
         return self._bar(doing, DownloadColumn(binary_units=True), TransferSpeedColumn())
 
     def counting(self, doing: str) -> AbstractContextManager[Advance]:
-        """The same, of anything that is counted."""
+        """Show a progress bar of a count of items, under the same conditions as progress()."""
         return self._bar(doing, MofNCompleteColumn())
 
     @contextmanager
@@ -83,7 +94,7 @@ class Output:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the cells of each column under each other; cells that are numbers or sizes stand to the right."""
+    """Return one line per row, with aligned columns; a column of numbers or sizes is right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [all(cell[:1].isdigit() or not cell for cell in column) for column in zip(*rows[1:], strict=True)]
     right = right or [False] * len(widths)
@@ -94,7 +105,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def count(n: int, one: str, many: str = "") -> str:
-    """A number with its noun: "1 shard", "1,200 records"."""
+    """Return a number with its noun: "1 shard", "1,200 records"."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 

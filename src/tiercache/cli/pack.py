@@ -28,33 +28,58 @@ _MOST_LEFT_OUT = 20
 
 
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a folder, a glob, or a URL of one.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Input: a file, a folder or a glob, as a path or a URL.")
+    ],
     url: Url,
     kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="images, parquet or jsonl; by default as the names say.")
+        str | None,
+        typer.Option(metavar="KIND", help="Kind of the input: images, parquet or jsonl; default: from the file names."),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=TYPE", help="A column's type, as info prints it; may be given again."),
+        typer.Option(
+            metavar="NAME=TYPE", help="Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option(metavar="MODE", help="create, append or overwrite.")] = "create",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="About so many bytes a shard.")] = "128MiB",
-    block_size: Annotated[str, typer.Option(metavar="SIZE", help="About so many raw bytes a block.")] = "1MiB",
-    compression: Annotated[str, typer.Option(metavar="CODEC", help="auto, none, zstd or zstd:LEVEL.")] = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0: one a CPU.")] = 1,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE", help="create (a new data set), append (add records) or overwrite (replace all records)."
+        ),
+    ] = "create",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Target size of a shard.")] = "128MiB",
+    block_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="Target size of a block, uncompressed; a block is the unit of reading and shuffling."
+        ),
+    ] = "1MiB",
+    compression: Annotated[
+        str, typer.Option(metavar="CODEC", help="Compression: auto, none, zstd or zstd:LEVEL.")
+    ] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
     include: Include = None,
     exclude: Exclude = None,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
-        typer.Option("--source-option", metavar="KEY=VALUE", help="For the source's store; may be given again."),
+        typer.Option(
+            "--source-option",
+            metavar="KEY=VALUE",
+            help="Option of the source's store, e.g. region=eu-central-1. May be repeated.",
+        ),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Pack a folder of images with a sub-folder a class, Parquet files or JSON lines into a data set."""
+    """Convert images, Parquet files or JSON lines into a data set.
+
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
+    commits nothing.
+    """
     options = PackOptions(
         kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
         schema=parse_types(column) or None,
@@ -82,7 +107,7 @@ def pack(
     except KeyboardInterrupt as error:
         if version is None:
             raise
-        raise KeyboardInterrupt(f"version {version.number} is committed, and all of it is there") from error
+        raise KeyboardInterrupt(f"version {version.number} is committed and complete") from error
 
 
 def _print_version(output: Output, url: str, version: Version) -> None:
@@ -101,7 +126,7 @@ def _print_version(output: Output, url: str, version: Version) -> None:
 
 
 def _print_left_out(output: Output, plan: PackPlan) -> None:
-    """Name the files that are not packed: all of them as JSON, the first ones for people."""
+    """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
     for i, one in enumerate(plan.left_out):
         text = f"left out: {one.path}: {one.reason}" if i < _MOST_LEFT_OUT else None
         output.event("left_out", {"path": one.path, "reason": one.reason}, text)

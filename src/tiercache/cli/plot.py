@@ -1,4 +1,4 @@
-"""Draws what simulate found: by policy, over the size of the cache. The only file that knows matplotlib."""
+"""Plots of simulation results, by policy over cache size. The only module that uses matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FORMATS = (".svg", ".png", ".pdf")
-# Of the Okabe-Ito palette, which colour-blind people can tell apart; each with a marker of its own, for grey paper.
+# Colours of the Okabe-Ito palette, which colour-blind readers can distinguish, and markers for greyscale prints.
 _LOOKS: dict[str, dict[str, Any]] = {
     "plan": {"color": "#0072B2", "marker": "o"},
     "resident": {"color": "#D55E00", "marker": "s"},
@@ -27,7 +27,14 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One policy. sizes_bytes, hit_ratios and bytes_per_epoch belong together, sizes rising."""
+    """Results of one policy; the sequences have one element per cache size, sizes ascending.
+
+    Attributes:
+        policy: Name of the policy.
+        sizes_bytes: Cache sizes.
+        hit_ratios: Hit ratios, 0 to 1.
+        bytes_per_epoch: Bytes fetched per epoch.
+    """
 
     policy: str
     sizes_bytes: Sequence[int]
@@ -36,7 +43,7 @@ class Line:
 
 
 def load_matplotlib() -> ModuleType:
-    """matplotlib.figure. Raises TierCacheError where it is not installed."""
+    """Return the module matplotlib.figure. Raises TierCacheError if it is not installed."""
     try:
         return import_module("matplotlib.figure")
     except ImportError as error:
@@ -46,25 +53,33 @@ def load_matplotlib() -> ModuleType:
 
 
 def check_plot(path: Path | None) -> None:
-    """See that a plot can be drawn, before anything is computed for it.
+    """Check that a plot can be drawn, before anything is computed for it.
 
     Raises:
-        ValueError: another kind of file, or a folder that is not there.
-        TierCacheError: no matplotlib.
+        ValueError: The file type is not supported, or the folder does not exist.
+        TierCacheError: matplotlib is not installed.
     """
     if path is None:
         return
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"--plot takes a file that ends in {', '.join(FORMATS)}, got {str(path)!r}")
+        raise ValueError(f"--plot takes a file name that ends in {', '.join(FORMATS)}, got {str(path)!r}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {path.absolute().parent}")
+        raise ValueError(f"--plot: the folder {path.absolute().parent} does not exist")
     load_matplotlib()
 
 
 def draw(path: Path, lines: Sequence[Line], *, data_bytes: int, title: str) -> None:
-    """Write the plot: bytes fetched an epoch and hit ratio over cache size.
+    """Write a plot of the bytes fetched per epoch and of the hit ratio, over cache size.
 
-    data_bytes: of all that is read, one dotted line. Raises as check_plot(), and OSError.
+    Args:
+        path: File to write; its suffix selects the format.
+        lines: Results, one per policy.
+        data_bytes: Bytes of all data that is read; drawn as a dotted line.
+        title: Title of the plot.
+
+    Raises:
+        ValueError, TierCacheError: See check_plot().
+        OSError: The file cannot be written.
     """
     figure = load_matplotlib().Figure(figsize=(9.0, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -76,7 +91,7 @@ def draw(path: Path, lines: Sequence[Line], *, data_bytes: int, title: str) -> N
         look = {"label": line.policy, "markersize": 4} | _LOOKS.get(line.policy, {"marker": "x"})
         fetched.plot(sizes, [n / unit for n in line.bytes_per_epoch], **look)
         hits.plot(sizes, [100 * ratio for ratio in line.hit_ratios], **look)
-    _label(fetched, f"fetched in an epoch, {name}", name)
+    _label(fetched, f"fetched per epoch, {name}", name)
     _label(hits, "hit ratio, %", name)
     hits.set_ylim(-2, 102)
     for axes in (fetched, hits):
@@ -86,7 +101,7 @@ def draw(path: Path, lines: Sequence[Line], *, data_bytes: int, title: str) -> N
 
 
 def _label(axes: Any, y: str, unit: str) -> None:
-    axes.set_xlabel(f"cache of a node, {unit}")
+    axes.set_xlabel(f"cache size per node, {unit}")
     axes.set_ylabel(y)
     axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
@@ -94,6 +109,6 @@ def _label(axes: Any, y: str, unit: str) -> None:
 
 
 def _unit(n_bytes: int) -> tuple[int, str]:
-    """The unit that format_bytes gives a size, in bytes, and its name."""
+    """Return the bytes and the name of the unit in which format_bytes() formats a size."""
     name = format_bytes(n_bytes).split()[1]
     return 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name), name

@@ -1,4 +1,4 @@
-"""Which bytes of shards hold some columns: from their footers, which are read side by side."""
+"""Byte ranges of shards that hold some columns, read from the shards' footers in parallel."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ if TYPE_CHECKING:
     from tiercache.cli.output import Advance
     from tiercache.model import ByteRange
 
-# Footers are some KiB: their time is round trips.
+# Footers are a few KiB, so the time to read them is round trips.
 FOOTER_THREADS = 16
 
 
 def projected(
     data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
 ) -> Mapping[str, tuple[ByteRange, ...]]:
-    """Ranges of the shards that hold the columns, by name of the shard; those that are all but whole are left out.
+    """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
+
+    Args:
+        data_set: Version whose shards are read.
+        shards: Numbers of the shards, int64[m].
+        columns: Names of the columns.
+        advance: Called with the number of footers read, and their total.
 
     Raises:
-        SchemaError: no such column.
-        NotFound, StoreError, CorruptShard: of a footer.
+        SchemaError: There is no such column.
+        NotFound, StoreError, CorruptShard: A footer cannot be read.
     """
     schema = data_set.version.schema
     numbers = [schema.index(name) for name in schema.select(columns).names]

@@ -1,4 +1,4 @@
-"""The verb restore: has archived objects back, by the store's own word on how far it is."""
+"""The verb restore: requests restores of archived objects, reports their progress, and copies restored objects home."""
 
 from __future__ import annotations
 
@@ -34,25 +34,34 @@ def restore(
         list[str],
         typer.Argument(
             metavar="WHAT...",
-            help="A URL or path in a tier with all below it, or a glob over paths; after a URL, names below it.",
+            help="Objects to restore: URLs or paths in a tier (with all objects below), or globs over paths. "
+            "Arguments after a URL may be names below that URL.",
         ),
     ],
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until all can be read, and copy it home.")] = False,
-    speed: Annotated[str, typer.Option("--speed", metavar="SPEED", help="expedited, standard or bulk.")] = "standard",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until all objects are restored, then copy them to the home tier.")
+    ] = False,
+    speed: Annotated[
+        str, typer.Option("--speed", metavar="SPEED", help="Speed of the restore: expedited, standard or bulk.")
+    ] = "standard",
     days: Annotated[
-        int | None, typer.Option("--days", min=1, metavar="N", help="Only temporary copies, for N days; none at home.")
+        int | None,
+        typer.Option(
+            "--days", min=1, metavar="N", help="Restore temporarily, for N days, without copying to the home tier."
+        ),
     ] = None,
     rules: Rules = None,
     yes: Yes = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Have archived objects back: say what it costs and how long it takes, ask, and copy it home when it is there.
+    """Restore archived objects and copy them to the home tier.
 
-    Ends with 5 while something is on its way; the same command again says how far it is, and goes on. The archived
-    copies stay until a rule deletes them.
+    The command shows cost and duration, asks, and requests the restores. The exit code is 5 while restores are in
+    progress; the same command then shows their progress and continues. The archived copies stay until a rule deletes
+    them.
     """
     output = Output(as_json, quiet)
     manner = _Manner(wait, yes, dry_run)
@@ -75,11 +84,11 @@ def _speed(text: str) -> Speed:
     for speed in SPEEDS:
         if speed == text:
             return speed
-    raise ValueError(f"--speed: no such speed: {text!r}; there are {', '.join(SPEEDS)}")
+    raise ValueError(f"--speed: {text!r} is not one of {', '.join(SPEEDS)}")
 
 
 def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
-    """Paths and globs below the tiers' URLs. What follows a URL, and is none itself, is below it."""
+    """Return the paths and globs, relative to the tiers' URLs. A name that follows a URL is relative to that URL."""
     first = path_of(tiers.file, what[0])
     is_place = first != what[0].strip("/")
     found = [first]
@@ -91,9 +100,10 @@ def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
 
 
 def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
-    """Keys of the objects that are meant and lie only where they cannot be read without being restored.
+    """Return the keys of the selected objects whose every copy must be restored before it can be read.
 
-    Listings say so without a question for each object. Raises NotFound for what nothing matches.
+    The listings of the tiers tell the states, so no request per object is needed. Raises NotFound if nothing matches an
+    argument.
     """
     here: set[str] = set()
     cold: set[str] = set()
@@ -101,14 +111,14 @@ def _archived_keys(tiers: OpenTiers, wanted: Sequence[str]) -> list[str]:
         found = [info for tier in tiers.file.tiers for info in _meant(tiers, tier.name, text)]
         if not found:
             names = ", ".join(tier.name for tier in tiers.file.tiers)
-            raise NotFound(f"nothing is called so or matches it in any of the tiers {names}", url=text or "/")
+            raise NotFound(f"no object has this name or matches it in the tiers {names}", url=text or "/")
         here.update(info.key for info in found if state_of(info) == HERE)
         cold.update(info.key for info in found if state_of(info) != HERE)
     return sorted(cold - here)
 
 
 def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
-    """Objects of a tier that a path or glob means."""
+    """Return the objects of a tier that a path or glob selects."""
     listed = list(tiers.stores.listing(tier, folder_of(text)))
     is_meant = chosen(keys_of(listed), [text])
     found = [listed[i] for i in np.flatnonzero(is_meant)]
@@ -119,26 +129,26 @@ def _meant(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
 
 
 def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _Manner) -> int:
-    """Do it, or as much as can be done now; returns the exit code."""
+    """Carry out the plan as far as possible now; return the exit code."""
     for one in plan.objects:
         output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": _STATES[one.state]})
     if not plan.objects:
-        output.summary(_facts(plan), "nothing is to be restored: all of it can be read")
+        output.summary(_facts(plan), "nothing to restore: all objects can be read")
         return 0
     if manner.dry_run:
         output.summary(_facts(plan) | {"dry_run": True}, f"would restore {_text(plan)}")
         return 0
     if plan.asked and not manner.yes:
-        ask(f"Restore {_text(plan)}?", "nothing was asked for")
+        ask(f"Restore {_text(plan)}?", "nothing was requested")
     asked = restoring.request(tiers.stores, plan)
     n_left = asked.started + asked.running
     if n_left:
-        deadline_s = None if manner.wait else 0.0  # some are here at once
+        deadline_s = None if manner.wait else 0.0  # some stores restore at once
         with output.counting("restoring") as advance:
             n_left = len(restoring.wait(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
     facts = _facts(plan) | {"started": asked.started, "running": asked.running, "pending": n_left}
     if n_left:
-        text = f"{count(n_left, 'object')} on the way{_hours(plan)}; the same command with --wait waits and copies home"
+        text = f"{count(n_left, 'object')} being restored{_hours(plan)}; give --wait to wait and to copy them home"
         output.summary(facts, text)
         return PENDING
     if plan.days is not None:
@@ -148,7 +158,7 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, manner: _Manne
 
 
 def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
-    """Copy home what was restored."""
+    """Copy the restored objects to the home tier; return the exit code."""
     moves = restoring.promotion(tiers.file, plan, made_s=time.time(), known=tiers.catalog.checksums)
     applied = carry_out(output, tiers, moves)
     stopped = len(applied.stopped)
@@ -172,7 +182,7 @@ def _facts(plan: RestorePlan) -> dict[str, Any]:
 
 
 def _text(plan: RestorePlan) -> str:
-    cost = "at a price that is not known" if plan.cost is None else f"for ${dollars(plan.cost)}"
+    cost = "at an unknown price" if plan.cost is None else f"for ${dollars(plan.cost)}"
     return f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, {cost}{_hours(plan)}"
 
 

@@ -1,4 +1,4 @@
-"""The verb simulate: what a cache of some size and policy would save."""
+"""The verb simulate: what caches of several sizes and policies would save."""
 
 from __future__ import annotations
 
@@ -49,7 +49,14 @@ SIZES = ("10%", "25%", "50%", "75%", "100%")
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """What is replayed. facts: of the summary; text: for people; is_training: it has epochs."""
+    """The reads to replay.
+
+    Attributes:
+        accesses: Reads of each node.
+        facts: Summary of the reads, for JSON.
+        text: Summary of the reads, for people.
+        is_training: Whether the reads have epochs, unlike those of a recorded trace.
+    """
 
     accesses: Sequence[Access]
     facts: dict[str, Any]
@@ -59,47 +66,66 @@ class _Scene:
 
 def simulate(
     url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="The data set that a training reads: its list of shards.")
+        str | None,
+        typer.Argument(metavar="[URL]", help="Data set that a training reads; only its list of shards is used."),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="Instead of a URL: what TIERCACHE_CACHE_TRACE wrote.")
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", metavar="NAME", help="By default all; may be given again.")
+        list[str] | None,
+        typer.Option("--policy", metavar="NAME", help="Eviction policy to simulate; default: all. May be repeated."),
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option("--size", metavar="SIZE", help="Of each node's cache: 200GB, or 25% of what is read; again."),
+        typer.Option(
+            "--size",
+            metavar="SIZE",
+            help="Cache size per node, e.g. 200GB, or 25% (of all data read). May be repeated.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the training's shuffled order.")] = 0,
-    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="The stored order instead.")] = False,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="How many are replayed.")] = 5,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, metavar="N", help="Of the training, on all nodes.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Machines, each with a cache of its own.")] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Seed of the training's shuffle, as in LoaderOptions(seed=N).")
+    ] = 0,
+    no_shuffle: Annotated[
+        bool, typer.Option("--no-shuffle", help="Replay the stored order instead of a shuffled order.")
+    ] = False,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", help="Number of epochs to replay.")] = 5,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, metavar="N", help="Number of ranks of the training, on all nodes together.")
+    ] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of machines; each has its own cache.")] = 1,
     streams: Streams = None,
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     batch_size: BatchSize = None,
-    egress: Annotated[float, typer.Option("--egress", metavar="DOLLARS", help="What fetching a GB (2^30) costs.")] = 0,
-    request: Annotated[float, typer.Option("--request", metavar="DOLLARS", help="What 1,000 requests cost.")] = 0,
+    egress: Annotated[
+        float, typer.Option("--egress", metavar="DOLLARS", help="Price of fetching 1 GB (2^30 bytes) from the store.")
+    ] = 0,
+    request: Annotated[
+        float, typer.Option("--request", metavar="DOLLARS", help="Price of 1,000 requests to the store.")
+    ] = 0,
     rate: Annotated[
-        str | None, typer.Option("--rate", metavar="SIZE/s", help="What the store gives a node: 1GB/s.")
+        str | None, typer.Option("--rate", metavar="SIZE/s", help="Bandwidth from the store to one node, e.g. 1GB/s.")
     ] = None,
     train_rate: Annotated[
-        str | None, typer.Option("--train-rate", metavar="SIZE/s", help="What a node's training reads: 500MB/s.")
+        str | None,
+        typer.Option("--train-rate", metavar="SIZE/s", help="Rate at which one node's training reads, e.g. 500MB/s."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it too: .svg, .png or .pdf.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the results to FILE: .svg, .png or .pdf.")
     ] = None,
     at: Version = None,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Say what caches of some sizes would save: hit ratio, bytes fetched, dollars and time of an epoch, by policy.
+    """Simulate caches of several sizes: hits, bytes, dollars, time.
 
-    A training's order is replayed, or a recorded trace. No record is read, only the list of shards.
+    The read order of a training is replayed, or a recorded trace, with each eviction policy. No record is read, only
+    the list of shards.
     """
     output = Output(as_json, quiet)
     policies, question = _policies(policy), _question(egress, request, rate, train_rate)
@@ -139,17 +165,17 @@ def _run(output: Output, scene: _Scene, asked: Sequence[tuple[str, int]], questi
 
 def _question(egress: float, request: float, rate: str | None, train_rate: str | None) -> Question:
     if min(egress, request) < 0 or not math.isfinite(egress + request):
-        raise ValueError(f"--egress and --request are dollars, 0 or more, got {egress} and {request}")
+        raise ValueError(f"--egress and --request must be dollars, 0 or more, got {egress} and {request}")
     fetch = None if rate is None else parse_rate("--rate", rate)
     read = None if train_rate is None else parse_rate("--train-rate", train_rate)
     return Question(Prices(egress, request), Speeds(fetch, read))
 
 
 def _policies(names: Sequence[str] | None) -> list[str]:
-    """Each once, the bound last."""
+    """Return the policies without duplicates; None: all policies, then the bound."""
     unknown = [name for name in names or () if name not in (*POLICIES, "bound")]
     if unknown:
-        raise ValueError(f"--policy: there are {', '.join(POLICIES)} and bound, got {unknown[0]!r}")
+        raise ValueError(f"--policy must be one of {', '.join(POLICIES)} or bound, got {unknown[0]!r}")
     return list(dict.fromkeys(names)) if names else [*POLICIES, "bound"]
 
 
@@ -188,7 +214,7 @@ def _training(
 def _print(output: Output, cases: Sequence[Case], data_bytes: int, scene: _Scene) -> None:
     rows = [asdict(case) | {"share": case.size_bytes / max(data_bytes, 1)} for case in cases]
     has_dollars, has_times = any(case.dollars for case in cases), any(case.epoch_s is not None for case in cases)
-    fetched = "fetched an epoch" if scene.is_training else "fetched"
+    fetched = "fetched per epoch" if scene.is_training else "fetched"
     texts = []
     for case, row in zip(cases, rows, strict=True):
         text = {

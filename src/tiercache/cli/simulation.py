@@ -1,4 +1,4 @@
-"""What a cache would do for a training or for a recorded trace: traces made, replayed, counted. Pure."""
+"""Simulation of caches for a training or a recorded trace: pure functions that build, replay and count reads."""
 
 from __future__ import annotations
 
@@ -20,25 +20,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What fetching costs. egress: dollars a GB of 2^30 bytes; request: dollars for 1,000 requests."""
+    """Prices of reading from the store.
+
+    Attributes:
+        egress: Dollars per GB of 2^30 bytes.
+        request: Dollars per 1,000 requests.
+    """
 
     egress: float = 0.0
     request: float = 0.0
 
     def dollars(self, n_bytes: float, n_requests: float) -> float:
-        """Of so many bytes and requests."""
+        """Return the dollars for these bytes and requests."""
         return n_bytes / GB * self.egress + n_requests / 1000 * self.request
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Bytes a second of one node, None: not known. fetch: what the store gives it; read: what its training reads."""
+    """Bandwidths of one node in bytes per second; None: unknown.
+
+    Attributes:
+        fetch: Bandwidth from the store to the node.
+        read: Rate at which the node's training reads.
+    """
 
     fetch: float | None = None
     read: float | None = None
 
     def epoch_s(self, fetched_bytes: float, read_bytes: float) -> float | None:
-        """How long a node's epoch takes: fetching and training go on side by side, and the slower one holds it up."""
+        """Return the seconds of a node's epoch: fetching and training overlap, so the slower one determines it."""
         pairs = ((fetched_bytes, self.fetch), (read_bytes, self.read))
         times = [n_bytes / rate for n_bytes, rate in pairs if rate is not None]
         return max(times) if times else None
@@ -46,7 +56,12 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Who reads. nodes: machines with a cache each, on which ranks stand node by node; epochs: from 0 on."""
+    """The machines that read.
+
+    Attributes:
+        nodes: Number of machines, each with its own cache; the ranks fill one node after the other.
+        epochs: Number of epochs, counted from epoch 0.
+    """
 
     nodes: int = 1
     epochs: int = 5
@@ -54,12 +69,12 @@ class Cluster:
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
         if self.nodes < 1 or self.epochs < 1:
-            raise ValueError(f"--nodes and --epochs are 1 or more, got {self.nodes} and {self.epochs}")
+            raise ValueError(f"--nodes and --epochs must be 1 or more, got {self.nodes} and {self.epochs}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Access:
-    """One node's accesses in order, and the epoch of each; epoch 0 for all of a recorded trace."""
+    """The reads of one node in order, and the epoch of each read; epoch 0 for all reads of a recorded trace."""
 
     trace: Trace
     epoch: NDArray[np.int64]
@@ -68,19 +83,20 @@ class Access:
 def training_accesses(
     records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training, cluster: Cluster
 ) -> list[Access]:
-    """What each node reads in some epochs: a shard once for each of its ranks that reads it, in order of their clocks.
+    """Return the reads of each node: a shard once per epoch for each local rank that reads it, by the ranks' clocks.
 
     Args:
-        records, stored_bytes: of each shard, int64[n_shards].
-        training: its ranks and its epoch do not count.
-        cluster: see there.
+        records: Records of each shard, int64[n_shards].
+        stored_bytes: Bytes of each shard, int64[n_shards].
+        training: Training that reads; its ranks and its epoch are ignored.
+        cluster: Nodes and epochs.
 
     Raises:
-        ValueError: the nodes do not share the ranks evenly.
+        ValueError: The number of ranks is not a multiple of the number of nodes.
     """
     world_size = training.world_size
     if world_size % cluster.nodes:
-        raise ValueError(f"{world_size} ranks cannot be shared evenly by {cluster.nodes} nodes")
+        raise ValueError(f"{world_size} ranks cannot be divided evenly among {cluster.nodes} nodes")
     n_local = world_size // cluster.nodes
     epochs = [
         epoch_reads(records, stored_bytes, replace(training, epoch=epoch, ranks=tuple(range(world_size))))
@@ -88,7 +104,9 @@ def training_accesses(
     ]
     accesses = []
     for node in range(cluster.nodes):
-        began = dict.fromkeys(range(node * n_local, (node + 1) * n_local), 0)  # each rank's clock when an epoch begins
+        began = dict.fromkeys(
+            range(node * n_local, (node + 1) * n_local), 0
+        )  # each rank's clock at the start of the epoch
         rows: list[NDArray[np.int64]] = []
         for epoch, reads in enumerate(epochs):
             mine = [(rank, reads[rank]) for rank in began]
@@ -103,24 +121,27 @@ def training_accesses(
 
 
 def _rows(rank: int, began: int, shards: NDArray[np.int64], clock: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-    """Rows of shard, job, clock, the clock at the epoch's begin, and epoch: int64[5, m]."""
+    """Return rows of shard, job, clock, clock at the start of the epoch, and epoch: int64[5, m]."""
     m = len(shards)
     return np.stack([shards, np.full(m, rank), began + clock, np.full(m, began), np.full(m, epoch)])
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A policy and a cache's size on each node, and what came of it, all nodes together.
+    """The result of one policy and one cache size per node, for all nodes together.
 
-    What is said of an epoch is said of one after the first, on average; where there is one only, of that.
+    Figures per epoch are averages over the epochs after the first, or those of the only epoch.
 
     Attributes:
-        policy: a name of POLICIES, or "bound": the least that any cache can fetch.
-        hit_ratio: of an epoch's accesses; byte_hit_ratio: of its bytes.
-        first_bytes, epoch_bytes: fetched in the first epoch, and in an epoch.
-        epoch_requests: of at most PIECE_BYTES each.
-        dollars: of an epoch.
-        epoch_s: its length, that of the slowest node; None where no speed is known.
+        policy: Name in POLICIES, or "bound": the least that any cache can fetch.
+        size_bytes: Size of each node's cache.
+        hit_ratio: Fraction of an epoch's reads that are hits.
+        byte_hit_ratio: Fraction of an epoch's bytes that are hits.
+        first_bytes: Bytes fetched in the first epoch.
+        epoch_bytes: Bytes fetched per epoch.
+        epoch_requests: Requests per epoch, of at most PIECE_BYTES each.
+        dollars: Price of an epoch.
+        epoch_s: Seconds of an epoch on the slowest node; None if no bandwidth is known.
     """
 
     policy: str
@@ -136,14 +157,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of every case."""
+    """Prices and bandwidths that all cases share."""
 
     prices: Prices = field(default_factory=Prices)
     speeds: Speeds = field(default_factory=Speeds)
 
 
 def run_case(accesses: Sequence[Access], policy: str, size_bytes: int, question: Question) -> Case:
-    """Replay every node's accesses with one policy and size. Raises ValueError for an unknown policy."""
+    """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
     nodes = [_counted(access, policy, size_bytes) for access in accesses]
     total = _Counts(*(sum(column) for column in zip(*map(astuple, nodes), strict=True)))
     times = [question.speeds.epoch_s(node.epoch_bytes, node.read_bytes) for node in nodes]
@@ -162,7 +183,7 @@ def run_case(accesses: Sequence[Access], policy: str, size_bytes: int, question:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Of one node's epoch after the first, but for first_bytes."""
+    """Averages of one node over the epochs after the first; first_bytes is of the first epoch."""
 
     hits: float
     accesses: float
@@ -190,12 +211,12 @@ def _counted(access: Access, policy: str, size_bytes: int) -> _Counts:
 
 
 def recorded(trace: Trace) -> Access:
-    """A recorded trace, as one epoch of one node."""
+    """Return a recorded trace as one epoch of one node."""
     return Access(trace, np.zeros(len(trace), np.int64))
 
 
 def distinct_bytes(accesses: Sequence[Access]) -> int:
-    """Bytes of all objects that are read, each once."""
+    """Return the bytes of all objects that are read, each object counted once."""
     names = np.concatenate([access.trace.names for access in accesses])
     n_bytes = np.concatenate([access.trace.n_bytes for access in accesses])
     return int(n_bytes[np.unique(names, return_index=True)[1]].sum())

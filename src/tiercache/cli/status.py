@@ -1,4 +1,4 @@
-"""The verb status."""
+"""The verb status, and the grouping of cached copies by data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiercache.cli.values import cut
 from tiercache.cli.warm import existing_cache
 from tiercache.model import format_bytes
 
-# Facts that are printed as rows of their own, or one by one.
+# Facts that are printed as tables or lines of their own, and not in the summary.
 _ROWS = ("holders", "plans", "poisoned_now", "reports", "figures")
 
 
@@ -29,16 +29,16 @@ def status(
     cache_size: CacheSize = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Say what the cache holds, by data set, who uses it, what was wrong in it, and how full it is."""
+    """Show what the cache holds, who uses it, and damage found in it."""
     output = Output(as_json, quiet)
     with existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
     _print_data_sets(output, by_data_set(entries))
     _print_users(output, facts, {entry.name: entry.source for entry in entries})
     _print_wrong(output, facts)
-    # What this process counted is nothing: it only looks. Of all processes it is what a person asks for.
+    # The counters of this process are zero, because it only looks; "figures" sums the counters of all processes.
     shown = {name: value for name, value in facts.items() if name not in _ROWS} | facts["figures"]
     output.summary(shown, summary_of(facts))
 
@@ -55,7 +55,7 @@ def _print_data_sets(output: Output, groups: Sequence[Mapping[str, Any]]) -> Non
 
 
 def _print_users(output: Output, facts: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Who holds copies, and who plans to read them; this process, which only looks, does not count."""
+    """Print the processes that hold copies, except this one, and the jobs that have published read plans."""
     holders = [
         {
             "pid": holder["pid"],
@@ -77,36 +77,36 @@ def _print_users(output: Output, facts: Mapping[str, Any], sources: Mapping[str,
 
 def _print_wrong(output: Output, facts: Mapping[str, Any]) -> None:
     for name, poison in facts["poisoned_now"].items():
-        text = f"poisoned: {poison['url']}: wrong at its source, so not cached for now"
+        text = f"poisoned: {poison['url']}: damaged in its store, so not cached for now"
         output.event("poisoned", {"name": name, **poison}, text)
     for report in facts["reports"]:
-        verdict = report.get("verdict") or "waits to be fetched again, and compared"
+        verdict = report.get("verdict") or "not yet fetched again for comparison"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(report.get("when_s", 0)))
         text = f"quarantined {when}: {report.get('source') or report.get('name')}: {report.get('reason')}; {verdict}"
         output.event("quarantined", report, text)
 
 
 def summary_of(facts: Mapping[str, Any]) -> str:
-    """The last line for people: how full, how useful, what is wrong."""
+    """Return the last line for people: size, hit ratio, and what is wrong."""
     used, limit = facts["bytes_used"], facts["limit_bytes"]
     texts = [
         f"{facts['path']}: {format_bytes(used)} of {format_bytes(limit)}, {format_bytes(facts['pinned_bytes'])} pinned"
     ]
     if facts["reserved_bytes"]:
-        texts.append(f"{format_bytes(facts['reserved_bytes'])} on the way")
+        texts.append(f"{format_bytes(facts['reserved_bytes'])} being fetched")
     figures = facts["figures"]
     if facts["hit_ratio"] is not None:
         n_opens = figures["hits"] + figures["misses"]
         fetched = format_bytes(figures.get("bytes_fetched", 0))
-        ahead = f"{figures['prefetched']:,} had it fetched ahead, " if figures.get("prefetched") else ""
-        found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} found their copy here"
+        ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
+        found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
     texts += _nonzero(
         figures, {"evicted_early": "evicted too early", "quarantined": "quarantined", "poisoned": "poisoned"}
     )
     texts += [note for (name, value), note in _TROUBLES.items() if facts[name] == value]
     if facts["network_file_system"]:
-        texts.append(f"it lies on {facts['network_file_system']}")
+        texts.append(f"the folder is on {facts['network_file_system']}")
     return "; ".join(texts)
 
 
@@ -115,13 +115,13 @@ def _nonzero(figures: Mapping[str, int], names: Mapping[str, str]) -> Iterable[s
 
 
 _TROUBLES = {
-    ("writable", False): "it cannot be written and only serves what it holds",
-    ("bypassed", True): "its disk has failed and it is passed by for now",
+    ("writable", False): "the folder is read-only, so the cache only serves the copies that it holds",
+    ("bypassed", True): "the cache is bypassed for now, because its disk failed",
 }
 
 
 def by_data_set(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """What each data set (or other source) has in the cache, by its URL."""
+    """Return what each data set (or other source) has in the cache, ordered by URL."""
     groups: dict[str, dict[str, Any]] = {}
     for entry in entries:
         url = entry.source if entry.dataset_id is None else data_set_url(entry.source)
@@ -133,7 +133,7 @@ def by_data_set(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def data_set_url(source: str) -> str:
-    """URL of the data set that an object's URL lies in."""
+    """Return the URL of the data set that contains the object at a URL."""
     for folder in ("/shards/", "/_tiercache/"):
         head, found, _ = source.rpartition(folder)
         if found:

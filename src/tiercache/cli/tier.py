@@ -1,4 +1,4 @@
-"""The verbs below `tiercache tier`, put together."""
+"""The verbs below `tiercache tier`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from tiercache.cli.tier_ls import ls
 from tiercache.cli.tier_plan import plan
 from tiercache.cli.tier_run import run
 
-tier = typer.Typer(
-    help="Move shards, checkpoints and files between hot, standard and archive, by rules.", no_args_is_help=True
-)
+tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
 
 _AGAIN = "nothing was changed; run the same command again"
-_GOES_ON = "what was moved is moved, nothing was lost; the same command goes on from there"
-# Each verb, and what to do after Ctrl-C.
+_GOES_ON = "finished moves stay, nothing was lost; the same command continues from there"
+# Each verb, and the advice that follows Ctrl-C.
 _VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (check, _AGAIN),
     (plan, _AGAIN),

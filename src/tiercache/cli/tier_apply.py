@@ -1,4 +1,4 @@
-"""The verb tier apply: makes the moves of a stored plan, and no others."""
+"""The verb tier apply: makes exactly the moves of a stored plan."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from tiercache.tier.transfer import Transfer
 
 
 def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The file that `tiercache tier plan --out` wrote.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file that `tiercache tier plan --out` wrote.")],
     limit: Limit = 20,
     rules: Rules = None,
     yes: Yes = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Make the moves of a plan, exactly. A move whose objects or tiers have changed since is stopped; the others go on.
+    """Make the moves of a stored plan, and no others.
 
-    Data sets whose shards it moves or refuses are looked after from then on: machines report what they use.
-
-    Sources of moves go later: `tiercache tier run --once` deletes them when grace is over. Without --rules the rule
-    file is the one that the plan was made by.
+    A move whose objects or tiers have changed since is stopped. Data sets whose shards the plan moves or refuses are
+    tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
+    `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
+    with.
     """
     output = Output(as_json, quiet)
     stored = read_plan(plan)
@@ -49,7 +49,7 @@ def apply(
         return
     with opened_tiers(rules or Path(stored.rules)) as tiers:
         if tiers.file.sha256 != stored.rules_sha256:
-            text = f"{tiers.file.path} has changed since the plan was made; the plan holds, but for tiers that differ"
+            text = f"{tiers.file.path} has changed since the plan was made; moves of tiers that differ are stopped"
             output.event("note", {"text": text}, f"note: {text}")
         if stored.moves and not yes:
             ask(f"Make {plan_text(stored)}{_deletions(stored)}?", "nothing was moved")
@@ -62,7 +62,7 @@ def apply(
 
 
 def carry_out(output: Output, tiers: OpenTiers, plan: Plan) -> Applied:
-    """Make a plan's moves, with a bar; says which were stopped and why."""
+    """Make a plan's moves with a progress bar, and print the moves that were stopped, with the reason."""
     cancel, tiering = Event(), tiers.file.tiering
     with (
         Transfer(tiers.stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel) as transfer,
@@ -75,21 +75,21 @@ def carry_out(output: Output, tiers: OpenTiers, plan: Plan) -> Applied:
 
 
 def print_stopped(output: Output, stopped: Sequence[Stopped]) -> None:
-    """What was not done, and why."""
+    """Print the moves that were not made, with the reason."""
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
 
 
 def adopted_text(adopted: Sequence[str]) -> str:
-    """The end of a summary, where tiers look after data sets that they did not look after before."""
-    return f"; {count(len(adopted), 'data set')} looked after from now on" if adopted else ""
+    """Return the end of a summary, which counts data sets that are tracked from now on."""
+    return f"; {count(len(adopted), 'data set')} tracked from now on" if adopted else ""
 
 
 def ask(question: str, otherwise: str) -> None:
-    """Go on only if a person at the terminal agrees. Raises ValueError where there is nobody to ask."""
+    """Ask at the terminal whether to continue, and exit if not. Raises ValueError if standard input is no terminal."""
     if not sys.stdin.isatty():
-        raise ValueError("nobody to ask: standard input is not a terminal; say --yes")
+        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
     if not typer.confirm(question, err=True):
         typer.echo(f"tiercache: {otherwise}", err=True)
         raise typer.Exit(FAILED)
@@ -97,7 +97,7 @@ def ask(question: str, otherwise: str) -> None:
 
 def _deletions(plan: Plan) -> str:
     n = sum(move.action == "delete" for move in plan.moves)
-    return f", of them {count(n, 'deletion')} for good" if n else ""
+    return f", including {count(n, 'permanent deletion')}" if n else ""
 
 
 def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
@@ -114,5 +114,8 @@ def _facts(plan: Plan, applied: Applied) -> dict[str, Any]:
 def _text(plan: Plan, applied: Applied, grace_s: float) -> str:
     text = f"{applied.done:,} of {count(len(plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     if applied.waiting_drops:
-        text += f"; {count(applied.waiting_drops, 'deletion')} due after grace ({span(grace_s)}), by `tier run --once`"
+        text += (
+            f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({span(grace_s)}), "
+            "by `tier run --once`"
+        )
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")

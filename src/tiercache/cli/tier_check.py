@@ -1,4 +1,4 @@
-"""The verb tier check: reads the rule file, tries to reach its tiers, and says what each rule matches."""
+"""The verb tier check: reads the rule file, tries to reach its tiers, and prints what each rule matches."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tiercache.tier.view import rules_of
 from tiercache.tierfile import Rule, Tier, TierFile
 
 _NO_RULE = "(no rule)"
-# Facts of an inventory, and what they say of objects.
+# Facts of an inventory, and why no plan touches the objects that they count.
 _LEFT_ALONE = {
-    "orphans": "shards that no version of their data set names",
-    "missing": "shards that a version names and that lie in no tier: a rule deleted them, or they are elsewhere",
-    "unfinished": "somebody is still writing them",
-    "no_keys": "their names cannot be keys",
-    "differing": "not the same in two tiers",
+    "orphans": "shards that no version of their data set contains",
+    "missing": "shards that a version contains but no tier has: a rule deleted them, or they are elsewhere",
+    "unfinished": "still being written",
+    "no_keys": "names that are not valid keys",
+    "differing": "different copies in two tiers",
 }
 _SHOWN = 3
 _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
@@ -44,16 +44,19 @@ _OFFLINE, _UNSEEN = "not asked", "cannot be seen"
 
 def check(
     rules: Rules = None,
-    prices: Annotated[bool, typer.Option("--prices", help="Print the price table instead; no file is read.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Only read the file; reach no tier.")] = False,
+    prices: Annotated[bool, typer.Option("--prices", help="Print only the built-in price table.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only check the rule file, without reaching any tier.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Read the rule file, try to reach each tier, and say what each rule matches. Nothing is changed.
+    """Check the rule file and its tiers, and print what rules match.
 
-    Exits with 1 if a tier cannot be reached, or its copies cannot be seen (a disk that is not mounted). Exits with 3 if
-    an object is lost: a data set version, the placement or this machine's catalog names it, and no tier has a copy.
+    Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
+    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
+    but no tier has it.
     """
     output = Output(as_json, quiet)
     if prices:
@@ -94,7 +97,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
-    """What went wrong, or "yes". A listing is asked for: it needs the right that everything else needs."""
+    """Return "yes", or why the tier cannot be reached. A listing needs the same permission as everything else."""
     if tier.is_local and (path := Path(Location.parse(tier.url).path)).exists() and not path.is_dir():
         return f"{path}: not a folder"
     try:
@@ -119,7 +122,7 @@ def _print_tiers(output: Output, file: TierFile, reached: dict[str, str]) -> Non
 
 
 def _print_rules(output: Output, file: TierFile, inventory: Inventory) -> None:
-    """A row for each rule, with what it holds for; and one for what none matches."""
+    """Print a row for each rule with the objects that it matches, and a row for objects that no rule matches."""
     snapshot = inventory.snapshot
     matched = rules_of(snapshot, file)
     sizes = np.zeros(snapshot.n_groups, np.int64)
@@ -140,7 +143,7 @@ def _print_rules(output: Output, file: TierFile, inventory: Inventory) -> None:
 
 
 def _print_buckets(output: Output, tiers: OpenTiers) -> None:
-    """What buckets do by themselves with objects of the tiers."""
+    """Print what the tiers' buckets do with objects by themselves (lifecycle rules, versioning)."""
     for tier in tiers.file.tiers:
         archive = tiers.stores.archive(tier.name)
         if isinstance(archive, S3Archive):
@@ -149,14 +152,12 @@ def _print_buckets(output: Output, tiers: OpenTiers) -> None:
                 text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
                 output.event("bucket", asdict(found), text)
         elif tier.url.lower().startswith("s3://"):
-            text = (
-                f"tiers.{tier.name}: the bucket's lifecycle is not read without boto3: pip install 'tiercache[archive]'"
-            )
+            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: pip install 'tiercache[archive]'"
             output.event("note", {"text": text}, f"note: {text}")
 
 
 def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection[str]) -> None:
-    """What no plan touches, because nobody can be sure of it. lost: what is told by itself."""
+    """Print the objects that no plan touches. lost: Keys that are reported as lost, and not repeated here."""
     for name, what in _LEFT_ALONE.items():
         n, names = facts.get(name, (0, ()))
         if name == "missing":
@@ -168,7 +169,7 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection
             text = f"{count(n, 'object')} left alone, {what}: {shown}"
             output.event("left_alone", {"why": name, "objects": n, "names": list(names)}, f"note: {text}")
     for lack, n in facts.get("incomplete", {}).items():
-        text = f"{count(n, 'checkpoint')} not complete: without {lack}"
+        text = f"{count(n, 'checkpoint')} incomplete, lacking {lack}"
         output.event("incomplete", {"without": lack, "checkpoints": n}, f"note: {text}")
     for found in facts.get("datasets", ()):
         if found.problem:
@@ -176,7 +177,7 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection
 
 
 def _does(rule: Rule) -> str:
-    """What a rule does, in few words."""
+    """Return a short description of what a rule does."""
     parts = []
     if rule.to is not None:
         parts.append(f"from {', '.join(rule.sources)} to {rule.to}")
@@ -192,14 +193,14 @@ def _does(rule: Rule) -> str:
 
 
 def _doubts(file: TierFile) -> Iterator[str]:
-    """What may be, but is hardly meant."""
+    """Yield a note for each setting that is valid but probably not intended."""
     for tier in file.tiers:
         if tier.prices is None and not tier.is_local:
-            yield f"tiers.{tier.name} has no prices: plans count no dollars for it"
+            yield f"tiers.{tier.name} has no prices, so plans contain no dollars for it"
         if isinstance(tier.prices, str) and tier.prices.startswith("aws:"):
             priced, written = tier.prices.rpartition(":")[2], tier.storage_class or "STANDARD"
             if priced != written and not tier.is_local:
-                yield f"tiers.{tier.name} writes class {written} and has the prices of {priced}"
+                yield f"tiers.{tier.name} writes storage class {written}, but has the prices of {priced}"
 
 
 def _sum_up(output: Output, file: TierFile, n_unreached: int, losses: Sequence[Loss] | None) -> None:
@@ -234,11 +235,14 @@ def _print_prices(output: Output) -> None:
     output.table("prices", rows, texts)
     for note in price_notes():
         output.event("note", {"text": note}, note)
-    output.summary({"dated": dated, "prices": len(rows)}, f"dollars as of {dated}; tables in a rule file override them")
+    output.summary(
+        {"dated": dated, "prices": len(rows)},
+        f"prices as of {dated}, in dollars; price tables in a rule file override them",
+    )
 
 
 def price_facts(prices: Prices) -> dict[str, Any]:
-    """Prices as JSON has them."""
+    """Return prices for JSON output."""
     restore = {s: {"gb": p.gb, "per_1000": p.per_1000, "hours": p.hours} for s, p in prices.restore.items()}
     names = ("name", "store_gb_month", "put_1000", "get_1000", "transition_1000", "retrieve_gb", "egress_gb")
     minima = ("min_days", "min_bytes", "overhead_bytes", "standard_overhead_bytes")

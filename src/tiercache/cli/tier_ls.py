@@ -1,4 +1,4 @@
-"""The verb tier ls: what there is, where it lies, in what state, when it was used last, what it costs."""
+"""The verb tier ls: objects, their tiers and states, their last use and their cost."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ STATES = ("here", "archived", "restoring", "restored")
 
 def ls(
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="A folder of the tiers, a URL in one of them, or a glob.")
+        str | None,
+        typer.Argument(metavar="[PATH]", help="Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
     ] = None,
     rules: Rules = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """List shards, checkpoints and files: in which tiers, in what state, when used last, and the dollars a month."""
+    """List shards, checkpoints and files with their tiers and costs.
+
+    Each line shows the states of the copies, the last use and the dollars per month.
+    """
     output = Output(as_json, quiet)
     with opened_tiers(rules) as tiers:
         wanted = "" if path is None else path_of(tiers.file, path)
@@ -45,7 +49,7 @@ def ls(
         note = tiers.without_prices()
     found = np.flatnonzero(chosen(snapshot.paths, [wanted])).tolist()
     if path is not None and not found:
-        raise NotFound(f"nothing is called so or matches it in any of {', '.join(snapshot.tiers)}", url=wanted)
+        raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=wanted)
     month = monthly(snapshot, tiers.prices)
     first = np.searchsorted(snapshot.group, np.arange(snapshot.n_groups + 1))
     groups = sorted(found, key=lambda group: _natural(snapshot.paths[group].as_py()))
@@ -55,12 +59,12 @@ def ls(
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Orders paths as people do: step-9 before step-10."""
+    """Return a sort key that orders numbers in paths by value: step-9 before step-10."""
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(_DIGITS.split(path))]
 
 
 def monthly(snapshot: Snapshot, prices: Sequence[Prices | None]) -> NDArray[np.float64]:
-    """float64[n_copies]: what keeping each copy costs a month; 0 where a tier has no prices."""
+    """Return the dollars per month of each copy, float64[n_copies]; 0 if its tier has no prices."""
     found = np.zeros(snapshot.n_copies)
     for tier, price in enumerate(prices):
         copies = np.flatnonzero(snapshot.tier == tier)
@@ -70,7 +74,7 @@ def monthly(snapshot: Snapshot, prices: Sequence[Prices | None]) -> NDArray[np.f
 
 
 def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[np.float64]) -> dict[str, Any]:
-    """A group as JSON has it."""
+    """Return a group for JSON output."""
     last_use_s = float(snapshot.last_use_s[group])
     return {
         "path": snapshot.paths[group].as_py(),
@@ -106,7 +110,7 @@ def _time(seconds: float) -> str:
 
 
 def _text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
-    """The same for people."""
+    """Return a row of _row() for people."""
     used = "now" if row["in_use"] else f"{span(now_s - row['last_use_s'])} ago"
     return {
         "path": row["path"],

@@ -1,4 +1,4 @@
-"""Opens the tiers of a rule file: its stores, this machine's catalog, prices; and takes stock of what lies in them."""
+"""Access to the tiers of a rule file for the tier verbs: stores, catalog, prices, inventory, and path arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ from tiercache.tierfile import TierFile, load_tiers
 
 Rules: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--rules", metavar="FILE", help="The rule file, if not the tiercache.toml found here."),
+    typer.Option(
+        "--rules",
+        metavar="FILE",
+        help="Rule file; default: the nearest tiercache.toml, from this folder upwards.",
+    ),
 ]
 
 _LOSSES_SHOWN = 20
@@ -42,7 +46,14 @@ _SIGNS = "*?[{"
 
 @dataclass(frozen=True, slots=True)
 class OpenTiers:
-    """A rule file, and what it names. prices: of each tier; None where nothing is known."""
+    """The opened tiers of a rule file.
+
+    Attributes:
+        file: The rule file.
+        stores: Stores of the tiers.
+        catalog: Catalog of this machine.
+        prices: Prices of each tier; None: no prices are known.
+    """
 
     file: TierFile
     stores: Stores
@@ -50,8 +61,9 @@ class OpenTiers:
     prices: tuple[Prices | None, ...]
 
     def stock(self, output: Output) -> Inventory:
-        """All that lies in the tiers now; a line on standard error counts the objects."""
-        listed = {tier.name: 0 for tier in self.file.tiers}  # all keys from the start: threads add to it
+        """Take the inventory: all objects in the tiers now. A progress bar counts the objects."""
+        # All keys exist from the start, because threads set their values.
+        listed = {tier.name: 0 for tier in self.file.tiers}
 
         with output.counting("listing") as advance:
 
@@ -63,57 +75,66 @@ class OpenTiers:
             return take_inventory(self.file, self.stores, self.catalog, now_s=time.time(), on_progress=progress)
 
     def say_uncounted(self, output: Output, inventory: Inventory, paths: pa.Array) -> None:
-        """A note for each data set among paths whose use nobody has counted: that it is idle is not known."""
+        """Print a note for each data set among paths whose use is not tracked: whether it is idle is unknown."""
         for found in inventory.facts.get("datasets", ()):
             if not found.is_adopted and not found.problem and pc.any(pc.starts_with(paths, found.folder)).as_py():
                 folder = found.folder.rstrip("/") or "/"
-                from_then = "machines report it from the first `tier apply` or `tier run --once` on"
-                text = f"{folder}: its use is not counted yet; {from_then}"
+                from_then = "machines report it after the first `tier apply` or `tier run --once`"
+                text = f"{folder}: its use is not tracked yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
 
     def unseen(self, *, but: Collection[str] = ()) -> dict[str, str]:
-        """The tiers whose copies cannot be seen now, and why. but: names of tiers that are not asked."""
+        """Return the tiers whose copies cannot be seen now, with the reason.
+
+        Args:
+            but: Names of tiers that are not checked.
+        """
         return absences(self.file, self.stores, self.catalog, but=but)
 
     def losses(self, inventory: Inventory) -> tuple[Loss, ...]:
-        """Return the objects that should be in a tier and that no tier has."""
+        """Return the objects that should be in a tier but are in no tier."""
         return find_losses(inventory, self.file, self.stores, self.catalog, now_s=inventory.snapshot.now_s)
 
     def say_unscored(self, output: Output, inventory: Inventory, *, passed_over: bool = False) -> None:
-        """A warning for each run without a metric that a keep list asks for; and a note of checkpoints without one."""
+        """Print a warning for each run without a metric that a keep list needs.
+
+        Args:
+            inventory: Inventory of the tiers.
+            passed_over: Whether checkpoints without a metric are noted too.
+        """
         gaps, passed = metric_gaps(inventory.snapshot, self.file, inventory.facts["in_files"])
         say_gaps(output, gaps)
         for one in passed if passed_over else ():
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
 
     def say_left(self, output: Output) -> None:
-        """A note for each home, not of this rule file, that moves in the catalog of this machine wait for."""
+        """Print a note for each home tier of another rule file that moves in this machine's catalog wait for."""
         for home, n_moves in self.catalog.waiting_homes().items():
             if home != self.file.home.url:
                 text = (
-                    f"{count(n_moves, 'move')} of another home, {redact(home)}, wait in the catalog of this machine: "
-                    f"nothing of them is deleted before `tiercache tier run --once` with a rule file of that home"
+                    f"{count(n_moves, 'move')} of another home tier, {redact(home)}, in the catalog of this machine: "
+                    f"their sources are deleted only by `tiercache tier run --once` with a rule file of that home tier"
                 )
                 output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")
 
     def capacities(self) -> list[int | None]:
-        """Bytes that may lie in each tier; None: no limit."""
+        """Return the bytes that each tier may hold; None: no limit."""
         return [self.stores.capacity(tier.name) for tier in self.file.tiers]
 
     def without_prices(self) -> str:
-        """What must be said of dollars that are not counted; "" where all are."""
+        """Return the end of a summary that names tiers without prices; "" if all tiers have prices."""
         names = [tier.name for tier, prices in zip(self.file.tiers, self.prices, strict=True) if prices is None]
-        return f"; dollars without {', '.join(names)}, which has no prices" if names else ""
+        return f"; dollars exclude {', '.join(names)}, which has no prices" if names else ""
 
 
 def say_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
-    """A warning for each run without a metric that a keep list asks for."""
+    """Print a warning for each run without a metric that a keep list needs."""
     for gap in gaps:
         output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
 
 
 def say_losses(output: Output, losses: Sequence[Loss]) -> None:
-    """A line for each object that is lost; people get some of many."""
+    """Print a line for each lost object; people see the first 20."""
     shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
     for loss in shown:
         output.event("lost", asdict(loss), printable(f"LOST: {loss.text}"))
@@ -122,7 +143,7 @@ def say_losses(output: Output, losses: Sequence[Loss]) -> None:
 
 
 def say_unseen(output: Output, file: TierFile, unseen: Mapping[str, str]) -> None:
-    """A warning for each tier whose copies cannot be seen, and a note for each other one that has no folder yet."""
+    """Print a warning for each tier whose copies cannot be seen, and a note for each other tier without a folder."""
     for tier, why in unseen.items():
         text = f"tiers.{tier} cannot be seen: {why}"
         output.event("unseen", {"tier": tier, "reason": why}, printable(f"warning: {text}"))
@@ -130,14 +151,14 @@ def say_unseen(output: Output, file: TierFile, unseen: Mapping[str, str]) -> Non
 
 
 def say_doubts(output: Output, doubts: Iterable[str]) -> None:
-    """A note for each thing that may be, but is hardly meant."""
+    """Print a note for each setting that is valid but probably not intended."""
     for doubt in doubts:
         output.event("doubt", {"text": doubt}, f"note: {doubt}")
 
 
 @contextmanager
 def opened_tiers(rules: Path | None) -> Iterator[OpenTiers]:
-    """The tiers of the rule file, closed at the end."""
+    """Yield the opened tiers of the rule file, and close them at the end."""
     file = read_rules(rules)
     prices = tuple(priced(tier) for tier in file.tiers)
     places = {tier.name: tier.url for tier in file.tiers}
@@ -146,7 +167,7 @@ def opened_tiers(rules: Path | None) -> Iterator[OpenTiers]:
 
 
 def read_rules(rules: Path | None) -> TierFile:
-    """The rule file, with its globs compiled once. Raises ValueError, which names file and key."""
+    """Return the rule file after checking that its globs compile. Raises ValueError, which names file and key."""
     file = load_tiers(rules)
     nothing = pa.array([], pa.large_string())
     globs = [(f"{rule.name}.match", rule.match) for rule in file.rules]
@@ -163,12 +184,15 @@ def read_rules(rules: Path | None) -> TierFile:
 
 
 def path_of(file: TierFile, text: str) -> str:
-    """The path below the tiers' URLs that a URL, a local path or such a path names; "" is a tier itself.
+    """Return the path below the tiers' URLs that an argument names; "" is a whole tier.
 
-    A local path is absolute, or begins with "~/", "./" or "../".
+    Args:
+        file: Rule file with the tiers.
+        text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with
+            "~/", "./" or "../".
 
     Raises:
-        ValueError: a URL or absolute path that lies in no tier.
+        ValueError: The URL or absolute path is in no tier.
     """
     place = Location.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
     if not place.scheme and not Path(place.path).is_absolute():
@@ -181,7 +205,7 @@ def path_of(file: TierFile, text: str) -> str:
         if whole.startswith(root.rstrip("/") + "/"):
             return whole.removeprefix(root.rstrip("/") + "/")
     known = ", ".join(Location.parse(tier.url).shown for tier in file.tiers)
-    raise ValueError(f"{place.shown}: lies in none of the tiers of {file.path}: {known}")
+    raise ValueError(f"{place.shown}: not in any tier of {file.path}: {known}")
 
 
 def _whole(place: Location) -> str:
@@ -189,12 +213,12 @@ def _whole(place: Location) -> str:
 
 
 def is_glob(text: str) -> bool:
-    """Whether a path on the command line is a glob as rules have it."""
+    """Return whether an argument is a glob, in the syntax of rules."""
     return any(sign in text for sign in _SIGNS)
 
 
 def folder_of(text: str) -> str:
-    """The folder below which everything lies that a path or glob means; "" for all."""
+    """Return the deepest folder that contains everything a path or glob matches; "" for all."""
     if not is_glob(text):
         return text
     first = min(text.index(sign) for sign in _SIGNS if sign in text)
@@ -202,7 +226,12 @@ def folder_of(text: str) -> str:
 
 
 def chosen(paths: pa.Array, wanted: Sequence[str]) -> NDArray[np.bool_]:
-    """bool[n]: which of the paths are meant by these: a glob, or a path with all below it; "" is all."""
+    """Return which paths the arguments select, bool[n].
+
+    Args:
+        paths: Paths below the tiers' URLs, string[n].
+        wanted: Globs, or paths, which select everything below them; "" selects all.
+    """
     found = np.zeros(len(paths), np.bool_)
     for text in wanted:
         if is_glob(text):

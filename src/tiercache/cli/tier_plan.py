@@ -19,23 +19,25 @@ from tiercache.tier.plan import planned, write_plan
 from tiercache.tier.policy import decide
 
 Limit = Annotated[
-    int, typer.Option("--limit", "-n", min=0, metavar="N", help="Show so many moves and refusals; 0: all.")
+    int, typer.Option("--limit", "-n", min=0, metavar="N", help="Number of moves and of refusals to show; 0: all.")
 ]
 
 
 def plan(
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply`.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the plan to FILE, for `tiercache tier apply FILE`."),
     ] = None,
     limit: Limit = 20,
     rules: Rules = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Say what would be moved, why, what it costs and saves, and what is refused. Nothing is moved.
+    """Show what would be moved, why, and what it costs and saves.
 
-    With --json all moves and refusals are printed, whatever --limit says.
+    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
+    --limit says.
     """
     output = Output(as_json, quiet)
     with opened_tiers(rules) as tiers:
@@ -49,7 +51,7 @@ def plan(
 
 
 def made_plan(output: Output, tiers: OpenTiers) -> Plan:
-    """A plan of what lies in the tiers now."""
+    """Return a plan of what is in the tiers now."""
     inventory = tiers.stock(output)
     unseen = tiers.unseen()
     limits = tiers.capacities()
@@ -62,7 +64,7 @@ def made_plan(output: Output, tiers: OpenTiers) -> Plan:
 
 
 def print_plan(output: Output, made: Plan, limit: int) -> None:
-    """Sums by rule, the moves, the refusals, and what lies in each tier before and after."""
+    """Print sums by rule, the moves, the refusals, and what each tier holds before and after."""
     most = None if output.as_json or limit == 0 else limit
     if most is not None and len(made.moves) > most:
         _print_sums(output, made.moves)
@@ -74,7 +76,7 @@ def print_plan(output: Output, made: Plan, limit: int) -> None:
 
 
 def _print_sums(output: Output, moves: Sequence[Move]) -> None:
-    """People only: moves of one rule between two tiers, summed."""
+    """Print the moves of each rule between two tiers, summed, for people only."""
     texts = [
         {
             "rule": rule,
@@ -122,7 +124,7 @@ def _say_more(n_all: int, most: int | None, noun: str) -> None:
 
 
 def move_facts(move: Move) -> dict[str, Any]:
-    """A move as JSON has it: as in the plan's file, but for its objects."""
+    """Return a move for JSON output: as in the plan file, without its objects."""
     return {
         "id": move.number,
         "path": move.path,
@@ -142,13 +144,13 @@ def move_facts(move: Move) -> dict[str, Any]:
 
 
 def refusal_facts(one: Refusal) -> dict[str, Any]:
-    """A refusal as JSON has it."""
+    """Return a refusal for JSON output."""
     names = ("path", "kind", "action", "src", "dst", "rule", "reason", "n_bytes")
     return {name: getattr(one, name) for name in names}
 
 
 def plan_facts(made: Plan) -> dict[str, Any]:
-    """The summary of a plan as JSON has it."""
+    """Return the summary of a plan for JSON output."""
     of = sums(made.moves)
     return {
         "plan": made.id,
@@ -161,7 +163,7 @@ def plan_facts(made: Plan) -> dict[str, Any]:
 
 
 def plan_text(made: Plan) -> str:
-    """The same for people."""
+    """Return the summary of a plan for people."""
     facts = plan_facts(made)
     text = f"{count(facts['n_moves'], 'move')}, {format_bytes(facts['n_bytes'])}"
     text += f", costs ${dollars(facts['cost'])}, saves ${dollars(facts['saving_month'])} a month"

@@ -1,4 +1,4 @@
-"""The verb tier run: what a scheduler calls; takes stock, plans, moves, and drops what is due."""
+"""The verb tier run, for schedulers: takes the inventory, plans, moves, and deletes sources whose grace is over."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from tiercache.tier.run import RunReport, run_once
 
 
 def run(
-    once: Annotated[bool, typer.Option("--once", help="One run: nothing stays resident.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Required: run once, and do not stay resident.")] = False,
     limit: Limit = 20,
     rules: Rules = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Do all that is to be done now: finish what was broken off, plan, move, delete sources whose grace is over.
+    """Plan and make all moves that are due; for schedulers.
 
-    For cron, Airflow, Kubernetes. Asks nothing. With --json the last line sums all up. Ends with 0, with 3 where some
-    moves were stopped (the others are done), something is lost or a tier cannot be seen (a disk that is not mounted),
-    with 5 where restores are under way, with 1 where it failed.
+    It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
+    Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
+    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
+    mounted); 5 restores are in progress.
     """
     if not once:
-        raise ValueError("say --once: a scheduler such as cron repeats it, nothing of tiercache stays resident")
+        raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
     output = Output(as_json, quiet)
     file = read_rules(rules)
     with output.progress("moving") as advance:
@@ -52,7 +53,7 @@ def run(
 
 
 def _text(report: RunReport) -> str:
-    """The summary for people."""
+    """Return the summary for people."""
     if report.dry_run:
         return f"would make {plan_text(report.plan)}; {count(report.settled.waiting_drops, 'deletion')} waiting"
     applied, settled = report.applied, report.settled

@@ -1,4 +1,4 @@
-"""How the tier verbs write dollars, times and what lies in tiers."""
+"""Formatting of dollars, durations and tier contents for the tier verbs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def dollars(amount: float) -> str:
-    """An amount as "1,234.50"; small ones with two digits that count: "0.00012"."""
+    """Return an amount as "1,234.50"; an amount below 0.01 with two significant digits: "0.00012"."""
     if amount == 0 or abs(amount) >= 0.01:
         return f"{amount:,.2f}"
     digits = 1 - math.floor(math.log10(abs(amount)))
@@ -22,7 +22,7 @@ def dollars(amount: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """A time as "12 d", "3 h", "40 s": in the largest unit of which it has two."""
+    """Return a duration as "12 d", "3 h" or "40 s": in the largest unit of which it has at least two."""
     for length_s, unit in _UNITS:
         if seconds >= 2 * length_s:
             return f"{seconds / length_s:,.0f} {unit}"
@@ -32,7 +32,7 @@ def span(seconds: float) -> str:
 def print_holdings(
     output: Output, tiers: Sequence[str], before: Mapping[str, Holding], after: Mapping[str, Holding]
 ) -> None:
-    """A row for each tier: what lies there before and after."""
+    """Print a row for each tier with what it holds before and after."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
     for name in tiers:

@@ -1,4 +1,4 @@
-"""What a training reads, in which order: from the order alone, without torch and without a footer. Pure."""
+"""Read order of a training, computed from the sampler order alone, without torch and without footers. Pure."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ if TYPE_CHECKING:
 
     from tiercache.order import BlockTable
 
-# A group is what is read at a time.
+# The default of LoaderOptions.
 GROUP_BYTES = LoaderOptions().group_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """An order as a loader makes it, and who reads it.
+    """A loader's order and the ranks that read it.
 
     Attributes:
-        seed: of a shuffled order; None: the stored order, of which every rank reads every shard.
-        ranks: those that are meant, of world_size.
-        streams: None: one for each rank of world_size.
-        batch_size: of one rank; it only matters where streams does not divide a global batch; None: it does.
+        seed: Seed of the shuffle; None: the stored order, in which every rank reads every shard.
+        epoch: Epoch, counted from 0.
+        ranks: Ranks whose reads are wanted.
+        world_size: Number of ranks.
+        streams: Number of shuffle streams; None: one per rank.
+        placement: Assignment of shards to ranks, see LoaderOptions.
+        group_bytes: Size of a shuffle group; None: all shards.
+        batch_size: Batch size per rank; it matters only if streams does not divide the global batch size. None: it
+            does.
     """
 
     seed: int | None = None
@@ -42,14 +47,14 @@ class Training:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError naming what is wrong (what the order checks apart)."""
+        """Check the ranks. Raises ValueError. The order checks the other values."""
         bad = [rank for rank in self.ranks if not 0 <= rank < self.world_size]
         if bad or not self.ranks:
-            raise ValueError(f"a rank is from 0 to {self.world_size - 1} of {self.world_size}, got {bad or 'none'}")
+            raise ValueError(f"ranks must be from 0 to {self.world_size - 1} of {self.world_size}, got {bad or 'none'}")
 
     @property
     def options(self) -> OrderOptions:
-        """Of the order. Windows make no difference to which shards are read when."""
+        """Return the options of the order. Windows do not affect which shards are read when, so there are none."""
         return OrderOptions(
             seed=self.seed or 0,
             shuffle=self.seed is not None,
@@ -62,9 +67,11 @@ class Training:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reads:
-    """Shards that are read one after the other, each for the first time in an epoch.
+    """Shards in the order in which one reader first reads them in an epoch.
 
-    shards: int64[m]; clock: int64[m], stored bytes that the same reader has read of the epoch before.
+    Attributes:
+        shards: Shard numbers, int64[m].
+        clock: Stored bytes that the reader has read in the epoch before each shard, int64[m].
     """
 
     shards: NDArray[np.int64]
@@ -72,14 +79,15 @@ class Reads:
 
 
 def epoch_reads(records: NDArray[np.int64], stored_bytes: NDArray[np.int64], training: Training) -> dict[int, Reads]:
-    """What each of the training's ranks reads in its epoch. O(shards).
+    """Return the reads of each of the training's ranks in its epoch. O(shards).
 
     Args:
-        records, stored_bytes: of each shard, int64[n_shards].
-        training: whose epoch and ranks.
+        records: Records of each shard, int64[n_shards].
+        stored_bytes: Bytes of each shard, int64[n_shards].
+        training: Training with its epoch and ranks.
 
     Raises:
-        ValueError: options that no order has.
+        ValueError: The order does not accept the options.
     """
     order = EpochOrder(Layout(records, stored_bytes, _no_footers), training.options, training.epoch)
     runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
@@ -97,7 +105,7 @@ def epoch_reads(records: NDArray[np.int64], stored_bytes: NDArray[np.int64], tra
 
 
 def read_first(reads: Sequence[Reads]) -> NDArray[np.int64]:
-    """Shards in the order in which some readers side by side come to them, each once: int64[m]."""
+    """Return the shards in the order in which parallel readers first read them, without duplicates: int64[m]."""
     if not reads:
         return np.zeros(0, np.int64)
     shards = np.concatenate([each.shards for each in reads])
@@ -106,22 +114,22 @@ def read_first(reads: Sequence[Reads]) -> NDArray[np.int64]:
 
 
 def first_bytes(shards: NDArray[np.int64], stored_bytes: NDArray[np.int64], n_bytes: float) -> NDArray[np.int64]:
-    """The first of these shards that hold n_bytes together; all where they hold less."""
+    """Return the first shards that together hold n_bytes; all shards if they hold less."""
     before = np.cumsum(stored_bytes[shards]) - stored_bytes[shards]
     return shards[: int(np.searchsorted(before, n_bytes, side="left"))]
 
 
 def _side_by_side(runs: Sequence[NDArray[np.int64]], stored_bytes: NDArray[np.int64]) -> Reads:
-    """Streams that are read in turns, a record of each: they go on at about the same bytes a second."""
+    """Return the reads of streams that advance together, one record of each in turn, at about equal byte rates."""
     if not runs:
         return Reads(np.zeros(0, np.int64), np.zeros(0, np.int64))
     shards = np.concatenate(runs)
     before = np.concatenate([np.cumsum(stored_bytes[run]) - stored_bytes[run] for run in runs])
     shards = shards[np.argsort(before, kind="stable")]
-    # A shard that two of the rank's streams share is opened once.
+    # A shard that two of the rank's streams read is opened once.
     shards = shards[np.sort(np.unique(shards, return_index=True)[1])]
     return Reads(shards, np.cumsum(stored_bytes[shards]) - stored_bytes[shards])
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[BlockTable]:
-    raise RuntimeError(f"the order of shards asked for footers of {list(shards)}: it never does")
+    raise RuntimeError(f"bug: the order of shards read the footers of {list(shards)}")

@@ -1,4 +1,4 @@
-"""A record's values as a person can read them, and as JSON can hold them."""
+"""Values of a record, formatted for people and for JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ELEMENTS = 6
 
 
 def shown(column: Column, value: Any) -> str:
-    """One line: pictures and bytes as "<jpeg 12.3 KiB>", arrays with their first elements, long texts cut."""
+    """Return one line for people: "<jpeg 12.3 KiB>" for images and bytes, first elements of arrays, long texts cut."""
     if value is None:
         return "null"
     if column.kind in (Kind.IMAGE, Kind.BYTES):
@@ -35,7 +35,7 @@ def shown(column: Column, value: Any) -> str:
 
 
 def plain(column: Column, value: Any) -> Any:
-    """For JSON: arrays as lists; pictures and bytes as shown() has them, for JSON holds no bytes."""
+    """Return the value as JSON can hold it: arrays as lists, images and bytes as the text that shown() returns."""
     if value is None:
         return None
     if column.kind in (Kind.IMAGE, Kind.BYTES):
@@ -46,12 +46,12 @@ def plain(column: Column, value: Any) -> Any:
 
 
 def as_numpy(value: Any) -> np.ndarray[Any, Any]:
-    """A numpy array of a value that is one, a number, or a torch tensor (bfloat16: widened)."""
+    """Return an array, a number or a torch tensor as a numpy array; bfloat16 is widened to float32."""
     if hasattr(value, "detach"):
         value = value.detach().float().numpy()
     return np.asarray(value)
 
 
 def cut(text: str) -> str:
-    """text, or its beginning if it is long."""
+    """Return text, shortened to 70 characters if it is longer."""
     return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."

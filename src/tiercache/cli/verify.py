@@ -34,45 +34,51 @@ from tiercache.shard.dataset_check import ShardCheck, check_shards, open_whole
 from tiercache.shard.verify import Finding, finding_of
 
 MaybeUrl: TypeAlias = Annotated[
-    str | None, typer.Argument(metavar="[URL]", help="The data set: a local path or any store's URL.")
+    str | None, typer.Argument(metavar="[URL]", help="Data set: a local path, or a URL such as s3://bucket/name.")
 ]
 
 
 def verify(
     url: MaybeUrl = None,
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="SHARE", help="Only so many of the shards, at random: 5%.")
+        str | None,
+        typer.Option(
+            "--sample", metavar="SHARE", help="Check only this fraction of the shards, chosen at random, e.g. 5%."
+        ),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
     at: Version = None,
     cached: Annotated[
         bool,
-        typer.Option("--cached", help="Check the data set's copies in the cache instead; without a URL all copies."),
+        typer.Option(
+            "--cached", help="Check the cached copies of the data set, not its store; without URL: all copies."
+        ),
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="The same, and fetch damaged copies again.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Like --cached, and fetch damaged copies again.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
     storage_option: StorageOptions = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Check every byte of a version, its segments and its shards, or of copies in the cache.
+    """Check every byte of a data set, or of copies in the cache.
 
-    Ends with 4 if anything is damaged, and still is.
+    Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
+    is damaged and was not repaired.
     """
     output = Output(as_json, quiet)
     jobs = jobs or config.available_cpus()
     if cached or repair or cache_dir is not None:
         if sample is not None or at is not None:
-            raise ValueError("--sample and --at are for data sets, not for copies in the cache")
+            raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
         with existing_cache(cache_dir, cache_size) as cache:
             verify_copies(output, cache, CopiesAsked(url, include, exclude, repair, jobs, storage_option))
         return
     if url is None:
-        raise ValueError("verify takes a URL, or --cached, --repair or --cache DIR for copies in the cache")
+        raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
     with opened_store(url, storage_option) as store:
         try:
             data_set = OpenDataSet(store, *open_whole(store, at))
@@ -89,7 +95,7 @@ def verify(
 
 
 def _sampled(shards: Sequence[int], share: float) -> list[int]:
-    """A random share of the shards, in order; at least one if there is one."""
+    """Return a random fraction of the shards, in order; at least one if there is one."""
     n = min(len(shards), max(1, round(share * len(shards))))
     return sorted(secrets.SystemRandom().sample(shards, n))
 

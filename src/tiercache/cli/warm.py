@@ -1,4 +1,4 @@
-"""The verbs that bring copies into the local cache: warm and pin."""
+"""The verbs warm and pin, which copy data sets into the local cache, and the opening of the cache."""
 
 from __future__ import annotations
 
@@ -43,33 +43,55 @@ from tiercache.model import ByteRange, ShardIdentity, format_bytes
 from tiercache.store import LocalStore, Store
 
 Share = Annotated[
-    str | None, typer.Option("--share", metavar="SHARE", help="Only so much of what is chosen, its first bytes: 25%.")
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="SHARE",
+        help="Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+    ),
 ]
-First = Annotated[str | None, typer.Option("--first", metavar="SIZE", help="The same, as a size: 200GB.")]
+First = Annotated[
+    str | None,
+    typer.Option(
+        "--first",
+        metavar="SIZE",
+        help="Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB.",
+    ),
+]
 Minutes = Annotated[
-    float | None, typer.Option("--minutes", metavar="N", help="The same: what is read in so long, at --rate.")
+    float | None,
+    typer.Option("--minutes", metavar="N", help="Fetch only what a training reads in N minutes at --rate."),
 ]
 Rate = Annotated[
-    str | None, typer.Option("--rate", metavar="SIZE/s", help="How fast the training reads, stored bytes: 500MB/s.")
+    str | None,
+    typer.Option(
+        "--rate", metavar="SIZE/s", help="Rate at which the training reads stored bytes, e.g. 500MB/s; for --minutes."
+    ),
 ]
-Epoch = Annotated[int | None, typer.Option("--epoch", min=0, metavar="N", help="Which epoch of the training; 0.")]
+Epoch = Annotated[
+    int | None, typer.Option("--epoch", min=0, metavar="N", help="Epoch of the training, counted from 0; default: 0.")
+]
 Rank = Annotated[
     list[str] | None,
-    typer.Option("--rank", metavar="R/W", help="What this rank of so many reads: 3/8, or 0-3/8; may be given again."),
+    typer.Option(
+        "--rank",
+        metavar="R/W",
+        help="Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated.",
+    ),
 ]
 
 
 def refuse_local(store: Store, folder: str | None) -> None:
-    """Raise ValueError for a local folder, unless a cache was named: readers map its files where they are."""
+    """Raise ValueError for a local data set, whose files readers map in place, unless a cache folder was named."""
     if isinstance(store, LocalStore) and folder is None:
         raise ValueError(
-            f"{store.url}: a local folder is read in place; say --cache DIR to copy it to a cache all the same"
+            f"{store.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
         )
 
 
 @contextmanager
 def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
-    """As opened_cache(), for a verb that needs a cache that exists.
+    """Open a cache that exists, as opened_cache() does.
 
     Raises:
         FileNotFoundError: The folder does not exist. It is not created.
@@ -77,8 +99,8 @@ def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
     path = Path(config.load(cache_dir=folder).cache_dir).expanduser().absolute()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; name "
-            "another folder with --cache or TIERCACHE_CACHE_DIR"
+            f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; to name "
+            "another folder, use --cache or TIERCACHE_CACHE_DIR"
         )
     with opened_cache(folder, size) as cache:
         yield cache
@@ -86,14 +108,14 @@ def existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
 
 @contextmanager
 def opened_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
-    """The cache that the flags name, or else the configuration; closed at the end."""
+    """Yield the cache that the options or the configuration name, and close it at the end."""
     with Cache.default(path=folder, size=check_size("--cache-size", size)) as cache:
         yield cache
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What of which data set, as the flags say it. columns: None: all."""
+    """The part of a data set that the options select. columns: Names of columns; None: all."""
 
     url: str
     choice: Choice
@@ -104,7 +126,14 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Objects that are to be in a cache: keys and identities; of those in ranges, only these."""
+    """Objects to copy into a cache.
+
+    Attributes:
+        cache: The cache.
+        store: Store of the data set, read through the cache.
+        objects: Keys and identities of the objects.
+        ranges: Byte ranges to copy, by key; an object that is not in ranges is copied as a whole.
+    """
 
     cache: Cache
     store: CachedStore
@@ -113,12 +142,12 @@ class _Wanted:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As JSON has them."""
+        """Return the objects for JSON output."""
         return {"url": self.store.url, "objects": len(self.objects), "bytes": self._n_bytes}
 
     @property
     def text(self) -> str:
-        """For people."""
+        """Return the objects for people."""
         parts = f" ({len(self.ranges):,} of them in part)" if self.ranges else ""
         return f"{count(len(self.objects), 'object')}{parts}, {format_bytes(self._n_bytes)}"
 
@@ -130,7 +159,7 @@ class _Wanted:
         )
 
     def fetch(self, output: Output, doing: str, jobs: int) -> WarmReport:
-        """Have all of them in the cache, with a bar that says what is being done."""
+        """Copy all objects into the cache, with a progress bar labelled doing."""
         jobs = jobs or config.available_cpus()
         with output.progress(doing) as advance:
             return self.cache.warm(
@@ -144,7 +173,7 @@ class _Wanted:
 
 @contextmanager
 def _wanted(asked: _Asked, cache: Cache, cache_dir: str | None, output: Output) -> Iterator[_Wanted]:
-    """What is asked for, while the data set's store is open."""
+    """Yield the selected objects, while the data set's store is open."""
     with opened_store(asked.url, asked.storage_options) as inner:
         refuse_local(inner, cache_dir)
         data_set = open_data_set(inner, asked.at)
@@ -184,11 +213,12 @@ def warm(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Fetch a data set, or a part of it, into the cache. Ends with 0 only when all of it is there.
+    """Copy a data set, or a part of it, from its store into the cache.
 
-    With --seed in the order in which a training reads it: --rank says whose part, --first or --minutes how far.
+    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
+    reads them: --rank selects the ranks, and --first or --minutes the amount.
     """
     output = Output(as_json, quiet)
     order = OrderFlags(seed, epoch, rank, streams, placement, shuffle_group, batch_size).training()
@@ -199,7 +229,7 @@ def warm(
         if dry_run:
             plan = cache.plan_warm(wanted.store, wanted.objects, ranges=wanted.ranges)
             facts = {"fetched": len(plan.missing), "bytes_fetched": plan.missing_bytes, "fits": plan.fits}
-            short = "" if plan.fits else "; the cache has no room for them"
+            short = "" if plan.fits else "; the cache has not enough space for them"
             missing = f"{count(len(plan.missing), 'object')}, {format_bytes(plan.missing_bytes)}"
             output.summary(wanted.facts | facts | {"dry_run": True}, f"would fetch {missing}{short}")
             return
@@ -224,9 +254,13 @@ def pin(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001 - read where failures are reported
+    verbose: Verbose = False,  # noqa: ARG001 - reports_failures() reads it
 ) -> None:
-    """Fetch a data set, or a part of it, into the cache, and hold it there until unpin."""
+    """Copy a data set into the cache, and keep the copies until unpin.
+
+    Pinned copies are not evicted. --share, --first, --include, --exclude and --files-from select a part of the data
+    set.
+    """
     output = Output(as_json, quiet)
     part, size = PartFlags(share, first).limits()
     choice = Choice(include, exclude, read_names(files_from), share=part, first_bytes=size)

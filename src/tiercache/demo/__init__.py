@@ -1,1 +1,1 @@
-"""The whole story on one machine: an object store, real input, two data sets, two small models; `tiercache demo`."""
+"""The story of `tiercache demo`: an S3 server, two data sets, two small models and three tiers on one machine."""

@@ -1,4 +1,4 @@
-"""The demo's input: real files that ship inside packages which the demo needs anyway."""
+"""The demo's input: real files from packages that the demo needs anyway."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ WINDOW_BYTES = 128
 
 
 def check_packages(names: tuple[str, ...]) -> None:
-    """See that the packages of the extra `demo` are there, before anything is started.
+    """Check that the packages of the extra `demo` are installed.
 
     Raises:
-        TierCacheError: naming what is missing and how to get it.
+        TierCacheError: A package is missing; the message says how to install it.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
@@ -38,9 +38,9 @@ def write_digits(folder: Path) -> tuple[int, int]:
     """Write scikit-learn's digits as folder/{train,test}/<digit>/<number>.png, 8 x 8 grey pixels each.
 
     Returns:
-        Images in train and in test.
+        The numbers of images in train and in test.
     """
-    # These belong to an extra, so they are not there for everybody who imports this module.
+    # These packages belong to an extra, so this module must be importable without them.
     datasets: Any = import_module("sklearn.datasets")
     pillow: Any = import_module("PIL.Image")
     digits = datasets.load_digits()
@@ -55,9 +55,9 @@ def write_digits(folder: Path) -> tuple[int, int]:
 
 
 def python_windows(n_bytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
-    """Python source installed beside us, as byte tokens: uint8[n, WINDOW_BYTES + 1], windows and the byte after each.
+    """Return installed Python source as byte tokens: uint8[n, WINDOW_BYTES + 1], each window with its next byte.
 
-    Files are taken in the order of their paths, until n_bytes are there.
+    Files are read in the order of their paths, until there are n_bytes.
     """
     packages = Path(sysconfig.get_paths()["purelib"])
     text = bytearray()

@@ -1,4 +1,4 @@
-"""What the demo says while it goes: plain frozen values, printed by the command or given as JSON."""
+"""The events that the demo yields while it runs, which the command prints as text or JSON."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A chapter begins."""
+    """A new step of the story begins."""
 
     title: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A sentence about what just happened."""
+    """A sentence about the current step."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A data set as it stands in the store. stored_bytes: of its shards; raw_bytes: of the input."""
+    """A packed data set.
+
+    Attributes:
+        name: Name of the data set.
+        url: URL of the data set.
+        columns: Names of its columns.
+        n_records: Number of records.
+        n_shards: Number of shards.
+        raw_bytes: Bytes of the input.
+        stored_bytes: Bytes of the shards.
+    """
 
     name: str
     url: str
@@ -35,13 +45,23 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One pass, or a part of one, over a data set, training included; "loader only": passes without training.
+    """An epoch, or a part of one, over a data set; with training, except for "loader only".
 
-    how: "cold", "warm", "loader only", "whole", "stopped", "resumed" or "moved". served_bytes: in batches;
-    fetched_bytes: from the store. loss: mean over the training records; accuracy: on held-out records; both where
-    there is one.
-    wait_share: of the time, spent waiting for the loader.
-    digests: SHA-256 of each training batch, in order. weights: SHA-256 of the model after it.
+    Attributes:
+        task: Name of the model and its data set.
+        epoch: Epoch, counted from 1.
+        how: "cold", "warm", "loader only", "whole", "stopped", "resumed" or "moved".
+        n_samples: Number of records.
+        elapsed_s: Duration in seconds.
+        wait_share: Fraction of the duration spent waiting for the loader.
+        served_bytes: Bytes of the batches.
+        fetched_bytes: Bytes fetched from the store.
+        hits: Number of cache hits.
+        misses: Number of cache misses.
+        loss: Mean loss over the training records; None without training.
+        accuracy: Accuracy on held-out records; None without such records.
+        digests: SHA-256 of each training batch, in order.
+        weights: SHA-256 of the model after the epoch.
     """
 
     task: str
@@ -61,14 +81,14 @@ class Epoch:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of the cache's answers that were hits; 1.0 where it was not asked: nothing was needed from it."""
+        """Return the fraction of cache requests that were hits; 1.0 without requests."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that tiercache promises, and whether it held here."""
+    """A promise of tiercache, whether it held, and what was found."""
 
     text: str
     holds: bool
@@ -77,7 +97,15 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What lies in a tier, and what that costs a month. when: "before" its data is moved, or "after"."""
+    """The contents of a tier and their monthly cost.
+
+    Attributes:
+        when: "before" or "after" the moves.
+        tier: Name of the tier.
+        n_bytes: Bytes in the tier.
+        n_objects: Number of objects in the tier.
+        dollars_month: Cost in dollars per month.
+    """
 
     when: str
     tier: str

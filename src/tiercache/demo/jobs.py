@@ -1,4 +1,4 @@
-"""What the demo asks of a training process, as JSON on its standard input; events come back, one a line."""
+"""Messages between the demo and its training processes: a job as JSON, and events as lines of JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One process's work: all tasks through one phase.
+    """The work of one training process: all tasks, in one phase.
 
-    urls: data set by name ("digits/train", "digits/test", "python"). folder: where models and loader states lie
-    between processes. cache, cache_bytes: the cache that all processes share. checkpoints: folder for those by step.
+    Attributes:
+        phase: Phase of the story.
+        urls: URLs by data set name ("digits/train", "digits/test", "python").
+        storage_options: Storage options of the URLs.
+        cache: Folder of the cache that all processes share.
+        cache_bytes: Size limit of the cache.
+        folder: Folder of models and loader states between processes.
+        checkpoints: Folder of checkpoints by step.
     """
 
     phase: Phase
@@ -32,22 +38,22 @@ class Job:
     checkpoints: str
 
     def to_json(self) -> str:
-        """As text; it holds the embedded server's key, so it goes through a pipe and never into a file."""
+        """Return the job as text. It contains the S3 server's key, so it goes through a pipe and never into a file."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """The job that to_json wrote."""
+        """Return the job that to_json() wrote."""
         return cls(**json.loads(text))
 
 
 def event_to_line(event: Event) -> str:
-    """One line of JSON: {"event": kind, fields...}."""
+    """Return an event as one line of JSON: {"event": kind, fields...}."""
     return json.dumps({"event": type(event).__name__.lower(), **asdict(event)})
 
 
 def event_from_line(line: str) -> Event:
-    """The event of a line that event_to_line wrote."""
+    """Return the event that event_to_line() wrote."""
     fields = json.loads(line)
     kind = EVENTS[fields.pop("event")]
     if kind is Epoch:

@@ -1,4 +1,4 @@
-"""Two small models: digits from images, the next byte from the bytes before it."""
+"""Two small models: one recognizes digits in images, one predicts the next byte of a text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTEXT_BYTES = 8
 
 
 def decode_digits(images: list[bytes]) -> Tensor:
-    """PNG files of 8 x 8 grey pixels -> float32[n, 1, 8, 8] in [0, 1]."""
+    """Return PNG files of 8 x 8 grey pixels as float32[n, 1, 8, 8] in [0, 1]."""
     pixels = np.empty((len(images), 1, 8, 8), np.float32)
     for i, png in enumerate(images):
         with Image.open(io.BytesIO(png)) as image:
@@ -26,7 +26,7 @@ def decode_digits(images: list[bytes]) -> Tensor:
 
 
 class Task(ABC):
-    """A model and what it makes of a batch."""
+    """A model with its data set, its loss and its accuracy."""
 
     name: str
     train: str
@@ -35,15 +35,15 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Mean loss over a batch."""
+        """Return the mean loss over a batch."""
 
     @abstractmethod
     def hits(self, batch: dict[str, Any]) -> int:
-        """How many records of a held-out batch it gets right."""
+        """Return the number of records of a held-out batch that the model predicts correctly."""
 
 
 class Digits(Task):
-    """Ten classes from 8 x 8 pixels."""
+    """Classification of 8 x 8 pixels into ten digits."""
 
     name = "digits"
     train = "digits/train"
@@ -61,11 +61,11 @@ class Digits(Task):
         )
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Cross entropy over the classes."""
+        """Return the cross entropy over the classes."""
         return F.cross_entropy(self.model(decode_digits(batch["image"])), batch["label"])
 
     def hits(self, batch: dict[str, Any]) -> int:
-        """Digits named correctly."""
+        """Return the number of digits that are recognized."""
         return int((self.model(decode_digits(batch["image"])).argmax(1) == batch["label"]).sum())
 
 
@@ -96,18 +96,18 @@ class Python(Task):
         self.model = NextByte()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Cross entropy a byte, in nats."""
+        """Return the cross entropy per byte, in nats."""
         tokens = batch["tokens"]
         return F.cross_entropy(self.model(tokens[:, :-1]), tokens[:, 1:].long())
 
     def hits(self, batch: dict[str, Any]) -> int:
-        """Windows whose last byte is guessed."""
+        """Return the number of windows whose last byte is predicted."""
         tokens = batch["tokens"]
         return int((self.model(tokens[:, :-1])[:, :, -1].argmax(1) == tokens[:, -1]).sum())
 
 
 def digest_batch(batch: dict[str, Any]) -> str:
-    """SHA-256 of a batch's content, by column name: what two runs are compared by."""
+    """Return the SHA-256 of a batch's columns in the order of their names, to compare two runs."""
     total = hashlib.sha256()
     for name in sorted(batch):
         values = batch[name]
@@ -118,7 +118,7 @@ def digest_batch(batch: dict[str, Any]) -> str:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """SHA-256 of all weights."""
+    """Return the SHA-256 of all weights."""
     total = hashlib.sha256()
     for weights in model.state_dict().values():
         total.update(weights.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Runs a training process and passes on what it says."""
+"""Runs a training process and yields its events."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TAIL_CHARACTERS = 4000
 
 
 def run_job(job: Job) -> Generator[Event, None, None]:
-    """A new Python process that does job; yields its events as they come. Closing the iterator ends the process.
+    """Run job in a new Python process and yield its events as they come. Closing the iterator ends the process.
 
     Raises:
-        TierCacheError: it failed; the message has the end of what it wrote to standard error.
+        TierCacheError: The process failed; the message has the end of its standard error.
     """
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -38,7 +38,7 @@ def run_job(job: Job) -> Generator[Event, None, None]:
 
 def _talk(process: subprocess.Popen[str], job: Job) -> Iterator[Event]:
     if process.stdin is None or process.stdout is None:
-        raise AssertionError("both are pipes")
+        raise AssertionError("stdin and stdout are pipes")
     with process.stdin, process.stdout:
         process.stdin.write(job.to_json())
         process.stdin.close()

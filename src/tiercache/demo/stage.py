@@ -1,4 +1,4 @@
-"""Where the demo plays, and how it has its training processes work."""
+"""Folders, URLs and the S3 server of the demo, and the start of its training processes."""
 
 from __future__ import annotations
 
@@ -18,37 +18,42 @@ CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where it plays. folder: everything that is written lies in it."""
+    """Folders and URLs of the demo.
+
+    Attributes:
+        folder: Folder of everything that the demo writes.
+        server: The S3 server.
+    """
 
     folder: Path
     server: S3Server
 
     @property
     def cache(self) -> Path:
-        """The cache that all training processes share."""
+        """Return the folder of the cache that all training processes share."""
         return self.folder / "cache"
 
     @property
     def hot(self) -> Path:
-        """The fast disk that checkpoints are written to; later the hot tier."""
+        """Return the folder of the checkpoints, which is later the hot tier."""
         return self.folder / "nvme"
 
     @property
     def standard_url(self) -> str:
-        """What all data sets lie below; later the standard tier."""
+        """Return the URL of all data sets, which is later the standard tier."""
         return f"{self.server.url}/data"
 
     @property
     def archive_url(self) -> str:
-        """Later the archive tier."""
+        """Return the URL that is later the archive tier."""
         return f"{self.server.url}/cold"
 
     def url(self, name: str) -> str:
-        """The data set of a name."""
+        """Return the URL of a data set."""
         return f"{self.standard_url}/{name}"
 
     def run(self, phase: Phase) -> Generator[Event, None, list[Epoch]]:
-        """Run a training process; passes its events on and returns its epochs."""
+        """Run a training process; yield its events and return its epochs."""
         job = Job(
             phase=phase,
             urls={name: self.url(name) for name in NAMES},

@@ -1,4 +1,4 @@
-"""The story: pack, look, train cold, train warm in a new process, stop, resume, evict, tier; and what must hold."""
+"""The story: pack, list, train cold, train warm in a new process, stop, resume, evict, tier; with claims to check."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
 
 
 def tell(folder: Path) -> Generator[Event, None, None]:
-    """The whole story in a folder, event by event; a Claim that does not hold is said and does not end it.
+    """Yield the events of the whole story in a folder. A claim that does not hold does not end the story.
 
-    The server lives as long as the iterator: close it, or use it up.
+    The S3 server runs until the iterator is closed or exhausted.
 
     Raises:
-        TierCacheError: a package of the extra `demo` is missing, the server does not start, or a part
-            of the story failed.
+        TierCacheError: A package of the extra `demo` is missing, the server does not start, or a step failed.
     """
     check_packages(PACKAGES)
     yield Step("An object store")
@@ -48,7 +47,7 @@ def tell(folder: Path) -> Generator[Event, None, None]:
 
 @contextmanager
 def _started(folder: Path) -> Iterator[S3Server]:
-    """A running server, which is stopped even if its start is interrupted."""
+    """Yield a running server, which is stopped even if its start is interrupted."""
     with ExitStack() as stack:
         try:
             server = S3Server(folder)
@@ -61,15 +60,15 @@ def _started(folder: Path) -> Iterator[S3Server]:
 
 def _about(server: S3Server) -> Note:
     if server.kind == "moto":
-        return Note(f"no SeaweedFS for this platform: moto's server stands in for it, at {server.endpoint}")
+        return Note(f"moto's S3 server, because SeaweedFS has no package for this platform, at {server.endpoint}")
     return Note(f"SeaweedFS, a real S3 server, one process on this machine, at {server.endpoint}")
 
 
 def _pack(stage: Stage) -> Iterator[Event]:
-    yield Step("Two data sets from files that are here already, packed to s3://")
+    yield Step("Pack two data sets, from files of installed packages, to s3://")
     images = stage.folder / "digits"
     n_train, n_test = write_digits(images)
-    yield Note(f"scikit-learn's digits: {n_train + n_test} PNG images in a folder for each digit, {n_test} held out")
+    yield Note(f"scikit-learn's digits: {n_train + n_test} PNG images, one folder per digit, {n_test} held out")
     options = stage.server.storage_options
     for part in ("train", "test"):
         pack(
@@ -79,7 +78,7 @@ def _pack(stage: Stage) -> Iterator[Event]:
         yield _packed(stage, f"digits/{part}", raw_bytes)
     windows = python_windows()
     yield Note(
-        f"Python source of the packages beside us: {len(windows)} windows of {WINDOW_BYTES} bytes and the next one"
+        f"Python source of installed packages: {len(windows)} windows of {WINDOW_BYTES} bytes and their next byte"
     )
     schema = {"tokens": Tensor("uint8", (WINDOW_BYTES + 1,))}
     with Writer(
@@ -97,19 +96,21 @@ def _packed(stage: Stage, name: str, raw_bytes: int) -> Packed:
 
 
 def _look(stage: Stage) -> Iterator[Event]:
-    yield Step("Listed, and every byte checked")
+    yield Step("List the data sets and verify every byte")
     for name in NAMES:
         with closing(open_store(stage.url(name), **stage.server.storage_options)) as store:
             names = [info.key for info in store.list("")]
             findings = list(verify_dataset(store))
         shards = sum(1 for key in names if key.endswith(".tcs"))
-        yield Note(f"{stage.url(name)}: {len(names)} objects, {shards} of them shards, the others name its versions")
-        yield Claim(f"{name} holds what was written", not findings, "; ".join(map(str, findings)) or "no damage found")
+        yield Note(f"{stage.url(name)}: {len(names)} objects: {shards} shards, and the files of its versions")
+        yield Claim(
+            f"{name} contains what was written", not findings, "; ".join(map(str, findings)) or "no damage found"
+        )
 
 
 def _train(stage: Stage) -> Generator[Event, None, Sequence[Epoch]]:
-    """Three epochs; returns those of the second."""
-    yield Step("Epoch 1, cold: shards come from S3 while the models train on them")
+    """Yield the events of three epochs; return the epochs of the second."""
+    yield Step("Epoch 1, cold: shards are fetched from S3 while the models train on them")
     yield from stage.run("cold")
     yield Step("Epoch 2, warm: a new process, the same cache")
     sent_before = stage.server.bytes_sent()
@@ -118,23 +119,23 @@ def _train(stage: Stage) -> Generator[Event, None, Sequence[Epoch]]:
     yield claims.warm_fetched_nothing(warm)
     if sent_before is not None and sent_after is not None:
         yield claims.store_sent_versions_only(sent_after - sent_before, _version_bytes(stage))
-    yield Step("Epoch 3, a third process: once as a whole, then again up to the middle, where it stops")
+    yield Step("Epoch 3, in a third process: once as a whole, then again up to its middle")
     before = yield from stage.run("stop")
-    yield Step("The rest of epoch 3, in a fourth process")
+    yield Step("The rest of epoch 3, resumed in a fourth process")
     after = yield from stage.run("resume")
     yield from claims.resumed_exactly(before, after)
     return warm
 
 
 def _version_bytes(stage: Stage) -> int:
-    """Bytes of the version files and hints of all data sets: what opening one asks for, whatever is cached."""
+    """Return the bytes of the version files of all data sets, which an open reads even if everything is cached."""
     with closing(stage.server.store()) as store:
         small = [info for info in store.list("") if "/_tiercache/" in info.key and "/segments/" not in info.key]
     return sum(info.n_bytes for info in small)
 
 
 def _evict(stage: Stage) -> Iterator[Event]:
-    yield Step("Evicted: the cache gives its disk back; the store still has everything")
+    yield Step("Evict: the cache frees its disk space; the store still has everything")
     with Cache(stage.cache, size=CACHE_BYTES) as cache:
         used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())
         freed_bytes = cache.evict()

@@ -1,4 +1,4 @@
-"""After training: rules send the cold data set and old checkpoints to an archive tier; the next training finds them."""
+"""The tiering step: rules archive the cold data set and old checkpoints, and the next training reads the moved data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tiercache.tier.plan import read_plan
 
 COLD = "python"
 TASKS = ("digits", "python")
-# Real rules say idle = "30d", after = "14d" and grace = "24h"; even_if_dearer = true, because the demo's shards have
-# 64 KiB, and classes bill at least 128 KiB an object. A fast disk is not free: a GB of a cloud's disk costs some $0.08.
+# Real rules have idle = "30d", after = "14d" and grace = "24h". even_if_dearer = true, because the demo's shards have
+# 64 KiB and archive classes bill at least 128 KiB per object. The price of hot is that of a cloud disk.
 RULES = """\
 [tiers.hot]
 url = "{hot}"
@@ -59,35 +59,39 @@ grace = "0s"
 settle = "0s"
 state_dir = "{state}"
 """
-# Nobody waits for what takes longer than this here.
+# Deadline of one command, in seconds.
 COMMAND_S = 300.0
-# The first does what is left to do, the second finds nothing.
+# The first run completes the moves, the second finds nothing to do.
 N_RUNS = 2
 
 
 def tell_tiers(stage: Stage, warm: Sequence[Epoch]) -> Generator[Event, None, None]:
-    """This part of the story. warm: what the second epoch served, before anything was moved.
+    """Yield the events of the tiering step.
+
+    Args:
+        stage: Folders and URLs.
+        warm: Epochs of the second epoch, which was read before anything was moved.
 
     Raises:
-        TierCacheError: a command failed; its last words are in the message.
+        TierCacheError: A command failed; the message has the end of its output.
     """
     rules = _write_rules(stage)
     shards = [key for key in _keys(stage, stage.standard_url) if key.startswith(f"{COLD}/") and key.endswith(".tcs")]
     files = _checkpoint_files(stage.hot)
     yield Step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
-    yield Note("hot is a folder, standard and archive two prefixes of the server; the archive's class is GLACIER_IR")
+    yield Note("hot is a folder, standard and archive are prefixes of the bucket; archive has class GLACIER_IR")
     before = yield from _move(rules, stage.folder)
     after = _holdings("after", _plan(rules, stage.folder / "after.jsonl"))
     yield from after
     yield from _check(stage, shards, files)
     yield claims.costs_less(before, after)
-    yield Step("The next training, in a fifth process with an empty cache: it is told nothing")
+    yield Step("The next training, unchanged, in a fifth process with an empty cache")
     moved = yield from stage.run("moved")
     yield from claims.trained_alike([epoch for epoch in warm if epoch.how == "warm"], moved)
 
 
 def _write_rules(stage: Stage) -> Path:
-    """The rule file. It holds the embedded server's key, as the server's own configuration beside it does."""
+    """Write the rule file. It contains the S3 server's key, as the server's own configuration beside it does."""
     path = stage.folder / "tiers.toml"
     path.touch(mode=0o600)
     options = ", ".join(f'{name} = "{value}"' for name, value in stage.server.storage_options.items())
@@ -104,7 +108,7 @@ def _write_rules(stage: Stage) -> Path:
 
 
 def _move(rules: Path, folder: Path) -> Generator[Event, None, list[Held]]:
-    """Plan, apply, and run as cron would; returns what lay where before."""
+    """Yield the events of planning, applying and running; return what each tier held before."""
     stored = folder / "plan.jsonl"
     plan = _plan(rules, stored)
     before = _holdings("before", plan)
@@ -132,7 +136,7 @@ def _holdings(when: str, plan: Plan) -> list[Held]:
 
 
 def _command(*arguments: str, rules: Path) -> str:
-    """Run `tiercache tier ...` as its user would; returns the last line that it prints."""
+    """Run `tiercache tier ...` as a user would; return the last line that it prints."""
     command = [sys.executable, "-m", "tiercache.cli", "tier", *arguments, "--rules", str(rules)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
@@ -159,13 +163,13 @@ def _remote(stage: Stage) -> dict[str, str]:
 
 
 def _steps(paths: dict[str, str], task: str) -> set[int]:
-    """Steps of the checkpoints that paths are files of."""
+    """Return the steps of a task's checkpoints, from the paths of their files."""
     parts = [path.split("/") for path in paths]
     return {int(step.removeprefix("step-")) for _, run, step, _ in parts if run == task}
 
 
 def _checkpoint_files(hot: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint on the fast disk, by its path there."""
+    """Return the SHA-256 of each checkpoint file in the hot tier, by its path there."""
     files = [path for path in (hot / "checkpoints").rglob("*") if path.is_file()]
     return {path.relative_to(hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -176,7 +180,7 @@ def _keys(stage: Stage, url: str) -> list[str]:
 
 
 def _digests(stage: Stage, url: str) -> dict[str, str]:
-    """The same of a tier in the object store."""
+    """Return the SHA-256 of each checkpoint file in a tier of the object store, by its path there."""
     with closing(open_store(url, **stage.server.storage_options)) as store:
         keys = [info.key for info in store.list("checkpoints/")]
         return {key: hashlib.sha256(bytes(store.get(key))).hexdigest() for key in keys}

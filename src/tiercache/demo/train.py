@@ -1,7 +1,7 @@
 """A training process of the demo: `python -m tiercache.demo.train`, a Job on standard input, events on standard output.
 
-This is what a user's training script looks like: a Dataset, a DataLoader, torch, and the loader's state beside the
-model's.
+It is written like a user's training script: a Dataset, a DataLoader, torch, and the loader's state saved with the
+model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from tiercache.load.options import LoaderOptions
 LEARNING_RATE = 3e-3
 READ_S = 1.0
 CHECKPOINTS_AN_EPOCH = 4
-# "whole" is there to compare with, "moved" to read what is there already.
+# "whole" serves only the comparison, and "moved" only reads.
 WITHOUT_CHECKPOINTS = ("whole", "moved")
 
 
 class Trainer:
-    """Trains one task. Not shared between threads."""
+    """Trains one task. Not thread-safe."""
 
     def __init__(self, job: Job, task: Task) -> None:
-        torch.manual_seed(SEED)  # the same weights at the start of every run
+        torch.manual_seed(SEED)  # all runs must start with the same weights
         self.task = task
         self._folder = Path(job.folder)
         self._checkpoints = Path(job.checkpoints) / task.name
@@ -43,7 +43,7 @@ class Trainer:
         self._cache = Cache(job.cache, size=job.cache_bytes)
         self.loader = self._open(job, task.train, shuffle=True)
         self._held_out = self._open(job, task.held_out, shuffle=False) if task.held_out else None
-        # Loaders count from their making; segments were fetched before, and belong to the first epoch too.
+        # Loaders count from their creation; segments were fetched before, but belong to the first epoch too.
         self._opening_bytes = self._cache.stats()["bytes_fetched"]
         self._seen = (0, 0, 0, 0)
 
@@ -52,12 +52,12 @@ class Trainer:
         return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=LoaderOptions(seed=SEED))
 
     def start(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """The batches of an epoch, from its beginning. epoch counts from 1."""
+        """Return the batches of an epoch from its beginning. epoch counts from 1."""
         self.loader.set_epoch(epoch - 1)
         return iter(self.loader)
 
     def run(self, batches: Iterator[dict[str, Any]], *, epoch: int, how: str, n_batches: int | None = None) -> Epoch:
-        """Train on batches, n_batches of them or all, and say how it went."""
+        """Train on n_batches batches, or on all, and return the result."""
         started_s = time.perf_counter()
         digests: list[str] = []
         losses, n_samples, waited_s = 0.0, 0, 0.0
@@ -94,7 +94,7 @@ class Trainer:
         )
 
     def read(self, *, epoch: int) -> Epoch:
-        """Take an epoch's batches without training, again and again for READ_S: what the loader alone does."""
+        """Read the batches of an epoch without training, repeatedly for READ_S seconds: the loader's own speed."""
         started_s, n_samples = time.perf_counter(), 0
         while time.perf_counter() - started_s < READ_S:
             n_samples += sum(len(next(iter(batch.values()))) for batch in self.start(epoch))
@@ -134,7 +134,7 @@ class Trainer:
         return hits / n_samples
 
     def _counted(self) -> list[int]:
-        """Bytes served (in training), bytes fetched, cache hits and misses since the last call."""
+        """Return bytes served (in training), bytes fetched, cache hits and cache misses since the last call."""
         loaders = [self.loader] if self._held_out is None else [self.loader, self._held_out]
         fetched_bytes = self._opening_bytes + sum(loader.stats()["bytes_fetched"] for loader in loaders)
         cache = self._cache.stats()
@@ -144,7 +144,7 @@ class Trainer:
         return new
 
     def _keep(self, *, loss: float) -> None:
-        """A checkpoint as many scripts write it, CHECKPOINTS_AN_EPOCH times: a folder named by the step."""
+        """Write a checkpoint to a folder named by the step, CHECKPOINTS_AN_EPOCH times per epoch."""
         if self._step % (len(self.loader) // CHECKPOINTS_AN_EPOCH):
             return
         folder = self._checkpoints / f"step-{self._step}"
@@ -160,19 +160,19 @@ class Trainer:
         }
 
     def save(self, name: str) -> None:
-        """Keep weights, optimizer and the loader's position under a name."""
+        """Save weights, optimizer and the loader's position under a name."""
         torch.save(self._state(), self._path(name, "pt"))
         self._path(name, "json").write_text(json.dumps(self.loader.state_dict()))
 
     def load(self, name: str) -> None:
-        """Weights and optimizer as they were saved under a name."""
+        """Load weights and optimizer that were saved under a name."""
         state = torch.load(self._path(name, "pt"))
         self.task.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._step = state["step"]
 
     def resume(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rest of the epoch in which a name was saved."""
+        """Return the rest of the epoch from the position that was saved under a name."""
         self.loader.load_state_dict(json.loads(self._path(name, "json").read_text()))
         return iter(self.loader)
 
@@ -181,13 +181,13 @@ class Trainer:
 
 
 def run_cold(trainer: Trainer) -> Iterator[Event]:
-    """Epoch 1: nothing is cached."""
+    """Epoch 1, with an empty cache."""
     yield trainer.run(trainer.start(1), epoch=1, how="cold")
     trainer.save("epoch1")
 
 
 def run_warm(trainer: Trainer) -> Iterator[Event]:
-    """Epoch 2, from the cache; then the same batches without a model, to see what the loader alone does."""
+    """Epoch 2, from the cache; then the same batches without a model, to measure the loader alone."""
     trainer.load("epoch1")
     yield trainer.run(trainer.start(2), epoch=2, how="warm")
     trainer.save("epoch2")
@@ -195,7 +195,7 @@ def run_warm(trainer: Trainer) -> Iterator[Event]:
 
 
 def run_stop(trainer: Trainer) -> Iterator[Event]:
-    """Epoch 3 as a whole, for comparison; then once more, up to its middle."""
+    """Epoch 3 as a whole, for comparison; then again, up to its middle."""
     trainer.load("epoch2")
     yield trainer.run(trainer.start(3), epoch=3, how="whole")
     trainer.load("epoch2")
@@ -204,13 +204,13 @@ def run_stop(trainer: Trainer) -> Iterator[Event]:
 
 
 def run_resume(trainer: Trainer) -> Iterator[Event]:
-    """The second half of epoch 3, from what the stopped run left."""
+    """The second half of epoch 3, from the state that the stopped run saved."""
     trainer.load("middle")
     yield trainer.run(trainer.resume("middle"), epoch=3, how="resumed")
 
 
 def run_moved(trainer: Trainer) -> Iterator[Event]:
-    """Epoch 2 once more, from the same weights, when its data lies elsewhere."""
+    """Epoch 2 again, from the same weights, after its data was moved."""
     trainer.load("epoch1")
     yield trainer.run(trainer.start(2), epoch=2, how="moved")
 
@@ -219,9 +219,9 @@ PHASES = {"cold": run_cold, "warm": run_warm, "stop": run_stop, "resume": run_re
 
 
 def main() -> int:
-    """Do the job on standard input."""
+    """Run the job on standard input."""
     job = Job.from_json(sys.stdin.read())
-    # Models this small gain nothing from more, and two threads that wait for each other on a busy machine lose a lot.
+    # Models this small do not gain from more threads, and on a busy machine threads lose time waiting for each other.
     torch.set_num_threads(1)
     try:
         for task in (Digits(), Python()):

@@ -1,6 +1,6 @@
-"""What our tests use, and others may for stores of their own: suites, fault stores, servers that misbehave.
+"""Test tools for stores: conformance suites, stores that inject faults and delays, and servers.
 
-The suites need pytest (`tiercache.testing.suite`), so they are not imported here.
+`tiercache.testing.suite` needs pytest and is therefore not imported here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes with a memory limit: a control group of version 1 or 2 for a test or a benchmark, where one can be made."""
+"""Processes with a memory limit: a control group (v1 or v2) for a test or a benchmark, where one can be created."""
 
 from __future__ import annotations
 
@@ -11,43 +11,48 @@ from pathlib import Path
 
 from tiercache.waiting import wait_for
 
-# limit file, and what else must be limited so that pages cannot go to swap instead
+# Limit file, and the file that must also be limited so that pages cannot be swapped out instead.
 _FILES = {"memory.max": "memory.swap.max", "memory.limit_in_bytes": "memory.memsw.limit_in_bytes"}
 END_S = 5.0
 
 
 class NoCgroup(Exception):
-    """No control group with a memory limit can be made here; the text says why."""
+    """No control group with a memory limit can be created here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a memory limit. folder: its own, in the mounted hierarchy."""
+    """A control group with a memory limit.
+
+    Attributes:
+        folder: The group's folder in the mounted hierarchy.
+        limit_bytes: Memory limit.
+    """
 
     folder: Path
     limit_bytes: int
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """What to run so that a program starts inside the group: all its memory is counted."""
+        """Return the command that starts a program inside the group, so that all its memory is counted."""
         return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.folder), *arguments]
 
     @property
     def usage_bytes(self) -> int:
-        """Memory in use, pages of files included."""
+        """Return the memory in use, including pages of files."""
         names = ("memory.current", "memory.usage_in_bytes")
         return next(int((self.folder / name).read_text()) for name in names if (self.folder / name).exists())
 
 
 @contextlib.contextmanager
 def memory_group(limit_bytes: int, root: Path = Path("/")) -> Iterator[MemoryGroup]:
-    """A group inside this process's own, or inside the nearest one above that allows it; removed at the end.
+    """Yield a group inside this process's own group, or inside the nearest parent that allows it; remove it at the end.
 
     Args:
-        limit_bytes: of memory; there is no swap.
-        root: above /proc and /sys.
+        limit_bytes: Memory limit; swap is not allowed.
+        root: Folder that contains /proc and /sys.
 
     Raises:
-        NoCgroup: there is no memory controller, or no right to make a group.
+        NoCgroup: There is no memory controller, or no permission to create a group.
     """
     reasons = []
     for parent in _parents(root):
@@ -73,7 +78,7 @@ def memory_group(limit_bytes: int, root: Path = Path("/")) -> Iterator[MemoryGro
 
 
 def drop_pages(folder: Path) -> None:
-    """Write all files below a folder to the disk and take their pages out of memory, where nobody maps them."""
+    """Write all files below a folder to disk and drop their unmapped pages from the page cache."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -84,7 +89,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def _parents(root: Path) -> Iterator[Path]:
-    """Groups that a new one could be made in, nearest first: of version 1's memory controller, else of version 2."""
+    """Yield groups in which a new group could be created, nearest first: v1's memory controller, or else v2."""
     lines = (root / "proc/self/cgroup").read_text().splitlines() if (root / "proc/self/cgroup").exists() else []
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -98,7 +103,7 @@ def _parents(root: Path) -> Iterator[Path]:
 
 
 def _limit(folder: Path, limit_bytes: int) -> bool:
-    """Set the limit; whether there is one to set."""
+    """Set the limit; return whether the group has a limit that can be set."""
     for name, swap in _FILES.items():
         if (folder / name).exists():
             (folder / name).write_text(str(limit_bytes))
@@ -109,7 +114,7 @@ def _limit(folder: Path, limit_bytes: int) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a group, once its processes have ended."""
+    """Remove a group after its processes have ended."""
 
     def gone() -> bool:
         try:
@@ -117,7 +122,7 @@ def _remove(folder: Path) -> None:
         except FileNotFoundError:
             return True
         except OSError:
-            return False  # a process that was just reaped may be counted a moment longer
+            return False  # the kernel may count a reaped process for a moment longer
         return True
 
     wait_for(gone, END_S)

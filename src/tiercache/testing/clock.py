@@ -1,4 +1,4 @@
-"""A clock that does not wait, and one that jumps."""
+"""A clock that does not wait, and a wall clock that jumps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from threading import Event, Lock
 
 
 class FakeClock:
-    """Time passes only when somebody sleeps. slept: the lengths of all sleeps in seconds; safe from any thread."""
+    """A clock whose time advances only in sleep() and advance(). All methods may be called from any thread.
+
+    Args:
+        now_s: Time at the start, in seconds.
+
+    Attributes:
+        slept: Durations of all sleeps, in seconds.
+    """
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self._lock = Lock()
@@ -15,12 +22,12 @@ class FakeClock:
         self.slept: list[float] = []
 
     def monotonic(self) -> float:
-        """Its time."""
+        """Return the current time in seconds."""
         with self._lock:
             return self._now_s
 
     def sleep(self, duration_s: float, cancel: Event | None = None) -> None:
-        """Let duration_s pass at once; nothing when cancel is set."""
+        """Advance the time by duration_s and return at once; do nothing if cancel is set."""
         if cancel is not None and cancel.is_set():
             return
         self.advance(duration_s)
@@ -28,16 +35,16 @@ class FakeClock:
             self.slept.append(duration_s)
 
     def advance(self, duration_s: float) -> None:
-        """Let time pass from outside."""
+        """Advance the time by duration_s without recording a sleep."""
         with self._lock:
             self._now_s += max(duration_s, 0.0)
 
 
 class JumpingClock:
-    """The wall clock of this process while entered: time.time() and time.time_ns() can be set back and forward.
+    """A context in which time.time() and time.time_ns() of this process can be set forward and back.
 
-    Monotonic time goes on as it does, and so do the times that the kernel gives to files: as on a machine whose clock
-    somebody sets. For one entered object at a time; threads see the jump at once.
+    Monotonic time and the kernel's file times are not affected, as on a machine whose clock is set. Only one instance
+    may be entered at a time. All threads see a jump at once.
     """
 
     def __init__(self) -> None:
@@ -45,7 +52,7 @@ class JumpingClock:
         self._time, self._time_ns = time.time, time.time_ns
 
     def jump(self, forward_s: float) -> None:
-        """Set the clock forward, or back where it is negative."""
+        """Set the clock forward by forward_s seconds, or back if negative."""
         self.ahead_s += forward_s
 
     def __enter__(self) -> JumpingClock:

@@ -1,8 +1,8 @@
-/* A library for LD_PRELOAD that fails the n-th system call of a kind below one folder. errnos.py builds and speaks to it.
+/* A library for LD_PRELOAD in which the n-th system call of a kind below one folder fails. Built and used by errnos.py.
  *
- * It stands before libc's functions, so SQLite's calls are met too. Nothing happens before tc_errno_arm(). A call is one
- * of ours if its path, or the file behind its descriptor, lies below the folder: /proc/self/fd says so, which knows
- * descriptors that were duplicated or inherited, and files that have lost their name.
+ * It overrides functions of libc, so it also affects SQLite's calls. Nothing happens before tc_errno_arm(). A call counts
+ * if its path, or the file of its descriptor, is below the folder. The path of a descriptor is read from /proc/self/fd,
+ * which also knows duplicated and inherited descriptors, and deleted files.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -73,7 +73,7 @@ static int path_of(int fd, char *path, size_t size)
     return n >= 0;
 }
 
-/* Whether this call fails; errno is set then. */
+/* Returns whether this call fails, and sets errno if it does. */
 static int due(enum kind kind, const char *function, const char *path)
 {
     long n = atomic_fetch_add(&counts[kind], 1) + 1;
@@ -110,7 +110,7 @@ static int fails_fd(enum kind kind, const char *function, int fd)
     if (!real)                                                                                                         \
         real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
-/* A function whose first argument is a descriptor, and one whose first is a path, and one of each. */
+/* Overrides of functions whose file is given by a descriptor, by a path, or by a descriptor and a path. */
 #define BY_FD(kind, type, name, parameters, fd, arguments)                                                             \
     type name parameters                                                                                               \
     {                                                                                                                  \
@@ -238,7 +238,7 @@ BY_AT(UTIME, int, utimensat, (int fd, const char *path, const struct timespec ti
       (fd, path, times, how))
 BY_FD(UTIME, int, futimens, (int fd, const struct timespec times[2]), fd, (fd, times))
 
-/* These return the errno. */
+/* These functions return the errno instead of setting it. */
 #define POSIX_FALLOCATE(name, type)                                                                                    \
     int name(int fd, type at, type n)                                                                                  \
     {                                                                                                                  \
@@ -258,7 +258,7 @@ POSIX_FALLOCATE(posix_fallocate64, off64_t)
 MMAP_FILE(mmap, off_t)
 MMAP_FILE(mmap64, off64_t)
 
-/* Giving a lock back fails on no file system that keeps locks, and nobody could do anything about it. */
+/* Releasing a lock never fails on a file system that supports locks, so only acquiring one can fail here. */
 static int takes_lock(int command, const struct flock *lock)
 {
     int sets = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW;

@@ -1,13 +1,11 @@
-"""The n-th system call of a kind fails, below one folder, whoever makes it: ours or SQLite's.
+"""Fault injection: the n-th system call of a kind below one folder fails, in our code and in SQLite.
 
-A process is started with the shim before libc (`environment()`), imports what it needs, and forks a child for each
-position, which arms the shim and works::
+A process is started with the shim library in LD_PRELOAD. It imports what it needs and forks a child for each position.
+The child arms the shim and works::
 
-    subprocess.run([...], env=environment(build_shim(tmp_path)) | ...)
+    subprocess.run([...], env=preload(build_shim(tmp_path)) | ...)
     ...
-    shim = Shim.loaded()
-    for position in positions("pwrite"):
-        struck = failing(work, folder, position)
+    failed = failing(work, folder, Position("pwrite", "ENOSPC", nth=3))
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
 
 _FULL, _DISK, _RIGHTS = ("ENOSPC", "EDQUOT"), ("EIO",), ("EACCES", "EROFS")
 
-# What each kind of call may fail with; the order is that of the enum in errnos.c.
+# Errors of each kind of call, in the order of the enum in errnos.c.
 KINDS: dict[str, tuple[str, ...]] = {
     "open": ("EMFILE", "EACCES", "ENOSPC", "EIO", "EROFS"),
     "opendir": ("EMFILE", "EACCES", "EIO"),
@@ -53,7 +51,14 @@ FOR_EVER = -1
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Calls nth, nth + 1, ... nth + times - 1 of a kind, counted from 1, fail. times: FOR_EVER for all from nth on."""
+    """Calls number nth, nth + 1, ... nth + times - 1 of a kind fail, counted from 1.
+
+    Attributes:
+        kind: Kind of call, a key of KINDS.
+        error: Name of the errno, e.g. "EIO".
+        nth: First call that fails.
+        times: Number of calls that fail; FOR_EVER: all calls from nth on.
+    """
 
     kind: str
     error: str
@@ -63,7 +68,14 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What a position did. n_struck: calls that failed; where: the first of them, "pwrite64(/path)"."""
+    """The result of failing().
+
+    Attributes:
+        position: Calls that were to fail.
+        ended: End of the child.
+        n_struck: Number of calls that failed.
+        where: The first call that failed, e.g. "pwrite64(/path)".
+    """
 
     position: Position
     ended: Ended
@@ -72,7 +84,7 @@ class Failed:
 
 
 def build_shim(folder: Path, compiler: str = "cc") -> Path:
-    """Compile the shim into folder; returns the library. Raises CalledProcessError with the compiler's words."""
+    """Compile the shim into folder and return the path of the library. Raises CalledProcessError."""
     source, library = Path(__file__).with_name("errnos.c"), folder / "errnos.so"
     command = [compiler, "-std=c11", "-O2", "-fPIC", "-shared", "-o", str(library), str(source), "-ldl"]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
@@ -80,15 +92,15 @@ def build_shim(folder: Path, compiler: str = "cc") -> Path:
 
 
 def preload(shim: Path) -> dict[str, str]:
-    """What to add to the environment of a process that the shim shall stand before."""
+    """Return the environment variables that load the shim into a process."""
     return {"LD_PRELOAD": str(shim)}
 
 
 class Shim:
-    """The shim in this process. Counts are of this process; a forked child arms its own."""
+    """The shim in this process. It counts calls of this process only; a forked child must arm it again."""
 
     def __init__(self) -> None:
-        """Raises RuntimeError where the process was started without it."""
+        """Find the shim. Raises RuntimeError if the process was started without it."""
         self._library = ctypes.CDLL(None)
         if not hasattr(self._library, "tc_errno_arm"):
             raise RuntimeError("this process was started without the shim: put preload(shim) into its environment")
@@ -104,7 +116,7 @@ class Shim:
         ]
 
     def arm(self, folder: Path, position: Position) -> None:
-        """Count calls below folder from now on, and let some fail."""
+        """Count calls below folder from now on, and make those at position fail."""
         number = getattr(errno, position.error)
         kind = list(KINDS).index(position.kind)
         self._library.tc_errno_arm(bytes(folder), kind, position.nth, position.times, number)
@@ -114,15 +126,15 @@ class Shim:
         self._library.tc_errno_arm(bytes(folder), -1, 1, 0, 0)
 
     def disarm(self) -> None:
-        """Let all calls through, uncounted; what was counted stays to be read."""
+        """Stop counting and failing; the counts can still be read."""
         self._library.tc_errno_disarm()
 
     def counts(self) -> dict[str, int]:
-        """Calls of each kind since arm()."""
+        """Return the number of calls of each kind since arm()."""
         return {kind: int(self._library.tc_errno_count(i)) for i, kind in enumerate(KINDS)}
 
     def struck(self) -> tuple[int, str]:
-        """How many calls failed since arm(), and the first of them."""
+        """Return the number of calls that failed since arm(), and the first of them."""
         where: bytes = self._library.tc_errno_where()
         return int(self._library.tc_errno_struck()), where.decode(errors="replace")
 
@@ -130,7 +142,7 @@ class Shim:
 def counted(
     work: Callable[[Tell], object], folder: Path, *, deadline_s: float = DEADLINE_S
 ) -> tuple[Mapping[str, int], Ended]:
-    """Calls of each kind below folder that work(tell) makes in a forked child, where none fails."""
+    """Return the calls of each kind that work(tell) makes below folder in a forked child, and the end of the child."""
 
     def child(tell: Tell) -> None:
         shim = Shim()
@@ -148,7 +160,7 @@ def counted(
 def failing(
     work: Callable[[Tell], object], folder: Path, position: Position, *, deadline_s: float = DEADLINE_S
 ) -> Failed:
-    """Do work(tell) in a forked child in which calls below folder fail. .n_struck is 0 where it made fewer."""
+    """Run work(tell) in a forked child in which the calls at position fail; n_struck is 0 if it made fewer calls."""
 
     def child(tell: Tell) -> None:
         shim = Shim()

@@ -1,4 +1,4 @@
-"""Stores that fail, wait or stop as scripted: faults and races without mocks and without sleeping."""
+"""Stores that inject scripted faults, delays and stops, so that tests need neither mocks nor sleeps."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 
 class FaultKind(StrEnum):
-    """What goes wrong in a call."""
+    """Kind of a fault in a call."""
 
     ERROR = "error"
-    """The call fails and did nothing."""
+    """The call fails without an effect."""
     LOST_ANSWER = "lost_answer"
-    """The call takes effect and then fails; a put_if_absent says .maybe_done."""
+    """The call takes effect and then fails; the error has the fact maybe_done."""
     SHORT_READ = "short_read"
-    """read_into fills half of what it was asked for and fails."""
+    """read_into fills half of each span and then fails."""
     BIT_FLIP = "bit_flip"
-    """The call succeeds; one bit of what it read is wrong (get, read_tail, read_into)."""
+    """The call succeeds, but one bit of the data that it read is wrong (get, read_tail, read_into)."""
     REPLACED = "replaced"
-    """read_into: the object is replaced after the first span was read, so the call must fail with ObjectChanged."""
+    """read_into: the object is replaced after the first span was read; the call must raise ObjectChanged."""
 
 
 _VERBS_OF = {
@@ -43,10 +43,18 @@ _VERBS_OF = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One line of a script: calls nth, nth + 1, ... nth + times - 1 of verb, counted from 1, go wrong.
+    """A scripted fault: calls number nth, nth + 1, ... nth + times - 1 of a verb go wrong, counted from 1.
 
-    keys: a glob; only calls for keys that match are counted. error: the class of what is raised; retryable, status: its
-    facts. replacement: the new object of REPLACED (None: the old one reversed).
+    Attributes:
+        verb: Name of the call, one of `wrapper.VERBS`.
+        nth: First call that goes wrong.
+        times: Number of calls that go wrong.
+        kind: Kind of the fault.
+        error: Class of the exception.
+        retryable: The exception's retryable.
+        status: The exception's HTTP status.
+        keys: Glob over keys; only calls with matching keys are counted.
+        replacement: New content of the object, for REPLACED; None: the old content reversed.
     """
 
     verb: str
@@ -61,13 +69,18 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.verb not in VERBS or self.nth < 1 or self.times < 1:
-            raise ValueError(f"verb must be one of {VERBS}, nth and times at least 1; got {self}")
+            raise ValueError(f"verb must be one of {VERBS}, and nth and times at least 1; got {self}")
         verbs = _VERBS_OF.get(self.kind, VERBS)
         if self.verb not in verbs:
-            raise ValueError(f"a fault of kind {self.kind} can only befall {' and '.join(verbs)}, not {self.verb}")
+            raise ValueError(f"a fault of kind {self.kind} applies only to {' and '.join(verbs)}, not to {self.verb}")
 
     def failure(self, url: str, doing: str) -> StoreError:
-        """The error of this fault."""
+        """Return the exception of this fault.
+
+        Args:
+            url: URL of the object.
+            doing: Name of the call, for the message.
+        """
         if self.error in (NotFound, ObjectChanged):
             return self.error(f"scripted fault in {doing}", url=url)
         maybe = {"maybe_done": True} if self.kind is FaultKind.LOST_ANSWER else {}
@@ -77,7 +90,15 @@ class Fault:
 
 
 class FaultStore(WrapperStore):
-    """Goes wrong as script says, and only so. struck: (verb, key) of what went wrong; the lock guards the counts."""
+    """A store whose calls go wrong as scripted. Thread-safe: the lock guards the counts.
+
+    Args:
+        inner: Store that makes the calls.
+        script: Faults, in any order; if two apply to one call, the first one is used.
+
+    Attributes:
+        struck: Verb and key of each call that went wrong, in order.
+    """
 
     def __init__(self, inner: Store, script: Sequence[Fault] = ()) -> None:
         super().__init__(inner)
@@ -87,7 +108,7 @@ class FaultStore(WrapperStore):
         self._n_calls = [0] * len(self._script)
 
     def add(self, *faults: Fault) -> None:
-        """Extend the script; calls are counted from now."""
+        """Add faults to the script; their calls are counted from now on."""
         with self._lock:
             self._script.extend(faults)
             self._n_calls.extend([0] * len(faults))
@@ -105,7 +126,7 @@ class FaultStore(WrapperStore):
             return due
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """Make the call, or let it go wrong."""
+        """See WrapperStore.around."""
         fault = self._fault(verb, key)
         if fault is None:
             return call()
@@ -129,7 +150,7 @@ class FaultStore(WrapperStore):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Read, or let it go wrong."""
+        """See Store.read_into."""
 
         def read(wanted: Sequence[Span], etag: str | None = if_match) -> None:
             self.inner.read_into(key, wanted, if_match=etag, deadline_s=deadline_s, cancel=cancel)
@@ -165,7 +186,7 @@ def _flip_in_place(spans: Sequence[Span]) -> None:
 
 
 def _flipped(answer: T) -> T:
-    """The answer of get or read_tail with one bit wrong; other answers as they are."""
+    """Return the result of get or read_tail with one bit inverted; other results unchanged."""
     data = answer[0] if isinstance(answer, tuple) else answer
     if not isinstance(data, bytes) or not data:
         return answer
@@ -175,7 +196,15 @@ def _flipped(answer: T) -> T:
 
 
 class LatencyStore(WrapperStore):
-    """Makes every call late by a seeded, evenly spread time between shortest_s and longest_s."""
+    """A store that delays every call by a seeded random time, uniform between shortest_s and longest_s seconds.
+
+    Args:
+        inner: Store that makes the calls.
+        seed: Seed of the delays.
+        shortest_s: Shortest delay in seconds.
+        longest_s: Longest delay in seconds.
+        clock: Clock that waits.
+    """
 
     def __init__(
         self, inner: Store, *, seed: int, shortest_s: float = 0.0, longest_s: float, clock: Clock = SYSTEM_CLOCK
@@ -186,7 +215,7 @@ class LatencyStore(WrapperStore):
         self._shortest_s, self._longest_s, self._clock = shortest_s, longest_s, clock
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """Wait, then make the call."""
+        """See WrapperStore.around."""
         del verb, key
         with self._lock:
             late_s = self._random.uniform(self._shortest_s, self._longest_s)
@@ -195,34 +224,40 @@ class LatencyStore(WrapperStore):
 
 
 class Gate:
-    """A named point where one call stops until it is opened. Who waits longer than timeout_s here fails."""
+    """A point at which one call of a GateStore stops until open(). Leaving the gate's context opens it.
+
+    Args:
+        point: "before_VERB" or "after_VERB", with VERB one of `wrapper.VERBS`.
+        keys: Glob over keys.
+        timeout_s: Seconds after which a waiting thread raises AssertionError.
+    """
 
     def __init__(self, point: str, keys: str = "*", timeout_s: float = 30.0) -> None:
         when, _, verb = point.partition("_")
         if when not in ("before", "after") or verb not in VERBS:
-            raise ValueError(f"a point is before_VERB or after_VERB, VERB one of {VERBS}; got {point!r}")
+            raise ValueError(f"a point must be before_VERB or after_VERB with a VERB of {VERBS}; got {point!r}")
         self.point, self.keys, self.timeout_s = point, keys, timeout_s
         self._reached, self._opened = Event(), Event()
 
     def wait_reached(self) -> None:
-        """Return when a call has stopped here."""
+        """Return when a call has stopped at the gate."""
         if not self._reached.wait(self.timeout_s):
-            raise AssertionError(f"nobody reached {self.point} of {self.keys} within {self.timeout_s:g} s")
+            raise AssertionError(f"no call reached {self.point} of {self.keys} within {self.timeout_s:g} s")
 
     @property
     def is_reached(self) -> bool:
-        """Whether a call has stopped here."""
+        """Return whether a call has stopped at the gate."""
         return self._reached.is_set()
 
     def open(self) -> None:
-        """Let the call go on."""
+        """Let the stopped call continue."""
         self._opened.set()
 
     def stop(self) -> None:
-        """Stop the calling thread here until the gate is opened."""
+        """Stop the calling thread until the gate is opened."""
         self._reached.set()
         if not self._opened.wait(self.timeout_s):
-            raise AssertionError(f"nobody opened {self.point} of {self.keys} within {self.timeout_s:g} s")
+            raise AssertionError(f"the gate {self.point} of {self.keys} was not opened within {self.timeout_s:g} s")
 
     def __enter__(self) -> Gate:
         return self
@@ -232,7 +267,13 @@ class Gate:
 
 
 class GateStore(WrapperStore):
-    """Stops calls at points: `gate = store.stop_at("before_read_into")`, then gate.wait_reached() and gate.open()."""
+    """A store whose calls stop at gates.
+
+    For example, `gate = store.stop_at("before_read_into")`, then `gate.wait_reached()` and `gate.open()`.
+
+    Args:
+        inner: Store that makes the calls.
+    """
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
@@ -240,14 +281,19 @@ class GateStore(WrapperStore):
         self._gates: list[Gate] = []
 
     def stop_at(self, point: str, keys: str = "*") -> Gate:
-        """A gate for the next call by point (`before_VERB`, `after_VERB`) whose key matches the glob."""
+        """Return a gate for the next call that reaches a point.
+
+        Args:
+            point: "before_VERB" or "after_VERB".
+            keys: Glob over keys.
+        """
         gate = Gate(point, keys)
         with self._lock:
             self._gates.append(gate)
         return gate
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """Make the call, stopping where a gate stands."""
+        """See WrapperStore.around."""
         self._pass(f"before_{verb}", key)
         answer = call()
         self._pass(f"after_{verb}", key)
@@ -263,17 +309,29 @@ class GateStore(WrapperStore):
 
 
 class CountingStore(WrapperStore):
-    """Writes down every call: calls is a list of (verb, key)."""
+    """A store that records every call.
+
+    Args:
+        inner: Store that makes the calls.
+
+    Attributes:
+        calls: Verb and key of each call, in order.
+    """
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self.calls: list[tuple[str, str]] = []
 
     def around(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """Note the call and make it."""
+        """See WrapperStore.around."""
         self.calls.append((verb, key))  # appending is atomic
         return call()
 
     def n_calls(self, verb: str | None = None, keys: str = "*") -> int:
-        """How many calls of the verb (None: of any) had a key that matches the glob."""
+        """Return the number of recorded calls.
+
+        Args:
+            verb: Name of the calls; None: all.
+            keys: Glob over keys.
+        """
         return sum(1 for called, key in [*self.calls] if verb in (None, called) and fnmatch(key, keys))

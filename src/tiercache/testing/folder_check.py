@@ -1,4 +1,4 @@
-"""What a cache folder must look like, read from its files and its catalog without any code of the cache."""
+"""Checks of a cache folder, from its files and its catalog, that use no code of the cache."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ _BESIDE = ("", ".json", ".pin", ".part", ".map")
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What may lie in the folder. data: bytes by name of the copy; foreign: files of others, relative to the root.
+    """Content that the folder may have.
 
-    pins: names that a person holds for certain; maybe_pins: names that he may hold; held_inodes: of files that are
-    being read.
+    Attributes:
+        data: Bytes of each copy, by name.
+        foreign: Bytes of files that the cache does not own, by path relative to the root.
+        pins: Names of copies that must be pinned.
+        maybe_pins: Names of copies that may be pinned.
+        held_inodes: Inodes of files that are being read.
     """
 
     data: Mapping[str, bytes]
@@ -39,15 +43,15 @@ class Expected:
 
 
 def allocated_bytes(folder: Path) -> int:
-    """Bytes of disk that the files directly in a folder take, as the file system counts them; 0 if it is not there."""
+    """Return the disk space, in bytes, of the files directly in a folder; 0 if the folder does not exist."""
     return _bytes_of(_files_now(folder))
 
 
 def allocated_at_once(folder: Path, tries: int = 20) -> int | None:
-    """As allocated_bytes(), of one instant, while others work in the folder; None: it changed faster than one can look.
+    """Return allocated_bytes() as of one instant, while others change the folder; None: it never was stable.
 
-    Looked at once, a copy that goes and the one that comes in its place may both be counted. Two looks that are the
-    same saw what was there between them.
+    A single listing may count both a removed copy and the copy that replaced it. Two equal listings show what was there
+    between them.
     """
     before = _files_now(folder)
     for _ in range(tries):
@@ -59,12 +63,12 @@ def allocated_at_once(folder: Path, tries: int = 20) -> int | None:
 
 
 def _bytes_of(files: Mapping[str, tuple[int, int]]) -> int:
-    # By inode: a part that has just become a copy has two names.
+    # By inode: a partial copy that was just published has two names.
     return 512 * sum(dict(files.values()).values())
 
 
 def _files_now(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and blocks of 512 bytes of each file directly in a folder."""
+    """Return inode and number of 512-byte blocks of each file directly in a folder."""
     found: dict[str, tuple[int, int]] = {}
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -75,14 +79,19 @@ def _files_now(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 class FolderCheck:
-    """Looks at one folder. Nobody may be at work in it, except for wrong_bytes() and breaches()."""
+    """Checks of one folder. Other processes may use the folder only during wrong_bytes() and breaches().
+
+    Args:
+        root: The cache folder.
+        expected: Content that the folder may have.
+    """
 
     def __init__(self, root: Path, expected: Expected) -> None:
         self.root, self.expected = root, expected
         self.copies = root / "copies"
 
     def problems(self) -> list[str]:
-        """All that is wrong with a folder that was swept and closed; [] if nothing is."""
+        """Return everything that is wrong with a folder that was swept and closed; [] if nothing is."""
         return [
             *self.wrong_bytes(),
             *self.strays(),
@@ -93,13 +102,11 @@ class FolderCheck:
         ]
 
     def as_it_lies(self) -> list[str]:
-        """What must never be, wherever a process died and before anybody has put anything right."""
+        """Return violations of what must hold wherever a process died, before any recovery."""
         return [*self.wrong_bytes(), *self.unfinished(), *self.lost_pinned(), *self.lost_foreign()]
 
-    # -- bytes ------------------------------------------------------------------------------------------------------
-
     def wrong_bytes(self) -> Iterator[str]:
-        """Published copies that are not what they must be, and units of parts that are said to be here and are not."""
+        """Yield published copies with wrong bytes, and units of partial copies that are marked present but wrong."""
         for path in self._files():
             name, _, suffix = path.name.partition(".")
             if not _NAME.fullmatch(name) or name not in self.expected.data:
@@ -113,7 +120,7 @@ class FolderCheck:
                 yield from self._wrong_units(path, data)
 
     def _wrong_units(self, path: Path, data: bytes) -> Iterator[str]:
-        # The map first: what it says is here was written before.
+        # The map must be read first: each unit is written before the map marks it as present.
         found_map, part = _read(path.with_suffix(".map")), _read(path)
         if found_map is None or part is None or len(found_map) < MAP_HEADER_BYTES:
             return
@@ -130,10 +137,8 @@ class FolderCheck:
             elif int(sums[unit]) != crc32c(data[here]):
                 yield f"part {path.name[:8]}: the checksum of unit {unit} is not that of its bytes"
 
-    # -- files ------------------------------------------------------------------------------------------------------
-
     def strays(self) -> Iterator[str]:
-        """Files that nobody owns: what a crash left and a sweep did not take."""
+        """Yield files without an owner, which a crash left behind and a sweep did not remove."""
         yield from self._strays_of_copies()
         for folder in ("locks", "owners"):
             for path in sorted((self.root / folder).glob("*")):
@@ -182,7 +187,7 @@ class FolderCheck:
             yield f"copy {path.name[:8]} has no record"
 
     def unfinished(self) -> Iterator[str]:
-        """Copies that lack what they must have before they get their name, wherever their maker died."""
+        """Yield published copies that lack what a copy must have before it gets its name."""
         files = {path.name: path for path in self._files()}
         for file, path in files.items():
             if _NAME.fullmatch(file) and not self._is_foreign(path) and not path.is_symlink():
@@ -197,13 +202,13 @@ class FolderCheck:
         yield from self.lost_pinned()
 
     def lost_pinned(self) -> Iterator[str]:
-        """Copies that a person holds, that are right, and that are gone all the same."""
+        """Yield pinned copies that were correct and are gone."""
         for name in self.expected.pins:
             if name in self.expected.data and not (self.copies / name).is_file():
                 yield f"the pinned copy {name[:8]} is gone"
 
     def lost_foreign(self) -> Iterator[str]:
-        """Files that the cache has not fetched, and that are gone or changed all the same."""
+        """Yield files that the cache does not own and that are gone or changed."""
         for file, data in (self.expected.foreign or {}).items():
             if _read(self.root / file) != data:
                 yield f"{file}, which the cache did not fetch, is gone or changed"
@@ -214,19 +219,17 @@ class FolderCheck:
     def _files(self) -> list[Path]:
         return sorted(self.copies.iterdir()) if self.copies.is_dir() else []
 
-    # -- books ------------------------------------------------------------------------------------------------------
-
     def breaches(self) -> Iterator[str]:
-        """The budget exceeded, by the books."""
+        """Yield a problem if the catalog's accounts exceed the size limit."""
         taken_bytes, limit_bytes = self.taken()
         if limit_bytes is not None and taken_bytes > limit_bytes:
             yield f"the books exceed the limit: {taken_bytes} > {limit_bytes}"
 
     def taken(self) -> tuple[int, int | None]:
-        """Bytes that copies, parts and reservations take, and the limit; (0, None) without books.
+        """Return the bytes of copies, partial copies and reservations, and the limit; (0, None) without a catalog.
 
-        A process that opens the folder books what it finds there, so that what a part has grown by may count twice
-        until its fetcher books it: no name is counted for more than a whole copy with its map takes.
+        A process that opens the folder charges what it finds there, so the growth of a partial copy may count twice
+        until its fetcher charges it. Each name is therefore counted for at most a whole copy with its map.
         """
         books = _read_books(self.root)
         return (0, None) if books is None else (self._taken_bytes(books), books.limit)
@@ -241,13 +244,13 @@ class FolderCheck:
         return total
 
     def evictable(self, held: Collection[str] = ()) -> set[str]:
-        """Names on the books whose source is on record and that nobody has pinned or holds."""
+        """Return the names in the catalog whose source is known and that are neither pinned nor held."""
         books = _read_books(self.root)
         pins = {path.stem for path in self.copies.glob("*.pin")}
         return set() if books is None else set(books.recorded) - pins - set(held)
 
     def reserved(self) -> dict[str, int]:
-        """Bytes that are reserved, by name, but for wrong copies that wait for a right one, or that somebody holds."""
+        """Return the reserved bytes by name, without those of quarantined copies that await comparison, or are held."""
         books = _read_books(self.root)
         waiting = {path.stem for path in (self.root / "quarantine").glob("*.bad")}
         held = {f"{inode:x}" for inode in self.expected.held_inodes}
@@ -255,7 +258,7 @@ class FolderCheck:
         return {name: n for name, n in reserved.items() if name not in waiting and not held & set(name.split("-")[1:2])}
 
     def wrong_books(self) -> Iterator[str]:
-        """Books that do not say what the files say, or promise bytes to somebody who is gone."""
+        """Yield differences between the catalog's accounts and the files, and reservations without an owner."""
         books = _read_books(self.root)
         if books is None:
             if (self.root / "catalog.sqlite").exists():
@@ -276,7 +279,16 @@ class FolderCheck:
 
 @dataclass(frozen=True, slots=True)
 class _Books:
-    """What the catalog says; rows and reserved: bytes by name; recorded: names whose source is known."""
+    """The accounts in the catalog.
+
+    Attributes:
+        used_bytes: Bytes in use.
+        reserved_bytes: Bytes reserved.
+        limit: Size limit in bytes; None if no process has the cache open.
+        rows: Bytes of each copy, by name.
+        reserved: Reserved bytes, by name.
+        recorded: Names of copies whose source is known.
+    """
 
     used_bytes: int
     reserved_bytes: int
@@ -287,13 +299,13 @@ class _Books:
 
 
 def _read_books(root: Path) -> _Books | None:
-    """What the catalog says; None: there is none, or it is not one."""
+    """Return the accounts in the catalog; None if there is no valid catalog."""
     path = root / "catalog.sqlite"
     if not path.exists():
         return None
     with closing(sqlite3.connect(path, timeout=BUSY_S)) as db:
         try:
-            db.execute("BEGIN")  # all of it as of one instant
+            db.execute("BEGIN")  # one transaction, so that all values are of one instant
             sums = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
             (limit,) = db.execute("SELECT min(limit_bytes) FROM openers").fetchone()
             rows = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
@@ -305,26 +317,26 @@ def _read_books(root: Path) -> _Books | None:
 
 
 def _whole_charge(n_bytes: int) -> int:
-    """The most that a copy takes: its blocks, its record's, its map's (five bytes a unit), and one for its extents."""
+    """Return the most that a copy uses: its blocks, its record, its map (5 bytes per unit) and one block of extents."""
     n_units = -(-n_bytes // BLOCK_BYTES)
     map_blocks = -(-(MAP_HEADER_BYTES + 8 + 5 * n_units) // BLOCK_BYTES)
     return (n_units + map_blocks + 2) * BLOCK_BYTES
 
 
 def _has_identity(record: Path) -> bool:
-    """Whether a record is of an object of a data set, whose footer says what its pages are."""
+    """Return whether a record is of an object of a data set, whose footer has the checksums of its pages."""
     found = _read(record)
     return found is not None and json.loads(found).get("shard_id") is not None
 
 
 def _is_counted(path: Path) -> bool:
-    """Whether a file of copies/ is a copy or a part: what has a row on the books."""
+    """Return whether a file of copies/ is a copy or a partial copy, which the accounts charge."""
     name, _, suffix = path.name.partition(".")
     return bool(_NAME.fullmatch(name)) and suffix in ("", "part") and not path.is_symlink()
 
 
 def _read(path: Path) -> bytes | None:
-    """The file's bytes, None if it is not there; a link is not followed."""
+    """Return the file's bytes, or None if it cannot be opened; symbolic links are not followed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -1,4 +1,4 @@
-"""Children forked from a warm parent: thousands of rounds take minutes, and none of them can hang the run."""
+"""Child processes forked from a warmed-up parent: fast enough for thousands of rounds, and with a deadline each."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ Tell: TypeAlias = Callable[[str], None]
 
 DEADLINE_S = 120.0
 DUMP_S = 0.5
-# A thread that was joined may be listed by the kernel a moment longer.
+# The kernel may list a joined thread for a moment longer.
 THREADS_GONE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a child. code: exit status, or minus the signal; lines: what it told, in order.
+    """The end of a child process.
 
-    hung: it did not end in time and was killed by the parent. error: the traceback of what its work raised, or where
-    each of its threads hung.
+    Attributes:
+        code: Exit status, or minus the signal number.
+        lines: Lines that the child passed to tell(), in order.
+        hung: Whether the child missed its deadline and was killed by the parent.
+        error: Traceback of the exception in the child's work, or stacks of all its threads if it hung.
     """
 
     code: int
@@ -39,24 +42,29 @@ class Ended:
 
 
 def check_no_threads() -> None:
-    """Raise RuntimeError where this process has threads: their locks would be held for ever in a forked child."""
+    """Raise RuntimeError if this process has several threads: a forked child would inherit their locks held."""
     tasks = Path("/proc/self/task")
     if not wait_for(lambda: len(list(tasks.iterdir())) == 1, THREADS_GONE_S):
         names = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
-        raise RuntimeError(f"a warm parent has one thread, this one has {len(names)}: {', '.join(names)}")
+        raise RuntimeError(f"a process that forks must have one thread, but has {len(names)}: {', '.join(names)}")
 
 
 class ForkedChild:
-    """work(tell) in a forked child. What it tells outlives it, however it dies: the lines are in the parent's memory.
+    """A forked child that runs work(tell). Its lines survive any kind of death: they are in the parent's memory.
 
-    work may start threads, kill itself, or never return. tell() may be called from any thread. wait() once.
+    work may start threads, kill its own process, or never return. tell() may be called from any thread. wait() may be
+    called once.
+
+    Args:
+        work: Function that the child runs.
+        with_threads: Whether this process may have several threads.
     """
 
     def __init__(self, work: Callable[[Tell], object], *, with_threads: bool = False) -> None:
-        """Fork now. Raises RuntimeError where this process has threads, unless that is what is tried."""
+        """Fork now. Raises RuntimeError if this process has several threads and with_threads is False."""
         if not with_threads:
             check_no_threads()
-        # Not a pipe: one that fills up would stop the child, and one that a grandchild holds would never end.
+        # Not a pipe: a full pipe would stop the child, and a pipe that a grandchild inherited would never end.
         self._memory = os.memfd_create("tiercache-told")
         self.pid = os.fork()
         if self.pid == 0:
@@ -68,7 +76,7 @@ class ForkedChild:
         try:
             work(self._tell)
             code = 0
-        except BaseException:  # noqa: BLE001 - a process's top: the parent is told
+        except BaseException:  # noqa: BLE001 - top of the process: the error goes to the parent
             self._tell("error\n" + traceback.format_exc() + _other_threads())
         finally:
             os._exit(code)
@@ -77,23 +85,23 @@ class ForkedChild:
         os.write(self._memory, line.encode() + b"\0")
 
     def lines(self) -> tuple[str, ...]:
-        """What it has told so far."""
+        """Return the lines that the child has passed to tell() so far."""
         n_bytes = os.fstat(self._memory).st_size
         return tuple(part.decode() for part in os.pread(self._memory, n_bytes, 0).split(b"\0")[:-1])
 
     def _rest(self) -> str:
-        """What stands behind the last line: where the threads are."""
+        """Return the text after the last line: the stacks of the threads."""
         return os.pread(self._memory, os.fstat(self._memory).st_size, 0).rpartition(b"\0")[2].decode(errors="replace")
 
     def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
-        """Wait for its end; one that does not end in time is killed, which the answer says."""
+        """Wait for the child's end. A child that misses the deadline is killed, and hung is True."""
         pidfd = os.pidfd_open(self.pid)
         try:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             hung = not poll.poll(deadline_s * 1000)
             if hung:
-                os.kill(self.pid, signal.SIGUSR1)  # it says where it hangs
+                os.kill(self.pid, signal.SIGUSR1)  # faulthandler dumps the stacks
                 poll.poll(DUMP_S * 1000)
                 os.kill(self.pid, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -108,12 +116,12 @@ class ForkedChild:
 
 
 def _other_threads() -> str:
-    """Where the threads are that somebody may have waited for in vain."""
+    """Return the stacks of all other threads."""
     here = threading.get_ident()
     frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != here}  # noqa: SLF001
     return "".join(f"\nthread {n}:\n{''.join(traceback.format_stack(frame))}" for n, frame in frames.items())
 
 
 def run_forked(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> Ended:
-    """Do work(tell) in a forked child and wait for its end."""
+    """Run work(tell) in a forked child and wait for its end."""
     return ForkedChild(work).wait(deadline_s)

@@ -1,4 +1,4 @@
-"""A small HTTP server on loopback that serves a dict of objects by ranges and misbehaves as scripted."""
+"""An HTTP server on loopback that serves a dict of objects, with byte ranges and scripted faults."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @dataclass(frozen=True, slots=True)
 class Misbehave:
-    """What happens to one request.
+    """A scripted fault of one request.
 
-    kind, of which "status", "silence", "drop" and "lost_answer" suit any method, the others only GET:
+    Attributes:
+        kind: Kind of the fault. "status", "silence", "drop" and "lost_answer" apply to any method, the others to GET:
 
-    - "status": an answer of that status, with body and header; the request takes no effect
-    - "reset": the connection is reset after n_bytes of the body (None: half of it)
-    - "short": the connection is closed in order after n_bytes
-    - "stall": what follows n_bytes comes only when release() is called or the server stops
-    - "silence": not even the head of an answer comes before release() is called or the server stops
-    - "whole": 200 and the whole object where a range was asked for
-    - "replace": the object is replaced first, by body or by itself reversed, then served
-    - "drop": no effect and no answer
-    - "lost_answer": the request takes effect, but the connection is reset in place of an answer (PUT, DELETE)
+            - "status": the response has this status, body and header; the request has no effect
+            - "reset": the connection is reset after n_bytes of the body (None: half of it)
+            - "short": the connection is closed in order after n_bytes
+            - "stall": the bytes after n_bytes are sent after release() or when the server stops
+            - "silence": no response before release() or the server's stop
+            - "whole": status 200 and the whole object, although a range was requested
+            - "replace": the object is first replaced by body or by its own reverse, then served
+            - "drop": no effect and no response
+            - "lost_answer": the request takes effect, but the connection is reset instead of a response (PUT, DELETE)
+        status: Status of the response, for "status".
+        n_bytes: Bytes of the body that are sent.
+        body: Body of the response, or the new object.
+        header: Header fields of the response.
     """
 
     kind: Literal["status", "reset", "short", "stall", "silence", "whole", "replace", "drop", "lost_answer"]
@@ -45,9 +50,17 @@ class Misbehave:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that was served. n_bytes: of the body that was sent; headers: of the request, in lower case.
+    """A request that was served.
 
-    body: of a POST.
+    Attributes:
+        method: Method of the request.
+        path: Path of the request.
+        range: Range field of the request; None without one.
+        if_match: If-Match field of the request; None without one.
+        status: Status of the response; 0 without a response.
+        n_bytes: Bytes of the response body that were sent.
+        headers: Header fields of the request, with names in lower case.
+        body: Body of a POST request.
     """
 
     method: str
@@ -61,15 +74,24 @@ class Seen:
 
 
 class HttpFaultServer:
-    """`with HttpFaultServer({"a": b"..."}) as server:` serves server.url + "/a".
+    """A server whose requests go wrong as scripted.
 
-    GET and HEAD with ranges, ETag and If-Match; PUT with If-None-Match: *; DELETE; POST as scripted. objects may be
-    changed at any time. next() scripts the coming requests in order, when() all that match. log and
-    n_bytes_sent tell what was asked and sent. Each request has a thread; the lock guards script and log.
+    `with HttpFaultServer({"a": b"..."}) as server:` serves server.url + "/a". It serves GET and HEAD with Range, ETag
+    and If-Match; PUT with If-None-Match: *; DELETE; and POST as scripted. next() scripts the next requests in order,
+    when() all requests that match a rule. Each request has a thread; the lock guards script and log.
+
+    Attributes:
+        objects: Objects by path; may be changed at any time.
+        log: The requests, in order.
     """
 
     def __init__(self, objects: dict[str, bytes] | None = None, *, tls: ssl.SSLContext | None = None) -> None:
-        """objects: by their paths; tls: serve https by it."""
+        """Prepare the server.
+
+        Args:
+            objects: Objects by path.
+            tls: TLS context for https; None: http.
+        """
         self._tls = tls
         self.objects: dict[str, bytes] = {} if objects is None else objects
         self.log: list[Seen] = []
@@ -101,24 +123,24 @@ class HttpFaultServer:
 
     @property
     def url(self) -> str:
-        """Its address, without a slash at the end."""
+        """Return the server's address, without a slash at the end."""
         if self._server is None:
-            raise ValueError("the server runs inside `with` only")
+            raise ValueError("the server runs only inside its `with` block")
         return f"http{'s' if self._tls else ''}://127.0.0.1:{self._server.server_port}"
 
     @property
     def n_bytes_sent(self) -> int:
-        """Bytes of all bodies."""
+        """Return the number of bytes of all response bodies."""
         with self._lock:
             return sum(seen.n_bytes for seen in self.log)
 
     def next(self, *script: Misbehave | None) -> None:
-        """Let the next requests misbehave in this order; None: behave."""
+        """Script the next requests in this order; None: no fault."""
         with self._lock:
             self._script.extend(script)
 
     def when(self, rule: Callable[[str, str], Misbehave | None]) -> None:
-        """Ask rule(method, path) about every request that next() does not speak of."""
+        """Call rule(method, path) for every request that next() does not cover; its result is the fault, or None."""
         self._rule = rule
 
     def release(self) -> None:
@@ -126,23 +148,23 @@ class HttpFaultServer:
         self._released.set()
 
     def etag(self, key: str) -> str:
-        """The ETag of an object as it is now."""
+        """Return the current ETag of an object."""
         return _etag(self.objects[key])
 
     def take(self, method: str, path: str) -> Misbehave | None:
-        """What shall happen to this request. For the request's thread."""
+        """Return the fault of this request. Called by the request's thread."""
         with self._lock:
             if self._script:
                 return self._script.popleft()
         return self._rule(method, path)
 
     def note(self, seen: Seen) -> None:
-        """Add to the log. For the request's thread."""
+        """Add a request to the log. Called by the request's thread."""
         with self._lock:
             self.log.append(seen)
 
     def wait_released(self) -> None:
-        """Stall. For the request's thread."""
+        """Stall until release(). Called by the request's thread."""
         self._released.wait(60.0)
 
 
@@ -169,33 +191,33 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def close_connections(self) -> None:
-        """End idle keep-alive connections, which would keep their threads."""
+        """Close idle keep-alive connections, which would keep their threads alive."""
         for connection in [*self._connections]:
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
-                continue  # the client was quicker
+                continue  # the client closed it first
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its head
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
     server: _Server
     _posted = b""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Keep quiet."""
+        """Discard the message."""
 
     def do_GET(self) -> None:
-        """Serve an object."""
+        """Send an object."""
         self._serve(with_body=True)
 
     def do_HEAD(self) -> None:
-        """Describe an object."""
+        """Send an object's header."""
         self._serve(with_body=False)
 
     def do_PUT(self) -> None:
-        """Keep an object."""
+        """Store an object."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         objects = self.server.owner.objects
         fault = self.server.owner.take(self.command, self.path)
@@ -207,13 +229,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._confirm(fault, HTTPStatus.OK, {"ETag": _etag(body)})
 
     def do_POST(self) -> None:
-        """Answer as scripted."""
+        """Respond as scripted."""
         self._posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self._is_prevented(self.server.owner.take(self.command, self.path)):
             self._answer(HTTPStatus.NOT_IMPLEMENTED, b"", {}, with_body=True)
 
     def do_DELETE(self) -> None:
-        """Forget an object."""
+        """Delete an object."""
         fault = self.server.owner.take(self.command, self.path)
         if not self._is_prevented(fault):
             self.server.owner.objects.pop(self._key, None)
@@ -313,10 +335,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.wfile.flush()
         except OSError:
-            self.close_connection = True  # the client went away
+            self.close_connection = True  # the client closed the connection
 
     def _reset(self) -> None:
-        # Closing with a zero linger time sends RST in place of FIN.
+        # Closing with a linger time of zero sends RST instead of FIN.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True

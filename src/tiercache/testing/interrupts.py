@@ -1,7 +1,7 @@
-"""Ctrl-C between two lines of ours: a forked child is interrupted at the n-th line that it comes to.
+"""Ctrl-C between any two lines of our code: a forked child is interrupted at the n-th line that it executes.
 
-Python hears of a signal between two bytecodes, so that KeyboardInterrupt rises out of any line of the main thread: one
-has done its work, the next is not begun. A trace function raises it there. Usage::
+Python handles a signal between two bytecodes, so KeyboardInterrupt can be raised between any two lines of the main
+thread. A trace function raises it there. Usage::
 
     for nth in lines_of(work).positions():
         done = interrupted(work, nth)
@@ -22,8 +22,8 @@ from typing import Any
 
 from tiercache.testing.forks import DEADLINE_S, Ended, Tell, run_forked
 
-# What became of an interrupt: it came out of the work; the work ended as if there had been none; so it did, but Python
-# dropped it, as it does with what rises out of __del__; another error came out.
+# Outcome of an interrupt: it left the work as an exception; the work ended normally; the work ended normally because
+# Python drops exceptions raised in __del__; another exception left the work.
 RAISED, SWALLOWED, DROPPED, CHANGED = "raised", "swallowed", "dropped", "changed"
 _NOTE = "interrupt "
 _OURS = str(Path(__file__).parents[1])
@@ -31,10 +31,12 @@ _OURS = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """What an interrupt did.
+    """The effect of an interrupt.
 
-    where: "file:line" of the line that was not begun, "" if it was never reached; outcome: RAISED, SWALLOWED, DROPPED
-    or CHANGED, "" where it was never reached; ended: the child's end, its lines without notes of ours.
+    Attributes:
+        where: "file:line" of the line before which the interrupt was raised; "" if the line was never reached.
+        outcome: RAISED, SWALLOWED, DROPPED or CHANGED; "" if the line was never reached.
+        ended: End of the child, without our own notes in its lines.
     """
 
     where: str
@@ -44,21 +46,23 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Which lines of the package work comes to in its main thread.
+    """The lines of the package that work executes in its main thread.
 
-    times: by "file:line" the first and the last time, counted over all lines from 1. ended: how the child ended.
+    Attributes:
+        times: By "file:line", the first and the last execution, as numbers in the sequence of all lines, from 1.
+        ended: End of the child.
     """
 
     times: Mapping[str, tuple[int, int]]
     ended: Ended
 
     def positions(self) -> list[int]:
-        """Each line the first time, and the last."""
+        """Return the numbers of the first and the last execution of each line."""
         return sorted({time for times in self.times.values() for time in times})
 
 
 class _Tracer:
-    """A trace function that knows the lines of the package in this thread, and raises at the n-th; 0: at none."""
+    """A trace function that counts the package's lines in this thread and raises at the n-th; 0: never."""
 
     def __init__(self, nth: int) -> None:
         self.nth, self.n_lines, self.where, self.is_in_del = nth, 0, "", False
@@ -100,10 +104,10 @@ def _is_in_del(frame: FrameType | None) -> bool:
 
 
 def leaves_with(code: CodeType, at: int) -> bool:
-    """Whether these instructions call __exit__ at the end of a with block that nothing rose out of.
+    """Return whether this instruction calls __exit__ at the end of a with block that raised no exception.
 
-    Python traces the with line once more there, but hears of no signal between the block's last call and the one of
-    __exit__: an interrupt raised here would leave locks taken that no Ctrl-C can.
+    Python traces the with line a second time there, but handles no signal between the last call of the block and the
+    call of __exit__. An interrupt raised here would leave locks held, which a real Ctrl-C cannot do.
     """
     return at in _withs_left(code)
 
@@ -118,7 +122,7 @@ def _withs_left(code: CodeType) -> frozenset[int]:
 
 
 def lines_of(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> Lines:
-    """Do work(tell) in a forked child, without interrupt, and note the lines."""
+    """Run work(tell) in a forked child, without an interrupt, and return the lines that it executes."""
 
     def child(tell: Tell) -> None:
         with _Tracer(0) as tracer:
@@ -138,9 +142,9 @@ def interrupted(
     then: Callable[[Tell], object] | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> Interrupted:
-    """Do work(tell) in a forked child that is interrupted at its nth line; then(tell) in the same child.
+    """Run work(tell) in a forked child that is interrupted at its nth line, and then then(tell) in the same child.
 
-    The child fails where anything but the interrupt comes out of work, or anything out of then.
+    The child fails if work raises anything but the interrupt, or if then raises.
     """
 
     def child(tell: Tell) -> None:
@@ -162,7 +166,7 @@ def interrupted(
 
 
 def _sorted_out(ended: Ended) -> tuple[Ended, list[str]]:
-    """A child's end without our notes, and those."""
+    """Return a child's end without our notes, and the notes."""
     notes = [line.removeprefix(_NOTE) for line in ended.lines if line.startswith(_NOTE)]
     lines = tuple(line for line in ended.lines if not line.startswith(_NOTE))
     return Ended(ended.code, lines, ended.hung, ended.error), notes

@@ -1,11 +1,11 @@
-"""SIGKILL at points by name: which there are in the source, a child that dies at one, and the proof that it did.
+"""SIGKILL at named points: the points in the source, a child that dies at one, and the proof that it did.
 
 Usage::
 
     names = points_in(Path(tiercache.__file__).parent)
     struck = strike(work, Strike("fetch.reserved", nth=2))
-    assert struck.hit, "the fault did not strike"
-    check(struck.lines)  # the outside record: what work told before and after each promise
+    assert struck.hit, "the child did not die at the point"
+    check(struck.lines)  # lines that work passed to tell() before and after each promise
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _STRUCK, _REACHED = "struck ", "reached "
 
 
 def points_in(package: Path) -> dict[str, str]:
-    """Every point named in the source below a folder, and its "file:line".
+    """Return every point in the source below a folder, with its "file:line".
 
     Raises:
-        ValueError: a name is not a literal "area.step", or stands in two places; the text says where.
+        ValueError: A name is not a literal "area.step", or occurs twice; the message says where.
     """
     found: dict[str, str] = {}
     for path in sorted(package.rglob("*.py")):
@@ -41,9 +41,9 @@ def points_in(package: Path) -> dict[str, str]:
             place = f"{path.relative_to(package).as_posix()}:{node.lineno}"
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(f'{place}: a point is named by a literal "area.step" of small letters and _')
+                raise ValueError(f'{place}: a point must be named by a literal "area.step" of lower-case letters and _')
             if name in found:
-                raise ValueError(f"{place}: point {name!r} stands in {found[name]} too; each name stands once")
+                raise ValueError(f"{place}: point {name!r} occurs in {found[name]} too; each name must occur once")
             found[name] = place
     return found
 
@@ -55,7 +55,7 @@ def _called(node: ast.Call) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """Die at the n-th time that a point is reached, counted from 1."""
+    """The child dies at the n-th time that it reaches a point, counted from 1."""
 
     point: str
     nth: int = 1
@@ -63,7 +63,14 @@ class Strike:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """What a strike did. hit: the child died by SIGKILL at that very point, at that very time; lines: what it told."""
+    """The result of a strike.
+
+    Attributes:
+        strike: Point and count.
+        ended: End of the child.
+        hit: Whether the child died by SIGKILL at exactly that point and count.
+        lines: Lines that work passed to tell().
+    """
 
     strike: Strike
     ended: Ended
@@ -72,7 +79,7 @@ class Struck:
 
 
 class _Killer:
-    """The hook of a child. Any thread may come: the lock makes the n-th the n-th."""
+    """The hook of a child. The lock makes the count exact when several threads reach the point."""
 
     def __init__(self, strike: Strike, tell: Tell) -> None:
         self._strike, self._tell = strike, tell
@@ -90,10 +97,10 @@ class _Killer:
 
 
 class StruckChild:
-    """A child that works until it dies at a point. finish() once."""
+    """A child that works until it dies at a point. finish() may be called once."""
 
     def __init__(self, work: Callable[[Tell], object], strike: Strike) -> None:
-        """Fork now. Raises RuntimeError where this process has threads."""
+        """Fork now. Raises RuntimeError if this process has several threads."""
         self._strike = strike
 
         def child(tell: Tell) -> None:
@@ -103,7 +110,7 @@ class StruckChild:
         self._child = ForkedChild(child)
 
     def finish(self, deadline_s: float = DEADLINE_S) -> Struck:
-        """Wait for its end, and say whether the fault struck."""
+        """Wait for the child's end, and return whether it died at the point."""
         ended = self._child.wait(deadline_s)
         note = f"{_STRUCK}{self._strike.point} {self._strike.nth}"
         hit = not ended.hung and ended.code == -signal.SIGKILL and note in ended.lines
@@ -112,12 +119,12 @@ class StruckChild:
 
 
 def strike(work: Callable[[Tell], object], at: Strike, *, deadline_s: float = DEADLINE_S) -> Struck:
-    """Do work(tell) in a forked child that dies at a point; where it never gets there, .hit is False."""
+    """Run work(tell) in a forked child that dies at a point; hit is False if it never gets there."""
     return StruckChild(work, at).finish(deadline_s)
 
 
 def reached(work: Callable[[Tell], object], *, deadline_s: float = DEADLINE_S) -> tuple[Mapping[str, int], Ended]:
-    """How often work(tell) reaches each point, in a forked child that lives; and how the child ended."""
+    """Return how often work(tell) reaches each point in a forked child, and the end of the child."""
 
     def child(tell: Tell) -> None:
         points.set_hook(lambda name: tell(_REACHED + name))

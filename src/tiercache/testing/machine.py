@@ -1,10 +1,10 @@
-"""A state machine that drives a store and a dict side by side. Needs hypothesis.
+"""A hypothesis state machine that compares a store with a dict.
 
 Usage::
 
     TestMyStore = store_machine(lambda: MyStore(...)).TestCase
 """
-# ruff: noqa: D102 - rules are named after what they do
+# ruff: noqa: D102 - the names of the rules say what they do
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _data = st.binary(max_size=40) | st.integers(0, 255).map(lambda n: bytes([n]) * 
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Rules over a store and a dict; store_machine() gives it the store."""
+    """Rules over a store and a dict; store_machine() provides the store."""
 
     open_empty: ClassVar[staticmethod[[], AbstractContextManager[Store]]]
 
@@ -128,5 +128,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def store_machine(open_empty: Callable[[], AbstractContextManager[Store]]) -> type[StoreMachine]:
-    """The machine's class. open_empty: a new, empty store; closed when the context is left."""
+    """Return the class of the state machine.
+
+    Args:
+        open_empty: Function that returns a context with a new, empty store.
+    """
     return type("StoreMachine", (StoreMachine,), {"open_empty": staticmethod(open_empty)})

