@@ -240,7 +240,7 @@ def test_options_that_s3fs_lacks_are_named_and_not_dropped():
     assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
     assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
     place = Place("s3", "bucket", "", "s3://bucket")
-    with pytest.raises(StoreError, match="not support proxy_url, s3_express; .*forkserver"):
+    with pytest.raises(StoreError, match=r"not support proxy_url, s3_express; .*forkserver"):
         _stand_in(place, CloudOptions.parse("s3", given), Tuning())
 
 
